@@ -1,0 +1,67 @@
+# make demo: set up, export the tiny student and draw a prompt.  make test: set up and run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out
+MODEL ?= tiny
+BACKEND ?= onnxruntime
+PROMPT ?= a large red circle on a blue background
+
+# A preset names the weights and its usual precision.
+BASE_tiny := tests/golden/flux-tiny/base
+ADAPTER_tiny := tests/golden/flux-tiny/adapter
+PRECISION_tiny := fp32
+BASE_flux := black-forest-labs/FLUX.1-dev
+ADAPTER_flux := ymyy307/ArcFlow --adapter-subfolder arcflow-flux-2steps
+PRECISION_flux := bf16
+BASE_qwen := Qwen/Qwen-Image
+ADAPTER_qwen := ymyy307/ArcFlow --adapter-subfolder arcflow-qwen-2steps
+PRECISION_qwen := bf16
+PRECISION ?= $(PRECISION_$(MODEL))
+DTYPE_fp32 := float32
+DTYPE_bf16 := bfloat16
+DTYPE_fp16 := float16
+BUNDLE := $(OUT)/$(MODEL)-$(PRECISION)
+
+.PHONY: help setup demo engine test lint format clean
+help:
+	@echo "make demo     export the tiny student and draw a picture on this CPU"
+	@echo "make test     run the tests"
+	@echo "make engine   MODEL=tiny|flux|qwen [PRECISION=fp32|bf16|fp16] [BACKEND=onnxruntime]"
+	@echo "make lint     ruff and mypy"
+
+setup: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,dev]"
+	@touch $@
+
+demo: engine
+	$(BIN)/arcflow generate $(BUNDLE) "$(PROMPT)" --height 64 --width 64 --seed 42 --out $(OUT)/demo.png
+
+engine: check-preset setup
+	@mkdir -p $(OUT)
+	$(BIN)/arcflow export --base $(BASE_$(MODEL)) --adapter $(ADAPTER_$(MODEL)) \
+		--dtype $(DTYPE_$(PRECISION)) --out $(BUNDLE) --overwrite
+
+.PHONY: check-preset
+check-preset:
+	$(if $(BASE_$(MODEL)),,$(error MODEL must be tiny, flux or qwen, got '$(MODEL)'))
+	$(if $(DTYPE_$(PRECISION)),,$(error PRECISION must be fp32, bf16 or fp16, got '$(PRECISION)'; FP8 is not built by this version))
+	$(if $(filter onnxruntime,$(BACKEND)),,$(error BACKEND must be onnxruntime, got '$(BACKEND)'; TensorRT engines are not built by this version))
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

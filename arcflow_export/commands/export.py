@@ -1,0 +1,181 @@
+"""Merge a base checkpoint, an ArcFlow adapter and LoRAs, and write them as a bundle of ONNX graphs.
+
+Weights are read, merged and written one tensor at a time, so that a 20-billion-parameter student exports within
+4 GiB of memory. The bundle appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..options import DTYPES, OPSETS, Options
+from .sources import add_source_arguments, open_student, quiet_libraries
+
+if TYPE_CHECKING:
+    from ..export import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    default = Options()
+    add_source_arguments(parser)
+    group = parser.add_argument_group("bundle")
+    group.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
+    group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="default: %(default)s")
+    group.add_argument(
+        "--opset",
+        type=int,
+        choices=OPSETS,
+        default=default.opset,
+        help="23 has attention as one operator, 20 decomposes it; default: %(default)s",
+    )
+    group.add_argument(
+        "--steps",
+        type=_steps,
+        default=default.steps,
+        metavar="N[,N...]",
+        help="step counts to bake for Qwen-Image; the first is the bundle's default (2)",
+    )
+    group.add_argument(
+        "--keep-conditioner",
+        action="store_true",
+        help="ship Qwen-Image's conditioner too, for step counts that are not baked",
+    )
+    group.add_argument(
+        "--max-px", type=int, default=default.max_px, metavar="PX", help="largest height or width; default: %(default)s"
+    )
+    group.add_argument(
+        "--max-sequence-length",
+        type=int,
+        default=default.max_sequence_length,
+        metavar="TOKENS",
+        help="largest number of text tokens, and the default; default: %(default)s",
+    )
+    group.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
+    group.add_argument("--json", action="store_true", help="print the plan or result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export the bundle."""
+    options = _options(args)
+    quiet_libraries()
+    from ..export import export_bundle, plan_export
+
+    plan = plan_export(open_student(args), options)
+    if not args.json:
+        print(_describe(plan))
+    if args.dry_run:
+        if args.json:
+            print(json.dumps(_as_dict(plan), indent=2))
+        else:
+            print(f"dry run: {plan.bytes:,} bytes of weights would be written to {args.out}")
+        return 0
+    with _Bars() as bars:
+        out = export_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
+    if args.json:
+        print(json.dumps(_as_dict(plan) | {"out": str(out), "stages": bars.stages}, indent=2))
+    else:
+        print(f'wrote {out}; draw with: arcflow generate {out} "a prompt" --out picture.png')
+    return 0
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        steps = tuple(dict.fromkeys(int(n) for n in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 2 or 2,4, got {text!r}") from None
+    if min(steps) < 1:
+        raise argparse.ArgumentTypeError(f"step counts must be at least 1, got {text!r}")
+    return steps
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from arcflow_runtime.errors import RequestError
+
+    if args.max_px < 16 or args.max_px % 16:
+        raise RequestError(f"--max-px must be a positive multiple of 16, got {args.max_px}")
+    if args.max_sequence_length < 1:
+        raise RequestError(f"--max-sequence-length must be at least 1, got {args.max_sequence_length}")
+    return Options(args.dtype, args.opset, args.steps, args.keep_conditioner, args.max_px, args.max_sequence_length)
+
+
+def _describe(plan: Plan) -> str:
+    student = plan.student
+    adapter = student.adapter
+    ranks = sorted({pair.a.shape[0] for pair in adapter.loras.values()})
+    share = adapter.parameters / student.base_parameters
+    lines = [
+        f"base     {student.base.name}: {student.family}, {student.base_parameters:,} parameters in the transformer",
+        f"adapter  {adapter.source.name}: {len(adapter.loras)} LoRA linears of rank {', '.join(map(str, ranks))}, "
+        f"{len(adapter.full)} full tensors, K {adapter.num_gaussians}, P {adapter.logweights_channels}; "
+        f"{adapter.parameters:,} parameters, {share:.1%} of the transformer",
+    ]
+    for style in student.styles:
+        counts = ", ".join(f"{len(pairs)} linears of {component}" for component, pairs in style.pairs.items())
+        lines.append(f"lora     {style.source.name} x {style.scale:g}: {counts}")
+        if style.skipped:
+            lines.append(f"         left out {', '.join(style.skipped)}, which the student's heads replace")
+    lines.append("")
+    lines.append(f"  {'part':16}{'parameters':>18}{'bytes':>18}  dtype")
+    for p in plan.parts:
+        precision = str(p.part.precision).removeprefix("torch.")
+        lines.append(f"  {p.part.name:16}{p.parameters:>18,}{p.bytes:>18,}  {precision}")
+    if plan.baked is not None:
+        kept = "kept as well" if plan.options.keep_conditioner else "its conditioner is not shipped"
+        lines.append(f"  modulation is baked for {', '.join(map(str, plan.options.steps))} steps; {kept}")
+    return "\n".join(lines)
+
+
+def _as_dict(plan: Plan) -> dict[str, Any]:
+    adapter = plan.student.adapter
+    return {
+        "family": plan.student.family,
+        "base_parameters": plan.student.base_parameters,
+        "adapter_parameters": adapter.parameters,
+        "adapter_loras": len(adapter.loras),
+        "loras": [{"name": s.source.name, "scale": s.scale, "skipped": s.skipped} for s in plan.student.styles],
+        "parts": {p.part.name: {"parameters": p.parameters, "bytes": p.bytes} for p in plan.parts},
+        "bytes": plan.bytes,
+    }
+
+
+class _Bars:
+    """One bar for the stage at hand, on a terminal; nothing in a log. `stages` says how long each took."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._began = 0.0
+        self.stages: list[dict[str, Any]] = []
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """A stage begins."""
+        from tqdm import tqdm
+
+        self._close()
+        self._bar = tqdm(total=total_bytes or None, desc=name, unit="B", unit_scale=True, disable=None)
+        self._bar.refresh()
+        self._began = time.perf_counter()
+        self.stages.append({"stage": name, "bytes": total_bytes})
+
+    def advance(self, num_bytes: int) -> None:
+        """Bytes were written."""
+        self._bar.update(num_bytes)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+            self.stages[-1]["seconds"] = round(time.perf_counter() - self._began, 3)

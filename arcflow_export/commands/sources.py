@@ -1,0 +1,62 @@
+"""The options that name a student: base, adapter and LoRAs, shared by every command that reads one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..load import Student
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --base, --adapter, --lora and what refines them."""
+    group = parser.add_argument_group("student")
+    group.add_argument("--base", required=True, metavar="DIR|ID", help="base checkpoint in diffusers format")
+    group.add_argument("--base-subfolder", metavar="NAME")
+    group.add_argument("--base-revision", metavar="REV", help="branch, tag or commit on the hub")
+    group.add_argument("--adapter", required=True, metavar="DIR|ID", help="ArcFlow adapter")
+    group.add_argument("--adapter-subfolder", metavar="NAME", help="for example arcflow-flux-2steps")
+    group.add_argument("--adapter-revision", metavar="REV")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="style LoRA to merge on top, in diffusers' or Kohya's naming; repeatable",
+    )
+    group.add_argument("--offline", action="store_true", help="use the hub's cache only")
+
+
+def quiet_libraries() -> None:
+    """Silence the chatter of transformers and diffusers; their errors are exceptions."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for module in (diffusers_logging, transformers_logging):
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+
+
+def open_student(args: argparse.Namespace) -> Student:
+    """The student that the options name.
+
+    Raises:
+        RequestError: --lora is malformed.
+        SourceError: anything is missing, damaged or does not fit.
+    """
+    from arcflow_runtime.errors import RequestError
+
+    from ..load import load_student
+    from ..sources import Location
+    from ..styles import parse_lora
+
+    try:
+        loras = [parse_lora(text) for text in args.lora]
+    except ValueError as e:
+        raise RequestError(str(e)) from None
+    return load_student(
+        Location(args.base, args.base_subfolder, args.base_revision, args.offline),
+        Location(args.adapter, args.adapter_subfolder, args.adapter_revision, args.offline),
+        [(Location(path, offline=args.offline), scale) for path, scale in loras],
+    )

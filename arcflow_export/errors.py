@@ -1,0 +1,11 @@
+"""The typed exceptions of the exporter."""
+
+from arcflow_runtime.errors import ArcFlowError
+
+
+class SourceError(ArcFlowError):
+    """A checkpoint, adapter or LoRA is missing, unreachable, damaged or not what it should be."""
+
+
+class ExportError(ArcFlowError):
+    """A stage of the export failed; the message names the stage and the part."""

@@ -1,0 +1,1 @@
+"""Graph-ready torch modules of every part of a bundle, built on the meta device."""

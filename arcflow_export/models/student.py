@@ -1,0 +1,108 @@
+"""An ArcFlow student's transformer -> its conditioner and backbone (the split of the two is exact)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from arcflow_runtime.bundle import DType, TensorSpec
+
+from .layers import Part, Slice
+
+
+class Heads(nn.Module):
+    """The three heads of a student: K modes per token, in place of the base's final projection."""
+
+    def __init__(self, dim: int, channels: int, num_gaussians: int, logweights_channels: int):
+        super().__init__()
+        self.k, self.c, self.p = num_gaussians, channels, logweights_channels
+        self.proj_out_means = nn.Linear(dim, self.k * self.c)
+        self.proj_out_logweights = nn.Linear(dim, self.k * self.p)
+        self.proj_out_loggamma = nn.Linear(dim, (self.k - 1) * self.p)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, N, D] -> means [B, N, K, C], logweights [B, N, K, P] (logits), loggammas [B, N, K-1, P]."""
+        return (
+            self.proj_out_means(x).unflatten(-1, (self.k, self.c)),
+            self.proj_out_logweights(x).unflatten(-1, (self.k, self.p)),
+            self.proj_out_loggamma(x).unflatten(-1, (self.k - 1, self.p)),
+        )
+
+
+class Modulations(nn.Module):
+    """The modulation linears of all blocks, run once on the conditioning vector."""
+
+    def __init__(self, linears: list[nn.Linear]):
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, temb: torch.Tensor) -> torch.Tensor:
+        """temb [..., D] -> modulation [..., M]."""
+        x = nn.functional.silu(temb)
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
+
+
+def lift_modulations(slots: list[tuple[str, nn.Module, str]]) -> tuple[list[nn.Linear], list[str], int]:
+    """Take the modulation linears out of a transformer and leave slices of the modulation in their place.
+
+    Args:
+        slots: (checkpoint name, owner module, attribute) of each linear, in the order of the modulation vector.
+
+    Returns:
+        The linears, their checkpoint names, and M, the length of the modulation vector.
+    """
+    linears, names, start = [], [], 0
+    for name, owner, attribute in slots:
+        linear = getattr(owner, attribute)
+        assert isinstance(linear, nn.Linear), name
+        setattr(owner, attribute, Slice(start, start + linear.out_features))
+        linears.append(linear)
+        names.append(name)
+        start += linear.out_features
+    return linears, names, start
+
+
+def backbone_part(
+    module: nn.Module,
+    config: dict[str, Any],
+    num_gaussians: int,
+    logweights_channels: int,
+    modulation: int,
+    dtype: DType,
+) -> Part:
+    """The backbone's inputs and outputs, the same for every family."""
+    channels, half = config["in_channels"], config["attention_head_dim"] // 2
+    tokens: tuple[str, str] = ("batch", "image_tokens")
+    return Part(
+        "backbone",
+        module,
+        (
+            TensorSpec("latents", dtype, (*tokens, channels)),
+            TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config["joint_attention_dim"])),
+            TensorSpec("modulation", dtype, ("batch", modulation)),
+            TensorSpec("image_rotary", "float32", (2, "image_tokens", half)),
+            TensorSpec("text_rotary", "float32", (2, "text_tokens", half)),
+        ),
+        (
+            TensorSpec("means", dtype, (*tokens, num_gaussians, channels)),
+            TensorSpec("logweights", dtype, (*tokens, num_gaussians, logweights_channels)),
+            TensorSpec("loggammas", dtype, (*tokens, num_gaussians - 1, logweights_channels)),
+        ),
+        lambda name: name.removeprefix("transformer.").removeprefix("heads."),
+        getattr(torch, dtype),
+    )
+
+
+def rename_linears(names: list[str]) -> Callable[[str], str]:
+    """Map a conditioner's parameter names to checkpoint keys."""
+
+    def rename(name: str) -> str:
+        if name.startswith("modulations.linears."):
+            index, leaf = name.removeprefix("modulations.linears.").split(".")
+            return f"{names[int(index)]}.{leaf}"
+        return f"time_text_embed.{name}"
+
+    return rename

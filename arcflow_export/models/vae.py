@@ -1,0 +1,134 @@
+"""VAE decoders: packed float32 latents [B, H/16, W/16, 64] -> uint8 RGB [B, H, W, 3]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageCausalConv3d,
+    QwenImageRMS_norm,
+    QwenImageUpsample,
+)
+from torch import nn
+
+from arcflow_runtime.bundle import DType, TensorSpec
+
+from ..errors import SourceError
+from .layers import Constant, FrameConv, Part, replace_linears
+
+
+def _unpack(latents: torch.Tensor) -> torch.Tensor:
+    """Packed latents [B, h, w, C*4] channel-major -> [B, C, 2h, 2w]."""
+    x = latents.unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)  # [B, C, h, 2, w, 2]
+    return x.flatten(4, 5).flatten(2, 3)
+
+
+def _to_rgb(image: torch.Tensor) -> torch.Tensor:
+    """Image [B, 3, H, W] in [-1, 1] -> [B, H, W, 3] uint8, rounded as diffusers does."""
+    x = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    return torch.round(x * 255).to(torch.uint8)
+
+
+class FluxDecoder(nn.Module):
+    """AutoencoderKL's decoder with FLUX's scaling: z / scaling_factor + shift_factor."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        self.scale, self.shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, h, w, 64] float32 -> [B, 16h, 16w, 3] uint8."""
+        z = _unpack(latents) / self.scale + self.shift
+        z = z.to(self.decoder.conv_in.weight.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return _to_rgb(self.decoder(z))
+
+
+class QwenDecoder(nn.Module):
+    """AutoencoderKLQwenImage's decoder on one frame, with 2-D convolutions: z * std + mean per channel."""
+
+    def __init__(self, vae: AutoencoderKLQwenImage):
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        self.statistics = Constant(
+            mean=torch.tensor(vae.config.latents_mean, device="cpu").view(1, -1, 1, 1),
+            std=torch.tensor(vae.config.latents_std, device="cpu").view(1, -1, 1, 1),
+        )
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, h, w, 64] float32 -> [B, 16h, 16w, 3] uint8."""
+        z = _unpack(latents) * self.statistics.get_buffer("std") + self.statistics.get_buffer("mean")
+        z = z.to(self.decoder.conv_in.weight.dtype).unsqueeze(2)  # [B, C, 1, 2h, 2w]
+        image = self.decoder(self.post_quant_conv(z))
+        return _to_rgb(image.squeeze(2).clamp(-1, 1))
+
+
+class _Norm(nn.Module):
+    """Qwen's RMS norm over channels: x / max(|x|, 1e-12) * sqrt(C) * gamma, the norm in float32."""
+
+    def __init__(self, norm: QwenImageRMS_norm):
+        super().__init__()
+        self.gamma, self.scale = norm.gamma, norm.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, ...] -> [B, C, ...]."""
+        y = x.float()
+        y = y / torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(1e-12)
+        return y.to(x.dtype) * self.scale * self.gamma
+
+
+class _Upsample(nn.Module):
+    """Twice the size, nearest; at a factor of exactly 2 "nearest-exact" is the same and has no ONNX operator."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]."""
+        return nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _replace_qwen(module: nn.Module) -> None:
+    """Turn Qwen's video decoder into an image decoder, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, QwenImageCausalConv3d):
+            setattr(module, name, FrameConv(child, (child._padding[3], child._padding[0])))
+        elif isinstance(child, QwenImageRMS_norm):
+            setattr(module, name, _Norm(child))
+        elif isinstance(child, QwenImageUpsample):
+            setattr(module, name, _Upsample())
+        else:
+            _replace_qwen(child)
+        if name == "time_conv":  # upsampling in time does nothing on the first frame
+            setattr(module, name, None)
+
+
+def decoder(config: dict[str, Any], family: str, dtype: DType) -> Part:
+    """The VAE decoder of a family, from the VAE's `config.json`.
+
+    In float16 the decoder stays in float32: both families' decoders are known to overflow there.
+
+    Raises:
+        SourceError: the config is not this family's VAE, or has other than 16 latent channels.
+    """
+    wanted = {"flux": "AutoencoderKL", "qwen-image": "AutoencoderKLQwenImage"}[family]
+    if config.get("_class_name") != wanted:
+        raise SourceError(f"vae: a {family} base must have a {wanted}, got {config.get('_class_name')!r}")
+    dtype = "float32" if dtype == "float16" else dtype
+    with torch.device("meta"):
+        if family == "flux":
+            module: nn.Module = FluxDecoder(AutoencoderKL.from_config(config))
+        else:
+            module = QwenDecoder(AutoencoderKLQwenImage.from_config(config))
+    _replace_qwen(module)
+    replace_linears(module)
+    module.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    return Part(
+        "vae_decoder",
+        module,
+        (TensorSpec("latents", "float32", ("batch", "latent_height", "latent_width", 64)),),
+        (TensorSpec("images", "uint8", ("batch", "height", "width", 3)),),
+        lambda name: name,
+        getattr(torch, dtype),
+    )

@@ -1,0 +1,258 @@
+"""A base checkpoint and an adapter -> the student in torch, run the reference's way: the independent check.
+
+diffusers' own transformer with peft's unmerged LoRA, the three heads on its last hidden state, and the closed-form
+update in torch. It shares no weight, graph or runtime code with the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, QwenImagePipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from .adapter import HEADS
+from .load import Student
+from .models.student import Heads
+
+SHIFT = 3.2
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a torch run gives: packed latents [B, N, C] float32 after every step, and images [B, H, W, 3] in [0, 1]."""
+
+    noise: torch.Tensor
+    steps: list[torch.Tensor]
+    images: torch.Tensor
+
+
+class TorchStudent:
+    """The student in torch; loads the whole model, so it is for models that fit in memory."""
+
+    def __init__(
+        self,
+        student: Student,
+        dtype: torch.dtype = torch.float32,
+        reference_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ):
+        """Load base, adapter and LoRAs.
+
+        Args:
+            student: from `load_student`.
+            dtype: dtype of all weights and activations; the update is float32 in any case.
+            reference_dtype: the dtype whose rounding the timestep, guidance and FLUX's rotary tables get, as if
+                the reference ran in it; None is `dtype`.
+            device: where to run.
+        """
+        self.family, self.dtype, self.device = student.family, dtype, device
+        pipeline = FluxPipeline if student.family == "flux" else QwenImagePipeline
+        self.pipe = pipeline.from_pretrained(student.base.path, dtype=dtype, use_safetensors=True)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.transformer = self.pipe.transformer
+        self.heads = _attach(self.transformer, student, dtype)
+        reference = reference_dtype or dtype
+        self.conditioning = _Conditioning(self.transformer.time_text_embed, student.family, reference)
+        self.transformer.time_text_embed = self.conditioning
+        if student.family == "flux":
+            self.transformer.pos_embed = _Rounded(self.transformer.pos_embed, reference)
+        self.pipe.to(device)
+        self.heads.to(device)
+
+    @torch.inference_mode()
+    def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text states [1, T, D], and CLIP's pooled projection [1, Dp] for FLUX (None for Qwen)."""
+        if self.family == "flux":
+            states, pooled, _ = self.pipe.encode_prompt(
+                prompt, prompt_2=None, device=self.device, max_sequence_length=max_sequence_length
+            )
+            return states, pooled
+        out = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=max_sequence_length)
+        return out[0], None
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        states: torch.Tensor,
+        pooled: torch.Tensor | None,
+        height: int,
+        width: int,
+        guidance_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One network call: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas."""
+        batch = latents.shape[0]
+        self.conditioning.sigma, self.conditioning.guidance = sigma, guidance_scale
+        common: dict[str, Any] = {
+            "hidden_states": latents.to(self.dtype),
+            "timestep": sigma.to(self.device).expand(batch),
+            "encoder_hidden_states": states.expand(batch, -1, -1),
+            "return_dict": False,
+        }
+        h, w = height // 16, width // 16
+        if self.family == "flux":
+            assert pooled is not None
+            ids = torch.zeros(h, w, 3, device=self.device)
+            ids[..., 1] += torch.arange(h, device=self.device)[:, None]
+            ids[..., 2] += torch.arange(w, device=self.device)[None]
+            guidance = None
+            if self.transformer.config.guidance_embeds:
+                guidance = torch.full([batch], guidance_scale, device=self.device, dtype=torch.float32)
+            hidden = self.transformer(
+                **common,
+                pooled_projections=pooled.expand(batch, -1),
+                img_ids=ids.reshape(-1, 3),
+                txt_ids=torch.zeros(states.shape[1], 3, device=self.device),
+                guidance=guidance,
+            )[0]
+        else:
+            hidden = self.transformer(**common, img_shapes=[[(1, h, w)]] * batch)[0]
+        return self.heads(hidden)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        prompt: str,
+        height: int,
+        width: int,
+        num_inference_steps: int = 2,
+        seed: int = 0,
+        guidance_scale: float = 3.5,
+        max_sequence_length: int = 512,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Drawing:
+        """Draw one picture; arguments as in the runtime's pipeline."""
+        states, pooled = self.encode(prompt, max_sequence_length)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        channels = self.transformer.config.in_channels // 4
+        noise = torch.randn(1, channels, height // 8, width // 8, generator=generator).to(self.device)
+        x = _pack(noise)
+        first, steps = x, []
+        t = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
+        sigmas = torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
+        for i in range(num_inference_steps):
+            heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale)
+            x = integrate(x, *heads, float(sigmas[i]), float(sigmas[i + 1]))
+            steps.append(x)
+            if on_step:
+                on_step(i)
+        return Drawing(first, steps, self.decode(x, height, width))
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Packed latents [B, N, C] -> images [B, H, W, 3] float32 in [0, 1]."""
+        vae, h, w = self.pipe.vae, height // 16, width // 16
+        z = latents.unflatten(1, (h, w)).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        if self.family == "flux":
+            z = z / vae.config.scaling_factor + vae.config.shift_factor
+            image = vae.decode(z.to(self.dtype), return_dict=False)[0]
+        else:
+            mean = torch.tensor(vae.config.latents_mean, device=self.device).view(1, -1, 1, 1)
+            std = torch.tensor(vae.config.latents_std, device=self.device).view(1, -1, 1, 1)
+            image = vae.decode((z * std + mean).to(self.dtype)[:, :, None], return_dict=False)[0][:, :, 0]
+        return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def integrate(
+    x: torch.Tensor,
+    means: torch.Tensor,
+    logweights: torch.Tensor,
+    loggammas: torch.Tensor,
+    start: float,
+    end: float,
+) -> torch.Tensor:
+    """One step of the closed-form update (arXiv 2602.09014), in float32.
+
+    Args:
+        x: packed latents [B, N, C] at sigma `start`, where the network was evaluated.
+        means: [B, N, K, C]; logweights: [B, N, K, P]; loggammas: [B, N, K-1, P].
+        start: sigma before the step.
+        end: sigma after it.
+    """
+    d = start - end
+    weights = logweights.float().softmax(dim=2)
+    z = nn.functional.pad(loggammas.float(), (0, 0, 1, 0)) * d
+    phi = torch.where(z.abs() < 1e-3, 1 + z / 2 + z * z / 6, torch.expm1(z) / torch.where(z == 0, 1, z))
+    modes = means.float().unflatten(-1, (-1, weights.shape[-1]))  # [B, N, K, C/P, P]
+    return x - d * (modes * (weights * phi).unsqueeze(3)).sum(2).flatten(-2)
+
+
+def _pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, 2h, 2w] -> [B, h*w, C*4], channel-major."""
+    x = latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # [B, C, h, 2, w, 2]
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class _Conditioning(nn.Module):
+    """Gives the embeddings the timestep and guidance as the reference computes them in `dtype`.
+
+    FLUX rounds sigma and its product with 1000, Qwen-Image rounds sigma and multiplies in float32.
+    """
+
+    def __init__(self, inner: nn.Module, family: str, dtype: torch.dtype):
+        super().__init__()
+        self.inner, self.family, self.dtype = inner, family, dtype
+        self.sigma, self.guidance = torch.tensor(1.0), 3.5
+
+    def forward(self, timestep: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sigma = self.sigma.to(timestep.device).to(self.dtype).expand(timestep.shape[0])
+        if self.family != "flux":
+            return self.inner(sigma.float(), *rest)
+        values = [(sigma * 1000).float()]
+        if len(rest) == 2:
+            guidance = torch.full_like(sigma, self.guidance)
+            values.append((guidance * 1000).float())
+        return self.inner(*values, rest[-1])
+
+
+class _Rounded(nn.Module):
+    """The reference rounds FLUX's rotary tables to the model's dtype."""
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.inner, self.dtype = inner, dtype
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t.to(self.dtype).float() for t in self.inner(ids))
+
+
+def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
+    """Give a base transformer the adapter: full tensors, heads, and LoRA kept unmerged as the reference does."""
+    adapter = student.adapter
+    state = {k.removeprefix("transformer."): v for k, v in load_file(_file(student)).items()}
+    heads = Heads(
+        transformer.inner_dim, transformer.config.in_channels, adapter.num_gaussians, adapter.logweights_channels
+    )
+    heads.load_state_dict({k: v for k, v in state.items() if k.split(".")[0] in HEADS})
+    full = {k: v.to(dtype) for k, v in state.items() if "lora" not in k and k.split(".")[0] not in HEADS}
+    _, unexpected = transformer.load_state_dict(full, strict=False)
+    assert not unexpected, unexpected
+    transformer.proj_out = nn.Identity()  # the heads take its input
+    lora = {k: v.to(dtype) for k, v in state.items() if "lora" in k}
+    names, scales = [], []
+    if lora:
+        transformer.load_lora_adapter(lora, prefix=None, adapter_name="arcflow")
+        names.append("arcflow")
+        scales.append(1.0)
+    for i, style in enumerate(student.styles):
+        factors = {}
+        for module, pair in style.pairs.get("transformer", {}).items():
+            factors[f"{module}.lora_A.weight"] = pair.a.read().to(dtype)
+            factors[f"{module}.lora_B.weight"] = (pair.b.read().float() * pair.scale).to(dtype)
+        if factors:
+            transformer.load_lora_adapter(factors, prefix=None, adapter_name=f"style{i}")
+            names.append(f"style{i}")
+            scales.append(1.0)
+    if len(names) > 1:
+        transformer.set_adapters(names, scales)
+    return heads.to(dtype).eval()
+
+
+def _file(student: Student) -> Any:
+    return next(iter(student.adapter.index.values())).path

@@ -1,0 +1,159 @@
+"""A directory of safetensors (one file, or shards with an index) -> tensors by name, read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import SourceError
+from .sources import read_json
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor in one file; reading it maps the file only for that long, so that resident memory stays small."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor as stored."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, in its stored dtype."""
+        with safe_open(self.path, framework="pt") as f:
+            return f.get_tensor(self.key)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of dimension 0, in the stored dtype."""
+        with safe_open(self.path, framework="pt") as f:
+            return f.get_slice(self.key)[start:stop]
+
+
+class TensorIndex(Mapping[str, TensorRef]):
+    """The tensors of one component, by name."""
+
+    def __init__(self, refs: dict[str, TensorRef], where: Path):
+        self._refs = refs
+        self.where = where
+
+    def __getitem__(self, key: str) -> TensorRef:
+        try:
+            return self._refs[key]
+        except KeyError:
+            raise SourceError(f"{self.where} has no tensor {key!r}; is the checkpoint complete?") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._refs
+
+    def digest(self) -> str:
+        """SHA-256 over every file's name, size and safetensors header: cheap, and changes with any re-save."""
+        sha = hashlib.sha256()
+        for path in sorted({r.path for r in self._refs.values()}):
+            sha.update(f"{path.name} {path.stat().st_size} ".encode())
+            sha.update(_read_header(path))
+        return sha.hexdigest()
+
+    @staticmethod
+    def open(path: Path, what: str) -> TensorIndex:
+        """Index a .safetensors file, or a directory with one such file or with shards and an index.
+
+        Raises:
+            SourceError: no safetensors, a pickle instead, a missing or truncated shard, an unsupported dtype.
+        """
+        files = [path] if path.is_file() else _files(path, what)
+        refs: dict[str, TensorRef] = {}
+        for file in files:
+            _check_file(file, what)
+            try:
+                with safe_open(file, framework="pt") as f:
+                    for key in f.keys():  # noqa: SIM118 - not a dict
+                        s = f.get_slice(key)
+                        if s.get_dtype() not in DTYPES:
+                            raise SourceError(
+                                f"{what}: {file}: tensor {key!r} has dtype {s.get_dtype()}; "
+                                f"supported are {sorted(DTYPES)}. Use the original, unquantised checkpoint"
+                            )
+                        refs[key] = TensorRef(file, key, tuple(s.get_shape()), DTYPES[s.get_dtype()])
+            except SafetensorError as e:
+                raise SourceError(f"{what}: {file} is not a valid safetensors file ({e}); download it again") from None
+        return TensorIndex(refs, path)
+
+
+def _files(path: Path, what: str) -> list[Path]:
+    if not path.is_dir():
+        raise SourceError(f"{what}: {path} is not a directory")
+    indexes = sorted(p for p in path.glob("*.safetensors.index.json"))
+    if indexes:
+        weight_map = read_json(indexes[0], what).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SourceError(f"{what}: {indexes[0]} has no 'weight_map'")
+        names = sorted({str(v) for v in weight_map.values()})
+        for name in names:
+            if Path(name).name != name:
+                raise SourceError(f"{what}: {indexes[0]} names {name!r}, which leaves its directory")
+            if not (path / name).is_file():
+                raise SourceError(f"{what}: {path / name} is missing, but {indexes[0].name} lists it")
+        return [path / n for n in names]
+    single = sorted(path.glob("*.safetensors"))
+    if not single:
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+        if pickles:
+            raise SourceError(
+                f"{what}: {path} holds only pickles ({', '.join(pickles)}), which can run code when read; "
+                "convert them to safetensors first"
+            )
+        raise SourceError(f"{what}: {path} holds no .safetensors file")
+    if len(single) > 1:
+        names = [p.name for p in single]
+        # diffusers' variants (model.fp16.safetensors) lie beside the plain file, which is the one to use.
+        plain = [p for p in single if p.name.count(".") == 1]
+        if len(plain) != 1:
+            raise SourceError(f"{what}: {path} holds {names} and no index; which one to use is unclear")
+        single = plain
+    return single
+
+
+def _read_header(path: Path) -> bytes:
+    with path.open("rb") as f:
+        (size,) = struct.unpack("<Q", f.read(8))
+        return f.read(size)
+
+
+def _check_file(path: Path, what: str) -> None:
+    """Name the usual ways a file is bad before the parser's own message."""
+    if path.suffix in _PICKLES:
+        raise SourceError(f"{what}: {path} is a pickle, which can run code when read; convert it to safetensors")
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = f.read(8)
+    if len(head) < 8:
+        raise SourceError(f"{what}: {path} has only {size} bytes; it is truncated, download it again")
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        raise SourceError(f"{what}: {path} is a pickle by its content; convert it to safetensors")
+    if head.startswith(b"version "):
+        raise SourceError(f"{what}: {path} is a Git LFS pointer, not the weights; run `git lfs pull`")

@@ -1,0 +1,42 @@
+"""Run an ArcFlow bundle: prompt -> picture, without torch.
+
+from arcflow_runtime import Pipeline
+image = Pipeline.load("bundle")("a red circle", seed=42).images[0]
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .errors import ArcFlowError, BundleError, EngineError, RequestError
+    from .pipeline import Pipeline, PipelineOutput
+
+__all__ = [
+    "ArcFlowError",
+    "Bundle",
+    "BundleError",
+    "EngineError",
+    "Pipeline",
+    "PipelineOutput",
+    "RequestError",
+]
+
+# Modules are imported on first use of a name, so that the command line's --help costs no numpy import.
+_MODULES = {
+    "ArcFlowError": ".errors",
+    "Bundle": ".bundle",
+    "BundleError": ".errors",
+    "EngineError": ".errors",
+    "Pipeline": ".pipeline",
+    "PipelineOutput": ".pipeline",
+    "RequestError": ".errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)

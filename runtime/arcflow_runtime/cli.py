@@ -1,0 +1,111 @@
+"""The `arcflow` command: argument list -> exit code (0 done, 1 failed, 2 bad usage, 130 Ctrl-C)."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from .errors import ArcFlowError, RequestError
+
+#: Each module has a docstring for its help, `add_arguments(parser)` and `run(args) -> int`.
+COMMANDS = {
+    "export": "arcflow_export.commands.export",
+    "generate": "arcflow_runtime.commands.generate",
+    "verify": "arcflow_export.commands.verify",
+    "inspect": "arcflow_runtime.commands.inspect",
+    "bench": "arcflow_runtime.commands.bench",
+}
+DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says which option was meant when one is misspelt."""
+
+    def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
+        args, rest = self.parse_known_intermixed_args(argv)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument {rest[0]!r}{_suggest(rest[0].split('=')[0], known)}")
+        return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; `argv` is `sys.argv[1:]` where None. Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return DONE if argv else BAD_USAGE
+    name = argv[0]
+    if name not in COMMANDS:
+        print(f"arcflow: error: unknown command {name!r}{_suggest(name, COMMANDS)}", file=sys.stderr)
+        print(f"the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return BAD_USAGE
+    try:
+        return _run(name, argv[1:])
+    except KeyboardInterrupt:
+        print(f"arcflow {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as e:  # argparse's help and errors
+        return e.code if isinstance(e.code, int) else FAILED
+
+
+def _run(name: str, argv: list[str]) -> int:
+    debug = "--debug" in argv
+    try:
+        module = importlib.import_module(COMMANDS[name])
+        args = _parser(name, module).parse_strictly(argv)
+        return int(module.run(args))
+    except ModuleNotFoundError as e:
+        if debug or (e.name or "").startswith("arcflow_runtime"):
+            raise
+        package = "arcflow[export]" if COMMANDS[name].startswith("arcflow_export.") else "arcflow"
+        return _fail(name, f"needs {e.name}, which is not installed; run: pip install '{package}'", FAILED)
+    except RequestError as e:
+        if debug:
+            raise
+        return _fail(name, str(e), BAD_USAGE)
+    except (ArcFlowError, OSError) as e:
+        if debug:
+            raise
+        return _fail(name, str(e), FAILED)
+
+
+def _parser(name: str, module: ModuleType) -> _Parser:
+    parser = _Parser(
+        prog=f"arcflow {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _overview() -> str:
+    lines = ["usage: arcflow COMMAND ...", "", "Compile and run two-step ArcFlow students.", ""]
+    for name, path in COMMANDS.items():
+        try:
+            summary = (importlib.import_module(path).__doc__ or "").strip().splitlines()[0]
+        except ModuleNotFoundError:
+            summary = "(not installed: pip install 'arcflow[export]')"
+        lines.append(f"  {name:10}{summary}")
+    return "\n".join([*lines, "", "`arcflow COMMAND --help` explains one."])
+
+
+def _suggest(word: str, known: Sequence[str] | dict[str, str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    print(f"arcflow {name}: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

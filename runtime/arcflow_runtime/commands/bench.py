@@ -1,0 +1,124 @@
+"""Time a bundle stage by stage.
+
+Text embeddings are forgotten before every run, so that each encodes its prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engines import BACKENDS, DEFAULT_BACKEND
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("--height", type=int, help="pixels (default: 1024 or the nearest allowed)")
+    parser.add_argument("--width", type=int, help="pixels (default: likewise)")
+    parser.add_argument("--steps", type=int, help="network calls (default: the bundle's)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="runs before them (default: %(default)s)")
+    parser.add_argument("--prompt", default="a large red circle on a blue background", help="(default: %(default)r)")
+    parser.add_argument(
+        "--backend", choices=sorted(BACKENDS), default=DEFAULT_BACKEND, help="engine (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the pipeline and print the table."""
+    if args.runs < 1 or args.warmup < 0:
+        raise RequestError(f"--runs must be at least 1 and --warmup at least 0, got {args.runs} and {args.warmup}")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise RequestError(f"--json must be in a directory that exists, got {str(args.json)!r}")
+    from tqdm import trange
+
+    from ..pipeline import Pipeline
+
+    timings: list[dict[str, float]] = []
+    with Pipeline.load(args.bundle, args.backend, threads=args.threads) as pipeline:
+        for i in trange(args.warmup + args.runs, desc="runs", disable=None, leave=False):
+            measured = _time(pipeline, args)
+            if i >= args.warmup:
+                timings.append(measured)
+    stages = {name: _summary([t[name] for t in timings]) for name in timings[0]}
+    print(_table(stages))
+    report = {"machine": describe_machine(args.threads), "request": _request(args), "stages_ms": stages}
+    print("\n" + ", ".join(f"{k} {v}" for k, v in describe_machine(args.threads).items()))
+    if args.json is not None:
+        temporary = args.json.with_name(f".{args.json.name}.tmp")
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(temporary, args.json)
+    return 0
+
+
+def describe_machine(threads: int | None) -> dict[str, str | int]:
+    """What the numbers depend on: processor, cores, threads and versions."""
+    import numpy
+    import onnxruntime
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "processor": _processor(),
+        "cores": cores,
+        "threads": threads or "default",
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _time(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, float]:
+    pipeline.clear_cache()
+    output = pipeline(
+        args.prompt,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        seed=0,
+        num_images_per_prompt=args.batch,
+    )
+    stages = dict(output.timings_ms)
+    total = stages.pop("total")
+    return stages | {"between": total - sum(stages.values()), "total": total}
+
+
+def _request(args: argparse.Namespace) -> dict[str, object]:
+    names = ("height", "width", "steps", "batch", "runs", "warmup", "prompt", "backend")
+    return {"bundle": str(args.bundle)} | {name: getattr(args, name) for name in names}
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and 10th and 90th percentiles, in milliseconds."""
+    if len(values) == 1:
+        return {"median": values[0], "p10": values[0], "p90": values[0]}
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[8]}
+
+
+def _table(stages: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'stage':10} {'median ms':>10} {'p10':>10} {'p90':>10}"]
+    lines += [f"{n:10} {s['median']:10.3f} {s['p10']:10.3f} {s['p90']:10.3f}" for n, s in stages.items()]
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""Draw pictures from prompts with a bundle.
+
+Several prompts, or --num-images above 1, write NAME-0.png, NAME-1.png and so on. Each PNG records its prompt,
+seed and number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engines import BACKENDS, DEFAULT_BACKEND
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..pipeline import Pipeline, PipelineOutput
+
+# A bar appears on runs longer than this.
+_BAR_DELAY_S = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("prompt", nargs="+", help="what to draw; several prompts make one batch")
+    parser.add_argument("--out", type=Path, default=Path("image.png"), help="PNG to write (default: %(default)s)")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 1024, or nearest)")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: likewise)")
+    parser.add_argument("--steps", type=int, help="network calls (default: the bundle's)")
+    parser.add_argument("--seed", type=int, help="seed of the whole batch (default: a random one, printed)")
+    parser.add_argument("--guidance-scale", type=float, help="FLUX's guidance (default: 3.5)")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
+    parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
+    parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
+    parser.add_argument(
+        "--backend", choices=sorted(BACKENDS), default=DEFAULT_BACKEND, help="engine (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw and write the pictures."""
+    _check_out(args.out)
+    from ..pipeline import Pipeline
+
+    with Pipeline.load(args.bundle, args.backend, args.low_memory, threads=args.threads) as pipeline:
+        output = _draw(pipeline, args)
+    steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
+    paths = _paths(args.out, len(output.images))
+    for i, (path, image) in enumerate(zip(paths, output.images, strict=True)):
+        text = {"prompt": args.prompt[i // args.num_images], "seed": str(output.seed), "steps": str(steps)}
+        _write_png(path, image, text | ({"batch_index": str(i)} if len(paths) > 1 else {}))
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "images": [str(p) for p in paths],
+                    "seed": output.seed,
+                    "warnings": list(output.warnings),
+                    "timings_ms": {k: round(v, 3) for k, v in output.timings_ms.items()},
+                },
+                indent=2,
+            )
+        )
+    else:
+        for path in paths:
+            print(path)
+        print(f"seed {output.seed}, {output.timings_ms['total'] / 1e3:.2f} s")
+    return 0
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise RequestError(f"--out must end in .png, got {str(out)!r}")
+    if not out.parent.is_dir():
+        raise RequestError(f"--out must be in a directory that exists, got {str(out)!r}; make {out.parent} first")
+    if out.is_dir():
+        raise RequestError(f"--out must be a file, got the directory {str(out)!r}")
+
+
+def _draw(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
+    from tqdm import tqdm
+
+    steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
+    with tqdm(total=steps, desc="steps", delay=_BAR_DELAY_S, disable=None, leave=False) as bar:
+        return pipeline(
+            args.prompt,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            seed=args.seed,
+            num_images_per_prompt=args.num_images,
+            max_sequence_length=args.max_sequence_length,
+            callback_on_step_end=lambda step, latents: bar.update(),
+        )
+
+
+def _paths(out: Path, count: int) -> list[Path]:
+    return [out] if count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+
+
+def _write_png(path: Path, image: Image.Image, text: dict[str, str]) -> None:
+    """Write beside `path` and rename, so that a picture is whole or not there."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            image.save(f, "PNG", pnginfo=info)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's mode is private
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

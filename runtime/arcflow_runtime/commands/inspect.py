@@ -1,0 +1,112 @@
+"""Show what a bundle holds: parts, sizes, shapes, schedule and provenance."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle, Manifest, Part, TensorSpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("--check", action="store_true", help="hash every file, not only the small ones")
+    parser.add_argument("--json", action="store_true", help="print the manifest and sizes as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the bundle's description."""
+    from ..bundle import Bundle
+
+    bundle = _open_checked(args.bundle) if args.check else Bundle.open(args.bundle)
+    print(json.dumps(_describe(bundle), indent=2) if args.json else _table(bundle, args.check))
+    return 0
+
+
+def _open_checked(root: Path) -> Bundle:
+    from tqdm import tqdm
+
+    from ..bundle import MANIFEST, Bundle
+
+    total = sum(p.stat().st_size for p in root.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        return Bundle.open(root, "full", bar.update)
+
+
+def _sigmas(manifest: Manifest) -> list[float]:
+    from ..schedule import sigmas
+
+    return [float(s) for s in sigmas(manifest.schedule.num_inference_steps, manifest.schedule)]
+
+
+def _part_bytes(manifest: Manifest, part: Part) -> int:
+    return sum(manifest.files[name].bytes for name in {part.graph, part.weights})
+
+
+def _describe(bundle: Bundle) -> dict[str, object]:
+    """The manifest with each part's bytes, the schedule's sigmas and the total size."""
+    m = bundle.manifest
+    data = dataclasses.asdict(m)
+    for name, part in m.parts.items():
+        data["parts"][name]["bytes"] = _part_bytes(m, part)
+    data["schedule"]["sigmas"] = _sigmas(m)
+    data["bytes"] = sum(entry.bytes for entry in m.files.values())
+    return data
+
+
+def _table(bundle: Bundle, checked: bool) -> str:
+    m = bundle.manifest
+    total = sum(entry.bytes for entry in m.files.values())
+    rows = [("part", "parameters", "bytes", "precision")]
+    rows += [(n, f"{p.parameters:,}", f"{_part_bytes(m, p):,}", p.precision) for n, p in m.parts.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        f"{bundle.root}: {m.family} bundle, version {m.version}, {total:,} bytes in {len(m.files)} files",
+        "",
+    ]
+    lines += [f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+    lines += ["", "shapes"]
+    for name, part in m.parts.items():
+        lines.append(f"  {name}")
+        lines += [f"    {_shape(spec)}" for spec in part.inputs]
+        lines += [f"    -> {_shape(spec)}" for spec in part.outputs]
+    lines += ["", *_facts(m)]
+    lines.append(f"{'every file matches its' if checked else 'small files match their'} SHA-256")
+    return "\n".join(lines)
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"{spec.name} [{', '.join(str(d) for d in spec.shape)}] {spec.dtype}"
+
+
+def _facts(m: Manifest) -> list[str]:
+    r, s, p = m.ranges, m.schedule, m.provenance
+    baked = "none" if m.modulation is None else ", ".join(str(n) for n in m.modulation.num_inference_steps)
+    sigmas = ", ".join(f"{x:.4f}" for x in _sigmas(m))
+    steps = f"{s.num_inference_steps} steps, shift {s.shift:g}, timestep ratio {s.timestep_ratio:g}"
+    loras = ", ".join(f"{x.name} x {x.scale:g}" for x in p.loras if x.scale is not None) or "none"
+    facts = {
+        "dtype": f"{m.dtype}, conditioning as the reference in {m.reference_dtype}, opset {m.opset}",
+        "schedule": f"{steps}: sigma {sigmas}",
+        "baked": f"modulation for step counts: {baked}",
+        "guidance": "yes" if m.guidance else "no",
+        "modes": f"K {m.latents.num_gaussians}, P {m.latents.logweights_channels}",
+        "text": f"up to {m.text.max_sequence_length} tokens",
+        "ranges": f"batch {r.batch.min}-{r.batch.max}, height {r.height_px.min}-{r.height_px.max} px, "
+        f"width {r.width_px.min}-{r.width_px.max} px",
+        "base": _source(p.base.name, p.base.revision),
+        "adapter": _source(p.adapter.name, p.adapter.revision),
+        "loras": loras,
+        "made": f"{p.created} by {', '.join(f'{k} {v}' for k, v in p.tools.items())}",
+        "command": p.command,
+    }
+    return [f"{key:9} {value}" for key, value in facts.items()]
+
+
+def _source(name: str, revision: str | None) -> str:
+    return name if revision is None else f"{name} at {revision}"

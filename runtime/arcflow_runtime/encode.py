@@ -1,0 +1,47 @@
+"""Encode prompts: token ids [1, T] -> text states [1, T, Dt] and, for FLUX, pooled vectors [1, Dp]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .bundle import Manifest
+from .parts import Parts
+from .text import Embeddings, Tokens
+
+
+def encode_prompts(parts: Parts, manifest: Manifest, prompts: Mapping[str, Tokens]) -> dict[str, Embeddings]:
+    """Run the text encoders on each prompt by itself, so that its states never depend on the others.
+
+    Args:
+        parts: the bundle's parts; each encoder is opened once for all prompts.
+        manifest: tells the family and how many leading states to drop.
+        prompts: the distinct prompts and their ids.
+
+    Returns:
+        Embeddings by prompt.
+
+    Raises:
+        EngineError: an encoder failed.
+    """
+    if manifest.family == "flux":
+        pooled = _run(parts, "text_encoder", "pooled_projections", prompts)
+        states = _run(parts, "text_encoder_2", "encoder_hidden_states", prompts)
+        return {p: Embeddings(states[p], pooled[p]) for p in prompts}
+    states = _run(parts, "text_encoder", "encoder_hidden_states", prompts)
+    drop = manifest.text.drop_tokens
+    return {p: Embeddings(_frozen(states[p][:, drop:].copy()), None) for p in prompts}
+
+
+def _run(parts: Parts, part: str, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
+    if not prompts:
+        return {}
+    with parts.use(part) as run:
+        return {p: _frozen(run({"input_ids": tokens.ids[part]})[output]) for p, tokens in prompts.items()}
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    # Cached and shared between calls and threads.
+    array.setflags(write=False)
+    return array

@@ -1,0 +1,175 @@
+"""Draw the noise: seed and size -> packed latents [B, N, C*p*p] float32, as torch's CPU generator draws them.
+
+torch fills 16 or more float32 numbers from 24-bit uniforms of its MT19937, 8 pairs at a time, with a
+Box-Muller transform whose log and sincos are the Cephes polynomials evaluated with fused multiply-add. The
+same operations in the same order give the same bits as torch on x86 with AVX2; elsewhere torch calls the C
+library and itself differs from this by up to about 2e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import RequestError
+
+#: The seeds `torch.Generator.manual_seed` takes.
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
+
+_F = np.float32
+_TWO_PI = _F(2 * np.pi)
+_SQRT_HALF = _F(0.707106781186547524)
+_LOG_COEFFICIENTS = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+_LN2_HIGH, _LN2_LOW = _F(0.693359375), _F(-2.12194440e-4)
+# pi/4 in three parts, each short enough for an exact product with a small integer.
+_PI_4_PARTS = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)
+_SIN_COEFFICIENTS = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+_COS_COEFFICIENTS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+_FOUR_OVER_PI = _F(1.27323954473516)
+# Uniforms per block: the temporaries of one block stay in the processor's cache.
+_BLOCK = 1 << 15
+
+
+def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
+    """Standard normal numbers, those of `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
+
+    Args:
+        seed: any integer that `torch.Generator.manual_seed` takes; its low 32 bits count.
+        shape: the result's shape.
+
+    Returns:
+        float32 array of `shape`.
+
+    Raises:
+        RequestError: the seed is outside -2**63 ... 2**64 - 1.
+    """
+    if not MIN_SEED <= seed <= MAX_SEED:
+        raise RequestError(f"seed must be between -2**63 and 2**64 - 1, got {seed}; use a smaller number")
+    size = int(np.prod(shape, dtype=np.int64))
+    if size < 16:
+        return _normal_scalar(seed, size).reshape(shape)
+    tail = size % 16
+    uniforms = (_mt19937(seed, size + (16 if tail else 0)) & np.uint32(0xFFFFFF)).astype(_F) * _F(2**-24)
+    out = np.empty(size, _F)
+    whole = size - tail
+    for i in range(0, whole, _BLOCK):
+        out[i : min(i + _BLOCK, whole)] = _box_muller(uniforms[i : min(i + _BLOCK, whole)])
+    if tail:  # torch draws 16 fresh uniforms and recomputes the last 16 numbers
+        out[-16:] = _box_muller(uniforms[-16:])
+    return out.reshape(shape)
+
+
+def pack(latents: np.ndarray, patch_size: int) -> np.ndarray:
+    """Gather p x p pixels into tokens: [B, C, h, w] -> [B, (h/p)*(w/p), C*p*p], channel c*p*p + p*dy + dx."""
+    b, c, h, w = latents.shape
+    p = patch_size
+    tokens = latents.reshape(b, c, h // p, p, w // p, p).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(tokens).reshape(b, (h // p) * (w // p), c * p * p)
+
+
+def draw_latents(
+    seed: int | Sequence[int], batch: int, channels: int, height: int, width: int, patch_size: int
+) -> np.ndarray:
+    """The packed noise of a batch, as diffusers draws it with CPU generators.
+
+    Args:
+        seed: an int draws [B, C, height, width] in one call; a sequence gives one seed per image, each
+            of which draws [1, C, height, width].
+        batch: number of images B.
+        channels: latent channels C.
+        height: latent height (the image's divided by the VAE's scale factor).
+        width: latent width.
+        patch_size: side p of a token's patch of latent pixels.
+
+    Returns:
+        [B, N, C*p*p] float32, N = (height/p) * (width/p).
+
+    Raises:
+        RequestError: a seed is out of range.
+    """
+    if isinstance(seed, int):
+        return pack(randn(seed, (batch, channels, height, width)), patch_size)
+    return pack(np.concatenate([randn(s, (1, channels, height, width)) for s in seed]), patch_size)
+
+
+def _mt19937(seed: int, count: int) -> np.ndarray:
+    # numpy promises that RandomState's stream never changes; its full-range uint32 draw is MT19937's output.
+    return np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 1 << 32, size=count, dtype=np.uint32)
+
+
+def _normal_scalar(seed: int, size: int) -> np.ndarray:
+    """torch's path below 16 numbers: Box-Muller in float64, from 53-bit uniforms, cosine first, then sine."""
+    pairs = (size + 1) // 2
+    words = _mt19937(seed, 4 * pairs).astype(np.uint64).reshape(pairs, 2, 2)
+    bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)
+    u = bits.astype(np.float64) * 2.0**-53
+    radius, theta = np.sqrt(-2 * np.log1p(-u[:, 1])), 2 * np.pi * u[:, 0]
+    normal = np.stack([radius * np.cos(theta), radius * np.sin(theta)], axis=1)
+    return normal.reshape(-1)[:size].astype(_F)
+
+
+def _box_muller(uniforms: np.ndarray) -> np.ndarray:
+    """16 uniforms in [0, 1) give 16 normals: radius from the first 8, angle from the last 8."""
+    u = uniforms.reshape(-1, 2, 8)
+    radius = np.sqrt(_F(-2) * _log(_F(1) - u[:, 0]))
+    sin, cos = _sincos(_TWO_PI * u[:, 1])
+    out = np.empty_like(u)
+    # Adding zero turns -0 into +0, as torch's `fma(x, std, mean)` does.
+    out[:, 0] = radius * cos + _F(0)
+    out[:, 1] = radius * sin + _F(0)
+    return out.reshape(-1)
+
+
+def _fma(a: np.ndarray, b: np.ndarray | np.float32, c: np.ndarray | np.float32) -> np.ndarray:
+    # The product of two float32 is exact in float64, so only the sum is rounded (twice, which changes the
+    # float32 result in about one of 2**29 cases).
+    return (a.astype(np.float64) * b + c).astype(_F)
+
+
+def _polynomial(x: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
+    y: np.ndarray = np.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        y = _fma(y, x, _F(c))
+    return y
+
+
+def _log(x: np.ndarray) -> np.ndarray:
+    """Natural logarithm of positive normal float32 numbers (Cephes logf)."""
+    bits = x.view(np.int32)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).view(_F)  # in [0.5, 1)
+    small = mantissa < _SQRT_HALF
+    exponent = ((bits >> 23) - 126).astype(_F) - small.astype(_F)
+    x = (mantissa - _F(1)) + np.where(small, mantissa, _F(0))
+    z = x * x
+    y = _fma(_polynomial(x, _LOG_COEFFICIENTS) * x, z, exponent * _LN2_LOW)
+    y = _fma(z, _F(-0.5), y)
+    return _fma(exponent, _LN2_HIGH, x + y)
+
+
+def _sincos(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sine and cosine of float32 numbers in [0, 2 pi] (Cephes sinf and cosf)."""
+    octant = ((x * _FOUR_OVER_PI).astype(np.int32) + 1) & ~1
+    y = octant.astype(_F)
+    for part in _PI_4_PARTS:
+        x = _fma(y, _F(part), x)
+    z = x * x
+    cos = _fma(_polynomial(z, _COS_COEFFICIENTS) * z, z, z * _F(-0.5)) + _F(1)
+    sin = _fma(_polynomial(z, _SIN_COEFFICIENTS) * z, x, x)
+    quadrant = (octant >> 1) & 3
+    odd = (quadrant & 1) == 1
+    sin_x = np.where(odd, cos, sin)
+    cos_x = np.where(odd, sin, cos)
+    sin_x = np.where(quadrant >= 2, -sin_x, sin_x)
+    cos_x = np.where((quadrant == 1) | (quadrant == 2), -cos_x, cos_x)
+    return sin_x, cos_x

@@ -1,0 +1,89 @@
+"""Keep a bundle's parts open, or open each only while it is used: part name -> a function that runs it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+
+from .bundle import Bundle, Part
+from .engines.base import Backend, Engine
+from .errors import EngineError
+
+Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
+
+
+class Parts:
+    """The engines of one bundle; safe to use from several threads.
+
+    With `keep`, a part is opened once and stays open. Without, it is opened for each use and closed after it,
+    and one part is in memory at a time: other threads wait.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, keep: bool) -> None:
+        self._bundle = bundle
+        self._backend = backend
+        self._keep = keep
+        self._engines: dict[str, Engine] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def open_all(self) -> None:
+        """Open every part now rather than on first use.
+
+        Raises:
+            EngineError: a part cannot be opened; those already open are closed.
+        """
+        try:
+            for part in self._bundle.manifest.parts:
+                self._kept(part)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def use(self, part: str) -> Iterator[Run]:
+        """Give a function that runs `part`: inputs by name are cast to the dtypes its graph takes.
+
+        Raises:
+            EngineError: the part cannot be opened, or the parts were closed.
+        """
+        spec = self._bundle.manifest.parts[part]
+        if self._keep:
+            engine = self._kept(part)
+            yield lambda inputs: engine.run(_cast(spec, inputs))
+            return
+        with self._lock:
+            self._check_open()
+            engine = self._backend.open(self._bundle, part)
+            try:
+                yield lambda inputs: engine.run(_cast(spec, inputs))
+            finally:
+                engine.close()
+
+    def close(self) -> None:
+        """Close every engine; using a part afterwards raises `EngineError`. Calling it twice is allowed."""
+        with self._lock:
+            self._closed = True
+            for engine in self._engines.values():
+                engine.close()
+            self._engines.clear()
+
+    def _kept(self, part: str) -> Engine:
+        with self._lock:
+            self._check_open()
+            if part not in self._engines:
+                self._engines[part] = self._backend.open(self._bundle, part)
+            return self._engines[part]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this pipeline is closed; load it again with Pipeline.load")
+
+
+def _cast(part: Part, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {spec.name: np.ascontiguousarray(inputs[spec.name], dtype=_DTYPES[spec.dtype]) for spec in part.inputs}

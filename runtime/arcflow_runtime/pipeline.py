@@ -1,0 +1,239 @@
+"""The pipeline: prompts -> tokens -> text states -> modulation -> latents -> pictures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+
+from .bundle import Bundle, Check
+from .condition import Conditioner
+from .decode import check_pictures, decode_latents, to_float, to_pil
+from .denoise import Group, StepCallback, check_finite, denoise
+from .encode import encode_prompts
+from .engines import DEFAULT_BACKEND, open_backend
+from .engines.base import Backend
+from .errors import RequestError
+from .noise import draw_latents
+from .parts import Parts
+from .request import OutputType, Request, check_request
+from .rotary import image_rotary, text_rotary
+from .schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from .stopwatch import Stopwatch
+from .text import EmbeddingCache, Embeddings, PromptTokenizer
+
+_log = logging.getLogger("arcflow")
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What one call made.
+
+    `images` is a list of B PIL pictures, [B, H, W, 3] float32 in [0, 1] ("numpy") or [B, N, 64] float32
+    ("latents"). `seed` draws the same noise again when passed back. `timings_ms` has the wall time of every
+    stage and "total".
+    """
+
+    images: list[Image.Image] | np.ndarray
+    seed: int | tuple[int, ...]
+    warnings: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+
+
+class Pipeline:
+    """A loaded bundle; calls from several threads are safe."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, low_memory: bool = False) -> None:
+        """Wire up the stages of `bundle`; `Pipeline.load` does this from a path.
+
+        Raises:
+            EngineError: the backend cannot run the bundle or open a part.
+            BundleError: a tokenizer or the modulation table cannot be read.
+        """
+        backend.check(bundle)
+        self.bundle = bundle
+        self._tokenizer = PromptTokenizer(bundle)
+        self._cache = EmbeddingCache()
+        self._conditioner = Conditioner(bundle)
+        self._parts = Parts(bundle, backend, keep=not low_memory)
+        if not low_memory:
+            self._parts.open_all()
+
+    @staticmethod
+    def load(
+        bundle: str | Path,
+        backend: str = DEFAULT_BACKEND,
+        low_memory: bool = False,
+        check: Check = "fast",
+        threads: int | None = None,
+    ) -> Pipeline:
+        """Open the bundle in a directory.
+
+        Args:
+            bundle: the directory that `arcflow export` wrote.
+            backend: what runs the graphs, a key of `engines.BACKENDS`.
+            low_memory: open each part only while it is used, one at a time.
+            check: "fast" compares file sizes and hashes small files, "full" hashes every file.
+            threads: CPU threads per engine; None lets the engine choose.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or of another version.
+            EngineError: the backend is unknown or cannot run the bundle.
+            RequestError: `check` or `threads` is out of range.
+        """
+        if check not in get_args(Check):
+            raise RequestError(f"check must be one of {list(get_args(Check))}, got {check!r}")
+        opened = open_backend(backend, threads)
+        return Pipeline(Bundle.open(bundle, check), opened, low_memory)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> PipelineOutput:
+        """Draw pictures.
+
+        Args:
+            prompt: one prompt or a list; the batch B is num_images_per_prompt of each, prompt by prompt.
+            height: in pixels, a multiple of 16 in the bundle's range; None is 1024 or the nearest allowed.
+            width: likewise.
+            num_inference_steps: network calls; None is the bundle's (2).
+            guidance_scale: for a student with guidance, 3.5 where None; others ignore it and warn.
+            seed: an int draws the noise of the whole batch in one call, a list of B ints one image each; None
+                takes a random seed, given back in the output.
+            num_images_per_prompt: pictures per prompt.
+            max_sequence_length: largest number of text tokens; None is the bundle's.
+            output_type: "pil", "numpy" or "latents".
+            callback_on_step_end: called after each step with its index and the latents, [B, N, 64] float32,
+                read-only; what it returns is ignored.
+
+        Raises:
+            RequestError: an argument is wrong; nothing was run.
+            EngineError: an engine failed, or the latents are not finite.
+        """
+        started = time.perf_counter()
+        request = check_request(
+            self.bundle.manifest,
+            prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            seed,
+            num_images_per_prompt,
+            max_sequence_length,
+            output_type,
+        )
+        watch = Stopwatch()
+        embeddings, warnings = self._encode(request, watch)
+        for warning in warnings:
+            _log.warning(warning)
+        latents = self._denoise(request, embeddings, watch, callback_on_step_end)
+        images = self._decode(request, latents, watch)
+        timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
+        return PipelineOutput(images, request.seed, warnings, timings)
+
+    def _encode(self, request: Request, watch: Stopwatch) -> tuple[dict[str, Embeddings], tuple[str, ...]]:
+        """Tokenise and encode the distinct prompts; and what there is to warn of."""
+        length = request.max_sequence_length
+        with watch("tokenize"):
+            tokens = {p: self._tokenizer.tokenize(p, length) for p in request.prompts}
+        with watch("encode"):
+            known = {p: e for p in tokens if (e := self._cache.get(p, length)) is not None}
+            new = encode_prompts(self._parts, self.bundle.manifest, {p: t for p, t in tokens.items() if p not in known})
+            for p, e in new.items():
+                self._cache.put(p, length, e)
+        cut = tuple(w for t in tokens.values() for w in t.warnings)
+        return {p: known.get(p) or new[p] for p in tokens}, request.warnings + cut
+
+    def _denoise(
+        self,
+        request: Request,
+        embeddings: dict[str, Embeddings],
+        watch: Stopwatch,
+        callback: StepCallback | None,
+    ) -> np.ndarray:
+        """Condition and run every step: latents [B, N, 64] float32."""
+        m = self.bundle.manifest
+        schedule = sigmas(request.num_inference_steps, m.schedule)
+        grid = (self._tokens(request.height_px), self._tokens(request.width_px))
+        with watch("condition"):
+            timesteps = conditioning_timesteps(schedule, m.family, m.reference_dtype)
+            guidance = request.guidance_scale
+            seen = None if guidance is None else conditioning_guidance(guidance, m.reference_dtype)
+            pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
+            modulation = self._conditioner.modulation(
+                self._parts, timesteps, seen, np.concatenate(pooled) if pooled else None
+            )
+        with watch("noise"):
+            p = m.latents.patch_size
+            noise = draw_latents(request.seed, request.batch, m.latents.channels, grid[0] * p, grid[1] * p, p)
+        with watch("rotary"):
+            rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
+            groups = self._groups(request, embeddings, grid)
+        with self._parts.use("backbone") as run:
+            latents = denoise(run, groups, noise, modulation, rotary, schedule, watch, callback)
+        check_finite(latents, m.parts["backbone"].precision)
+        return latents
+
+    def _decode(self, request: Request, latents: np.ndarray, watch: Stopwatch) -> list[Image.Image] | np.ndarray:
+        """Latents to the output type asked for."""
+        if request.output_type == "latents":
+            return latents
+        with watch("decode"):
+            pixels = decode_latents(self._parts, latents, request.height_px, request.width_px)
+            check_pictures(pixels, self.bundle.manifest.parts["vae_decoder"].precision)
+            return to_pil(pixels) if request.output_type == "pil" else to_float(pixels)
+
+    def _groups(self, request: Request, embeddings: dict[str, Embeddings], grid: tuple[int, int]) -> list[Group]:
+        """The batch's images by text length, so that no image's text is padded to its neighbours'."""
+        m = self.bundle.manifest
+        place = {p: i for i, p in enumerate(embeddings)}
+        batch = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
+        by_length: dict[int, list[int]] = {}
+        for image, p in enumerate(batch):
+            by_length.setdefault(embeddings[p].states.shape[1], []).append(image)
+        return [
+            Group(
+                images,
+                [place[batch[i]] for i in images],
+                np.concatenate([embeddings[batch[i]].states for i in images]),
+                text_rotary(m.rotary, m.family, m.reference_dtype, *grid, length),
+            )
+            for length, images in by_length.items()
+        ]
+
+    def _tokens(self, size_px: int) -> int:
+        return size_px // (self.bundle.manifest.latents.vae_scale_factor * self.bundle.manifest.latents.patch_size)
+
+    def clear_cache(self) -> None:
+        """Forget the text embeddings of earlier prompts."""
+        self._cache.clear()
+
+    def close(self) -> None:
+        """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed."""
+        self._parts.close()
+        self._cache.clear()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

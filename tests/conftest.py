@@ -1,0 +1,37 @@
+"""Shared fixtures: bundles exported once per run from the golden checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arcflow_export.export import export_bundle, plan_export
+from arcflow_export.load import Student, load_student
+from arcflow_export.options import Options
+from arcflow_export.sources import Location
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ("flux-tiny", "qwen-tiny")
+
+
+def golden_student(name: str, loras: list | None = None) -> Student:
+    return load_student(Location(str(GOLDEN / name / "base")), Location(str(GOLDEN / name / "adapter")), loras or [])
+
+
+def export(student: Student, out: Path, **options) -> Path:
+    return export_bundle(plan_export(student, Options(**options)), out, "test")
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    """A function (name, **options) -> exported bundle, made on first use and shared by all tests."""
+    root, made = tmp_path_factory.mktemp("bundles"), {}
+
+    def get(name: str, **options) -> Path:
+        key = (name, tuple(sorted(options.items())))
+        if key not in made:
+            made[key] = export(golden_student(name), root / str(len(made)), **options)
+        return made[key]
+
+    return get

@@ -1,0 +1,226 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_bundle import FakeBackend, edit_manifest, make_bundle
+from PIL import Image
+
+from arcflow_runtime import cli, engines
+from arcflow_runtime.errors import EngineError
+
+
+@pytest.fixture(scope="module")
+def module_root(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("cli") / "bundle")
+
+
+@pytest.fixture
+def root(module_root, monkeypatch, tmp_path):
+    monkeypatch.setitem(engines.BACKENDS, "fake", "fake_bundle")
+    monkeypatch.chdir(tmp_path)
+    return str(module_root)
+
+
+def generate(root, *arguments):
+    return cli.main(["generate", root, "a prompt", "--backend", "fake", "--height", "32", "--width", "48", *arguments])
+
+
+def test_no_command_and_help(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  generate  Draw pictures from prompts with a bundle." in out
+    assert "  bench     Time a bundle stage by stage." in out
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "bench"])
+def test_help_is_the_docstring(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    import importlib
+
+    doc = importlib.import_module(cli.COMMANDS[command]).__doc__
+    assert doc.splitlines()[0] in capsys.readouterr().out
+
+
+def test_a_misspelt_command(capsys):
+    assert cli.main(["genrate"]) == 2
+    assert capsys.readouterr().err == (
+        "arcflow: error: unknown command 'genrate'; did you mean generate?\n"
+        "the commands are export, generate, verify, inspect, bench\n"
+    )
+
+
+def test_a_misspelt_option(root, capsys):
+    assert generate(root, "--hieght", "3") == 2
+    assert capsys.readouterr().err.endswith(
+        "arcflow generate: error: unknown argument '--hieght'; did you mean --height?\n"
+    )
+
+
+def test_missing_and_bad_arguments(root, capsys):
+    assert cli.main(["generate", root]) == 2
+    assert generate(root, "--steps", "two") == 2
+    assert "argument --steps: invalid int value: 'two'" in capsys.readouterr().err
+
+
+def test_generate(root, capsys):
+    assert generate(root, "--out", "x.png", "--seed", "-7", "--steps", "3", "--guidance-scale", "2") == 0
+    path, seed = capsys.readouterr().out.splitlines()
+    assert path == "x.png"
+    assert seed.startswith("seed -7, ")
+    with Image.open("x.png") as image:
+        assert image.size == (48, 32)
+        assert image.text == {"prompt": "a prompt", "seed": "-7", "steps": "3"}
+    assert os.listdir() == ["x.png"]
+    assert os.stat("x.png").st_mode & 0o444 == 0o444 & ~_umask()
+
+
+def _umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_generate_several_as_json(root, capsys):
+    assert generate(root, "second", "--num-images", "2", "--json", "--seed", "1") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == [f"image-{i}.png" for i in range(4)]
+    assert result["seed"] == 1
+    assert result["warnings"] == []
+    assert result["timings_ms"]["total"] > 0
+    with Image.open("image-2.png") as image:
+        assert image.text == {"prompt": "second", "seed": "1", "steps": "2", "batch_index": "2"}
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(root, monkeypatch, capsys):
+    Path("x.png").write_text("old")
+
+    def full(self, file, *arguments, **options):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert generate(root, "--out", "x.png") == 1
+    assert capsys.readouterr().err == "arcflow generate: error: [Errno 28] No space left on device\n"
+    assert Path("x.png").read_text() == "old"
+    assert os.listdir() == ["x.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "no/x.png"], "--out must be in a directory that exists, got 'no/x.png'; make no first"),
+        (["--out", "x.jpg"], "--out must end in .png, got 'x.jpg'"),
+        (["--height", "40"], "height must be a multiple of 16, got 40; the nearest is 32"),
+        (["--steps", "0"], "num_inference_steps must be between 1 and 1000, got 0"),
+        (["--num-images", "0"], "num_images_per_prompt must be at least 1, got 0"),
+    ],
+)
+def test_bad_usage(root, capsys, arguments, message):
+    assert generate(root, *arguments) == 2
+    assert capsys.readouterr().err == f"arcflow generate: error: {message}\n"
+    assert os.listdir() == []
+
+
+def test_failed_stage(root, capsys, monkeypatch):
+    def fail(self, bundle, part):
+        raise EngineError(f"{part}: broken")
+
+    monkeypatch.setattr(FakeBackend, "open", fail)
+    assert generate(root) == 1
+    assert capsys.readouterr().err == "arcflow generate: error: text_encoder: broken\n"
+    with pytest.raises(EngineError, match=r"^text_encoder: broken$"):
+        generate(root, "--debug")
+
+
+def test_no_bundle(root, capsys):
+    assert cli.main(["generate", "nowhere", "x"]) == 1
+    assert capsys.readouterr().err == (
+        "arcflow generate: error: nowhere is not a directory; give the directory that `arcflow export --out` wrote\n"
+    )
+
+
+def test_interrupt(root, capsys, monkeypatch):
+    def interrupt(self, bundle, part):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeBackend, "open", interrupt)
+    assert generate(root) == 130
+    assert capsys.readouterr().err == "arcflow generate: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("arcflow_export.commands.nothing", "arcflow[export]"), ("no_engine", "arcflow")]
+)
+def test_a_package_that_is_not_installed(capsys, monkeypatch, module, package):
+    monkeypatch.setitem(cli.COMMANDS, "verify", module)
+    assert cli.main(["verify"]) == 1
+    assert capsys.readouterr().err == (
+        f"arcflow verify: error: needs {module}, which is not installed; run: pip install '{package}'\n"
+    )
+
+
+def test_inspect(root, capsys):
+    assert cli.main(["inspect", root]) == 0
+    out = capsys.readouterr().out
+    assert f"{root}: flux bundle, version 1, " in out
+    assert "schedule  2 steps, shift 3.2, timestep ratio 1: sigma 1.0000, 0.7619, 0.0000" in out
+    assert "    latents [B, N, 64] float32" in out
+    assert "    -> means [B, N, 3, 64] float32" in out
+    assert out.endswith("small files match their SHA-256\n")
+    assert cli.main(["inspect", root, "--check"]) == 0
+    assert capsys.readouterr().out.endswith("every file matches its SHA-256\n")
+
+
+def test_inspect_json(root, capsys):
+    assert cli.main(["inspect", root, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["parts"]["backbone"]["bytes"] == len("graph of backbone") + len("weights of backbone")
+    assert data["parts"]["backbone"]["parameters"] == 7
+    assert data["schedule"]["sigmas"][0] == 1
+
+
+def test_inspect_a_damaged_bundle(tmp_path, capsys):
+    broken = make_bundle(tmp_path / "broken")
+    edit_manifest(broken, version=2)
+    assert cli.main(["inspect", str(broken)]) == 1
+    assert capsys.readouterr().err == (
+        f"arcflow inspect: error: {broken}/manifest.json: version must be 1, got 2; update arcflow\n"
+    )
+    assert cli.main(["inspect", str(tmp_path / "none"), "--check"]) == 1
+
+
+def test_bench(root, capsys):
+    arguments = ["--runs", "3", "--height", "32", "--width", "32", "--batch", "2", "--json", "b.json"]
+    assert cli.main(["bench", root, "--backend", "fake", *arguments]) == 0
+    out = capsys.readouterr().out
+    report = json.loads(Path("b.json").read_text())
+    assert list(report["stages_ms"])[-2:] == ["between", "total"]
+    for name, spread in report["stages_ms"].items():
+        assert name in out
+        assert spread["p10"] <= spread["median"] <= spread["p90"]
+    assert report["stages_ms"]["encode"]["median"] > 0
+    assert report["request"]["batch"] == 2
+    assert {"processor", "cores", "onnxruntime"} <= report["machine"].keys()
+    assert os.listdir() == ["b.json"]
+
+
+def test_bench_bad_usage(root, capsys):
+    assert cli.main(["bench", root, "--runs", "0"]) == 2
+    assert cli.main(["bench", root, "--json", "no/b.json"]) == 2
+    assert capsys.readouterr().err == (
+        "arcflow bench: error: --runs must be at least 1 and --warmup at least 0, got 0 and 1\n"
+        "arcflow bench: error: --json must be in a directory that exists, got 'no/b.json'\n"
+    )
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom arcflow_runtime.cli import main\nmain(['generate', '--help'])\n"
+        "assert not {'numpy', 'PIL', 'onnxruntime', 'tokenizers'} & sys.modules.keys()"
+    )
+    path = str(Path(__file__).parent.parent / "runtime")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env={"PYTHONPATH": path})

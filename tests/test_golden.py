@@ -1,0 +1,75 @@
+"""Exported bundles, run by the runtime, against the reference implementation's own numbers, step by step.
+
+The bound is the project's contract: latents within 1e-4 of the largest reference value, images within 1.5 grey levels
+(the reference's float image is rounded once to 8 bits, which is half a level).
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from arcflow_runtime import Pipeline
+from arcflow_runtime.noise import draw_latents
+from tests.conftest import FAMILIES, GOLDEN
+
+CASES = [(f, i) for f in FAMILIES for i in range(3)]
+
+
+@pytest.fixture(scope="module", params=[20, 23], ids=["opset20", "opset23"])
+def pipelines(request, bundles):
+    return {f: Pipeline.load(bundles(f, opset=request.param, steps=(2, 4))) for f in FAMILIES}
+
+
+def golden(name: str, index: int) -> tuple[dict, dict[str, np.ndarray]]:
+    case = json.loads((GOLDEN / name / "cases.json").read_text())[index]
+    return case, load_file(GOLDEN / name / f"case{index}.safetensors")
+
+
+def arguments(case: dict) -> dict:
+    guidance = {"guidance_scale": case["guidance_scale"]} if "guidance_scale" in case else {}
+    names = ("prompt", "height", "width", "seed", "max_sequence_length")
+    return {n: case[n] for n in names} | {"num_inference_steps": case["nfe"]} | guidance
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_latents_of_every_step_and_image(pipelines, name, index):
+    case, reference = golden(name, index)
+    steps: list[np.ndarray] = []
+    out = pipelines[name](
+        **arguments(case), output_type="numpy", callback_on_step_end=lambda _, x: steps.append(x.copy())
+    )
+    assert len(steps) == case["nfe"]
+    for i, latents in enumerate(steps):
+        expected = reference[f"step{i}.latents"]
+        assert np.abs(latents - expected).max() <= 1e-4 * np.abs(expected).max(), f"step {i}"
+    assert np.abs(out.images - reference["image"].transpose(0, 2, 3, 1)).max() <= 1.5 / 255
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_noise(name, index):
+    case, reference = golden(name, index)
+    noise = draw_latents(case["seed"], 1, 16, case["height"] // 8, case["width"] // 8, 2)
+    # The reference's noise is torch's; ours is built from the same integers and differs by libm's last places.
+    np.testing.assert_allclose(noise, reference["noise"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_list_of_prompts_is_the_prompts_one_by_one(pipelines, name):
+    """A picture does not depend on its neighbours in the batch, whatever the lengths of their prompts."""
+    pipe, prompts = pipelines[name], ["a red circle", "an old sailor in a dark rainy street at night", ""]
+    together = pipe(
+        prompts, height=64, width=48, seed=[1, 2, 3, 4, 5, 6], num_images_per_prompt=2, output_type="latents"
+    )
+    for i, prompt in enumerate(p for p in prompts for _ in range(2)):
+        alone = pipe(prompt, height=64, width=48, seed=[i + 1], output_type="latents")
+        # Batched matrix products may sum in another order.
+        np.testing.assert_allclose(together.images[i], alone.images[0], rtol=0, atol=1e-5 * np.abs(alone.images).max())
+
+
+def test_readme_example(pipelines):
+    image = pipelines["flux-tiny"]("a large red circle on a blue background", height=64, width=64, seed=42).images[0]
+    assert image.size == (64, 64)

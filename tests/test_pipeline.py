@@ -1,0 +1,281 @@
+import dataclasses
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_bundle import MODULATION, FakeBackend, make_bundle
+
+from arcflow_runtime import EngineError, Pipeline, RequestError
+from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.noise import draw_latents
+
+
+@pytest.fixture(scope="module")
+def flux_root(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("pipeline") / "flux")
+
+
+@pytest.fixture(scope="module")
+def qwen_root(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("pipeline") / "qwen", "qwen-image", baked=(2, 4))
+
+
+@pytest.fixture
+def flux(flux_root):
+    return open_fake(flux_root)
+
+
+@pytest.fixture
+def qwen(qwen_root):
+    return open_fake(qwen_root)
+
+
+def open_fake(root, low_memory=False, poison=1.0):
+    pipe = Pipeline(Bundle.open(root), FakeBackend(poison), low_memory)
+    pipe.backend = pipe._parts._backend
+    return pipe
+
+
+def latents(pipe, prompt, **arguments):
+    return pipe(prompt, **({"height": 32, "width": 48, "output_type": "latents"} | arguments)).images
+
+
+def test_output_types(flux):
+    pil = flux("x", height=32, width=48, seed=1)
+    assert [i.size for i in pil.images] == [(48, 32)]
+    pixels = flux("x", height=32, width=48, seed=1, output_type="numpy").images
+    assert pixels.shape == (1, 32, 48, 3)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(pil.images[0]), np.rint(pixels[0] * 255).astype(np.uint8))
+    packed = latents(flux, "x", seed=1)
+    assert packed.shape == (1, 6, 64)
+    assert packed.dtype == np.float32
+
+
+def test_defaults(flux):
+    output = flux("x")
+    assert output.images[0].size == (128, 256)  # 1024 clipped to the bundle's ranges
+    assert flux.backend.inputs["conditioner"]["guidance"].tolist() == [3500]
+    assert [r[0] for r in flux.backend.runs].count("backbone") == 2
+    again = flux("x", seed=output.seed)
+    np.testing.assert_array_equal(np.asarray(output.images[0]), np.asarray(again.images[0]))
+    assert set(output.timings_ms) == {
+        *("tokenize", "encode", "condition", "noise", "rotary", "backbone", "update", "decode", "total")
+    }
+
+
+def test_seeds(flux):
+    both = latents(flux, "x", seed=3, num_images_per_prompt=2)
+    assert not np.array_equal(both[0], both[1])
+    each = latents(flux, "x", seed=[3, 4], num_images_per_prompt=2)
+    np.testing.assert_array_equal(each[:1], latents(flux, "x", seed=3))
+    np.testing.assert_array_equal(each[1:], latents(flux, "x", seed=4))
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_order_and_independence_of_a_list(family, request):
+    pipe = request.getfixturevalue(family)
+    prompts = ["a", "a much longer prompt"]
+    batch = latents(pipe, prompts, seed=[1, 2, 3, 4], num_images_per_prompt=2)
+    for i, (prompt, seed) in enumerate([(prompts[0], 1), (prompts[0], 2), (prompts[1], 3), (prompts[1], 4)]):
+        np.testing.assert_array_equal(batch[i : i + 1], latents(pipe, prompt, seed=seed))
+
+
+def test_qwen_groups_by_length_and_draws_noise_for_the_whole_batch(qwen):
+    seen = []
+    latents(qwen, ["aa", "bbbb", "cc"], seed=5, callback_on_step_end=lambda i, x: seen.append((i, x)))
+    shapes = [s for p, s in qwen.backend.runs if p == "backbone"]
+    assert [s["latents"][0] for s in shapes] == [2, 1, 2, 1]
+    assert shapes[0]["encoder_hidden_states"][1] == shapes[1]["encoder_hidden_states"][1] - 2
+    assert [i for i, _ in seen] == [0, 1]
+    assert seen[0][1].shape == (3, 6, 64)
+    assert not seen[0][1].flags.writeable
+    noise = draw_latents(5, 3, 16, 4, 6, 2)
+    alone = [latents(qwen, "bbbb", seed=s) for s in (5, 6)]
+    assert not np.array_equal(noise[1], draw_latents(5, 1, 16, 4, 6, 2)[0])
+    assert all(a.shape == (1, 6, 64) for a in alone)
+
+
+def test_baked_modulation(qwen):
+    latents(qwen, "x", num_inference_steps=4)
+    assert "conditioner" not in qwen.backend.opens
+    modulation = qwen.backend.inputs["backbone"]["modulation"]
+    np.testing.assert_array_equal(modulation, np.full((1, MODULATION), 4))
+    with pytest.raises(
+        RequestError,
+        match=r"^num_inference_steps must be one of those baked into this bundle, \[2, 4\], got 3; "
+        "export with --steps 3, or with --keep-conditioner for any step count$",
+    ):
+        qwen("x", num_inference_steps=3)
+
+
+def test_qwen_with_a_conditioner_takes_any_step_count(tmp_path):
+    pipe = open_fake(make_bundle(tmp_path / "b", "qwen-image"))
+    latents(pipe, ["a", "bb"], num_inference_steps=3)
+    assert pipe.backend.inputs["conditioner"].keys() == {"timesteps"}
+    assert [s["modulation"] for p, s in pipe.backend.runs if p == "backbone"] == [(1, MODULATION)] * 6
+
+
+def test_conditioner_runs_once_for_distinct_prompts(flux):
+    latents(flux, ["a", "b", "a"], num_inference_steps=3)
+    runs = [s for p, s in flux.backend.runs if p == "conditioner"]
+    assert [(s["timesteps"], s["pooled_projections"], s["guidance"]) for s in runs] == [((3,), (2, 6), (2,))]
+
+
+def test_text_is_cached_until_cleared(flux):
+    def count():
+        return [p for p, _ in flux.backend.runs].count("text_encoder_2")
+
+    first = latents(flux, "a", seed=1)
+    np.testing.assert_array_equal(first, latents(flux, "a", seed=1))
+    assert count() == 1
+    latents(flux, "a", max_sequence_length=8)
+    assert count() == 2
+    flux.clear_cache()
+    latents(flux, "a")
+    assert count() == 3
+
+
+def test_one_step_is_allowed_and_says_it_is_blurry(flux):
+    output = flux("x", height=16, width=16, num_inference_steps=1)
+    assert output.warnings == ("num_inference_steps 1 gives a blurry picture; use 2 or more",)
+
+
+def test_low_memory_has_one_part_open_at_a_time(flux_root, flux):
+    lean = open_fake(flux_root, low_memory=True)
+    assert lean.backend.opens == []
+    np.testing.assert_array_equal(latents(lean, ["a", "b"], seed=1), latents(flux, ["a", "b"], seed=1))
+    assert lean.backend.opens == ["text_encoder", "text_encoder_2", "conditioner", "backbone"]
+    assert lean.backend.most_open == 1
+    assert lean.backend.opened == set()
+    lean("a", height=16, width=16)
+    assert lean.backend.opens[4:] == ["conditioner", "backbone", "vae_decoder"]  # the text was cached
+
+
+def test_threads(flux_root):
+    for low_memory in (False, True):
+        pipe = open_fake(flux_root, low_memory)
+        barrier = threading.Barrier(4)
+
+        def draw(seed, pipe=pipe, barrier=barrier):
+            barrier.wait()
+            return latents(pipe, f"prompt {seed % 2}", seed=seed)
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(draw, range(4)))
+        for seed, x in enumerate(found):
+            np.testing.assert_array_equal(x, latents(pipe, f"prompt {seed % 2}", seed=seed))
+
+
+def test_close(flux_root):
+    for low_memory in (False, True):
+        with open_fake(flux_root, low_memory) as pipe:
+            pipe("x", height=16, width=16)
+        pipe.close()
+        assert pipe.backend.opened == set()
+        with pytest.raises(EngineError, match=r"^this pipeline is closed; load it again with Pipeline\.load$"):
+            pipe("x", height=16, width=16)
+
+
+def test_a_part_that_cannot_be_opened_closes_the_others(flux_root):
+    class Failing(FakeBackend):
+        def open(self, bundle, part):
+            if part == "vae_decoder":
+                raise EngineError("vae_decoder: no")
+            return super().open(bundle, part)
+
+    backend = Failing()
+    with pytest.raises(EngineError, match=r"^vae_decoder: no$"):
+        Pipeline(Bundle.open(flux_root), backend)
+    assert backend.opened == set()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_no_black_pictures(flux_root, poison):
+    pipe = open_fake(flux_root, poison=poison)
+    with (
+        pytest.raises(
+            EngineError,
+            match=r"^backbone: latents of images \[0, 1\] must be finite, got NaN or Inf; "
+            r"check the checkpoint and adapter with `arcflow verify`$",
+        ),
+        np.errstate(all="ignore"),
+    ):
+        pipe("x", height=16, width=16, num_images_per_prompt=2)
+    assert "vae_decoder" not in [p for p, _ in pipe.backend.runs]
+
+
+def test_float16_advice_and_casts(tmp_path):
+    pipe = open_fake(make_bundle(tmp_path / "b", precision="float16"))
+    assert latents(pipe, "x").dtype == np.float32
+    seen = {n: x.dtype for n, x in pipe.backend.inputs["backbone"].items()}
+    half, single = np.dtype("f2"), np.dtype("f4")
+    assert seen == {
+        "latents": half,
+        "encoder_hidden_states": half,
+        "modulation": half,
+        "image_rotary": single,
+        "text_rotary": single,
+    }
+    pipe.backend.poison = np.float32("nan")
+    with pytest.raises(
+        EngineError, match=r"float16 overflows in these models, export with --dtype bfloat16 or float32$"
+    ):
+        latents(pipe, "x")
+
+
+def test_an_empty_prompt_is_allowed(flux, qwen):
+    for pipe in (flux, qwen):
+        assert len(pipe("", height=16, width=16).images) == 1
+
+
+def test_unknown_backend(flux_root):
+    with pytest.raises(EngineError, match=r"^backend must be one of \['onnxruntime'\], got 'tensorflow'$"):
+        Pipeline.load(flux_root, backend="tensorflow")
+
+
+def test_a_black_picture_of_a_float16_decoder_is_refused(tmp_path, monkeypatch):
+    pipe = open_fake(make_bundle(tmp_path / "b", precision="float16"))
+    black = {"images": np.zeros((1, 16, 16, 3), np.uint8)}
+    monkeypatch.setattr("fake_bundle.FakeEngine.vae_decoder", lambda self, inputs: black)
+    with pytest.raises(
+        EngineError,
+        match=r"^vae_decoder: pictures \[0\] must have more than one colour; "
+        r"float16 overflows in some decoders, export with --dtype bfloat16 or float32$",
+    ):
+        pipe("x", height=16, width=16)
+
+
+def test_load_checks_its_arguments(flux_root):
+    with pytest.raises(RequestError, match=r"^check must be one of \['fast', 'full'\], got 'none'$"):
+        Pipeline.load(flux_root, check="none")
+
+
+def test_output_is_frozen(flux):
+    output = flux("x", height=16, width=16)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        output.seed = 3
+
+
+def test_the_runtime_imports_no_torch():
+    code = (
+        "import sys, arcflow_runtime, arcflow_runtime.cli\n"
+        "assert 'numpy' not in sys.modules\n"
+        "from arcflow_runtime import Pipeline\n"
+        "import arcflow_runtime.engines.onnxruntime\n"
+        "bad = {'torch', 'diffusers', 'transformers', 'onnx', 'scipy'} & sys.modules.keys()\n"
+        "assert not bad, bad"
+    )
+    path = str(Path(__file__).parent.parent / "runtime")
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path})
+
+
+def test_unknown_attribute():
+    import arcflow_runtime
+
+    with pytest.raises(AttributeError, match=r"^module 'arcflow_runtime' has no attribute 'Pipe'$"):
+        arcflow_runtime.Pipe  # noqa: B018
