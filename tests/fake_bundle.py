@@ -127,7 +127,7 @@ def write_manifest(root: Path, manifest: b.Manifest) -> None:
 
 
 def edit_manifest(root: Path, **changes: object) -> None:
-    """Change keys of manifest.json, given as path__to__key=value; `...` deletes the key."""
+    """Change keys of manifest.json, given as path__to__key=value; `...` deletes the key. It is sealed again."""
     data = json.loads((root / b.MANIFEST).read_text())
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -138,7 +138,8 @@ def edit_manifest(root: Path, **changes: object) -> None:
             del node[last]
         else:
             node[last] = value
-    (root / b.MANIFEST).write_text(json.dumps(data))
+    data.pop("digest")
+    (root / b.MANIFEST).write_text(json.dumps(data | {"digest": b.seal(data)}))
 
 
 class FakeEngine:

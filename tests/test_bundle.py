@@ -67,6 +67,12 @@ def test_another_version(root, version, advice):
     fails(root, f"{{m}}: version must be 1, got {version!r}; {advice}")
 
 
+def test_an_edited_manifest(root):
+    text = (root / MANIFEST).read_text()
+    (root / MANIFEST).write_text(text.replace('"shift": 3.2', '"shift": 1.5'))
+    fails(root, "{m} does not match its own digest; it was edited, export the bundle again")
+
+
 def test_unknown_and_missing_keys(root):
     edit_manifest(root, schedule__sampler="euler")
     fails(

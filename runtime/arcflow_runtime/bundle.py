@@ -174,8 +174,10 @@ class Manifest:
     version: int = VERSION
 
     def to_json(self) -> str:
-        """The manifest as canonical JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The manifest as JSON text, format and version first, sealed with its digest."""
+        data = dataclasses.asdict(self)
+        data = {"format": data.pop("format"), "version": data.pop("version")} | data
+        return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -282,5 +284,13 @@ def _read_manifest(root: Path) -> Manifest:
     if version != VERSION:
         what = "update arcflow" if isinstance(version, int) and version > VERSION else "export the bundle again"
         raise BundleError(f"{path}: version must be {VERSION}, got {version!r}; {what}")
+    digest = data.pop("digest", None)
     manifest: Manifest = parse(Manifest, data, str(path))
+    if digest != seal(data):
+        raise BundleError(f"{path} does not match its own digest; it was edited, export the bundle again")
     return manifest
+
+
+def seal(data: Mapping[str, object]) -> str:
+    """SHA-256 of a decoded manifest without its `digest`, in canonical JSON (B3)."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
