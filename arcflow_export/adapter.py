@@ -10,6 +10,8 @@ from .sources import Resolved, read_json
 from .tensors import TensorIndex, TensorRef
 
 HEADS = ("proj_out_means", "proj_out_logweights", "proj_out_loggamma")
+#: A packed token is 2x2 latent pixels, each with weights and gammas of its own.
+SUB_PIXELS = 4
 #: Adapter class -> (family, base class).
 CLASSES = {
     "ArcFluxTransformer2DModel": ("flux", "FluxTransformer2DModel"),
@@ -67,11 +69,16 @@ def load_adapter(source: Resolved, base_config: dict[str, Any], base: TensorInde
         SourceError: wrong family or size, a key that fits nothing, a shape that disagrees, K or P that
             disagrees with the config.
     """
+    if not source.path.is_dir():
+        raise SourceError(f"adapter: {source.path} must be a directory with config.json and one .safetensors file")
     config = read_json(source.path / "config.json", "adapter")
     family = _check_config(config, base_config, source)
     k, p = _positive(config, "num_gaussians", source), _positive(config, "logweights_channels", source)
     index = TensorIndex.open(source.path, "adapter")
     refs = {key.removeprefix("transformer."): ref for key, ref in index.items()}
+    if len(refs) != len(index):
+        twice = next(k for k in index if f"transformer.{k}" in index)
+        raise SourceError(f"adapter: {source.path} has {twice!r} twice, with and without the prefix 'transformer.'")
     full, loras = _split(refs, source)
     _check_heads(full, base_config, k, p, source)
     _check_fit(full, loras, base, source)
@@ -131,8 +138,11 @@ def _split(refs: dict[str, TensorRef], source: Resolved) -> tuple[dict[str, Tens
 def _check_heads(full: dict[str, TensorRef], base_config: dict[str, Any], k: int, p: int, source: Resolved) -> None:
     dim = base_config["num_attention_heads"] * base_config["attention_head_dim"]
     channels = base_config["in_channels"]
-    if channels % p:
-        raise SourceError(f"adapter: logweights_channels {p} must divide the {channels} channels of a packed token")
+    if p != SUB_PIXELS:
+        raise SourceError(
+            f"adapter: {source.path / 'config.json'}: logweights_channels must be {SUB_PIXELS}, "
+            f"one per sub-pixel of a packed token, got {p}"
+        )
     rows = dict(zip(HEADS, (k * channels, k * p, (k - 1) * p), strict=True))
     for head, out in rows.items():
         for key, shape in ((f"{head}.weight", (out, dim)), (f"{head}.bias", (out,))):
@@ -147,8 +157,10 @@ def _check_heads(full: dict[str, TensorRef], base_config: dict[str, Any], k: int
 
 def _check_fit(full: dict[str, TensorRef], loras: dict[str, LoraPair], base: TensorIndex, source: Resolved) -> None:
     for key, ref in full.items():
-        if key.rsplit(".", 1)[0] in HEADS:
+        if key in (f"{head}.{leaf}" for head in HEADS for leaf in ("weight", "bias")):
             continue
+        if key in ("proj_out.weight", "proj_out.bias"):
+            raise SourceError(f"adapter: {source.path}: key {key!r} is of a layer that the three heads replace")
         if key not in base:
             raise SourceError(f"adapter: {source.path}: key {key!r} fits nothing in the base transformer")
         if ref.shape != base[key].shape:
@@ -157,18 +169,22 @@ def _check_fit(full: dict[str, TensorRef], loras: dict[str, LoraPair], base: Ten
                 "the adapter was trained for another model"
             )
     for module, pair in loras.items():
+        if module in ("proj_out", *HEADS):
+            raise SourceError(f"adapter: {source.path}: LoRA of {module!r}, which the adapter replaces or adds whole")
         check_pair(module, pair, base, "adapter")
 
 
-def check_pair(module: str, pair: LoraPair, base: TensorIndex, what: str) -> None:
-    """Check that one LoRA pair fits the base's linear `module`.
+def check_pair(module: str, pair: LoraPair, base: TensorIndex, what: str, component: str = "transformer") -> None:
+    """Check that one LoRA pair fits the linear `module` of the base's `component`.
 
     Raises:
         SourceError: no such linear, or a shape that does not fit.
     """
     key = f"{module}.weight"
     if key not in base:
-        raise SourceError(f"{what}: LoRA target {module!r} does not exist in the base transformer")
+        raise SourceError(f"{what}: LoRA target {module!r} does not exist in the base's {component}")
+    if len(base[key].shape) != 2:
+        raise SourceError(f"{what}: LoRA target {module!r} of the base's {component} is no linear layer")
     (out, inp), a, b = base[key].shape, pair.a.shape, pair.b.shape
     if len(a) != 2 or len(b) != 2 or a[1] != inp or b[0] != out or a[0] != b[1]:
         raise SourceError(

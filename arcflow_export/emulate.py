@@ -73,11 +73,12 @@ def emulate_bfloat16(model: ir.Model) -> ir.Model:
             array = array.astype(np.float32)
             value.dtype = ir.DataType.FLOAT
         value.const_value = ir.tensor(np.array(array), name=value.name)
+    nodes = list(graph)  # without the casts that are put in below
     for value in list(graph.inputs):
         if value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
             _round(graph, value, None)
-    for node in list(graph):
+    for node in nodes:
         to = node.attributes.get("to")
         if node.op_type == "Cast" and to is not None and to.as_int() == ir.DataType.BFLOAT16:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 
 from arcflow_runtime.bundle import DType
 
@@ -13,20 +17,14 @@ from .errors import SourceError
 from .merge import MergedWeights, PlainWeights, WeightSource
 from .models import flux, qwen, text, vae
 from .models.layers import Part
-from .sources import Location, Resolved, read_json, resolve
+from .sources import HUB_PATTERNS, Location, Resolved, read_json, resolve
 from .styles import Style, load_style
 from .tensors import TensorIndex
 
-_FOLDERS = (
-    "",
-    "transformer",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-)
+_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+#: Of the base's own folder the index alone: beside it lies the whole model again, in its authors' format.
+_BASE_PATTERNS = ("model_index.json", *(f"{folder}/{pattern}" for folder in _FOLDERS for pattern in HUB_PATTERNS))
+_TRANSFORMERS = {"flux": FluxTransformer2DModel, "qwen-image": QwenImageTransformer2DModel}
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,12 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
     Raises:
         SourceError: anything is missing, damaged, or does not fit; the message names it.
     """
-    base_dir = resolve(base, "base checkpoint", _FOLDERS)
+    base_dir = resolve(base, "base checkpoint", _BASE_PATTERNS)
+    if not (base_dir.path / "model_index.json").is_file():
+        raise SourceError(
+            f"base checkpoint: {base_dir.path} has no model_index.json; "
+            "give the directory of a whole diffusers pipeline"
+        )
     index = read_json(base_dir.path / "model_index.json", "base checkpoint")
     pipelines = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
     family = pipelines.get(str(index.get("_class_name")))
@@ -91,22 +94,62 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
         )
     components = ["transformer", "vae", "text_encoder"] + (["text_encoder_2"] if family == "flux" else [])
     indexes = {c: TensorIndex.open(base_dir.path / c, f"base checkpoint, {c}") for c in components}
-    config = read_json(base_dir.path / "transformer" / "config.json", "base checkpoint")
+    config = _transformer_config(base_dir.path / "transformer" / "config.json", family)
     vae_config = read_json(base_dir.path / "vae" / "config.json", "base checkpoint")
     adapter_dir = resolve(adapter, "adapter")
     arc = load_adapter(adapter_dir, config, indexes["transformer"])
     if arc.family != family:
         raise SourceError(f"adapter: it is for {arc.family}, the base checkpoint is {family}")
-    styles = tuple(load_style(location, scale, family) for location, scale in loras)
-    for style in styles:
-        for component, pairs in style.pairs.items():
-            for module, pair in pairs.items():
-                check_pair(module, pair, indexes[component], f"LoRA {style.source.name}")
+    styles = tuple(_fitted(load_style(location, scale, family), indexes) for location, scale in loras)
     merged: dict[str, list[LoraPair]] = {m: [pair] for m, pair in arc.loras.items()}
     for module, more in _pairs(styles, "transformer").items():
         merged.setdefault(module, []).extend(more)
     weights = MergedWeights(indexes["transformer"], arc.full, merged)
     return Student(family, base_dir, config, vae_config, arc, styles, weights, indexes)
+
+
+def _transformer_config(path: Path, family: str) -> dict[str, Any]:
+    """The base transformer's config, with the class's defaults for what the file leaves out.
+
+    FLUX.1-dev's own file has no `axes_dims_rope`, for one.
+    """
+    data = read_json(path, "base checkpoint")
+    signature = inspect.signature(_TRANSFORMERS[family].__init__).parameters.values()
+    config = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty} | data
+    for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise SourceError(f"base checkpoint: {path}: {key} must be a positive integer, got {config[key]!r}")
+    config["axes_dims_rope"] = axes = list(config["axes_dims_rope"] or ())  # JSON's form, as adapters have it
+    if sum(axes) != config["attention_head_dim"]:
+        raise SourceError(
+            f"base checkpoint: {path}: axes_dims_rope must add up to attention_head_dim "
+            f"{config['attention_head_dim']}, got {axes}"
+        )
+    if config["in_channels"] != 64:
+        raise SourceError(
+            f"base checkpoint: {path}: in_channels must be 64, got {config['in_channels']}; "
+            "students of inpainting and control models are not supported"
+        )
+    for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        if config.get(key):
+            raise SourceError(f"base checkpoint: {path}: {key} is not supported; the base must be Qwen/Qwen-Image's")
+    return config
+
+
+def _fitted(style: Style, indexes: dict[str, TensorIndex]) -> Style:
+    """The style with its modules called as in the base's files, every pair checked against its linear."""
+    pairs: dict[str, dict[str, LoraPair]] = {}
+    for component, found in style.pairs.items():
+        index = indexes[component]
+        for module, pair in found.items():
+            # CLIP's files carry a prefix or not, by the version of transformers that wrote them; so do LoRAs.
+            # diffusers' converter for Qwen-Image adds a prefix even to keys that have it.
+            other = module.removeprefix("text_model.").removeprefix("transformer.")
+            names = (module, other, f"text_model.{module}")
+            name = next((n for n in names if f"{n}.weight" in index), module)
+            check_pair(name, pair, index, f"LoRA {style.source.name}", component)
+            pairs.setdefault(component, {})[name] = pair
+    return dataclasses.replace(style, pairs=pairs)
 
 
 def _pairs(styles: tuple[Style, ...], component: str) -> dict[str, list[LoraPair]]:

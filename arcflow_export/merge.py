@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -11,8 +14,11 @@ from .adapter import LoraPair
 from .errors import SourceError
 from .tensors import TensorIndex, TensorRef
 
-#: A tensor is converted in blocks of about this many bytes of float32, which bounds resident memory.
-BLOCK_BYTES = 128 << 20
+#: A tensor is converted in blocks of about this many bytes of float32: small enough that what one pass leaves in the
+#: last-level cache serves the next, and that the allocator reuses memory instead of faulting in new pages.
+BLOCK_BYTES = 16 << 20
+#: Threads that convert blocks. Hashing and writing, in one thread, keep up with no more than these.
+_WORKERS = min(4, os.cpu_count() or 1)
 
 
 class WeightSource(Protocol):
@@ -43,11 +49,7 @@ class PlainWeights:
 
     def blocks(self, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Tensor `key` in `dtype`, block by block."""
-        ref = self.ref(key)
-        for start, stop in _row_blocks(ref.shape):
-            block = ref.read() if stop is None else ref.rows(start, stop)
-            _check_finite(block, ref)
-            yield cast(block, dtype, key)
+        yield from _convert(self.ref(key), lambda _, block: cast(block, dtype, key))
 
 
 class MergedWeights(PlainWeights):
@@ -68,15 +70,15 @@ class MergedWeights(PlainWeights):
         if not pairs:
             yield from super().blocks(key, dtype)
             return
-        ref = self.ref(key)
         factors = [(_finite(p.a).float(), _finite(p.b).float(), p.scale) for p in pairs]
-        for start, stop in _row_blocks(ref.shape):
-            block = ref.read() if stop is None else ref.rows(start, stop)
-            _check_finite(block, ref)
+
+        def merge(start: int, block: torch.Tensor) -> torch.Tensor:
             merged = block.to(torch.float32, copy=True)
             for a, b, scale in factors:
-                merged.addmm_(b[start:stop], a, alpha=scale)
-            yield cast(merged, dtype, key)
+                merged.addmm_(b[start : start + len(block)], a, alpha=scale)
+            return cast(merged, dtype, key)
+
+        yield from _convert(self.ref(key), merge)
 
 
 def cast(block: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
@@ -88,23 +90,40 @@ def cast(block: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
     if block.dtype == dtype:
         return block
     out = block.to(dtype)
-    # Only float16 has a smaller range than the checkpoints' dtypes.
-    if dtype == torch.float16 and not torch.isfinite(out).all():
-        worst = block.abs().max().item()
-        raise SourceError(
-            f"tensor {key!r} has the value {worst:.6g}, beyond float16's 65504; export with --dtype bfloat16 or float32"
-        )
+    # Every dtype but float16 has the range of float32.
+    if (dtype == torch.float16 or block.dtype == torch.float64) and not torch.isfinite(out).all():
+        worst = block.flatten()[block.abs().argmax()].item()
+        advice = "export with --dtype bfloat16 or float32" if dtype == torch.float16 else "the file is damaged"
+        name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        raise SourceError(f"tensor {key!r} has the value {worst:.6g}, beyond {name}'s {largest:g}; {advice}")
     return out
 
 
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int | None]]:
-    numel = int(torch.Size(shape).numel())
-    if numel * 4 <= BLOCK_BYTES or len(shape) < 2:
-        yield 0, None
+def _convert(ref: TensorRef, convert: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Check a stored tensor for NaN and Inf and convert it, in blocks of dimension 0, in order.
+
+    Args:
+        ref: the tensor.
+        convert: takes a block's first row and the block as stored; called in several threads.
+    """
+    if ref.numel * 4 <= BLOCK_BYTES or len(ref.shape) < 2:
+        yield convert(0, _finite(ref))
         return
-    rows = max(1, BLOCK_BYTES // (4 * (numel // shape[0])))
-    for start in range(0, shape[0], rows):
-        yield start, min(start + rows, shape[0])
+
+    def checked(start: int, block: torch.Tensor) -> torch.Tensor:
+        _check_finite(block, ref)  # the first to touch the mapped file, so this is also where it is read
+        return convert(start, block)
+
+    rows = max(1, BLOCK_BYTES // (4 * (ref.numel // ref.shape[0])))
+    ranges = [(start, min(start + rows, ref.shape[0])) for start in range(0, ref.shape[0], rows)]
+    pending: deque[Future[torch.Tensor]] = deque()
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for (start, _), block in zip(ranges, ref.rows(ranges), strict=True):
+            pending.append(pool.submit(checked, start, block))
+            if len(pending) > _WORKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _finite(ref: TensorRef) -> torch.Tensor:
@@ -114,9 +133,8 @@ def _finite(ref: TensorRef) -> torch.Tensor:
 
 
 def _check_finite(block: torch.Tensor, ref: TensorRef) -> None:
-    # One pass without a temporary: any NaN or Inf makes the sum non-finite. Overflow of the sum alone is possible,
-    # so a non-finite sum is looked at again element by element.
-    if torch.isfinite(block.sum(dtype=torch.float32)) or torch.isfinite(block).all():
+    # Least and largest value in one pass without a temporary: a NaN is passed on, an Inf is one of the two.
+    if not block.numel() or all(map(torch.isfinite, torch.aminmax(block))):
         return
     bad = int((~torch.isfinite(block)).sum())
     raise SourceError(

@@ -5,16 +5,41 @@ from __future__ import annotations
 import re
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import onnxscript.optimizer
+from onnxscript.rewriter import RewriteRuleSet
+from onnxscript.rewriter.rules import common as rules
 
 from .models.layers import Part, parameters
+
+_RULES = RewriteRuleSet(
+    [
+        rules.add_0_rule,
+        rules.sub_0_rule,
+        rules.mul_by_1_rule,
+        rules.div_by_1_rule,
+        rules.no_op_cast_rule,
+        rules.cast_cast_rule,
+        rules.no_op_transpose_rule,
+        rules.transpose_transpose_rule,
+        rules.no_op_expand_rule,
+        rules.reshape_reshape_rule,
+        rules.squeeze_reshape_1d_rule,
+        rules.unsqueeze_unsqueeze_rule,
+        rules.collapse_slice_rule,
+        rules.collapse_slice2_rule,
+        rules.max_min_rule,
+        rules.min_max_rule,
+    ]
+)
 
 
 def finish(model: ir.Model, part: Part) -> ir.Model:
     """Optimise a traced graph in place and return it.
 
     1. Weights lose their fake values, so that no pass tries to read them.
-    2. onnxscript folds constants and drops dead nodes.
+    2. Constants are folded, trivial nodes rewritten and dead ones dropped: what onnxscript's own optimizer does, less
+       its rule that joins Slices to a Split, whose time grows with the square of the nodes.
     3. Dimensions get the names of the part's specs.
     4. Reshapes to computed shapes become Reshapes to constant ones where only one dimension is unknown.
     5. Initializers get their checkpoint names, or `constant.<name>`, and the nodes that read a weight are called by
@@ -23,12 +48,30 @@ def finish(model: ir.Model, part: Part) -> ir.Model:
     for value in model.graph.initializers.values():
         if not _is_real(value):
             value.const_value = None
-    onnxscript.optimizer.optimize_ir(model)
+    _optimize(model)
     _name_dimensions(model, part)
     simplify_reshapes(model)
-    onnxscript.optimizer.optimize_ir(model)
+    _optimize(model)
     _name_initializers(model, part)
     return model
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold, rewrite and drop until nothing changes (in practice twice); keep one of each equal constant."""
+    common.InlinePass()(model)
+    for _ in range(2):
+        onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+        _RULES.apply_to_model(model)
+        common.RemoveUnusedNodesPass()(model)
+    passes = ir.passes.Sequential(
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.NameFixPass(),
+    )
+    passes(model)
 
 
 def _is_real(value: ir.Value) -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 from .errors import SourceError
 
 #: Only weights that cannot run code, and the text files beside them, are ever downloaded.
-_HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
+#: A name that ends so is meant as a file here, although the hub's rules would allow it.
+_FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,19 @@ class Resolved:
     revision: str | None
 
 
-def resolve(location: Location, what: str, folders: tuple[str, ...] = ("",)) -> Resolved:
+def resolve(location: Location, what: str, patterns: tuple[str, ...] = HUB_PATTERNS) -> Resolved:
     """Find a checkpoint on this machine, or fetch it from the hub into the shared cache.
 
     Args:
         location: a directory, or a hub id such as `black-forest-labs/FLUX.1-dev`.
         what: what it is, for messages ("base checkpoint", "adapter", "LoRA").
-        folders: the folders below the subfolder to fetch from the hub; "" is the subfolder itself.
+        patterns: what to fetch from the hub, in or below the subfolder.
 
     Raises:
         SourceError: there is no such directory, or the hub could not be reached or refused.
     """
+    if not location.name:
+        raise SourceError(f"{what}: the name is empty; give a directory or a hub id of the form 'owner/name'")
     local = Path(location.name).expanduser()
     if local.exists():
         path = local / location.subfolder if location.subfolder else local
@@ -50,10 +54,12 @@ def resolve(location: Location, what: str, folders: tuple[str, ...] = ("",)) -> 
             raise SourceError(f"{what}: {local} has no subfolder {location.subfolder!r}")
         return Resolved(local.name or str(local), path, None)
     if not _is_hub_id(location.name):
-        raise SourceError(f"{what}: {location.name!r} is no directory here, nor a hub id of the form 'owner/name'")
+        raise SourceError(
+            f"{what}: {location.name!r} is no file or directory here, nor a hub id of the form 'owner/name'; "
+            "check the spelling"
+        )
     prefix = f"{location.subfolder}/" if location.subfolder else ""
-    patterns = [f"{prefix}{f + '/' if f else ''}{p}" for f in folders for p in _HUB_PATTERNS]
-    root = _download(location, patterns, what)
+    root = _download(location, [prefix + p for p in patterns], what)
     path = root / location.subfolder if location.subfolder else root
     if not path.is_dir():
         raise SourceError(f"{what}: {location.name} on the hub has no subfolder {location.subfolder!r}")
@@ -67,7 +73,7 @@ def _is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1
+    return name.count("/") == 1 and not name.endswith(_FILES)
 
 
 def _download(location: Location, patterns: list[str], what: str) -> Path:
@@ -80,6 +86,8 @@ def _download(location: Location, patterns: list[str], what: str) -> Path:
                 location.name,
                 revision=location.revision,
                 allow_patterns=patterns,
+                # The hub's "*" also matches "/": without this, a root's patterns fetch every subfolder.
+                ignore_patterns=None if any("/" in p for p in patterns) else ["*/*"],
                 local_files_only=location.offline,
             )
         )
@@ -95,10 +103,16 @@ def _download(location: Location, patterns: list[str], what: str) -> Path:
             "check the spelling, or log in with `hf auth login` if it is private"
         ) from None
     except Exception as e:  # the hub client raises its HTTP library's errors as they are
+        if location.offline:
+            revision = f" at revision {location.revision!r}" if location.revision else ""
+            raise SourceError(
+                f"{what}: {location.name!r} is no directory here and not in the hub's cache{revision}; "
+                "check the spelling, or leave out --offline to fetch it"
+            ) from None
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SourceError(
             f"{what}: {location.name!r} is no directory here and the hub could not be reached ({reason}); "
-            "check the path or the network, or give --offline if it is in the cache"
+            "check the path or the network"
         ) from None
 
 

@@ -27,22 +27,15 @@ def staged(out: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
     Raises:
         ExportError: `out` exists, its parent does not, another run holds it, or the disk is (or becomes) full.
     """
+    check_out(out, overwrite)
     out = out.absolute()
-    if not out.parent.is_dir():
-        raise ExportError(f"--out: {out.parent} is not a directory; create it first")
-    if out.exists() and not overwrite:
-        raise ExportError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise ExportError(f"--out: {out} exists and is no bundle; it will not be overwritten")
-    lock = out.parent / f".{out.name}.lock"
-    partial = out.parent / f".{out.name}.partial"
+    lock, partial, old = (out.parent / f".{out.name}.{suffix}" for suffix in ("lock", "partial", "old"))
     with lock.open("w") as handle:
+        if not _locked(handle.fileno(), lock):
+            raise ExportError(f"--out: another export is writing {out}; wait for it or give another name")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ExportError(f"--out: another export is writing {out}; wait for it or give another name") from None
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
+            _recover(out, partial, old)
+            check_out(out, overwrite)
             free = shutil.disk_usage(out.parent).free
             if free < needed_bytes:
                 raise ExportError(
@@ -55,16 +48,48 @@ def staged(out: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
                 if e.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise ExportError(f"the disk of {out.parent} is full; nothing was left behind") from e
                 raise
-            _replace(partial, out)
+            _replace(partial, out, old)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
 
-def _replace(partial: Path, out: Path) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
+    """Check that `out` can be written, before any work is done for it.
+
+    Raises:
+        ExportError: `out` exists and may not be replaced, or its parent does not exist.
+    """
+    out = out.absolute()
+    if not out.parent.is_dir():
+        raise ExportError(f"--out: {out.parent} is not a directory; create it first")
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not (out / "manifest.json").is_file():
+        raise ExportError(f"--out: {out} exists and is no bundle; it will not be overwritten")
+    if not overwrite:
+        raise ExportError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
+
+
+def _locked(handle: int, lock: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who held it may have removed it since it was opened here; a lock on a removed file excludes nobody.
+        return os.fstat(handle).st_ino == lock.stat().st_ino
+    except OSError:
+        return False
+
+
+def _recover(out: Path, partial: Path, old: Path) -> None:
+    """Clear away what a killed run left; the replaced bundle comes back if the new one had not taken its place."""
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.exists() and not out.exists():
+        os.rename(old, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(partial: Path, out: Path, old: Path) -> None:
     if out.exists():
-        old = out.parent / f".{out.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
         os.rename(out, old)
         os.rename(partial, out)
         shutil.rmtree(old)

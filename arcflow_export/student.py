@@ -56,6 +56,7 @@ class TorchStudent:
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.pipe.transformer
         self.heads = _attach(self.transformer, student, dtype)
+        _merge_text_loras(self.pipe.text_encoder, student)
         reference = reference_dtype or dtype
         self.conditioning = _Conditioning(self.transformer.time_text_embed, student.family, reference)
         self.transformer.time_text_embed = self.conditioning
@@ -126,13 +127,15 @@ class TorchStudent:
         guidance_scale: float = 3.5,
         max_sequence_length: int = 512,
         on_step: Callable[[int], None] | None = None,
+        noise: torch.Tensor | None = None,
     ) -> Drawing:
-        """Draw one picture; arguments as in the runtime's pipeline."""
+        """Draw one picture; arguments as in the runtime's pipeline, `noise` [1, C, H/8, W/8] in place of the seed."""
         states, pooled = self.encode(prompt, max_sequence_length)
         generator = torch.Generator("cpu").manual_seed(seed)
         channels = self.transformer.config.in_channels // 4
-        noise = torch.randn(1, channels, height // 8, width // 8, generator=generator).to(self.device)
-        x = _pack(noise)
+        if noise is None:
+            noise = torch.randn(1, channels, height // 8, width // 8, generator=generator)
+        x = _pack(noise.to(self.device))
         first, steps = x, []
         t = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
         sigmas = torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
@@ -252,6 +255,14 @@ def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
     if len(names) > 1:
         transformer.set_adapters(names, scales)
     return heads.to(dtype).eval()
+
+
+def _merge_text_loras(encoder: nn.Module, student: Student) -> None:
+    for style in student.styles:
+        for module, pair in style.pairs.get("text_encoder", {}).items():
+            weight = encoder.get_submodule(module.removeprefix("text_model.")).get_parameter("weight")
+            with torch.no_grad():
+                weight.add_(pair.scale * pair.b.read().double() @ pair.a.read().double())
 
 
 def _file(student: Student) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from .sources import Location, Resolved, resolve
 from .tensors import TensorIndex, TensorRef
 
 COMPONENTS = ("transformer", "text_encoder")
+_SUPPORTED = "bundles take LoRAs of the linears of transformer and text_encoder"
+_T5 = ("lora_te2_", "lora_te3_", "text_encoders.t5xxl.")
 #: The base's final projection, which a student's three heads replace; a LoRA of it has nothing to change.
 REPLACED = "transformer.proj_out"
 
@@ -78,8 +82,12 @@ def load_style(location: Location, scale: float, family: str) -> Style:
     with safe_open(file, framework="pt") as f:
         metadata = f.metadata() or {}
     raw = {key: ref.read() for key, ref in index.items()}
-    if dora := [k for k in raw if "dora_scale" in k]:
+    if dora := [k for k in raw if "dora_scale" in k or "lora_magnitude_vector" in k]:
         raise SourceError(f"LoRA: {file} is a DoRA ({dora[0]}), which is no plain sum of products; not supported")
+    for key, value in raw.items():
+        # diffusers' converter drops these without a word.
+        if (key.startswith(_T5) or key.endswith((".diff", ".diff_b"))) and value.any():
+            raise SourceError(f"LoRA: {file}: key {key!r} is not supported; {_SUPPORTED}")
     state, alphas, adapter = _convert(raw, metadata, family, file)
     pairs: dict[str, dict[str, LoraPair]] = {}
     skipped = []
@@ -90,13 +98,14 @@ def load_style(location: Location, scale: float, family: str) -> Style:
         partner = f"{module}.lora_B.weight"
         component, _, name = module.partition(".")
         if not key.endswith(".lora_A.weight") or partner not in state or component not in COMPONENTS:
-            raise SourceError(f"LoRA: {file}: key {key!r} is not understood; bundles take LoRAs of {COMPONENTS}")
+            raise SourceError(f"LoRA: {file}: key {key!r} is not understood; {_SUPPORTED}")
         if module == REPLACED:
             skipped.append(name)
             continue
         a, b = state[key], state[partner]
         rank = a.shape[0]
-        strength = scale * _alpha(alphas, adapter, module, component, name, rank) / rank
+        divisor = math.sqrt(rank) if adapter.get(f"{component}.use_rslora") else rank
+        strength = scale * _alpha(alphas, adapter, module, component, name, rank) / divisor
         pairs.setdefault(component, {})[name] = LoraPair(_memory(file, key, a), _memory(file, partner, b), strength)
     lonely = [k for k in state if k.endswith(".lora_B.weight") and k.replace("lora_B", "lora_A") not in state]
     if lonely or not pairs:
@@ -107,9 +116,8 @@ def load_style(location: Location, scale: float, family: str) -> Style:
 def _convert(
     raw: dict[str, torch.Tensor], metadata: dict[str, str], family: str, file: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, Any]]:
-    import json
-
     from diffusers import FluxPipeline, QwenImagePipeline
+    from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_peft
 
     try:
         if family == "flux":
@@ -118,9 +126,18 @@ def _convert(
             state, alphas = QwenImagePipeline.lora_state_dict(dict(raw)), None
     except Exception as e:  # the converters raise whatever their parsing runs into
         raise SourceError(f"LoRA: {file}: diffusers' converter does not know its keys ({e})") from None
+    # The converter leaves CLIP's factors in an older naming of diffusers' own.
+    text_encoder = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
+    state = {k: v for k, v in state.items() if k not in text_encoder}
+    state |= convert_state_dict_to_peft(text_encoder, original_type=StateDictType.DIFFUSERS_OLD)
     text = metadata.get("lora_adapter_metadata")
-    adapter = json.loads(text) if text else {}
-    known = {k if k.split(".")[0] in COMPONENTS else f"transformer.{k}": v for k, v in state.items()}
+    try:
+        adapter = json.loads(text) if text else {}
+    except ValueError as e:
+        raise SourceError(f"LoRA: {file}: its metadata lora_adapter_metadata is not valid JSON ({e})") from None
+    known = {
+        k if k.split(".")[0] in (*COMPONENTS, "text_encoder_2") else f"transformer.{k}": v for k, v in state.items()
+    }
     return (
         known,
         {k: float(v) for k, v in (alphas or {}).items()},

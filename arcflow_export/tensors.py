@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,12 @@ class TensorRef:
         with safe_open(self.path, framework="pt") as f:
             return f.get_tensor(self.key)
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of dimension 0, in the stored dtype."""
+    def rows(self, ranges: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Rows [start, stop) of dimension 0 for each range, in the stored dtype; opens the file once."""
         with safe_open(self.path, framework="pt") as f:
-            return f.get_slice(self.key)[start:stop]
+            tensor = f.get_slice(self.key)
+            for start, stop in ranges:
+                yield tensor[start:stop]
 
 
 class TensorIndex(Mapping[str, TensorRef]):
@@ -153,7 +155,7 @@ def _check_file(path: Path, what: str) -> None:
         head = f.read(8)
     if len(head) < 8:
         raise SourceError(f"{what}: {path} has only {size} bytes; it is truncated, download it again")
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+    if head[:2] in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6))):
         raise SourceError(f"{what}: {path} is a pickle by its content; convert it to safetensors")
     if head.startswith(b"version "):
         raise SourceError(f"{what}: {path} is a Git LFS pointer, not the weights; run `git lfs pull`")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +24,11 @@ from .models.layers import Parameter
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: Tensor data starts at a multiple of this, so that a mapped file is aligned for any dtype.
 _ALIGNMENT = 4096
+#: Written data leaves the page cache after about this many bytes: nothing reads it again, so the checkpoint and the
+#: user's files keep their place there, and the kernel reuses a few pages instead of finding new ones for all.
+_UNCACHE_BYTES = 256 << 20
+#: Blocks between the producing thread and the writing one.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def write_weights(
 ) -> tuple[FileEntry, dict[str, Placed]]:
     """Stream parameters into the safetensors file `path`.
 
-    A second thread reads, merges and casts while this one writes and hashes; at most three blocks are in memory.
+    Other threads read, merge and cast while this one writes and hashes; at most `_AHEAD` + 2 tensors are in memory.
 
     Returns:
         The file's size and SHA-256, and where each tensor lies.
@@ -83,7 +90,10 @@ def write_weights(
     ordered = sorted(params, key=lambda p: -p.dtype.itemsize)
     header, placed = _layout(ordered)
     digest = hashlib.sha256(header)
-    total = len(header)
+    total = dropped = len(header)
+    # The source has threads of its own; torch's would only take turns with them and wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     blocks = _Prefetch(_blocks(ordered, source))
     try:
         with path.open("wb") as f:
@@ -93,8 +103,12 @@ def write_weights(
                 digest.update(block)
                 total += len(block)
                 progress(len(block))
+                if total - dropped > _UNCACHE_BYTES:
+                    _uncache(f.fileno(), max(0, dropped - _UNCACHE_BYTES), total)
+                    dropped = total
     finally:
         blocks.close()
+        torch.set_num_threads(threads)
     return FileEntry(total, digest.hexdigest()), placed
 
 
@@ -136,7 +150,17 @@ def _layout(params: list[Parameter]) -> tuple[bytes, dict[str, Placed]]:
     return header, placed
 
 
+def _uncache(fd: int, start: int, stop: int) -> None:
+    # Starts writing what is dirty and drops what is clean, so a range is passed twice. Only advice: not on macOS.
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+
+
 def _blocks(params: list[Parameter], source: WeightSource) -> Iterator[memoryview]:
+    # Memory of transposed tensors is used in turn. A block's turn comes again when `_AHEAD` blocks after it are queued
+    # and one more is being written, so nobody reads it any more.
+    largest = max((num_bytes(p) for p in params if p.transform == "transpose"), default=0)
+    turns = itertools.cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(_AHEAD + 2)])
     for p in params:
         if p.constant is not None:
             yield _bytes(p.constant.to(p.dtype))
@@ -146,9 +170,10 @@ def _blocks(params: list[Parameter], source: WeightSource) -> Iterator[memoryvie
         if p.transform == "none":
             yield from map(_bytes, blocks)
         elif p.transform == "transpose":
-            whole, start = torch.empty(p.shape, dtype=p.dtype), 0
+            whole, start = next(turns)[: num_bytes(p)].view(p.dtype).view(p.shape), 0
             for block in blocks:
-                whole[:, start : start + len(block)] = block.t()
+                # In two steps: torch transposes in tiles only between contiguous tensors of one dtype.
+                whole[:, start : start + len(block)] = block.t().contiguous()
                 start += len(block)
             yield _bytes(whole)
         else:
@@ -161,10 +186,10 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class _Prefetch:
-    """Run an iterator in a second thread, two items ahead."""
+    """Run an iterator in a second thread, `_AHEAD` items ahead."""
 
     def __init__(self, items: Iterator[memoryview]):
-        self._queue: queue.Queue[memoryview | BaseException | None] = queue.Queue(maxsize=2)
+        self._queue: queue.Queue[memoryview | BaseException | None] = queue.Queue(maxsize=_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(items,), daemon=True)
         self._thread.start()

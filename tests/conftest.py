@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from arcflow_export.export import export_bundle, plan_export
 from arcflow_export.load import Student, load_student
 from arcflow_export.options import Options
 from arcflow_export.sources import Location
+from arcflow_runtime import cli
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("flux-tiny", "qwen-tiny")
@@ -21,6 +25,28 @@ def golden_student(name: str, loras: list | None = None) -> Student:
 
 def export(student: Student, out: Path, **options) -> Path:
     return export_bundle(plan_export(student, Options(**options)), out, "test")
+
+
+@dataclass(frozen=True)
+class CommandRun:
+    """What `arcflow export` wrote and printed."""
+
+    bundle: Path
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def command_run(tmp_path_factory) -> CommandRun:
+    """The golden FLUX student exported in bfloat16 by the command, once per run."""
+    bundle = tmp_path_factory.mktemp("command") / "bundle"
+    arguments = ["--base", GOLDEN / "flux-tiny" / "base", "--adapter", GOLDEN / "flux-tiny" / "adapter"]
+    arguments += ["--out", bundle, "--dtype", "bfloat16", "--json"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["export", *map(str, arguments)])
+    return CommandRun(bundle, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")

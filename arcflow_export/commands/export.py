@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export the bundle."""
+    from ..staging import check_out
+
     options = _options(args)
+    if not args.dry_run:
+        check_out(args.out, args.overwrite)
     quiet_libraries()
     from ..export import export_bundle, plan_export
 
@@ -87,12 +91,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _steps(text: str) -> tuple[int, ...]:
+    from arcflow_runtime.request import MAX_INFERENCE_STEPS
+
     try:
         steps = tuple(dict.fromkeys(int(n) for n in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be whole numbers such as 2 or 2,4, got {text!r}") from None
-    if min(steps) < 1:
-        raise argparse.ArgumentTypeError(f"step counts must be at least 1, got {text!r}")
+    if not all(1 <= n <= MAX_INFERENCE_STEPS for n in steps):
+        raise argparse.ArgumentTypeError(f"step counts must be between 1 and {MAX_INFERENCE_STEPS}, got {text!r}")
     return steps
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..errors import SourceError
 from .sources import add_source_arguments, open_student, quiet_libraries
 
 PROMPTS = ("a large red circle on a blue background", "portrait of an old sailor, oil painting, detailed")
@@ -41,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from ..verify import Case, as_dict, verify_bundle
 
     student = open_student(args)
+    if student.family != bundle.manifest.family:
+        raise SourceError(
+            f"{args.bundle} is a {bundle.manifest.family} bundle, the student given is {student.family}; "
+            "give the base and adapter it was made from"
+        )
     cases = [Case(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
     with tqdm(total=len(cases) + 1, disable=None) as bar:
 

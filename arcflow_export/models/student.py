@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,9 @@ class Heads(nn.Module):
         self.k, self.c, self.p = num_gaussians, channels, logweights_channels
         self.proj_out_means = nn.Linear(dim, self.k * self.c)
         self.proj_out_logweights = nn.Linear(dim, self.k * self.p)
-        self.proj_out_loggamma = nn.Linear(dim, (self.k - 1) * self.p)
+        with warnings.catch_warnings():  # one mode has no gammas, and torch remarks on the empty layer
+            warnings.simplefilter("ignore")
+            self.proj_out_loggamma = nn.Linear(dim, (self.k - 1) * self.p)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, N, D] -> means [B, N, K, C], logweights [B, N, K, P] (logits), loggammas [B, N, K-1, P]."""

@@ -115,6 +115,13 @@ def decoder(config: dict[str, Any], family: str, dtype: DType) -> Part:
     wanted = {"flux": "AutoencoderKL", "qwen-image": "AutoencoderKLQwenImage"}[family]
     if config.get("_class_name") != wanted:
         raise SourceError(f"vae: a {family} base must have a {wanted}, got {config.get('_class_name')!r}")
+    channels = config.get("latent_channels" if family == "flux" else "z_dim", 16)
+    levels = len(config.get("block_out_channels" if family == "flux" else "dim_mult", range(4)))
+    if (channels, levels) != (16, 4):
+        raise SourceError(
+            f"vae: a {family} base must have 16 latent channels and 4 levels (8 pixels per latent), "
+            f"got {channels} and {levels}"
+        )
     dtype = "float32" if dtype == "float16" else dtype
     with torch.device("meta"):
         if family == "flux":
