@@ -187,3 +187,10 @@ def test_ctrl_c(running, tmp_path):
     assert error.endswith("arcflow export: interrupted\n")
     assert "Traceback" not in error
     assert os.listdir(tmp_path) == []
+
+
+def test_sigterm(running, tmp_path):
+    running.terminate()
+    running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert os.listdir(tmp_path) == []

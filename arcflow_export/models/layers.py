@@ -162,6 +162,15 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return out.transpose(1, 2).flatten(2)
 
 
+def wide_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Single-head attention over [B, S, D] -> [B, S, D] in plain products, softmax in float32.
+
+    A VAE's one head is as wide as its channels (384 or 512), for which no engine has a fused kernel.
+    """
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    return torch.matmul(scores.float().softmax(dim=-1).to(v.dtype), v)
+
+
 def replace_linears(module: nn.Module) -> None:
     """Replace every nn.Linear below `module` by `MatMul`, in place."""
     for name, child in module.named_children():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageAttentionBlock,
     QwenImageCausalConv3d,
     QwenImageRMS_norm,
     QwenImageUpsample,
@@ -16,7 +17,7 @@ from torch import nn
 from arcflow_runtime.bundle import DType, TensorSpec
 
 from ..errors import SourceError
-from .layers import Constant, FrameConv, Part, replace_linears
+from .layers import Constant, FrameConv, Part, replace_linears, wide_attention
 
 
 def _unpack(latents: torch.Tensor) -> torch.Tensor:
@@ -31,12 +32,40 @@ def _to_rgb(image: torch.Tensor) -> torch.Tensor:
     return torch.round(x * 255).to(torch.uint8)
 
 
+class _FluxAttention:
+    """Attention processor of AutoencoderKL's middle block, without a fused operator."""
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        x = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)  # [B, HW, C]
+        x = attn.to_out[0](wide_attention(attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+        x = x.transpose(1, 2).unflatten(2, hidden_states.shape[2:])
+        return (x + hidden_states) / attn.rescale_output_factor
+
+
+class _QwenAttention(nn.Module):
+    """Qwen's middle block's attention on one frame, without a fused operator."""
+
+    def __init__(self, block: QwenImageAttentionBlock):
+        super().__init__()
+        self.norm, self.to_qkv, self.proj = block.norm, block.to_qkv, block.proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, 1, H, W] -> [B, C, 1, H, W]."""
+        frame = x.squeeze(2)
+        qkv = self.to_qkv(self.norm(frame)).flatten(2).transpose(1, 2)  # [B, HW, 3C]
+        out = wide_attention(*qkv.chunk(3, dim=-1)).transpose(1, 2).unflatten(2, frame.shape[2:])
+        return self.proj(out).unsqueeze(2) + x
+
+
 class FluxDecoder(nn.Module):
     """AutoencoderKL's decoder with FLUX's scaling: z / scaling_factor + shift_factor."""
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        for attention in self.decoder.mid_block.attentions:
+            if attention is not None:
+                attention.set_processor(_FluxAttention())
         self.scale, self.shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -98,6 +127,10 @@ def _replace_qwen(module: nn.Module) -> None:
             setattr(module, name, _Norm(child))
         elif isinstance(child, QwenImageUpsample):
             setattr(module, name, _Upsample())
+        elif isinstance(child, QwenImageAttentionBlock):
+            attention = _QwenAttention(child)
+            _replace_qwen(attention)
+            setattr(module, name, attention)
         else:
             _replace_qwen(child)
         if name == "time_conv":  # upsampling in time does nothing on the first frame

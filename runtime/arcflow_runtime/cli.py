@@ -1,10 +1,11 @@
-"""The `arcflow` command: argument list -> exit code (0 done, 1 failed, 2 bad usage, 130 Ctrl-C)."""
+"""The `arcflow` command: argument list -> exit code (0 done, 1 failed, 2 bad usage, 130 Ctrl-C, 143 terminated)."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,7 +20,7 @@ COMMANDS = {
     "inspect": "arcflow_runtime.commands.inspect",
     "bench": "arcflow_runtime.commands.bench",
 }
-DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arcflow: error: unknown command {name!r}{_suggest(name, COMMANDS)}", file=sys.stderr)
         print(f"the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return BAD_USAGE
+    # As an exception, so that what is half-written is cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         return _run(name, argv[1:])
     except KeyboardInterrupt:
