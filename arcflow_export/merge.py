@@ -12,7 +12,7 @@ import torch
 
 from .adapter import LoraPair
 from .errors import SourceError
-from .tensors import TensorIndex, TensorRef
+from .tensors import TensorIndex, TensorRef, uncache
 
 #: A tensor is converted in blocks of about this many bytes of float32: small enough that what one pass leaves in the
 #: last-level cache serves the next, and that the allocator reuses memory instead of faulting in new pages.
@@ -28,8 +28,15 @@ class WeightSource(Protocol):
         """Shape of tensor `key`; raises `SourceError` if there is none."""
         ...
 
-    def blocks(self, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Tensor `key` in `dtype`, as consecutive blocks of dimension 0; checked for NaN and Inf."""
+    def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
+        """Tensor `key` in `dtype`, as consecutive blocks of dimension 0; checked for NaN and Inf.
+
+        Every block is contiguous. With `transpose`, a matrix's blocks [rows, in] are [in, rows] instead.
+        """
+        ...
+
+    def uncache(self) -> None:
+        """Let the kernel drop what was read so far from the page cache."""
         ...
 
 
@@ -47,9 +54,14 @@ class PlainWeights:
         """Shape of tensor `key`."""
         return self.ref(key).shape
 
-    def blocks(self, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
         """Tensor `key` in `dtype`, block by block."""
-        yield from _convert(self.ref(key), lambda _, block: cast(block, dtype, key))
+        yield from _convert(self.ref(key), lambda _, block: cast(block, dtype, key), transpose)
+
+    def uncache(self) -> None:
+        """Let the kernel drop what was read so far from the page cache."""
+        for path in self.index.files:
+            uncache(path)
 
 
 class MergedWeights(PlainWeights):
@@ -64,11 +76,11 @@ class MergedWeights(PlainWeights):
         """The stored tensor that `key` comes from: the adapter's own, else the base's."""
         return self.full[key] if key in self.full else self.index[key]
 
-    def blocks(self, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
         """Tensor `key` merged in float32 and rounded once to `dtype`, block by block."""
         pairs = self.loras.get(key.removesuffix(".weight"), []) if key.endswith(".weight") else []
         if not pairs:
-            yield from super().blocks(key, dtype)
+            yield from super().blocks(key, dtype, transpose)
             return
         factors = [(_finite(p.a).float(), _finite(p.b).float(), p.scale) for p in pairs]
 
@@ -78,7 +90,7 @@ class MergedWeights(PlainWeights):
                 merged.addmm_(b[start : start + len(block)], a, alpha=scale)
             return cast(merged, dtype, key)
 
-        yield from _convert(self.ref(key), merge)
+        yield from _convert(self.ref(key), merge, transpose)
 
 
 def cast(block: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
@@ -99,27 +111,31 @@ def cast(block: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
     return out
 
 
-def _convert(ref: TensorRef, convert: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+def _convert(
+    ref: TensorRef, convert: Callable[[int, torch.Tensor], torch.Tensor], transpose: bool
+) -> Iterator[torch.Tensor]:
     """Check a stored tensor for NaN and Inf and convert it, in blocks of dimension 0, in order.
 
     Args:
         ref: the tensor.
         convert: takes a block's first row and the block as stored; called in several threads.
+        transpose: transpose every block.
     """
-    if ref.numel * 4 <= BLOCK_BYTES or len(ref.shape) < 2:
-        yield convert(0, _finite(ref))
-        return
 
-    def checked(start: int, block: torch.Tensor) -> torch.Tensor:
+    def run(start: int, block: torch.Tensor) -> torch.Tensor:
         _check_finite(block, ref)  # the first to touch the mapped file, so this is also where it is read
-        return convert(start, block)
+        block = convert(start, block)
+        return block.t().contiguous() if transpose else block
 
+    if ref.numel * 4 <= BLOCK_BYTES or len(ref.shape) < 2:
+        yield run(0, ref.read())
+        return
     rows = max(1, BLOCK_BYTES // (4 * (ref.numel // ref.shape[0])))
     ranges = [(start, min(start + rows, ref.shape[0])) for start in range(0, ref.shape[0], rows)]
     pending: deque[Future[torch.Tensor]] = deque()
     with ThreadPoolExecutor(_WORKERS) as pool:
         for (start, _), block in zip(ranges, ref.rows(ranges), strict=True):
-            pending.append(pool.submit(checked, start, block))
+            pending.append(pool.submit(run, start, block))
             if len(pending) > _WORKERS:
                 yield pending.popleft().result()
         while pending:

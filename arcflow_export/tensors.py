@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,10 +73,15 @@ class TensorIndex(Mapping[str, TensorRef]):
     def __contains__(self, key: object) -> bool:
         return key in self._refs
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, in order of their names."""
+        return sorted({r.path for r in self._refs.values()})
+
     def digest(self) -> str:
         """SHA-256 over every file's name, size and safetensors header: cheap, and changes with any re-save."""
         sha = hashlib.sha256()
-        for path in sorted({r.path for r in self._refs.values()}):
+        for path in self.files:
             sha.update(f"{path.name} {path.stat().st_size} ".encode())
             sha.update(_read_header(path))
         return sha.hexdigest()
@@ -104,6 +110,20 @@ class TensorIndex(Mapping[str, TensorRef]):
             except SafetensorError as e:
                 raise SourceError(f"{what}: {file} is not a valid safetensors file ({e}); download it again") from None
         return TensorIndex(refs, path)
+
+
+def uncache(path: Path) -> None:
+    """Start writing a file's dirty pages and drop its clean ones, unless mapped, from the page cache.
+
+    What is read or written once then leaves the user's other files in the cache, and the kernel reuses a few pages
+    instead of finding new ones for every byte, which can take it as long as the copying. Only advice; not on macOS.
+    """
+    if hasattr(os, "posix_fadvise"):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 def _files(path: Path, what: str) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -20,15 +19,15 @@ from arcflow_runtime.bundle import FileEntry
 from .errors import SourceError
 from .merge import WeightSource
 from .models.layers import Parameter
+from .tensors import uncache
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: Tensor data starts at a multiple of this, so that a mapped file is aligned for any dtype.
 _ALIGNMENT = 4096
-#: Written data leaves the page cache after about this many bytes: nothing reads it again, so the checkpoint and the
-#: user's files keep their place there, and the kernel reuses a few pages instead of finding new ones for all.
-_UNCACHE_BYTES = 256 << 20
-#: Blocks between the producing thread and the writing one.
-_AHEAD = 2
+#: What was read or written leaves the page cache after about this many bytes; see `tensors.uncache`.
+_UNCACHE_BYTES = 512 << 20
+#: Blocks between the producing thread and the writing one; tensors with LoRAs take longer than others, so a few.
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ def write_weights(
                 total += len(block)
                 progress(len(block))
                 if total - dropped > _UNCACHE_BYTES:
-                    _uncache(f.fileno(), max(0, dropped - _UNCACHE_BYTES), total)
+                    uncache(path)
+                    source.uncache()
                     dropped = total
     finally:
         blocks.close()
@@ -150,12 +150,6 @@ def _layout(params: list[Parameter]) -> tuple[bytes, dict[str, Placed]]:
     return header, placed
 
 
-def _uncache(fd: int, start: int, stop: int) -> None:
-    # Starts writing what is dirty and drops what is clean, so a range is passed twice. Only advice: not on macOS.
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-
-
 def _blocks(params: list[Parameter], source: WeightSource) -> Iterator[memoryview]:
     # Memory of transposed tensors is used in turn. A block's turn comes again when `_AHEAD` blocks after it are queued
     # and one more is being written, so nobody reads it any more.
@@ -166,15 +160,14 @@ def _blocks(params: list[Parameter], source: WeightSource) -> Iterator[memoryvie
             yield _bytes(p.constant.to(p.dtype))
             continue
         assert p.key is not None
-        blocks = source.blocks(p.key, p.dtype)
+        blocks = source.blocks(p.key, p.dtype, transpose=p.transform == "transpose")
         if p.transform == "none":
             yield from map(_bytes, blocks)
         elif p.transform == "transpose":
             whole, start = next(turns)[: num_bytes(p)].view(p.dtype).view(p.shape), 0
-            for block in blocks:
-                # In two steps: torch transposes in tiles only between contiguous tensors of one dtype.
-                whole[:, start : start + len(block)] = block.t().contiguous()
-                start += len(block)
+            for block in blocks:  # [in, rows]
+                whole[:, start : start + block.shape[1]] = block
+                start += block.shape[1]
             yield _bytes(whole)
         else:
             yield _bytes(torch.cat(list(blocks))[:, :, -1])

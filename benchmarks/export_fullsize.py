@@ -1,0 +1,228 @@
+"""A checkpoint of benchmarks/fullsize.py -> how long `arcflow export` takes, its peak memory, and a plain copy's time.
+
+The copy reads the checkpoint's files with nothing of them in the page cache and writes as many bytes as the bundle's
+weights have, in blocks of 16 MiB, before the export and again after it; the faster of the two counts. Criterion: peak
+resident memory at most 4 GiB, wall time at most tracing plus twice the copy. Nothing is left of copy and bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import describe as describe_machine
+
+COPY_BLOCK_BYTES = 16 << 20
+#: Where the disk has no room for a whole copy beside the checkpoint, this much is copied and the time scaled.
+PART_BYTES = 10 * 10**9
+MAX_RESIDENT_BYTES = 4 << 30
+SAMPLE_S = 0.2
+
+
+class MeasureError(Exception):
+    """The measurement cannot be made; the message says why and what to do."""
+
+
+def drop_cache(files: list[Path]) -> None:
+    """Write back what is dirty and drop the files' pages from the page cache."""
+    os.sync()
+    for file in files:
+        fd = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def copy_seconds(files: list[Path], num_bytes: int, folder: Path) -> tuple[float, int]:
+    """Copy `num_bytes` from the beginning of `files` (again where they end) into `folder` and delete the copy.
+
+    Returns:
+        Seconds, scaled to `num_bytes` where the disk had room for less, and the bytes that were copied.
+    """
+    left = num_bytes if shutil.disk_usage(folder).free > num_bytes + (1 << 30) else min(PART_BYTES, num_bytes)
+    copied = 0
+    drop_cache(files)
+    with tempfile.TemporaryDirectory(prefix="copy-", dir=folder) as temporary:
+        began = time.perf_counter()
+        for i, file in enumerate(itertools.cycle(files)):
+            with file.open("rb", buffering=0) as source, (Path(temporary) / str(i)).open("wb", buffering=0) as target:
+                while left > 0 and (block := source.read(min(COPY_BLOCK_BYTES, left))):
+                    copied += target.write(block)
+                    left -= len(block)
+            if left <= 0:
+                break
+        seconds = time.perf_counter() - began
+    return seconds * num_bytes / copied, copied
+
+
+class _Sampler(threading.Thread):
+    """Peaks of a process's anonymous and file-backed resident memory, read every 0.2 s."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.peaks = {"RssAnon": 0, "RssFile": 0, "VmRSS": 0}
+        self._status = Path(f"/proc/{pid}/status")
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Sample until `stop` or the process ends."""
+        while not self._done.wait(SAMPLE_S):
+            try:
+                lines = self._status.read_text().splitlines()
+            except OSError:
+                return
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name in self.peaks:
+                    self.peaks[name] = max(self.peaks[name], int(value.split()[0]) << 10)
+
+    def stop(self) -> None:
+        """Stop sampling."""
+        self._done.set()
+        self.join()
+
+
+def run_export(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run `arcflow export ARGUMENTS --json` in a process of its own.
+
+    Returns:
+        What it printed, and its wall and CPU seconds and peaks of resident memory in bytes.
+
+    Raises:
+        MeasureError: it failed; its own message is on stderr.
+    """
+    arcflow = Path(sys.executable).with_name("arcflow")
+    if not arcflow.exists():
+        raise MeasureError(f"{arcflow} does not exist; run with the Python of an environment with arcflow[export]")
+    with tempfile.TemporaryFile("w+") as output:
+        began = time.perf_counter()
+        process = subprocess.Popen([arcflow, "export", *arguments, "--json"], stdout=output)
+        sampler = _Sampler(process.pid)
+        sampler.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        sampler.stop()
+        if process.returncode:
+            raise MeasureError(f"arcflow export ended with exit code {process.returncode}")
+        output.seek(0)
+        printed: dict[str, Any] = json.load(output)
+    return printed, {
+        "wall_s": round(seconds, 2), "user_s": round(usage.ru_utime, 2), "system_s": round(usage.ru_stime, 2),
+        "peak_resident_bytes": usage.ru_maxrss << 10, "sampled_peak_resident_bytes": sampler.peaks["VmRSS"],
+        "sampled_peak_anonymous_bytes": sampler.peaks["RssAnon"],
+        "sampled_peak_file_mapped_bytes": sampler.peaks["RssFile"],
+    }  # fmt: skip
+
+
+def measure(model: str, checkpoint: Path, dtype: str, out: Path) -> dict[str, Any]:
+    """Measure copy and export of one checkpoint; see the module's docstring.
+
+    Raises:
+        MeasureError: the checkpoint or the disk does not allow it, or the export failed.
+    """
+    files = sorted(checkpoint.glob("*/**/*.safetensors"))
+    if not files or not out.parent.is_dir():
+        raise MeasureError(f"{checkpoint} must be a directory of benchmarks/fullsize.py, and {out.parent} must exist")
+    arguments = ["--base", str(checkpoint / "base"), "--adapter", str(checkpoint / "adapter"), "--dtype", dtype,
+                 "--out", str(out)]  # fmt: skip
+    stored = sum(f.stat().st_blocks * 512 for f in files)
+    size = sum(f.stat().st_size for f in files)
+    plan, _ = run_export([*arguments, "--dry-run"])
+    free = shutil.disk_usage(out.parent).free
+    if free < plan["bytes"]:
+        raise MeasureError(f"{out.parent} has {free / 1e9:.1f} GB free, the bundle needs {plan['bytes'] / 1e9:.1f} GB")
+    before, copied = copy_seconds(files, plan["bytes"], out.parent)
+    print(f"copy of {copied / 1e9:.1f} GB done: {before:.1f} s for {plan['bytes'] / 1e9:.1f} GB", flush=True)
+    drop_cache(files)
+    try:
+        printed, export = run_export(arguments)
+        bundle_bytes = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    after, _ = copy_seconds(files, plan["bytes"], out.parent)
+    copy = min(before, after)
+    trace = sum(s["seconds"] for s in printed["stages"] if s["stage"].endswith(": tracing"))
+    limit = trace + 2 * copy
+    return {
+        "command": f"python benchmarks/export_fullsize.py --model {model} --checkpoint CHECKPOINT --dtype {dtype} "
+                   "--out BUNDLE",
+        "export_command": f"arcflow export --base CHECKPOINT/base --adapter CHECKPOINT/adapter --dtype {dtype} "
+                          "--out BUNDLE",
+        "model": model,
+        "checkpoint": {"bytes": size, "bytes_on_disk": stored, "fill": "random" if stored > size // 2 else "sparse"},
+        "bundle_bytes": bundle_bytes,
+        "machine": describe_machine() | {"disk_free_bytes": free, "load_average": os.getloadavg()},
+        "copy": {"bytes": plan["bytes"], "copied_bytes": copied, "seconds_before": round(before, 2),
+                 "seconds_after": round(after, 2), "seconds": round(copy, 2)},
+        "export": export | {"trace_s": round(trace, 2), "other_s": round(export["wall_s"] - trace, 2),
+                            "stages": printed["stages"]},
+        "criterion": {
+            "max_resident_bytes": MAX_RESIDENT_BYTES,
+            "resident_met": export["peak_resident_bytes"] <= MAX_RESIDENT_BYTES,
+            "max_wall_s": round(limit, 2), "wall_met": export["wall_s"] <= limit,
+        },
+    }  # fmt: skip
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result of `measure` as a table."""
+    m, e, c, criterion = result["machine"], result["export"], result["copy"], result["criterion"]
+    source = result["checkpoint"]
+    lines = [
+        f"{result['model']}: {source['fill']} checkpoint of {source['bytes'] / 1e9:.1f} GB, "
+        f"bundle of {result['bundle_bytes'] / 1e9:.1f} GB",
+        f"{m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.1f} GiB, "
+        f"{m['disk_free_bytes'] / 1e9:.0f} GB of disk free, load {m['load_average'][0]:.1f}",
+        f"Python {m['python']}, " + ", ".join(f"{n} {v}" for n, v in m["versions"].items()),
+        "",
+        f"  {'copy':28}{c['seconds']:>10.1f} s   ({c['seconds_before']} before, {c['seconds_after']} after)",
+    ]
+    for stage in e["stages"]:
+        rate = f"   {stage['bytes'] / stage['seconds'] / 1e6:,.0f} MB/s" if stage["bytes"] and stage["seconds"] else ""
+        lines.append(f"  {stage['stage']:28}{stage['seconds']:>10.1f} s{rate}")
+    verdict = {True: "met", False: "MISSED"}
+    wall, resident = verdict[criterion["wall_met"]], verdict[criterion["resident_met"]]
+    lines += [
+        f"  {'export':28}{e['wall_s']:>10.1f} s   at most {criterion['max_wall_s']:.1f}: {wall}",
+        f"  {'peak resident':28}{e['peak_resident_bytes'] / 2**30:>10.2f} GiB at most 4: {resident} (sampled: "
+        f"{e['sampled_peak_anonymous_bytes'] / 2**30:.2f} anonymous, "
+        f"{e['sampled_peak_file_mapped_bytes'] / 2**30:.2f} of files)",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Parse the command line and measure; 0 criterion met, 1 failed or missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("flux", "qwen"), required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="from benchmarks/fullsize.py")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="written, measured and deleted")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/export_MODEL.json")
+    args = parser.parse_args()
+    target = args.json or Path(__file__).parent / "results" / f"export_{args.model}.json"
+    try:
+        if args.out.exists():
+            raise MeasureError(f"--out: {args.out} exists; remove it or give another name")
+        result = measure(args.model, args.checkpoint, args.dtype, args.out)
+    except (MeasureError, OSError) as e:
+        print(f"export_fullsize: error: {e}", file=sys.stderr)
+        return 1
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(describe(result))
+    return 0 if result["criterion"]["resident_met"] and result["criterion"]["wall_met"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

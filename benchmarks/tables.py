@@ -1,0 +1,81 @@
+"""Results -> the tables of README.md, between the markers there: `python benchmarks/tables.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README, RESULTS = HERE / "README.md", HERE / "results"
+
+
+def export_table() -> str:
+    """Full-size exports, one row per model."""
+    rows = [
+        "| model | checkpoint | bundle | plain copy | tracing | everything else | export | at most | peak resident |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("flux", "qwen"):
+        r = _read(f"export_{name}")
+        e, c = r["export"], r["criterion"]
+        verdict = "" if c["wall_met"] else " (missed)"
+        rows.append(
+            f"| {name} | {r['checkpoint']['bytes'] / 1e9:.1f} GB, {r['checkpoint']['fill']} "
+            f"| {r['bundle_bytes'] / 1e9:.1f} GB | {r['copy']['seconds']:.0f} s "
+            f"({r['copy']['seconds_before']:.0f} before, {r['copy']['seconds_after']:.0f} after) "
+            f"| {e['trace_s']:.0f} s | {e['other_s']:.0f} s | {e['wall_s']:.0f} s "
+            f"| {c['max_wall_s']:.0f} s{verdict} | {e['peak_resident_bytes'] / 2**30:.2f} GiB |"
+        )
+    return "\n".join([*rows, "", _machine(_read("export_flux"))])
+
+
+def cpu_table() -> str:
+    """This runtime beside PyTorch, one row per workload."""
+    data = _read("cpu_vs_torch")
+    rows = [
+        "| student | transformer | size | this runtime, median (p10-p90) | PyTorch, median (p10-p90) | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in data["results"]:
+        cells = [
+            f"{r[n]['median_ms']:.1f} ms ({r[n]['p10_ms']:.1f}-{r[n]['p90_ms']:.1f})" for n in ("arcflow", "torch")
+        ]
+        rows.append(
+            f"| {r['workload']} | {r['transformer_parameters'] / 1e6:.1f} M | {r['size_px']} px "
+            f"| {cells[0]} | {cells[1]} | {r['speedup']:.2f}x |"
+        )
+    stages = {r["workload"]: r["stages_ms"] for r in data["results"]}
+    rows += ["", "Where one picture's time goes, in milliseconds:", ""]
+    names = list(next(iter(stages.values())))
+    rows += ["| student | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    rows += [f"| {w} | " + " | ".join(f"{s[n]:.2f}" for n in names) + " |" for w, s in stages.items()]
+    return "\n".join([*rows, "", _machine(data)])
+
+
+def _read(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return data
+
+
+def _machine(data: dict[str, Any]) -> str:
+    m = data["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    return f"{m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.1f} GiB, Python {m['python']}, {versions}."
+
+
+def main() -> int:
+    """Rewrite the tables in README.md."""
+    text = README.read_text()
+    for name, table in (("export", export_table()), ("cpu", cpu_table())):
+        found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+        assert found, name
+        text = text[: found.start(1)] + table + text[found.end(1) :]
+    README.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
