@@ -25,7 +25,7 @@ def export_table() -> str:
         rows.append(
             f"| {name} | {r['checkpoint']['bytes'] / 1e9:.1f} GB, {r['checkpoint']['fill']} "
             f"| {r['bundle_bytes'] / 1e9:.1f} GB | {r['copy']['seconds']:.0f} s "
-            f"({r['copy']['seconds_before']:.0f} before, {r['copy']['seconds_after']:.0f} after) "
+            f"(of the {r['copy']['of']}; {', '.join(f'{v:.0f} {k}' for k, v in r['copy']['runs_s'].items())}) "
             f"| {e['trace_s']:.0f} s | {e['other_s']:.0f} s | {e['wall_s']:.0f} s "
             f"| {c['max_wall_s']:.0f} s{verdict} | {e['peak_resident_bytes'] / 2**30:.2f} GiB |"
         )
