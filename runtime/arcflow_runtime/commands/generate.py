@@ -1,7 +1,7 @@
 """Draw pictures from prompts with a bundle.
 
-Several prompts, or --num-images above 1, write NAME-0.png, NAME-1.png and so on. Each PNG records its prompt,
-seed and number of steps.
+Several prompts, or --num-images above 1, write NAME-0.png, NAME-1.png and so on, or with --sheet one PNG of them
+all, each with its prompt beneath. Each PNG records its prompt, seed and number of steps.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="seed of the whole batch (default: a random one, printed)")
     parser.add_argument("--guidance-scale", type=float, help="FLUX's guidance (default: 3.5)")
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
+    parser.add_argument("--sheet", action="store_true", help="write one PNG of all pictures with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
     parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
     parser.add_argument(
@@ -53,9 +54,15 @@ def run(args: argparse.Namespace) -> int:
     with Pipeline.load(args.bundle, args.backend, args.low_memory, threads=args.threads) as pipeline:
         output = _draw(pipeline, args)
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
-    paths = _paths(args.out, len(output.images))
-    for i, (path, image) in enumerate(zip(paths, output.images, strict=True)):
-        text = {"prompt": args.prompt[i // args.num_images], "seed": str(output.seed), "steps": str(steps)}
+    prompts = [args.prompt[i // args.num_images] for i in range(len(output.images))]
+    images = output.images
+    if args.sheet:
+        from ..sheet import make_sheet
+
+        images, prompts = [make_sheet(images, prompts)], ["\n".join(prompts)]
+    paths = _paths(args.out, len(images))
+    for i, (path, image, prompt) in enumerate(zip(paths, images, prompts, strict=True)):
+        text = {"prompt": prompt, "seed": str(output.seed), "steps": str(steps)}
         _write_png(path, image, text | ({"batch_index": str(i)} if len(paths) > 1 else {}))
     if args.json:
         print(
