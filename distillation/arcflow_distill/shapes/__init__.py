@@ -1,0 +1,1 @@
+"""The procedural set of captioned shapes, and the small FLUX teacher trained on it."""
