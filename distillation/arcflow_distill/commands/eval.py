@@ -1,0 +1,85 @@
+"""Score a student of the small shapes model against its teacher and draw the figures.
+
+TARGET is a bundle, drawn by the runtime, or an adapter, drawn in torch. Captions of shapes are drawn with real
+pictures beside them, with the teacher in many and few Euler steps and with the student in two, all from the same
+noise. A judge, a small classifier of such pictures, says which are right. Into --out go eval.json, table.md,
+contact_sheet.png and paths.png; an earlier evaluation there is replaced when the new one is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from arcflow_runtime.errors import RequestError
+
+from ..evaluate.options import Options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    default = Options()
+    parser.add_argument("target", metavar="TARGET", type=Path, help="directory of a bundle or an adapter")
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the teacher, in diffusers format")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--student",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="an adapter to compare with, under a name of letters, digits, - and _; repeatable",
+    )
+    parser.add_argument(
+        "--judge", type=Path, metavar="DIR", help="default: `judge` beside the base; without one it is trained first"
+    )
+    parser.add_argument("--count", type=int, default=default.count, help="prompts; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
+    parser.add_argument(
+        "--teacher-steps",
+        type=int,
+        nargs="+",
+        default=list(default.teacher_steps),
+        metavar="N",
+        help=f"Euler steps; the most are the reference; default: {' '.join(map(str, default.teacher_steps))}",
+    )
+    parser.add_argument("--json", action="store_true", help="print eval.json instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print the table."""
+    options = Options(args.count, args.seed, tuple(args.teacher_steps))
+    students = _students(args.student)
+    from tqdm import tqdm
+
+    from arcflow_export.commands.sources import quiet_libraries
+
+    quiet_libraries()
+    from ..evaluate.run import evaluate
+
+    bars: dict[str, tqdm] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage, disable=None)
+        bar = bars[stage]
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    report = evaluate(args.target, args.base, args.out, students, args.judge, options, progress)
+    print(json.dumps(report.as_json(), indent=2) if args.json else report.table(), end="\n" if args.json else "")
+    return 0
+
+
+def _students(pairs: list[str]) -> dict[str, Path]:
+    students: dict[str, Path] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not path:
+            raise RequestError(f"--student must be NAME=DIR with a NAME of letters, digits, - and _, got {pair!r}")
+        if name in students:
+            raise RequestError(f"--student must give each name once, got {name!r} twice")
+        students[name] = Path(path)
+    return students

@@ -1,0 +1,1 @@
+"""Scores of teachers and students on captioned shapes."""

@@ -1,0 +1,42 @@
+"""What an evaluation is asked for: numbers -> checked `Options`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arcflow_runtime.errors import RequestError
+
+#: Network calls of a student per picture.
+STUDENT_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much to draw.
+
+    Args:
+        count: prompts, half of them of shape and colour pairs that training never saw.
+        seed: of the prompts; picture i starts from the noise of seed + i.
+        teacher_steps: Euler steps of the teacher; the largest draws the pictures all others are compared with.
+
+    Raises:
+        RequestError: a number is out of range.
+    """
+
+    count: int = 512
+    seed: int = 0
+    teacher_steps: tuple[int, ...] = (50, 8, 4, 2)
+
+    def __post_init__(self) -> None:
+        if self.count < 4:
+            raise RequestError(f"count must be at least 4, got {self.count}; intervals need a few hundred")
+        if not 0 <= self.seed < 2**32:
+            raise RequestError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+        if not self.teacher_steps or min(self.teacher_steps) < 1 or max(self.teacher_steps) > 1000:
+            raise RequestError(f"teacher steps must be between 1 and 1000, got {list(self.teacher_steps)}")
+        object.__setattr__(self, "teacher_steps", tuple(sorted(set(self.teacher_steps), reverse=True)))
+
+    @property
+    def reference_steps(self) -> int:
+        """The largest of the teacher's step counts."""
+        return self.teacher_steps[0]

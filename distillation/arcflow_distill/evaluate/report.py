@@ -1,0 +1,112 @@
+"""The result of an evaluation: scores -> `eval.json` and the tables people read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .cases import GROUPS
+from .scores import FRECHET_RESAMPLES, MEAN_RESAMPLES, Difference, Score
+from .statistics import Interval
+
+FORMAT, VERSION = "arcflow-eval", 1
+_TITLES = {
+    GROUPS[0]: "Shapes and colours seen together in training",
+    GROUPS[1]: "Shapes and colours never seen together in training",
+}
+_MISSING = ""
+
+
+@dataclass(frozen=True)
+class SamplerReport:
+    """One sampler's scores by group; real pictures need no network calls."""
+
+    name: str
+    label: str
+    network_calls: int
+    scores: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything an evaluation found.
+
+    `settings` and `versions` are what to repeat it with, `judge_rates` the judge's own errors (`judge_rates`).
+    """
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    judge_rates: dict[str, float]
+    samplers: tuple[SamplerReport, ...]
+    differences: tuple[Difference, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `eval.json` holds."""
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    def table(self) -> str:
+        """The scores and differences in Markdown."""
+        blocks = [f"## {_TITLES[group]}\n\n{self._scores(group)}" for group in GROUPS]
+        if self.differences:
+            blocks.append(f"## Students minus few Euler steps of the teacher\n\n{self._differences()}")
+        return "\n\n".join([*blocks, self._notes()]) + "\n"
+
+    def _scores(self, group: str) -> str:
+        head = ("sampler", "calls", "named right, %", "right and clean, %", "PSNR, dB", "latent error", "Fréchet")
+        rows = []
+        for sampler in self.samplers:
+            s = sampler.scores[group]
+            cells = (_percent(s.named), _percent(s.right), _cell(s.psnr_db, 1), _cell(s.latent_error_relative, 4))
+            rows.append((sampler.label, str(sampler.network_calls or _MISSING), *cells, _cell(s.frechet, 4)))
+        return _markdown(head, rows)
+
+    def _differences(self) -> str:
+        labels = {s.name: s.label for s in self.samplers}
+        rows = [
+            (
+                f"{labels[d.student]} - {labels[d.baseline]}",
+                d.group,
+                _cell(d.latent_error_relative, 4),
+                _cell(d.frechet, 4),
+            )
+            for d in self.differences
+        ]
+        return _markdown(("difference", "pairs", "latent error", "Fréchet"), rows)
+
+    def _notes(self) -> str:
+        counts, steps = self.settings["prompts"], max(self.settings["teacher_steps"])
+        return (
+            f"{counts[GROUPS[0]]} and {counts[GROUPS[1]]} prompts, one picture each, the same noise for every sampler; "
+            "in brackets 95 % bootstrap intervals "
+            f"({MEAN_RESAMPLES} resamples of the pictures; Fréchet: ±1.96 standard errors, {FRECHET_RESAMPLES}). "
+            f"PSNR and latent error are against the teacher's {steps} steps, latent error in units of its latents' "
+            "variance. The Fréchet distance of the judge's features is from real pictures of the same captions, in "
+            "units of the real features' total variance; it is too large by about the same for all rows, which have "
+            "equally many pictures, and the real row shows by how much."
+        )
+
+
+def _percent(interval: Interval) -> str:
+    return _cell(Interval(100 * interval.value, 100 * interval.low, 100 * interval.high), 1)
+
+
+def _cell(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return _MISSING
+    # Adding zero turns a rounded -0 into 0.
+    value, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns line up in plain text too; all but the first aligned right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [f"{'-' * (widths[0] + 2)}", *(f"{'-' * (w + 1)}:" for w in widths[1:])]
+    return "\n".join([line(head), f"|{'|'.join(rule)}|", *(line(row) for row in rows)])

@@ -1,0 +1,170 @@
+"""Evaluate a student: its directory and the teacher's -> `Report`, and a directory with tables and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from arcflow_export.student import SHIFT
+from arcflow_runtime.errors import RequestError
+
+from ..errors import DistillError
+from ..folders import whole_directory
+from ..shapes.judge import STEPS, Judge, judge_rates, train_judge
+from ..shapes.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+from . import paths
+from .cases import GROUPS, Cases, draw_cases, real_pictures
+from .options import STUDENT_STEPS, Options
+from .report import Report, SamplerReport
+from .samplers import Drawn, EulerSampler, Sampler, Teacher, draw_all
+from .scores import Scorer
+from .sheet import Section, contact_sheet
+from .students import AdapterSampler, StudentSampler, open_target
+
+#: Rows of the contact sheet, half from each group.
+SHEET_ROWS = 10
+TARGET = "arcflow"
+#: Called as the stage named goes on, with how much of it is done and its total.
+Progress = Callable[[str, int, int], None]
+_JSON = "eval.json"
+_PACKAGES = ("arcflow", "torch", "diffusers", "transformers", "numpy", "onnxruntime")
+
+
+def evaluate(
+    target: Path,
+    base: Path,
+    out: Path,
+    students: Mapping[str, Path] | None = None,
+    judge: Path | None = None,
+    options: Options | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Draw the prompts with the teacher and the students, score the pictures and write `out`.
+
+    Args:
+        target: a bundle or an adapter directory.
+        base: the teacher, a FLUX pipeline directory in diffusers format for 64x64 pictures.
+        out: gets `eval.json`, `table.md`, `contact_sheet.png` and `paths.png`, all or none.
+        students: adapter directories to compare with, by name.
+        judge: its directory; None takes `judge` beside `base`, or trains one.
+        options: how much to draw; None is the defaults.
+        progress: called as the work goes on.
+
+    Raises:
+        DistillError: `out` exists and is no evaluation, or its parent does not exist.
+        RequestError: a name of `students` is reserved.
+        ArcFlowError: a directory is missing, damaged or does not fit.
+    """
+    options, students = options or Options(), students or {}
+    check_out(out)
+    for name in students:
+        if name in (TARGET, "real") or name.startswith("teacher-"):
+            raise RequestError(f"a student's name must not be {TARGET}, real or teacher-..., got {name!r}")
+    teacher = Teacher(base)
+    opened: dict[str, StudentSampler] = {name: AdapterSampler(base, path) for name, path in students.items()}
+    opened[TARGET] = open_target(target, base)
+    found, judge_source = _judge(judge, base, options.seed, progress)
+
+    cases = draw_cases(options.count, options.seed)
+    eulers = {f"teacher-{n}": EulerSampler(teacher, n) for n in options.teacher_steps}
+    samplers: dict[str, Sampler] = {**eulers, **opened}
+    drawn = _draw(samplers, cases, progress)
+    reference, *baselines = eulers
+
+    real, other_real = (real_pictures(cases, options.seed + i) for i in (1, 2))
+    scorer = Scorer(cases, found, real, drawn[reference], options.seed)
+    labels = {n: f"teacher, {e.network_calls} steps" for n, e in eulers.items()}
+    labels |= {n: f"{'ArcFlow' if n == TARGET else n}, {s.network_calls} steps" for n, s in opened.items()}
+    reports = [SamplerReport("real", "real", 0, scorer.score_real(other_real))]
+    for name, sampler in samplers.items():
+        reports.append(SamplerReport(name, labels[name], sampler.network_calls, scorer.score(name, drawn[name])))
+        progress("score", len(reports) - 1, len(samplers))
+    report = Report(
+        _settings(options, cases, target, base, students, judge_source),
+        {package: version(package) for package in _PACKAGES},
+        judge_rates(found, options.count, options.seed + 1),
+        tuple(reports),
+        tuple(scorer.difference(s, b, group) for s in opened for b in baselines for group in GROUPS),
+    )
+    walks = paths.walk(cases, teacher, opened[TARGET], drawn[TARGET], options.reference_steps)
+    columns = {"real": _to_uint8(real)} | {labels[name]: d.pictures for name, d in drawn.items()}
+    with whole_directory(out) as folder:
+        (folder / _JSON).write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        (folder / "table.md").write_text(report.table(), encoding="utf-8")
+        contact_sheet(_sections(cases, columns)).save(folder / "contact_sheet.png")
+        paths.figure(walks, "ArcFlow", options.reference_steps).savefig(folder / "paths.png")
+    return report
+
+
+def check_out(out: Path) -> None:
+    """Check that `out` can be written, before any work is done for it.
+
+    Raises:
+        DistillError: it exists and is no evaluation, or its parent does not exist.
+    """
+    out = out.absolute()
+    if not out.parent.is_dir():
+        raise DistillError(f"--out: {out.parent} is not a directory; create it first")
+    if out.is_symlink() or (out.exists() and not (out / _JSON).is_file()):
+        raise DistillError(f"--out: {out} exists and is no evaluation; it will not be overwritten")
+
+
+def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> dict[str, Drawn]:
+    """What every sampler draws of all prompts."""
+    drawn = {}
+    for name, sampler in samplers.items():
+        progress(name, 0, len(cases))
+        drawn[name] = draw_all(sampler, cases.captions, cases.seeds, partial(progress, name))
+    return drawn
+
+
+def _judge(judge: Path | None, base: Path, seed: int, progress: Progress) -> tuple[Judge, str]:
+    """The judge, and where it is from: given, shipped beside the base, or trained."""
+    if judge is not None:
+        return Judge.load(judge), "given"
+    shipped = base.absolute().parent / "judge"
+    if shipped.is_dir():
+        return Judge.load(shipped), "shipped"
+    steps = iter(range(1, STEPS + 1))
+    return train_judge(seed, lambda loss: progress("train the judge", next(steps), STEPS)), "trained"
+
+
+def _settings(
+    options: Options, cases: Cases, target: Path, base: Path, students: Mapping[str, Path], judge: str
+) -> dict[str, object]:
+    return {
+        "target": target.absolute().name,
+        "base": base.absolute().name,
+        "students": {name: path.absolute().name for name, path in students.items()},
+        "judge": judge,
+        "count": options.count,
+        "prompts": {group: len(cases.rows(group)) for group in GROUPS},
+        "seed": options.seed,
+        "teacher_steps": list(options.teacher_steps),
+        "student_steps": STUDENT_STEPS,
+        "shift": SHIFT,
+        "resolution_px": RESOLUTION,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+    }
+
+
+def _sections(cases: Cases, columns: Mapping[str, np.ndarray]) -> list[Section]:
+    """The first prompts of each group: they are random draws already."""
+    titles = ("pairs of shape and colour seen in training", "pairs never seen in training")
+    sections = []
+    for group, title in zip(GROUPS, titles, strict=True):
+        rows = cases.rows(group)[: SHEET_ROWS // 2]
+        pictures = {name.replace(", ", "\n"): column[rows] for name, column in columns.items()}
+        sections.append(Section(title, [cases.captions[i] for i in rows], pictures))
+    return sections
+
+
+def _to_uint8(pictures: torch.Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8."""
+    return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,142 @@
+"""How pictures are drawn, and the teacher that draws them: captions and seeds -> `Drawn`.
+
+Every sampler starts from the same noise, that of torch's CPU generator for each picture's own seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+from arcflow_export.errors import SourceError
+from arcflow_export.sources import read_json
+from arcflow_export.student import SHIFT
+from arcflow_runtime.noise import draw_latents
+from arcflow_runtime.request import DEFAULT_GUIDANCE_SCALE
+
+from ..shapes.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+
+#: Most pictures drawn at a time.
+BATCH = 64
+_CHANNELS, _SCALE, _PATCH = 16, 8, 2
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Final packed latents [B, 16, 64] float32 and pictures [B, 64, 64, 3] uint8."""
+
+    latents: np.ndarray
+    pictures: np.ndarray
+
+
+class Sampler(Protocol):
+    """Draws pictures, up to `batch` at a time, with `network_calls` calls each."""
+
+    network_calls: int
+    batch: int
+
+    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+        """Draw one picture per caption."""
+        ...
+
+
+def draw_all(
+    sampler: Sampler,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Drawn:
+    """Draw every caption in batches; `progress` gets how many pictures are done, and their total."""
+    parts = []
+    for i in range(0, len(captions), sampler.batch):
+        parts.append(sampler.draw(captions[i : i + sampler.batch], seeds[i : i + sampler.batch]))
+        progress(min(i + sampler.batch, len(captions)), len(captions))
+    return Drawn(np.concatenate([p.latents for p in parts]), np.concatenate([p.pictures for p in parts]))
+
+
+class Teacher:
+    """diffusers' own FluxPipeline on the teacher's directory, in float32."""
+
+    def __init__(self, base: Path) -> None:
+        """Load the pipeline, with the students' fixed shift whatever the directory's scheduler says.
+
+        Raises:
+            SourceError: the directory is missing, damaged, not FLUX's or not for 64x64 pictures.
+        """
+        _check_base(base)
+        try:
+            self.pipe = FluxPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError, KeyError) as e:
+            raise SourceError(f"base: {base} cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            self.pipe.scheduler.config, shift=SHIFT, use_dynamic_shifting=False
+        )
+
+    def walk(self, captions: Sequence[str], seeds: Sequence[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """The latents before the first and after every Euler step [S+1, B, N, C], and pictures [B, 64, 64, 3] uint8."""
+        path = [noise(seeds)]
+
+        def keep(_pipe: object, _step: int, _timestep: object, values: dict[str, Any]) -> dict[str, Any]:
+            path.append(values["latents"])
+            return values
+
+        pictures = self.pipe(
+            list(captions),
+            height=RESOLUTION,
+            width=RESOLUTION,
+            num_inference_steps=steps,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE,
+            latents=path[0],
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            output_type="np",
+            callback_on_step_end=keep,
+        ).images
+        return torch.stack(path).numpy(), to_uint8(pictures)
+
+
+class EulerSampler:
+    """The teacher with a number of Euler steps."""
+
+    def __init__(self, teacher: Teacher, steps: int) -> None:
+        self.teacher, self.network_calls, self.batch = teacher, steps, BATCH
+
+    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+        """Draw one picture per caption."""
+        path, pictures = self.teacher.walk(captions, seeds, self.network_calls)
+        return Drawn(path[-1], pictures)
+
+
+def _check_base(base: Path) -> None:
+    """Refuse what is no FLUX pipeline with an 8x VAE of 16 channels, reading only its configs."""
+    if not base.is_dir():
+        raise SourceError(f"base: {base} is no directory; give the teacher's, in diffusers format")
+    name = read_json(base / "model_index.json", "base").get("_class_name")
+    if name != "FluxPipeline":
+        raise SourceError(f"base: {base / 'model_index.json'}: _class_name must be 'FluxPipeline', got {name!r}")
+    vae = read_json(base / "vae" / "config.json", "base")
+    scale = 2 ** (len(vae.get("block_out_channels", ())) - 1)
+    channels = vae.get("latent_channels")
+    if (scale, channels) != (_SCALE, _CHANNELS):
+        raise SourceError(
+            f"base: {base / 'vae'} must reduce pictures {_SCALE}x to {_CHANNELS} channels, so that "
+            f"{RESOLUTION}x{RESOLUTION} pixels are 16 tokens; got {scale:g}x and {json.dumps(channels)}"
+        )
+
+
+def noise(seeds: Sequence[int]) -> torch.Tensor:
+    """The packed noise of pictures with these seeds: [B, 16, 64] float32."""
+    side = RESOLUTION // _SCALE
+    return torch.from_numpy(draw_latents(list(seeds), len(seeds), _CHANNELS, side, side, _PATCH))
+
+
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """[B, H, W, 3] in [0, 1] -> uint8, rounded as a saved picture is."""
+    return np.rint(pictures * 255).astype(np.uint8)

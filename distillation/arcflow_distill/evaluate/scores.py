@@ -1,0 +1,130 @@
+"""Score samplers: pictures, latents and the judge's readings -> fractions, errors and distances with intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..shapes.judge import Judge, Reading
+from .cases import GROUPS, Cases
+from .samplers import Drawn
+from .statistics import Interval, frechet, frechet_replicates, mean_interval, moments, normal_interval, resample
+
+MEAN_RESAMPLES, FRECHET_RESAMPLES = 1000, 200
+#: A mean squared error below this counts as it, so that equal pictures have 100 dB.
+_LEAST_ERROR = 1e-10
+
+
+@dataclass(frozen=True)
+class Score:
+    """One sampler in one group; what compares with the reference is None for the reference and real pictures.
+
+    `named`: fraction whose named attributes are all as named; `right`: fraction that are so and clean. `psnr_db`: mean
+    over pictures, peak 1. `latent_error`: mean squared difference of final latents, `latent_error_relative` in units
+    of the reference latents' variance over all prompts. `frechet`: of the judge's features from those of real
+    pictures of the same captions, in units of the latters' total variance over all prompts; its small-sample bias is
+    about the same for all samplers, whose pictures are equally many.
+    """
+
+    named: Interval
+    right: Interval
+    frechet: Interval
+    psnr_db: Interval | None = None
+    latent_error: Interval | None = None
+    latent_error_relative: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A student minus the teacher with few Euler steps, pictures paired by prompt and noise; below 0: better."""
+
+    student: str
+    baseline: str
+    group: str
+    latent_error_relative: Interval
+    frechet: Interval
+
+
+class Scorer:
+    """Scores samplers against one reference and one set of real pictures, with the same resamples for all."""
+
+    def __init__(self, cases: Cases, judge: Judge, real: torch.Tensor, reference: Drawn, seed: int) -> None:
+        """Prepare.
+
+        Args:
+            cases: the prompts.
+            judge: reads the pictures.
+            real: real pictures of the captions, [B, 3, 64, 64] in [0, 1].
+            reference: what all samplers are compared with.
+            seed: of the resamples.
+        """
+        self._cases, self._judge, self._reference = cases, judge, reference
+        features = judge.read(real).features.numpy()
+        self._spread = float(np.sqrt(features.astype(np.float64).var(0).sum()))
+        self._real = features / self._spread
+        self._variance = float(reference.latents.astype(np.float64).var())
+        sizes = {group: len(cases.rows(group)) for group in GROUPS}
+        self._draws = {group: resample(size, MEAN_RESAMPLES, seed) for group, size in sizes.items()}
+        self._frechet_draws = {group: resample(size, FRECHET_RESAMPLES, seed) for group, size in sizes.items()}
+        #: By sampler and group: relative latent errors [n], the Frechet distance and its replicates [R].
+        self._kept: dict[tuple[str, str], tuple[np.ndarray, float, np.ndarray]] = {}
+
+    def score_real(self, pictures: torch.Tensor) -> dict[str, Score]:
+        """Score other real pictures [B, 3, 64, 64]: what a perfect sampler of this many pictures gets."""
+        reading = self._judge.read(pictures)
+        return {group: self._judged(reading, group)[0] for group in GROUPS}
+
+    def score(self, name: str, drawn: Drawn) -> dict[str, Score]:
+        """Score a sampler's pictures; the reference itself gets no errors."""
+        reading = self._judge.read(to_tensor(drawn.pictures))
+        return {group: self._score(name, drawn, reading, group) for group in GROUPS}
+
+    def difference(self, student: str, baseline: str, group: str) -> Difference:
+        """The paired difference of two samplers that were scored."""
+        ours, theirs = self._kept[student, group], self._kept[baseline, group]
+        return Difference(
+            student,
+            baseline,
+            group,
+            mean_interval(ours[0] - theirs[0], self._draws[group]),
+            normal_interval(ours[1] - theirs[1], ours[2] - theirs[2]),
+        )
+
+    def _score(self, name: str, drawn: Drawn, reading: Reading, group: str) -> Score:
+        judged, replicates = self._judged(reading, group)
+        if drawn is self._reference:
+            return judged
+        rows, draws = self._cases.rows(group), self._draws[group]
+        error = _squared(drawn.latents[rows], self._reference.latents[rows])
+        pixels = _squared(drawn.pictures[rows] / 255, self._reference.pictures[rows] / 255)
+        relative = error / self._variance
+        self._kept[name, group] = (relative, judged.frechet.value, replicates)
+        return Score(
+            judged.named,
+            judged.right,
+            judged.frechet,
+            mean_interval(-10 * np.log10(pixels.clip(min=_LEAST_ERROR)), draws),
+            mean_interval(error, draws),
+            mean_interval(relative, draws),
+        )
+
+    def _judged(self, reading: Reading, group: str) -> tuple[Score, np.ndarray]:
+        """What needs no reference, and the replicates of the Frechet distance."""
+        rows, draws = self._cases.rows(group), self._draws[group]
+        named, right = reading.named(self._cases.words).numpy(), reading.right(self._cases.words).numpy()
+        features, real = reading.features.numpy()[rows] / self._spread, self._real[rows]
+        replicates = frechet_replicates(features, real, self._frechet_draws[group])
+        distance = normal_interval(frechet(*moments(features), *moments(real)), replicates)
+        return Score(mean_interval(named[rows], draws), mean_interval(right[rows], draws), distance), replicates
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared difference of each row, float64 [B]."""
+    return np.square(a.astype(np.float64) - b.astype(np.float64)).reshape(len(a), -1).mean(1)

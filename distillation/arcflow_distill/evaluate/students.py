@@ -1,0 +1,197 @@
+"""Students that draw pictures and show what they predicted: an adapter in torch, or a bundle in the runtime."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from arcflow_export.errors import SourceError
+from arcflow_export.load import load_student
+from arcflow_export.sources import Location
+from arcflow_export.student import SHIFT, TorchStudent, integrate
+from arcflow_runtime.bundle import MANIFEST, Bundle
+from arcflow_runtime.engines import DEFAULT_BACKEND, open_backend
+from arcflow_runtime.engines.base import Backend, Engine
+from arcflow_runtime.pipeline import Pipeline
+from arcflow_runtime.request import DEFAULT_GUIDANCE_SCALE
+from arcflow_runtime.schedule import sigmas
+
+from ..shapes.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+from .options import STUDENT_STEPS
+from .samplers import BATCH, Drawn, Sampler, noise, to_uint8
+
+_HEADS = ("latents", "means", "logweights", "loggammas")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One network call of a student: packed latents [B, N, C] it got, the heads it gave and the sigmas of its step.
+
+    Heads as `arcflow_runtime.update.update` takes them: means [B, N, K, C], logweights [B, N, K, P], loggammas
+    [B, N, K-1, P].
+    """
+
+    latents: np.ndarray
+    means: np.ndarray
+    logweights: np.ndarray
+    loggammas: np.ndarray
+    sigma: float
+    sigma_next: float
+
+
+class StudentSampler(Sampler, Protocol):
+    """A student, which can also show what it predicted."""
+
+    def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
+        """The network calls of drawing one picture per caption."""
+        ...
+
+
+class AdapterSampler:
+    """An adapter on the teacher, in torch and float32."""
+
+    def __init__(self, base: Path, adapter: Path) -> None:
+        """Load the student.
+
+        Raises:
+            SourceError: the adapter is missing, damaged or does not fit the base.
+        """
+        if not (adapter / "config.json").is_file():
+            raise SourceError(f"adapter: {adapter} has no config.json; give the directory of an adapter")
+        student = load_student(Location(str(base), offline=True), Location(str(adapter), offline=True), [])
+        self.student = TorchStudent(student)
+        self.network_calls, self.batch = STUDENT_STEPS, BATCH
+
+    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+        """Draw one picture per caption."""
+        x, _ = self._run(captions, seeds)
+        return Drawn(x.numpy(), to_uint8(self.student.decode(x, RESOLUTION, RESOLUTION).numpy()))
+
+    def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
+        """The network calls of drawing one picture per caption."""
+        return self._run(captions, seeds)[1]
+
+    def _run(self, captions: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, list[Call]]:
+        encoded = [self.student.encode(c, MAX_SEQUENCE_LENGTH) for c in captions]
+        states = torch.cat([s for s, _ in encoded])
+        pooled = torch.cat([p for _, p in encoded if p is not None])
+        x, calls = noise(seeds), []
+        t = 1 - torch.arange(STUDENT_STEPS, dtype=torch.float64) / STUDENT_STEPS
+        schedule = torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
+        for sigma, sigma_next in pairwise(schedule):
+            heads = self.student.predict(x, sigma, states, pooled, RESOLUTION, RESOLUTION, DEFAULT_GUIDANCE_SCALE)
+            means, logweights, loggammas = (h.numpy() for h in heads)
+            calls.append(Call(x.numpy(), means, logweights, loggammas, float(sigma), float(sigma_next)))
+            x = integrate(x, *heads, float(sigma), float(sigma_next))
+        return x, calls
+
+
+class BundleSampler:
+    """A bundle, drawn by the runtime alone."""
+
+    def __init__(self, bundle: Path) -> None:
+        """Open the bundle.
+
+        Raises:
+            BundleError: it is missing or damaged.
+            EngineError: it cannot be run.
+            SourceError: it is not of the FLUX family.
+        """
+        opened = Bundle.open(bundle)
+        if opened.manifest.family != "flux":
+            raise SourceError(f"{bundle} must be a flux bundle, got {opened.manifest.family}")
+        self._recorder = _Recorder(open_backend(DEFAULT_BACKEND))
+        self._pipeline = Pipeline(opened, self._recorder)
+        self.network_calls, self.batch = STUDENT_STEPS, min(BATCH, opened.manifest.ranges.batch.max)
+
+    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+        """Draw one picture per caption."""
+        steps: list[np.ndarray] = []
+        out = self._pipeline(
+            list(captions),
+            height=RESOLUTION,
+            width=RESOLUTION,
+            num_inference_steps=STUDENT_STEPS,
+            seed=list(seeds),
+            max_sequence_length=MAX_SEQUENCE_LENGTH,
+            output_type="numpy",
+            callback_on_step_end=lambda _, latents: steps.append(latents),
+        )
+        return Drawn(steps[-1], to_uint8(np.asarray(out.images)))
+
+    def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
+        """The network calls of drawing one picture per caption."""
+        with self._recorder.recording() as recorded:
+            for i in range(0, len(captions), self.batch):
+                self.draw(captions[i : i + self.batch], seeds[i : i + self.batch])
+        schedule = sigmas(STUDENT_STEPS, self._pipeline.bundle.manifest.schedule)
+        calls = []
+        for step in range(STUDENT_STEPS):
+            batches = recorded[step::STUDENT_STEPS]  # all prompts of a batch have one text length and run together
+            arrays = [np.concatenate([b[name] for b in batches]).astype(np.float32) for name in _HEADS]
+            calls.append(Call(arrays[0], arrays[1], arrays[2], arrays[3], schedule[step], schedule[step + 1]))
+        return calls
+
+
+class _Recorder:
+    """A backend that can keep what goes into and comes out of the backbone."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self._recorded: list[dict[str, np.ndarray]] | None = None
+
+    def check(self, bundle: Bundle) -> None:
+        self._inner.check(bundle)
+
+    def open(self, bundle: Bundle, part: str) -> Engine:
+        engine = self._inner.open(bundle, part)
+        return _Recorded(engine, self._keep) if part == "backbone" else engine
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[dict[str, np.ndarray]]]:
+        """Keep every run of the backbone until the block ends."""
+        recorded: list[dict[str, np.ndarray]] = []
+        self._recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    def _keep(self, arrays: dict[str, np.ndarray]) -> None:
+        if self._recorded is not None:
+            self._recorded.append({name: arrays[name] for name in _HEADS})
+
+
+class _Recorded:
+    def __init__(self, inner: Engine, keep: Callable[[dict[str, np.ndarray]], None]) -> None:
+        self._inner, self._keep = inner, keep
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._inner.run(inputs)
+        self._keep({**inputs, **outputs})
+        return outputs
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def open_target(target: Path, base: Path) -> StudentSampler:
+    """The student in a directory: a bundle, which has a manifest.json, or an adapter, which has a config.json.
+
+    Raises:
+        ArcFlowError: it is neither, damaged, or does not fit the base.
+    """
+    if (target / MANIFEST).is_file():
+        return BundleSampler(target)
+    if (target / "config.json").is_file():
+        return AdapterSampler(base, target)
+    raise SourceError(
+        f"target: {target} must be a bundle (with {MANIFEST}) or an adapter (with config.json); check the path"
+    )
