@@ -32,8 +32,8 @@ def test_no_command_and_help(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "  generate  Draw pictures from prompts with a bundle." in out
-    assert "  bench     Time a bundle stage by stage." in out
+    assert "  generate      Draw pictures from prompts with a bundle." in out
+    assert "  bench         Time a bundle stage by stage." in out
 
 
 @pytest.mark.parametrize("command", ["generate", "inspect", "bench"])
@@ -49,7 +49,7 @@ def test_a_misspelt_command(capsys):
     assert cli.main(["genrate"]) == 2
     assert capsys.readouterr().err == (
         "arcflow: error: unknown command 'genrate'; did you mean generate?\n"
-        "the commands are export, generate, verify, inspect, bench\n"
+        "the commands are export, generate, verify, inspect, bench, distill, eval, train-shapes\n"
     )
 
 
@@ -93,6 +93,15 @@ def test_generate_several_as_json(root, capsys):
     assert result["timings_ms"]["total"] > 0
     with Image.open("image-2.png") as image:
         assert image.text == {"prompt": "second", "seed": "1", "steps": "2", "batch_index": "2"}
+
+
+def test_generate_a_sheet(root, capsys):
+    assert generate(root, "second", "--sheet", "--num-images", "2", "--seed", "1", "--out", "x.png") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "x.png"
+    with Image.open("x.png") as image:
+        assert image.text["prompt"] == "a prompt\na prompt\nsecond\nsecond"
+        assert image.width > 4 * 48
+    assert os.listdir() == ["x.png"]
 
 
 def test_a_picture_is_replaced_whole_or_not_at_all(root, monkeypatch, capsys):
@@ -153,7 +162,12 @@ def test_interrupt(root, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "package"), [("arcflow_export.commands.nothing", "arcflow[export]"), ("no_engine", "arcflow")]
+    ("module", "package"),
+    [
+        ("arcflow_export.commands.nothing", "arcflow[export]"),
+        ("arcflow_distill.commands.nothing", "arcflow[distill]"),
+        ("no_engine", "arcflow"),
+    ],
 )
 def test_a_package_that_is_not_installed(capsys, monkeypatch, module, package):
     monkeypatch.setitem(cli.COMMANDS, "verify", module)

@@ -19,6 +19,9 @@ COMMANDS = {
     "verify": "arcflow_export.commands.verify",
     "inspect": "arcflow_runtime.commands.inspect",
     "bench": "arcflow_runtime.commands.bench",
+    "distill": "arcflow_distill.commands.distill",
+    "eval": "arcflow_distill.commands.eval",
+    "train-shapes": "arcflow_distill.commands.train_shapes",
 }
 DONE, FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -65,8 +68,7 @@ def _run(name: str, argv: list[str]) -> int:
     except ModuleNotFoundError as e:
         if debug or (e.name or "").startswith("arcflow_runtime"):
             raise
-        package = "arcflow[export]" if COMMANDS[name].startswith("arcflow_export.") else "arcflow"
-        return _fail(name, f"needs {e.name}, which is not installed; run: pip install '{package}'", FAILED)
+        return _fail(name, f"needs {e.name}, which is not installed; run: pip install '{_package(name)}'", FAILED)
     except RequestError as e:
         if debug:
             raise
@@ -95,9 +97,15 @@ def _overview() -> str:
         try:
             summary = (importlib.import_module(path).__doc__ or "").strip().splitlines()[0]
         except ModuleNotFoundError:
-            summary = "(not installed: pip install 'arcflow[export]')"
-        lines.append(f"  {name:10}{summary}")
+            summary = f"(not installed: pip install '{_package(name)}')"
+        lines.append(f"  {name:14}{summary}")
     return "\n".join([*lines, "", "`arcflow COMMAND --help` explains one."])
+
+
+def _package(name: str) -> str:
+    """What to install for a command."""
+    package = COMMANDS[name].split(".")[0]
+    return {"arcflow_export": "arcflow[export]", "arcflow_distill": "arcflow[distill]"}.get(package, "arcflow")
 
 
 def _suggest(word: str, known: Sequence[str] | dict[str, str]) -> str:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         output = _draw(pipeline, args)
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
     prompts = [args.prompt[i // args.num_images] for i in range(len(output.images))]
-    images = output.images
+    images = list(output.images)
     if args.sheet:
         from ..sheet import make_sheet
 

@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM put off until an iteration is complete, so that what is saved is consistent."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """While entered, remembers the first signal; a second one takes its usual course at once.
+
+    Outside the main thread, where signals cannot be handled, it does nothing.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._came: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def came(self) -> bool:
+        """Whether any process got a signal; all processes must ask equally often."""
+        if self._accelerator.num_processes == 1:
+            return self._came is not None
+        flag = torch.tensor(float(self._came is not None), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(flag, "sum") > 0)
+
+    def deliver(self) -> None:
+        """Let the signal that came take its usual course now; SIGINT's where it came to another process."""
+        self._restore()
+        signal.raise_signal(self._came or signal.SIGINT)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
