@@ -15,6 +15,7 @@ from ..shapes.scenes import (
     SHIFT,
     SIZES,
     STRETCH,
+    WIDE,
     Scenes,
     render,
     sample,
@@ -76,7 +77,7 @@ def _blur(pictures: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 def _double(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
     """Two exposures, half of them of scenes that differ in one attribute only."""
-    other = sample(len(scenes), generator, held_out=None)
+    other = sample(len(scenes), generator, held_out=None, jitter=WIDE)
     attributes = _other_words(scenes, ("shape", "color", "size", "position", "background"), generator)
     near = _place(attributes, generator)
     alpha = _uniform(len(scenes), 0.25, 0.75, generator)
@@ -181,8 +182,8 @@ def _other_words(scenes: Scenes, names: tuple[str, ...], generator: torch.Genera
 def _place(attributes: dict[str, torch.Tensor], generator: torch.Generator) -> Scenes:
     """Scenes with these attributes and new jitter, as `sample` draws it."""
     jitter = torch.rand(len(attributes["size"]), 3, generator=generator) * 2 - 1
-    center = torch.tensor(list(POSITIONS.values()))[attributes["position"]] + SHIFT * jitter[:, :2]
-    radius = torch.tensor(list(SIZES.values()))[attributes["size"]] * (1 + STRETCH * jitter[:, 2])
+    center = torch.tensor(list(POSITIONS.values()))[attributes["position"]] + WIDE * SHIFT * jitter[:, :2]
+    radius = torch.tensor(list(SIZES.values()))[attributes["size"]] * (1 + WIDE * STRETCH * jitter[:, 2])
     return Scenes(attributes, center, radius)
 
 

@@ -21,7 +21,7 @@ from arcflow_export.errors import SourceError
 from arcflow_export.sources import read_json
 
 from ..evaluate.flaws import FLAWS, READABLE, clean_pictures, flawed_pictures
-from .scenes import ATTRIBUTES, BACKGROUNDS, COLORS, RESOLUTION, Scenes, render, sample
+from .scenes import ATTRIBUTES, BACKGROUNDS, COLORS, RESOLUTION, WIDE, Scenes, render, sample
 
 FEATURES = 64
 #: A picture counts as clean above this probability.
@@ -183,7 +183,7 @@ def judge_rates(judge: Judge, count: int, seed: int) -> dict[str, float]:
 def _batch(generator: torch.Generator) -> tuple[torch.Tensor, Scenes, torch.Tensor, torch.Tensor]:
     """Pictures [B, 3, 64, 64], their scenes, which are clean and whose attributes can be read, bool [B]."""
     flaws = [flaw for flaw, count in _BATCH.items() for _ in range(count)]
-    scenes = sample(len(flaws), generator, held_out=None)
+    scenes = sample(len(flaws), generator, held_out=None, jitter=WIDE)
     pictures = []
     for flaw, rows in zip(_BATCH, torch.arange(len(flaws)).split(list(_BATCH.values())), strict=True):
         part = _take(scenes, rows)

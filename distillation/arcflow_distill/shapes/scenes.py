@@ -51,7 +51,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
 }
 #: How often a caption names an attribute.
-NAMED = {"shape": 0.9, "color": 0.7, "size": 0.6, "position": 0.6, "background": 0.6}
+NAMED = {"shape": 0.95, "color": 0.8, "size": 0.75, "position": 0.6, "background": 0.75}
 #: Shape and colour pairs that are never drawn or named in training: each shape and each colour once.
 HELD_OUT = (
     ("circle", "orange"),
@@ -62,7 +62,9 @@ HELD_OUT = (
     ("heart", "green"),
 )
 #: Largest shift of the centre and largest change of the radius, uniform, as fractions of the size and the radius.
-SHIFT, STRETCH = 0.02, 0.05
+SHIFT, STRETCH = 0.005, 0.0125
+#: Factor of both for the VAE and the judge, which must read pictures that are a little off.
+WIDE = 4.0
 RESOLUTION = 64
 #: T5 tokens of a caption, end mark and padding included; the pipeline masks nothing, so drawing uses the same number.
 MAX_SEQUENCE_LENGTH = 12
@@ -84,13 +86,14 @@ class Scenes:
         return {name: ATTRIBUTES[name][int(index[i])] for name, index in self.attributes.items()}
 
 
-def sample(count: int, generator: torch.Generator, held_out: bool | None = False) -> Scenes:
+def sample(count: int, generator: torch.Generator, held_out: bool | None = False, jitter: float = 1.0) -> Scenes:
     """Draw scenes uniformly.
 
     Args:
         count: how many.
         generator: a CPU generator; the same state gives the same scenes.
         held_out: False for training pairs of shape and colour only, True for held-out pairs only, None for all.
+        jitter: factor of `SHIFT` and `STRETCH`.
     """
     kept = [(s, c) for s in SHAPES for c in COLORS if held_out is None or ((s, c) in HELD_OUT) == held_out]
     shapes = torch.tensor([SHAPES.index(s) for s, _ in kept])
@@ -99,9 +102,9 @@ def sample(count: int, generator: torch.Generator, held_out: bool | None = False
     attributes = {"shape": shapes[pick], "color": colors[pick]}
     for name in ("size", "position", "background"):
         attributes[name] = torch.randint(len(ATTRIBUTES[name]), (count,), generator=generator)
-    jitter = torch.rand(count, 3, generator=generator) * 2 - 1
-    center = torch.tensor(list(POSITIONS.values()))[attributes["position"]] + SHIFT * jitter[:, :2]
-    radius = torch.tensor(list(SIZES.values()))[attributes["size"]] * (1 + STRETCH * jitter[:, 2])
+    shift = jitter * (torch.rand(count, 3, generator=generator) * 2 - 1)
+    center = torch.tensor(list(POSITIONS.values()))[attributes["position"]] + SHIFT * shift[:, :2]
+    radius = torch.tensor(list(SIZES.values()))[attributes["size"]] * (1 + STRETCH * shift[:, 2])
     return Scenes(attributes, center, radius)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .loop import Average, Muon, rate
-from .scenes import RESOLUTION, render, sample
+from .scenes import RESOLUTION, WIDE, render, sample
 
 IMAGES, BATCH, WARMUP = 32_000, 16, 50
 #: Learning rates of Muon (kernels) and AdamW (the rest).
@@ -77,8 +77,8 @@ def train(out: Path, seed: int, images: int = IMAGES) -> None:
     bar = tqdm(range(steps), "vae", disable=not accelerator.is_main_process, mininterval=2)
     smooth = None
     for _ in bar:
-        pictures = render(sample(batch, generator)).to(accelerator.device, memory_format=torch.channels_last)
-        loss = loss_module(pictures * 2 - 1, generator)
+        pictures = render(sample(batch, generator, jitter=WIDE)).to(accelerator.device)
+        loss = loss_module(pictures.contiguous(memory_format=torch.channels_last) * 2 - 1, generator)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(loss_module.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -99,7 +99,7 @@ def train(out: Path, seed: int, images: int = IMAGES) -> None:
 @torch.no_grad()
 def measure(vae: AutoencoderKL, seed: int, count: int = 2048) -> tuple[float, float]:
     """Mean and standard deviation of the latents of `count` training pictures, over all channels."""
-    latents = encode(vae, render(sample(count, torch.Generator().manual_seed(seed))))
+    latents = encode(vae, render(sample(count, torch.Generator().manual_seed(seed), jitter=WIDE)))
     return latents.mean().item(), latents.std().item()
 
 
