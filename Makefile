@@ -1,16 +1,22 @@
-# make demo: set up, export the tiny student and draw a prompt.  make test: set up and run the tests.
+# make demo: set up, export the shapes student and draw four prompts.  make test: set up and run the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
-MODEL ?= tiny
+MODEL ?= shapes
 BACKEND ?= onnxruntime
-PROMPT ?= a large red circle on a blue background
 
-# A preset names the weights and its usual precision.
+# A preset names the weights, its usual precision, export options, and what the demo draws.
+BASE_shapes := models/shapes/teacher
+ADAPTER_shapes := models/shapes/adapter
+PRECISION_shapes := fp32
+EXPORT_shapes := --max-px 64 --max-sequence-length 12
+PROMPTS_shapes := "a large red circle on the left, blue background" "a small yellow heart on a black background" \
+	"a large green triangle" "a purple cross at the top, white background"
 BASE_tiny := tests/golden/flux-tiny/base
 ADAPTER_tiny := tests/golden/flux-tiny/adapter
 PRECISION_tiny := fp32
+SIZE_tiny := --height 64 --width 64
 BASE_flux := black-forest-labs/FLUX.1-dev
 ADAPTER_flux := ymyy307/ArcFlow --adapter-subfolder arcflow-flux-2steps
 PRECISION_flux := bf16
@@ -22,34 +28,41 @@ DTYPE_fp32 := float32
 DTYPE_bf16 := bfloat16
 DTYPE_fp16 := float16
 BUNDLE := $(OUT)/$(MODEL)-$(PRECISION)
+PROMPTS_$(MODEL) ?= "a large red circle on a blue background"
 
-.PHONY: help setup demo engine test lint format clean
+.PHONY: help setup demo engine shapes test lint format clean
 help:
-	@echo "make demo     export the tiny student and draw a picture on this CPU"
+	@echo "make demo     export the shapes student and draw four prompts on this CPU  [PROMPT=...]"
 	@echo "make test     run the tests"
-	@echo "make engine   MODEL=tiny|flux|qwen [PRECISION=fp32|bf16|fp16] [BACKEND=onnxruntime]"
+	@echo "make engine   MODEL=shapes|tiny|flux|qwen [PRECISION=fp32|bf16|fp16] [BACKEND=onnxruntime]"
+	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
 	@echo "make lint     ruff and mypy"
 
 setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,distill,dev]"
 	@touch $@
 
 demo: engine
-	$(BIN)/arcflow generate $(BUNDLE) "$(PROMPT)" --height 64 --width 64 --seed 42 --out $(OUT)/demo.png
+	$(BIN)/arcflow generate $(BUNDLE) $(if $(PROMPT),"$(PROMPT)",$(PROMPTS_$(MODEL))) $(SIZE_$(MODEL)) \
+		--seed 42 --sheet --out $(OUT)/demo.png
 
 engine: check-preset setup
 	@mkdir -p $(OUT)
 	$(BIN)/arcflow export --base $(BASE_$(MODEL)) --adapter $(ADAPTER_$(MODEL)) \
-		--dtype $(DTYPE_$(PRECISION)) --out $(BUNDLE) --overwrite
+		--dtype $(DTYPE_$(PRECISION)) $(EXPORT_$(MODEL)) --out $(BUNDLE) --overwrite
 
 .PHONY: check-preset
 check-preset:
-	$(if $(BASE_$(MODEL)),,$(error MODEL must be tiny, flux or qwen, got '$(MODEL)'))
+	$(if $(BASE_$(MODEL)),,$(error MODEL must be shapes, tiny, flux or qwen, got '$(MODEL)'))
 	$(if $(DTYPE_$(PRECISION)),,$(error PRECISION must be fp32, bf16 or fp16, got '$(PRECISION)'; FP8 is not built by this version))
 	$(if $(filter onnxruntime,$(BACKEND)),,$(error BACKEND must be onnxruntime, got '$(BACKEND)'; TensorRT engines are not built by this version))
+
+shapes: setup
+	@mkdir -p $(OUT)
+	$(BIN)/arcflow train-shapes --out $(OUT)/shapes
 
 test: setup
 	$(BIN)/pytest

@@ -1,6 +1,6 @@
 """What the arcs buy: students of 16 modes against students of one (constant velocity), same teacher and iterations.
 
-    python benchmarks/arcs_vs_linear.py --model models/shapes --work out/arcs --json benchmarks/results/arcs.json
+    python benchmarks/arcs_vs_linear.py --work out/arcs --json benchmarks/results/arcs_vs_linear.json
 
 Per seed one student of each kind is distilled, both at once with half of the cores each; a pair whose directories exist
 in --work is used as it is. All draw the same prompts from the same noise as the teacher.

@@ -1,4 +1,4 @@
-"""Results -> the tables of README.md, between the markers there: `python benchmarks/tables.py`."""
+"""Results -> the tables of the pages that show them, between the markers there: `python benchmarks/tables.py`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"
+SHAPES = HERE.parent / "models" / "shapes"
 
 
 def export_table() -> str:
@@ -55,6 +56,19 @@ def cpu_table() -> str:
     return "\n".join([*rows, "", _machine(data)])
 
 
+def recipe_table() -> str:
+    """Where the shapes model's training time went."""
+    seconds = json.loads((SHAPES / "recipe.json").read_text())["seconds"]
+    rows = ["| stage | minutes |", "|---|---|"]
+    rows += [f"| {stage} | {s / 60:.1f} |" for stage, s in seconds.items()]
+    return "\n".join([*rows, f"| all | {sum(seconds.values()) / 60:.0f} |"])
+
+
+def eval_table() -> str:
+    """The shapes model's evaluation, a level deeper than in its own file."""
+    return (SHAPES / "eval" / "table.md").read_text().strip().replace("## ", "### ")
+
+
 def _read(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return data
@@ -67,13 +81,18 @@ def _machine(data: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Rewrite the tables in README.md."""
-    text = README.read_text()
-    for name, table in (("export", export_table()), ("cpu", cpu_table())):
-        found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
-        assert found, name
-        text = text[: found.start(1)] + table + text[found.end(1) :]
-    README.write_text(text)
+    """Rewrite the tables."""
+    pages = {
+        README: {"export": export_table, "cpu": cpu_table},
+        SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
+    }
+    for page, tables in pages.items():
+        text = page.read_text()
+        for name, table in tables.items():
+            found = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- end -->", text, re.DOTALL)
+            assert found, name
+            text = f"{text[: found.start(1)]}{table()}\n{text[found.end(1) :].lstrip()}"
+        page.write_text(text)
     return 0
 
 

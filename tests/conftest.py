@@ -16,11 +16,20 @@ from arcflow_export.sources import Location
 from arcflow_runtime import cli
 
 GOLDEN = Path(__file__).parent / "golden"
+SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
 
 
 def golden_student(name: str, loras: list | None = None) -> Student:
     return load_student(Location(str(GOLDEN / name / "base")), Location(str(GOLDEN / name / "adapter")), loras or [])
+
+
+def shapes_student() -> Student:
+    return load_student(Location(str(SHAPES / "teacher")), Location(str(SHAPES / "adapter")), [])
+
+
+#: Of the shapes model's bundle, as `make engine` exports it.
+SHAPES_OPTIONS = {"max_px": 64, "max_sequence_length": 12}
 
 
 def export(student: Student, out: Path, **options) -> Path:
@@ -51,13 +60,14 @@ def command_run(tmp_path_factory) -> CommandRun:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
-    """A function (name, **options) -> exported bundle, made on first use and shared by all tests."""
+    """A function (golden name or "shapes", **options) -> bundle, exported on first use and shared by all tests."""
     root, made = tmp_path_factory.mktemp("bundles"), {}
 
     def get(name: str, **options) -> Path:
         key = (name, tuple(sorted(options.items())))
         if key not in made:
-            made[key] = export(golden_student(name), root / str(len(made)), **options)
+            student = shapes_student() if name == "shapes" else golden_student(name)
+            made[key] = export(student, root / str(len(made)), **options)
         return made[key]
 
     return get

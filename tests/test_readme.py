@@ -7,12 +7,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests.conftest import SHAPES_OPTIONS
+
 README = Path(__file__).parent.parent / "README.md"
 
 
 def test_example(bundles, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tiny-fp32").symlink_to(bundles("flux-tiny", opset=23, steps=(2, 4)))
+    (tmp_path / "out" / "shapes-fp32").symlink_to(bundles("shapes", **SHAPES_OPTIONS))
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})

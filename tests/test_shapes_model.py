@@ -1,0 +1,99 @@
+"""The shipped shapes model: whole, small, loads under diffusers, and its bundle draws what the prompts name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors import safe_open
+
+from arcflow_distill.evaluate.cases import draw_cases
+from arcflow_distill.evaluate.scores import to_tensor
+from arcflow_distill.shapes.judge import Judge
+from arcflow_distill.shapes.scenes import MAX_SEQUENCE_LENGTH
+from arcflow_export.verify import Case, verify_bundle
+from arcflow_runtime import Pipeline, cli
+from arcflow_runtime.bundle import Bundle
+from tests.conftest import SHAPES, SHAPES_OPTIONS, shapes_student
+
+
+@pytest.fixture
+def bundle(bundles) -> Path:
+    return bundles("shapes", **SHAPES_OPTIONS)
+
+
+def test_weights_are_bfloat16_and_small():
+    files = [*SHAPES.glob("teacher/**/*.safetensors"), *SHAPES.glob("adapter/*.safetensors")]
+    assert sum(f.stat().st_size for f in files) <= 10e6
+    assert len(files) == 5
+    for path in files:
+        with safe_open(path, "pt") as f:
+            assert {f.get_slice(key).get_dtype() for key in f.keys()} == {"BF16"}, path  # noqa: SIM118
+
+
+def test_adapter_is_at_most_a_quarter_of_the_transformer():
+    student = shapes_student()
+    assert student.adapter.parameters <= student.base_parameters / 4
+
+
+def test_no_path_of_a_machine_is_shipped():
+    for path in SHAPES.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert b"/work/" not in data and b"/home/" not in data and b"/root/" not in data, path
+
+
+def test_pictures_show_what_the_prompts_name(bundle):
+    """The share right over 96 fixed prompts and noises; the model card has it over many more."""
+    cases = draw_cases(96, seed=7)
+    judge = Judge.load(SHAPES / "judge")
+    with Pipeline.load(bundle) as pipe:
+        pictures = pipe(list(cases.captions), seed=list(cases.seeds), output_type="numpy").images
+    reading = judge.read(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    right = reading.right(cases.words).float().mean().item()
+    # Of a student right in 19 of 20, fewer than 84 of 96 are right in one of ten thousand draws of prompts.
+    assert right >= 84 / 96
+
+
+def test_teacher_draws_under_diffusers_as_it_is():
+    pipe = FluxPipeline.from_pretrained(SHAPES / "teacher", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a large red circle on the left, blue background", "a small yellow heart at the top"]
+    pictures = pipe(
+        prompts,
+        height=64,
+        width=64,
+        num_inference_steps=20,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images
+    words = [
+        {"size": "large", "color": "red", "shape": "circle", "position": "left", "background": "blue"},
+        {"size": "small", "color": "yellow", "shape": "heart", "position": "top"},
+    ]
+    reading = Judge.load(SHAPES / "judge").read(to_tensor((pictures * 255).round().astype("uint8")))
+    assert reading.right(words).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bundle_draws_what_the_torch_student_draws(dtype, bundles):
+    root = bundles("shapes", **SHAPES_OPTIONS, **({} if dtype == "float32" else {"dtype": dtype}))
+    cases = [Case("a green triangle, pink background", 64, 64, 2), Case("a small shape", 64, 64, 2)]
+    rows = verify_bundle(Bundle.open(root), shapes_student(), cases)
+    assert rows and all(row.passed for row in rows), [row for row in rows if not row.passed]
+
+
+def test_default_size_is_the_models(bundle, tmp_path):
+    out = tmp_path / "a.png"
+    assert cli.main(["generate", str(bundle), "a blue heart", "--seed", "1", "--out", str(out)]) == 0
+    assert Image.open(out).size == (64, 64)
+
+
+def test_recipe_is_recorded():
+    notes = json.loads((SHAPES / "recipe.json").read_text())
+    assert notes["scale"] == 1 and set(notes["seconds"]) == {"judge", "vae", "teacher", "adapter", "eval"}
