@@ -229,24 +229,30 @@ class Bundle:
             self.path(name)
 
     def _check_files(self, check: Check, progress: Callable[[int], None]) -> None:
-        base = self.root.resolve()
-        for name, entry in self.manifest.files.items():
-            path = self.root / name
-            _check_name(name, self.root)
-            if not path.is_file():
-                raise BundleError(f"{path} is missing; was the bundle moved in part? Copy the whole directory again")
-            if not path.resolve().is_relative_to(base):
-                raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
-            size = path.stat().st_size
-            if size != entry.bytes:
-                raise BundleError(
-                    f"{path} must have {entry.bytes} bytes, got {size}; it was cut or edited, export or copy it again"
-                )
-            if (check == "full" or size <= FAST_HASH_BYTES) and sha256_file(path, progress) != entry.sha256:
-                raise BundleError(
-                    f"{path} does not match its SHA-256 in {MANIFEST}; it was edited or damaged, "
-                    "export or copy it again"
-                )
+        for name in self.manifest.files:
+            self.check_file(name, check, progress)
+
+    def check_file(self, name: str, check: Check, progress: Callable[[int], None] | None = None) -> None:
+        """Compare one file with its entry in the manifest (B4, B6); arguments as for `open`.
+
+        Raises:
+            BundleError: the file is missing, damaged, or leaves the bundle.
+        """
+        entry, path = self.manifest.files[name], self.root / name
+        _check_name(name, self.root)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; was the bundle moved in part? Copy the whole directory again")
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                f"{path} must have {entry.bytes} bytes, got {size}; it was cut or edited, export or copy it again"
+            )
+        if (check == "full" or size <= FAST_HASH_BYTES) and sha256_file(path, progress) != entry.sha256:
+            raise BundleError(
+                f"{path} does not match its SHA-256 in {MANIFEST}; it was edited or damaged, export or copy it again"
+            )
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
