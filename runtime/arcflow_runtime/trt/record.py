@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..bundle import Bundle, DType, seal
 from ..errors import BundleError, EngineError
@@ -18,7 +19,6 @@ from .shapes import Profile
 
 FORMAT = "arcflow-engine"
 VERSION = 1
-FOLDER = "engines"
 MAX_RECORD_BYTES = 1 << 20
 
 
@@ -85,7 +85,7 @@ class EngineRecord:
         return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
 
 
-def part_key_fields(bundle: Bundle, part: str) -> dict[str, str]:
+def part_key_fields(bundle: Bundle, part: str) -> dict[str, Any]:
     """The fields of an `EngineKey` that the bundle gives: part, graph, weights and precision."""
     spec, files = bundle.manifest.parts[part], bundle.manifest.files
     return {
@@ -119,7 +119,7 @@ def read_record(path: Path) -> EngineRecord:
         raise EngineError(f"{e}; {_AGAIN}") from None
     if digest != seal(data):
         raise EngineError(f"{path} does not match its own digest; it was edited, {_AGAIN}")
-    if Path(record.file).name != record.file or record.file in (".", ".."):
+    if Path(record.file).name != record.file or record.file in ("", ".", ".."):
         raise EngineError(f"{path}: file {record.file!r} must lie beside its record; {_AGAIN}")
     return record
 

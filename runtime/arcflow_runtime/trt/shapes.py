@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..bundle import Manifest, Range, TensorSpec
-from ..errors import RequestError
+from ..errors import BundleError, RequestError
 from ..request import DEFAULT_SIZE_PX
 
 #: Timesteps that one run of a conditioner engine takes, unless the schedule has more; longer schedules take several.
@@ -92,20 +92,21 @@ def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch:
 
     Raises:
         RequestError: a size or the batch is outside what the bundle was exported for.
+        BundleError: the part has an input that rule B9 does not have.
     """
     _check_range("--batch", batch, manifest.ranges.batch, 1)
     whole = Size(manifest.ranges.height_px, manifest.ranges.width_px)
     profiles = []
     for size in sizes or (whole,):
         _check_size(size, manifest)
-        dims = _dimensions(manifest, part, size, batch)
-        profile = {spec.name: _shapes(spec, _AXES[part][spec.name], dims) for spec in manifest.parts[part].inputs}
+        dims = _dimensions(manifest, size, batch)
+        profile = {spec.name: _shapes(part, spec, dims) for spec in manifest.parts[part].inputs}
         if profile not in profiles:
             profiles.append(profile)
     return tuple(profiles)
 
 
-def _dimensions(manifest: Manifest, part: str, size: Size, batch: Range) -> dict[str, tuple[int, int, int]]:
+def _dimensions(manifest: Manifest, size: Size, batch: Range) -> dict[str, tuple[int, int, int]]:
     """Each dynamic dimension's (smallest, best, largest) value."""
     token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
     height = [px // token_px for px in _triple(size.height_px, DEFAULT_SIZE_PX)]
@@ -128,7 +129,14 @@ def _dimensions(manifest: Manifest, part: str, size: Size, batch: Range) -> dict
     }
 
 
-def _shapes(spec: TensorSpec, axes: tuple[str | None, ...], dims: Mapping[str, tuple[int, int, int]]) -> Shapes:
+def _shapes(part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]]) -> Shapes:
+    axes = _AXES.get(part, {}).get(spec.name, ())
+    dynamic = [i for i, d in enumerate(spec.shape) if isinstance(d, str)]
+    if len(axes) != len(spec.shape) or any(axes[i] is None for i in dynamic):
+        raise BundleError(
+            f"{part}: input {spec.name} {list(spec.shape)} is not one of rule B9 (docs/bundle.md); "
+            "export the bundle again"
+        )
     rows = [(d, d, d) if isinstance(d, int) else dims[str(axis)] for d, axis in zip(spec.shape, axes, strict=True)]
     low, best, high = zip(*rows, strict=True)
     return Shapes(low, best, high)

@@ -15,11 +15,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO
 
-from ..bundle import FAST_HASH_BYTES, Bundle, Check, sha256_file
+from ..bundle import ENGINES, FAST_HASH_BYTES, Bundle, Check, sha256_file
 from ..errors import EngineError
 from .gpu import Gpu, find_gpu
 from .library import LIBRARIES, this_platform
-from .record import FOLDER, EngineKey, EngineRecord, engine_name, part_key_fields, read_record
+from .record import EngineKey, EngineRecord, engine_name, part_key_fields, read_record
 
 _PARTIAL = ".partial"
 
@@ -108,7 +108,7 @@ def read_records(bundle: Bundle) -> list[tuple[Path, EngineRecord]]:
     Raises:
         EngineError: one of them is damaged.
     """
-    return [(path, read_record(path)) for path in sorted((bundle.root / FOLDER).glob("*.json"))]
+    return [(path, read_record(path)) for path in sorted((bundle.root / ENGINES).glob("*.json"))]
 
 
 def check_engine(path: Path, record: EngineRecord, check: Check = "fast") -> None:
@@ -134,7 +134,7 @@ def find_built(bundle: Bundle, key: EngineKey) -> tuple[BuiltEngine | None, list
     Returns:
         The engine and no differences; or None and what changed, empty if there was no engine.
     """
-    path = bundle.root / FOLDER / f"{engine_name(key)}.json"
+    path = bundle.root / ENGINES / f"{engine_name(key)}.json"
     if not path.exists():
         return None, []
     try:
@@ -156,7 +156,7 @@ def locked_store(bundle: Bundle) -> Iterator[None]:
     """
     import fcntl
 
-    folder = bundle.root / FOLDER
+    folder = bundle.root / ENGINES
     lock = folder / ".lock"
     try:
         folder.mkdir(exist_ok=True)
@@ -195,7 +195,7 @@ def write_engine(
     Raises:
         EngineError: the disk is full, or `build` raised it; the engine that was there before remains.
     """
-    folder = bundle.root / FOLDER
+    folder = bundle.root / ENGINES
     name = engine_name(key)
     partial = folder / f"{name}{_PARTIAL}"
     engine = folder / f"{name}-{key.digest()[:16]}.engine"
@@ -230,7 +230,7 @@ def write_engine(
 
 def _remove_orphans(bundle: Bundle) -> None:
     """Remove engines that no record names, and files that were being written when a build was killed."""
-    folder = bundle.root / FOLDER
+    folder = bundle.root / ENGINES
     kept = set()
     for path in folder.glob("*.json"):
         try:
