@@ -23,18 +23,23 @@ DTYPE_bf16 := bfloat16
 DTYPE_fp16 := float16
 BUNDLE := $(OUT)/$(MODEL)-$(PRECISION)
 
+# TARGET is what TensorRT-RTX builds for, such as sm89 or sm89,sm120; empty for the GPU here.
+TARGET ?=
+# TensorRT has no float32 kernel for attention as one operator.
+OPSET_fp32 := $(if $(filter tensorrt%,$(BACKEND)),--opset 20)
+
 .PHONY: help setup demo engine test lint format clean
 help:
 	@echo "make demo     export the tiny student and draw a picture on this CPU"
 	@echo "make test     run the tests"
-	@echo "make engine   MODEL=tiny|flux|qwen [PRECISION=fp32|bf16|fp16] [BACKEND=onnxruntime]"
+	@echo "make engine   MODEL=tiny|flux|qwen [PRECISION=fp32|bf16|fp16] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
 	@echo "make lint     ruff and mypy"
 
 setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,tensorrt-rtx,dev]"
 	@touch $@
 
 demo: engine
@@ -43,13 +48,14 @@ demo: engine
 engine: check-preset setup
 	@mkdir -p $(OUT)
 	$(BIN)/arcflow export --base $(BASE_$(MODEL)) --adapter $(ADAPTER_$(MODEL)) \
-		--dtype $(DTYPE_$(PRECISION)) --out $(BUNDLE) --overwrite
+		--dtype $(DTYPE_$(PRECISION)) $(OPSET_$(PRECISION)) --out $(BUNDLE) --overwrite
+	$(if $(filter tensorrt%,$(BACKEND)),$(BIN)/arcflow build $(BUNDLE) --backend $(BACKEND) $(addprefix --target ,$(TARGET)))
 
 .PHONY: check-preset
 check-preset:
 	$(if $(BASE_$(MODEL)),,$(error MODEL must be tiny, flux or qwen, got '$(MODEL)'))
 	$(if $(DTYPE_$(PRECISION)),,$(error PRECISION must be fp32, bf16 or fp16, got '$(PRECISION)'; FP8 is not built by this version))
-	$(if $(filter onnxruntime,$(BACKEND)),,$(error BACKEND must be onnxruntime, got '$(BACKEND)'; TensorRT engines are not built by this version))
+	$(if $(filter onnxruntime tensorrt-rtx tensorrt,$(BACKEND)),,$(error BACKEND must be onnxruntime, tensorrt-rtx or tensorrt, got '$(BACKEND)'))
 
 test: setup
 	$(BIN)/pytest

@@ -85,9 +85,8 @@ def build_engine(
     build = _Build(library, library.load(), bundle, part)
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(build.run, target, profiles, settings, out, progress or Progress())
         try:
-            future.result()
+            pool.submit(build.run, target, profiles, settings, out, progress or Progress()).result()
         except BaseException:
             # Leaving the block waits for the thread, so that nothing writes to `out` afterwards.
             build.cancelled.set()
@@ -178,22 +177,25 @@ class _Build:
         return "\n".join(lines)
 
     def _build_error(self, settings: Settings) -> str:
-        text = f"{self._part}: {self._library.name} cannot build an engine{self._said()}"
+        text = f"{self._part}: {self._library.name} cannot build an engine"
         opset = self._bundle.manifest.opset
-        if self._spec.precision == "float32" and opset >= _FUSED_ATTENTION_OPSET:
+        float32 = self._spec.precision == "float32" and opset >= _FUSED_ATTENTION_OPSET
+        if float32 and any("Attention" in e for e in self._logger.errors):
             text += (
-                f"\nthe graph is in float32 at opset {opset}, whose Attention operator has no float32 kernels; "
+                f" of a float32 graph at opset {opset}, whose Attention operator has no float32 kernels; "
                 "export with --opset 20, or with --dtype bfloat16 or float16"
             )
         if settings.strip_weights and find_gpu() is None:
-            text += f"\n{self._library.name} strips weights only where there is a GPU; leave out --strip-weights here"
-        return text
+            text += " without its weights where there is no GPU; leave out --strip-weights"
+        return text + self._said()
 
     def _said(self) -> str:
         """The errors that the library logged, each on its own line after a colon."""
-        return (
-            ":" + "".join(f"\n  {line}" for line in self._logger.errors[:_SHOWN_ERRORS]) if self._logger.errors else ""
-        )
+        errors = self._logger.errors
+        if self._library.ahead_of_time:
+            # That there is no driver is no error when building for another machine.
+            errors = [e for e in errors if "(cudaError " not in e] or errors
+        return ":" + "".join(f"\n  {line}" for line in errors[:_SHOWN_ERRORS]) if errors else ""
 
 
 def _make_logger(trt: ModuleType) -> Any:

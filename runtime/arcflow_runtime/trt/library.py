@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from ..errors import EngineError, RequestError
+from .gpu import Gpu
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Library:
                 f"{self.name} must be version {self.major}, got {module.__version__}; run: pip install '{self.package}'"
             )
         return module
+
+    def key_gpu(self, gpu: Gpu | None) -> str | None:
+        """The `gpu` of an engine's key: the product name if the library builds for the very GPU it runs on."""
+        return None if self.ahead_of_time or gpu is None else gpu.name
 
     def check_target(self, target: str) -> str:
         """Return `target`, such as "sm89", if the library builds for it without a GPU.

@@ -62,7 +62,7 @@ def plan_builds(
         )
     if not targets:
         if gpu is None:
-            raise RequestError(f"--target must be given where there is no GPU, such as --target {library.targets[-3]}")
+            raise RequestError("--target must be given where there is no GPU, such as --target sm89")
         targets = [gpu.target]
     version = library.load().__version__
     jobs = []
@@ -83,7 +83,7 @@ def plan_builds(
                 builder=backend,
                 builder_version=version,
                 target=target,
-                gpu=None if library.ahead_of_time or gpu is None else gpu.name,
+                gpu=library.key_gpu(gpu),
                 platform=this_platform(),
             )
             jobs.append(Job(part, target, key))

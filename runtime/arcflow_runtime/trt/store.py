@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from ..bundle import ENGINES, FAST_HASH_BYTES, Bundle, Check, sha256_file
 from ..errors import EngineError
-from .gpu import Gpu, find_gpu
+from .gpu import find_gpu
 from .library import LIBRARIES, this_platform
 from .record import EngineKey, EngineRecord, engine_name, part_key_fields, read_record
 
@@ -54,12 +54,7 @@ def this_host(builder: str) -> Host:
     gpu = find_gpu()
     if gpu is None:
         raise EngineError(f"{builder} engines run on an NVIDIA GPU, and the CUDA driver finds none here")
-    return Host(builder, version, gpu.target, key_gpu(builder, gpu), this_platform())
-
-
-def key_gpu(builder: str, gpu: Gpu | None) -> str | None:
-    """The `gpu` of a key: the product name for a library that builds for the very GPU it runs on, else None."""
-    return None if LIBRARIES[builder].ahead_of_time or gpu is None else gpu.name
+    return Host(builder, version, gpu.target, library.key_gpu(gpu), this_platform())
 
 
 def find_engine(bundle: Bundle, part: str, host: Host, check: Check = "fast") -> BuiltEngine:
