@@ -15,8 +15,8 @@ from fake_bundle import edit_manifest, list_files, make_bundle
 from arcflow_runtime import Bundle
 from arcflow_runtime import bundle as b
 from arcflow_runtime.errors import BundleError, EngineError
-from arcflow_runtime.trt import store
-from arcflow_runtime.trt.gpu import Gpu
+from arcflow_runtime.trt import gpu, store
+from arcflow_runtime.trt.gpu import Gpu, find_gpu
 from arcflow_runtime.trt.record import EngineKey, part_key_fields, read_record
 from arcflow_runtime.trt.shapes import Shapes
 from arcflow_runtime.trt.store import Host, find_built, find_engine, locked_store, this_host, write_engine
@@ -301,6 +301,46 @@ def test_the_manifest_lists_no_engines(bundle):
         BundleError, match=r"file 'engines/x.engine' must not be in engines/, which is for built engines"
     ):
         Bundle.open(bundle.root)
+
+
+class Driver:
+    """CUDA's driver with one H200; `failing` is the function that reports an error."""
+
+    def __init__(self, failing=None):
+        self.failing = failing
+
+    def __getattr__(self, name):
+        return lambda *arguments: 100 if name == self.failing else getattr(self, f"_{name}")(*arguments)
+
+    def _cuInit(self, flags):
+        return 0
+
+    def _cuDeviceGet(self, device, index):
+        return 0
+
+    def _cuDeviceGetName(self, name, size, device):
+        name.value = b"NVIDIA H200"
+        return 0
+
+    def _cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = {75: 9, 76: 0}[attribute]
+        return 0
+
+
+def test_the_gpu_here(monkeypatch):
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver())
+    assert find_gpu() == Gpu("NVIDIA H200", "sm90")
+    for failing in ("cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"):
+        monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name, failing=failing: Driver(failing))
+        assert find_gpu() is None
+
+
+def test_no_driver(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
+    assert find_gpu() is None
 
 
 def test_this_host(monkeypatch):
