@@ -185,6 +185,21 @@ def test_swapped_engines(bundle):
             find_engine(bundle, part, HOST)
 
 
+def test_an_engine_of_another_bundle(bundle, tmp_path):
+    other = Bundle.open(make_bundle(tmp_path / "other"))
+    put(other, make_key(other, graph="0" * 64), b"a foreign engine")
+    shutil.copytree(other.root / "engines", bundle.root / "engines")
+    with pytest.raises(
+        EngineError, match=r"sm89.json: the engine of backbone was built from another graph than the bund"
+    ):
+        find_engine(bundle, "backbone", HOST)
+    # Beside the bundle's own it is passed over.
+    foreign = bundle.root / "engines" / "a-foreign.json"
+    (bundle.root / "engines" / "backbone-tensorrt-rtx-sm89.json").rename(foreign)
+    put(bundle, make_key(bundle))
+    assert find_engine(bundle, "backbone", HOST).path.read_bytes() == b"an engine"
+
+
 def test_a_large_engine_is_hashed_when_asked(bundle, monkeypatch):
     monkeypatch.setattr(store, "FAST_HASH_BYTES", 4)
     built = put(bundle, make_key(bundle))

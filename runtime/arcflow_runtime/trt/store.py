@@ -85,13 +85,15 @@ def find_engine(bundle: Bundle, part: str, host: Host, check: Check = "fast") ->
                 f"{part}: the engine's {_FIELDS[name]} must be {wanted}, got {have}; {_build(bundle, part, host)}"
             )
         found = fitting
-    path, record = found[0]
     for name, value in part_key_fields(bundle, part).items():
-        if getattr(record.key, name) != value:
+        fitting = [(path, record) for path, record in found if getattr(record.key, name) == value]
+        if not fitting:
             raise EngineError(
-                f"{path}: the engine of {part} was built from another {name} than the bundle's; "
+                f"{found[0][0]}: the engine of {part} was built from another {name} than the bundle's; "
                 f"{_build(bundle, part, host)}"
             )
+        found = fitting
+    path, record = found[0]
     engine = path.parent / record.file
     check_engine(engine, record, check)
     return BuiltEngine(engine, record)
