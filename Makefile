@@ -30,11 +30,16 @@ DTYPE_fp16 := float16
 BUNDLE := $(OUT)/$(MODEL)-$(PRECISION)
 PROMPTS_$(MODEL) ?= "a large red circle on a blue background"
 
+# TARGET is what TensorRT-RTX builds for, such as sm89 or sm89,sm120; empty for the GPU here.
+TARGET ?=
+# TensorRT has no float32 kernel for attention as one operator.
+OPSET_fp32 := $(if $(filter tensorrt%,$(BACKEND)),--opset 20)
+
 .PHONY: help setup demo engine shapes test lint format clean
 help:
 	@echo "make demo     export the shapes student and draw four prompts on this CPU  [PROMPT=...]"
 	@echo "make test     run the tests"
-	@echo "make engine   MODEL=shapes|tiny|flux|qwen [PRECISION=fp32|bf16|fp16] [BACKEND=onnxruntime]"
+	@echo "make engine   MODEL=shapes|tiny|flux|qwen [PRECISION=fp32|bf16|fp16] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
 	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
 	@echo "make lint     ruff and mypy"
 
@@ -42,7 +47,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,distill,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,distill,tensorrt-rtx,dev]"
 	@touch $@
 
 demo: engine
@@ -52,13 +57,14 @@ demo: engine
 engine: check-preset setup
 	@mkdir -p $(OUT)
 	$(BIN)/arcflow export --base $(BASE_$(MODEL)) --adapter $(ADAPTER_$(MODEL)) \
-		--dtype $(DTYPE_$(PRECISION)) $(EXPORT_$(MODEL)) --out $(BUNDLE) --overwrite
+		--dtype $(DTYPE_$(PRECISION)) $(OPSET_$(PRECISION)) $(EXPORT_$(MODEL)) --out $(BUNDLE) --overwrite
+	$(if $(filter tensorrt%,$(BACKEND)),$(BIN)/arcflow build $(BUNDLE) --backend $(BACKEND) $(addprefix --target ,$(TARGET)))
 
 .PHONY: check-preset
 check-preset:
 	$(if $(BASE_$(MODEL)),,$(error MODEL must be shapes, tiny, flux or qwen, got '$(MODEL)'))
 	$(if $(DTYPE_$(PRECISION)),,$(error PRECISION must be fp32, bf16 or fp16, got '$(PRECISION)'; FP8 is not built by this version))
-	$(if $(filter onnxruntime,$(BACKEND)),,$(error BACKEND must be onnxruntime, got '$(BACKEND)'; TensorRT engines are not built by this version))
+	$(if $(filter onnxruntime tensorrt-rtx tensorrt,$(BACKEND)),,$(error BACKEND must be onnxruntime, tensorrt-rtx or tensorrt, got '$(BACKEND)'))
 
 shapes: setup
 	@mkdir -p $(OUT)

@@ -267,6 +267,7 @@ def test_the_runtime_imports_no_torch():
         "assert 'numpy' not in sys.modules\n"
         "from arcflow_runtime import Pipeline\n"
         "import arcflow_runtime.engines.onnxruntime\n"
+        "import arcflow_runtime.trt.plan, arcflow_runtime.trt.store\n"
         "bad = {'torch', 'diffusers', 'transformers', 'onnx', 'scipy'} & sys.modules.keys()\n"
         "assert not bad, bad"
     )

@@ -21,6 +21,8 @@ from .rules import check_values
 FORMAT = "arcflow-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
+#: Folder of the engines built from the bundle, outside the sealed manifest.
+ENGINES = "engines"
 MAX_MANIFEST_BYTES = 16 << 20
 #: Files up to this size are hashed at every load; larger ones are hashed by `check="full"`.
 FAST_HASH_BYTES = 64 << 20
@@ -229,24 +231,30 @@ class Bundle:
             self.path(name)
 
     def _check_files(self, check: Check, progress: Callable[[int], None]) -> None:
-        base = self.root.resolve()
-        for name, entry in self.manifest.files.items():
-            path = self.root / name
-            _check_name(name, self.root)
-            if not path.is_file():
-                raise BundleError(f"{path} is missing; was the bundle moved in part? Copy the whole directory again")
-            if not path.resolve().is_relative_to(base):
-                raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
-            size = path.stat().st_size
-            if size != entry.bytes:
-                raise BundleError(
-                    f"{path} must have {entry.bytes} bytes, got {size}; it was cut or edited, export or copy it again"
-                )
-            if (check == "full" or size <= FAST_HASH_BYTES) and sha256_file(path, progress) != entry.sha256:
-                raise BundleError(
-                    f"{path} does not match its SHA-256 in {MANIFEST}; it was edited or damaged, "
-                    "export or copy it again"
-                )
+        for name in self.manifest.files:
+            self.check_file(name, check, progress)
+
+    def check_file(self, name: str, check: Check, progress: Callable[[int], None] | None = None) -> None:
+        """Compare one file with its entry in the manifest (B4, B6); arguments as for `open`.
+
+        Raises:
+            BundleError: the file is missing, damaged, or leaves the bundle.
+        """
+        entry, path = self.manifest.files[name], self.root / name
+        _check_name(name, self.root)
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; was the bundle moved in part? Copy the whole directory again")
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                f"{path} must have {entry.bytes} bytes, got {size}; it was cut or edited, export or copy it again"
+            )
+        if (check == "full" or size <= FAST_HASH_BYTES) and sha256_file(path, progress) != entry.sha256:
+            raise BundleError(
+                f"{path} does not match its SHA-256 in {MANIFEST}; it was edited or damaged, export or copy it again"
+            )
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -264,6 +272,8 @@ def _check_name(name: str, root: Path) -> None:
     parts = name.split("/")
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", name) or any(p in ("", ".", "..") for p in parts):
         raise BundleError(f"{root / MANIFEST}: file name {name!r} leaves the bundle or has characters it may not have")
+    if parts[0] == ENGINES:
+        raise BundleError(f"{root / MANIFEST}: file {name!r} must not be in {ENGINES}/, which is for built engines")
 
 
 def _read_manifest(root: Path) -> Manifest:

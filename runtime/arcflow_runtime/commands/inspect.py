@@ -31,9 +31,10 @@ def run(args: argparse.Namespace) -> int:
 def _open_checked(root: Path) -> Bundle:
     from tqdm import tqdm
 
-    from ..bundle import MANIFEST, Bundle
+    from ..bundle import ENGINES, MANIFEST, Bundle
 
-    total = sum(p.stat().st_size for p in root.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in (MANIFEST, ENGINES)]
+    total = sum(p.stat().st_size for p in files)
     with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
         return Bundle.open(root, "full", bar.update)
 

@@ -1,0 +1,163 @@
+"""Build TensorRT engines of a bundle's parts, one per part and target, beside the bundle.
+
+TensorRT-RTX (RTX cards) builds anywhere, without a GPU; TensorRT (data centre) on the GPU that it builds for. An
+engine is used again only if everything that it depends on is unchanged. Ctrl-C stops and leaves nothing unfinished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..trt.build import Settings
+    from ..trt.library import Library
+    from ..trt.plan import Job
+    from ..trt.store import BuiltEngine
+
+BACKENDS = ("tensorrt", "tensorrt-rtx")
+MAX_OPTIMIZATION_LEVEL = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("--backend", choices=BACKENDS, required=True, help="the library that builds")
+    parser.add_argument(
+        "--target", metavar="SM[,SM...]", help="compute capabilities such as sm89,sm120 (default: the GPU here)"
+    )
+    parser.add_argument("--parts", metavar="PART[,PART...]", help="default: all")
+    shapes = parser.add_argument_group("shapes")
+    shapes.add_argument(
+        "--resolutions",
+        metavar="SIZE[,SIZE...]",
+        help="pixels: 1024x768 (height x width), 1024, or ranges as in 512-1536 or 768-1024x512; each is an "
+        "optimisation profile (default: one for all that the bundle allows)",
+    )
+    shapes.add_argument("--batch", default="1", metavar="N[-M]", help="pictures per call (default: %(default)s)")
+    builder = parser.add_argument_group("builder")
+    builder.add_argument(
+        "--optimization-level", type=int, metavar="N", help=f"0 to {MAX_OPTIMIZATION_LEVEL} (default: the library's)"
+    )
+    builder.add_argument("--workspace", type=float, metavar="GIB", help="most GPU memory for scratch (default: all)")
+    builder.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written; tensorrt only")
+    builder.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory in part")
+    builder.add_argument(
+        "--strip-weights", action="store_true", help="leave weights out; they are filled in from the bundle at load"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build what is not there yet."""
+    from ..bundle import Bundle
+    from ..trt.library import LIBRARIES
+    from ..trt.plan import plan_builds
+    from ..trt.shapes import parse_batch, parse_sizes
+    from ..trt.store import locked_store
+
+    settings = _settings(args)
+    sizes = parse_sizes(args.resolutions) if args.resolutions is not None else ()
+    batch = parse_batch(args.batch)
+    bundle = Bundle.open(args.bundle)
+    jobs = plan_builds(bundle, args.backend, _list(args.target), _list(args.parts), sizes, batch, settings)
+    rows = []
+    with locked_store(bundle):
+        for job in jobs:
+            row = _build_one(bundle, LIBRARIES[args.backend], job, settings)
+            rows.append(row)
+            if not args.json:
+                print(_line(row), flush=True)
+    if args.json:
+        print(json.dumps({"bundle": str(args.bundle), "engines": rows}, indent=2))
+    return 0
+
+
+def _build_one(bundle: Bundle, library: Library, job: Job, settings: Settings) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from ..trt.build import Progress, build_engine
+    from ..trt.store import find_built, write_engine
+
+    found, changed = find_built(bundle, job.key)
+    if found is not None:
+        return _row(job, found, reused=True, changed=[])
+    _check_files(bundle, job.part)
+    with tqdm(desc=f"{job.part} {job.target}", unit="step", disable=None, leave=False) as bar:
+
+        class Bar(Progress):
+            def update(self, done: int, total: int, phase: str) -> None:
+                bar.total = total
+                bar.set_postfix_str(phase, refresh=False)
+                bar.update(done - bar.n)
+
+        def build(out: BinaryIO) -> float:
+            return build_engine(library, bundle, job.part, job.target, job.key.profiles, settings, out, Bar())
+
+        built = write_engine(bundle, job.key, build)
+    return _row(job, built, reused=False, changed=changed)
+
+
+def _check_files(bundle: Bundle, part: str) -> None:
+    """Hash the part's files whatever their size: an engine must be of the weights that its key names."""
+    from tqdm import tqdm
+
+    spec = bundle.manifest.parts[part]
+    names = (spec.graph, spec.weights)
+    total = sum(bundle.manifest.files[name].bytes for name in names)
+    with tqdm(total=total, desc=f"{part}: hashing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
+        for name in names:
+            bundle.check_file(name, "full", bar.update)
+
+
+def _row(job: Job, built: BuiltEngine, reused: bool, changed: list[str]) -> dict[str, Any]:
+    record = built.record
+    return {
+        "part": job.part,
+        "target": job.target,
+        "file": str(built.path),
+        "bytes": record.bytes,
+        "reused": reused,
+        "changed": changed,
+        "build_seconds": record.build_seconds,
+        "key": job.key.digest(),
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["reused"]:
+        what = "unchanged"
+    else:
+        what = f"built in {row['build_seconds']:.1f} s"
+        if row["changed"]:
+            what += f"; changed: {', '.join(row['changed'])}"
+    return f"{row['part']:16}{row['target']:8}{row['bytes']:>16,} bytes  {what}"
+
+
+def _list(text: str | None) -> list[str]:
+    return [] if text is None else [item.strip() for item in text.split(",")]
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from ..trt.build import Settings
+
+    level, workspace = args.optimization_level, args.workspace
+    if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
+        raise RequestError(f"--optimization-level must be between 0 and {MAX_OPTIMIZATION_LEVEL}, got {level}")
+    if workspace is not None and not 0 < workspace < float("inf"):
+        raise RequestError(f"--workspace must be a positive number of GiB, got {workspace:g}")
+    cache = args.timing_cache
+    if cache is not None and not cache.absolute().parent.is_dir():
+        raise RequestError(f"--timing-cache must be in a directory that exists, got {str(cache)!r}")
+    return Settings(
+        optimization_level=level,
+        workspace_bytes=None if workspace is None else int(workspace * (1 << 30)),
+        strip_weights=args.strip_weights,
+        weight_streaming=args.weight_streaming,
+        timing_cache=cache,
+    )

@@ -1,0 +1,206 @@
+"""The real TensorRT-RTX builder on the golden students; it needs no GPU. Nothing here runs an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+from fake_bundle import edit_manifest, list_files
+
+from arcflow_runtime import Bundle, cli
+from arcflow_runtime.bundle import Range
+from arcflow_runtime.trt.build import _fix_static_axes
+from arcflow_runtime.trt.library import LIBRARIES, this_platform
+from arcflow_runtime.trt.shapes import make_profiles, parse_sizes
+from arcflow_runtime.trt.store import Host, find_engine
+
+trt = pytest.importorskip(
+    "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'", exc_type=ImportError
+)
+
+FLUX = ["text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder"]
+QWEN = ["text_encoder", "backbone", "vae_decoder"]
+HEAVY = ["backbone", "vae_decoder"]
+CASES = {
+    "flux-bfloat16": ("flux-tiny", {"dtype": "bfloat16"}, FLUX),
+    "qwen-bfloat16": ("qwen-tiny", {"dtype": "bfloat16"}, QWEN),
+    "flux-float16": ("flux-tiny", {"dtype": "float16"}, HEAVY),
+    # float32 graphs need opset 20; exported for the golden cases too.
+    "flux-float32": ("flux-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
+    "qwen-float32": ("qwen-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
+}
+
+
+def build(root, *arguments):
+    """The command's exit code, and its JSON or error text."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = cli.main(
+            ["build", str(root), "--backend", "tensorrt-rtx", "--target", "sm89", "--json", *map(str, arguments)]
+        )
+    return code, json.loads(out.getvalue())["engines"] if code == 0 else err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def engines(bundles, command_run, tmp_path_factory):
+    """A function case -> (bundle, rows of the build), built at 64x64 on first use."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            name, options, parts = CASES[case]
+            source = command_run.bundle if case == "flux-bfloat16" else bundles(name, **options)
+            root = tmp_path_factory.mktemp("engines") / "bundle"
+            shutil.copytree(source, root)
+            code, rows = build(root, "--resolutions", "64", "--parts", ",".join(parts))
+            assert code == 0, rows
+            made[case] = root, rows
+        return made[case]
+
+    return get
+
+
+@pytest.fixture
+def bundle(command_run, tmp_path):
+    """A copy of the golden FLUX student in bfloat16, without engines."""
+    return Path(shutil.copytree(command_run.bundle, tmp_path / "bundle"))
+
+
+def tensors(path):
+    """Name -> bytes of each tensor of a safetensors file."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    return {k: data[8 + size + v["data_offsets"][0] : 8 + size + v["data_offsets"][1]] for k, v in header.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_built_with_its_weights(engines, case):
+    root, rows = engines(case)
+    assert [row["part"] for row in rows] == CASES[case][2]
+    weights, engine = tensors(root / "backbone.safetensors"), None
+    (engine,) = (Path(row["file"]).read_bytes() for row in rows if row["part"] == "backbone")
+    # The builder may lay tensors out anew, but most stay as they are.
+    assert sum(w[:64] in engine for w in weights.values()) > 0.5 * len(weights)
+
+
+@pytest.mark.parametrize("case", ["flux-bfloat16", "qwen-bfloat16"])
+def test_found_by_the_runtime(engines, case):
+    root, rows = engines(case)
+    host = Host("tensorrt-rtx", trt.__version__, "sm89", None, this_platform())
+    bundle = Bundle.open(root, "full")
+    for row in rows:
+        found = find_engine(bundle, row["part"], host, "full")
+        assert (str(found.path), found.record.bytes) == (row["file"], row["bytes"])
+        assert found.record.key.digest() == row["key"]
+
+
+def test_unchanged_engines_are_not_built_again(engines):
+    root, rows = engines("flux-bfloat16")
+    began = time.perf_counter()
+    code, again = build(root, "--resolutions", "64")
+    assert code == 0
+    assert again == [row | {"reused": True} for row in rows]
+    assert time.perf_counter() - began < sum(row["build_seconds"] for row in rows) / 4
+
+
+def test_shapes_in_ranges_and_several_profiles(bundle):
+    arguments = ("--parts", "vae_decoder,conditioner", "--batch", "1-2", "--resolutions", "64,32-128x64")
+    options = ("--weight-streaming", "--optimization-level", "0", "--workspace", "0.5")
+    code, rows = build(bundle, *arguments, *options)
+    assert code == 0, rows
+    record = json.loads((bundle / "engines" / "vae_decoder-tensorrt-rtx-sm89.json").read_text())
+    assert record["key"]["profiles"] == [
+        {"latents": {"min": [1, 4, 4, 64], "opt": [1, 4, 4, 64], "max": [2, 4, 4, 64]}},
+        {"latents": {"min": [1, 2, 4, 64], "opt": [1, 8, 4, 64], "max": [2, 8, 4, 64]}},
+    ]
+    assert record["key"]["flags"] == ["WEIGHT_STREAMING"]
+
+
+def test_axes_with_one_value_are_static(bundle):
+    opened = Bundle.open(bundle)
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(0)
+    assert trt.OnnxParser(network, logger).parse_from_file(str(opened.path("backbone.onnx")))
+    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), Range(1, 1))
+    _fix_static_axes(network, profiles)
+    shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
+    assert shapes["latents"] == (1, 16, 64)
+    assert shapes["image_rotary"][:2] == (2, 16)
+    assert shapes["encoder_hidden_states"][:2] == (1, -1)
+
+
+def test_float32_needs_opset_20(bundles, tmp_path):
+    root = Path(shutil.copytree(bundles("flux-tiny", opset=23, steps=(2, 4)), tmp_path / "bundle"))
+    code, err = build(root, "--parts", "text_encoder")
+    assert code == 1
+    assert (
+        "error: text_encoder: tensorrt-rtx cannot build an engine of a float32 graph at opset 23, whose Attention "
+        "operator has no float32 kernels; export with --opset 20, or with --dtype bfloat16 or float16:\n  "
+    ) in err
+    assert not (root / "engines").exists()
+
+
+def test_weights_cannot_be_stripped_without_a_gpu(bundle):
+    from arcflow_runtime.trt.gpu import find_gpu
+
+    if find_gpu() is not None:
+        pytest.skip("there is a GPU here")
+    code, err = build(bundle, "--parts", "conditioner", "--strip-weights")
+    assert code == 1
+    assert (
+        "conditioner: tensorrt-rtx cannot build an engine without its weights where there is no GPU; leave out" in err
+    )
+    assert not (bundle / "engines").exists()
+
+
+def test_a_graph_that_the_parser_refuses(bundle):
+    import onnx
+
+    path = bundle / "conditioner.onnx"
+    model = onnx.load(path, load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "Cos")
+    node.op_type, node.name = "Cosine", "the_bad_node"
+    onnx.save(model, path)
+    edit_manifest(bundle, files={n: dataclasses.asdict(e) for n, e in list_files(bundle).items()})
+    code, err = build(bundle, "--parts", "conditioner")
+    assert code == 1
+    assert f"error: conditioner: tensorrt-rtx cannot read {path}:\n  node 'the_bad_node' (Cosine): " in err
+    assert not (bundle / "engines").exists()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_build_leaves_nothing(bundle, sent, code):
+    command = [sys.executable, "-m", "arcflow_runtime.cli", "build", str(bundle), "--backend", "tensorrt-rtx"]
+    process = subprocess.Popen(
+        [*command, "--target", "sm89", "--parts", "backbone"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell may start pytest with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    partial = bundle / "engines" / "backbone-tensorrt-rtx-sm89.partial"
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(sent)
+    assert process.wait() == code, process.stderr.read()
+    process.stderr.close()
+    assert "engines" not in os.listdir(bundle)
+
+
+def test_the_library_knows_the_targets():
+    names = {name.lower() for name in trt.ComputeCapability.__members__} - {"none", "current"}
+    assert set(LIBRARIES["tensorrt-rtx"].targets) == names
