@@ -143,6 +143,14 @@ def _accelerator():
     return Accelerator(mixed_precision="no")
 
 
+@pytest.fixture
+def ctrl_c_heeded():
+    """A shell's background job ignores SIGINT; these tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_after(monkeypatch, iterations, number=signal.SIGINT):
     real = Distillation.iterate
 
@@ -155,6 +163,7 @@ def interrupt_after(monkeypatch, iterations, number=signal.SIGINT):
     monkeypatch.setattr(Distillation, "iterate", iterate)
 
 
+@pytest.mark.usefixtures("ctrl_c_heeded")
 def test_a_resumed_run_is_the_same_to_the_bit(flux, tmp_path, monkeypatch):
     settings = config(tmp_path)
     straight = distill(settings, flux, tmp_path / "straight", progress=False)
@@ -175,6 +184,15 @@ def test_a_resumed_run_is_the_same_to_the_bit(flux, tmp_path, monkeypatch):
     assert not state.parent.exists()
     records = [json.loads((p / "training.json").read_text()) for p in (out, straight)]
     assert records[0]["pending"] == records[1]["pending"]
+
+
+def test_an_ignored_signal_stays_ignored(flux, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt_after(monkeypatch, 1)
+        assert (distill(config(tmp_path), flux, tmp_path / "out", progress=False) / "config.json").is_file()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_saves_too(flux, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """While entered, remembers the first signal; a second one takes its usual course at once.
 
-    Outside the main thread, where signals cannot be handled, it does nothing.
+    A signal that the process ignores, as under nohup, stays ignored. Outside the main thread, where signals cannot be
+    handled, it does nothing.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -26,7 +27,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,6 +45,7 @@ class Interrupts:
         """Let the signal that came take its usual course now; SIGINT's where it came to another process."""
         self._restore()
         signal.raise_signal(self._came or signal.SIGINT)
+        raise KeyboardInterrupt  # the usual course was to go on
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = number
