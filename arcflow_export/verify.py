@@ -107,6 +107,8 @@ class _Comparison:
 
 def _relative(got: np.ndarray, reference: np.ndarray) -> float:
     difference = np.asarray(got, np.float64) - reference
+    if not difference.size:  # the gammas of a student of one mode
+        return 0.0
     return float(np.sqrt(np.mean(difference**2)) / max(np.sqrt(np.mean(np.square(reference, dtype=np.float64))), 1e-30))
 
 
