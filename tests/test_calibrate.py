@@ -301,8 +301,9 @@ def test_a_damaged_state_is_refused(stopped, capsys):
     state.write_bytes(data)
 
 
-def test_the_command(stopped, capsys, monkeypatch):
+def test_the_command(stopped, tmp_path, capsys, monkeypatch):
     """Continues the stopped run, prints its table, and then refuses to write over the result."""
+    stopped = shutil.copytree(stopped, tmp_path / "copy")
     calls = stop_after(monkeypatch, 99)
     assert command(stopped) == 0
     assert len(calls) == 2

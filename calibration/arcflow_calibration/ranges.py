@@ -70,6 +70,8 @@ class _Max(MaxCalibrator):
             CalibrationError: one of them is NaN or Inf.
         """
         _largest(x, self._layer)
+        if self._calib_amax is not None:
+            self._calib_amax = self._calib_amax.to(x.device)  # a restored one is on the host
         super().collect(x)
 
     @property
