@@ -56,6 +56,7 @@ def make_calibrator(layer: str, method: Method, percentile: float | None) -> Cal
 class _Max(MaxCalibrator):
     """The largest absolute value."""
 
+    _calib_amax: torch.Tensor | None
     counts: torch.Tensor | None = None
     span = 0.0
 
