@@ -16,6 +16,8 @@ from .errors import SourceError
 from .sources import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: What `TensorIndex.digest` reads of a file at most: 64 MiB.
+_SAMPLES, _SAMPLE_BYTES = 4096, 16 << 10
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -79,11 +81,17 @@ class TensorIndex(Mapping[str, TensorRef]):
         return sorted({r.path for r in self._refs.values()})
 
     def digest(self) -> str:
-        """SHA-256 over every file's name, size and safetensors header: cheap, and changes with any re-save."""
+        """SHA-256 over every file's name, size and safetensors header, and its values or a sample of them.
+
+        It tells weights apart, which training changes nearly everywhere, in well under a second for 24 GB; it is not
+        for finding damage.
+        """
         sha = hashlib.sha256()
         for path in self.files:
             sha.update(f"{path.name} {path.stat().st_size} ".encode())
             sha.update(_read_header(path))
+            for block in _sample(path):
+                sha.update(block)
         return sha.hexdigest()
 
     @staticmethod
@@ -164,6 +172,15 @@ def _read_header(path: Path) -> bytes:
     with path.open("rb") as f:
         (size,) = struct.unpack("<Q", f.read(8))
         return f.read(size)
+
+
+def _sample(path: Path) -> Iterator[bytes]:
+    """Blocks at equal distances, which are the whole of a small file."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
+            f.seek(start)
+            yield f.read(_SAMPLE_BYTES)
 
 
 def _check_file(path: Path, what: str) -> None:

@@ -145,8 +145,19 @@ def test_variants(tmp_path):
 
 def test_digest_tells_files_apart(tmp_path):
     digests = set()
-    for i, tensors in enumerate([{"w": torch.zeros(2)}, {"v": torch.zeros(2)}, {"w": torch.zeros(3)}]):
+    contents = [{"w": torch.zeros(2)}, {"v": torch.zeros(2)}, {"w": torch.zeros(3)}, {"w": torch.ones(2)}]
+    for i, tensors in enumerate(contents):
         save_file(tensors, tmp_path / f"{i}.safetensors")
         (tmp_path / "model.safetensors").write_bytes((tmp_path / f"{i}.safetensors").read_bytes())
         digests.add(TensorIndex.open(tmp_path / "model.safetensors", "vae").digest())
-    assert len(digests) == 3
+    assert len(digests) == len(contents)
+
+
+def test_digest_samples_large_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("arcflow_export.tensors._SAMPLES", 4)
+    monkeypatch.setattr("arcflow_export.tensors._SAMPLE_BYTES", 16)
+    digests = []
+    for value in (0.0, 1.0):
+        save_file({"w": torch.full((1000,), value)}, tmp_path / "model.safetensors")
+        digests.append(TensorIndex.open(tmp_path / "model.safetensors", "vae").digest())
+    assert digests[0] != digests[1]
