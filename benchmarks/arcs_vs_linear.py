@@ -34,6 +34,7 @@ from arcflow_export.commands.sources import quiet_libraries
 
 KINDS = {"arcs": 16, "linear": 1}
 REFERENCE_STEPS, EULER_STEPS = 50, (4, 2)
+QUANTITIES = ("named", "right", "latent_error", "frechet")
 
 
 def distil(model: Path, work: Path, seed: int) -> None:
@@ -61,9 +62,9 @@ def distil(model: Path, work: Path, seed: int) -> None:
 
 
 def score(cases: Cases, drawn: Drawn, reference: Drawn, judge: Judge, real: np.ndarray) -> dict[str, Any]:
-    """Share right and clean, latent error and Frechet distance; all prompts, by group, and by attributes left open."""
+    """Shares, latent error and Frechet distance: of all prompts, by group, and by how many attributes are open."""
     reading = judge.read(to_tensor(drawn.pictures))
-    right = reading.right(cases.words).numpy()
+    named, right = reading.named(cases.words).numpy(), reading.right(cases.words).numpy()
     error = np.square(drawn.latents - reference.latents, dtype=np.float64).mean((1, 2)) / reference.latents.var()
     features = reading.features.numpy()
     open_attributes = np.array([len(ATTRIBUTES) - len(words) for words in cases.words])
@@ -71,7 +72,12 @@ def score(cases: Cases, drawn: Drawn, reference: Drawn, judge: Judge, real: np.n
     subsets |= {f"{n} open": open_attributes == n for n in sorted(set(open_attributes.tolist()))}
     subsets["all"] = np.ones(len(cases), bool)
     rows: dict[str, Any] = {
-        name: {"pictures": int(m.sum()), "right": float(right[m].mean()), "latent_error": float(error[m].mean())}
+        name: {
+            "pictures": int(m.sum()),
+            "named": float(named[m].mean()),
+            "right": float(right[m].mean()),
+            "latent_error": float(error[m].mean()),
+        }
         for name, m in subsets.items()
     }
     rows["all"]["frechet"] = frechet(*moments(features), *moments(real))
@@ -99,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         distil(args.model, args.work, seed)
 
     judge, teacher = Judge.load(args.model / "judge"), Teacher(args.model / "teacher")
-    cases = draw_cases(args.count, seed=1000)
-    real = judge.read(real_pictures(cases, 1001)).features.numpy()
+    cases = draw_cases(args.count, seed=2000)
+    real = judge.read(real_pictures(cases, 2001)).features.numpy()
     samplers: dict[str, Sampler] = {f"euler-{n}": EulerSampler(teacher, n) for n in EULER_STEPS}
     for seed in range(args.seeds):
         for kind in KINDS:
@@ -113,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = describe()
     print(f"{machine['cpu']}, {machine['cores']} cores; {args.count} prompts, {STUDENT_STEPS} steps")
     for name, rows in results.items():
-        a = rows["all"]
-        print(f"{name:12} right {a['right']:.4f}  latent error {a['latent_error']:.4f}  Frechet {a['frechet']:.4f}")
+        shown = (f"{quantity} {rows['all'][quantity]:.4f}" for quantity in QUANTITIES)
+        print(f"{name:12} {'  '.join(shown)}")
     for kind in KINDS:
-        for quantity in ("right", "latent_error", "frechet"):
+        for quantity in QUANTITIES:
             print(f"{kind:8} {quantity:13} {'{:.4f} +- {:.4f}'.format(*summary(results, kind, 'all', quantity))}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

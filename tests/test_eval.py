@@ -208,7 +208,9 @@ def test_the_command_writes_everything(tmp_path, judge_dir, capsys):
     assert [s["name"] for s in result["samplers"]] == ["real", "teacher-3", "teacher-2", "linear", "arcflow"]
     linear, arcflow = result["samplers"][3:]
     assert linear["scores"] == arcflow["scores"] and arcflow["network_calls"] == 2
-    assert set(arcflow["scores"]) == {"seen", "held-out"}
+    assert set(arcflow["scores"]) == {"all", "seen", "held-out"}
+    errors = {group: score["latent_error"]["value"] for group, score in arcflow["scores"].items()}
+    assert errors["all"] == pytest.approx((errors["seen"] + errors["held-out"]) / 2)  # four prompts each
     for score in arcflow["scores"].values():
         assert score["latent_error"]["low"] <= score["latent_error"]["value"] <= score["latent_error"]["high"]
         assert score["frechet"]["value"] > 0

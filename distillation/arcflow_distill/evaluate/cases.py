@@ -11,6 +11,8 @@ from ..shapes.scenes import ATTRIBUTES, Scenes, caption, name_some, render, samp
 
 #: The groups in which everything is scored: pairs of shape and colour that training drew, and those it never did.
 GROUPS = ("seen", "held-out")
+#: Both together.
+ALL = "all"
 #: Scenes drawn at a time when looking for one that a caption describes; the rarest is one in 1,200.
 _POOL = 16384
 
@@ -28,8 +30,8 @@ class Cases:
         return len(self.words)
 
     def rows(self, group: str) -> list[int]:
-        """The places of a group's prompts."""
-        return [i for i, g in enumerate(self.groups) if g == group]
+        """The places of a group's prompts, or of all."""
+        return [i for i, g in enumerate(self.groups) if group in (g, ALL)]
 
 
 def draw_cases(count: int, seed: int) -> Cases:

@@ -23,7 +23,7 @@ class Options:
         RequestError: a number is out of range.
     """
 
-    count: int = 512
+    count: int = 1024
     seed: int = 0
     teacher_steps: tuple[int, ...] = (50, 8, 4, 2)
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import GROUPS
-from .scores import FRECHET_RESAMPLES, MEAN_RESAMPLES, Difference, Score
+from .cases import ALL, GROUPS
+from .scores import FRECHET_RESAMPLES, MEAN_RESAMPLES, SCORED, Difference, Score
 from .statistics import Interval
 
 FORMAT, VERSION = "arcflow-eval", 1
 _TITLES = {
+    ALL: "All prompts",
     GROUPS[0]: "Shapes and colours seen together in training",
     GROUPS[1]: "Shapes and colours never seen together in training",
 }
@@ -48,7 +49,7 @@ class Report:
 
     def table(self) -> str:
         """The scores and differences in Markdown."""
-        blocks = [f"## {_TITLES[group]}\n\n{self._scores(group)}" for group in GROUPS]
+        blocks = [f"## {_TITLES[group]}\n\n{self._scores(group)}" for group in SCORED]
         if self.differences:
             blocks.append(f"## Students minus few Euler steps of the teacher\n\n{self._differences()}")
         return "\n\n".join([*blocks, self._notes()]) + "\n"
@@ -73,7 +74,7 @@ class Report:
             )
             for d in self.differences
         ]
-        return _markdown(("difference", "pairs", "latent error", "Fréchet"), rows)
+        return _markdown(("difference", "prompts", "latent error", "Fréchet"), rows)
 
     def _notes(self) -> str:
         counts, steps = self.settings["prompts"], max(self.settings["teacher_steps"])

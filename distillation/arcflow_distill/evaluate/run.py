@@ -23,7 +23,7 @@ from .cases import GROUPS, Cases, draw_cases, real_pictures
 from .options import STUDENT_STEPS, Options
 from .report import Report, SamplerReport
 from .samplers import Drawn, EulerSampler, Sampler, Teacher, draw_all
-from .scores import Scorer
+from .scores import SCORED, Scorer
 from .sheet import Section, contact_sheet
 from .students import AdapterSampler, StudentSampler, open_target
 
@@ -90,7 +90,7 @@ def evaluate(
         {package: version(package) for package in _PACKAGES},
         judge_rates(found, options.count, options.seed + 1),
         tuple(reports),
-        tuple(scorer.difference(s, b, group) for s in opened for b in baselines for group in GROUPS),
+        tuple(scorer.difference(s, b, group) for s in opened for b in baselines for group in SCORED),
     )
     walks = paths.walk(cases, teacher, opened[TARGET], drawn[TARGET], options.reference_steps)
     columns = {"real": _to_uint8(real)} | {labels[name]: d.pictures for name, d in drawn.items()}

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 
 from ..shapes.judge import Judge, Reading
-from .cases import GROUPS, Cases
+from .cases import ALL, GROUPS, Cases
 from .samplers import Drawn
 from .statistics import Interval, frechet, frechet_replicates, mean_interval, moments, normal_interval, resample
 
 MEAN_RESAMPLES, FRECHET_RESAMPLES = 1000, 200
+#: What is scored: all prompts, and each group.
+SCORED = (ALL, *GROUPS)
 #: A mean squared error below this counts as it, so that equal pictures have 100 dB.
 _LEAST_ERROR = 1e-10
 
@@ -65,7 +67,7 @@ class Scorer:
         self._spread = float(np.sqrt(features.astype(np.float64).var(0).sum()))
         self._real = features / self._spread
         self._variance = float(reference.latents.astype(np.float64).var())
-        sizes = {group: len(cases.rows(group)) for group in GROUPS}
+        sizes = {group: len(cases.rows(group)) for group in SCORED}
         self._draws = {group: resample(size, MEAN_RESAMPLES, seed) for group, size in sizes.items()}
         self._frechet_draws = {group: resample(size, FRECHET_RESAMPLES, seed) for group, size in sizes.items()}
         #: By sampler and group: relative latent errors [n], the Frechet distance and its replicates [R].
@@ -74,12 +76,12 @@ class Scorer:
     def score_real(self, pictures: torch.Tensor) -> dict[str, Score]:
         """Score other real pictures [B, 3, 64, 64]: what a perfect sampler of this many pictures gets."""
         reading = self._judge.read(pictures)
-        return {group: self._judged(reading, group)[0] for group in GROUPS}
+        return {group: self._judged(reading, group)[0] for group in SCORED}
 
     def score(self, name: str, drawn: Drawn) -> dict[str, Score]:
         """Score a sampler's pictures; the reference itself gets no errors."""
         reading = self._judge.read(to_tensor(drawn.pictures))
-        return {group: self._score(name, drawn, reading, group) for group in GROUPS}
+        return {group: self._score(name, drawn, reading, group) for group in SCORED}
 
     def difference(self, student: str, baseline: str, group: str) -> Difference:
         """The paired difference of two samplers that were scored."""
