@@ -17,6 +17,8 @@ from .thresholds import Thresholds, times
 
 #: An input beyond this many times a scale's range: percentiles and MSE clip outliers, but not most of a range.
 TOO_SMALL = 2.0
+#: A scale beyond this many times its largest input is said to be too large.
+TOO_LARGE = 4.0
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class LayerDrift:
         largest = max(self.reach)
         if largest > TOO_SMALL:
             return f"its largest input is {largest:.3g} times what its input scale can hold: the scale is too small"
-        if largest < 0.5:
-            return f"its input scale holds {self.headroom:.3g} times its largest input: the scale is too large"
-        return f"its largest input is {largest:.3g} of what its input scale can hold"
+        if largest < 1 / TOO_LARGE:
+            return f"its input scale can hold {self.headroom:.3g} times its largest input: the scale is too large"
+        return f"its largest input is {largest:.3g} of what its input scale can hold: look at the weight's scale"
 
 
 def drift_of_layers(

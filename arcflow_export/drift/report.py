@@ -70,11 +70,10 @@ class Report:
             return s.exclude, f"the fewest {s.kind} found without which the thresholds hold"
         if s is not None and s.exclude is None:
             return (), "leaving out every quantised layer does not help: the error is in the arithmetic or another part"
-        broken = tuple(b.layer for b in self.breaches if b.layer is not None)
-        if broken:
-            return tuple(dict.fromkeys(broken)), "the layers past their own limit; calibrating again may mend them"
-        worst = tuple(d.layer for d in ranked(self.layers, self.thresholds)[:SHOWN])
-        return worst, "a first guess, the largest errors; --sensitivity layers finds the fewest that suffice"
+        worst = ranked(self.layers, self.thresholds)
+        if broken := tuple(d.layer for d in worst if d.badness(self.thresholds) > 1):
+            return broken, "the layers past their own limit; calibrating again may mend them"
+        return tuple(d.layer for d in worst[:SHOWN]), "a first guess, the largest errors; --sensitivity layers finds the fewest that suffice"
 
     def verdict(self) -> str:
         """What the gate says, for the terminal and the report."""
