@@ -47,7 +47,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,distill,tensorrt-rtx,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,dev]"
 	@touch $@
 
 demo: engine

@@ -251,13 +251,12 @@ def _manifest(
 def _provenance(student: Student, command: str) -> b.Provenance:
     tools = {n: metadata.version(n) for n in ("arcflow", "torch", "diffusers", "transformers", "onnx-ir", "onnxscript")}
     tools["python"] = platform.python_version()
-    base, adapter = student.base, student.adapter.source
-    digest = student.transformer.index.digest()
+    base, adapter, loras = student.sources
     return b.Provenance(
         command=command,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         tools=tools,
-        base=b.Source(base.name, base.revision, digest),
-        adapter=b.Source(adapter.name, adapter.revision, student.adapter.index.digest()),
-        loras=tuple(b.Source(s.source.name, s.source.revision, s.digest, s.scale) for s in student.styles),
+        base=base,
+        adapter=adapter,
+        loras=loras,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 
-from arcflow_runtime.bundle import DType
+from arcflow_runtime.bundle import DType, Source
 
 from .adapter import Adapter, LoraPair, check_pair, load_adapter
 from .errors import SourceError
@@ -54,6 +54,16 @@ class Student:
     def base_parameters(self) -> int:
         """Parameters of the base's transformer."""
         return sum(r.numel for r in self.indexes["transformer"].values())
+
+    @property
+    def sources(self) -> tuple[Source, Source, tuple[Source, ...]]:
+        """Base, adapter and LoRAs by name and digest, as provenance records them."""
+        adapter = self.adapter.source
+        return (
+            Source(self.base.name, self.base.revision, self.transformer.index.digest()),
+            Source(adapter.name, adapter.revision, self.adapter.index.digest()),
+            tuple(Source(s.source.name, s.source.revision, s.digest, s.scale) for s in self.styles),
+        )
 
     def parts(self, dtype: DType) -> list[Part]:
         """Every part of the bundle, on the meta device, in the order in which data flows."""

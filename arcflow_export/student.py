@@ -135,10 +135,9 @@ class TorchStudent:
         channels = self.transformer.config.in_channels // 4
         if noise is None:
             noise = torch.randn(1, channels, height // 8, width // 8, generator=generator)
-        x = _pack(noise.to(self.device))
+        x = pack(noise.to(self.device))
         first, steps = x, []
-        t = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
-        sigmas = torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
+        sigmas = schedule(num_inference_steps)
         for i in range(num_inference_steps):
             heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale)
             x = integrate(x, *heads, float(sigmas[i]), float(sigmas[i + 1]))
@@ -160,6 +159,12 @@ class TorchStudent:
             std = torch.tensor(vae.config.latents_std, device=self.device).view(1, -1, 1, 1)
             image = vae.decode((z * std + mean).to(self.dtype)[:, :, None], return_dict=False)[0][:, :, 0]
         return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def schedule(num_inference_steps: int) -> torch.Tensor:
+    """Sigmas [S + 1] float32 of the released students, falling from 1 to 0."""
+    t = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
+    return torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
 
 
 def integrate(
@@ -186,7 +191,7 @@ def integrate(
     return x - d * (modes * (weights * phi).unsqueeze(3)).sum(2).flatten(-2)
 
 
-def _pack(latents: torch.Tensor) -> torch.Tensor:
+def pack(latents: torch.Tensor) -> torch.Tensor:
     """[B, C, 2h, 2w] -> [B, h*w, C*4], channel-major."""
     x = latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # [B, C, h, 2, w, 2]
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

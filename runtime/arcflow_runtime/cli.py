@@ -15,6 +15,7 @@ from .errors import ArcFlowError, RequestError
 #: Each module has a docstring for its help, `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
     "export": "arcflow_export.commands.export",
+    "calibrate": "arcflow_calibration.commands.calibrate",
     "generate": "arcflow_runtime.commands.generate",
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",
@@ -106,7 +107,8 @@ def _overview() -> str:
 def _package(name: str) -> str:
     """What to install for a command."""
     package = COMMANDS[name].split(".")[0]
-    return {"arcflow_export": "arcflow[export]", "arcflow_distill": "arcflow[distill]"}.get(package, "arcflow")
+    extras = {"arcflow_export": "export", "arcflow_calibration": "calibrate", "arcflow_distill": "distill"}
+    return f"arcflow[{extras[package]}]" if package in extras else "arcflow"
 
 
 def _suggest(word: str, known: Sequence[str] | dict[str, str]) -> str:

@@ -1,0 +1,86 @@
+"""A student and prompts -> a file of scales; stopped at any time, it goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from arcflow_export.load import Student
+from arcflow_export.student import TorchStudent
+
+from .collect import Collector, describe, draw, guidance, plan_batches
+from .errors import CalibrationError
+from .memory import check_memory
+from .options import PARTS, Settings
+from .prompts import Prompts
+from .scales import Scales
+from .state import check_state, held, load_state, save_state, settings_of, state_path
+
+
+def calibrate(student: Student, prompts: Prompts, settings: Settings, out: Path, overwrite: bool = False) -> Scales:
+    """Collect the ranges and write them to `out`.
+
+    After every batch the state is beside `out`. A later call with the same settings and weights continues it, and its
+    result is that of a run that was not stopped, bit for bit.
+
+    Args:
+        student: from `load_student`.
+        prompts: from `read_prompts`.
+        settings: what to collect and how.
+        out: the file of scales.
+        overwrite: replace `out`, and begin anew where a stopped run had other settings.
+
+    Raises:
+        CalibrationError: `out` exists; a part is not known; the student does not fit in memory; a stopped run's
+            settings or weights differ; an activation is NaN or Inf.
+    """
+    if unknown := [part for part in settings.parts if part not in PARTS[student.family]]:
+        raise CalibrationError(
+            f"--parts: must be among {', '.join(PARTS[student.family])} for a {student.family} student, "
+            f"got {', '.join(unknown)}"
+        )
+    guidance_scale = guidance(student, settings)
+    with held(out):
+        if out.exists() and not (overwrite and out.is_file()):
+            raise CalibrationError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
+        state, identity = state_path(out), settings_of(student, prompts, settings)
+        if state.exists():
+            try:
+                check_state(state, identity)
+            except CalibrationError:
+                if not overwrite:
+                    raise
+                state.unlink()
+        check_memory(student, settings)
+        scales = _collect(student, prompts, settings, guidance_scale, state, identity)
+        scales.save(out)
+        state.unlink(missing_ok=True)
+    return scales
+
+
+def _collect(
+    student: Student,
+    prompts: Prompts,
+    settings: Settings,
+    guidance_scale: float | None,
+    state: Path,
+    identity: dict[str, object],
+) -> Scales:
+    drawn = TorchStudent(student, getattr(torch, settings.dtype), device=settings.device)
+    collector = Collector(student, drawn, settings)
+    batches = plan_batches(prompts, settings)
+    done = load_state(state, collector, identity) if state.exists() else 0
+    with tqdm(total=len(prompts.texts), unit="prompt", desc="calibrating", disable=None) as bar:
+        bar.update(sum(len(batch.prompts) for batch in batches[:done]))
+        for i, batch in enumerate(batches[done:], done + 1):
+            draw(drawn, batch, settings, guidance_scale, collector)
+            save_state(state, collector, identity, i)
+            bar.update(len(batch.prompts))
+    return describe(student, prompts, settings, collector.ranges())
+
+
+def default_device() -> str:
+    """The GPU where torch has one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,255 @@
+"""A student and prompts -> the ranges of its linears' inputs and outputs, at the student's own timesteps and states.
+
+The torch student draws with diffusers' modules, its own closed-form update between the steps. modelopt's quantizers sit
+on the inputs of the linears and collect; nothing is quantised, so the student's numbers are unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from arcflow_export.load import Student
+from arcflow_export.models.layers import MatMul
+from arcflow_export.student import TorchStudent, integrate, pack, schedule
+
+from .errors import CalibrationError
+from .options import Settings
+from .prompts import Prompts
+from .ranges import Calibrator, make_calibrator
+from .scales import STEPPED, Range, Scales
+
+_GUIDANCE_SCALE = 3.5
+_TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
+
+
+@dataclass
+class Layer:
+    """One linear: the module that the graph's MatMul stands for, and what was collected, a calibrator per step.
+
+    `linear` is the nn.Linear itself, to which modelopt adds `input_quantizer`; `module` is what is called in its place,
+    which adds the LoRA factors' share.
+    """
+
+    name: str
+    module: nn.Module
+    linear: Any
+    calibrators: list[Calibrator]
+    output_peaks: list[float]
+    samples: list[int] = field(default_factory=list)
+
+
+class Collector:
+    """The quantizers on a student's linears; `step` says which step's calibrators collect."""
+
+    def __init__(self, student: Student, torch_student: TorchStudent, settings: Settings):
+        """Put modelopt's quantizers on every linear of the wanted parts, by name.
+
+        Raises:
+            CalibrationError: a linear of the bundle's graph is not in the torch student.
+        """
+        self.parts: dict[str, dict[str, Layer]] = {}
+        for part in settings.parts:
+            steps = settings.num_inference_steps if part == STEPPED else 1
+            self.parts[part] = {}
+            for name, module in _linears(student, torch_student, part):
+                linear = getattr(module, "base_layer", module)
+                if not isinstance(linear, nn.Linear):
+                    raise CalibrationError(f"{part}: {name} must be a linear layer, got {type(linear).__name__}")
+                calibrators = [make_calibrator(name, settings.method, settings.percentile) for _ in range(steps)]
+                layer = Layer(name, module, linear, calibrators, [0.0] * steps, [0] * steps)
+                self.parts[part][name] = layer
+        for part, layers in self.parts.items():
+            _quantizers(part, layers)
+            for layer in layers.values():
+                layer.module.register_forward_hook(self._output_hook(part, layer))
+        self.step = 0
+
+    @property
+    def step(self) -> int:
+        """The step that is being drawn, from 0; text encoders have step 0 alone."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        for part, layers in self.parts.items():
+            for layer in layers.values():
+                layer.linear.input_quantizer._calibrator = layer.calibrators[step if part == STEPPED else 0]
+
+    def ranges(self) -> dict[str, dict[str, Range]]:
+        """Everything collected, by part and layer.
+
+        Raises:
+            CalibrationError: a linear saw nothing but zeros, or nothing at all.
+        """
+        return {
+            part: {name: _range(part, layer) for name, layer in layers.items()} for part, layers in self.parts.items()
+        }
+
+    def _output_hook(self, part: str, layer: Layer) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            step = self._step if part == STEPPED else 0
+            peak = float(output.abs().amax())
+            if not peak < float("inf"):
+                raise CalibrationError(f"{layer.name}: its output overflows or is NaN; try --dtype float32")
+            layer.output_peaks[step] = max(layer.output_peaks[step], peak)
+            layer.samples[step] += output.numel() // output.shape[-1]
+
+        return hook
+
+
+def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterator[tuple[str, nn.Module]]:
+    """The linears of the part's graph: contract name, and the module of the torch student that it stands for."""
+    described = next(p for p in student.parts("float32") if p.name == part)
+    root = _root(torch_student, part)
+    for name, module in described.module.named_modules():
+        if isinstance(module, MatMul) and module.weight.numel():  # one mode has no gammas
+            yield described.rename(f"{name}.weight").removesuffix(".weight"), root.get_submodule(name)
+
+
+def _root(torch_student: TorchStudent, part: str) -> nn.Module:
+    """The module below which the torch student has the part's names."""
+    if part == STEPPED:
+        return nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
+    if part == "text_encoder_2":
+        return torch_student.pipe.text_encoder_2.encoder
+    return torch_student.pipe.text_encoder.model.language_model
+
+
+def _quantizers(part: str, layers: dict[str, Layer]) -> None:
+    """Give each linear an input quantizer that collects and does not quantise.
+
+    modelopt is shown a collection of the linears alone: nothing of its default exclusions or of its replacements of
+    attention and LoRA layers, which would change the student's numbers, applies to it.
+    """
+    import modelopt.torch.quantization as mtq
+
+    linears = nn.ModuleDict({name.replace(".", "/"): layer.linear for name, layer in layers.items()})
+    wanted = {f"{name}.input_quantizer" for name in linears}
+    config = {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            *({"quantizer_name": name, "cfg": {"num_bits": (4, 3), "axis": None}} for name in sorted(wanted)),
+        ],
+        "algorithm": None,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
+        mtq.quantize(linears, config)
+    enabled = {name for name, module in linears.named_modules() if getattr(module, "is_enabled", False)}
+    assert enabled == wanted, f"{part}: modelopt quantises {sorted(enabled ^ wanted)} contrary to what it was told"
+    for layer in layers.values():
+        layer.linear.input_quantizer.disable_quant()
+        layer.linear.input_quantizer.enable_calib()
+
+
+def _range(part: str, layer: Layer) -> Range:
+    for step, calibrator in enumerate(layer.calibrators):
+        if calibrator.peak == 0:
+            seen = "saw nothing but zeros" if layer.samples[step] else "was never called"
+            raise CalibrationError(f"{part}: {layer.name} {seen} at step {step}; calibrate on other prompts")
+    return Range(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are drawn together: (index, text) each, and the size in pixels."""
+
+    prompts: tuple[tuple[int, str], ...]
+    height: int
+    width: int
+
+
+def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
+    """Cut prompts into batches of one size each, always the same way."""
+    batches = []
+    for s, (height, width) in enumerate(settings.sizes):
+        mine = list(enumerate(prompts.texts))[s :: len(settings.sizes)]
+        for start in range(0, len(mine), settings.batch):
+            batches.append(Batch(tuple(mine[start : start + settings.batch]), height, width))
+    return batches
+
+
+@torch.inference_mode()
+def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale: float | None, on: Collector) -> None:
+    """Draw a batch without decoding it, while `on` collects; a text encoder sees each prompt once."""
+    encoded = [student.encode(text, settings.max_sequence_length) for _, text in batch.prompts]
+    channels = student.transformer.config.in_channels // 4
+    noise = [
+        torch.randn(
+            1,
+            channels,
+            batch.height // 8,
+            batch.width // 8,
+            generator=torch.Generator("cpu").manual_seed(settings.seed + index),
+        )
+        for index, _ in batch.prompts
+    ]
+    sigmas = schedule(settings.num_inference_steps)
+    for group in _equal_lengths([states.shape[1] for states, _ in encoded]):
+        states = torch.cat([encoded[i][0] for i in group])
+        vectors = [pooled for i in group if (pooled := encoded[i][1]) is not None]
+        pooled = torch.cat(vectors) if vectors else None
+        x = pack(torch.cat([noise[i] for i in group]).to(student.device))
+        for step in range(settings.num_inference_steps):
+            on.step = step
+            size = (batch.height, batch.width, _GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
+            heads = student.predict(x, sigmas[step], states, pooled, *size)
+            x = integrate(x, *heads, float(sigmas[step]), float(sigmas[step + 1]))
+    on.step = 0
+
+
+def _equal_lengths(lengths: list[int]) -> list[list[int]]:
+    """Indices of equal text lengths; Qwen-Image's states have their prompt's length and no mask."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(length, []).append(i)
+    return list(groups.values())
+
+
+def guidance(student: Student, settings: Settings) -> float | None:
+    """The guidance scale that the student is told; None where it takes none.
+
+    Raises:
+        CalibrationError: one was asked for and the student takes none.
+    """
+    if student.family == "flux" and student.config.get("guidance_embeds"):
+        return _GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
+    if settings.guidance_scale is not None:
+        raise CalibrationError("--guidance-scale: this student takes none; leave it out")
+    return None
+
+
+def describe(student: Student, prompts: Prompts, settings: Settings, parts: dict[str, dict[str, Range]]) -> Scales:
+    """The file of scales of what was collected."""
+    base, adapter, loras = student.sources
+    return Scales(
+        base=base,
+        adapter=adapter,
+        loras=loras,
+        family=student.family,  # type: ignore[arg-type]
+        method=settings.method,
+        percentile=settings.percentile,
+        prompts=prompts.record,
+        num_inference_steps=settings.num_inference_steps,
+        sizes=settings.sizes,
+        guidance_scale=guidance(student, settings),
+        seed=settings.seed,
+        tools=tools(),
+        parts=parts,
+        dtype=settings.dtype,
+        max_sequence_length=settings.max_sequence_length,
+    )
+
+
+def tools() -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    return {name: metadata.version(name) for name in _TOOLS} | {"python": platform.python_version()}

@@ -1,0 +1,36 @@
+"""What a calibration can be told, and its defaults; light to import, so that the command line can read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .scales import STEPPED, DType, Method
+
+METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
+#: The parts with linears to quantise, by family. CLIP is a hundredth of FLUX and stays as it is.
+PARTS = {"flux": (STEPPED, "text_encoder_2"), "qwen-image": (STEPPED, "text_encoder")}
+#: Of --method percentile: 1 value in 100,000 is clipped.
+PERCENTILE = 99.999
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate.
+
+    `percentile` is None for the other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
+    number. Prompt i starts from the noise of seed `seed` + i. `guidance_scale` None is the student's usual 3.5, or
+    nothing where it takes none. `batch` prompts of one size and text length share a network call.
+    """
+
+    method: Method = "max"
+    percentile: float | None = None
+    parts: tuple[str, ...] = (STEPPED,)
+    num_inference_steps: int = 2
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch: int = 1
+    max_sequence_length: int = 512
+    dtype: DType = "float32"
+    device: str = "cpu"

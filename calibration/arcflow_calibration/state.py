@@ -1,0 +1,184 @@
+"""The state of a running calibration <-> one safetensors file, which cannot run code when read.
+
+Per part and with L layers and S steps: `PART.peak`, `PART.span`, `PART.output` [L, S] float64, `PART.samples` [L, S]
+int64 and, where there are histograms, `PART.counts` [L, S, bins] int64. The metadata holds JSON: the settings, the
+layers' names, and how many batches are done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from arcflow_export.load import Student
+
+from .collect import Collector, Layer, guidance, tools
+from .errors import CalibrationError
+from .options import Settings
+from .prompts import Prompts
+from .ranges import BINS
+from .scales import whole_file
+
+_KEY = "calibration"
+
+
+def state_path(out: Path) -> Path:
+    """Where the state of the calibration that writes `out` is."""
+    return out.with_name(f"{out.name}.state.safetensors")
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep others from calibrating for the same `out`.
+
+    Raises:
+        CalibrationError: another run does, or the folder is missing.
+    """
+    if not out.absolute().parent.is_dir():
+        raise CalibrationError(f"--out: {out.absolute().parent} is not a directory; create it first")
+    lock = out.with_name(f".{out.name}.lock")
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CalibrationError(f"--out: another run is writing {out}; wait for it or give another name") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def settings_of(student: Student, prompts: Prompts, settings: Settings) -> dict[str, Any]:
+    """Everything that the numbers depend on, by the name that an error calls it."""
+    base = [index for _, index in sorted(student.indexes.items())]
+    return {
+        "base": _fingerprint([path for index in base for path in index.files]),
+        "adapter": _fingerprint(student.adapter.index.files),
+        "LoRAs": [[_fingerprint(_files(style.source.path)), style.scale] for style in student.styles],
+        "prompts": prompts.record.sha256,
+        "method": settings.method,
+        "percentile": settings.percentile,
+        "parts": list(settings.parts),
+        "num-inference-steps": settings.num_inference_steps,
+        "sizes": [list(size) for size in settings.sizes],
+        "guidance-scale": guidance(student, settings),
+        "seed": settings.seed,
+        "batch": settings.batch,
+        "max-sequence-length": settings.max_sequence_length,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "tools": tools(),
+    }
+
+
+def save_state(path: Path, collector: Collector, settings: dict[str, Any], done: int) -> None:
+    """Write what was collected in the first `done` batches; an older file stays until this one is complete."""
+    tensors: dict[str, torch.Tensor] = {}
+    for part, layers in collector.parts.items():
+        rows = layers.values()
+        tensors[f"{part}.peak"] = torch.tensor([[c.peak for c in r.calibrators] for r in rows], dtype=torch.float64)
+        tensors[f"{part}.span"] = torch.tensor([[c.span for c in r.calibrators] for r in rows], dtype=torch.float64)
+        tensors[f"{part}.output"] = torch.tensor([r.output_peaks for r in rows], dtype=torch.float64)
+        tensors[f"{part}.samples"] = torch.tensor([r.samples for r in rows])
+        if settings["method"] != "max":
+            counts = [torch.stack([_counts(c.counts) for c in r.calibrators]) for r in rows]
+            tensors[f"{part}.counts"] = torch.stack(counts)
+    names = {part: list(layers) for part, layers in collector.parts.items()}
+    facts = {"settings": settings, "layers": names, "done": done}
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={_KEY: json.dumps(facts)})
+
+
+def load_state(path: Path, collector: Collector, settings: dict[str, Any]) -> int:
+    """Put a saved state back into `collector`; `check_state` comes first. Returns how many batches are done.
+
+    Raises:
+        CalibrationError: the file is damaged or of other layers.
+    """
+    facts = _facts(path)
+    names = {part: list(layers) for part, layers in collector.parts.items()}
+    done = facts.get("done")
+    try:
+        if facts.get("layers") != names or not isinstance(done, int) or isinstance(done, bool) or done < 1:
+            raise ValueError("its layers are not the student's")
+        with safe_open(path, framework="pt") as f:
+            for part, layers in collector.parts.items():
+                _restore(f, part, list(layers.values()), settings["method"] != "max")
+    except (SafetensorError, ValueError) as e:
+        raise CalibrationError(f"{path} is damaged ({e}); --overwrite begins anew") from None
+    return done
+
+
+def check_state(path: Path, settings: dict[str, Any]) -> None:
+    """Check that a saved state was made with these settings and weights.
+
+    Raises:
+        CalibrationError: it was not, and the message names every setting that differs; or the file is damaged.
+    """
+    theirs = _facts(path).get("settings")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    wrong = [_difference(name, theirs.get(name), mine) for name, mine in settings.items() if theirs.get(name) != mine]
+    if wrong:
+        raise CalibrationError(
+            f"{path} holds a stopped run with other settings: {'; '.join(wrong)}. Give the same ones to continue it, "
+            "or --overwrite to begin anew"
+        )
+
+
+def _difference(name: str, theirs: Any, mine: Any) -> str:
+    if name in ("base", "adapter", "LoRAs", "prompts"):
+        return f"{name} differ" if name in ("LoRAs", "prompts") else f"{name} differs"
+    return f"{name} was {json.dumps(theirs)}, is {json.dumps(mine)}"
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as f:
+            facts = json.loads((f.metadata() or {})[_KEY])
+        if not isinstance(facts, dict):
+            raise ValueError("no object")
+        return facts
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as e:
+        raise CalibrationError(f"{path} is no state of a calibration ({e}); --overwrite begins anew") from None
+
+
+def _restore(f: Any, part: str, layers: list[Layer], histograms: bool) -> None:
+    shape = (len(layers), len(layers[0].calibrators))
+    peak, span, output = (_tensor(f, f"{part}.{name}", shape, torch.float64) for name in ("peak", "span", "output"))
+    samples = _tensor(f, f"{part}.samples", shape, torch.int64)
+    counts = _tensor(f, f"{part}.counts", (*shape, BINS), torch.int64) if histograms else None
+    for i, layer in enumerate(layers):
+        layer.output_peaks[:], layer.samples[:] = output[i].tolist(), samples[i].tolist()
+        for step, calibrator in enumerate(layer.calibrators):
+            calibrator.restore(float(peak[i, step]), None if counts is None else counts[i, step], float(span[i, step]))
+
+
+def _tensor(f: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    tensor = f.get_tensor(name)
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+    return tensor
+
+
+def _counts(counts: torch.Tensor | None) -> torch.Tensor:
+    assert counts is not None
+    return counts
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def _fingerprint(paths: list[Path]) -> str:
+    """Names, sizes and times of change: a file that was written again differs, even if its header does not."""
+    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
