@@ -16,6 +16,7 @@ from .errors import ArcFlowError, RequestError
 COMMANDS = {
     "export": "arcflow_export.commands.export",
     "generate": "arcflow_runtime.commands.generate",
+    "quantize": "arcflow_export.commands.quantize",
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",
     "inspect": "arcflow_runtime.commands.inspect",

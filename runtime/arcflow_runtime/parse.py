@@ -39,6 +39,9 @@ def parse(kind: Any, value: Any, where: str) -> Any:
                     return None
             elif isinstance(option, type) and dataclasses.is_dataclass(option):
                 return _parse_dataclass(option, value, where) if value is not None else None
+            elif get_origin(option) is not None:
+                if value is not None:
+                    return parse(option, value, where)
             elif _is_scalar(option, value):
                 return value
         raise BundleError(f"{where} must be of type {kind}, got {value!r}")
