@@ -7,8 +7,6 @@ from pathlib import Path
 
 from arcflow_runtime.errors import RequestError
 
-from ..drift.thresholds import DEFAULT, Thresholds, read_thresholds
-
 #: Prompts, by default without and with a judge, whose shares need many.
 LIMIT, LIMIT_WITH_JUDGE = 32, 256
 _GENERAL, _SHAPES = "general", "shapes"
@@ -29,7 +27,11 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="noise of the first prompt; default: %(default)s")
     group.add_argument("--judge", type=Path, metavar="DIR", help="judge of shapes, such as models/shapes/judge")
-    group.add_argument("--policy", metavar="NAME|FILE", help="whose [thresholds] to enforce; default: built in")
+    group.add_argument(
+        "--policy",
+        metavar="NAME|FILE",
+        help=f"preset or .toml whose [thresholds] to enforce; default: the family's preset, with --judge {_SHAPES}",
+    )
     group.add_argument(
         "--sensitivity",
         choices=("none", "blocks", "layers"),
@@ -45,10 +47,12 @@ def run_drift(args: argparse.Namespace) -> int:
 
     from ..drift.cases import Scene, read_cases
     from ..drift.comparable import check_comparable
+    from ..quantize.policy import DEFAULT_PRESETS, load_policy
 
-    limits = _limits(args.policy)
     candidate, reference = Bundle.open(args.bundle), Bundle.open(args.against)
     check_comparable(candidate, reference)
+    preset = _SHAPES if args.judge else DEFAULT_PRESETS[candidate.manifest.family]
+    policy = load_policy(args.policy or preset)
     scenes = []
     for bundle in (candidate, reference):
         request = check_request(
@@ -88,7 +92,7 @@ def run_drift(args: argparse.Namespace) -> int:
         if done == total:
             bar.close()
 
-    plan = Plan(Path(name).name, limits, args.judge, args.sensitivity)
+    plan = Plan(Path(name).name, policy.name, policy.thresholds, args.judge, args.sensitivity)
     report, pictures = compare(candidate, reference, cases, scenes[0], plan, progress)
     if args.report is not None:
         write_report(args.report, report, pictures)
@@ -99,10 +103,3 @@ def run_drift(args: argparse.Namespace) -> int:
             write_json(Path(args.json), report)
         print(report.summary())
     return 0 if report.passed else 1
-
-
-def _limits(policy: str | None) -> Thresholds:
-    """The thresholds of a policy: a file's, or those of one that is built in."""
-    if policy is None:
-        return DEFAULT
-    return read_thresholds(Path(policy))

@@ -26,7 +26,7 @@ from .graphs import load_graph, quantized_layers
 from .judged import Judged, check_judge, judge_pictures
 from .layers import LayerDrift, drift_of_layers
 from .measures import gmsd, mean, psnr_db, relative_error
-from .report import Measure, Report
+from .report import GROUPS, Measure, Report
 from .sensitivity import PROMPTS, Kind, Sensitivity, measure_sensitivity
 from .stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict_all
 from .thresholds import Thresholds
@@ -48,9 +48,10 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure beyond the parts: the judge's directory, the sensitivity and the limits."""
+    """Names of the prompts and the policy, its limits, and what to measure beyond the parts."""
 
     prompts: str
+    policy: str
     limits: Thresholds
     judge: Path | None = None
     sensitivity: Kind = "none"
@@ -130,7 +131,7 @@ def compare(
         versions={package: version(package) for package in _PACKAGES},
         notes=notes,
         thresholds=plan.limits,
-        measures=tuple(measures),
+        measures=tuple(sorted(measures, key=lambda m: GROUPS.index(m.group))),
         judged=judged,
         layers=tuple(layers),
         sensitivity=sensitivity,
@@ -273,6 +274,7 @@ def _settings(
             side: {name: part.precision for name, part in bundle.manifest.parts.items()}
             for side, bundle in (("candidate", candidate), ("reference", reference))
         },
+        "policy": plan.policy,
         "prompts": plan.prompts,
         "count": len(cases),
         "seed": cases[0].seed,

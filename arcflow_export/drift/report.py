@@ -18,11 +18,13 @@ from .sensitivity import Sensitivity
 from .thresholds import Thresholds
 
 FORMAT, VERSION = "arcflow-drift", 1
+#: Where a measure is taken: on the reference's own inputs, or from the noise on.
+GROUPS = ("parts", "end to end")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity, mean over prompts. `group`: "parts", on the reference's own inputs, or "end to end"."""
+    """One quantity, mean over prompts; `group` is of `GROUPS`."""
 
     group: str
     what: str
@@ -73,7 +75,9 @@ class Report:
         worst = ranked(self.layers, self.thresholds)
         if broken := tuple(d.layer for d in worst if d.badness(self.thresholds) > 1):
             return broken, "the layers past their own limit; calibrating again may mend them"
-        return tuple(d.layer for d in worst[:SHOWN]), "a first guess, the largest errors; --sensitivity layers finds the fewest that suffice"
+        return tuple(
+            d.layer for d in worst[:SHOWN]
+        ), "a first guess, the largest errors; --sensitivity layers finds the fewest that suffice"
 
     def verdict(self) -> str:
         """What the gate says, for the terminal and the report."""
@@ -95,7 +99,8 @@ class Report:
         size = f"{s['width_px']}x{s['height_px']}"
         head = (
             f"# Drift of {s['candidate']} from {s['reference']}\n\n"
-            f"{s['count']} prompts ({s['prompts']}), {size}, {s['num_inference_steps']} steps, seeds from {s['seed']}. "
+            f"{s['count']} prompts ({s['prompts']}), {size}, {s['num_inference_steps']} steps, seeds from {s['seed']}, "
+            f"thresholds of the policy {s['policy']}. "
             f"Means over prompts, in brackets 95 % bootstrap intervals ({RESAMPLES} resamples of the prompts)."
         )
         blocks = [head, *self.notes, f"```\n{self.verdict()}\n```", f"## Measures\n\n{self._measures()}"]

@@ -1,20 +1,9 @@
-"""What the drift gate enforces: a policy's [thresholds] table -> checked `Thresholds`; light to import."""
+"""What the drift gate enforces: the [thresholds] of a policy, which `arcflow_export.quantize.policy` reads."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-
-from arcflow_runtime.errors import RequestError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -40,31 +29,6 @@ class Thresholds:
     headroom: float | None = 8.0
 
 
-#: Without a policy.
-DEFAULT = Thresholds(heads=0.05, latents=0.05, psnr=25.0, judge=0.02)
-
-
-def parse_thresholds(table: Mapping[str, object], where: str) -> Thresholds:
-    """Check a decoded [thresholds] table.
-
-    Args:
-        table: limits by name; all are optional.
-        where: what it comes from, for messages.
-
-    Raises:
-        RequestError: a key is unknown, or a value is no finite number of at least 0.
-    """
-    known = [f.name for f in dataclasses.fields(Thresholds)]
-    if unknown := sorted(table.keys() - set(known)):
-        raise RequestError(f"{where}: [thresholds] has unknown keys {unknown}; known are {known}")
-    values: dict[str, float] = {}
-    for name, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise RequestError(f"{where}: thresholds.{name} must be a number of at least 0, got {value!r}")
-        values[name] = float(value)
-    return Thresholds(**values)
-
-
 def times(value: float, limit: float | None) -> float:
     """How many times `limit` a value is; Inf for anything above a limit of 0, 0 where there is none."""
     if limit is None:
@@ -72,19 +36,3 @@ def times(value: float, limit: float | None) -> float:
     if limit > 0:
         return value / limit
     return math.inf if value > 0 else 0.0
-
-
-def read_thresholds(path: Path) -> Thresholds:
-    """The [thresholds] of a policy file in TOML.
-
-    Raises:
-        RequestError: the file is missing or no TOML, or a limit is unknown or out of range.
-    """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise RequestError(f"--policy: {path} cannot be read as TOML ({e}); give a policy's name or its file") from None
-    table = data.get("thresholds", {})
-    if not isinstance(table, dict):
-        raise RequestError(f"--policy: {path}: thresholds must be a table, got {table!r}")
-    return parse_thresholds(table, str(path))

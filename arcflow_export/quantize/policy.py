@@ -19,6 +19,7 @@ from arcflow_runtime.bundle import QuantFormat, seal
 from arcflow_runtime.errors import BundleError
 from arcflow_runtime.parse import parse
 
+from ..drift.thresholds import Thresholds
 from ..errors import QuantizeError
 
 if sys.version_info >= (3, 11):
@@ -29,6 +30,7 @@ else:
 #: The preset for each family of bundles.
 DEFAULT_PRESETS = {"flux": "flux", "qwen-image": "qwen-image"}
 _NEAR = 3
+_NO_THRESHOLDS = Thresholds()
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,13 @@ class PartPolicy:
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """What the drift gate enforces; None is not enforced.
-
-    `heads` and `latents` are relative RMS errors, at most; `psnr` is in dB, at least; `judge` is a drop of its score.
-    """
-
-    heads: float | None = None
-    latents: float | None = None
-    psnr: float | None = None
-    judge: float | None = None
-
-
-@dataclass(frozen=True)
 class Policy:
     """The whole of a policy file."""
 
     name: str
     format: QuantFormat
     parts: Mapping[str, PartPolicy]
-    thresholds: Thresholds = Thresholds()
+    thresholds: Thresholds = _NO_THRESHOLDS
 
     def digest(self) -> str:
         """SHA-256 of the policy in canonical JSON, as the manifest records it."""
