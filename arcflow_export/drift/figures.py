@@ -37,7 +37,8 @@ def drift_figure(layers: Sequence[LayerDrift], limits: Thresholds, path: Path) -
         axes.scatter(values, places[rows], s=22, color=_COLORS[step % len(_COLORS)], label=f"step {step}", zorder=3)
     for y, d in zip(places, layers, strict=True):
         axes.plot([min(d.errors), max(d.errors)], [y, y], color="#c8ccd0", linewidth=1.2, zorder=2)
-    axes.axvline(limits.layers, color="#9aa0a6", linestyle="--", linewidth=1, label=f"limit {limits.layers:g}")
+    if limits.layers is not None:
+        axes.axvline(limits.layers, color="#9aa0a6", linestyle="--", linewidth=1, label=f"limit {limits.layers:g}")
     axes.set_xscale("log")
     axes.set_yticks(places, [d.layer for d in layers], fontsize=7)
     axes.set_ylim(len(layers) - 0.5, -0.5)

@@ -17,6 +17,8 @@ from .thresholds import Thresholds, times
 
 #: An input beyond this many times a scale's range: percentiles and MSE clip outliers, but not most of a range.
 TOO_SMALL = 2.0
+#: Above this the largest input is clipped; scales are rounded.
+_CLIPPED = 1.01
 #: A scale beyond this many times its largest input is said to be too large.
 TOO_LARGE = 4.0
 
@@ -44,11 +46,8 @@ class LayerDrift:
 
     @property
     def headroom(self) -> float | None:
-        """How many times the largest input of any step the scale reaches."""
-        if self.reach is None:
-            return None
-        largest = max(self.reach)
-        return 1 / largest if largest > 0 else float("inf")
+        """How many times the largest input of any step the scale reaches; None where every input was 0."""
+        return 1 / max(self.reach) if self.reach is not None and max(self.reach) > 0 else None
 
     def badness(self, limits: Thresholds) -> float:
         """Above 1: its error or its scale is past the limits, by that factor."""
@@ -62,11 +61,12 @@ class LayerDrift:
 
     def reason(self) -> str:
         """What its scale says about its error."""
-        if self.reach is None:
+        if self.reach is None or self.headroom is None:
             return ""
         largest = max(self.reach)
-        if largest > TOO_SMALL:
-            return f"its largest input is {largest:.3g} times what its input scale can hold: the scale is too small"
+        if largest > _CLIPPED:
+            what = "the scale is too small" if largest > TOO_SMALL else "it is clipped"
+            return f"its largest input is {largest:.3g} times what its input scale can hold: {what}"
         if largest < 1 / TOO_LARGE:
             return f"its input scale can hold {self.headroom:.3g} times its largest input: the scale is too large"
         return f"its largest input is {largest:.3g} of what its input scale can hold: look at the weight's scale"

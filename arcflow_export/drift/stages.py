@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -145,8 +146,8 @@ class Stages:
         with self._parts.use("backbone") as run:
             return walk(run, batches, self.noise(), self.sigmas, progress)
 
-    def use_backbone(self):  # type: ignore[no-untyped-def]
-        """The bundle's own backbone, as `Parts.use` gives it."""
+    def use_backbone(self) -> AbstractContextManager[Run]:
+        """A function that runs the bundle's backbone, for the length of a block."""
         return self._parts.use("backbone")
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
