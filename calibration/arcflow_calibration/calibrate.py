@@ -16,7 +16,7 @@ from .memory import check_memory
 from .options import PARTS, Settings
 from .prompts import Prompts
 from .scales import Scales
-from .state import check_state, held, load_state, save_state, settings_of, state_path
+from .state import check_out, check_state, held, load_state, save_state, settings_of, state_path
 
 
 def calibrate(student: Student, prompts: Prompts, settings: Settings, out: Path, overwrite: bool = False) -> Scales:
@@ -42,9 +42,8 @@ def calibrate(student: Student, prompts: Prompts, settings: Settings, out: Path,
             f"got {', '.join(unknown)}"
         )
     guidance_scale = guidance(student, settings)
+    check_out(out, overwrite)
     with held(out):
-        if out.exists() and not (overwrite and out.is_file()):
-            raise CalibrationError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
         state, identity = state_path(out), settings_of(student, prompts, settings)
         if state.exists():
             try:

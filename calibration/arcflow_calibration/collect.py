@@ -182,6 +182,8 @@ def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
 def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale: float | None, on: Collector) -> None:
     """Draw a batch without decoding it, while `on` collects; a text encoder sees each prompt once."""
     encoded = [student.encode(text, settings.max_sequence_length) for _, text in batch.prompts]
+    if STEPPED not in on.parts:
+        return
     channels = student.transformer.config.in_channels // 4
     noise = [
         torch.randn(

@@ -56,6 +56,7 @@ def make_calibrator(layer: str, method: Method, percentile: float | None) -> Cal
 class _Max(MaxCalibrator):
     """The largest absolute value."""
 
+    _calib_amax: torch.Tensor | None
     counts: torch.Tensor | None = None
     span = 0.0
 
@@ -70,6 +71,8 @@ class _Max(MaxCalibrator):
             CalibrationError: one of them is NaN or Inf.
         """
         _largest(x, self._layer)
+        if self._calib_amax is not None:
+            self._calib_amax = self._calib_amax.to(x.device)  # a restored one is on the host
         super().collect(x)
 
     @property

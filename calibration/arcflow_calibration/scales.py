@@ -27,8 +27,7 @@ VERSION = 1
 MAX_BYTES = 16 << 20
 #: The part whose activations differ from step to step; the others run once per prompt.
 STEPPED = "backbone"
-#: Largest finite number of E4M3; a range's scale is amax / 448.
-E4M3_MAX = 448.0
+#: Largest finite number of float16.
 FP16_MAX = 65504.0
 
 Method = Literal["max", "percentile", "mse"]

@@ -36,15 +36,27 @@ def state_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.state.safetensors")
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """Check that `out` can be written, before any work is done for it.
+
+    Raises:
+        CalibrationError: `out` exists and may not be replaced, or its folder does not exist.
+    """
+    if not out.absolute().parent.is_dir():
+        raise CalibrationError(f"--out: {out.absolute().parent} is not a directory; create it first")
+    if out.is_dir():
+        raise CalibrationError(f"--out: {out} is a directory; give a file's name such as scales.json")
+    if out.exists() and not overwrite:
+        raise CalibrationError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
+
+
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Keep others from calibrating for the same `out`.
 
     Raises:
-        CalibrationError: another run does, or the folder is missing.
+        CalibrationError: another run does.
     """
-    if not out.absolute().parent.is_dir():
-        raise CalibrationError(f"--out: {out.absolute().parent} is not a directory; create it first")
     lock = out.with_name(f".{out.name}.lock")
     with lock.open("w") as handle:
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .scales import FP16_MAX, Range, Scales
 
-#: Steps that differ by more are counted: E4M3 holds 16 binades and more at full precision, this is one of them.
+#: Steps that differ by more are counted: E4M3 holds 15 binades at full precision, this is one of them.
 FACTOR = 2.0
 
 

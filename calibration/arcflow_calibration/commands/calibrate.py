@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     quiet_libraries()
     from ..calibrate import calibrate, default_device
+    from ..state import check_out
 
     settings = Settings(
         args.method,
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         args.dtype,
         args.device or default_device(),
     )
+    check_out(args.out, args.overwrite)
     student = open_student(args)
     try:
         scales = calibrate(student, prompts, settings, args.out, args.overwrite)
