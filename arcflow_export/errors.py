@@ -9,3 +9,7 @@ class SourceError(ArcFlowError):
 
 class ExportError(ArcFlowError):
     """A stage of the export failed; the message names the stage and the part."""
+
+
+class QuantizeError(ArcFlowError):
+    """A bundle cannot be quantised: its policy, its scales or the bundle itself does not fit; the message names it."""

@@ -21,7 +21,7 @@ from .merge import WeightSource
 from .models.layers import Parameter
 from .tensors import uncache
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 #: Tensor data starts at a multiple of this, so that a mapped file is aligned for any dtype.
 _ALIGNMENT = 4096
 #: What was read or written leaves the page cache after about this many bytes; see `tensors.uncache`.

@@ -95,8 +95,8 @@ class _Sampler(threading.Thread):
         self.join()
 
 
-def run_export(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run `arcflow export ARGUMENTS --json` in a process of its own.
+def run_arcflow(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run `arcflow ARGUMENTS --json` in a process of its own.
 
     Returns:
         What it printed, and its wall and CPU seconds and peaks of resident memory in bytes.
@@ -104,12 +104,9 @@ def run_export(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         MeasureError: it failed; its own message is on stderr.
     """
-    arcflow = Path(sys.executable).with_name("arcflow")
-    if not arcflow.exists():
-        raise MeasureError(f"{arcflow} does not exist; run with the Python of an environment with arcflow[export]")
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
-        process = subprocess.Popen([arcflow, "export", *arguments, "--json"], stdout=output)
+        process = subprocess.Popen([sys.executable, "-m", "arcflow_runtime.cli", *arguments, "--json"], stdout=output)
         sampler = _Sampler(process.pid)
         sampler.start()
         _, status, usage = os.wait4(process.pid, 0)
@@ -117,7 +114,7 @@ def run_export(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         process.returncode = os.waitstatus_to_exitcode(status)
         sampler.stop()
         if process.returncode:
-            raise MeasureError(f"arcflow export ended with exit code {process.returncode}")
+            raise MeasureError(f"arcflow {arguments[0]} ended with exit code {process.returncode}")
         output.seek(0)
         printed: dict[str, Any] = json.load(output)
     return printed, {
@@ -141,7 +138,7 @@ def measure(model: str, checkpoint: Path, dtype: str, out: Path) -> dict[str, An
                  "--out", str(out)]  # fmt: skip
     stored = sum(f.stat().st_blocks * 512 for f in files)
     size = sum(f.stat().st_size for f in files)
-    plan, _ = run_export([*arguments, "--dry-run"])
+    plan, _ = run_arcflow("export", *arguments, "--dry-run")
     free = shutil.disk_usage(out.parent).free
     if free < plan["bytes"]:
         raise MeasureError(f"{out.parent} has {free / 1e9:.1f} GB free, the bundle needs {plan['bytes'] / 1e9:.1f} GB")
@@ -151,7 +148,7 @@ def measure(model: str, checkpoint: Path, dtype: str, out: Path) -> dict[str, An
         copies["before"], copied = copy_seconds(files, plan["bytes"], out.parent)
     drop_cache(files)
     try:
-        printed, export = run_export(arguments)
+        printed, export = run_arcflow("export", *arguments)
         written = sorted(f for f in out.rglob("*") if f.is_file())
         bundle_bytes = sum(f.stat().st_size for f in written)
         if sparse:

@@ -10,11 +10,11 @@ import argparse
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import DTYPES, OPSETS, Options
+from .bars import Bars
 from .sources import add_source_arguments, open_student, quiet_libraries
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"dry run: {plan.bytes:,} bytes of weights would be written to {args.out}")
         return 0
-    with _Bars() as bars:
+    with Bars() as bars:
         out = export_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
     if args.json:
         print(json.dumps(_as_dict(plan) | {"out": str(out), "stages": bars.stages}, indent=2))
@@ -150,38 +150,3 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "parts": {p.part.name: {"parameters": p.parameters, "bytes": p.bytes} for p in plan.parts},
         "bytes": plan.bytes,
     }
-
-
-class _Bars:
-    """One bar for the stage at hand, on a terminal; nothing in a log. `stages` says how long each took."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._began = 0.0
-        self.stages: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """A stage begins."""
-        from tqdm import tqdm
-
-        self._close()
-        self._bar = tqdm(total=total_bytes or None, desc=name, unit="B", unit_scale=True, disable=None)
-        self._bar.refresh()
-        self._began = time.perf_counter()
-        self.stages.append({"stage": name, "bytes": total_bytes})
-
-    def advance(self, num_bytes: int) -> None:
-        """Bytes were written."""
-        self._bar.update(num_bytes)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-            self.stages[-1]["seconds"] = round(time.perf_counter() - self._began, 3)

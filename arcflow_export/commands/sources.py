@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from ..load import Student
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --base, --adapter, --lora and what refines them."""
+def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Declare --base, --adapter, --lora and what refines them; the first two may be `required`."""
     group = parser.add_argument_group("student")
-    group.add_argument("--base", required=True, metavar="DIR|ID", help="base checkpoint in diffusers format")
+    group.add_argument("--base", required=required, metavar="DIR|ID", help="base checkpoint in diffusers format")
     group.add_argument("--base-subfolder", metavar="NAME")
     group.add_argument("--base-revision", metavar="REV", help="branch, tag or commit on the hub")
-    group.add_argument("--adapter", required=True, metavar="DIR|ID", help="ArcFlow adapter")
+    group.add_argument("--adapter", required=required, metavar="DIR|ID", help="ArcFlow adapter")
     group.add_argument("--adapter-subfolder", metavar="NAME", help="for example arcflow-flux-2steps")
     group.add_argument("--adapter-revision", metavar="REV")
     group.add_argument(

@@ -1,8 +1,13 @@
-"""Compare a bundle with the torch student it was made from, per part and end to end.
+"""Compare a bundle with the torch student it was made from, or --against another bundle, per part and end to end.
 
-The torch side shares nothing with the bundle: diffusers' transformer, LoRA unmerged, its own update. A float32
-bundle must agree to 1e-4; one in bfloat16 or float16 to twice torch's own distance between that dtype and float32.
-Both models are loaded whole, so this is for students that fit in memory. Exit code 1 if anything disagrees.
+With --base and --adapter: the torch side shares nothing with the bundle: diffusers' transformer, LoRA unmerged, its
+own update. A float32 bundle must agree to 1e-4; one in bfloat16 or float16 to twice torch's own distance between that
+dtype and float32. Both models are loaded whole, so this is for students that fit in memory. Exit code 1 if anything
+disagrees.
+
+With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, FP8 with its own
+rounding. Errors are reported per part on the reference's inputs, end to end, and for every quantised layer. Exit code
+1 past a threshold of the policy; it says which, by how much, and which layers to leave out.
 """
 
 from __future__ import annotations
@@ -11,31 +16,61 @@ import argparse
 import json
 from pathlib import Path
 
+from arcflow_runtime.errors import RequestError
+
 from ..errors import SourceError
+from .drift import add_drift_arguments, run_drift
 from .sources import add_source_arguments, open_student, quiet_libraries
 
+HEIGHT_PX, WIDTH_PX = 64, 96
 PROMPTS = ("a large red circle on a blue background", "portrait of an old sailor, oil painting, detailed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
-    add_source_arguments(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="repeatable; two are built in")
-    parser.add_argument("--height", type=int, default=64, help="in pixels; default: %(default)s")
-    parser.add_argument("--width", type=int, default=96, help="in pixels; default: %(default)s")
+    add_source_arguments(parser, required=False)
+    add_drift_arguments(parser)
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="repeatable; two are built in; see --prompts for --against"
+    )
+    against = "with --against what the bundle draws"
+    parser.add_argument("--height", type=int, help=f"in pixels; default: {HEIGHT_PX}, {against}")
+    parser.add_argument("--width", type=int, help=f"in pixels; default: {WIDTH_PX}, {against}")
     parser.add_argument("--steps", type=int, help="default: the bundle's")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="print JSON instead of tables; with --against into FILE"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print one row per quantity."""
+    _check_mode(args)
+    return _run_torch(args) if args.against is None else run_drift(args)
+
+
+def _check_mode(args: argparse.Namespace) -> None:
+    """Refuse options of the other kind of comparison, which would be ignored."""
+    if args.against is None:
+        if missing := [f"--{name}" for name in ("base", "adapter") if getattr(args, name) is None]:
+            raise RequestError(f"give {' and '.join(missing)}, or --against BUNDLE to compare with another bundle")
+        if args.json not in (None, "-"):
+            raise RequestError(f"--json takes no file without --against, got {args.json!r}; redirect the output")
+    kinds = {True: ("base", "adapter", "lora", "prompt"), False: ("report", "prompts", "limit", "judge", "policy")}
+    if wrong := [f"--{name}" for name in kinds[args.against is not None] if getattr(args, name)]:
+        how = "with" if args.against is not None else "without"
+        raise RequestError(f"{', '.join(wrong)} cannot be used {how} --against")
+
+
+def _run_torch(args: argparse.Namespace) -> int:
+    """Compare with the torch student."""
     from arcflow_runtime.bundle import Bundle
     from arcflow_runtime.request import check_request
 
     bundle = Bundle.open(args.bundle)
     prompts = tuple(args.prompt) or PROMPTS
-    request = check_request(bundle.manifest, prompts, args.height, args.width, args.steps, None, 42, 1, None, "latents")
+    height, width = args.height or HEIGHT_PX, args.width or WIDTH_PX
+    request = check_request(bundle.manifest, prompts, height, width, args.steps, None, 42, 1, None, "latents")
     quiet_libraries()
     from tqdm import tqdm
 

@@ -29,6 +29,7 @@ FAST_HASH_BYTES = 64 << 20
 
 Family = Literal["flux", "qwen-image"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
+QuantFormat = Literal["fp8_e4m3"]
 Check = Literal["fast", "full"]
 
 
@@ -42,8 +43,22 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """Which linears of a part are in FP8 (B12), by name; SHA-256 of the policy that chose them and of the scales."""
+
+    format: QuantFormat
+    layers: tuple[str, ...]
+    policy: str
+    scales: str
+
+
+@dataclass(frozen=True)
 class Part:
-    """One graph with its weights; `precision` is the dtype of its arithmetic."""
+    """One graph with its weights.
+
+    `precision` is the dtype of its arithmetic but for the linears that `quantization` names, and of what goes in and
+    out.
+    """
 
     graph: str
     weights: str
@@ -51,6 +66,7 @@ class Part:
     parameters: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "arcflow_export.commands.export",
     "calibrate": "arcflow_calibration.commands.calibrate",
     "generate": "arcflow_runtime.commands.generate",
+    "quantize": "arcflow_export.commands.quantize",
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",
     "inspect": "arcflow_runtime.commands.inspect",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,7 @@ def _rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
             (span.min, span.max),
         )
     yield from _text_rules(m)
+    yield from _quantization_rules(m)
     if m.modulation is not None and "conditioner" not in m.parts:
         baked = m.modulation.num_inference_steps
         yield (
@@ -70,6 +73,20 @@ def _rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
             f"one of {list(baked)}",
             (s.num_inference_steps),
         )
+
+
+def _quantization_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
+    for name, part in m.parts.items():
+        q = part.quantization
+        if q is None:
+            continue
+        key = f"parts.{name}: quantization"
+        yield bool(q.layers), f"{key}: layers", "at least one, or no quantization", list(q.layers)
+        twice = sorted(layer for layer, count in Counter(q.layers).items() if count > 1)
+        yield not twice, f"{key}: layers", "named once each", twice
+        for digest in ("policy", "scales"):
+            value = getattr(q, digest)
+            yield re.fullmatch("[0-9a-f]{64}", value) is not None, f"{key}: {digest}", "a SHA-256", value
 
 
 def _text_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:

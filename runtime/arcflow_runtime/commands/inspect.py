@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,12 +50,37 @@ def _part_bytes(manifest: Manifest, part: Part) -> int:
     return sum(manifest.files[name].bytes for name in {part.graph, part.weights})
 
 
+def _fp8_parameters(bundle: Bundle, part: Part) -> int:
+    """Elements of the weights that are in FP8, from the header of the weights' file."""
+    if part.quantization is None:
+        return 0
+    from safetensors import SafetensorError, safe_open
+
+    from ..errors import BundleError
+
+    path = bundle.path(part.weights)
+    try:
+        with safe_open(path, framework="numpy") as f:
+            shapes = [f.get_slice(f"{layer}.weight").get_shape() for layer in part.quantization.layers]
+    except SafetensorError as e:
+        raise BundleError(f"{path} does not hold the weights that the manifest says are in FP8 ({e})") from None
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _precision(bundle: Bundle, part: Part) -> str:
+    if part.quantization is None:
+        return part.precision
+    share = _fp8_parameters(bundle, part) / max(1, part.parameters)
+    return f"{part.precision}, {len(part.quantization.layers)} linears in FP8 ({share:.1%} of the parameters)"
+
+
 def _describe(bundle: Bundle) -> dict[str, object]:
-    """The manifest with each part's bytes, the schedule's sigmas and the total size."""
+    """The manifest with each part's bytes and parameters in FP8, the schedule's sigmas and the total size."""
     m = bundle.manifest
     data = dataclasses.asdict(m)
     for name, part in m.parts.items():
         data["parts"][name]["bytes"] = _part_bytes(m, part)
+        data["parts"][name]["fp8_parameters"] = _fp8_parameters(bundle, part)
     data["schedule"]["sigmas"] = _sigmas(m)
     data["bytes"] = sum(entry.bytes for entry in m.files.values())
     return data
@@ -64,7 +90,7 @@ def _table(bundle: Bundle, checked: bool) -> str:
     m = bundle.manifest
     total = sum(entry.bytes for entry in m.files.values())
     rows = [("part", "parameters", "bytes", "precision")]
-    rows += [(n, f"{p.parameters:,}", f"{_part_bytes(m, p):,}", p.precision) for n, p in m.parts.items()]
+    rows += [(n, f"{p.parameters:,}", f"{_part_bytes(m, p):,}", _precision(bundle, p)) for n, p in m.parts.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         f"{bundle.root}: {m.family} bundle, version {m.version}, {total:,} bytes in {len(m.files)} files",

@@ -14,6 +14,7 @@ from .record import EngineKey, part_key_fields
 from .shapes import Size, make_profiles
 
 _FIRST_WITH_BFLOAT16 = 80
+_FIRST_WITH_FP8 = 89
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,14 @@ def plan_builds(
 
 
 def _check_precision(bundle: Bundle, part: str, target: str) -> None:
-    precision = bundle.manifest.parts[part].precision
-    if precision == "bfloat16" and int(target.removeprefix("sm")) < _FIRST_WITH_BFLOAT16:
+    spec = bundle.manifest.parts[part]
+    capability = int(target.removeprefix("sm"))
+    if spec.quantization is not None and capability < _FIRST_WITH_FP8:
+        raise EngineError(
+            f"{part} is in FP8, which {target} does not have; build for sm{_FIRST_WITH_FP8} or newer, or the bundle "
+            "that this one was quantised from"
+        )
+    if spec.precision == "bfloat16" and capability < _FIRST_WITH_BFLOAT16:
         raise EngineError(
             f"{part} is in bfloat16, which {target} does not have; export the bundle with --dtype float16"
         )

@@ -1,0 +1,105 @@
+"""`arcflow verify --against`: two bundles -> tables, a report, and exit code 1 past the policy's thresholds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from arcflow_runtime.errors import RequestError
+
+#: Prompts, by default without and with a judge, whose shares need many.
+LIMIT, LIMIT_WITH_JUDGE = 32, 256
+_GENERAL, _SHAPES = "general", "shapes"
+
+
+def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that go with --against."""
+    group = parser.add_argument_group("against another bundle")
+    group.add_argument("--against", type=Path, metavar="BUNDLE", help="an unquantised bundle of the same student")
+    group.add_argument("--report", type=Path, metavar="DIR", help="write tables, plot and contact sheet there")
+    group.add_argument(
+        "--prompts",
+        metavar="NAME|FILE",
+        help=f"{_GENERAL}, {_SHAPES}, or a file with one per line; default: {_GENERAL}, with --judge {_SHAPES}",
+    )
+    group.add_argument(
+        "--limit", type=int, metavar="N", help=f"prompts; default: {LIMIT}, with --judge {LIMIT_WITH_JUDGE}"
+    )
+    group.add_argument("--seed", type=int, default=0, help="noise of the first prompt; default: %(default)s")
+    group.add_argument("--judge", type=Path, metavar="DIR", help="judge of shapes, such as models/shapes/judge")
+    group.add_argument(
+        "--policy",
+        metavar="NAME|FILE",
+        help=f"preset or .toml whose [thresholds] to enforce; default: the family's preset, with --judge {_SHAPES}",
+    )
+    group.add_argument(
+        "--sensitivity",
+        choices=("none", "blocks", "layers"),
+        default="none",
+        help="quantise each block or layer alone, and leave each out, and say what to exclude; default: %(default)s",
+    )
+
+
+def run_drift(args: argparse.Namespace) -> int:
+    """Compare, print and write; 1 where a threshold does not hold."""
+    from arcflow_runtime.bundle import Bundle
+    from arcflow_runtime.request import check_request
+
+    from ..drift.cases import Scene, read_cases
+    from ..drift.comparable import check_comparable
+    from ..quantize.policy import DEFAULT_PRESETS, load_policy
+
+    candidate, reference = Bundle.open(args.bundle), Bundle.open(args.against)
+    check_comparable(candidate, reference)
+    preset = _SHAPES if args.judge else DEFAULT_PRESETS[candidate.manifest.family]
+    policy = load_policy(args.policy or preset)
+    scenes = []
+    for bundle in (candidate, reference):
+        request = check_request(
+            bundle.manifest, "", args.height, args.width, args.steps, None, args.seed, 1, None, "latents"
+        )
+        scenes.append(
+            Scene(
+                request.height_px,
+                request.width_px,
+                request.num_inference_steps,
+                request.guidance_scale,
+                request.max_sequence_length,
+            )
+        )
+    if scenes[0] != scenes[1]:
+        sizes = " and ".join(f"{s.width_px}x{s.height_px}" for s in scenes)
+        raise RequestError(f"the bundles draw {sizes} by default; give --height and --width")
+    name = args.prompts or (_SHAPES if args.judge else _GENERAL)
+    limit = args.limit if args.limit is not None else (LIMIT_WITH_JUDGE if args.judge else LIMIT)
+    from tqdm import tqdm
+
+    from ..drift.compare import Plan, compare
+    from ..drift.folder import as_json, check_report, write_json, write_report
+    from .sources import quiet_libraries
+
+    if args.report is not None:
+        check_report(args.report)
+    quiet_libraries()
+    cases = read_cases(name, limit, args.seed)
+    bars: dict[str, tqdm] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage, disable=None)
+        bar = bars[stage]
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    plan = Plan(Path(name).name, policy.name, policy.thresholds, args.judge, args.sensitivity)
+    report, pictures = compare(candidate, reference, cases, scenes[0], plan, progress)
+    if args.report is not None:
+        write_report(args.report, report, pictures)
+    if args.json == "-":
+        print(as_json(report), end="")
+    else:
+        if args.json is not None:
+            write_json(Path(args.json), report)
+        print(report.summary())
+    return 0 if report.passed else 1

@@ -1,0 +1,109 @@
+"""Put the linears that a policy selects into FP8 (E4M3), with explicit Q and DQ, and write a new bundle.
+
+Weights get a scale per output channel, activations one per tensor from the calibrated ranges. Weights are read one
+tensor at a time, so that a full-size student is quantised within 2 GiB of memory. Parts that do not change are linked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import QuantizeError
+from .bars import Bars
+
+if TYPE_CHECKING:
+    from arcflow_runtime.bundle import Bundle
+
+    from ..quantize.coverage import Coverage
+
+_SHOWN = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("--scales", type=Path, required=True, metavar="FILE", help="from arcflow calibrate")
+    parser.add_argument("--policy", metavar="NAME|FILE", help="preset or .toml file (default: the family's preset)")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE8", help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
+    parser.add_argument("--height", type=int, metavar="PX", help="to count FLOPs for (default: the bundle's)")
+    parser.add_argument("--width", type=int, metavar="PX", help="to count FLOPs for (default: the bundle's)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantise the bundle and print what is covered."""
+    from arcflow_runtime.bundle import Bundle
+    from arcflow_runtime.request import check_request
+
+    from ..staging import check_out
+
+    bundle = Bundle.open(args.bundle)
+    m = bundle.manifest
+    request = check_request(m, "size", args.height, args.width, None, None, 0, 1, None, "latents")
+    if args.out.exists() and args.out.samefile(args.bundle):
+        raise QuantizeError(f"--out: {args.out} is the bundle itself; give another name")
+    check_out(args.out, args.overwrite)
+
+    from arcflow_calibration.scales import Scales
+
+    from ..quantize.coverage import cover_part
+    from ..quantize.policy import DEFAULT_PRESETS, load_policy
+    from ..quantize.quantize import plan_quantization, quantize_bundle
+
+    policy = load_policy(args.policy or DEFAULT_PRESETS[m.family])
+    plan = plan_quantization(bundle, Scales.load(args.scales), policy)
+    size = (request.height_px, request.width_px)
+    rows = [cover_part(m, p.name, p.linears, p.chosen, *size) for p in plan.parts]
+    with Bars() as bars:
+        out = quantize_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
+    quantized = Bundle.open(out)
+    if args.json:
+        parts = [dataclasses.asdict(r) | _bytes(bundle, quantized, r.part) for r in rows]
+        result = {"out": str(out), "policy": policy.name, "height_px": size[0], "width_px": size[1], "parts": parts}
+        print(json.dumps(result | {"stages": bars.stages}, indent=2))
+    else:
+        print(f"policy {policy.name}, {policy.format}; FLOPs of linears, one {size[1]}x{size[0]} picture")
+        print(_table(rows, bundle, quantized))
+        print(f"wrote {out}")
+    return 0
+
+
+def _bytes(before: Bundle, after: Bundle, part: str) -> dict[str, int]:
+    def size(bundle: Bundle) -> int:
+        spec = bundle.manifest.parts[part]
+        return sum(bundle.manifest.files[name].bytes for name in (spec.graph, spec.weights))
+
+    return {"bytes_before": size(before), "bytes_after": size(after)}
+
+
+def _table(rows: list[Coverage], before: Bundle, after: Bundle) -> str:
+    cells = [("part", "linears", "parameters", "FLOPs", "bytes before", "bytes after")]
+    for r in rows:
+        sizes = _bytes(before, after, r.part)
+        cells.append(
+            (
+                r.part,
+                f"{r.quantized_linears} of {r.linears}",
+                f"{r.quantized_parameters / max(1, r.parameters):.1%}",
+                f"{r.quantized_flops / max(1, r.flops):.1%}",
+                f"{sizes['bytes_before']:,}",
+                f"{sizes['bytes_after']:,}",
+            )
+        )
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = []
+    for first, *rest in cells:
+        numbers = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([f"  {first:{widths[0]}}", *numbers]))
+    for r in rows:
+        if r.quantized_linears and r.left:
+            more = f" and {len(r.left) - _SHOWN} more" if len(r.left) > _SHOWN else ""
+            lines.append(f"  left as they are in {r.part}: {', '.join(r.left[:_SHOWN])}{more}")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Whether two bundles can be compared: two manifests -> nothing, or an error that names what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from arcflow_runtime.bundle import Bundle, Manifest, Source
+
+from ..errors import ExportError
+
+#: Keys of the manifest that must be equal: with them the same request means the same picture.
+_KEYS = ("family", "latents", "schedule", "rotary", "text", "guidance")
+
+
+def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
+    """Refuse bundles of different students.
+
+    Precision, scales, opset and sizes may differ. `reference_dtype` may too: it is the rounding of the timesteps that
+    the student was trained with, not a loss of this bundle, so both are run with the candidate's.
+
+    Args:
+        candidate: the bundle to check.
+        reference: what it is compared with.
+
+    Returns:
+        Notes on what differs but does not forbid a comparison.
+
+    Raises:
+        ExportError: names everything that differs.
+    """
+    c, r = candidate.manifest, reference.manifest
+    if differing := list(_differences(c, r)):
+        raise ExportError(
+            f"{candidate.root} and {reference.root} are not of the same student: {'; '.join(differing)}; "
+            "give the bundle that the first was made from, or one exported from the same base, adapter and LoRAs"
+        )
+    if c.reference_dtype == r.reference_dtype:
+        return ()
+    if c.modulation is not None or r.modulation is not None:
+        return (
+            f"The modulation tables were baked for different reference dtypes ({r.reference_dtype} and "
+            f"{c.reference_dtype}); that counts as drift here.",
+        )
+    return (f"Timesteps, guidance and rotary tables of both are rounded as the candidate's, to {c.reference_dtype}.",)
+
+
+def _differences(c: Manifest, r: Manifest) -> Iterator[str]:
+    for key in _KEYS:
+        ours, theirs = getattr(c, key), getattr(r, key)
+        if ours != theirs:
+            yield f"{key} {_short(ours)} and {_short(theirs)}"
+    for name in sorted(c.tokenizers.keys() | r.tokenizers.keys()):
+        files = [m.files[m.tokenizers[name]].sha256 if name in m.tokenizers else None for m in (c, r)]
+        if files[0] != files[1]:
+            yield f"{name} (its file)"
+    for key in ("base", "adapter"):
+        yield from _source(key, getattr(c.provenance, key), getattr(r.provenance, key))
+    ours, theirs = c.provenance.loras, r.provenance.loras
+    if len(ours) != len(theirs):
+        yield f"LoRAs {[s.name for s in ours]} and {[s.name for s in theirs]}"
+    else:
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from _source(f"LoRA {i + 1}", *pair)
+
+
+def _source(what: str, ours: Source, theirs: Source) -> Iterator[str]:
+    if (ours.sha256, ours.scale) != (theirs.sha256, theirs.scale):
+        shown = [
+            f"{s.name} (sha256 {s.sha256[:12]}{'' if s.scale is None else f', scale {s.scale:g}'})"
+            for s in (ours, theirs)
+        ]
+        yield f"{what} {shown[0]} and {shown[1]}"
+
+
+def _short(value: object) -> str:
+    """A value as text, without the class's name."""
+    text = repr(value)
+    return text if isinstance(value, (str, bool)) else text[text.find("(") :]

@@ -1,0 +1,103 @@
+"""The gate: what was measured and the thresholds -> which are passed, by how much, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .layers import LayerDrift
+from .thresholds import Thresholds, times
+
+#: Layers named when a threshold is passed.
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A threshold that does not hold: its name, what was measured and found, its limit, and the layer at fault."""
+
+    threshold: str
+    what: str
+    value: float
+    limit: float
+    layer: str | None = None
+    hint: str = ""
+
+    def text(self) -> str:
+        """One line."""
+        where = f"{self.layer}: " if self.layer else ""
+        if self.threshold == "psnr":
+            return f"{where}{self.what} {self.value:.2f} dB, must be at least {self.limit:g} dB ({self.threshold})"
+        over = times(self.value, self.limit)
+        line = (
+            f"{where}{self.what} {self.value:.4g}, must be at most {self.limit:g} ({self.threshold}, {over:.3g} times)"
+        )
+        return f"{line}; {self.hint}" if self.hint else line
+
+
+def check(
+    limits: Thresholds,
+    layers: Sequence[LayerDrift],
+    heads: Sequence[float],
+    latents: float,
+    psnr: float,
+    judge_drop: float | None,
+) -> tuple[Breach, ...]:
+    """Compare with the thresholds; layers come first, the worst of them first of all.
+
+    Args:
+        limits: the thresholds.
+        layers: drift of single layers.
+        heads: relative error of the means, by step.
+        latents: relative error of the final latents.
+        psnr: of the pictures, in dB.
+        judge_drop: loss of the judge's share, or None without a judge.
+    """
+    breaches = []
+    scales: set[str] = set()
+    for d in ranked(layers, limits):
+        name = d.layer
+        if d.scale is not None and d.scale_at_fault(limits):
+            # One line for the linears that share a scale.
+            if d.scale in scales:
+                continue
+            scales.add(d.scale)
+            name = d.scale
+        if _past(d.error, limits.layers):
+            breaches.append(Breach("layers", "relative error of its output", d.error, limits.layers, name, d.reason()))
+        if d.headroom is not None and _past(d.headroom, limits.headroom):
+            what = "its input scale's range over its largest input"
+            breaches.append(Breach("headroom", what, d.headroom, limits.headroom, name, d.reason()))
+    step = max(range(len(heads)), key=lambda i: heads[i])
+    ends = (
+        ("heads", f"relative error of the means at step {step}", heads[step], limits.heads),
+        ("latents", "relative error of the final latents", latents, limits.latents),
+        ("judge", "drop of the judge's share", judge_drop, limits.judge),
+    )
+    breaches += [Breach(name, what, value, limit) for name, what, value, limit in ends if _past(value, limit)]
+    if limits.psnr is not None and not psnr >= limits.psnr:
+        breaches.append(Breach("psnr", "PSNR of the pictures", psnr, limits.psnr))
+    return tuple(breaches)
+
+
+def ranked(layers: Sequence[LayerDrift], limits: Thresholds) -> list[LayerDrift]:
+    """Layers from the worst: first those past a limit, by how far, then by their error.
+
+    Linears that share an input scale which is wrong stay together, the one that it is named after first.
+    """
+    shared: dict[str, float] = {}
+    for d in layers:
+        if d.scale is not None and d.scale_at_fault(limits):
+            shared[d.scale] = max(shared.get(d.scale, 0.0), d.badness(limits))
+
+    def key(d: LayerDrift) -> tuple[float, bool, float]:
+        if d.scale in shared:
+            return (-max(shared[d.scale], 1), d.layer != d.scale, -d.error)
+        return (-max(d.badness(limits), 1), False, -d.error)
+
+    return sorted(layers, key=key)
+
+
+def _past(value: float | None, limit: float | None) -> bool:
+    # "not <=", so that a number that is none fails.
+    return value is not None and limit is not None and not value <= limit

@@ -1,0 +1,166 @@
+"""A part's graph -> its linears by name, the same graph with some of them unquantised, and a run of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from arcflow_runtime.bundle import Bundle, TensorSpec
+from arcflow_runtime.parts import Parts, Run
+
+from ..emulate import EmulatedBackend, widened
+
+#: The largest number of E4M3.
+E4M3_MAX = 448.0
+#: What stands between a weight and its MatMul, or an activation's QuantizeLinear and it.
+_WEIGHT_CHAIN = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity")
+_ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One MatMul by a weight.
+
+    `source` is its activation before quantisation, `weight` the initializer. `scale` is the activation's scale and
+    `scale_name` that of its tensor, which several linears may share: None where the activation is not quantised.
+    `quantized`: whether the weight or the activation is.
+    """
+
+    name: str
+    node: ir.Node
+    source: ir.Value
+    weight: ir.Value
+    scale: float | None
+    scale_name: str | None
+    quantized: bool
+
+
+def load_graph(bundle: Bundle, part: str) -> ir.Model:
+    """The part's graph; its weights stay in their file until they are used."""
+    return ir.load(bundle.path(bundle.manifest.parts[part].graph))
+
+
+def linears(model: ir.Model) -> dict[str, Linear]:
+    """The graph's linears in its order, by the name of their weight without `.weight`."""
+    found = {}
+    for node in model.graph:
+        if node.op_type != "MatMul":
+            continue
+        linear = _linear(node)
+        if linear is not None:
+            found[linear.name] = linear
+    return found
+
+
+def quantized_layers(model: ir.Model) -> list[str]:
+    """Names of the quantised linears."""
+    return [name for name, linear in linears(model).items() if linear.quantized]
+
+
+def block_of(layer: str) -> str:
+    """The block that a layer is in, such as `transformer_blocks.0`; the layer itself where it is in none."""
+    match = re.match(r"(?:[^.]+\.)+?\d+(?=\.)", layer)
+    return match[0] if match else layer
+
+
+def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, Linear]) -> ir.Model:
+    """Undo the quantisation of some linears in place: the activation unquantised, the reference's weight.
+
+    Args:
+        model: the quantised graph.
+        layers: names of quantised linears.
+        weights: the reference's linears; weights are rounded to the precision of the MatMul here.
+
+    Returns:
+        The same model.
+    """
+    graph = model.graph
+    for name, linear in linears(model).items():
+        if name not in layers:
+            continue
+        node = linear.node
+        dtype = node.outputs[0].dtype or ir.DataType.FLOAT
+        activation = linear.source
+        if activation.dtype is not None and activation.dtype != dtype:
+            cast = ir.node("Cast", [activation], attributes={"to": dtype})
+            cast.outputs[0].dtype = dtype
+            graph.insert_before(node, cast)
+            activation = cast.outputs[0]
+        constant = weights[name].weight.const_value
+        assert constant is not None
+        array = constant.numpy().astype(dtype.numpy())
+        node.replace_input_with(0, activation)
+        node.replace_input_with(1, add_initializer(graph, f"{name}.weight.unquantized", array))
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A constant of the graph."""
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers[name] = value
+    return value
+
+
+@contextmanager
+def opened(bundle: Bundle, part: str, model: ir.Model, outputs: tuple[TensorSpec, ...] | None = None) -> Iterator[Run]:
+    """Run an edited graph in place of the bundle's, on the CPU; bfloat16 is emulated.
+
+    Args:
+        bundle: whose part it is.
+        part: its name.
+        model: the graph.
+        outputs: where the edited graph has others than the part.
+    """
+    spec = bundle.manifest.parts[part]
+    with tempfile.TemporaryDirectory() as folder:
+        ir.save(model, Path(folder) / spec.graph, external_data=f"{spec.graph}.data")
+        edited = dataclasses.replace(spec, outputs=spec.outputs if outputs is None else outputs)
+        manifest = dataclasses.replace(bundle.manifest, parts={**bundle.manifest.parts, part: edited})
+        parts = Parts(widened(Bundle(Path(folder), manifest)), EmulatedBackend(), keep=True)
+        try:
+            with parts.use(part) as run:
+                yield run
+        finally:
+            parts.close()
+
+
+def _linear(node: ir.Node) -> Linear | None:
+    weight, dequantized = node.inputs[1], False
+    while weight is not None and (producer := weight.producer()) is not None and producer.op_type in _WEIGHT_CHAIN:
+        dequantized |= producer.op_type == "DequantizeLinear"
+        weight = producer.inputs[0]
+    if weight is None or not weight.is_initializer() or weight.name is None or not weight.name.endswith(".weight"):
+        return None
+    source, scale, scale_name = node.inputs[0], None, None
+    assert source is not None
+    value: ir.Value | None = source
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type == "QuantizeLinear":
+            assert producer.inputs[0] is not None and producer.inputs[1] is not None
+            source, scale, scale_name = producer.inputs[0], _scalar(producer.inputs[1]), producer.inputs[1].name
+            break
+        if producer.op_type not in _ACTIVATION_CHAIN:
+            break
+        value = producer.inputs[0]
+    name, quantized = weight.name.removesuffix(".weight"), dequantized or scale is not None
+    return Linear(name, node, source, weight, scale, scale_name, quantized)
+
+
+def _scalar(value: ir.Value) -> float:
+    """A constant scale; a cast of one is followed."""
+    while value.const_value is None and (producer := value.producer()) is not None:
+        assert producer.inputs[0] is not None
+        value = producer.inputs[0]
+    assert value.const_value is not None, f"{value.name}: scales are constants"
+    return float(np.asarray(value.const_value.numpy(), np.float64).max())

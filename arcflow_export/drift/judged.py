@@ -1,0 +1,71 @@
+"""What the judge of shapes sees in both bundles' pictures: shares and their paired difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arcflow_distill.evaluate.statistics import Interval
+from arcflow_runtime.errors import RequestError
+
+from .cases import SHAPES, Case, Scene
+from .measures import mean
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of pictures: of the reference, of the candidate, and candidate minus reference, prompts paired."""
+
+    reference: Interval
+    candidate: Interval
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Judged:
+    """`named`: all named attributes are as named. `right`: so and the picture is clean."""
+
+    named: Share
+    right: Share
+
+    @property
+    def drop(self) -> float:
+        """The larger loss of the two."""
+        return max(-self.named.difference.value, -self.right.difference.value)
+
+
+def check_judge(cases: Sequence[Case], scene: Scene) -> None:
+    """Refuse what the judge cannot read.
+
+    Raises:
+        RequestError: the prompts do not say what they name, or the pictures are of another size.
+    """
+    from arcflow_distill.shapes.scenes import RESOLUTION
+
+    if any(case.words is None for case in cases):
+        raise RequestError(f"--judge needs --prompts {SHAPES}, whose captions say what they name")
+    if (scene.height_px, scene.width_px) != (RESOLUTION, RESOLUTION):
+        raise RequestError(
+            f"--judge reads pictures of {RESOLUTION}x{RESOLUTION}, got {scene.width_px}x{scene.height_px}; "
+            "give --height and --width"
+        )
+
+
+def judge_pictures(folder: Path, cases: Sequence[Case], reference: np.ndarray, candidate: np.ndarray) -> Judged:
+    """Judge both sides' pictures [n, 64, 64, 3] uint8.
+
+    Raises:
+        SourceError: the judge is missing or damaged.
+    """
+    from arcflow_distill.evaluate.scores import to_tensor
+    from arcflow_distill.shapes.judge import Judge
+
+    judge = Judge.load(folder)
+    words = [case.words or {} for case in cases]
+    readings = [judge.read(to_tensor(pictures)) for pictures in (reference, candidate)]
+    named = [r.named(words).numpy().astype(np.float64) for r in readings]
+    right = [r.right(words).numpy().astype(np.float64) for r in readings]
+    return Judged(*(Share(mean(a), mean(b), mean(b - a)) for a, b in (named, right)))

@@ -1,0 +1,198 @@
+"""The result: what was measured -> drift.json and the tables people read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from arcflow_distill.evaluate.statistics import Interval
+
+from .gate import SHOWN, Breach, ranked
+from .judged import Judged
+from .layers import LayerDrift
+from .measures import RESAMPLES
+from .sensitivity import Sensitivity
+from .thresholds import Thresholds
+
+FORMAT, VERSION = "arcflow-drift", 1
+#: Where a measure is taken: on the reference's own inputs, or from the noise on.
+GROUPS = ("parts", "end to end")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity, mean over prompts; `group` is of `GROUPS`."""
+
+    group: str
+    what: str
+    unit: str
+    interval: Interval
+    step: int | None = None
+
+    @property
+    def name(self) -> str:
+        """With its step."""
+        return self.what if self.step is None else f"step {self.step} {self.what}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was found; `settings` and `versions` are what to repeat it with."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+    thresholds: Thresholds
+    measures: tuple[Measure, ...]
+    judged: Judged | None
+    layers: tuple[LayerDrift, ...]
+    sensitivity: Sensitivity | None
+    breaches: tuple[Breach, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every threshold holds."""
+        return not self.breaches
+
+    def as_json(self) -> dict[str, Any]:
+        """What `drift.json` holds; numbers that are none or infinite are null."""
+        data = {"format": FORMAT, "version": VERSION, "passed": self.passed, **dataclasses.asdict(self)}
+        cleaned: dict[str, Any] = _finite(data)
+        return cleaned
+
+    def exclude(self) -> tuple[tuple[str, ...], str]:
+        """Patterns to leave out, and how they were found; none where the gate passes."""
+        if self.passed:
+            return (), ""
+        s = self.sensitivity
+        if s is not None and s.exclude:
+            return s.exclude, f"the fewest {s.kind} found without which the thresholds hold"
+        if s is not None and s.exclude is None:
+            return (), "leaving out every quantised layer does not help: the error is in the arithmetic or another part"
+        worst = ranked(self.layers, self.thresholds)
+        if broken := tuple(d.layer for d in worst if d.badness(self.thresholds) > 1):
+            return broken, "the layers past their own limit; calibrating again may mend them"
+        return tuple(
+            d.layer for d in worst[:SHOWN]
+        ), "a first guess, the largest errors; --sensitivity layers finds the fewest that suffice"
+
+    def verdict(self) -> str:
+        """What the gate says, for the terminal and the report."""
+        if self.passed:
+            return "PASSED: every threshold holds"
+        lines = [f"FAILED: {len(self.breaches)} thresholds do not hold", *(f"  {b.text()}" for b in self.breaches)]
+        if worst := ranked(self.layers, self.thresholds)[:SHOWN]:
+            lines += ["worst layers", *(f"  {d.layer}: relative error {d.error:.4g}" for d in worst)]
+        patterns, reason = self.exclude()
+        if patterns:
+            lines += [f"leave out ({reason})", "  exclude = [", *(f'      "{p}",' for p in patterns), "  ]"]
+        elif reason:
+            lines.append(reason)
+        return "\n".join(lines)
+
+    def text(self) -> str:
+        """The tables and the verdict in Markdown."""
+        s = self.settings
+        size = f"{s['width_px']}x{s['height_px']}"
+        head = (
+            f"# Drift of {s['candidate']} from {s['reference']}\n\n"
+            f"{s['count']} prompts ({s['prompts']}), {size}, {s['num_inference_steps']} steps, seeds from {s['seed']}, "
+            f"thresholds of the policy {s['policy']}. "
+            f"Means over prompts, in brackets 95 % bootstrap intervals ({RESAMPLES} resamples of the prompts)."
+        )
+        blocks = [head, *self.notes, f"```\n{self.verdict()}\n```", f"## Measures\n\n{self._measures()}"]
+        if self.judged is not None:
+            blocks.append(f"## Judge\n\n{self._judge(self.judged)}")
+        if self.layers:
+            blocks.append(f"## Quantised layers\n\n{self._layers()}")
+        if self.sensitivity is not None:
+            blocks.append(f"## Sensitivity\n\n{self._sensitivity(self.sensitivity)}")
+        return "\n\n".join(blocks) + "\n"
+
+    def summary(self) -> str:
+        """The measures and the verdict, for the terminal."""
+        judge = "" if self.judged is None else f"\n\n{self._judge(self.judged)}"
+        sensitivity = "" if self.sensitivity is None else f"\n\n{self._sensitivity(self.sensitivity)}"
+        return f"{self._measures()}{judge}{sensitivity}\n\n{self.verdict()}"
+
+    def _measures(self) -> str:
+        final = [m for m in self.measures if m.what == "latents"][-1]
+        limits = {final.name: _limit("<=", self.thresholds.latents), "PSNR": _limit(">=", self.thresholds.psnr)}
+        limits |= {m.name: _limit("<=", self.thresholds.heads) for m in self.measures if m.what == "means"}
+        rows = [(m.group, m.name, _cell(m.interval), m.unit, limits.get(m.name, "")) for m in self.measures]
+        return _markdown(("where", "quantity", "mean", "unit", "threshold"), rows, left=2)
+
+    def _judge(self, judged: Judged) -> str:
+        rows = []
+        for what, share in (("named right", judged.named), ("right and clean", judged.right)):
+            cells = (_percent(i) for i in (share.reference, share.candidate, share.difference))
+            limit = self.thresholds.judge
+            rows.append((what, *cells, _limit(">=", None if limit is None else -100 * limit)))
+        return _markdown(("share, %", "reference", "candidate", "difference, paired", "threshold"), rows)
+
+    def _layers(self) -> str:
+        rows = []
+        for d in ranked(self.layers, self.thresholds):
+            errors = ", ".join(f"{e:.4f}" for e in d.errors)
+            reach = "" if d.reach is None else ", ".join(f"{r:.2f}" for r in d.reach)
+            mark = "past its limit" if d.badness(self.thresholds) > 1 else ""
+            rows.append((d.layer, d.part, errors, reach, mark))
+        note = (
+            "By step: the relative RMS error of the layer's output when its input is the reference's, and its largest "
+            "input over the largest number that its scale can hold."
+        )
+        return f"{note}\n\n{_markdown(('layer', 'part', 'error', 'input / range', ''), rows, left=2)}"
+
+    def _sensitivity(self, s: Sensitivity) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("all", f"{s.whole.heads:.4f}", f"{s.whole.latents:.4f}", f"{s.none.heads:.4f}", f"{s.none.latents:.4f}")
+        ]
+        for u in s.units:
+            effects = (u.alone.heads, u.alone.latents, u.left_out.heads, u.left_out.latents)
+            rows.append((u.name, *(f"{e:.4f}" for e in effects)))
+        head = (s.kind, "alone: heads", "alone: latents", "left out: heads", "left out: latents")
+        note = (
+            f"{s.prompts} prompts; the backbone with the reference's text and modulation. Relative RMS errors of the "
+            "means at the worst step and of the final latents, with one unit quantised alone and with all but it. "
+            "Those that gain most when left out come first; `all` left out is the error of the arithmetic by itself."
+        )
+        return f"{note}\n\n{_markdown(head, rows)}"
+
+
+def _limit(sign: str, limit: float | None) -> str:
+    return "" if limit is None else f"{sign} {limit:g}"
+
+
+def _cell(interval: Interval) -> str:
+    if not math.isfinite(interval.value):
+        return "not finite"
+    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _percent(interval: Interval) -> str:
+    value, low, high = (f"{round(100 * x, 1) + 0.0:.1f}" for x in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table whose columns line up in plain text too; all but the first `left` aligned right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [f"{'-' * (w + 2)}" if i < left else f"{'-' * (w + 1)}:" for i, w in enumerate(widths)]
+    return "\n".join([line(head), f"|{'|'.join(rule)}|", *(line(row) for row in rows)])
+
+
+def _finite(value: Any) -> Any:
+    """The value with infinities and NaN replaced by None, which is what JSON can say."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

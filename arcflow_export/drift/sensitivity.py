@@ -1,0 +1,188 @@
+"""Each block or layer quantised alone and left out alone -> errors of heads and latents, and what to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from arcflow_runtime.bundle import Bundle
+
+from .graphs import block_of, leave_out, linears, load_graph, opened, quantized_layers
+from .layers import LayerDrift
+from .measures import psnr_db, relative_error
+from .stages import Batch, Stages, Trajectory, advance, predict_all
+from .thresholds import Thresholds, times
+
+Kind = Literal["none", "blocks", "layers"]
+KINDS: tuple[Kind, ...] = ("none", "blocks", "layers")
+#: Most prompts that it is measured on.
+PROMPTS = 32
+PART = "backbone"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Means over prompts: relative RMS error of the means at the worst step, on the reference's inputs, and of the
+    final latents, given the reference's text and modulation; and the pictures' PSNR where it was taken.
+    """
+
+    heads: float
+    latents: float
+    psnr: float | None = None
+
+    def over(self, limits: Thresholds) -> float:
+        """Above 1: past a threshold, by that factor of the error."""
+        worst = max(times(self.heads, limits.heads), times(self.latents, limits.latents))
+        # 20 log10 of the ratio of two RMS errors is their distance in dB.
+        if self.psnr is None or limits.psnr is None:
+            return worst
+        return max(worst, 10 ** ((limits.psnr - self.psnr) / 20))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block or layer: quantised alone, and everything but it quantised."""
+
+    name: str
+    layers: tuple[str, ...]
+    alone: Effect
+    left_out: Effect
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """`whole`: all quantised; `none`: nothing, which leaves the arithmetic's own error. Units by what leaving them out
+    gains for the final latents, the most first. `exclude`: patterns to add to the policy's `exclude` so that the
+    thresholds for heads, latents, PSNR and single layers hold: empty if they do, None if leaving out everything does
+    not help.
+    """
+
+    kind: Kind
+    prompts: int
+    whole: Effect
+    none: Effect
+    units: tuple[Unit, ...]
+    exclude: tuple[str, ...] | None
+
+
+class _Experiment:
+    """Runs the candidate's backbone with any set of its layers quantised."""
+
+    def __init__(
+        self, reference: Bundle, candidate: Bundle, stages: Stages, batches: list[Batch], trajectory: Trajectory
+    ) -> None:
+        self._candidate, self._stages = candidate, stages
+        self._batches, self._trajectory = batches, trajectory
+        self._weights = linears(load_graph(reference, PART))
+        self.layers = quantized_layers(load_graph(candidate, PART))
+        self._pictures: np.ndarray | None = None
+
+    def run(self, quantized: Collection[str], pictures: bool = False) -> Effect:
+        """The effect of quantising just these layers."""
+        out = [name for name in self.layers if name not in quantized]
+        model = leave_out(load_graph(self._candidate, PART), out, self._weights)
+        reference = self._trajectory
+        heads: list[float] = []
+        x = reference.latents[0]
+        with opened(self._candidate, PART, model) as run:
+            for step, (sigma, sigma_next) in enumerate(pairwise(self._stages.sigmas)):
+                given = predict_all(run, self._batches, step, reference.latents[step])
+                heads.append(float(relative_error(given["means"], reference.heads[step]["means"]).mean()))
+                own = given if step == 0 else predict_all(run, self._batches, step, x)
+                x = advance(x, own, float(sigma), float(sigma_next))
+        latents = float(relative_error(x, reference.latents[-1]).mean())
+        return Effect(max(heads), latents, self._psnr(x) if pictures else None)
+
+    def _psnr(self, latents: np.ndarray) -> float:
+        if self._pictures is None:
+            self._pictures = self._stages.decode(self._trajectory.latents[-1])
+        return float(psnr_db(self._stages.decode(latents), self._pictures).mean())
+
+
+def measure_sensitivity(
+    reference: Bundle,
+    candidate: Bundle,
+    stages: Stages,
+    batches: list[Batch],
+    trajectory: Trajectory,
+    drift: Sequence[LayerDrift],
+    kind: Kind,
+    limits: Thresholds,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Sensitivity:
+    """Measure every unit of the backbone.
+
+    Args:
+        reference: the unquantised bundle.
+        candidate: the quantised one.
+        stages: the reference's, with at most `PROMPTS` cases.
+        batches: these cases, encoded by the reference.
+        trajectory: the reference's run of them.
+        drift: of single layers; those past the limits are always left out.
+        kind: "blocks" or "layers".
+        limits: what the suggestion must hold.
+        progress: called with the runs done and their number, the suggestion's not counted.
+    """
+    experiment = _Experiment(reference, candidate, stages, batches, trajectory)
+    layers = experiment.layers
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        groups.setdefault(block_of(name) if kind == "blocks" else name, []).append(name)
+    total, done = 2 * len(groups) + 2, 0
+
+    def run(quantized: Collection[str], pictures: bool = False) -> Effect:
+        nonlocal done
+        effect = experiment.run(quantized, pictures)
+        done = min(done + 1, total)
+        progress(done, total)
+        return effect
+
+    whole, none = run(layers, pictures=True), run((), pictures=True)
+    units = []
+    for name, members in groups.items():
+        rest = [layer for layer in layers if layer not in members]
+        units.append(Unit(name, tuple(members), run(members), run(rest)))
+    units.sort(key=lambda u: u.left_out.latents)
+    broken = {d.layer for d in drift if d.part == PART and d.badness(limits) > 1}
+    chosen = _choose(units, broken, whole, lambda quantized: experiment.run(quantized, pictures=True), layers, limits)
+    exclude = None if chosen is None else tuple(_pattern(u) for u in chosen)
+    return Sensitivity(kind, len(stages.cases), whole, none, tuple(units), exclude)
+
+
+def _choose(
+    units: Sequence[Unit],
+    broken: set[str],
+    whole: Effect,
+    run: Callable[[Collection[str]], Effect],
+    layers: Sequence[str],
+    limits: Thresholds,
+) -> list[Unit] | None:
+    """The fewest units to leave out, by what each gains alone; then those are put back that turn out not to matter."""
+
+    def holds(left: Sequence[Unit]) -> bool:
+        gone = {layer for u in left for layer in u.layers}
+        return run([layer for layer in layers if layer not in gone]).over(limits) <= 1
+
+    chosen = [u for u in units if broken & set(u.layers)]
+    if not chosen and whole.over(limits) <= 1:
+        return []
+    ranked = sorted((u for u in units if u not in chosen), key=lambda u: u.left_out.over(limits))
+    required = len(chosen)
+    if not holds(units):
+        return None
+    while not (chosen and holds(chosen)):
+        chosen.append(ranked.pop(0))
+    for unit in chosen[required:-1]:
+        fewer = [u for u in chosen if u is not unit]
+        if holds(fewer):
+            chosen = fewer
+    return chosen
+
+
+def _pattern(unit: Unit) -> str:
+    """The policy's pattern of a unit: a layer's name, or everything in a block."""
+    return unit.name if unit.layers == (unit.name,) else f"{unit.name}.*"

@@ -1,0 +1,209 @@
+"""One bundle, a part in memory at a time: prompts -> text, modulation, heads along latents, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from arcflow_runtime.bundle import Bundle, DType
+from arcflow_runtime.condition import Conditioner
+from arcflow_runtime.decode import decode_latents
+from arcflow_runtime.encode import encode_prompts
+from arcflow_runtime.noise import draw_latents
+from arcflow_runtime.parts import Parts, Run
+from arcflow_runtime.rotary import image_rotary, text_rotary
+from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from arcflow_runtime.text import Embeddings, PromptTokenizer, Tokens
+from arcflow_runtime.update import update
+
+from ..emulate import EmulatedBackend, widened
+from .cases import Case, Scene
+
+HEADS = ("means", "logweights", "loggammas")
+#: Image tokens that are run together: some pictures of shapes, one of 1024 px.
+_BATCH_TOKENS = 1024
+Heads = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cases of one text length: their places, text states [b, T, Dt], modulation [S, b, M] and rotary tables."""
+
+    rows: list[int]
+    states: np.ndarray
+    modulation: np.ndarray
+    image_rotary: np.ndarray
+    text_rotary: np.ndarray
+
+    def inputs(self, step: int, latents: np.ndarray) -> dict[str, np.ndarray]:
+        """What the backbone takes at a step, with the latents [b, N, C] of these cases."""
+        return {
+            "latents": latents,
+            "encoder_hidden_states": self.states,
+            "modulation": self.modulation[step],
+            "image_rotary": self.image_rotary,
+            "text_rotary": self.text_rotary,
+        }
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The reference's run of n cases: latents before the first and after every step, S + 1 of [n, N, C] float32, and
+    the heads of every step, [n, N, ...] by name.
+    """
+
+    latents: list[np.ndarray]
+    heads: list[Heads]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a bundle's encoders make of the cases' prompts, by prompt, and the tokens they got."""
+
+    tokens: Mapping[str, Tokens]
+    embeddings: Mapping[str, Embeddings]
+
+    @property
+    def pooled(self) -> np.ndarray | None:
+        """Pooled vectors of the distinct prompts [U, Dp], or None."""
+        found = [e.pooled for e in self.embeddings.values() if e.pooled is not None]
+        return np.concatenate(found) if found else None
+
+
+class Stages:
+    """A bundle's stages on the CPU; bfloat16 is emulated."""
+
+    def __init__(self, bundle: Bundle, cases: Sequence[Case], scene: Scene, reference_dtype: DType) -> None:
+        """Prepare.
+
+        Args:
+            bundle: an opened bundle.
+            cases: what to draw.
+            scene: with what.
+            reference_dtype: whose rounding the conditioning gets, whatever the bundle's own is.
+        """
+        self.bundle = bundle
+        self.cases, self.scene = cases, scene
+        self.manifest = dataclasses.replace(bundle.manifest, reference_dtype=reference_dtype)
+        self._parts = Parts(widened(bundle), EmulatedBackend(), keep=False)
+        self.sigmas = sigmas(scene.num_inference_steps, self.manifest.schedule)
+        token_px = self.manifest.latents.patch_size * self.manifest.latents.vae_scale_factor
+        self.grid = (scene.height_px // token_px, scene.width_px // token_px)
+
+    def encode(self) -> Text:
+        """Encode the distinct prompts."""
+        tokenizer = PromptTokenizer(self.bundle)
+        prompts = dict.fromkeys(case.prompt for case in self.cases)
+        tokens = {p: tokenizer.tokenize(p, self.scene.max_sequence_length) for p in prompts}
+        return Text(tokens, encode_prompts(self._parts, self.manifest, tokens))
+
+    def modulation(self, pooled: np.ndarray | None) -> np.ndarray:
+        """[S, U, M] of the distinct prompts' pooled vectors, or [S, 1, M] where it does not depend on them."""
+        m = self.manifest
+        timesteps = conditioning_timesteps(self.sigmas, m.family, m.reference_dtype)
+        guidance = None
+        if m.guidance and self.scene.guidance_scale is not None:
+            guidance = conditioning_guidance(self.scene.guidance_scale, m.reference_dtype)
+        return np.asarray(Conditioner(self.bundle).modulation(self._parts, timesteps, guidance, pooled), np.float32)
+
+    def noise(self) -> np.ndarray:
+        """[n, N, C] float32: every case's own seed."""
+        k = self.manifest.latents
+        seeds = [case.seed for case in self.cases]
+        h, w = (side * k.patch_size for side in self.grid)
+        return draw_latents(seeds, len(seeds), k.channels, h, w, k.patch_size)
+
+    def batches(self, text: Text, modulation: np.ndarray) -> list[Batch]:
+        """The cases, those of one text length together."""
+        m = self.manifest
+        place = {p: i for i, p in enumerate(text.embeddings)}
+        by_length: dict[int, list[int]] = {}
+        for i, case in enumerate(self.cases):
+            by_length.setdefault(text.embeddings[case.prompt].states.shape[1], []).append(i)
+        found = []
+        for length, rows in by_length.items():
+            for chunk in _chunks(rows, self._size()):
+                prompts = [self.cases[i].prompt for i in chunk]
+                where = [place[p] for p in prompts] if modulation.shape[1] > 1 else [0] * len(chunk)
+                found.append(
+                    Batch(
+                        chunk,
+                        np.concatenate([text.embeddings[p].states for p in prompts]),
+                        modulation[:, where],
+                        image_rotary(m.rotary, m.family, m.reference_dtype, *self.grid),
+                        text_rotary(m.rotary, m.family, m.reference_dtype, *self.grid, length),
+                    )
+                )
+        return found
+
+    def draw(self, batches: list[Batch], progress: Callable[[], None] = lambda: None) -> Trajectory:
+        """Run every step; `progress` is called after each batch and step."""
+        with self._parts.use("backbone") as run:
+            return walk(run, batches, self.noise(), self.sigmas, progress)
+
+    def use_backbone(self) -> AbstractContextManager[Run]:
+        """A function that runs the bundle's backbone, for the length of a block."""
+        return self._parts.use("backbone")
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """[n, N, C] -> pictures [n, H, W, 3] uint8."""
+        h, w = self.scene.height_px, self.scene.width_px
+        rows = list(range(len(latents)))
+        chunks = _chunks(rows, self._size())
+        return np.concatenate([decode_latents(self._parts, latents[chunk], h, w) for chunk in chunks])
+
+    def _size(self) -> int:
+        return max(min(_BATCH_TOKENS // (self.grid[0] * self.grid[1]), self.manifest.ranges.batch.max), 1)
+
+
+def walk(
+    run: Run, batches: list[Batch], noise: np.ndarray, sigmas: np.ndarray, progress: Callable[[], None] = lambda: None
+) -> Trajectory:
+    """The steps from `noise` [n, N, C], one backbone run per batch and step."""
+    latents, heads = [noise], []
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        found: list[tuple[list[int], Heads]] = []
+        for batch in batches:
+            found.append((batch.rows, predict(run, batch, step, latents[-1][batch.rows])))
+            progress()
+        heads.append(_gathered(found))
+        latents.append(advance(latents[-1], heads[-1], float(sigma), float(sigma_next)))
+    return Trajectory(latents, heads)
+
+
+def predict(run: Run, batch: Batch, step: int, latents: np.ndarray) -> Heads:
+    """The heads of a batch at a step, float32."""
+    outputs = run(batch.inputs(step, latents))
+    return {name: outputs[name].astype(np.float32, copy=False) for name in HEADS}
+
+
+def predict_all(run: Run, batches: list[Batch], step: int, latents: np.ndarray) -> Heads:
+    """The heads of all cases at a step, given latents [n, N, C]."""
+    return _gathered([(b.rows, predict(run, b, step, latents[b.rows])) for b in batches])
+
+
+def advance(latents: np.ndarray, heads: Heads, sigma: float, sigma_next: float) -> np.ndarray:
+    """The closed-form step; infinities stay, to be counted as drift."""
+    with np.errstate(all="ignore"):
+        return update(latents, heads["means"], heads["logweights"], heads["loggammas"], sigma, sigma, sigma_next)
+
+
+def backbone_inputs(batches: list[Batch], trajectory: Trajectory, step: int) -> Iterator[dict[str, np.ndarray]]:
+    """What the backbone got at a step of a trajectory, batch by batch."""
+    for batch in batches:
+        yield batch.inputs(step, trajectory.latents[step][batch.rows])
+
+
+def _gathered(parts: list[tuple[list[int], Heads]]) -> Heads:
+    """Batches of heads in the order of the cases."""
+    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    return {name: np.concatenate([heads[name] for _, heads in parts])[order] for name in HEADS}
+
+
+def _chunks(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -1,0 +1,164 @@
+"""The graph's side of quantisation: an ONNX graph and names of linears -> the graph with explicit Q and DQ around them.
+
+A quantised linear is MatMul(DQ(Q(x, s_x)), DQ(w, s_w)): the activation with one scale per tensor, the weight, stored in
+E4M3, with one per output channel. Linears that read the same tensor share one Q and DQ, so that an engine can join them
+into one product, as it does for queries, keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+#: Its dtype is what makes a QuantizeLinear give E4M3, in opset 20 (which has no attribute for it) as in 23.
+_ZERO_POINT = "constant.e4m3_zero_point"
+_SCALE_DTYPES = (ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+#: Of a weight [in, out].
+_OUTPUT_AXIS = 1
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a graph: `node` multiplies by the weight `<name>.weight` [in_features, out_features]."""
+
+    name: str
+    node: ir.Node
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weight."""
+        return self.in_features * self.out_features
+
+    @property
+    def input(self) -> ir.Value:
+        """The activation [..., in_features]."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """The dtype that the linear computes in, and its scales are in."""
+        assert self.input.dtype in _SCALE_DTYPES
+        return self.input.dtype
+
+
+def find_linears(model: ir.Model) -> dict[str, Linear]:
+    """Every product of an activation and a stored matrix that the exporter named after its module, in graph order."""
+    found = {}
+    for node in model.graph:
+        if node.op_type != "MatMul" or node.name is None or node.inputs[1] is None:
+            continue
+        weight = node.inputs[1]
+        if weight.name == f"{node.name}.weight" and weight.is_initializer() and weight.shape is not None:
+            rows, columns = weight.shape.numpy()
+            found[node.name] = Linear(node.name, node, rows, columns)
+    return found
+
+
+def shared_inputs(linears: Iterable[Linear]) -> list[tuple[Linear, ...]]:
+    """The linears grouped by the tensor they read, in graph order."""
+    groups: dict[ir.Value, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.input, []).append(linear)
+    return [tuple(group) for group in groups.values()]
+
+
+class QuantizeLinears(ir.passes.InPlacePass):
+    """Put Q and DQ around the named linears; their scales become initializers without values, for `write.attach`.
+
+    1. Requires: every name is a linear of the graph, and the graph has no Q or DQ yet.
+    2. The first linear of those that read a tensor gives Q and DQ, and their scale `<name>.input_scale` [], its name.
+    3. A weight becomes E4M3 and is read through a DQ with the scale `<name>.weight_scale` [out].
+    4. Scales have the dtype that the linear computes in: in a strongly typed network DQ's result has its scale's.
+    5. Ensures: the named linears read two DQ each, and nothing else does.
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__()
+        self._layers = tuple(layers)
+
+    def requires(self, model: ir.Model) -> None:
+        """Rule 1; raises `ir.passes.PreconditionError`."""
+        if missing := sorted(set(self._layers) - find_linears(model).keys()):
+            raise ir.passes.PreconditionError(f"not linears of the graph: {missing}")
+        if is_quantized(model):
+            raise ir.passes.PreconditionError("the graph has Q or DQ already")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rules 2 to 4."""
+        found = find_linears(model)
+        chosen = [linear for name, linear in found.items() if name in set(self._layers)]
+        if chosen:
+            zero = ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), name=_ZERO_POINT)
+            zero_point = _initializer(model.graph, _ZERO_POINT, (), ir.DataType.FLOAT8E4M3FN)
+            zero_point.const_value = zero
+            for group in shared_inputs(chosen):
+                _quantize_input(model.graph, group, zero_point)
+            for linear in chosen:
+                _quantize_weight(model.graph, linear)
+        return ir.passes.PassResult(model, modified=bool(chosen))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Rule 5; raises `ir.passes.PostconditionError`."""
+        readers = {n.name for n in model.graph if [_producer(v) for v in n.inputs].count("DequantizeLinear")}
+        if readers != set(self._layers):
+            raise ir.passes.PostconditionError(f"other nodes than the named read DQ: {sorted(map(str, readers))}")
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Whether the graph has any Q or DQ."""
+    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph)
+
+
+def _quantize_input(graph: ir.Graph, group: tuple[Linear, ...], zero_point: ir.Value) -> None:
+    first = group[0]
+    source = first.input
+    scale = _initializer(graph, f"{first.name}.input_scale", (), first.dtype)
+    codes = _value(f"{first.name}.input_quantized", source.shape, ir.DataType.FLOAT8E4M3FN)
+    values = _value(f"{first.name}.input_dequantized", source.shape, first.dtype)
+    nodes = [
+        ir.node("QuantizeLinear", [source, scale, zero_point], outputs=[codes], name=f"{first.name}.input_quantize"),
+        ir.node("DequantizeLinear", [codes, scale], outputs=[values], name=f"{first.name}.input_dequantize"),
+    ]
+    graph.insert_before(first.node, nodes)
+    for linear in group:
+        linear.node.replace_input_with(0, values)
+
+
+def _quantize_weight(graph: ir.Graph, linear: Linear) -> None:
+    weight = linear.node.inputs[1]
+    assert weight is not None
+    scale = _initializer(graph, f"{linear.name}.weight_scale", (linear.out_features,), linear.dtype)
+    values = _value(f"{linear.name}.weight_dequantized", weight.shape, linear.dtype)
+    weight.dtype, weight.const_value = ir.DataType.FLOAT8E4M3FN, None
+    node = ir.node(
+        "DequantizeLinear",
+        [weight, scale],
+        attributes={"axis": _OUTPUT_AXIS},
+        outputs=[values],
+        name=f"{linear.name}.weight_dequantize",
+    )
+    graph.insert_before(linear.node, node)
+    linear.node.replace_input_with(1, values)
+
+
+def _initializer(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+    value = _value(name, ir.Shape(shape), dtype)
+    graph.initializers[name] = value
+    return value
+
+
+def _value(name: str, shape: ir.Shape | None, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+
+
+def _producer(value: ir.Value | None) -> str | None:
+    node = None if value is None else value.producer()
+    return None if node is None else node.op_type

@@ -1,0 +1,229 @@
+"""A bundle, scales and a policy -> the bundle with the selected linears in FP8, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from arcflow_calibration.scales import Scales
+from arcflow_runtime import bundle as b
+from arcflow_runtime.errors import BundleError
+
+from ..errors import QuantizeError
+from ..export import Progress, Silent
+from ..models.layers import Parameter
+from ..staging import staged
+from ..tensors import TensorIndex
+from ..write import attach, write_weights
+from .fp8 import E4M3, make_scale
+from .graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
+from .policy import Policy, select
+from .weights import QuantizedWeights, scan_weights
+
+_SHOWN = 5
+_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.FLOAT16: torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """One part before anything is written: its graph, all of its linears, and which of them become FP8."""
+
+    name: str
+    model: ir.Model = field(repr=False)
+    linears: Mapping[str, Linear] = field(repr=False)
+    chosen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole quantisation before anything is written."""
+
+    bundle: b.Bundle
+    scales: Scales
+    policy: Policy
+    parts: tuple[PlannedPart, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """About how many bytes of weights will be written."""
+        files, parts = self.bundle.manifest.files, self.bundle.manifest.parts
+        whole = sum(files[parts[p.name].weights].bytes for p in self.parts if p.chosen)
+        return whole - sum(
+            linear.parameters * (_DTYPES[linear.dtype].itemsize - 1)
+            for p in self.parts
+            for linear in (p.linears[name] for name in p.chosen)
+        )
+
+
+def plan_quantization(bundle: b.Bundle, scales: Scales, policy: Policy) -> Plan:
+    """Work out what becomes FP8 and check that everything for it is there; reads graphs, but no weights.
+
+    Raises:
+        QuantizeError: the bundle is quantised already, the policy names a part or linear that it does not have, or
+            selects linears that were not calibrated.
+        CalibrationError: the scales are of another student.
+    """
+    m = bundle.manifest
+    if done := sorted(name for name, part in m.parts.items() if part.quantization is not None):
+        raise QuantizeError(
+            f"{bundle.root} is quantised already ({', '.join(done)}); give the bundle that `arcflow export` wrote"
+        )
+    if unknown := sorted(policy.parts.keys() - m.parts.keys()):
+        raise QuantizeError(
+            f"policy {policy.name}: the bundle has no part {', '.join(unknown)}; its parts are {', '.join(m.parts)}"
+        )
+    scales.check_belongs(m)
+    parts = []
+    for name, part in m.parts.items():
+        model = ir.load(bundle.path(part.graph))
+        if is_quantized(model):
+            raise QuantizeError(f"{bundle.path(part.graph)} has Q or DQ that the manifest does not name")
+        linears = find_linears(model)
+        chosen: tuple[str, ...] = ()
+        if name in policy.parts:
+            chosen = select(policy.parts[name], name, list(linears))
+            _check_calibrated(scales, name, chosen)
+        parts.append(PlannedPart(name, model, linears, chosen))
+    return Plan(bundle, scales, policy, tuple(parts))
+
+
+def quantize_bundle(
+    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
+) -> Path:
+    """Write the quantised bundle to `out`, whole or not at all; `plan` is used up.
+
+    Files of parts that do not change are hard links to the bundle's own where the file system has them, else copies.
+
+    Args:
+        plan: from `plan_quantization`.
+        out: the new bundle's directory.
+        command: recorded as provenance, after the bundle's own.
+        overwrite: replace an existing bundle when the new one is complete.
+        progress: told of every stage.
+
+    Returns:
+        `out`.
+
+    Raises:
+        QuantizeError: `out` is the bundle itself, or a weight is NaN or Inf.
+        BundleError: a weights file does not match its SHA-256.
+        ExportError: the disk is full, or `out` cannot be written.
+    """
+    progress = progress or Silent()
+    root, m = plan.bundle.root, plan.bundle.manifest
+    if out.exists() and root.exists() and out.samefile(root):
+        raise QuantizeError(f"--out: {out} is the bundle itself; give another name")
+    with staged(out, overwrite, _needed_bytes(plan, out)) as folder:
+        files, parts = dict(m.files), dict(m.parts)
+        for planned in plan.parts:
+            if planned.chosen:
+                parts[planned.name] = _quantize_part(plan, planned, folder, files, progress)
+        _take_over(plan, folder, files, progress)
+        provenance = dataclasses.replace(
+            m.provenance,
+            command=f"{m.provenance.command} && {command}",
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            tools=dict(m.provenance.tools) | {n: metadata.version(n) for n in ("arcflow", "torch", "onnx-ir")},
+        )
+        manifest = dataclasses.replace(m, parts=parts, files=files, provenance=provenance)
+        with (folder / b.MANIFEST).open("w", encoding="utf-8") as f:
+            f.write(manifest.to_json())
+            f.flush()
+            os.fsync(f.fileno())
+    return out
+
+
+def _check_calibrated(scales: Scales, part: str, layers: tuple[str, ...]) -> None:
+    known = scales.parts.get(part, {})
+    if missing := [layer for layer in layers if layer not in known]:
+        shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
+        raise QuantizeError(
+            f"scales: {len(missing)} of the {len(layers)} linears that the policy selects in {part} were not "
+            f"calibrated: {shown}; calibrate them, or exclude them in the policy"
+        )
+
+
+def _quantize_part(
+    plan: Plan, planned: PlannedPart, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+) -> b.Part:
+    spec = plan.bundle.manifest.parts[planned.name]
+    source = plan.bundle.path(spec.weights)
+    index = TensorIndex.open(source, planned.name)
+    progress.stage(f"{planned.name}: ranges of weights", files[spec.weights].bytes)
+    digest, amax = scan_weights(source, planned.chosen, progress.advance)
+    if digest != files[spec.weights].sha256:
+        raise BundleError(
+            f"{source} does not match its SHA-256 in {b.MANIFEST}; it was edited or damaged, export again"
+        )
+    dtypes = {name: _DTYPES[planned.linears[name].dtype] for name in planned.chosen}
+    weights = QuantizedWeights(
+        index,
+        {name: make_scale(amax[name], dtypes[name]) for name in planned.chosen},
+        _input_scales(plan.scales, planned, dtypes),
+    )
+    params = _parameters(index, weights, planned.chosen)
+    result = QuantizeLinears(planned.chosen)(planned.model)
+    target, graph = folder / spec.weights, folder / spec.graph
+    target.parent.mkdir(parents=True, exist_ok=True)
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    progress.stage(f"{planned.name}: weights in FP8", sum(_num_bytes(p) for p in params))
+    files[spec.weights], placed = write_weights(target, params, weights, progress.advance)
+    attach(result.model, target, placed)
+    ir.save(result.model, graph)
+    files[spec.graph] = b.FileEntry(graph.stat().st_size, b.sha256_file(graph))
+    quantization = b.Quantization(plan.policy.format, planned.chosen, plan.policy.digest(), plan.scales.digest)
+    return dataclasses.replace(spec, quantization=quantization)
+
+
+def _input_scales(scales: Scales, planned: PlannedPart, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Each layer's scale; those that read one tensor have the largest of their ranges."""
+    found = {}
+    for group in shared_inputs(planned.linears[name] for name in planned.chosen):
+        amax = max(scales.amax(planned.name, linear.name) for linear in group)
+        for linear in group:
+            found[linear.name] = make_scale(torch.tensor(amax, dtype=torch.float64), dtypes[linear.name])
+    return found
+
+
+def _parameters(index: TensorIndex, weights: QuantizedWeights, chosen: tuple[str, ...]) -> list[Parameter]:
+    quantized = {f"{name}.weight" for name in chosen}
+    params = [Parameter(key, ref.shape, E4M3 if key in quantized else ref.dtype, key=key) for key, ref in index.items()]
+    return params + [Parameter(key, tuple(scale.shape), scale.dtype, key=key) for key, scale in weights.scales.items()]
+
+
+def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progress: Progress) -> None:
+    """Link or copy every file that is not there yet."""
+    left = [name for name in files if not (folder / name).exists()]
+    progress.stage("unchanged files", sum(files[name].bytes for name in left))
+    for name in left:
+        source, target = plan.bundle.path(name).resolve(), folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, target)
+        progress.advance(files[name].bytes)
+
+
+def _needed_bytes(plan: Plan, out: Path) -> int:
+    m = plan.bundle.manifest
+    unchanged = {name for p in plan.parts if not p.chosen for name in (m.parts[p.name].graph, m.parts[p.name].weights)}
+    same = out.absolute().parent.stat().st_dev == plan.bundle.root.stat().st_dev
+    return plan.weight_bytes + (0 if same else sum(m.files[name].bytes for name in unchanged))
+
+
+def _num_bytes(p: Parameter) -> int:
+    return int(torch.Size(p.shape).numel()) * p.dtype.itemsize

@@ -1,0 +1,117 @@
+"""A part's stored weights -> the same with some in FP8 and their scales beside them; read twice, never held whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import QuantizeError
+from ..merge import BLOCK_BYTES, PlainWeights
+from ..tensors import DTYPES, TensorIndex, uncache
+from .fp8 import encode
+
+_SUFFIX = ".weight"
+#: As in `write.py`: what was read leaves the page cache after about this many bytes.
+_UNCACHE_BYTES = 512 << 20
+
+
+def scan_weights(
+    path: Path, layers: Iterable[str], progress: Callable[[int], None]
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """Read a weights file once, from its beginning to its end.
+
+    Args:
+        path: a safetensors file, already found valid.
+        layers: linears whose weights `<layer>.weight` are [in, out].
+        progress: told of the bytes read.
+
+    Returns:
+        SHA-256 of the file, and per layer the largest absolute weight of each output channel [out] in float32.
+
+    Raises:
+        QuantizeError: a layer's weight holds NaN or Inf.
+    """
+    wanted = {f"{layer}{_SUFFIX}" for layer in layers}
+    digest = hashlib.sha256()
+    found: dict[str, torch.Tensor] = {}
+    with path.open("rb") as f:
+        size = f.read(8)
+        header = f.read(int.from_bytes(size, "little"))
+        digest.update(size + header)
+        entries = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        dropped = 0
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            row_bytes = 1
+            if key in wanted:
+                row_bytes = entry["shape"][1] * DTYPES[entry["dtype"]].itemsize
+                found[key.removesuffix(_SUFFIX)] = torch.zeros(entry["shape"][1])
+            for block in _read(f.read, stop - start, max(1, BLOCK_BYTES // row_bytes) * row_bytes):
+                digest.update(block)
+                progress(len(block))
+                if key in wanted:
+                    rows = torch.frombuffer(block, dtype=DTYPES[entry["dtype"]]).view(-1, entry["shape"][1])
+                    amax = found[key.removesuffix(_SUFFIX)]
+                    torch.maximum(amax, rows.abs().amax(0).float(), out=amax)
+            if stop - dropped > _UNCACHE_BYTES:
+                uncache(path)
+                dropped = stop
+    for layer, amax in found.items():
+        if not torch.isfinite(amax).all():
+            raise QuantizeError(f"{path}: tensor '{layer}{_SUFFIX}' holds NaN or Inf; export the bundle again")
+    return digest.hexdigest(), found
+
+
+class QuantizedWeights(PlainWeights):
+    """A part's weights: those of quantised linears in E4M3, their scales, everything else as stored.
+
+    `weight_scales` [out] and `input_scales` [] are by layer, in the dtype that the graph reads them in.
+    """
+
+    def __init__(
+        self,
+        index: TensorIndex,
+        weight_scales: Mapping[str, torch.Tensor],
+        input_scales: Mapping[str, torch.Tensor],
+    ):
+        super().__init__(index)
+        self._weight_scales = {f"{layer}{_SUFFIX}": scale for layer, scale in weight_scales.items()}
+        self._scales = {f"{key}_scale": scale for key, scale in self._weight_scales.items()}
+        self._scales |= {f"{layer}.input_scale": scale for layer, scale in input_scales.items()}
+
+    @property
+    def scales(self) -> Mapping[str, torch.Tensor]:
+        """Every scale by the name of its tensor."""
+        return self._scales
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of tensor `key`."""
+        return tuple(self._scales[key].shape) if key in self._scales else super().shape(key)
+
+    def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
+        """Tensor `key` block by block; `dtype` must be what this source has it in."""
+        assert not transpose
+        if key in self._scales:
+            assert dtype == self._scales[key].dtype
+            yield self._scales[key]
+            return
+        if key not in self._weight_scales:
+            yield from super().blocks(key, dtype)
+            return
+        scale = self._weight_scales[key]
+        for block in super().blocks(key, self.index[key].dtype):
+            yield encode(block, scale)
+
+
+def _read(read: Callable[[int], bytes], num_bytes: int, block_bytes: int) -> Iterator[bytearray]:
+    """`num_bytes` in blocks of `block_bytes`, the last one shorter."""
+    while num_bytes:
+        block = bytearray(read(min(block_bytes, num_bytes)))
+        if not block:
+            raise QuantizeError("the weights file ended early; was it changed while it was read?")
+        num_bytes -= len(block)
+        yield block

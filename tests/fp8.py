@@ -1,0 +1,109 @@
+"""What tests of quantisation share: scales of a bundle, a policy file, and the tensors inside a part's graph."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from arcflow_calibration.scales import PromptSet, Range, Scales
+from arcflow_export.emulate import emulate_bfloat16
+from arcflow_export.quantize.graph import find_linears
+from arcflow_export.quantize.policy import load_policy
+from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
+from arcflow_runtime import Bundle
+from arcflow_runtime.rotary import image_rotary, text_rotary
+
+GRID, TEXT_TOKENS = (4, 4), 7
+
+
+def linears(bundle: Bundle, part: str) -> dict:
+    return find_linears(ir.load(bundle.path(bundle.manifest.parts[part].graph)))
+
+
+def make_scales(bundle: Bundle, amax, parts: Iterable[str] = ("backbone",)) -> Scales:
+    """`amax(part, layer)` for every linear of `parts`; the backbone's first step half of it."""
+    m = bundle.manifest
+    found = {
+        part: {
+            layer: Range((amax(part, layer) / 2, amax(part, layer)) if part == "backbone" else (amax(part, layer),), 1)
+            for layer in linears(bundle, part)
+        }
+        for part in parts
+    }
+    p = m.provenance
+    prompts = PromptSet("test", "0" * 64, 1)
+    guidance = 3.5 if m.guidance else None
+    return Scales(
+        p.base, p.adapter, p.loras, m.family, "max", None, prompts, 2, ((64, 64),), guidance, 0, {"test": "1"}, found
+    )
+
+
+def feeds(bundle: Bundle, part: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs of a part, of about the size that they have in a picture of 64 x 64."""
+    random = np.random.default_rng(seed)
+    m = bundle.manifest
+    dims = {s.name: s.shape for s in m.parts[part].inputs}
+    if part != "backbone":
+        return {"input_ids": random.integers(1, 80, (1, TEXT_TOKENS))}
+    return {
+        "latents": random.standard_normal((1, GRID[0] * GRID[1], dims["latents"][-1]), np.float32),
+        "encoder_hidden_states": random.standard_normal(
+            (1, TEXT_TOKENS, dims["encoder_hidden_states"][-1]), np.float32
+        ),
+        "modulation": random.standard_normal((1, dims["modulation"][-1]), np.float32) / 2,
+        "image_rotary": image_rotary(m.rotary, m.family, m.reference_dtype, *GRID),
+        "text_rotary": text_rotary(m.rotary, m.family, m.reference_dtype, *GRID, TEXT_TOKENS),
+    }
+
+
+def run_graph(bundle: Bundle, part: str, inputs: dict[str, np.ndarray], inside: Iterable[str] = ()) -> dict:
+    """A part's outputs and the named values inside its graph; bfloat16 is emulated, values inside are float32."""
+    path = bundle.path(bundle.manifest.parts[part].graph)
+    with tempfile.TemporaryDirectory() as folder:
+        model = ir.load(path)
+        for value in model.graph.initializers.values():
+            value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name, dtype=value.dtype)
+        if any(v.dtype == ir.DataType.BFLOAT16 for v in model.graph.initializers.values()):
+            model = emulate_bfloat16(model)
+        proto = ir.to_proto(model)
+        known = {v.name for v in [*proto.graph.output, *proto.graph.input]}
+        types = {v.name: v for v in proto.graph.value_info}
+        proto.graph.output.extend(types[name] for name in dict.fromkeys(inside) if name not in known)
+        onnx.save(proto, Path(folder) / "model.onnx")
+        session = ort.InferenceSession(Path(folder) / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    dtypes = {i.name: {"tensor(float16)": np.float16}.get(i.type) for i in session.get_inputs()}
+    given = {n: inputs[n].astype(dtypes[n] or inputs[n].dtype) for n in dtypes}
+    return dict(zip(names, session.run(names, given), strict=True)) | inputs
+
+
+def observed_amax(bundle: Bundle, part: str) -> dict[str, float]:
+    """Largest |input| of every linear of a part on `feeds`."""
+    found = linears(bundle, part)
+    values = run_graph(bundle, part, feeds(bundle, part), [linear.input.name for linear in found.values()])
+    return {name: float(np.abs(values[linear.input.name]).max()) for name, linear in found.items()}
+
+
+def calibrated(root: Path, parts: Iterable[str] = ("backbone",)) -> Scales:
+    """Scales of the ranges seen on `feeds`."""
+    bundle = Bundle.open(root)
+    seen = {part: observed_amax(bundle, part) for part in parts}
+    return make_scales(bundle, lambda part, layer: seen[part][layer], parts)
+
+
+def quantize(root: Path, out: Path, scales: Scales, policy: str = "flux") -> Bundle:
+    return Bundle.open(quantize_bundle(plan_quantization(Bundle.open(root), scales, load_policy(policy)), out, "test"))
+
+
+def write_policy(path: Path, include: Iterable[str], exclude: Iterable[str] = (), part: str = "backbone") -> str:
+    path.write_text(
+        f'name = "test"\nformat = "fp8_e4m3"\n[parts.{part}]\n'
+        f"include = {list(include)!r}\nexclude = {list(exclude)!r}\n"
+    )
+    return str(path)
