@@ -9,16 +9,17 @@ from .merge import WeightSource
 from .models.layers import MatMul, Part, Sinusoid
 
 
-def bake_modulation(part: Part, source: WeightSource, timesteps: torch.Tensor) -> torch.Tensor:
+def bake_modulation(part: Part, source: WeightSource, timesteps: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
     """Run a Qwen conditioner with one linear's weights in memory at a time.
 
     Args:
         part: the conditioner of `models.qwen.build`, still on the meta device.
         source: the student's merged weights.
         timesteps: what the sinusoidal embedding sees, [S] float32.
+        precision: the backbone's.
 
     Returns:
-        Modulation [S, M] float32, holding values rounded to the part's precision.
+        Modulation [S, M] float32, holding values rounded to the part's precision, then the backbone's.
     """
     names = {id(m): n for n, m in part.module.named_modules()}
 
@@ -26,10 +27,11 @@ def bake_modulation(part: Part, source: WeightSource, timesteps: torch.Tensor) -
         assert isinstance(module, MatMul)
         name = names[id(module)]
         key = part.rename(f"{name}.weight")
-        bias = torch.cat(list(source.blocks(part.rename(f"{name}.bias"), x.dtype)))
+        dtype = module.weight.dtype
+        bias = torch.cat(list(source.blocks(part.rename(f"{name}.bias"), dtype)))
         rows, start = [], 0
-        for block in source.blocks(key, x.dtype):
-            rows.append(F.linear(x, block, bias[start : start + len(block)]))
+        for block in source.blocks(key, dtype):
+            rows.append(F.linear(x.to(dtype), block, bias[start : start + len(block)]))
             start += len(block)
         return torch.cat(rows, dim=-1)
 
@@ -41,4 +43,5 @@ def bake_modulation(part: Part, source: WeightSource, timesteps: torch.Tensor) -
     x = linear(F.silu(linear(x, embedder.get_submodule("linear_1"))), embedder.get_submodule("linear_2"))
     x = F.silu(x)
     linears = conditioner.get_submodule("modulations.linears")
-    return torch.cat([linear(x, module) for module in linears.children()], dim=-1).float()
+    table = torch.cat([linear(x, module).to(part.precision) for module in linears.children()], dim=-1)
+    return table.to(precision).float()

@@ -1,7 +1,8 @@
-"""A bfloat16 bundle on a machine without bfloat16 kernels: each operator in float32, its result rounded to bfloat16.
+"""A part in bfloat16 or float16 on a CPU: each operator in float32, its result rounded to the part's precision.
 
-This is what a bfloat16 engine with float32 accumulation computes, so it measures such a bundle's real error on a
-CPU. It is for checking, not for serving: the weights are expanded to float32.
+This is what an engine with float32 accumulation computes, so it measures such a part's real error, and overflows
+where it does: ONNX Runtime has no bfloat16 kernels on a CPU, and of float16 it runs whole chains of operators in
+float32. It is for checking, not for serving: the weights are expanded to float32.
 
 What a DequantizeLinear gives is not rounded: an engine multiplies the FP8 numbers themselves and the float32 sum by
 both scales, so no dequantised number exists there.
@@ -19,9 +20,8 @@ import onnx_ir as ir
 from arcflow_runtime.bundle import Bundle, Part, TensorSpec
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 
-#: Operators whose results are not rounded: those that only move values, and DequantizeLinear (above).
-_UNROUNDED = {
-    "DequantizeLinear",
+#: Operators that only move values, so that their results need no rounding.
+MOVES = {
     "Concat",
     "Expand",
     "Flatten",
@@ -35,29 +35,37 @@ _UNROUNDED = {
     "Unsqueeze",
     "GatherElements",
 }
+_UNROUNDED = MOVES | {"DequantizeLinear"}
+_NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
 
 class EmulatedBackend:
-    """Runs bundles of any precision with ONNX Runtime on a CPU; bfloat16 parts are emulated."""
+    """Runs bundles of any precision with ONNX Runtime on a CPU; parts in bfloat16 and float16 are emulated."""
 
     def check(self, bundle: Bundle) -> None:
         """Every bundle can be run."""
 
     def open(self, bundle: Bundle, part: str) -> OnnxRuntimeEngine:
-        """Load part `part`; raises `EngineError` as ONNX Runtime's backend does."""
+        """Load part `part` of a `widened` bundle; raises `EngineError` as ONNX Runtime's backend does."""
         original = bundle.path(bundle.manifest.parts[part].graph)
-        if not any(v.dtype == ir.DataType.BFLOAT16 for v in ir.load(original).graph.initializers.values()):
+        model = ir.load(original)
+        if not any(v.dtype in _NARROW for v in model.graph.initializers.values()):
             return OnnxRuntimeBackend(None).open(bundle, part)
-        with tempfile.TemporaryDirectory() as folder:
-            ir.save(emulate_bfloat16(ir.load(original)), Path(folder) / original.name)
-            return OnnxRuntimeBackend(None).open(dataclasses.replace(bundle, root=Path(folder)), part)
+        return open_edited(bundle, part, emulate(model))
+
+
+def open_edited(bundle: Bundle, part: str, model: ir.Model) -> OnnxRuntimeEngine:
+    """Load a graph whose weights are in memory in place of the bundle's; raises `EngineError`."""
+    with tempfile.TemporaryDirectory() as folder:
+        ir.save(model, Path(folder) / bundle.manifest.parts[part].graph)
+        return OnnxRuntimeBackend(None).open(dataclasses.replace(bundle, root=Path(folder)), part)
 
 
 def widened(bundle: Bundle) -> Bundle:
-    """The bundle as the emulation shows it: bfloat16 inputs and outputs are float32."""
+    """The bundle as the emulation shows it: inputs and outputs in bfloat16 and float16 are float32."""
 
     def spec(s: TensorSpec) -> TensorSpec:
-        return dataclasses.replace(s, dtype="float32") if s.dtype == "bfloat16" else s
+        return dataclasses.replace(s, dtype="float32") if s.dtype in ("bfloat16", "float16") else s
 
     def part(p: Part) -> Part:
         return dataclasses.replace(p, inputs=tuple(map(spec, p.inputs)), outputs=tuple(map(spec, p.outputs)))
@@ -66,37 +74,43 @@ def widened(bundle: Bundle) -> Bundle:
     return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, parts=parts))
 
 
-def emulate_bfloat16(model: ir.Model) -> ir.Model:
-    """Rewrite a graph in place: float32 arithmetic, every bfloat16 result rounded to bfloat16."""
+def emulate(model: ir.Model, rounded: bool = True) -> ir.Model:
+    """Rewrite a graph in place: float32 arithmetic, every result in bfloat16 or float16 rounded to its dtype.
+
+    Args:
+        model: the graph, with or without its weights in memory.
+        rounded: False leaves the rounding out, so that nothing overflows.
+    """
     graph = model.graph
     for value in graph.initializers.values():
         # Into memory all of them: the rewritten graph is saved elsewhere than the weights.
         assert value.const_value is not None
         array = value.const_value.numpy()
-        if value.dtype == ir.DataType.BFLOAT16:
+        if value.dtype in _NARROW:
             array = array.astype(np.float32)
             value.dtype = ir.DataType.FLOAT
         value.const_value = ir.tensor(np.array(array), name=value.name)
     nodes = list(graph)  # without the casts that are put in below
     for value in list(graph.inputs):
-        if value.dtype == ir.DataType.BFLOAT16:
+        if (dtype := value.dtype) in _NARROW:
             value.dtype = ir.DataType.FLOAT
-            _round(graph, value, None)
+            if rounded:
+                _round(graph, value, dtype, None)
     for node in nodes:
         to = node.attributes.get("to")
-        if node.op_type == "Cast" and to is not None and to.as_int() == ir.DataType.BFLOAT16:
+        if node.op_type == "Cast" and to is not None and to.as_int() in _NARROW:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
         for output in node.outputs:
-            if output.dtype == ir.DataType.BFLOAT16:
+            if (dtype := output.dtype) in _NARROW:
                 output.dtype = ir.DataType.FLOAT
-                if node.op_type not in _UNROUNDED:
-                    _round(graph, output, node)
+                if rounded and node.op_type not in _UNROUNDED:
+                    _round(graph, output, dtype, node)
     return model
 
 
-def _round(graph: ir.Graph, value: ir.Value, after: ir.Node | None) -> None:
-    """Round `value` to bfloat16 and back before anyone reads it."""
-    narrow = ir.node("Cast", [value], attributes={"to": ir.DataType.BFLOAT16})
+def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, after: ir.Node | None) -> None:
+    """Round `value` to `dtype` and back before anyone reads it."""
+    narrow = ir.node("Cast", [value], attributes={"to": dtype})
     wide = ir.node("Cast", [narrow.outputs[0]], attributes={"to": ir.DataType.FLOAT})
     for node, index in list(value.uses()):
         if node is not narrow:

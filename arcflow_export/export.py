@@ -15,9 +15,11 @@ import onnx_ir as ir
 import torch
 
 from arcflow_runtime import bundle as b
+from arcflow_runtime.errors import RequestError
 from arcflow_runtime.schedule import conditioning_timesteps, sigmas
 
 from .bake import bake_modulation
+from .keep import float32_layers, keep_float32, matching
 from .load import Student, tokenizer_folders
 from .models.layers import Parameter, Part, parameters
 from .models.text import CLIP_TOKENS
@@ -54,6 +56,11 @@ class PlannedPart:
     def bytes(self) -> int:
         """Bytes of weights."""
         return sum(map(num_bytes, self.params))
+
+    @property
+    def float32_layers(self) -> tuple[str, ...]:
+        """Linears that stay in float32 although the part has another precision."""
+        return float32_layers(self.part)
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,17 @@ def plan_export(student: Student, options: Options) -> Plan:
 
     Raises:
         SourceError: a tensor is missing or has another shape than the config says.
+        RequestError: a part or a pattern of the options is not of this student.
     """
+    described = student.parts(options.part_dtype)
+    names = [part.name for part in described]
+    for name, _ in options.precision:
+        if name not in names:
+            raise RequestError(f"--precision: a {student.family} bundle has the parts {', '.join(names)}, got {name!r}")
+    for part, layers in matching(described, options.keep_float32):
+        keep_float32(part, layers)
     parts, baked = [], None
-    for part in student.parts(options.dtype):
+    for part in described:
         params = parameters(part)
         check_source(params, student.source(part.name), part.name)
         if part.name == "conditioner" and student.family == "qwen-image":
@@ -152,9 +167,10 @@ def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Pro
     schedule = _schedule(plan.options)
     tables = {}
     for n in plan.options.steps:
-        timesteps = conditioning_timesteps(sigmas(n, schedule), "qwen-image", _reference_dtype(plan.options))
+        timesteps = conditioning_timesteps(sigmas(n, schedule), "qwen-image", plan.options.reference_dtype)
         source = plan.student.source("conditioner")
-        tables[f"num_inference_steps_{n}"] = bake_modulation(plan.baked, source, torch.from_numpy(timesteps))
+        precision = getattr(torch, plan.options.part_dtype("backbone"))
+        tables[f"num_inference_steps_{n}"] = bake_modulation(plan.baked, source, torch.from_numpy(timesteps), precision)
     path = folder / "modulation.safetensors"
     path.write_bytes(save(tables))
     files[path.name] = _entry(path)
@@ -200,11 +216,6 @@ def _schedule(options: Options) -> b.Schedule:
     return b.Schedule(SHIFT, TIMESTEP_RATIO, options.steps[0])
 
 
-def _reference_dtype(options: Options) -> b.DType:
-    # The students were trained in bfloat16; only a float32 bundle reproduces the float32 reference.
-    return "float32" if options.dtype == "float32" else "bfloat16"
-
-
 def _manifest(
     plan: Plan,
     parts: Mapping[str, b.Part],
@@ -230,7 +241,7 @@ def _manifest(
     return b.Manifest(
         family=student.family,  # type: ignore[arg-type]
         dtype=options.dtype,
-        reference_dtype=_reference_dtype(options),
+        reference_dtype=options.reference_dtype,
         opset=options.opset,
         guidance=flux and bool(config.get("guidance_embeds")),
         schedule=_schedule(options),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,20 +66,25 @@ class Student:
             tuple(Source(s.source.name, s.source.revision, s.digest, s.scale) for s in self.styles),
         )
 
-    def parts(self, dtype: DType) -> list[Part]:
-        """Every part of the bundle, on the meta device, in the order in which data flows."""
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+        """Every part of the bundle, on the meta device, in the order in which data flows.
+
+        Args:
+            dtype: of all parts, or a function from a part's name to its dtype.
+        """
+        of = dtype if callable(dtype) else lambda _: dtype
         folder, k, p = self.base.path, self.adapter.num_gaussians, self.adapter.logweights_channels
         if self.family == "flux":
             return [
-                text.clip(folder / "text_encoder", dtype),
-                text.t5(folder / "text_encoder_2", dtype),
-                *flux.build(self.config, k, p, dtype),
-                vae.decoder(self.vae_config, self.family, dtype),
+                text.clip(folder / "text_encoder", of("text_encoder")),
+                text.t5(folder / "text_encoder_2", of("text_encoder_2")),
+                *flux.build(self.config, k, p, of("conditioner"), of("backbone")),
+                vae.decoder(self.vae_config, self.family, of("vae_decoder")),
             ]
         return [
-            text.qwen(folder / "text_encoder", dtype),
-            *qwen.build(self.config, k, p, dtype),
-            vae.decoder(self.vae_config, self.family, dtype),
+            text.qwen(folder / "text_encoder", of("text_encoder")),
+            *qwen.build(self.config, k, p, of("conditioner"), of("backbone")),
+            vae.decoder(self.vae_config, self.family, of("vae_decoder")),
         ]
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from arcflow_runtime.bundle import DType
 
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
+#: What people write for them.
+SHORT_DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+#: Every part that a bundle may have, in the order in which data flows.
+PARTS = ("text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder")
 OPSETS = (20, 23)
 
 
@@ -17,6 +21,10 @@ class Options:
     `opset` 20 decomposes attention and RMS norm, 23 has both as operators. `steps` are the step counts to bake for
     Qwen-Image; the first is the bundle's default for both families. `max_px` and `max_sequence_length` are the
     largest height or width and number of text tokens that the bundle accepts.
+
+    `dtype` is every part's, but for those that `precision` names, and a VAE decoder in float16, which is left in
+    float32: both families' decoders are known to overflow there. `keep_float32` are patterns (fnmatch) of the names
+    of linears that stay in float32 in parts of reduced precision.
     """
 
     dtype: DType = "float32"
@@ -25,3 +33,19 @@ class Options:
     keep_conditioner: bool = False
     max_px: int = 2048
     max_sequence_length: int = 512
+    precision: tuple[tuple[str, DType], ...] = ()
+    keep_float32: tuple[str, ...] = ()
+
+    def part_dtype(self, part: str) -> DType:
+        """The dtype of one part."""
+        left = "float32" if (part, self.dtype) == ("vae_decoder", "float16") else self.dtype
+        return dict(self.precision).get(part, left)  # type: ignore[return-value]
+
+    @property
+    def reference_dtype(self) -> DType:
+        """The dtype whose rounding the conditioning gets.
+
+        The students were trained in bfloat16; only a transformer in float32 reproduces the float32 reference.
+        """
+        transformer = {self.part_dtype(part) for part in ("conditioner", "backbone")}
+        return "float32" if transformer == {"float32"} else "bfloat16"

@@ -6,7 +6,7 @@ update in torch. It shares no weight, graph or runtime code with the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .adapter import HEADS
+from .cast import cast_conditioner, cast_linears, keep_float32
 from .load import Student
 from .models.student import Heads
+from .options import PARTS
 
 SHIFT = 3.2
 
@@ -37,33 +39,58 @@ class TorchStudent:
     def __init__(
         self,
         student: Student,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
         reference_dtype: torch.dtype | None = None,
         device: str = "cpu",
+        float32_layers: Mapping[str, Iterable[str]] | None = None,
     ):
         """Load base, adapter and LoRAs.
 
         Args:
             student: from `load_student`.
-            dtype: dtype of all weights and activations; the update is float32 in any case.
+            dtype: dtype of all weights and activations, or of each part by its name in a bundle; the update is float32
+                in any case.
             reference_dtype: the dtype whose rounding the timestep, guidance and FLUX's rotary tables get, as if
-                the reference ran in it; None is `dtype`.
+                the reference ran in it; None is the backbone's dtype.
             device: where to run.
+            float32_layers: linears to keep in float32, by part; layer names as in the graphs.
         """
-        self.family, self.dtype, self.device = student.family, dtype, device
+        dtypes = dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
+        dtype, conditioner = dtypes["backbone"], dtypes["conditioner"]
+        kept = {part: list(layers) for part, layers in (float32_layers or {}).items()}
+        self.family, self.dtype, self.vae_dtype, self.device = student.family, dtype, dtypes["vae_decoder"], device
         pipeline = FluxPipeline if student.family == "flux" else QwenImagePipeline
-        self.pipe = pipeline.from_pretrained(student.base.path, dtype=dtype, use_safetensors=True)
+        components = {"transformer": dtype, "vae": self.vae_dtype, "default": dtype}
+        components |= {part: dtypes[part] for part in ("text_encoder", "text_encoder_2") if part in dtypes}
+        self.pipe = pipeline.from_pretrained(student.base.path, dtype=components, use_safetensors=True)
         self.pipe.set_progress_bar_config(disable=True)
         self.transformer = self.pipe.transformer
         self.heads = _attach(self.transformer, student, dtype)
         _merge_text_loras(self.pipe.text_encoder, student)
+        if kept.get("backbone") or kept.get("conditioner") or conditioner != dtype:
+            cast_linears(self.transformer)
+            cast_linears(self.heads)
+        if conditioner != dtype:
+            cast_conditioner(self.transformer, conditioner, dtype)
+        for part, layers in kept.items():
+            self._keep_float32(part, layers, dtypes[part])
         reference = reference_dtype or dtype
-        self.conditioning = _Conditioning(self.transformer.time_text_embed, student.family, reference)
+        self.conditioning = _Conditioning(self.transformer.time_text_embed, student.family, reference, conditioner)
         self.transformer.time_text_embed = self.conditioning
         if student.family == "flux":
             self.transformer.pos_embed = _Rounded(self.transformer.pos_embed, reference)
         self.pipe.to(device)
         self.heads.to(device)
+
+    def _keep_float32(self, part: str, layers: list[str], dtype: torch.dtype) -> None:
+        if part in ("backbone", "conditioner"):
+            heads = [name for name in layers if name in HEADS]
+            keep_float32(self.heads, heads, dtype)
+            keep_float32(self.transformer, [name for name in layers if name not in HEADS], dtype)
+        elif layers:
+            component = getattr(self.pipe, part)
+            cast_linears(component)
+            keep_float32(component, layers, dtype)
 
     @torch.inference_mode()
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -86,14 +113,18 @@ class TorchStudent:
         height: int,
         width: int,
         guidance_scale: float,
+        rounding: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One network call: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas."""
+        """One network call: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas.
+
+        `rounding` rounds the latents to the network's dtype up or down at random; see `round_randomly`.
+        """
         batch = latents.shape[0]
         self.conditioning.sigma, self.conditioning.guidance = sigma, guidance_scale
         common: dict[str, Any] = {
-            "hidden_states": latents.to(self.dtype),
+            "hidden_states": round_randomly(latents, self.dtype, rounding),
             "timestep": sigma.to(self.device).expand(batch),
-            "encoder_hidden_states": states.expand(batch, -1, -1),
+            "encoder_hidden_states": states.to(self.dtype).expand(batch, -1, -1),
             "return_dict": False,
         }
         h, w = height // 16, width // 16
@@ -128,6 +159,7 @@ class TorchStudent:
         max_sequence_length: int = 512,
         on_step: Callable[[int], None] | None = None,
         noise: torch.Tensor | None = None,
+        rounding: torch.Generator | None = None,
     ) -> Drawing:
         """Draw one picture; arguments as in the runtime's pipeline, `noise` [1, C, H/8, W/8] in place of the seed."""
         states, pooled = self.encode(prompt, max_sequence_length)
@@ -139,26 +171,43 @@ class TorchStudent:
         first, steps = x, []
         sigmas = schedule(num_inference_steps)
         for i in range(num_inference_steps):
-            heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale)
+            heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale, rounding)
             x = integrate(x, *heads, float(sigmas[i]), float(sigmas[i + 1]))
             steps.append(x)
             if on_step:
                 on_step(i)
-        return Drawing(first, steps, self.decode(x, height, width))
+        return Drawing(first, steps, self.decode(x, height, width, rounding))
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def decode(
+        self, latents: torch.Tensor, height: int, width: int, rounding: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Packed latents [B, N, C] -> images [B, H, W, 3] float32 in [0, 1]."""
         vae, h, w = self.pipe.vae, height // 16, width // 16
         z = latents.unflatten(1, (h, w)).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         if self.family == "flux":
             z = z / vae.config.scaling_factor + vae.config.shift_factor
-            image = vae.decode(z.to(self.dtype), return_dict=False)[0]
+            image = vae.decode(round_randomly(z, self.vae_dtype, rounding), return_dict=False)[0]
         else:
             mean = torch.tensor(vae.config.latents_mean, device=self.device).view(1, -1, 1, 1)
             std = torch.tensor(vae.config.latents_std, device=self.device).view(1, -1, 1, 1)
-            image = vae.decode((z * std + mean).to(self.dtype)[:, :, None], return_dict=False)[0][:, :, 0]
+            z = round_randomly(z * std + mean, self.vae_dtype, rounding)
+            image = vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0]
         return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def round_randomly(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
+    """Round float32 numbers to `dtype`: up or down at random, closer neighbours more often, so that the mean stays.
+
+    Everything computed from the result is then rounded otherwise, so that runs with several generators show how far
+    rounding alone moves a result (Monte Carlo arithmetic: Parker, UCLA CSD-970002, 1997). None rounds to nearest.
+    """
+    if generator is None or dtype == torch.float32:
+        return x.to(dtype)
+    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]  # bits of float32's significand
+    bits = x.float().contiguous().view(torch.int32)
+    bits = bits + torch.randint(0, 1 << dropped, bits.shape, generator=generator, dtype=torch.int32).to(bits.device)
+    return (bits >> dropped << dropped).view(torch.float32).to(dtype)
 
 
 def schedule(num_inference_steps: int) -> torch.Tensor:
@@ -203,20 +252,20 @@ class _Conditioning(nn.Module):
     FLUX rounds sigma and its product with 1000, Qwen-Image rounds sigma and multiplies in float32.
     """
 
-    def __init__(self, inner: nn.Module, family: str, dtype: torch.dtype):
+    def __init__(self, inner: nn.Module, family: str, dtype: torch.dtype, conditioner: torch.dtype):
         super().__init__()
-        self.inner, self.family, self.dtype = inner, family, dtype
+        self.inner, self.family, self.dtype, self.conditioner = inner, family, dtype, conditioner
         self.sigma, self.guidance = torch.tensor(1.0), 3.5
 
     def forward(self, timestep: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma.to(timestep.device).to(self.dtype).expand(timestep.shape[0])
-        if self.family != "flux":
-            return self.inner(sigma.float(), *rest)
+        if self.family != "flux":  # of the second argument only the dtype is read
+            return self.inner(sigma.float(), rest[0].to(self.conditioner), *rest[1:])
         values = [(sigma * 1000).float()]
         if len(rest) == 2:
             guidance = torch.full_like(sigma, self.guidance)
             values.append((guidance * 1000).float())
-        return self.inner(*values, rest[-1])
+        return self.inner(*values, rest[-1].to(self.conditioner))
 
 
 class _Rounded(nn.Module):

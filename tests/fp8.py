@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from arcflow_calibration.scales import PromptSet, Range, Scales
-from arcflow_export.emulate import emulate_bfloat16
+from arcflow_export.emulate import emulate
 from arcflow_export.quantize.graph import find_linears
 from arcflow_export.quantize.policy import load_policy
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
@@ -70,7 +70,7 @@ def run_graph(bundle: Bundle, part: str, inputs: dict[str, np.ndarray], inside: 
         for value in model.graph.initializers.values():
             value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name, dtype=value.dtype)
         if any(v.dtype == ir.DataType.BFLOAT16 for v in model.graph.initializers.values()):
-            model = emulate_bfloat16(model)
+            model = emulate(model)
         proto = ir.to_proto(model)
         known = {v.name for v in [*proto.graph.output, *proto.graph.input]}
         types = {v.name: v for v in proto.graph.value_info}

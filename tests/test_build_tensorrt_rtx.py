@@ -36,6 +36,14 @@ CASES = {
     "flux-bfloat16": ("flux-tiny", {"dtype": "bfloat16"}, FLUX),
     "qwen-bfloat16": ("qwen-tiny", {"dtype": "bfloat16"}, QWEN),
     "flux-float16": ("flux-tiny", {"dtype": "float16"}, HEAVY),
+    # Backbone and T5 in bfloat16, the decoder in float16.
+    "flux-mixed": ("flux-tiny", {"dtype": "bfloat16", "precision": (("vae_decoder", "float16"),)}, FLUX),
+    # Linears in float32 among float16 ones.
+    "flux-kept": (
+        "flux-tiny",
+        {"dtype": "float16", "keep_float32": ("transformer_blocks.*.ff.net.2", "proj_out_means")},
+        ["text_encoder_2", "backbone"],
+    ),
     # float32 graphs need opset 20; exported for the golden cases too.
     "flux-float32": ("flux-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
     "qwen-float32": ("qwen-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
@@ -94,6 +102,34 @@ def test_built_with_its_weights(engines, case):
     (engine,) = (Path(row["file"]).read_bytes() for row in rows if row["part"] == "backbone")
     # The builder may lay tensors out anew, but most stay as they are.
     assert sum(w[:64] in engine for w in weights.values()) > 0.5 * len(weights)
+
+
+def output_dtypes(root, part, kind):
+    """Name -> dtype of what the layers of one kind give, in the network that the builder is given."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(Bundle.open(root).path(f"{part}.onnx")))
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    return {layer.name: layer.get_output(0).dtype for layer in layers if layer.type == kind}
+
+
+def test_mixed_parts_keep_their_precisions_in_the_network(engines):
+    root, rows = engines("flux-mixed")
+    for part in ("backbone", "text_encoder_2"):
+        assert set(output_dtypes(root, part, trt.LayerType.MATRIX_MULTIPLY).values()) == {trt.bfloat16}, part
+    assert set(output_dtypes(root, "vae_decoder", trt.LayerType.CONVOLUTION).values()) == {trt.float16}
+    records = [root / "engines" / f"{row['part']}-tensorrt-rtx-sm89.json" for row in rows]
+    precisions = [json.loads(record.read_text())["key"]["precision"] for record in records]
+    assert precisions == ["bfloat16"] * 4 + ["float16"]
+
+
+def test_kept_linears_are_float32_in_the_network(engines):
+    root, _ = engines("flux-kept")
+    dtypes = output_dtypes(root, "backbone", trt.LayerType.MATRIX_MULTIPLY)
+    kept = {name for name, dtype in dtypes.items() if dtype == trt.float32}
+    assert kept == {"proj_out_means", *(f"transformer_blocks.{i}.ff.net.2" for i in range(2))}
+    assert {dtype for name, dtype in dtypes.items() if name not in kept} == {trt.float16}
 
 
 @pytest.mark.parametrize("case", ["flux-bfloat16", "qwen-bfloat16"])

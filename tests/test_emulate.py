@@ -9,7 +9,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from arcflow_export.emulate import emulate_bfloat16
+from arcflow_export.emulate import emulate
 
 BF16 = TensorProto.BFLOAT16
 
@@ -21,7 +21,7 @@ def run(nodes, inputs, outputs, weights, feeds):
     held = [helper.make_tensor(n, BF16, w.shape, w.float().flatten().tolist()) for n, w in weights.items()]
     graph = helper.make_graph(nodes, "g", values, results, held)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    emulated = emulate_bfloat16(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
+    emulated = emulate(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
     session = ort.InferenceSession(ir.to_proto(emulated).SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(list(outputs), feeds)
 

@@ -223,7 +223,7 @@ def test_float16_advice_and_casts(tmp_path):
     }
     pipe.backend.poison = np.float32("nan")
     with pytest.raises(
-        EngineError, match=r"float16 overflows in these models, export with --dtype bfloat16 or float32$"
+        EngineError, match=r"float16 overflows in these models: export with --dtype bfloat16 or float32, or with"
     ):
         latents(pipe, "x")
 
@@ -245,7 +245,7 @@ def test_a_black_picture_of_a_float16_decoder_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         EngineError,
         match=r"^vae_decoder: pictures \[0\] must have more than one colour; "
-        r"float16 overflows in some decoders, export with --dtype bfloat16 or float32$",
+        r"float16 overflows in some decoders, export with --precision vae_decoder=float32$",
     ):
         pipe("x", height=16, width=16)
 

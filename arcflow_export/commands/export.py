@@ -7,18 +7,23 @@ Weights are read, merged and written one tensor at a time, so that a 20-billion-
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import DTYPES, OPSETS, Options
+from ..options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
 from .bars import Bars
 from .sources import add_source_arguments, open_student, quiet_libraries
 
 if TYPE_CHECKING:
+    from arcflow_runtime.bundle import DType
+
     from ..export import Plan
+    from ..load import Student
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +33,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("bundle")
     group.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     group.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
-    group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="default: %(default)s")
+    group.add_argument(
+        "--dtype",
+        type=lambda text: SHORT_DTYPES.get(text, text),
+        choices=DTYPES,
+        default=default.dtype,
+        help="fp32, bf16 and fp16 for short; default: %(default)s",
+    )
+    group.add_argument(
+        "--precision",
+        action="append",
+        default=[],
+        metavar="PART=DTYPE[,...]",
+        help="another dtype for one part, such as text_encoder_2=bf16,vae=fp16; repeatable",
+    )
+    group.add_argument(
+        "--keep-float32",
+        action="append",
+        default=[],
+        metavar="PATTERN[,...]",
+        help="linears to keep in float32 in parts of reduced precision, by name; repeatable",
+    )
+    group.add_argument(
+        "--scales",
+        type=Path,
+        metavar="FILE",
+        help="of `arcflow calibrate`: keep in float32 what comes within half of float16's range there",
+    )
     group.add_argument(
         "--opset",
         type=int,
@@ -72,7 +103,10 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     from ..export import export_bundle, plan_export
 
-    plan = plan_export(open_student(args), options)
+    student = open_student(args)
+    if args.scales is not None:
+        options = _with_measured(options, args.scales, student)
+    plan = plan_export(student, options)
     if not args.json:
         print(_describe(plan))
     if args.dry_run:
@@ -109,7 +143,67 @@ def _options(args: argparse.Namespace) -> Options:
         raise RequestError(f"--max-px must be a positive multiple of 16, got {args.max_px}")
     if args.max_sequence_length < 1:
         raise RequestError(f"--max-sequence-length must be at least 1, got {args.max_sequence_length}")
-    return Options(args.dtype, args.opset, args.steps, args.keep_conditioner, args.max_px, args.max_sequence_length)
+    return Options(
+        args.dtype,
+        args.opset,
+        args.steps,
+        args.keep_conditioner,
+        args.max_px,
+        args.max_sequence_length,
+        _precision(args.precision),
+        tuple(pattern for text in args.keep_float32 for pattern in _items(text, "--keep-float32")),
+    )
+
+
+def _items(text: str, option: str) -> list[str]:
+    from arcflow_runtime.errors import RequestError
+
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise RequestError(f"{option} must be names with commas between, got {text!r}")
+    return items
+
+
+def _precision(texts: list[str]) -> tuple[tuple[str, DType], ...]:
+    """The values of --precision -> (part, dtype) pairs, each part once."""
+    import difflib
+
+    from arcflow_runtime.errors import RequestError
+
+    def close(word: str, known: Collection[str]) -> str:
+        found = difflib.get_close_matches(word, known, 1)
+        return f"; did you mean {found[0]}?" if found else ""
+
+    chosen: dict[str, DType] = {}
+    for item in [item for text in texts for item in _items(text, "--precision")]:
+        name, equals, dtype = item.partition("=")
+        if not equals:
+            raise RequestError(f"--precision must be PART=DTYPE such as text_encoder_2=bf16, got {item!r}")
+        part = "vae_decoder" if name == "vae" else name
+        if part not in PARTS:
+            raise RequestError(f"--precision: no part is called {name!r}, only {', '.join(PARTS)}{close(name, PARTS)}")
+        if dtype in ("fp8", "float8", "fp8_e4m3"):
+            raise RequestError(f"--precision: {item}: FP8 comes after the export, from `arcflow quantize`")
+        known = {**SHORT_DTYPES, **{d: d for d in DTYPES}}
+        if dtype not in known:
+            raise RequestError(
+                f"--precision: {name} must be in {', '.join(DTYPES)}, got {dtype!r}{close(dtype, known)}"
+            )
+        if chosen.setdefault(part, known[dtype]) != known[dtype]:
+            raise RequestError(f"--precision: {part} is given as {chosen[part]} and as {known[dtype]}; choose one")
+    return tuple(chosen.items())
+
+
+def _with_measured(options: Options, scales: Path, student: Student) -> Options:
+    """The options with the layers added that a file of scales shows to come near float16's limit."""
+    from arcflow_runtime.errors import RequestError
+
+    from ..keep import measured
+
+    if "float16" not in map(options.part_dtype, PARTS):
+        raise RequestError("--scales: no part is in float16, so nothing can overflow; leave it out")
+    layers = measured(scales, student, options.part_dtype)
+    return dataclasses.replace(options, keep_float32=(*options.keep_float32, *layers))
 
 
 def _describe(plan: Plan) -> str:
@@ -132,10 +226,12 @@ def _describe(plan: Plan) -> str:
     lines.append(f"  {'part':16}{'parameters':>18}{'bytes':>18}  dtype")
     for p in plan.parts:
         precision = str(p.part.precision).removeprefix("torch.")
+        if kept := len(p.float32_layers):
+            precision += f", {kept} linear{'s' if kept > 1 else ''} in float32"
         lines.append(f"  {p.part.name:16}{p.parameters:>18,}{p.bytes:>18,}  {precision}")
     if plan.baked is not None:
-        kept = "kept as well" if plan.options.keep_conditioner else "its conditioner is not shipped"
-        lines.append(f"  modulation is baked for {', '.join(map(str, plan.options.steps))} steps; {kept}")
+        shipped = "kept as well" if plan.options.keep_conditioner else "its conditioner is not shipped"
+        lines.append(f"  modulation is baked for {', '.join(map(str, plan.options.steps))} steps; {shipped}")
     return "\n".join(lines)
 
 
@@ -147,6 +243,14 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "adapter_parameters": adapter.parameters,
         "adapter_loras": len(adapter.loras),
         "loras": [{"name": s.source.name, "scale": s.scale, "skipped": s.skipped} for s in plan.student.styles],
-        "parts": {p.part.name: {"parameters": p.parameters, "bytes": p.bytes} for p in plan.parts},
+        "parts": {
+            p.part.name: {
+                "parameters": p.parameters,
+                "bytes": p.bytes,
+                "precision": str(p.part.precision).removeprefix("torch."),
+                "float32_layers": p.float32_layers,
+            }
+            for p in plan.parts
+        },
         "bytes": plan.bytes,
     }

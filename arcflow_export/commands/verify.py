@@ -1,9 +1,10 @@
 """Compare a bundle with the torch student it was made from, or --against another bundle, per part and end to end.
 
 With --base and --adapter: the torch side shares nothing with the bundle: diffusers' transformer, LoRA unmerged, its
-own update. A float32 bundle must agree to 1e-4; one in bfloat16 or float16 to twice torch's own distance between that
-dtype and float32. Both models are loaded whole, so this is for students that fit in memory. Exit code 1 if anything
-disagrees.
+own update. Every quantity is compared with torch in float32: a float32 part must agree to 1e-4, one in bfloat16 or
+float16 may be as far as twice what torch is in that precision, itself run several times with other roundings. float16
+parts are checked for overflow. Both models are loaded whole, so this is for students that fit in memory. Exit code 1
+if anything disagrees.
 
 With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, FP8 with its own
 rounding. Errors are reported per part on the reference's inputs, end to end, and for every quantised layer. Exit code
@@ -15,12 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arcflow_runtime.errors import RequestError
 
 from ..errors import SourceError
 from .drift import add_drift_arguments, run_drift
 from .sources import add_source_arguments, open_student, quiet_libraries
+
+if TYPE_CHECKING:
+    from ..verify import Row
 
 HEIGHT_PX, WIDTH_PX = 64, 96
 PROMPTS = ("a large red circle on a blue background", "portrait of an old sailor, oil painting, detailed")
@@ -91,11 +96,26 @@ def _run_torch(args: argparse.Namespace) -> int:
 
         rows = verify_bundle(bundle, student, cases, progress)
     failed = [r for r in rows if not r.passed]
+    layers = tuple(dict.fromkeys(layer for r in failed for layer in r.layers))
     if args.json:
-        print(json.dumps({"passed": not failed, "rows": [as_dict(r) for r in rows]}, indent=2))
+        remedy = {"keep_float32": layers} if layers else {}
+        print(json.dumps({"passed": not failed, "rows": [as_dict(r) for r in rows]} | remedy, indent=2))
     else:
         print(f"{'case':>4}  {'quantity':36}{'error':>10}{'bound':>10}")
         for r in rows:
-            print(f"{r.case:>4}  {r.what:36}{r.error:>10.2e}{r.bound:>10.2e}  {'' if r.passed else 'FAILED'}".rstrip())
+            end = "" if r.passed else "FAILED" + (f" at {r.node}" if r.node else "")
+            print(f"{r.case:>4}  {r.what:36}{r.error:>10.2e}{r.bound:>10.2e}  {end}".rstrip())
         print(f"{len(rows) - len(failed)} of {len(rows)} within bounds" + (f", {len(failed)} FAILED" if failed else ""))
+        if overflowing := [r for r in failed if r.node]:
+            print(_advice(overflowing, layers))
     return 1 if failed else 0
+
+
+def _advice(overflowing: list[Row], layers: tuple[str, ...]) -> str:
+    parts = list(dict.fromkeys(r.what.partition(":")[0] for r in overflowing))
+    first = overflowing[0]
+    advice = f"float16 overflows in {', '.join(parts)}, first at {first.node}. "
+    whole = ",".join(f"{part}=bfloat16" for part in parts)
+    if not layers:
+        return f"{advice}Export again with --precision {whole}"
+    return f"{advice}Export again with --precision {whole}, or with\n  --keep-float32 {','.join(layers)}"

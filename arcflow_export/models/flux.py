@@ -82,7 +82,8 @@ class FluxBackbone(nn.Module):
             if x.dtype == torch.float16:
                 x = x.clip(-65504, 65504)  # as diffusers does
         x = t.norm_out(x[:, text_tokens:], modulation)
-        return self.heads(x)
+        means, logweights, loggammas = (head.to(latents.dtype) for head in self.heads(x))
+        return means, logweights, loggammas
 
 
 class FluxConditioner(nn.Module):
@@ -102,17 +103,20 @@ class FluxConditioner(nn.Module):
         temb = self.timestep_embedder(self.sinusoid(timesteps).to(pooled.dtype))[:, None]  # [S, 1, D]
         if self.guidance_embedder is not None:
             temb = temb + self.guidance_embedder(self.sinusoid(rest[0]).to(pooled.dtype))[None]
-        return self.modulations(temb + self.text_embedder(pooled)[None])
+        return self.modulations(temb + self.text_embedder(pooled)[None]).to(pooled.dtype)
 
 
-def build(config: dict[str, Any], num_gaussians: int, logweights_channels: int, dtype: DType) -> list[Part]:
+def build(
+    config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
+) -> list[Part]:
     """The conditioner and backbone of a FLUX student, on the meta device.
 
     Args:
         config: the base transformer's `config.json`.
         num_gaussians: K, the number of modes.
         logweights_channels: P, the number of sub-pixels with weights of their own.
-        dtype: arithmetic of both parts.
+        conditioner_dtype: arithmetic of the conditioner.
+        dtype: arithmetic of the backbone.
     """
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
@@ -130,16 +134,16 @@ def build(config: dict[str, Any], num_gaussians: int, logweights_channels: int, 
     guidance = bool(config.get("guidance_embeds"))
     conditioner = FluxConditioner(transformer.time_text_embed, linears, guidance)
     backbone = FluxBackbone(transformer, heads)
-    torch_dtype = getattr(torch, dtype)
-    for module in (conditioner, backbone):
+    dtypes: list[torch.dtype] = [getattr(torch, conditioner_dtype), getattr(torch, dtype)]
+    for module, torch_dtype in zip((conditioner, backbone), dtypes, strict=True):
         replace_linears(module)
         module.to(torch_dtype).requires_grad_(False).eval()
     inputs = [TensorSpec("timesteps", "float32", ("steps",))]
     if guidance:
         inputs.append(TensorSpec("guidance", "float32", ("batch",)))
-    inputs.append(TensorSpec("pooled_projections", dtype, ("batch", config["pooled_projection_dim"])))
-    output = TensorSpec("modulation", dtype, ("steps", "batch", size))
+    inputs.append(TensorSpec("pooled_projections", conditioner_dtype, ("batch", config["pooled_projection_dim"])))
+    output = TensorSpec("modulation", conditioner_dtype, ("steps", "batch", size))
     return [
-        Part("conditioner", conditioner, tuple(inputs), (output,), rename_linears(names), torch_dtype),
+        Part("conditioner", conditioner, tuple(inputs), (output,), rename_linears(names), dtypes[0]),
         backbone_part(backbone, config, num_gaussians, logweights_channels, size, dtype),
     ]

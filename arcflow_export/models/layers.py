@@ -49,7 +49,10 @@ class Parameter:
 
 
 class MatMul(nn.Module):
-    """x W + b with W stored [in, out], so that the graph has a plain MatMul and no Transpose to fold at load."""
+    """x W + b with W stored [in, out], so that the graph has a plain MatMul and no Transpose to fold at load.
+
+    It computes in its weight's dtype, and returns that or `output`.
+    """
 
     transforms: ClassVar[dict[str, Transform]] = {"weight": "transpose"}
 
@@ -60,11 +63,13 @@ class MatMul(nn.Module):
         self.bias = None
         if linear.bias is not None:
             self.bias = nn.Parameter(torch.empty(linear.out_features, **kw), requires_grad=False)
+        self.output: torch.dtype | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        y = torch.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        y = torch.matmul(x.to(self.weight.dtype), self.weight)
+        y = y if self.bias is None else y + self.bias
+        return y if self.output is None else y.to(self.output)
 
 
 class Slice(nn.Module):
@@ -111,6 +116,21 @@ class RMSNorm(nn.Module):
         if x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(self.weight.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with weight and bias that takes float32 too; the result has the weight's dtype."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D] in the weight's dtype."""
+        if x.dtype == self.weight.dtype:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return y.to(self.weight.dtype)
 
 
 class Constant(nn.Module):

@@ -80,25 +80,29 @@ class QwenBackbone(nn.Module):
                 temb=modulation,
                 image_rotary_emb=(image_rotary, text_rotary),
             )
-        return self.heads(t.norm_out(x, modulation))
+        means, logweights, loggammas = (head.to(latents.dtype) for head in self.heads(t.norm_out(x, modulation)))
+        return means, logweights, loggammas
 
 
 class QwenConditioner(nn.Module):
     """The image-independent part of a Qwen-Image student, a function of the timestep alone."""
 
-    def __init__(self, embed: Any, linears: list[nn.Linear]):
+    def __init__(self, embed: Any, linears: list[nn.Linear], dtype: torch.dtype):
         super().__init__()
+        self.dtype = dtype
         self.sinusoid = Sinusoid()
         self.timestep_embedder: nn.Module = embed.timestep_embedder
         self.modulations = Modulations(linears)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """timesteps [S] float32 -> modulation [S, 1, M]."""
-        x = self.sinusoid(timesteps).to(self.modulations.linears[0].weight.dtype)
-        return self.modulations(self.timestep_embedder(x))[:, None]
+        x = self.sinusoid(timesteps).to(self.dtype)
+        return self.modulations(self.timestep_embedder(x)).to(self.dtype)[:, None]
 
 
-def build(config: dict[str, Any], num_gaussians: int, logweights_channels: int, dtype: DType) -> list[Part]:
+def build(
+    config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
+) -> list[Part]:
     """The conditioner and backbone of a Qwen-Image student, on the meta device; arguments as for FLUX."""
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(config)
@@ -111,13 +115,13 @@ def build(config: dict[str, Any], num_gaussians: int, logweights_channels: int, 
     slots.append(("norm_out.linear", transformer.norm_out, "linear"))
     transformer.norm_out.silu = nn.Identity()
     linears, names, size = lift_modulations(slots)
-    conditioner = QwenConditioner(transformer.time_text_embed, linears)
+    dtypes: list[torch.dtype] = [getattr(torch, conditioner_dtype), getattr(torch, dtype)]
+    conditioner = QwenConditioner(transformer.time_text_embed, linears, dtypes[0])
     backbone = QwenBackbone(transformer, heads)
-    torch_dtype = getattr(torch, dtype)
-    for module in (conditioner, backbone):
+    for module, torch_dtype in zip((conditioner, backbone), dtypes, strict=True):
         replace_linears(module)
         module.to(torch_dtype).requires_grad_(False).eval()
-    output = TensorSpec("modulation", dtype, ("steps", 1, size))
+    output = TensorSpec("modulation", conditioner_dtype, ("steps", 1, size))
     return [
         Part(
             "conditioner",
@@ -125,7 +129,7 @@ def build(config: dict[str, Any], num_gaussians: int, logweights_channels: int, 
             (TensorSpec("timesteps", "float32", ("steps",)),),
             (output,),
             rename_linears(names),
-            torch_dtype,
+            dtypes[0],
         ),
         backbone_part(backbone, config, num_gaussians, logweights_channels, size, dtype),
     ]

@@ -140,8 +140,6 @@ def _replace_qwen(module: nn.Module) -> None:
 def decoder(config: dict[str, Any], family: str, dtype: DType) -> Part:
     """The VAE decoder of a family, from the VAE's `config.json`.
 
-    In float16 the decoder stays in float32: both families' decoders are known to overflow there.
-
     Raises:
         SourceError: the config is not this family's VAE, or has other than 16 latent channels.
     """
@@ -155,7 +153,6 @@ def decoder(config: dict[str, Any], family: str, dtype: DType) -> Part:
             f"vae: a {family} base must have 16 latent channels and 4 levels (8 pixels per latent), "
             f"got {channels} and {levels}"
         )
-    dtype = "float32" if dtype == "float16" else dtype
     with torch.device("meta"):
         if family == "flux":
             module: nn.Module = FluxDecoder(AutoencoderKL.from_config(config))

@@ -44,7 +44,7 @@ def check_pictures(pixels: np.ndarray, precision: str) -> None:
         raise EngineError(
             f"vae_decoder: pictures {flat} must have more than one colour; "
             "float16 overflows in some decoders, "
-            "export with --dtype bfloat16 or float32"
+            "export with --precision vae_decoder=float32"
         )
 
 

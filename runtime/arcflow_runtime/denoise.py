@@ -97,5 +97,8 @@ def check_finite(latents: np.ndarray, precision: str) -> None:
     if bad:
         advice = "check the checkpoint and adapter with `arcflow verify`"
         if precision == "float16":
-            advice = "float16 overflows in these models, export with --dtype bfloat16 or float32"
+            advice = (
+                "float16 overflows in these models: export with --dtype bfloat16 or float32, "
+                "or with the linears in float32 that `arcflow verify` names"
+            )
         raise EngineError(f"backbone: latents of images {bad} must be finite, got NaN or Inf; {advice}")

@@ -117,8 +117,9 @@ def _facts(m: Manifest) -> list[str]:
     sigmas = ", ".join(f"{x:.4f}" for x in _sigmas(m))
     steps = f"{s.num_inference_steps} steps, shift {s.shift:g}, timestep ratio {s.timestep_ratio:g}"
     loras = ", ".join(f"{x.name} x {x.scale:g}" for x in p.loras if x.scale is not None) or "none"
+    others = "".join(f", {name} in {p.precision}" for name, p in m.parts.items() if p.precision != m.dtype)
     facts = {
-        "dtype": f"{m.dtype}, conditioning as the reference in {m.reference_dtype}, opset {m.opset}",
+        "dtype": f"{m.dtype}{others}, conditioning as the reference in {m.reference_dtype}, opset {m.opset}",
         "schedule": f"{steps}: sigma {sigmas}",
         "baked": f"modulation for step counts: {baked}",
         "guidance": "yes" if m.guidance else "no",
