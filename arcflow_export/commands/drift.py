@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arcflow_runtime.errors import RequestError
 
-#: Prompts, by default without and with a judge: of 256 pairs a drop of two points is two standard errors, of 1,024 four.
+#: Prompts without and with a judge: of 256 pairs a drop of two points is two standard errors, of 1,024 four
 LIMIT, LIMIT_WITH_JUDGE = 32, 1024
 _GENERAL, _SHAPES = "general", "shapes"
 
