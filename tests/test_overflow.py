@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from arcflow_export.keep import FLOAT16_MAX
 from arcflow_export.overflow import _remedy, _watch, _widened
-from arcflow_runtime import cli
+from arcflow_runtime import Pipeline, cli
+from arcflow_runtime.errors import EngineError
 from tests.checkpoints import Sizes, make_adapter, make_base, open_student
 from tests.conftest import export
 
@@ -61,6 +62,13 @@ def test_an_overflowing_layer_is_named_and_kept(root, capsys):
     code, out = verify(root, kept, capsys)
     assert code == 0, out
     assert "backbone: reach into float16" in out
+
+    # The runtime itself, whose parts in float16 and float32 pass values to each other.
+    with Pipeline.load(root / "plain") as pipe, pytest.raises(EngineError, match="must be finite, got NaN or Inf"):
+        pipe("a red circle", height=48, width=32, seed=0)
+    with Pipeline.load(kept) as pipe:
+        image = pipe("a red circle", height=48, width=32, seed=0, output_type="numpy").images[0]
+    assert image.min() < image.max()
 
 
 def test_advice():
