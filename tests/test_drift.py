@@ -299,9 +299,9 @@ def test_numbers_that_are_none_fail():
 
 
 def test_layers_that_share_a_broken_scale_are_named_after_it():
-    group = [drift_of(n, e, 12, "q") for n, e in (("q", 0.4), ("k", 0.5), ("v", 0.6))]
+    group = [drift_of(n, e, 12, "q") for n, e in (("q", 0.1), ("k", 0.5), ("v", 0.6))]
     breaches = gate.check(OPEN, [drift_of("x", 0.03), *group], [0.0], 0.0, 50, None)
-    assert [b.layer for b in breaches] == ["q"]
+    assert [(b.layer, b.value) for b in breaches] == [("q", 0.6)]
     assert [d.layer for d in gate.ranked([drift_of("x", 0.3), *group], OPEN)] == ["q", "v", "k", "x"]
 
 
