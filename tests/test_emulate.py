@@ -14,12 +14,12 @@ from arcflow_export.emulate import emulate_bfloat16
 BF16 = TensorProto.BFLOAT16
 
 
-def run(nodes, inputs, outputs, weights, feeds):
-    """Emulate a graph whose tensors are all bfloat16 and run it; float32 in and out."""
+def run(nodes, inputs, outputs, weights, feeds, others=()):
+    """Emulate a graph whose tensors are all bfloat16 but for `others` and run it; float32 in and out."""
     values = [helper.make_tensor_value_info(n, BF16, s) for n, s in inputs.items()]
     results = [helper.make_tensor_value_info(n, BF16, s) for n, s in outputs.items()]
     held = [helper.make_tensor(n, BF16, w.shape, w.float().flatten().tolist()) for n, w in weights.items()]
-    graph = helper.make_graph(nodes, "g", values, results, held)
+    graph = helper.make_graph(nodes, "g", values, results, [*held, *others])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     emulated = emulate_bfloat16(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
     session = ort.InferenceSession(ir.to_proto(emulated).SerializeToString(), providers=["CPUExecutionProvider"])
@@ -74,3 +74,24 @@ def test_float32_islands_are_left_alone():
     (got,) = run(nodes, {"x": [3]}, {"y": [3]}, {}, {"x": x.float().numpy()})
     third32 = torch.tensor(1 / 3, dtype=torch.float32)
     assert np.array_equal(got, (x.float() * third32 * third32).bfloat16().float().numpy())
+
+
+def test_fp8_linears_are_multiplied_before_they_are_rounded():
+    """Small whole numbers times powers of two: the sums are exact in float32, so only the last rounding is left."""
+    x, w = whole((5, 64), 6, 31), whole((64, 7), 7, 15)
+    codes = [
+        helper.make_tensor("w", TensorProto.FLOAT8E4M3FN, w.shape, w.float().flatten().tolist()),
+        helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0]),
+    ]
+    scales = {"sx": torch.tensor(0.5), "sw": torch.tensor([2.0**i for i in range(-3, 4)])}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "sx", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "sx"], ["a"]),
+        helper.make_node("DequantizeLinear", ["w", "sw"], ["b"], axis=1),
+        helper.make_node("MatMul", ["a", "b"], ["y"]),
+    ]
+    (got,) = run(nodes, {"x": [5, 64]}, {"y": [5, 7]}, scales, {"x": x.float().numpy()}, codes)
+    a = (x.float() * 2).to(torch.float8_e4m3fn).double() / 2
+    assert not torch.equal(a.float(), x.float()), "these numbers are all in E4M3"
+    expected = (a @ (w.double() * scales["sw"])).to(torch.bfloat16)
+    assert np.array_equal(got, expected.float().numpy())

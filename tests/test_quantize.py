@@ -130,7 +130,8 @@ def test_files_of_other_parts_are_links(case):
     for name in quantized_parts(after):
         spec = after.manifest.parts[name]
         old, new = (b.manifest.files[spec.weights].bytes for b in (before, after))
-        saved = sum(linears(before, name)[n].parameters for n in chosen(after, name))
+        found = linears(before, name)
+        saved = sum(found[n].parameters for n in chosen(after, name))
         size = {"float32": 4, "bfloat16": 2, "float16": 2}[spec.precision]
         extra = 200 * 2 * len(chosen(after, name)) + 2 * 4096  # headers of the scales, padding
         assert old - saved * (size - 1) <= new <= old - saved * (size - 1) + extra + saved // 8
@@ -163,10 +164,11 @@ def test_q_and_dq_are_where_the_policy_says_and_nowhere_else(case):
     assert not [n for p in before.manifest.parts for n in graph(before, p).graph.node if "Quantize" in n.op_type]
 
 
-def fake_quantized(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Independent of the exporter: torch's own cast between float32 and E4M3."""
+def fake_quantized(values: torch.Tensor, scale: torch.Tensor, quotient: torch.dtype = torch.float32) -> torch.Tensor:
+    """Independent of the exporter: torch's own cast between float32 and E4M3; the division is rounded to `quotient`."""
     scale = scale.float()
-    return (values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    ratio = (values.float() / scale).to(quotient).float()
+    return ratio.clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def test_every_quantised_linear_computes_what_torch_computes(case):
@@ -185,7 +187,9 @@ def test_every_quantised_linear_computes_what_torch_computes(case):
             amax = max(scales.amax(part, n) for n in group)
             scale = stored[f"{name}.input_scale"]
             assert amax / 448 <= scale.item() <= amax / 448 * (1 + 2**-7)
-            a, b = fake_quantized(x, scale), fake_quantized(old[f"{name}.weight"], stored[f"{name}.weight_scale"])
+            # ONNX Runtime divides in the dtype of the activation.
+            a = fake_quantized(x, scale, torch.float16 if precision == "float16" else torch.float32)
+            b = fake_quantized(old[f"{name}.weight"], stored[f"{name}.weight_scale"])
             got = torch.from_numpy(values[linear.node.outputs[0].name]).double()
             size = a.double().abs() @ b.double().abs()
             # A float32 sum of K products, in any order, is off by at most K + 2 roundings; in float16 each dequantised
@@ -222,7 +226,7 @@ def test_the_whole_backbone_is_torch_s_module_with_fake_quantised_linears(made):
                 hooked += 1
         assert hooked == len(layers)
         inputs = feeds(after, "backbone", seed=1)
-        expected = module(*(torch.from_numpy(inputs[s.name]) for s in part.inputs))
+        expected = module(*(torch.tensor(inputs[s.name]) for s in part.inputs))
     got, exact = run_graph(after, "backbone", inputs), run_graph(before, "backbone", inputs)
     for spec, want in zip(part.outputs, expected, strict=True):
         drift = np.linalg.norm(got[spec.name] - exact[spec.name])
@@ -269,11 +273,10 @@ def test_a_wrong_range_of_one_layer_changes_what_comes_out(made, tmp_path):
     exact, good, bad = (run_graph(b, "backbone", inputs)["means"] for b in (before, after, other))
     assert not np.array_equal(good, bad)
     assert np.isfinite(bad).all() and np.isfinite(good).all()
-    (path, changed) = (other.path("backbone.safetensors"), {f"{layer}.input_scale"})
-    assert {
-        k for k, v in load_file(path).items() if v.float().ne(weights(after, "backbone")[k].float()).any()
-    } == changed
-    assert np.linalg.norm(good - exact) > 0
+    old, new = weights(after, "backbone"), weights(other, "backbone")
+    assert [k for k in new if not torch.equal(new[k].float(), old[k].float())] == [f"{layer}.input_scale"]
+    # Ten is no power of two, so every number of that linear's input meets another grid.
+    assert np.linalg.norm(bad - good) > 0.01 * np.linalg.norm(good - exact)
 
 
 @pytest.mark.parametrize("case", ["flux-float32", "qwen-float32"])
@@ -310,18 +313,16 @@ def test_the_command_prints_its_coverage(flux, tmp_path):
     code, text, err = command("quantize", root, "--scales", scales, "--out", out, "--height", 64, "--width", 64)
     assert code == 0, err
     bundle = Bundle.open(out)
-    count = len(linears(Bundle.open(root), "backbone"))
+    found = linears(Bundle.open(root), "backbone")
     assert text.startswith("policy flux, fp8_e4m3; FLOPs of linears, one 64x64 picture\n")
-    assert f"39 of {count}" in text
+    assert f"39 of {len(found)}" in text
     assert f"left as they are in backbone: {', '.join(UNTOUCHED)}\n" in text
     assert text.endswith(f"wrote {out}\n")
     code, shown, _ = command("inspect", out)
     assert code == 0 and "float32, 39 linears in FP8 (79.8% of the parameters)" in shown
     code, shown, _ = command("inspect", out, "--json")
     parts = json.loads(shown)["parts"]
-    assert parts["backbone"]["fp8_parameters"] == sum(
-        linears(Bundle.open(root), "backbone")[n].parameters for n in chosen(bundle)
-    )
+    assert parts["backbone"]["fp8_parameters"] == sum(found[n].parameters for n in chosen(bundle))
     assert parts["vae_decoder"]["fp8_parameters"] == 0 and parts["vae_decoder"]["quantization"] is None
 
 

@@ -16,6 +16,7 @@ trt = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'", exc_type=ImportError
 )
 
+DTYPES = {"bfloat16": trt.DataType.BF16, "float16": trt.DataType.HALF}
 #: golden student, export options, policy, parts that are quantised.
 CASES = {
     "flux-bfloat16": ("flux-tiny", {"dtype": "bfloat16"}, "flux-t5", ("backbone", "text_encoder_2")),
@@ -95,12 +96,13 @@ def test_the_network_has_q_and_dq_where_the_policy_says_and_nowhere_else(made, c
                 activation, weight = made_by
                 shared.add(activation.name)
                 assert weight.name == f"{layer.name}.weight_dequantize"
+                weight.__class__ = trt.IDequantizeLayer  # how the library's Python casts down
                 assert weight.axis == 1 and weight.get_input(1).shape[0] == layer.get_output(0).shape[-1]
                 quantize_layer = source(activation.get_input(0))
                 assert quantize_layer.type == trt.LayerType.QUANTIZE
                 assert quantize_layer.get_output(0).dtype == trt.DataType.FP8
                 assert weight.get_input(0).dtype == trt.DataType.FP8
-                assert layer.get_output(0).dtype == {"bfloat16": trt.bfloat16, "float16": trt.float16}[spec.precision]
+                assert layer.get_output(0).dtype == DTYPES[spec.precision]
             elif layer.type not in (trt.LayerType.DEQUANTIZE, trt.LayerType.SHUFFLE):
                 assert trt.LayerType.DEQUANTIZE not in kinds and trt.LayerType.QUANTIZE not in kinds, layer.name
         names = {layer.name for layer in layers if layer.type == trt.LayerType.MATRIX_MULTIPLY}
