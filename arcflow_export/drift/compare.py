@@ -85,9 +85,9 @@ def compare(
     notes = check_comparable(candidate, reference)
     quantized = {part: quantized_layers(load_graph(candidate, part)) for part in candidate.manifest.parts}
     for part in reference.manifest.parts:
-        if found := quantized_layers(load_graph(reference, part)):
+        if names := quantized_layers(load_graph(reference, part)):
             raise ExportError(
-                f"{reference.root}: {part} must not be quantised to be a reference, its layer {found[0]} is; "
+                f"{reference.root}: {part} must not be quantised to be a reference, its layer {names[0]} is; "
                 "give the bundle that it was made from"
             )
     if plan.judge is not None:

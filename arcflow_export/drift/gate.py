@@ -53,28 +53,23 @@ def check(
         psnr: of the pictures, in dB.
         judge_drop: loss of the judge's share, or None without a judge.
     """
-    breaches = []
+    breaches: list[Breach] = []
     scales: set[str] = set()
     for d in ranked(layers, limits):
-        name = d.layer
+        name, error = d.layer, d.error
         if d.scale is not None and d.scale_at_fault(limits):
-            # One line for the linears that share a scale.
+            # One line for the linears that share a scale, with the largest of their errors.
             if d.scale in scales:
                 continue
             scales.add(d.scale)
-            name = d.scale
-        if _past(d.error, limits.layers):
-            breaches.append(Breach("layers", "relative error of its output", d.error, limits.layers, name, d.reason()))
-        if d.headroom is not None and _past(d.headroom, limits.headroom):
-            what = "its input scale's range over its largest input"
-            breaches.append(Breach("headroom", what, d.headroom, limits.headroom, name, d.reason()))
+            name, error = d.scale, max(other.error for other in layers if other.scale == d.scale)
+        what = "its input scale's range over its largest input"
+        breaches += _past("layers", "relative error of its output", error, limits.layers, name, d.reason())
+        breaches += _past("headroom", what, d.headroom, limits.headroom, name, d.reason())
     step = max(range(len(heads)), key=lambda i: heads[i])
-    ends = (
-        ("heads", f"relative error of the means at step {step}", heads[step], limits.heads),
-        ("latents", "relative error of the final latents", latents, limits.latents),
-        ("judge", "drop of the judge's share", judge_drop, limits.judge),
-    )
-    breaches += [Breach(name, what, value, limit) for name, what, value, limit in ends if _past(value, limit)]
+    breaches += _past("heads", f"relative error of the means at step {step}", heads[step], limits.heads)
+    breaches += _past("latents", "relative error of the final latents", latents, limits.latents)
+    breaches += _past("judge", "drop of the judge's share", judge_drop, limits.judge)
     if limits.psnr is not None and not psnr >= limits.psnr:
         breaches.append(Breach("psnr", "PSNR of the pictures", psnr, limits.psnr))
     return tuple(breaches)
@@ -98,6 +93,10 @@ def ranked(layers: Sequence[LayerDrift], limits: Thresholds) -> list[LayerDrift]
     return sorted(layers, key=key)
 
 
-def _past(value: float | None, limit: float | None) -> bool:
-    # "not <=", so that a number that is none fails.
-    return value is not None and limit is not None and not value <= limit
+def _past(
+    threshold: str, what: str, value: float | None, limit: float | None, layer: str | None = None, hint: str = ""
+) -> list[Breach]:
+    """The breach of an upper limit, if it is one; "not <=", so that a number that is none is."""
+    if value is None or limit is None or value <= limit:
+        return []
+    return [Breach(threshold, what, value, limit, layer, hint)]

@@ -14,6 +14,7 @@ from .gate import SHOWN, Breach, ranked
 from .judged import Judged
 from .layers import LayerDrift
 from .measures import RESAMPLES
+from .sensitivity import PART as SENSITIVE
 from .sensitivity import Sensitivity
 from .thresholds import Thresholds
 
@@ -59,25 +60,31 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """What `drift.json` holds; numbers that are none or infinite are null."""
-        data = {"format": FORMAT, "version": VERSION, "passed": self.passed, **dataclasses.asdict(self)}
+        head = {"format": FORMAT, "version": VERSION, "passed": self.passed, "exclude": self.exclude()[0]}
+        data = head | dataclasses.asdict(self)
         cleaned: dict[str, Any] = _finite(data)
         return cleaned
 
-    def exclude(self) -> tuple[tuple[str, ...], str]:
-        """Patterns to leave out, and how they were found; none where the gate passes."""
+    def exclude(self) -> tuple[dict[str, tuple[str, ...]], str]:
+        """Patterns to leave out by part, and how they were found; none where the gate passes or it would not help."""
         if self.passed:
-            return (), ""
+            return {}, ""
         s = self.sensitivity
         if s is not None and s.exclude:
-            return s.exclude, f"the fewest {s.kind} found without which the thresholds hold"
-        if s is not None and s.exclude is None:
-            return (), "leaving out every quantised layer does not help: the error is in the arithmetic or another part"
+            return {SENSITIVE: s.exclude}, f"the fewest {s.kind} found without which the thresholds hold"
         worst = ranked(self.layers, self.thresholds)
-        if broken := tuple(d.layer for d in worst if d.badness(self.thresholds) > 1):
-            return broken, "the layers past their own limit; calibrating again may mend them"
-        return tuple(
-            d.layer for d in worst[:SHOWN]
-        ), "a first guess, the largest errors; --sensitivity layers finds the fewest that suffice"
+        if broken := [d for d in worst if d.badness(self.thresholds) > 1]:
+            return _by_part(broken), "the layers past their own limit; calibrating again may mend them"
+        if s is not None and s.exclude is None:
+            return {}, "leaving out layers does not help: the error is in the arithmetic or in another part"
+        if s is not None:
+            return (
+                {},
+                "leaving out layers does not help: given the reference's text the backbone is within the thresholds",
+            )
+        return _by_part(
+            worst[:SHOWN]
+        ), "a first guess by their errors; --sensitivity layers finds the fewest that suffice"
 
     def verdict(self) -> str:
         """What the gate says, for the terminal and the report."""
@@ -86,11 +93,13 @@ class Report:
         lines = [f"FAILED: {len(self.breaches)} thresholds do not hold", *(f"  {b.text()}" for b in self.breaches)]
         if worst := ranked(self.layers, self.thresholds)[:SHOWN]:
             lines += ["worst layers", *(f"  {d.layer}: relative error {d.error:.4g}" for d in worst)]
-        patterns, reason = self.exclude()
-        if patterns:
-            lines += [f"leave out ({reason})", "  exclude = [", *(f'      "{p}",' for p in patterns), "  ]"]
+        exclude, reason = self.exclude()
+        if exclude:
+            lines.append(f"leave out ({reason})")
         elif reason:
             lines.append(reason)
+        for part, patterns in exclude.items():
+            lines += [f"  [parts.{part}]", "  exclude = [", *(f'      "{p}",' for p in patterns), "  ]"]
         return "\n".join(lines)
 
     def text(self) -> str:
@@ -160,6 +169,11 @@ class Report:
             "Those that gain most when left out come first; `all` left out is the error of the arithmetic by itself."
         )
         return f"{note}\n\n{_markdown(head, rows)}"
+
+
+def _by_part(layers: Sequence[LayerDrift]) -> dict[str, tuple[str, ...]]:
+    parts = dict.fromkeys(d.part for d in layers)
+    return {part: tuple(d.layer for d in layers if d.part == part) for part in parts}
 
 
 def _limit(sign: str, limit: float | None) -> str:
