@@ -69,7 +69,8 @@ def make_bundle(root: Path, blocks: tuple[int, int]) -> b.Bundle:
     m = b.Bundle.open(export_bundle(plan_export(student, Options("bfloat16")), root, "benchmark")).manifest
     (config,) = (c.config for c in components("flux") if c.folder == "transformer")
     config = {**config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
-    part = next(p for p in build(config, NUM_GAUSSIANS, LOGWEIGHTS_CHANNELS, "bfloat16") if p.name == "backbone")
+    built = build(config, NUM_GAUSSIANS, LOGWEIGHTS_CHANNELS, "bfloat16", "bfloat16")
+    part = next(p for p in built if p.name == "backbone")
     params = [dataclasses.replace(p, transform="none") for p in parameters(part)]
     model = trace(part, Options().opset)
     live = [p for p in params if initializer_name(p) in model.graph.initializers]
