@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from arcflow_runtime.bundle import Bundle, Part, TensorSpec
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
+from arcflow_runtime.errors import EngineError
 
 #: Operators whose results are not rounded: those that only move values, and DequantizeLinear (above).
 _UNROUNDED = {
@@ -45,12 +46,39 @@ class EmulatedBackend:
 
     def open(self, bundle: Bundle, part: str) -> OnnxRuntimeEngine:
         """Load part `part`; raises `EngineError` as ONNX Runtime's backend does."""
-        original = bundle.path(bundle.manifest.parts[part].graph)
-        if not any(v.dtype == ir.DataType.BFLOAT16 for v in ir.load(original).graph.initializers.values()):
+        model = load_graph(bundle, part)
+        if not any(v.dtype == ir.DataType.BFLOAT16 for v in model.graph.initializers.values()):
             return OnnxRuntimeBackend(None).open(bundle, part)
         with tempfile.TemporaryDirectory() as folder:
-            ir.save(emulate_bfloat16(ir.load(original)), Path(folder) / original.name)
+            ir.save(emulate_bfloat16(model), Path(folder) / bundle.manifest.parts[part].graph)
             return OnnxRuntimeBackend(None).open(dataclasses.replace(bundle, root=Path(folder)), part)
+
+
+def load_graph(bundle: Bundle, part: str) -> ir.Model:
+    """The part's graph; its weights stay in their file until they are used.
+
+    onnx-ir refuses a weights file with several hard links, which the unchanged parts of a quantised bundle have. So the
+    path is checked here: it must be the part's own file (B8), which `Bundle.open` found inside the bundle.
+
+    Raises:
+        EngineError: a tensor lies in another file.
+    """
+    spec = bundle.manifest.parts[part]
+    graph, weights = bundle.path(spec.graph), bundle.path(spec.weights)
+    model = ir.load(graph)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if graph.parent / tensor.location != weights:
+            raise EngineError(
+                f"{part}: {tensor.name!r} must lie in {spec.weights}, got {str(tensor.location)!r}; "
+                "export the bundle again"
+            )
+        value.const_value = ir.ExternalTensor(
+            weights, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=""
+        )
+    return model
 
 
 def widened(bundle: Bundle) -> Bundle:
