@@ -20,6 +20,7 @@ import onnx_ir as ir
 from arcflow_runtime.bundle import Bundle, Part, TensorSpec
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
+from arcflow_runtime.errors import EngineError
 
 #: Operators that only move values, so that their results need no rounding.
 MOVES = {
@@ -48,8 +49,7 @@ class EmulatedBackend:
 
     def open(self, bundle: Bundle, part: str) -> Engine:
         """Load part `part` of a `widened` bundle; raises `EngineError` as ONNX Runtime's backend does."""
-        original = bundle.path(bundle.manifest.parts[part].graph)
-        model = ir.load(original)
+        model = load_graph(bundle, part)
         if not any(v.dtype in _NARROW for v in model.graph.initializers.values()):
             return OnnxRuntimeBackend(None).open(bundle, part)
         return open_edited(bundle, part, emulate(model))
@@ -60,6 +60,33 @@ def open_edited(bundle: Bundle, part: str, model: ir.Model) -> OnnxRuntimeEngine
     with tempfile.TemporaryDirectory() as folder:
         ir.save(model, Path(folder) / bundle.manifest.parts[part].graph)
         return OnnxRuntimeBackend(None).open(dataclasses.replace(bundle, root=Path(folder)), part)
+
+
+def load_graph(bundle: Bundle, part: str) -> ir.Model:
+    """The part's graph; its weights stay in their file until they are used.
+
+    onnx-ir refuses a weights file with several hard links, which the unchanged parts of a quantised bundle have. So the
+    path is checked here: it must be the part's own file (B8), which `Bundle.open` found inside the bundle.
+
+    Raises:
+        EngineError: a tensor lies in another file.
+    """
+    spec = bundle.manifest.parts[part]
+    graph, weights = bundle.path(spec.graph), bundle.path(spec.weights)
+    model = ir.load(graph)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if graph.parent / tensor.location != weights:
+            raise EngineError(
+                f"{part}: {tensor.name!r} must lie in {spec.weights}, got {str(tensor.location)!r}; "
+                "export the bundle again"
+            )
+        value.const_value = ir.ExternalTensor(
+            weights, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=""
+        )
+    return model
 
 
 def widened(bundle: Bundle) -> Bundle:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from arcflow_runtime.bundle import Bundle, TensorSpec
 
-from .emulate import MOVES, emulate, open_edited
+from .emulate import MOVES, emulate, load_graph, open_edited
 from .keep import FLOAT16_MAX
 
 #: Bounded functions whose limits at infinity are right.
@@ -59,7 +59,7 @@ class OverflowCheck:
     def __init__(self, bundle: Bundle, part: str):
         """Load the part; raises `EngineError`."""
         m = bundle.manifest
-        model = ir.load(bundle.path(m.parts[part].graph))
+        model = load_graph(bundle, part)
         watched = _watch(model.graph)
         emulate(model, rounded=False)
         outputs = tuple(TensorSpec(name, "float32", ()) for name in _add_peaks(model.graph, list(watched)))

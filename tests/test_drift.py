@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from PIL import Image
@@ -17,17 +19,18 @@ from arcflow_export.drift import gate, sensitivity
 from arcflow_export.drift.cases import Case, read_cases
 from arcflow_export.drift.comparable import check_comparable
 from arcflow_export.drift.compare import Pictures, Plan, compare
-from arcflow_export.drift.graphs import block_of, leave_out, linears, load_graph, opened, quantized_layers
+from arcflow_export.drift.graphs import block_of, leave_out, linears, opened, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import gmsd, mean, psnr_db, relative_error
 from arcflow_export.drift.sensitivity import Effect, Unit
 from arcflow_export.drift.stages import Stages
 from arcflow_export.drift.thresholds import Thresholds
+from arcflow_export.emulate import load_graph
 from arcflow_export.errors import ExportError
 from arcflow_export.quantize.policy import load_policy
 from arcflow_runtime import cli
 from arcflow_runtime.bundle import Bundle, Latents, Source
-from arcflow_runtime.errors import RequestError
+from arcflow_runtime.errors import EngineError, RequestError
 from tests.conftest import GOLDEN, SHAPES, SHAPES_OPTIONS
 from tests.quantized import edit_backbone, local_drift, make_fp8, scene
 
@@ -195,6 +198,18 @@ def test_one_layer_left_out_keeps_its_neighbours_on_the_same_input(fp8, referenc
     before = set(quantized_layers(model))
     leave_out(model, [name], linears(load_graph(Bundle.open(reference), "backbone")))
     assert before - set(quantized_layers(model)) == {name}
+
+
+def test_weights_outside_the_parts_own_file_are_refused(reference, tmp_path):
+    root = shutil.copytree(reference, tmp_path / "bundle")
+    model = onnx.load(root / "backbone.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "vae_decoder.safetensors"
+    onnx.save(model, root / "backbone.onnx")
+    with pytest.raises(EngineError, match=r"must lie in backbone\.safetensors, got 'vae_decoder\.safetensors'"):
+        load_graph(dataclasses.replace(Bundle.open(reference), root=root), "backbone")
 
 
 # Single layers.

@@ -18,11 +18,12 @@ import numpy as np
 
 from arcflow_runtime.bundle import Bundle
 
+from ..emulate import load_graph
 from ..errors import ExportError
 from . import gate
 from .cases import Case, Scene
 from .comparable import check_comparable
-from .graphs import load_graph, quantized_layers
+from .graphs import quantized_layers
 from .judged import Judged, check_judge, judge_pictures
 from .layers import LayerDrift, drift_of_layers
 from .measures import gmsd, mean, psnr_db, relative_error

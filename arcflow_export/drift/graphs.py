@@ -44,11 +44,6 @@ class Linear:
     quantized: bool
 
 
-def load_graph(bundle: Bundle, part: str) -> ir.Model:
-    """The part's graph; its weights stay in their file until they are used."""
-    return ir.load(bundle.path(bundle.manifest.parts[part].graph))
-
-
 def linears(model: ir.Model) -> dict[str, Linear]:
     """The graph's linears in its order, by the name of their weight without `.weight`."""
     found = {}
@@ -124,7 +119,7 @@ def opened(bundle: Bundle, part: str, model: ir.Model, outputs: tuple[TensorSpec
     """
     spec = bundle.manifest.parts[part]
     with tempfile.TemporaryDirectory() as folder:
-        ir.save(model, Path(folder) / spec.graph, external_data=f"{spec.graph}.data")
+        ir.save(model, Path(folder) / spec.graph, external_data=spec.weights)
         edited = dataclasses.replace(spec, outputs=spec.outputs if outputs is None else outputs)
         manifest = dataclasses.replace(bundle.manifest, parts={**bundle.manifest.parts, part: edited})
         parts = Parts(widened(Bundle(Path(folder), manifest)), EmulatedBackend(), keep=True)

@@ -11,7 +11,8 @@ import onnx_ir.passes.common as common
 
 from arcflow_runtime.bundle import Bundle, TensorSpec
 
-from .graphs import E4M3_MAX, Linear, add_initializer, linears, load_graph, opened, quantized_layers
+from ..emulate import load_graph
+from .graphs import E4M3_MAX, Linear, add_initializer, linears, opened, quantized_layers
 from .measures import root_ratio
 from .thresholds import Thresholds, times
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from arcflow_runtime.bundle import Bundle
 
-from .graphs import block_of, leave_out, linears, load_graph, opened, quantized_layers
+from ..emulate import load_graph
+from .graphs import block_of, leave_out, linears, opened, quantized_layers
 from .layers import LayerDrift
 from .measures import psnr_db, relative_error
 from .stages import Batch, Stages, Trajectory, advance, predict_all
