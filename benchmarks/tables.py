@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,31 @@ def cpu_table() -> str:
     return "\n".join([*rows, "", _machine(data)])
 
 
+def arcs_table() -> str:
+    """Students of many modes beside students of one: mean and standard deviation over the seeds."""
+    data = _read("arcs_vs_linear")
+    results = data["results"]
+    subsets = [name for name in results["teacher-50"] if name != "all"]
+    kinds = {"arcs": "ArcFlow, 16 modes", "linear": "linear, 1 mode", "euler-4": "teacher, 4 Euler steps"}
+    kinds["euler-2"] = "teacher, 2 Euler steps"
+
+    def cell(kind: str, subset: str, quantity: str, scale: float, digits: int) -> str:
+        values = [scale * r[subset][quantity] for name, r in results.items() if name.rpartition("-")[0] == kind]
+        if not values:
+            return f"{scale * results[kind][subset][quantity]:.{digits}f}"
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    rows = ["| sampler | named right, % | right and clean, % | latent error | Fréchet |", "|---|---|---|---|---|"]
+    for kind, label in kinds.items():
+        cells = (("named", 100, 1), ("right", 100, 1), ("latent_error", 1, 4), ("frechet", 1, 1))
+        rows.append(f"| {label} | {' | '.join(cell(kind, 'all', *c) for c in cells)} |")
+    rows += ["", "Latent error by group of prompts, and by how many of the five attributes the prompt leaves open:", ""]
+    rows += [f"| sampler | {' | '.join(subsets)} |", "|---" * (len(subsets) + 1) + "|"]
+    for kind, label in kinds.items():
+        rows.append(f"| {label} | {' | '.join(cell(kind, s, 'latent_error', 1, 4) for s in subsets)} |")
+    return "\n".join([*rows, "", f"{data['count']} prompts. {_machine(data)}"])
+
+
 def recipe_table() -> str:
     """Where the shapes model's training time went."""
     seconds = json.loads((SHAPES / "recipe.json").read_text())["seconds"]
@@ -83,7 +109,7 @@ def _machine(data: dict[str, Any]) -> str:
 def main() -> int:
     """Rewrite the tables."""
     pages = {
-        README: {"export": export_table, "cpu": cpu_table},
+        README: {"export": export_table, "cpu": cpu_table, "arcs": arcs_table},
         SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
     }
     for page, tables in pages.items():
