@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from arcflow_runtime.bundle import Bundle, Part, TensorSpec
+from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
 
 #: Operators that only move values, so that their results need no rounding.
@@ -43,7 +44,7 @@ class EmulatedBackend:
     def check(self, bundle: Bundle) -> None:
         """Every bundle can be run."""
 
-    def open(self, bundle: Bundle, part: str) -> OnnxRuntimeEngine:
+    def open(self, bundle: Bundle, part: str) -> Engine:
         """Load part `part` of a `widened` bundle; raises `EngineError` as ONNX Runtime's backend does."""
         original = bundle.path(bundle.manifest.parts[part].graph)
         model = ir.load(original)

@@ -39,7 +39,7 @@ class Options:
     def part_dtype(self, part: str) -> DType:
         """The dtype of one part."""
         left = "float32" if (part, self.dtype) == ("vae_decoder", "float16") else self.dtype
-        return dict(self.precision).get(part, left)  # type: ignore[return-value]
+        return dict(self.precision).get(part, left)
 
     @property
     def reference_dtype(self) -> DType:

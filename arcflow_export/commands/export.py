@@ -184,7 +184,7 @@ def _precision(texts: list[str]) -> tuple[tuple[str, DType], ...]:
             raise RequestError(f"--precision: no part is called {name!r}, only {', '.join(PARTS)}{close(name, PARTS)}")
         if dtype in ("fp8", "float8", "fp8_e4m3"):
             raise RequestError(f"--precision: {item}: FP8 comes after the export, from `arcflow quantize`")
-        known = {**SHORT_DTYPES, **{d: d for d in DTYPES}}
+        known: dict[str, DType] = {**SHORT_DTYPES, **dict(zip(DTYPES, DTYPES, strict=True))}
         if dtype not in known:
             raise RequestError(
                 f"--precision: {name} must be in {', '.join(DTYPES)}, got {dtype!r}{close(dtype, known)}"
