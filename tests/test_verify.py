@@ -69,6 +69,19 @@ def test_a_bundle_of_another_adapter(float32, tmp_path, capsys, key, wrong):
     assert not failed & {"text states", "pooled text", "vae image"}, "these do not depend on the adapter"
 
 
+def test_a_bfloat16_bundle_of_another_adapter(command_run, tmp_path, capsys):
+    """One LoRA half as strong again moves the heads by more than rounding can."""
+    adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")
+    tensors = load_file(ADAPTER / ADAPTER_FILE)
+    [name] = [k for k in tensors if k.endswith("transformer_blocks.1.ff.net.2.lora_B.weight")]
+    tensors[name] = tensors[name] * 1.5
+    write_adapter(adapter, tensors)
+    assert verify(command_run.bundle, "--json", adapter=adapter) == 1
+    failed = {row["what"] for row in json.loads(capsys.readouterr().out)["rows"] if not row["passed"]}
+    assert {"step 0 means", "step 1 means"} <= failed
+    assert not failed & {"text states", "pooled text", "vae image"}, "these do not depend on the adapter"
+
+
 def test_failures_are_marked(float32, tmp_path, capsys):
     adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")
     tensors = load_file(ADAPTER / ADAPTER_FILE)
