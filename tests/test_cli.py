@@ -49,7 +49,7 @@ def test_a_misspelt_command(capsys):
     assert cli.main(["genrate"]) == 2
     assert capsys.readouterr().err == (
         "arcflow: error: unknown command 'genrate'; did you mean generate?\n"
-        "the commands are export, calibrate, generate, build, verify, inspect, bench, distill, eval, train-shapes\n"
+        "the commands are export, calibrate, generate, quantize, build, verify, inspect, bench, distill, eval, train-shapes\n"
     )
 
 
