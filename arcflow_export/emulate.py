@@ -65,7 +65,7 @@ def open_edited(bundle: Bundle, part: str, model: ir.Model) -> OnnxRuntimeEngine
 def load_graph(bundle: Bundle, part: str) -> ir.Model:
     """The part's graph; its weights stay in their file until they are used.
 
-    onnx-ir refuses a weights file with several hard links, which the unchanged parts of a quantised bundle have. So the
+    onnx-ir refuses a weights file with several hard links, as tools that save space by linking equal files make. So the
     path is checked here: it must be the part's own file (B8), which `Bundle.open` found inside the bundle.
 
     Raises:

@@ -49,7 +49,7 @@ def test_a_misspelt_command(capsys):
     assert cli.main(["genrate"]) == 2
     assert capsys.readouterr().err == (
         "arcflow: error: unknown command 'genrate'; did you mean generate?\n"
-        "the commands are export, generate, quantize, build, verify, inspect, bench, distill, eval, train-shapes\n"
+        f"the commands are {', '.join(cli.COMMANDS)}\n"
     )
 
 
@@ -165,6 +165,7 @@ def test_interrupt(root, capsys, monkeypatch):
     ("module", "package"),
     [
         ("arcflow_export.commands.nothing", "arcflow[export]"),
+        ("arcflow_calibration.commands.nothing", "arcflow[calibrate]"),
         ("arcflow_distill.commands.nothing", "arcflow[distill]"),
         ("no_engine", "arcflow"),
     ],

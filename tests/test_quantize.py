@@ -120,13 +120,14 @@ def test_weights_are_fp8_within_half_a_unit_and_the_rest_is_untouched(case):
         assert new.keys() == old.keys() | scales
 
 
-def test_files_of_other_parts_are_links(case):
+def test_files_of_other_parts_are_copies(case):
     before, after, _ = case
     changed = {
         f for n in quantized_parts(after) for f in (after.manifest.parts[n].graph, after.manifest.parts[n].weights)
     }
     for name in after.manifest.files:
-        assert (after.path(name).stat().st_ino == before.path(name).stat().st_ino) == (name not in changed)
+        assert after.path(name).stat().st_nlink == 1  # onnx refuses hard links
+        assert (after.manifest.files[name] == before.manifest.files[name]) == (name not in changed)
     for name in quantized_parts(after):
         spec = after.manifest.parts[name]
         old, new = (b.manifest.files[spec.weights].bytes for b in (before, after))

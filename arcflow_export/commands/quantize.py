@@ -1,7 +1,7 @@
 """Put the linears that a policy selects into FP8 (E4M3), with explicit Q and DQ, and write a new bundle.
 
 Weights get a scale per output channel, activations one per tensor from the calibrated ranges. Weights are read one
-tensor at a time, so that memory does not grow with the student. Parts that do not change are linked.
+tensor at a time, so that memory does not grow with the student. Parts that do not change are copied.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def quantize_bundle(
 ) -> Path:
     """Write the quantised bundle to `out`, whole or not at all; `plan` is used up.
 
-    Files of parts that do not change are hard links to the bundle's own where the file system has them, else copies.
+    Files of parts that do not change are copied; hard links would make onnx refuse both bundles.
 
     Args:
         plan: from `plan_quantization`.
@@ -126,7 +126,7 @@ def quantize_bundle(
     root, m = plan.bundle.root, plan.bundle.manifest
     if out.exists() and root.exists() and out.samefile(root):
         raise QuantizeError(f"--out: {out} is the bundle itself; give another name")
-    with staged(out, overwrite, _needed_bytes(plan, out)) as folder:
+    with staged(out, overwrite, _needed_bytes(plan)) as folder:
         files, parts = dict(m.files), dict(m.parts)
         for planned in plan.parts:
             if planned.chosen:
@@ -205,24 +205,20 @@ def _parameters(index: TensorIndex, weights: QuantizedWeights, chosen: tuple[str
 
 
 def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progress: Progress) -> None:
-    """Link or copy every file that is not there yet."""
+    """Copy every file that is not there yet."""
     left = [name for name in files if not (folder / name).exists()]
     progress.stage("unchanged files", sum(files[name].bytes for name in left))
     for name in left:
         source, target = plan.bundle.path(name).resolve(), folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source, target)
+        shutil.copyfile(source, target)
         progress.advance(files[name].bytes)
 
 
-def _needed_bytes(plan: Plan, out: Path) -> int:
+def _needed_bytes(plan: Plan) -> int:
     m = plan.bundle.manifest
     unchanged = {name for p in plan.parts if not p.chosen for name in (m.parts[p.name].graph, m.parts[p.name].weights)}
-    same = out.absolute().parent.stat().st_dev == plan.bundle.root.stat().st_dev
-    return plan.weight_bytes + (0 if same else sum(m.files[name].bytes for name in unchanged))
+    return plan.weight_bytes + sum(m.files[name].bytes for name in unchanged)
 
 
 def _num_bytes(p: Parameter) -> int:
