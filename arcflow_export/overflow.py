@@ -1,7 +1,8 @@
 """A part in float16 and real inputs -> how far its values reach into float16's range, and which linears to keep wider.
 
 The graph runs in float32 without rounding, so that nothing overflows and every place that would is found in one run;
-beside each value stands its largest magnitude. Values that only saturate a Tanh, Sigmoid or Erf do no harm.
+beside each value stands its largest magnitude. Values that only saturate a Tanh, Sigmoid or Erf do no harm, nor do
+negative ones that only a Softmax reads: a mask adds as low a number as there is.
 """
 
 from __future__ import annotations
@@ -112,6 +113,13 @@ def _absorbs(node: ir.Node, harmless: set[ir.Value]) -> bool:
     return node.op_type in _SATURATING or (node.op_type in _ELEMENTWISE and node.outputs[0] in harmless)
 
 
+def _only_softmax(value: ir.Value) -> bool:
+    users = [user for user, _ in value.uses()]
+    return bool(users) and all(
+        user.op_type == "Softmax" or (user.op_type == "Cast" and _only_softmax(user.outputs[0])) for user in users
+    )
+
+
 def _limits(graph: ir.Graph) -> set[ir.Value]:
     """Values chosen among constants: the limits of a clamp, such as 65504 itself."""
     found: set[ir.Value] = set()
@@ -175,11 +183,14 @@ def _name(node: ir.Node) -> str:
 
 
 def _add_peaks(graph: ir.Graph, values: list[ir.Value]) -> list[str]:
-    """Give the graph the largest magnitude of each value as its outputs, and only those."""
+    """Give the graph the largest magnitude of each value as its outputs, and only those.
+
+    Of what only a Softmax reads it is the largest value.
+    """
     graph.outputs.clear()
     names = []
     for i, value in enumerate(values):
-        magnitude = ir.node("Abs", [value])
+        magnitude = ir.node("Identity" if _only_softmax(value) else "Abs", [value])
         peak = ir.node("ReduceMax", [magnitude.outputs[0]], attributes={"keepdims": 0})
         out = peak.outputs[0]
         out.name, out.type, out.shape = f"peak.{i}", ir.TensorType(ir.DataType.FLOAT), ir.Shape([])

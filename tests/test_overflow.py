@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from arcflow_export.keep import FLOAT16_MAX
-from arcflow_export.overflow import _remedy, _watch, _widened
+from arcflow_export.overflow import _only_softmax, _remedy, _watch, _widened
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.errors import EngineError
 from tests.checkpoints import Sizes, make_adapter, make_base, open_student
@@ -111,6 +111,21 @@ def test_what_only_saturates_is_no_overflow():
         helper.make_node("Mul", ["a", "d"], ["y"]),
     ]
     assert [value.name for value in _watch(graph(nodes, ["w"]))] == ["a", "d", "y"]
+
+
+def test_a_mask_is_no_overflow():
+    """A causal mask adds the lowest number of all; what falls below it is as good as masked."""
+    low = helper.make_tensor("low", TensorProto.FLOAT16, [], [-65504.0])
+    nodes = [
+        helper.make_node("Constant", [], ["mask"], value=low),
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="w"),
+        helper.make_node("Add", ["a", "mask"], ["b"]),
+        helper.make_node("Softmax", ["b"], ["y"]),
+    ]
+    made = graph(nodes, ["w"])
+    by_name = {value.name: value for node in made for value in node.outputs}
+    assert _only_softmax(by_name["b"])
+    assert not _only_softmax(by_name["a"]) and not _only_softmax(by_name["y"])
 
 
 def test_one_kept_linear_stands_for_the_stream_behind_it():
