@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all: written under a hidden name, renamed when complete."""
+"""Files and directories that appear whole or not at all: written under a hidden name, renamed when complete."""
 
 from __future__ import annotations
 
@@ -52,6 +52,37 @@ def staged(out: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """Yield a directory to write into; it takes the place of `out` if the block ends without an error."""
+    out = out.absolute()
+    partial, old = (out.parent / f".{out.name}.{suffix}" for suffix in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(out, old)
+        os.rename(partial, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a name to write to; the file takes the place of `path` if the block ends without an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_out(out: Path, overwrite: bool) -> None:

@@ -16,13 +16,14 @@ from arcflow_distill.checkpoint import read_facts
 from arcflow_distill.config import Config
 from arcflow_distill.ema import Ema, decay
 from arcflow_distill.errors import DistillError
-from arcflow_distill.folders import check_out, training_folder, whole_directory
+from arcflow_distill.folders import check_out, training_folder
 from arcflow_distill.networks import Canvas
 from arcflow_distill.policy import Policy, warp
 from arcflow_distill.prompts import Encoder, collate, read_prompts
 from arcflow_distill.trainer import Distillation, distill, learning_rate, teacher_ratio
 from arcflow_export.load import load_student
 from arcflow_export.sources import Location
+from arcflow_export.staging import whole_directory
 from arcflow_export.student import TorchStudent
 from arcflow_export.verify import Case, verify_bundle
 from arcflow_runtime import cli

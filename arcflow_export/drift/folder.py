@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from arcflow_distill.folders import whole_directory, whole_file
-
 from ..errors import ExportError
+from ..staging import whole_directory, whole_file
 from .compare import Pictures
 from .report import Report
 

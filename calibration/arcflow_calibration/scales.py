@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from arcflow_export.staging import whole_file
 from arcflow_runtime.bundle import Family, Manifest, Source, seal
 from arcflow_runtime.errors import BundleError
 from arcflow_runtime.parse import parse
@@ -205,19 +204,6 @@ class Scales:
     def _data(self) -> dict[str, object]:
         data = json.loads(json.dumps(dataclasses.asdict(self)))
         return {"format": data.pop("format"), "version": data.pop("version")} | data
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; the file takes the place of `path` if the block ends without an error."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _one_line_per_layer(text: str) -> str:

@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from arcflow_export.load import Student
+from arcflow_export.staging import whole_file
 
 from .collect import Collector, Layer, guidance, tools
 from .errors import CalibrationError
 from .options import Settings
 from .prompts import Prompts
 from .ranges import BINS
-from .scales import whole_file
 
 _KEY = "calibration"
 

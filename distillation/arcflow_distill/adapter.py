@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from arcflow_export.adapter import CLASSES, SUB_PIXELS
+from arcflow_export.staging import whole_directory
 
-from .folders import ADAPTER_FILES, whole_directory
+from .folders import ADAPTER_FILES
 
 #: The base's settings that an adapter repeats: what the reference's student classes take, and no more.
 _SIZES = {

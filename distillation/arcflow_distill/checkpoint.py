@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from arcflow_export.staging import whole_file
+
 from .ema import Ema
 from .errors import DistillError
-from .folders import whole_file
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

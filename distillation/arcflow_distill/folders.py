@@ -1,9 +1,8 @@
-"""Files and directories that appear whole or not at all, and the folder of a running training."""
+"""The directory of an adapter, and the folder of a running training."""
 
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,37 +29,6 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise DistillError(f"--out: {out} exists and is no adapter; it will not be overwritten")
     if not overwrite:
         raise DistillError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
-
-
-@contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """Yield a directory to write into; it takes the place of `out` if the block ends without an error."""
-    out = out.absolute()
-    partial, old = (out.parent / f".{out.name}.{suffix}" for suffix in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(out, old)
-        os.rename(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; the file takes the place of `path` if the block ends without an error."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from arcflow_export.staging import whole_directory
 from arcflow_export.student import SHIFT
 from arcflow_runtime.errors import RequestError
 
 from ..errors import DistillError
-from ..folders import whole_directory
 from ..shapes.judge import STEPS, Judge, judge_rates, train_judge
 from ..shapes.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
 from . import paths

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from arcflow_export.staging import whole_directory, whole_file
+
 from ..config import load_config
 from ..errors import DistillError
 from ..evaluate.options import Options
 from ..evaluate.run import evaluate
-from ..folders import whole_directory, whole_file
 from . import judge, teacher, vae
 from .loop import cores, environment, launch
 
