@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import xml.etree.ElementTree as ElementTree
 
@@ -14,6 +15,7 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
+from arcflow_distill.evaluate.statistics import Interval
 from arcflow_export.drift import folder as drift_folder
 from arcflow_export.drift import gate, sensitivity
 from arcflow_export.drift.cases import Case, read_cases
@@ -290,10 +292,14 @@ def drift_of(layer: str, error: float, reach: float = 1.0, scale: str | None = N
     return LayerDrift("backbone", layer, (error, error / 2), (reach, reach / 2), scale or layer)
 
 
+def exactly(value: float) -> Interval:
+    return Interval(value, value, value)
+
+
 def test_gate_names_every_threshold_and_how_far_past_it_is():
     limits = Thresholds(heads=0.05, latents=0.1, psnr=30, judge=0.02)
     layers = [drift_of("a", 0.03), drift_of("b", 0.04), drift_of("c", 0.5)]
-    breaches = gate.check(limits, layers, [0.02, 0.2], 0.05, 28.5, 0.03)
+    breaches = gate.check(limits, layers, [exactly(0.02), exactly(0.2)], exactly(0.05), exactly(28.5), exactly(0.03))
     assert [b.threshold for b in breaches] == ["layers", "heads", "judge", "psnr"]
     assert [b.text() for b in breaches] == [
         "c: relative error of its output 0.5, must be at most 0.2 (layers, 2.5 times); its largest input is 1 of what "
@@ -303,19 +309,31 @@ def test_gate_names_every_threshold_and_how_far_past_it_is():
         "PSNR of the pictures 28.50 dB, must be at least 30 dB (psnr)",
     ]
     assert [d.layer for d in gate.ranked(layers, limits)] == ["c", "b", "a"]
-    assert gate.check(limits, layers[:2], [0.02, 0.05], 0.1, 30, 0.02) == ()
-    assert gate.check(Thresholds(), layers[:2], [9.0], 9.0, 0, 1) == (), "what a policy does not name is not enforced"
+    within = [exactly(0.02), exactly(0.05)], exactly(0.1), exactly(30), exactly(0.02)
+    assert gate.check(limits, layers[:2], *within) == ()
+    anything = [exactly(9)], exactly(9), exactly(0), exactly(1)
+    assert gate.check(Thresholds(), layers[:2], *anything) == (), "what a policy does not name is not enforced"
+
+
+def test_gate_says_where_chance_may_be_the_cause():
+    limits = Thresholds(heads=0.05, latents=0.1, psnr=30, judge=0.02)
+    means = [Interval(0.06, 0.051, 0.07)], Interval(0.11, 0.09, 0.13), Interval(29, 27.5, 30.5), Interval(0.03, 0, 0.06)
+    lines = {b.threshold: b.text() for b in gate.check(limits, [], *means)}
+    assert lines["heads"].endswith("(heads, 1.2 times)"), "the whole interval is past the limit"
+    assert lines["latents"].endswith("the cause: 95 % interval 0.09 to 0.13; draw more prompts")
+    assert lines["psnr"].endswith("the cause: 95 % interval 27.5 to 30.5; draw more prompts")
+    assert lines["judge"].endswith("the cause: 95 % interval 0 to 0.06; draw more prompts")
 
 
 def test_numbers_that_are_none_fail():
     limits = Thresholds(heads=0.05, latents=0.05, psnr=25)
-    breaches = gate.check(limits, [], [float("nan")], float("inf"), float("nan"), None)
+    breaches = gate.check(limits, [], [exactly(math.nan)], exactly(math.inf), exactly(math.nan), None)
     assert [b.threshold for b in breaches] == ["heads", "latents", "psnr"]
 
 
 def test_layers_that_share_a_broken_scale_are_named_after_it():
     group = [drift_of(n, e, 12, "q") for n, e in (("q", 0.1), ("k", 0.5), ("v", 0.6))]
-    breaches = gate.check(OPEN, [drift_of("x", 0.03), *group], [0.0], 0.0, 50, None)
+    breaches = gate.check(OPEN, [drift_of("x", 0.03), *group], [exactly(0)], exactly(0), exactly(50), None)
     assert [(b.layer, b.value) for b in breaches] == [("q", 0.6)]
     assert [d.layer for d in gate.ranked([drift_of("x", 0.3), *group], OPEN)] == ["q", "v", "k", "x"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from arcflow_distill.evaluate.statistics import Interval
 from arcflow_runtime.bundle import Bundle
 
 from ..emulate import load_graph
@@ -252,9 +253,9 @@ def _sensitivity(
 def _breaches(
     measures: Sequence[Measure], layers: Sequence[LayerDrift], judged: Judged | None, limits: Thresholds
 ) -> tuple[gate.Breach, ...]:
-    by_name: dict[str, list[float]] = {}
+    by_name: dict[str, list[Interval]] = {}
     for m in measures:
-        by_name.setdefault(m.what, []).append(m.interval.value)
+        by_name.setdefault(m.what, []).append(m.interval)
     return gate.check(
         limits,
         layers,

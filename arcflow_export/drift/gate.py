@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from arcflow_distill.evaluate.statistics import Interval
+
 from .layers import LayerDrift
 from .thresholds import Thresholds, times
 
@@ -27,23 +29,25 @@ class Breach:
         """One line."""
         where = f"{self.layer}: " if self.layer else ""
         if self.threshold == "psnr":
-            return f"{where}{self.what} {self.value:.2f} dB, must be at least {self.limit:g} dB ({self.threshold})"
-        over = times(self.value, self.limit)
-        line = (
-            f"{where}{self.what} {self.value:.4g}, must be at most {self.limit:g} ({self.threshold}, {over:.3g} times)"
-        )
+            line = f"{where}{self.what} {self.value:.2f} dB, must be at least {self.limit:g} dB ({self.threshold})"
+        else:
+            over = times(self.value, self.limit)
+            line = f"{where}{self.what} {self.value:.4g}, must be at most {self.limit:g} "
+            line += f"({self.threshold}, {over:.3g} times)"
         return f"{line}; {self.hint}" if self.hint else line
 
 
 def check(
     limits: Thresholds,
     layers: Sequence[LayerDrift],
-    heads: Sequence[float],
-    latents: float,
-    psnr: float,
-    judge_drop: float | None,
+    heads: Sequence[Interval],
+    latents: Interval,
+    psnr: Interval,
+    judge_drop: Interval | None,
 ) -> tuple[Breach, ...]:
-    """Compare with the thresholds; layers come first, the worst of them first of all.
+    """Compare the means with the thresholds; layers come first, the worst of them first of all.
+
+    Where the interval of a mean past its limit includes the limit, the breach says that it may be chance.
 
     Args:
         limits: the thresholds.
@@ -66,12 +70,13 @@ def check(
         what = "its input scale's range over its largest input"
         breaches += _past("layers", "relative error of its output", error, limits.layers, name, d.reason())
         breaches += _past("headroom", what, d.headroom, limits.headroom, name, d.reason())
-    step = max(range(len(heads)), key=lambda i: heads[i])
-    breaches += _past("heads", f"relative error of the means at step {step}", heads[step], limits.heads)
-    breaches += _past("latents", "relative error of the final latents", latents, limits.latents)
-    breaches += _past("judge", "drop of the judge's share", judge_drop, limits.judge)
-    if limits.psnr is not None and not psnr >= limits.psnr:
-        breaches.append(Breach("psnr", "PSNR of the pictures", psnr, limits.psnr))
+    step = max(range(len(heads)), key=lambda i: heads[i].value)
+    breaches += _mean_past("heads", f"relative error of the means at step {step}", heads[step], limits.heads)
+    breaches += _mean_past("latents", "relative error of the final latents", latents, limits.latents)
+    breaches += _mean_past("judge", "drop of the judge's share", judge_drop, limits.judge)
+    if limits.psnr is not None and not psnr.value >= limits.psnr:
+        chance = _chance(psnr, psnr.high >= limits.psnr)
+        breaches.append(Breach("psnr", "PSNR of the pictures", psnr.value, limits.psnr, None, chance))
     return tuple(breaches)
 
 
@@ -100,3 +105,16 @@ def _past(
     if value is None or limit is None or value <= limit:
         return []
     return [Breach(threshold, what, value, limit, layer, hint)]
+
+
+def _mean_past(threshold: str, what: str, mean: Interval | None, limit: float | None) -> list[Breach]:
+    """The breach of an upper limit of a mean over prompts, if it is one."""
+    if mean is None or limit is None:
+        return []
+    return _past(threshold, what, mean.value, limit, None, _chance(mean, mean.low <= limit))
+
+
+def _chance(mean: Interval, possible: bool) -> str:
+    if not possible:
+        return ""
+    return f"chance alone may be the cause: 95 % interval {mean.low:.4g} to {mean.high:.4g}; draw more prompts"

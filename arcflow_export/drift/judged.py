@@ -32,9 +32,10 @@ class Judged:
     right: Share
 
     @property
-    def drop(self) -> float:
+    def drop(self) -> Interval:
         """The larger loss of the two."""
-        return max(-self.named.difference.value, -self.right.difference.value)
+        worse = min(self.named.difference, self.right.difference, key=lambda i: i.value)
+        return Interval(-worse.value, -worse.high, -worse.low)
 
 
 def check_judge(cases: Sequence[Case], scene: Scene) -> None:
