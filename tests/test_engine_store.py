@@ -12,7 +12,7 @@ import shutil
 import pytest
 from fake_bundle import edit_manifest, list_files, make_bundle
 
-from arcflow_runtime import Bundle
+from arcflow_runtime import Bundle, cli
 from arcflow_runtime import bundle as b
 from arcflow_runtime.errors import BundleError, EngineError
 from arcflow_runtime.trt import gpu, store
@@ -138,6 +138,23 @@ def test_another_machine_is_named_before_the_engine_is_read(bundle, field, value
 
 
 COMMAND = "run: arcflow build {root} --backend tensorrt-rtx --target sm89 --parts backbone"
+
+
+def test_inspect_lists_engines_and_what_is_wrong_with_them(bundle, capsys):
+    key = make_key(bundle)
+    put(bundle, key)
+    put(bundle, make_key(bundle, "vae_decoder", graph="0" * 64))
+    put(bundle, make_key(bundle, target="sm120"))
+    (bundle.root / "engines" / "backbone-tensorrt-rtx-sm120.json").write_text("{}")
+    assert cli.main(["inspect", str(bundle.root), "--json"]) == 0
+    listed = {e["record"]: e for e in json.loads(capsys.readouterr().out)["engines"]}
+    good = listed["backbone-tensorrt-rtx-sm89.json"]
+    assert (good["fault"], good["part"], good["bytes"]) == (None, "backbone", len(b"an engine"))
+    assert cli.main(["inspect", str(bundle.root)]) == 0
+    out = capsys.readouterr().out
+    assert "\n  backbone: tensorrt-rtx 1.7.1 for sm89, linux-x86_64, 9 bytes\n" in out
+    assert "9 bytes; WILL NOT LOAD: built from another graph than the bundle's\n" in out
+    assert "backbone-tensorrt-rtx-sm120.json: 'format' must be 'arcflow-engine'" in out
 
 
 def test_no_engine(bundle):

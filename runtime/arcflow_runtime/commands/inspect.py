@@ -1,4 +1,4 @@
-"""Show what a bundle holds: parts, sizes, shapes, schedule and provenance."""
+"""Show what a bundle holds: parts, sizes, shapes, schedule, provenance and the engines built from it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,49 @@ def _describe(bundle: Bundle) -> dict[str, object]:
         data["parts"][name]["fp8_parameters"] = _fp8_parameters(bundle, part)
     data["schedule"]["sigmas"] = _sigmas(m)
     data["bytes"] = sum(entry.bytes for entry in m.files.values())
+    data["engines"] = _engines(bundle)
     return data
+
+
+def _engines(bundle: Bundle) -> list[dict[str, object]]:
+    """What is in the bundle's engines folder: each record's key, size and `fault`, why it will not be loaded."""
+    from ..bundle import ENGINES
+    from ..errors import EngineError
+    from ..trt.record import part_key_fields, read_record
+    from ..trt.store import check_engine
+
+    found: list[dict[str, object]] = []
+    for path in sorted((bundle.root / ENGINES).glob("*.json")):
+        try:
+            record = read_record(path)
+        except EngineError as e:
+            found.append({"record": path.name, "fault": str(e)})
+            continue
+        key = record.key
+        shown = {"record": path.name, "bytes": record.bytes, **dataclasses.asdict(key)}
+        try:
+            check_engine(path.parent / record.file, record)
+            now = part_key_fields(bundle, key.part) if key.part in bundle.manifest.parts else {}
+            old = [name for name in ("graph", "weights", "precision") if getattr(key, name) != now.get(name)]
+            fault = f"built from another {' and '.join(old)} than the bundle's" if old else None
+        except EngineError as e:
+            fault = str(e)
+        found.append(shown | {"fault": fault})
+    return found
+
+
+def _engine_lines(bundle: Bundle) -> list[str]:
+    lines = []
+    for e in _engines(bundle):
+        if "builder" not in e:
+            lines.append(f"  {e['fault']}")
+            continue
+        where = e["target"] if e["gpu"] is None else f"{e['target']} ({e['gpu']})"
+        line = (
+            f"  {e['part']}: {e['builder']} {e['builder_version']} for {where}, {e['platform']}, {e['bytes']:,} bytes"
+        )
+        lines.append(line if e["fault"] is None else f"{line}; WILL NOT LOAD: {e['fault']}")
+    return ["", "engines", *lines] if lines else []
 
 
 def _table(bundle: Bundle, checked: bool) -> str:
@@ -102,7 +144,7 @@ def _table(bundle: Bundle, checked: bool) -> str:
         lines.append(f"  {name}")
         lines += [f"    {_shape(spec)}" for spec in part.inputs]
         lines += [f"    -> {_shape(spec)}" for spec in part.outputs]
-    lines += ["", *_facts(m)]
+    lines += [*_engine_lines(bundle), "", *_facts(m)]
     lines.append(f"{'every file matches its' if checked else 'small files match their'} SHA-256")
     return "\n".join(lines)
 
