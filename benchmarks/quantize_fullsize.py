@@ -103,7 +103,7 @@ def measure(folder: Path, blocks: tuple[int, int], target: str | None) -> dict[s
     """Make the bundle in `folder`, quantise it there, and build where `target` is given.
 
     Raises:
-        MeasureError: a command failed; its own message is on stderr.
+        MeasureError: quantising failed; its own message is on stderr. A build that fails is part of the result.
     """
     source, scales, out = folder / "bundle", folder / "scales.json", folder / "bundle8"
     bundle = make_bundle(source, blocks)
@@ -125,10 +125,14 @@ def measure(folder: Path, blocks: tuple[int, int], target: str | None) -> dict[s
     }
     if target is not None:
         options = ("--target", target, "--parts", "backbone", "--resolutions", "1024")
-        built, used = run_arcflow("build", str(out), "--backend", "tensorrt-rtx", *options)
-        (engine,) = built["engines"]
-        result["build"] = used | {key: engine[key] for key in ("target", "bytes", "build_seconds")}
         result["command"] += f" --build {target}"
+        try:
+            built, used = run_arcflow("build", str(out), "--backend", "tensorrt-rtx", *options)
+        except MeasureError as e:
+            result["build"] = {"target": target, "error": str(e)}
+        else:
+            (engine,) = built["engines"]
+            result["build"] = used | {key: engine[key] for key in ("target", "bytes", "build_seconds")}
     return result
 
 
@@ -144,8 +148,10 @@ def describe(result: dict[str, Any]) -> str:
         f"  {row['bytes_before'] / 1e9:.2f} GB -> {row['bytes_after'] / 1e9:.2f} GB in {used['wall_s']:.0f} s "
         f"({used['user_s']:.0f} s of CPU), peak resident {used['peak_resident_bytes'] / 2**30:.2f} GiB",
     ]
-    if "build" in result:
-        built = result["build"]
+    built = result.get("build")
+    if built and "error" in built:
+        lines.append(f"  no {built['target']} engine: {built['error']}")
+    elif built:
         lines.append(
             f"  {built['target']} engine of {built['bytes'] / 1e9:.2f} GB in {built['build_seconds']:.0f} s, "
             f"peak resident {built['peak_resident_bytes'] / 2**30:.2f} GiB"
@@ -172,7 +178,8 @@ def main() -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(describe(result))
-    return 0 if result["criterion"]["resident_met"] else 1
+    done = result["criterion"]["resident_met"] and "error" not in result.get("build", {})
+    return 0 if done else 1
 
 
 if __name__ == "__main__":
