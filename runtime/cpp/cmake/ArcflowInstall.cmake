@@ -19,5 +19,7 @@ write_basic_package_version_file(arcflow-config-version.cmake COMPATIBILITY Same
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/arcflow-config.cmake ${CMAKE_CURRENT_BINARY_DIR}/arcflow-config-version.cmake
         DESTINATION ${package})
 
+# Relative, so that the installed folder can be moved.
+file(RELATIVE_PATH ARCFLOW_PC_PREFIX ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
 configure_file(cmake/arcflow.pc.in arcflow.pc @ONLY)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/arcflow.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
