@@ -81,7 +81,10 @@ FUNCTIONS = {
 
 def load(path: str | None = None) -> ctypes.CDLL:
     """The library, with the types of its functions; ctypes lets other threads run during each call."""
-    library = ctypes.CDLL(path or os.environ.get("ARCFLOW_LIBRARY") or ctypes.util.find_library("arcflow"))
+    path = path or os.environ.get("ARCFLOW_LIBRARY") or ctypes.util.find_library("arcflow")
+    if path is None:
+        raise ImportError("libarcflow was not found; install it, or set ARCFLOW_LIBRARY to its path")
+    library = ctypes.CDLL(path)
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -128,7 +131,9 @@ class Pipeline:
 
         `on_step(step, latents)` may return something true to stop; the other fields are those of arcflow_request.
         """
-        request = Request(struct_size=ctypes.sizeof(Request), guidance_scale=fields.pop("guidance_scale", -1.0), **fields)
+        request = Request(
+            struct_size=ctypes.sizeof(Request), guidance_scale=fields.pop("guidance_scale", -1.0), **fields
+        )
         if prompts is not None:
             request.prompts = (c_char_p * len(prompts))(*[p.encode() for p in prompts])
             request.prompt_count = len(prompts)

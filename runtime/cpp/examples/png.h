@@ -1,4 +1,4 @@
-// RGB pixels -> a PNG file's bytes, without compression: a few lines that every viewer reads. Use libpng for smaller files.
+// RGB pixels -> a PNG file's bytes, without compression, which every viewer reads. Use libpng for smaller files.
 #pragma once
 
 #include <algorithm>

@@ -2,8 +2,8 @@
 //
 //     curl -d '{"prompt": "a large red circle", "seed": 42}' localhost:8080/generate > picture.png
 //
-// POST /generate takes a JSON object of `prompt`, and if wanted `seed`, `height`, `width`, `steps`, and gives a PNG with
-// the seed in X-Seed; GET /healthz says "ok". Errors are JSON: 400 for the request, 503 where too many wait or the
+// POST /generate takes a JSON object of `prompt`, and if wanted `seed`, `height`, `width` and `steps`, and gives a PNG
+// with the seed in X-Seed; GET /healthz says "ok". Errors are JSON: 400 for the request, 503 where too many wait or the
 // pipeline is closed, 500 for the rest. SIGTERM and SIGINT finish the requests that run, then stop.
 #include <arcflow/arcflow.hpp>
 #include <httplib.h>

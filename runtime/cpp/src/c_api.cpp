@@ -158,9 +158,10 @@ template <class Struct> Struct versioned(const Struct &given, Struct out, size_t
         throw request_error(std::string(name) + ".struct_size must be the struct's size, " + std::to_string(oldest) +
                             " or a little more, got " + std::to_string(size) + "; begin with its INIT macro");
     const auto *bytes = reinterpret_cast<const unsigned char *>(&given);
-    if (size > sizeof(Struct) && std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char b) { return b != 0; }))
-        throw request_error(std::string(name) + " sets what this library, version " ARCFLOW_VERSION
-                                                ", does not know; install the version that the program was compiled with");
+    const auto *known = bytes + std::min(size, sizeof(Struct));
+    if (std::any_of(known, bytes + size, [](unsigned char byte) { return byte != 0; }))
+        throw request_error(std::string(name) + " sets what this library, version " ARCFLOW_VERSION ", does not know; " +
+                            "install the version that the program was compiled with");
     std::memcpy(&out, &given, std::min(size, sizeof(Struct)));
     out.struct_size = sizeof(Struct);
     return out;

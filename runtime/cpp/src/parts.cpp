@@ -50,7 +50,8 @@ Tensor Parts::Use::take(Tensors &outputs, const std::string &name, const std::ve
                                  [](int64_t expected, int64_t got) { return expected < 0 || expected == got; });
     if (!fits) {
         std::string expected;
-        for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+        for (const int64_t size : shape)
+            expected += (expected.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
         throw engine_error(name_ + ": output '" + name + "' must have shape [" + expected + "], got " +
                            tensor.describe() + "; export the bundle again");
     }

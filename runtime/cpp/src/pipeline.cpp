@@ -6,6 +6,7 @@
 
 #include "error.h"
 #include "maths.h"
+#include "repr.h"
 #include "safetensors.h"
 
 namespace arcflow {
@@ -56,40 +57,33 @@ Tensor join(const std::vector<const Tensor *> &tensors, const std::string &what)
     return out;
 }
 
-// Places as Python shows a list.
-std::string listed(const std::vector<std::size_t> &places) {
-    std::string out;
-    for (const std::size_t place : places) out += (out.empty() ? "" : ", ") + std::to_string(place);
-    return "[" + out + "]";
-}
-
 // Refuses latents [B, N, C] with NaN or Inf, which would decode to a black picture.
 void check_finite(const Tensor &latents, DType precision) {
     const auto size = static_cast<std::size_t>(latents.shape[1] * latents.shape[2]);
-    std::vector<std::size_t> bad;
+    std::vector<int64_t> bad;
     for (std::size_t i = 0; i < static_cast<std::size_t>(latents.shape[0]); ++i) {
         const float *x = latents.as<float>() + i * size;
-        if (!std::all_of(x, x + size, [](float v) { return std::isfinite(v); })) bad.push_back(i);
+        if (!std::all_of(x, x + size, [](float v) { return std::isfinite(v); })) bad.push_back(static_cast<int64_t>(i));
     }
     if (bad.empty()) return;
     const char *advice = precision == DType::float16
                              ? "float16 overflows in these models: export with --dtype bfloat16 or float32, or with "
                                "the linears in float32 that `arcflow verify` names"
                              : "check the checkpoint and adapter with `arcflow verify`";
-    throw engine_error("backbone: latents of images " + listed(bad) + " must be finite, got NaN or Inf; " + advice);
+    throw engine_error("backbone: latents of images " + repr(bad) + " must be finite, got NaN or Inf; " + advice);
 }
 
 // Refuses the flat black pictures [B, H, W, 3] that a float16 decoder gives when it overflows.
 void check_pictures(const Tensor &pixels, DType precision) {
     if (precision != DType::float16) return;
     const std::size_t size = bytes_of_row(pixels);
-    std::vector<std::size_t> flat;
+    std::vector<int64_t> flat;
     for (std::size_t i = 0; i < static_cast<std::size_t>(pixels.shape[0]); ++i) {
         const uint8_t *p = pixels.as<uint8_t>() + i * size;
-        if (std::all_of(p, p + size, [&](uint8_t v) { return v == *p; })) flat.push_back(i);
+        if (std::all_of(p, p + size, [&](uint8_t v) { return v == *p; })) flat.push_back(static_cast<int64_t>(i));
     }
     if (flat.empty()) return;
-    throw engine_error("vae_decoder: pictures " + listed(flat) +
+    throw engine_error("vae_decoder: pictures " + repr(flat) +
                        " must have more than one colour; float16 overflows in some decoders, "
                        "export with --precision vae_decoder=float32");
 }
@@ -97,13 +91,14 @@ void check_pictures(const Tensor &pixels, DType precision) {
 }  // namespace
 
 Pipeline::Pipeline(const std::filesystem::path &bundle, const LoadOptions &options)
-    : Pipeline(make_backend(options.backend, options.threads), bundle, options) {}
+    : Pipeline(Bundle::open(bundle, options.full_check), make_backend(options.backend, options.threads),
+               options.low_memory) {}
 
-Pipeline::Pipeline(std::unique_ptr<Backend> backend, const std::filesystem::path &bundle, const LoadOptions &options)
-    : bundle_(Bundle::open(bundle, options.full_check)),
+Pipeline::Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_memory)
+    : bundle_(std::move(bundle)),
       tokenizer_(bundle_),
       table_(load_modulation(bundle_)),
-      parts_(bundle_, std::move(backend), !options.low_memory) {}
+      parts_(bundle_, std::move(backend), !low_memory) {}
 
 Drawing Pipeline::draw(const arcflow_request &arguments) {
     Stopwatch total, watch;

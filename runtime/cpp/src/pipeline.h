@@ -38,6 +38,7 @@ class Pipeline {
 public:
     // Throws Error: the bundle is missing, damaged or of another version, or the backend cannot run it.
     Pipeline(const std::filesystem::path &bundle, const LoadOptions &options);
+    Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_memory);
     Pipeline(const Pipeline &) = delete;
     Pipeline &operator=(const Pipeline &) = delete;
 
@@ -45,9 +46,6 @@ public:
     Drawing draw(const arcflow_request &request);
 
 private:
-    // The name of the backend is checked before the bundle is read.
-    Pipeline(std::unique_ptr<Backend> backend, const std::filesystem::path &bundle, const LoadOptions &options);
-
     // The batch's distinct prompts in order of appearance, each image's place among them, and their embeddings.
     struct Prompts {
         std::vector<std::size_t> of_image;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "error.h"
+#include "repr.h"
 
 namespace arcflow {
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr std::size_t shown_characters = 40;
 
-// A prompt as Python's repr shows it, at most 40 characters of it: on one line, whatever it holds.
+// At most 40 characters of a prompt, on one line.
 std::string shown(const std::string &prompt) {
     const auto continues = [](char c) { return (static_cast<unsigned char>(c) & 0xC0u) == 0x80u; };
     std::size_t end = 0;
@@ -18,27 +19,7 @@ std::string shown(const std::string &prompt) {
         ++end;
         while (end < prompt.size() && continues(prompt[end])) ++end;
     }
-    const std::string text = end < prompt.size() ? prompt.substr(0, end) + "..." : prompt;
-    const char quote = text.find('\'') != std::string::npos && text.find('"') == std::string::npos ? '"' : '\'';
-    const char *hex = "0123456789abcdef";
-    std::string out(1, quote);
-    for (const char c : text) {
-        const auto byte = static_cast<unsigned char>(c);
-        if (c == quote || c == '\\') {
-            out += {'\\', c};
-        } else if (c == '\n') {
-            out += "\\n";
-        } else if (c == '\r') {
-            out += "\\r";
-        } else if (c == '\t') {
-            out += "\\t";
-        } else if (byte < 0x20 || byte == 0x7F) {
-            out += {'\\', 'x', hex[byte >> 4], hex[byte & 15]};
-        } else {
-            out += c;
-        }
-    }
-    return out + quote;
+    return repr(end < prompt.size() ? prompt.substr(0, end) + "..." : prompt);
 }
 
 }  // namespace
@@ -87,8 +68,7 @@ Ids PromptTokenizer::padded(std::vector<int64_t> ids, std::vector<int64_t> ids_2
     return {{"text_encoder", std::move(ids)}, {"text_encoder_2", std::move(ids_2)}};
 }
 
-// At most `limit` ids, special tokens kept. Of these, the first `hidden` are not the prompt's, and warnings do not count
-// them.
+// At most `limit` ids, special tokens kept. The first `hidden` are not the prompt's, and warnings do not count them.
 std::vector<int64_t> PromptTokenizer::encode(const std::string &tokenizer, const std::string &text, int64_t limit,
                                              int64_t hidden, const std::string &prompt, const char *reader,
                                              std::vector<std::string> &warnings) const {

@@ -1,7 +1,7 @@
 // Prompts -> token ids for a bundle's text encoders, and a bounded cache of their embeddings.
 //
-// FLUX: CLIP's ids padded to 77 and T5's padded to max_sequence_length. Qwen-Image: the chat template with the prompt in
-// it, unpadded, so that a prompt's length never depends on its neighbours'.
+// FLUX: CLIP's ids padded to 77 and T5's padded to max_sequence_length. Qwen-Image: the chat template with the prompt
+// in it, unpadded, so that a prompt's length never depends on its neighbours'.
 #pragma once
 
 #include <list>

@@ -134,7 +134,9 @@ public:
     std::string timings() const { return arcflow_result_timings(handle_.get()); }
 
 private:
-    std::size_t image_size() const { return static_cast<std::size_t>(height()) * static_cast<std::size_t>(width()) * 3; }
+    std::size_t image_size() const {
+        return static_cast<std::size_t>(height()) * static_cast<std::size_t>(width()) * 3;
+    }
 
     struct Free {
         void operator()(arcflow_result *handle) const { arcflow_result_free(handle); }
@@ -177,7 +179,9 @@ public:
         c.num_inference_steps = given(request.steps, "steps");
         c.max_sequence_length = given(request.max_sequence_length, "max_sequence_length");
         if (request.guidance_scale) {
-            if (*request.guidance_scale < 0) throw Error(ARCFLOW_REQUEST_ERROR, "guidance_scale must not be negative");
+            // A negative one means the default in the C struct.
+            if (*request.guidance_scale < 0)
+                throw Error(ARCFLOW_REQUEST_ERROR, "guidance_scale must not be negative; leave it out for the default");
             c.guidance_scale = *request.guidance_scale;
         }
         c.seeds = request.seeds.empty() ? nullptr : request.seeds.data();
