@@ -23,12 +23,8 @@ from tqdm import trange
 EMBED = Path(__file__).parent.parent / "runtime" / "cpp" / "examples" / "embed.py"
 SIZES_PX = ((32, 32), (48, 32), (64, 64))
 #: More than the 16 whose embeddings are kept.
-PROMPTS = [
-    f"{size} {colour} circle"
-    for size in ("small", "large")
-    for colour in ["red", "blue", "green", "pink", "black", "white"]
-]
-PROMPTS += [f"{prompt} on the left" for prompt in PROMPTS]
+PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green", "pink") for shape in ("star", "circle")]
+PROMPTS += [f"{prompt} on the {side}" for prompt in PROMPTS for side in ("left", "right")]
 
 
 def load_embed() -> ModuleType:

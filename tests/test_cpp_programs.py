@@ -53,16 +53,10 @@ def test_the_c_example_draws(cpp_build, cpp_bundles, cpp_pipes, tmp_path):
 
 
 def test_the_python_example_draws(cpp_build, cpp_bundles, tmp_path):
-    library = library_of(cpp_build)
-    command = [
-        sys.executable,
-        CPP / "examples" / "embed.py",
-        cpp_bundles("shapes"),
-        "a yellow heart",
-        tmp_path / "out.ppm",
-    ]
-    run(command, env=os.environ | {"ARCFLOW_LIBRARY": str(library)})
-    assert Image.open(tmp_path / "out.ppm").size == (64, 64)
+    out = tmp_path / "out.ppm"
+    command = [sys.executable, CPP / "examples" / "embed.py", cpp_bundles("shapes"), "a yellow heart", out]
+    run(command, env=os.environ | {"ARCFLOW_LIBRARY": str(library_of(cpp_build))})
+    assert Image.open(out).size == (64, 64)
 
 
 def test_the_pipeline_with_engines_that_record(cpp_build, tmp_path):
@@ -103,7 +97,7 @@ def post(url: str, body: bytes) -> tuple[int, bytes, dict]:
 
 
 def test_the_http_service(server, cpp_pipes):
-    process, url = server
+    _, url = server
     with urllib.request.urlopen(f"{url}/healthz", timeout=60) as answer:
         assert answer.read() == b"ok\n"
     prompt = "a small yellow heart on a black background"
