@@ -10,7 +10,7 @@ namespace arcflow {
 
 class Error : public std::runtime_error {
 public:
-    Error(arcflow_status status, const std::string &what) : std::runtime_error(what), status(status) {}
+    Error(arcflow_status code, const std::string &what) : std::runtime_error(what), status(code) {}
     arcflow_status status;
 };
 
