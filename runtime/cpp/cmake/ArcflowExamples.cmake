@@ -1,15 +1,20 @@
-# One program example_<name> per file; serve.cpp also needs the headers of cpp-httplib.
+# One program example_<name> per file. serve.cpp also needs cpp-httplib: its header, and the library that some systems
+# split from it.
 find_path(HTTPLIB_INCLUDE_DIR httplib.h)
+find_library(HTTPLIB_LIBRARY cpp-httplib)
 file(GLOB examples CONFIGURE_DEPENDS examples/*.c examples/*.cpp)
 foreach(source ${examples})
     get_filename_component(name ${source} NAME_WE)
     if(name STREQUAL serve AND NOT HTTPLIB_INCLUDE_DIR)
-        message(STATUS "httplib.h was not found, so the example serve is left out")
+        message(STATUS "httplib.h was not found, so the example serve is left out; install cpp-httplib")
         continue()
     endif()
     add_executable(example_${name} ${source})
     target_link_libraries(example_${name} PRIVATE arcflow::arcflow Threads::Threads nlohmann_json::nlohmann_json)
     if(name STREQUAL serve)
         target_include_directories(example_${name} SYSTEM PRIVATE ${HTTPLIB_INCLUDE_DIR})
+        if(HTTPLIB_LIBRARY)
+            target_link_libraries(example_${name} PRIVATE ${HTTPLIB_LIBRARY})
+        endif()
     endif()
 endforeach()
