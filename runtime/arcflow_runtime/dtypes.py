@@ -21,7 +21,7 @@ def item_bytes(dtype: str) -> int:
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The array in what holds `dtype`, contiguous, each value the nearest (rule B9); itself where it is that already."""
+    """The array in what holds `dtype`, contiguous, each value the nearest (B9); itself where it is that already."""
     if dtype == "bfloat16":
         return np.ascontiguousarray(array if array.dtype == np.uint16 else _to_bits(array))
     return np.ascontiguousarray(to_float32(array) if array.dtype == np.uint16 else array, dtype=NUMPY[dtype])

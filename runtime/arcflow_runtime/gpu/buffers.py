@@ -11,6 +11,7 @@ import numpy as np
 from ..bundle import DType, Manifest
 from ..dtypes import cast
 from ..engines.base import Drawing, Drawn
+from .device import Memory, PinnedMemory
 from .engine import Shapes
 from .lane import Lane
 from .layout import Layout, Region, Stored
@@ -69,10 +70,13 @@ class Buffers:
         self.results = Layout.of({name: (r.shape, r.dtype) for name, r in regions.items()})
         self._texts: Sequence[object] = ()
         layouts = (self.staged, self._constant, self._working)
-        self._memory, self._pinned = [], []
+        self._memory: list[Memory] = []
+        self._pinned: list[PinnedMemory] = []
         try:
-            self._memory = [lane.allocate(layout.nbytes, "backbone: inputs and outputs") for layout in layouts]
-            self._pinned = [lane.allocate_pinned(layout.nbytes, "backbone") for layout in (self.staged, self.results)]
+            for layout in layouts:
+                self._memory.append(lane.allocate(layout.nbytes, "backbone: inputs and outputs"))
+            for layout in (self.staged, self.results):
+                self._pinned.append(lane.allocate_pinned(layout.nbytes, "backbone"))
             self._upload_constants(drawing)
         except BaseException:
             self.close()

@@ -182,6 +182,8 @@ class DeviceDenoiser:
             if self._parts.keep:
                 for part, inputs in plan.buffers.inputs.items():
                     plan.contexts[part] = self._context(part, inputs)
+                with self._lane.enter():
+                    plan.bind()
         except BaseException:
             plan.close()
             raise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from ..engines.base import LayerTime
 from .device import Stream
 
 #: An input's or output's name -> its shape.
@@ -53,4 +54,13 @@ class DeviceEngine(Protocol):
 
     def close(self) -> None:
         """Free the part; its contexts are closed before. Closing twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class TimesLayers(Protocol):
+    """An engine that was loaded so that it times its layers."""
+
+    def layer_times(self) -> list[LayerTime]:
+        """The layers of every run so far, in order."""
         ...

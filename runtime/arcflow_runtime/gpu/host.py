@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..bundle import Manifest
+from ..engines.base import LayerTime
 from ..errors import EngineError
 from .device import PinnedMemory
-from .engine import Context, DeviceEngine, Shapes
+from .engine import Context, DeviceEngine, Shapes, TimesLayers
 from .lane import Lane
 from .layout import Layout
 from .shapes import output_shapes
@@ -75,6 +76,16 @@ class HostEngine:
                     raise
         self._prepared.move_to_end(key)
         return self._prepared[key]
+
+
+class ProfiledHostEngine(HostEngine):
+    """The same for an engine that times its layers; see `ProfiledEngine`."""
+
+    def layer_times(self) -> list[LayerTime]:
+        """The layers of every run so far."""
+        engine = self.device_engine
+        assert isinstance(engine, TimesLayers), "a backend opens only such engines so"
+        return engine.layer_times()
 
 
 class _Prepared:

@@ -52,7 +52,7 @@ class Plan:
         """
         # The lane is held throughout, so that the workspace stays what it is.
         with self._lane.enter() as stream, named_range("arcflow picture"):
-            self._bind()
+            self.bind()
             if on_step is None and self._warm and self.graph is None and self.obstacle is None:
                 self._capture(stream)
             if on_step is None and self.graph is not None:
@@ -91,8 +91,12 @@ class Plan:
             self.contexts.clear()
             self.buffers.close()
 
-    def _bind(self) -> None:
-        """Give the contexts the lane's workspace; a graph that uses another one is dropped."""
+    def bind(self) -> None:
+        """Give the contexts the lane's workspace; a graph that uses another one is dropped. The caller has the lane.
+
+        Raises:
+            OutOfDeviceMemory: the workspace cannot be as large as they want.
+        """
         largest = max(self.contexts, key=lambda part: self.contexts[part].workspace_bytes)
         wanted = self.contexts[largest].workspace_bytes
         if wanted == 0:

@@ -65,7 +65,7 @@ def output_shapes(manifest: Manifest, part: str, inputs: Shapes) -> Shapes:
         "modulation": (*inputs.get("timesteps", ()), inputs.get("pooled_projections", (1,))[0], None),
     }
     if part == "backbone":
-        axes = {name: (*inputs["latents"][:2], None, None) for name in ("means", "logweights", "loggammas")}
+        axes = dict.fromkeys(("means", "logweights", "loggammas"), (*inputs["latents"][:2], None, None))
     elif part == "vae_decoder":
         batch, height, width, _ = inputs["latents"]
         axes = {"images": (batch, height * token_px, width * token_px, None)}
