@@ -67,11 +67,16 @@ __device__ __forceinline__ void share_step(const Arguments &a) {
 
 __device__ __forceinline__ Sum shared_step() { return {arcflow_shared[0].x, arcflow_shared[0].y}; }
 
+__device__ __forceinline__ float lowest() { return from_bits(0xff800000); } /* minus infinity */
+
+/* The two halves of a word. */
+__device__ __forceinline__ unsigned short low(unsigned int word) { return static_cast<unsigned short>(word & 0xffff); }
+__device__ __forceinline__ unsigned short high(unsigned int word) { return static_cast<unsigned short>(word >> 16); }
+
 /* Four neighbouring elements of a head, aligned to their size. */
 template <class Head> __device__ __forceinline__ float4 load_four(const void *head, long long first) {
     const uint2 two = *reinterpret_cast<const uint2 *>(static_cast<const typename Head::Stored *>(head) + first);
-    return {Head::value(static_cast<unsigned short>(two.x & 0xffff)), Head::value(static_cast<unsigned short>(two.x >> 16)),
-            Head::value(static_cast<unsigned short>(two.y & 0xffff)), Head::value(static_cast<unsigned short>(two.y >> 16))};
+    return {Head::value(low(two.x)), Head::value(high(two.x)), Head::value(low(two.y)), Head::value(high(two.y))};
 }
 
 template <> __device__ __forceinline__ float4 load_four<Float32>(const void *head, long long first) {
@@ -84,7 +89,7 @@ template <class Head> struct Packed {
     uint4 words;
     __device__ __forceinline__ float operator[](int i) const {
         unsigned int word = i < 2 ? words.x : i < 4 ? words.y : i < 6 ? words.z : words.w;
-        return Head::value(static_cast<unsigned short>(i % 2 ? word >> 16 : word & 0xffff));
+        return Head::value(i % 2 ? high(word) : low(word));
     }
 };
 
@@ -111,82 +116,95 @@ template <> __device__ __forceinline__ void store_four<Float32>(void *input, lon
     *reinterpret_cast<float4 *>(static_cast<float *>(input) + first) = x;
 }
 
-/* Tokens of P = 4 sub-pixels whose channels are whole groups of 16 bytes, everything aligned. MODES is K, or 0 where
- * it is known at run time only; where it is known, the means are on their way while the modes are computed. */
-template <class Head, class In, int LANES, int MODES> __device__ __forceinline__ void update_packed(const Arguments &a) {
-    constexpr int COUNT = Packed<Head>::COUNT;
-    const int modes = MODES ? MODES : a.modes, chunks = a.channels / COUNT;
+/* AHEAD modes' means of a chunk of 16 bytes, from mode `k` on, those there are; `first` is where mode 0's begin. */
+template <class Head, int MODES, int AHEAD>
+__device__ __forceinline__ void load_means(const Arguments &a, long long first, int k, int modes, int channels,
+                                           Packed<Head> (&means)[AHEAD]) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+        if (MODES || k + i < modes) means[i] = load_packed<Head>(a.means, first + (k + i) * channels);
+}
+
+template <int FOURS>
+__device__ __forceinline__ void load_latents(const Arguments &a, long long first, float4 (&latents)[FOURS]) {
+#pragma unroll
+    for (int i = 0; i < FOURS; ++i) latents[i] = *reinterpret_cast<const float4 *>(a.latents + first + 4 * i);
+}
+
+/* Tokens of P = 4 sub-pixels whose channels are whole groups of 16 bytes, everything aligned. MODES is K and CHANNELS
+ * C*P, or 0 where they are known at run time only. Latents and the means of AHEAD modes, as many as registers hold,
+ * are on their way while the modes are computed. */
+template <class Head, class In, int LANES, int MODES, int CHANNELS, int AHEAD>
+__device__ __forceinline__ void update_packed(const Arguments &a) {
+    constexpr int COUNT = Packed<Head>::COUNT; /* code of the general case is not unrolled, to be short */
+    const int modes = MODES ? MODES : a.modes, channels = CHANNELS ? CHANNELS : a.channels, chunks = channels / COUNT;
     const Place<LANES> place(a);
     float4 *shares = reinterpret_cast<float4 *>(place.shared), *loggammas = shares + modes;
-    const long long means = place.token * modes * a.channels;
+    const long long first_mean = place.token * modes * channels, first_latent = place.token * channels;
 
-    Packed<Head> ahead[MODES ? MODES : 1];
+    Packed<Head> means[AHEAD];
+    float4 latents[COUNT / 4];
     int chunk = place.lane;
-    if (MODES && chunk < chunks) {
-#pragma unroll
-        for (int k = 0; k < MODES; ++k) ahead[k] = load_packed<Head>(a.means, means + k * a.channels + chunk * COUNT);
+    if (chunk < chunks) {
+        load_means<Head, MODES>(a, first_mean + chunk * COUNT, 0, modes, channels, means);
+        load_latents(a, first_latent + chunk * COUNT, latents);
     }
 
     share_step(a);
-    float4 top = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll(MODES ? MODES : 1)
     for (int k = place.lane; k < modes; k += LANES) {
-        float4 logit = load_four<Head>(a.logweights, (place.token * modes + k) * 4);
-        shares[k] = logit;
+        shares[k] = load_four<Head>(a.logweights, (place.token * modes + k) * 4);
         loggammas[k] = {0, 0, 0, 0};
         if (k) loggammas[k] = load_four<Head>(a.loggammas, (place.token * (modes - 1) + k - 1) * 4);
-        top = {fmaxf(top.x, logit.x), fmaxf(top.y, logit.y), fmaxf(top.z, logit.z), fmaxf(top.w, logit.w)};
     }
-#pragma unroll
-    for (int other = LANES / 2; other; other /= 2) {
-        top.x = fmaxf(top.x, __shfl_xor_sync(WARP, top.x, other, LANES));
-        top.y = fmaxf(top.y, __shfl_xor_sync(WARP, top.y, other, LANES));
-        top.z = fmaxf(top.z, __shfl_xor_sync(WARP, top.z, other, LANES));
-        top.w = fmaxf(top.w, __shfl_xor_sync(WARP, top.w, other, LANES));
-    }
-    __syncthreads(); /* the step */
+    __syncthreads();
 
+    /* LANES is a multiple of 4, so a lane stays with one sub-pixel. */
+    float *share = place.shared, *loggamma = share + 4 * modes, top = lowest(), total = 0;
+#pragma unroll(MODES ? MODES : 1)
+    for (int i = place.lane; i < 4 * modes; i += LANES) top = fmaxf(top, share[i]);
+#pragma unroll
+    for (int other = LANES / 2; other >= 4; other /= 2) top = fmaxf(top, __shfl_xor_sync(WARP, top, other, LANES));
     const Sum step = shared_step();
-    float4 total = {0, 0, 0, 0};
-    for (int k = place.lane; k < modes; k += LANES) {
-        float4 logit = shares[k], loggamma = loggammas[k]; /* this lane wrote them */
-        Mode x = mode_of(logit.x, top.x, loggamma.x, step), y = mode_of(logit.y, top.y, loggamma.y, step);
-        Mode z = mode_of(logit.z, top.z, loggamma.z, step), w = mode_of(logit.w, top.w, loggamma.w, step);
-        shares[k] = {x.share, y.share, z.share, w.share};
-        total = {total.x + x.weight, total.y + y.weight, total.z + z.weight, total.w + w.weight};
+#pragma unroll(MODES ? 2 : 1)
+    for (int i = place.lane; i < 4 * modes; i += LANES) {
+        const Mode mode = mode_of(share[i], top, loggamma[i], step);
+        share[i] = mode.share;
+        total += mode.weight;
     }
 #pragma unroll
-    for (int other = LANES / 2; other; other /= 2) {
-        total.x += __shfl_xor_sync(WARP, total.x, other, LANES);
-        total.y += __shfl_xor_sync(WARP, total.y, other, LANES);
-        total.z += __shfl_xor_sync(WARP, total.z, other, LANES);
-        total.w += __shfl_xor_sync(WARP, total.w, other, LANES);
-    }
-    const float4 scale = {1 / total.x, 1 / total.y, 1 / total.z, 1 / total.w};
-    __syncwarp(); /* the shares of the other lanes */
+    for (int other = LANES / 2; other >= 4; other /= 2) total += __shfl_xor_sync(WARP, total, other, LANES);
+    const float own = 1 / total;
+    const float4 scale = {__shfl_sync(WARP, own, 0, LANES), __shfl_sync(WARP, own, 1, LANES),
+                          __shfl_sync(WARP, own, 2, LANES), __shfl_sync(WARP, own, 3, LANES)};
+    __syncwarp();
 
     while (chunk < chunks) {
         float4 mixed[COUNT / 4];
 #pragma unroll
         for (int i = 0; i < COUNT / 4; ++i) mixed[i] = {0, 0, 0, 0};
-#pragma unroll(MODES ? MODES : 4)
-        for (int k = 0; k < modes; ++k) {
-            Packed<Head> mean;
-            if (MODES) mean = ahead[MODES ? k : 0];
-            else mean = load_packed<Head>(a.means, means + k * a.channels + chunk * COUNT);
-            const float4 share = shares[k];
+#pragma unroll 1
+        for (int k = 0; k < modes; k += AHEAD) {
+            if (k) load_means<Head, MODES>(a, first_mean + chunk * COUNT, k, modes, channels, means);
 #pragma unroll
-            for (int i = 0; i < COUNT / 4; ++i) {
-                mixed[i].x = fmaf(share.x, mean[4 * i], mixed[i].x);
-                mixed[i].y = fmaf(share.y, mean[4 * i + 1], mixed[i].y);
-                mixed[i].z = fmaf(share.z, mean[4 * i + 2], mixed[i].z);
-                mixed[i].w = fmaf(share.w, mean[4 * i + 3], mixed[i].w);
+            for (int i = 0; i < AHEAD; ++i) {
+                if (!MODES && k + i >= modes) break;
+                const float4 four_shares = shares[k + i];
+                const Packed<Head> mean = means[i];
+#pragma unroll
+                for (int four = 0; four < COUNT / 4; ++four) {
+                    mixed[four].x = fmaf(four_shares.x, mean[4 * four], mixed[four].x);
+                    mixed[four].y = fmaf(four_shares.y, mean[4 * four + 1], mixed[four].y);
+                    mixed[four].z = fmaf(four_shares.z, mean[4 * four + 2], mixed[four].z);
+                    mixed[four].w = fmaf(four_shares.w, mean[4 * four + 3], mixed[four].w);
+                }
             }
         }
-        const long long first = place.token * a.channels + chunk * COUNT;
         if (place.stores) {
+            const long long first = first_latent + chunk * COUNT;
 #pragma unroll
             for (int i = 0; i < COUNT / 4; ++i) {
-                const float4 x = *reinterpret_cast<const float4 *>(a.latents + first + 4 * i);
+                const float4 x = latents[i];
                 const float4 y = {stepped(x.x, mixed[i].x, scale.x), stepped(x.y, mixed[i].y, scale.y),
                                   stepped(x.z, mixed[i].z, scale.z), stepped(x.w, mixed[i].w, scale.w)};
                 *reinterpret_cast<float4 *>(a.next + first + 4 * i) = y;
@@ -194,10 +212,9 @@ template <class Head, class In, int LANES, int MODES> __device__ __forceinline__
             }
         }
         chunk += LANES;
-        if (MODES && chunk < chunks) {
-#pragma unroll
-            for (int k = 0; k < MODES; ++k)
-                ahead[k] = load_packed<Head>(a.means, means + k * a.channels + chunk * COUNT);
+        if (chunk < chunks) {
+            load_means<Head, MODES>(a, first_mean + chunk * COUNT, 0, modes, channels, means);
+            load_latents(a, first_latent + chunk * COUNT, latents);
         }
     }
 }
@@ -215,13 +232,16 @@ template <class Head, class In, int LANES> __device__ __forceinline__ void updat
     share_step(a);
     __syncthreads();
     const Sum step = shared_step();
+#pragma unroll 1
     for (int p = place.lane; p < p_count; p += LANES) {
-        float top = -INFINITY, total = 0;
+        float top = lowest(), total = 0;
+#pragma unroll 1
         for (int k = 0; k < a.modes; ++k) {
             float logit = Head::value(logweights[k * p_count + p]);
             shares[k * p_count + p] = logit;
             top = fmaxf(top, logit);
         }
+#pragma unroll 1
         for (int k = 0; k < a.modes; ++k) {
             float loggamma = k ? Head::value(loggammas[(k - 1) * p_count + p]) : 0;
             Mode mode = mode_of(shares[k * p_count + p], top, loggamma, step);
@@ -232,8 +252,10 @@ template <class Head, class In, int LANES> __device__ __forceinline__ void updat
     }
     __syncwarp();
     if (!place.stores) return;
+#pragma unroll 1
     for (int c = place.lane; c < a.channels; c += LANES) {
         float mixed = 0;
+#pragma unroll 1
         for (int k = 0; k < a.modes; ++k)
             mixed = fmaf(shares[k * p_count + c % p_count], Head::value(means[k * a.channels + c]), mixed);
         const long long at = place.token * a.channels + c;
@@ -250,26 +272,26 @@ template <class Head, class In> __device__ __forceinline__ void update(const Arg
     const bool packed = a.sub_pixels == 4 && a.channels % Packed<Head>::COUNT == 0 && aligned(a.means) &&
                         aligned(a.logweights) && aligned(a.loggammas) && aligned(a.latents) && aligned(a.next) &&
                         aligned(a.input);
-    if (packed && a.modes == 16) update_packed<Head, In, LANES, 16>(a);
-    else if (packed) update_packed<Head, In, LANES, 0>(a);
+    if (packed && a.modes == 16 && a.channels == 64) update_packed<Head, In, LANES, 16, 64, 128 / LANES>(a);
+    else if (packed) update_packed<Head, In, LANES, 0, 0, 4>(a);
     else update_scalar<Head, In, LANES>(a);
 }
 
 }  // namespace arcflow_update
 
 /* arcflow_update_<type of the heads>_<type of the engine's input> */
-#define ARCFLOW_UPDATE(HEAD, HEAD_TYPE, IN, IN_TYPE)                                                                    \
-    extern "C" __global__ void __launch_bounds__(arcflow_update::THREADS, arcflow_update::BLOCKS_PER_SM)                \
-        arcflow_update_##HEAD##_##IN(const void *means, const void *logweights, const void *loggammas,                  \
-                                     const float *latents, float *next, void *input, const double *sigmas,              \
-                                     long long tokens, int step, int modes, int channels, int sub_pixels) {             \
-        arcflow_update::update<arcflow_update::HEAD_TYPE, arcflow_update::IN_TYPE>(                                     \
-            {means, logweights, loggammas, latents, next, input, sigmas, tokens, step, modes, channels, sub_pixels});   \
+#define ARCFLOW_UPDATE(HEAD, HEAD_TYPE, IN, IN_TYPE) \
+    extern "C" __global__ void __launch_bounds__(arcflow_update::THREADS, arcflow_update::BLOCKS_PER_SM) \
+        arcflow_update_##HEAD##_##IN(const void *means, const void *logweights, const void *loggammas, \
+                                     const float *latents, float *next, void *input, const double *sigmas, \
+                                     long long tokens, int step, int modes, int channels, int sub_pixels) { \
+        arcflow_update::update<arcflow_update::HEAD_TYPE, arcflow_update::IN_TYPE>( \
+            {means, logweights, loggammas, latents, next, input, sigmas, tokens, step, modes, channels, sub_pixels}); \
     }
 
-#define ARCFLOW_UPDATES(HEAD, HEAD_TYPE)                 \
-    ARCFLOW_UPDATE(HEAD, HEAD_TYPE, float32, Float32)    \
-    ARCFLOW_UPDATE(HEAD, HEAD_TYPE, float16, Float16)    \
+#define ARCFLOW_UPDATES(HEAD, HEAD_TYPE) \
+    ARCFLOW_UPDATE(HEAD, HEAD_TYPE, float32, Float32) \
+    ARCFLOW_UPDATE(HEAD, HEAD_TYPE, float16, Float16) \
     ARCFLOW_UPDATE(HEAD, HEAD_TYPE, bfloat16, BFloat16)
 
 ARCFLOW_UPDATES(float32, Float32)
