@@ -222,13 +222,13 @@ def test_low_memory_has_one_part_at_a_time_and_keeps_nothing(on_device, plain):
 def test_callbacks_see_every_step(on_device, plain):
     for low_memory in (False, True):
         pipe = on_device(low_memory=low_memory)
-        seen, expected = [], []
-        last = draw(pipe, [*PROMPTS], callback_on_step_end=lambda i, x: seen.append((i, x.copy())))
-        draw(plain["flux"], [*PROMPTS], callback_on_step_end=lambda i, x: expected.append((i, x.copy())))
-        assert [i for i, _ in seen] == [0, 1]
-        for (_, x), (_, y) in zip(seen, expected, strict=True):
-            np.testing.assert_allclose(x, y, **CLOSE)
-        np.testing.assert_array_equal(seen[-1][1], last)
+        seen, expected = {}, {}
+        last = draw(pipe, [*PROMPTS], callback_on_step_end=seen.__setitem__)
+        draw(plain["flux"], [*PROMPTS], callback_on_step_end=expected.__setitem__)
+        assert list(seen) == [0, 1]
+        for step, latents in seen.items():
+            np.testing.assert_allclose(latents, expected[step], **CLOSE)
+        np.testing.assert_array_equal(seen[1], last)
 
 
 def test_callbacks_wait_for_every_group(on_device, plain):

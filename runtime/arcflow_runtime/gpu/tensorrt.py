@@ -113,8 +113,10 @@ class TensorRTEngine:
 
     def save_cache(self) -> None:
         """Keep on disk what was compiled so far."""
-        if self._cache is not None and self._cache_file is not None:
-            self._cache_file.write(bytes(memoryview(self._cache.serialize())))
+        if self._cache is None or self._cache_file is None:
+            return
+        if (data := self._cache.serialize()) is not None:
+            self._cache_file.write(bytes(memoryview(data)))
 
     def layer_times(self) -> list[LayerTime]:
         """Every layer of every run so far, where `Options.profile` asked for it."""
