@@ -11,7 +11,7 @@ from host_device import HostDevice, at
 from arcflow_runtime import EngineError, Pipeline, RequestError
 from arcflow_runtime.bundle import Bundle, Part, TensorSpec
 from arcflow_runtime.dtypes import cast, to_float32
-from arcflow_runtime.engines import open_backend, onnxruntime_cuda
+from arcflow_runtime.engines import onnxruntime_cuda, open_backend
 from arcflow_runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from arcflow_runtime.gpu.ort import OrtArrayEngine
 from arcflow_runtime.trt.gpu import Gpu
@@ -43,7 +43,8 @@ def test_a_provider_that_cannot_be_loaded(bundles, monkeypatch, recwarn):
     """ONNX Runtime falls back to the CPU where CUDA's libraries are missing, as it does here for want of it all."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime_cuda, "find_gpu", lambda: Gpu("Host 1", "sm89"))
-    with pytest.raises(EngineError, match=r"^text_encoder: ONNX Runtime cannot load its CUDA provider; it needs CUDA's"):
+    text = r"^text_encoder: ONNX Runtime cannot load its CUDA provider; it needs CUDA's"
+    with pytest.raises(EngineError, match=text):
         Pipeline(Bundle.open(bundles("flux-tiny")), OnnxRuntimeCudaBackend(HostDevice))
 
 
@@ -61,10 +62,10 @@ def test_arrays_in_bfloat16():
     """A cast to float32 and back: ONNX Runtime has CPU kernels for those."""
     value = onnx.helper.make_tensor_value_info
     bf16, f32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
-    nodes = [onnx.helper.make_node("Cast", ["x"], ["wide"], to=f32), onnx.helper.make_node("Cast", ["z"], ["y"], to=bf16)]
-    graph = onnx.helper.make_graph(
-        nodes, "g", [value("x", bf16, ["n"]), value("z", f32, ["n"])], [value("wide", f32, ["n"]), value("y", bf16, ["n"])]
-    )
+    given = [value("x", bf16, ["n"]), value("z", f32, ["n"])]
+    made = [value("wide", f32, ["n"]), value("y", bf16, ["n"])]
+    nodes = [onnx.helper.make_node("Cast", [a], [b], to=t) for a, b, t in (("x", "wide", f32), ("z", "y", bf16))]
+    graph = onnx.helper.make_graph(nodes, "g", given, made)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     inputs = (TensorSpec("x", "bfloat16", ("n",)), TensorSpec("z", "float32", ("n",)))

@@ -65,13 +65,13 @@ def pipeline(machine, tmp_path):
         assert not pipe.device.live
 
 
-def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=Range(1, 2), **changes):
+def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), **changes):
     bundle = Bundle.open(root)
     with locked_store(bundle):
         for part in bundle.manifest.parts:
             key = EngineKey(
                 **part_key_fields(bundle, part),
-                profiles=make_profiles(bundle.manifest, part, parse_sizes(sizes), batch),
+                profiles=make_profiles(bundle.manifest, part, parse_sizes(sizes), Range(*batch)),
                 flags=flags,
                 optimization_level=None,
                 workspace_bytes=None,
@@ -149,9 +149,7 @@ def test_what_else_is_not_captured(root, pipeline, caplog):
         with caplog.at_level(logging.WARNING, "arcflow"):
             for _ in range(2):
                 pipe("a red circle", **SIZE)
-        assert [r.message for r in caplog.records] == [
-            f"pictures are enqueued without a CUDA graph: backbone: {text}"
-        ]
+        assert [r.message for r in caplog.records] == [f"pictures are enqueued without a CUDA graph: backbone: {text}"]
         assert pipe.device.launches == 0
     own = fake_tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     assert fake_tensorrt.state.configs[0].cuda_graph_strategy is own
@@ -172,7 +170,7 @@ def test_what_was_compiled_is_kept(root, pipeline, tmp_path):
 
 
 def test_sizes_that_the_engine_does_not_take(root, pipeline):
-    build(root, sizes="32x32", batch=Range(1, 1))
+    build(root, sizes="32x32", batch=(1, 1))
     pipe = pipeline(root)
     # one after the other, where an engine takes one image at a time
     two = pipe("a red circle", **(SIZE | {"seed": [1, 2]}), num_images_per_prompt=2).images
@@ -229,9 +227,7 @@ def test_a_run_that_fails_is_reported_with_what_the_library_said(root, pipeline,
         return False
 
     monkeypatch.setattr(fake_tensorrt.IExecutionContext, "execute_async_v3", fail)
-    with pytest.raises(
-        EngineError, match=r"^text_encoder: tensorrt-rtx: the run failed\n  illegal memory access$"
-    ):
+    with pytest.raises(EngineError, match=r"^text_encoder: tensorrt-rtx: the run failed\n  illegal memory access$"):
         pipe("a red circle", **SIZE)
 
 

@@ -116,7 +116,7 @@ class _Pinned:
     def __init__(self, buffer: Any) -> None:
         self._buffer = buffer
         self.address, self.nbytes = int(buffer.handle), int(buffer.size)
-        self._array = np.frombuffer((ctypes.c_uint8 * self.nbytes).from_address(self.address), np.uint8)
+        self._array = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
 
     @property
     def array(self) -> np.ndarray:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import cast
 
+from ..bundle import DType
 from ..engines.base import OnStep
 from ..errors import EngineError
 from .buffers import Buffers, PlanKey
@@ -196,8 +198,8 @@ class Plan:
             modes=means.shape[2],
             channels=means.shape[3] // buffers.region("logweights").shape[3],
             sub_pixels=buffers.region("logweights").shape[3],
-            heads=means.dtype,
-            engine_input=buffers.region("input").dtype if narrow else "float32",
+            heads=cast(DType, means.dtype),
+            engine_input=cast(DType, buffers.region("input").dtype) if narrow else "float32",
         )
         self._kernel.launch(
             stream,
