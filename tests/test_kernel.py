@@ -375,10 +375,22 @@ def test_nvrtc_compiles_without_a_driver(nvrtc, arch):
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(nvrtc, monkeypatch):
-    monkeypatch.setattr(kernels, "source", lambda: 'extern "C" __global__ void arcflow_update() {}')
-    kind, code = kernels.compile_code("999")
-    assert kind == "ptx"
-    assert f".target sm_{nvrtc[-1]}".encode() in code
+    import cuda.core
+
+    class Program:
+        """Without a driver cuda.core compiles to machine code only: it asks which PTX the driver takes."""
+
+        def __init__(self, source, kind, options):
+            self.options = options
+
+        def compile(self, kind):
+            self.code = f"{kind} of {self.options.arch}".encode()
+            return self
+
+    monkeypatch.setattr(cuda.core, "Program", Program)
+    assert kernels.compile_code("999") == ("ptx", f"ptx of compute_{nvrtc[-1]}".encode())
+    with pytest.raises(EngineError, match="NVRTC has no architecture up to compute capability 30"):
+        kernels.compile_code("30")
 
 
 def test_compiled_code_is_kept(nvrtc, tmp_path, monkeypatch):

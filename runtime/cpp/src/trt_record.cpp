@@ -101,7 +101,7 @@ std::string as_engines(std::string text) {
 }
 
 std::string build_advice(const Bundle &bundle, const std::string &part, const Host &host) {
-    const std::string target = host.gpu ? "" : " --target " + host.target;
+    const std::string target = host.builder == "tensorrt" ? "" : " --target " + host.target;
     return "run: arcflow build " + bundle.root.string() + " --backend " + host.builder + target + " --parts " + part;
 }
 
