@@ -146,8 +146,14 @@ def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _verify(path: Path, tokenizer: Any, model: Any, prefix: list[int], suffix: list[int]) -> None:
     from .probes import different_prompts, probe_prompts, shown_prompts
 
+    def ids(prompt: str) -> list[int]:
+        try:
+            return model([prompt])[0].tolist()  # type: ignore[no-any-return]
+        except RuntimeError as e:  # what OpenVINO raises for everything
+            raise EngineError(f"{path}: OpenVINO fails on the probe prompt {shown_prompts([prompt])}: {e}") from e
+
     prompts = probe_prompts(tokenizer)
-    if different := different_prompts(tokenizer, lambda p: model([p])[0].tolist(), prompts):
+    if different := different_prompts(tokenizer, ids, prompts):
         raise EngineError(
             f"{path}: OpenVINO would give other ids than the tokenizers library for {len(different)} of {len(prompts)} "
             f"probe prompts: {shown_prompts(different)}; give token ids instead of prompts"
@@ -197,9 +203,11 @@ def _locked(bundle: Bundle) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise EngineError(f"another build is writing tokenizers of {bundle.root}; wait for it") from None
-        yield folder
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        try:
+            yield folder
+        finally:
+            if not any(folder.iterdir()):
+                folder.rmdir()
     finally:
         os.close(handle)
 
