@@ -51,9 +51,8 @@ SafetensorsEntry parse_entry(const Place &place) {
     if (!type) throw bundle_error(place.where() + ": dtype " + repr(entry.dtype) + " is not known");
     place["shape"].each_item([&](const Place &item) { entry.shape.push_back(item.integer()); });
     std::vector<uint64_t> offsets;
-    place["data_offsets"].each_item([&](const Place &item) {
-        offsets.push_back(static_cast<uint64_t>(item.integer()));
-    });
+    place["data_offsets"].each_item(
+        [&](const Place &item) { offsets.push_back(static_cast<uint64_t>(item.integer())); });
     if (offsets.size() != 2 || offsets[0] > offsets[1]) {
         throw bundle_error(place.where() + ": data_offsets must be a begin and an end after it");
     }
@@ -73,14 +72,16 @@ SafetensorsEntry parse_entry(const Place &place) {
 
 // Reads exactly `count` bytes from where the file stands.
 void read_bytes(std::ifstream &file, char *bytes, uint64_t count, const std::string &where) {
-    if (!file.read(bytes, static_cast<std::streamsize>(count))) throw bundle_error(where + " cannot be read to its end");
+    if (!file.read(bytes, static_cast<std::streamsize>(count)))
+        throw bundle_error(where + " cannot be read to its end");
 }
 
 // The header's text: `file` stands behind it afterwards.
 std::string read_header(std::ifstream &file, uint64_t file_bytes, const std::string &where) {
     std::array<unsigned char, prefix_bytes> prefix{};
-    if (file_bytes < prefix.size()) throw bundle_error(where + " must have a header, got " + std::to_string(file_bytes) +
-                                                       " bytes; it is no safetensors file");
+    if (file_bytes < prefix.size())
+        throw bundle_error(where + " must have a header, got " + std::to_string(file_bytes) +
+                           " bytes; it is no safetensors file");
     read_bytes(file, reinterpret_cast<char *>(prefix.data()), prefix.size(), where);
     uint64_t size = 0;
     for (size_t i = 0; i < prefix.size(); ++i) size |= uint64_t{prefix[i]} << (8 * i);
