@@ -350,7 +350,9 @@ def open_bundle(library, root, backend):
         "print(status, lib.arcflow_last_error().decode())\n"
     )
     command = [sys.executable, "-c", code, str(library), str(root), backend]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_no_gpu_is_an_error_of_the_library(library, bundle):
