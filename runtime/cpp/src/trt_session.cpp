@@ -101,7 +101,8 @@ public:
     }
 
     bool capturable() override {
-#ifdef TRT_MAJOR_RTX
+#if defined(TRT_MAJOR_RTX) && (TRT_MAJOR_RTX > 1 || TRT_MINOR_RTX >= 5)
+        // Before 1.5 only the attempt tells.
         if (!context_->isStreamCapturable(stream_)) return false;
 #endif
         return !streams_weights_;
