@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,9 +58,19 @@ def test_no_gpu():
 
 
 def test_no_cuda_core(monkeypatch):
-    monkeypatch.setitem(importlib.import_module("sys").modules, "cuda.core", None)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(EngineError, match=r"^running on a GPU needs cuda-core; run: pip install 'arcflow\[gpu\]'"):
         open_device()
+
+
+def test_nothing_of_it_is_imported_for_a_cpu():
+    code = (
+        "import sys\nfrom arcflow_runtime import Pipeline\nimport arcflow_runtime.engines.onnxruntime\n"
+        "bad = [m for m in sys.modules if m.split('.')[0] in ('cuda', 'nvtx') or m.startswith('arcflow_runtime.gpu')]\n"
+        "assert not bad, bad"
+    )
+    path = str(Path(__file__).parent.parent / "runtime")
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path})
 
 
 @pytest.mark.gpu

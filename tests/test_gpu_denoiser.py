@@ -29,6 +29,7 @@ def open_bundle(bundles):
         "flux": lambda: bundles("flux-tiny"),
         "qwen": lambda: bundles("qwen-tiny"),
         "conditioner": lambda: bundles("qwen-tiny", keep_conditioner=True),
+        "float16": lambda: bundles("flux-tiny", dtype="float16"),
     }
     return lambda name: Bundle.open(roots[name]())
 
@@ -90,6 +91,28 @@ def test_three_ways_of_running_give_the_ordinary_picture(name, on_device, plain)
     np.testing.assert_allclose(first, expected, **CLOSE)
     np.testing.assert_array_equal(second, first)
     np.testing.assert_array_equal(third, first)
+
+
+def test_float16(on_device, plain):
+    """The state is float32 and what the backbone reads is that in float16, after every step too.
+
+    One image alone runs the same graphs on the same inputs as in the ordinary pipeline, to the last bit.
+    """
+    pipe = on_device("float16")
+    wanted = draw(plain["float16"])
+    for _ in range(3):
+        np.testing.assert_array_equal(draw(pipe), wanted)
+    assert "input" in next(iter(pipe.backend.denoiser._plans.values())).buffers
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_modulation_by_way_of_the_host(low_memory, on_device, plain, monkeypatch):
+    """As for a conditioner in another dtype than the backbone's."""
+    monkeypatch.setattr("arcflow_runtime.gpu.denoiser.DeviceDenoiser._modulation_source", lambda self, d: "given")
+    pipe = on_device(low_memory=low_memory)
+    for prompt in (*PROMPTS, PROMPTS[0]):
+        np.testing.assert_allclose(draw(pipe, prompt), draw(plain["flux"], prompt), **CLOSE)
+    assert pipe.backend.device.captures == (0 if low_memory else 1)
 
 
 def test_a_replay_draws_what_is_staged(on_device, plain):
@@ -280,6 +303,18 @@ def test_threads(on_device, plain):
             for x in found:
                 np.testing.assert_allclose(x, wanted[case], **CLOSE)
     assert len(pipe.backend.device.threads) >= 8
+
+
+def test_two_hundred_pictures_of_eight_threads(on_device):
+    """A replay's bits are those of any other, whoever drew in between."""
+    pipe = on_device()
+    size = {"width": 16, "height": 16, "max_sequence_length": 4}
+    alone = {(p, s): draw(pipe, p, seed=s, **size) for p in PROMPTS for s in range(5)}
+    cases = list(alone) * 20
+    with ThreadPoolExecutor(8) as pool:
+        for case, found in zip(cases, pool.map(lambda c: draw(pipe, c[0], seed=c[1], **size), cases), strict=True):
+            np.testing.assert_array_equal(found, alone[case])
+    assert pipe.backend.device.captures == 1
 
 
 def test_threads_with_low_memory(on_device, plain):

@@ -117,23 +117,26 @@ class DeviceDenoiser:
         Raises:
             EngineError: they do not take one image of this size.
         """
-        manifest, steps = self._bundle.manifest, len(drawing.timesteps)
-        tokens = drawing.texts[0].states.shape[1]
+        steps = len(drawing.timesteps)
         wrong: str | None = None
         for batch in range(len(drawing.noise), 0, -1):
-            size = DrawSize(batch, drawing.grid, tokens, steps)
-            wrong = self._limits("backbone", backbone_inputs(manifest, size))
-            if drawing.pixels:
-                wrong = wrong or self._limits("vae_decoder", decoder_inputs(manifest, size))
-            if drawing.table is not None or wrong is not None:
-                if wrong is None:
-                    return batch, steps
-                continue
-            for at_once in range(steps, 0, -1):
-                wrong = self._limits("conditioner", conditioner_inputs(manifest, batch, at_once))
+            wrong = self._misfit(drawing, batch)
+            if wrong is None and drawing.table is not None:
+                return batch, steps
+            for at_once in range(steps, 0, -1) if wrong is None else ():
+                wrong = self._limits("conditioner", conditioner_inputs(self._bundle.manifest, batch, at_once))
                 if wrong is None:
                     return batch, at_once
         raise EngineError(str(wrong))
+
+    def _misfit(self, drawing: Drawing, batch: int) -> str | None:
+        """What is wrong with `batch` such images for the backbone and the decoder, or None."""
+        tokens = drawing.texts[0].states.shape[1]
+        size = DrawSize(batch, drawing.grid, tokens, len(drawing.timesteps))
+        wrong = self._limits("backbone", backbone_inputs(self._bundle.manifest, size))
+        if wrong is None and drawing.pixels:
+            wrong = self._limits("vae_decoder", decoder_inputs(self._bundle.manifest, size))
+        return wrong
 
     def _modulation_source(self, drawing: Drawing) -> Modulation:
         if drawing.table is not None:
