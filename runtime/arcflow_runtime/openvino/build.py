@@ -148,7 +148,8 @@ def _verify(path: Path, tokenizer: Any, model: Any, prefix: list[int], suffix: l
 
     def ids(prompt: str) -> list[int]:
         try:
-            return model([prompt])[0].tolist()  # type: ignore[no-any-return]
+            found: list[int] = model([prompt])[0].tolist()
+            return found
         except RuntimeError as e:  # what OpenVINO raises for everything
             raise EngineError(f"{path}: OpenVINO fails on the probe prompt {shown_prompts([prompt])}: {e}") from e
 
@@ -159,8 +160,8 @@ def _verify(path: Path, tokenizer: Any, model: Any, prefix: list[int], suffix: l
             f"probe prompts: {shown_prompts(different)}; give token ids instead of prompts"
         )
     for prompt in prompts:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        if tokenizer.encode(prompt, add_special_tokens=True).ids != [*prefix, *ids, *suffix]:
+        bare = tokenizer.encode(prompt, add_special_tokens=False).ids
+        if tokenizer.encode(prompt, add_special_tokens=True).ids != [*prefix, *bare, *suffix]:
             raise EngineError(
                 f"{path}: its post-processor does more than put special tokens before and after the text "
                 f"({shown_prompts([prompt])}); give token ids instead of prompts"
