@@ -44,8 +44,7 @@ def test_wrong_arguments_have_pythons_sentences(cpp_pipes, python_pipes):
         with pytest.raises(embed.ArcFlowError) as ours:
             cpp_pipes(name).draw(["x"], seeds=seeds, **given)
         assert ours.value.status == REQUEST_ERROR
-        # The ABI's seeds and guidance have names of their own in a few sentences.
-        assert str(ours.value).split(",")[0].replace("seeds", "seed") == str(theirs.value).split(",")[0], given
+        assert str(ours.value) == str(theirs.value)
 
 
 def test_wrong_pointers(cpp_library, cpp_bundles, cpp_pipes):
@@ -251,7 +250,7 @@ def test_without_tokenizers_only_ids_can_be_drawn(cpp_library, bundles, copy, cp
 
 def test_latents_that_are_not_finite(cpp_library, copy):
     weights = load_file(copy / "backbone.safetensors")
-    key = next(k for k, w in weights.items() if w.shape == (1024,))  # the bias of the means, K * 64
+    [key] = [name for name in weights if name.endswith("proj_out_means.bias")]
     weights[key] = np.full_like(weights[key], np.nan)
     _rewrite(copy, "backbone.safetensors", weights)
     pipe = embed.Pipeline(cpp_library, copy)
