@@ -1,5 +1,5 @@
-// The update kernel's source on a CPU, for tests/test_kernel.py: its inner functions called one after the other, and the
-// kernels themselves with every thread of a block as a fibre.
+// The update kernel's source on a CPU, for tests/test_kernel.py: its inner functions called one after the other, and
+// the kernels themselves with every thread of a block as a fibre.
 //
 // A fibre runs to its next barrier or shuffle and yields; when all have, it goes on. So every thread of a block has to
 // meet the same barriers and shuffles in the same order, which is checked.

@@ -63,7 +63,8 @@ def compile_fatbin(nvcc: str, architectures: list[int], out: Path) -> list[Usage
     Raises:
         BuildError: nvcc fails or warns, or its report lacks a kernel.
     """
-    command = [nvcc, "-std=c++17", "-O3", "--fatbin", "--threads", "0", "-Xptxas", "-v", "--Werror", "all-warnings"]
+    command = [nvcc, "-std=c++17", "-O3", "--fatbin", "--threads", "0", "-Xptxas", "-v"]
+    command += ["-Xfatbin", "-compress-all", "--Werror", "all-warnings"]
     for arch in architectures:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["-gencode", f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"]

@@ -47,7 +47,8 @@ struct Types {
         text_rotary = input("text_rotary");
         heads = output("means");
         if (output("logweights") != heads || output("loggammas") != heads) {
-            throw engine_error("backbone: means, logweights and loggammas must be in one dtype; export the bundle again");
+            throw engine_error(
+                "backbone: means, logweights and loggammas must be in one dtype; export the bundle again");
         }
     }
 };
@@ -121,7 +122,8 @@ public:
                 for (size_t i = 0; i < given.prompts.size(); ++i) {
                     const size_t prompt = prompts > 1 ? static_cast<size_t>(given.prompts[i]) : 0;
                     const size_t from = step * static_cast<size_t>(prompts) + prompt;
-                    std::memcpy(host_->data + group.modulation[step] + i * row, modulation.data.data() + from * row, row);
+                    std::memcpy(host_->data + group.modulation[step] + i * row, modulation.data.data() + from * row,
+                                row);
                 }
             }
         }
@@ -187,7 +189,9 @@ private:
     // First what the host feeds, in the same places of the pinned and the device's memory.
     void lay_out(const DenoiseInputs &inputs) {
         groups_.resize(shape.groups.size());
-        const auto count = [](const std::vector<int64_t> &sizes, DType dtype) { return bytes_of(sizes, dtype, "backbone"); };
+        const auto count = [](const std::vector<int64_t> &sizes, DType dtype) {
+            return bytes_of(sizes, dtype, "backbone");
+        };
         sigmas_ = layout_.add((shape.steps + 1) * sizeof(double));
         latent_bytes_ = count({shape.batch, shape.tokens, shape.channels}, DType::float32);
         state_ = layout_.add(latent_bytes_);
@@ -256,8 +260,8 @@ private:
                                          types_.latents};
                 const bool last = step + 1 == shape.steps;  // after which no backbone reads its input
                 kernel.launch(stream, update,
-                              {address(group.means), address(group.logweights), address(group.loggammas), address(state),
-                               address(state), last ? 0 : address(group.input), address(sigmas_)},
+                              {address(group.means), address(group.logweights), address(group.loggammas),
+                               address(state), address(state), last ? 0 : address(group.input), address(sigmas_)},
                               static_cast<int32_t>(step));
                 state += static_cast<size_t>(tokens * shape.channels) * sizeof(float);
             }
@@ -314,7 +318,8 @@ void check_inputs(const DenoiseInputs &inputs) {
         const auto size = static_cast<int64_t>(group.images.size());
         fits(size > 0 && group.prompts.size() == group.images.size(), "a group");
         fits(group.states.shape.size() == 3 && group.states.shape[0] == size, "a group's states");
-        fits(group.rotary.shape.size() == 3 && group.rotary.shape[1] == group.states.shape[1], "a group's rotary table");
+        fits(group.rotary.shape.size() == 3 && group.rotary.shape[1] == group.states.shape[1],
+             "a group's rotary table");
         for (size_t i = 0; i < group.images.size(); ++i) {
             const int64_t image = group.images[i], prompt = group.prompts[i];
             fits(image >= 0 && image < batch && !seen[static_cast<size_t>(image)], "an image's place");

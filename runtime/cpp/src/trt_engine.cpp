@@ -27,7 +27,8 @@ struct Lane {
 
 class TrtEngine : public Engine {
 public:
-    TrtEngine(std::shared_ptr<const cuda::Device> device, std::shared_ptr<TrtSession> session, std::string name, Part part)
+    TrtEngine(std::shared_ptr<const cuda::Device> device, std::shared_ptr<TrtSession> session, std::string name,
+              Part part)
         : device_(std::move(device)), session_(std::move(session)), name_(std::move(name)), part_(std::move(part)) {}
 
     ~TrtEngine() override {

@@ -1,5 +1,5 @@
-// A part's engine on host tensors, for the parts that run by themselves: text encoders and conditioner, and any part of a
-// request with a step callback.
+// A part's engine on host tensors, for the parts that run by themselves: text encoders and conditioner, and any part of
+// a request with a step callback.
 #pragma once
 
 #include <memory>

@@ -28,8 +28,9 @@ struct Nvrtc {
             if (library == nullptr) library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
         }
         if (library == nullptr) {
-            throw engine_error("the update kernel is compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
-                               "run runtime/kernels/build.py before this library is built");
+            throw engine_error(
+                "the update kernel is compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
+                "run runtime/kernels/build.py before this library is built");
         }
         const auto find = [&](auto &function, const char *name) {
             function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
@@ -69,15 +70,16 @@ std::string compile_with_nvrtc(const char *source, const std::string &target) {
     }
     if (program != nullptr) nvrtc.nvrtcDestroyProgram(&program);
     if (result != 0) {
-        throw engine_error("NVRTC cannot compile the update kernel for " + target + " (error " + std::to_string(result) +
-                           "): " + log.c_str());
+        throw engine_error("NVRTC cannot compile the update kernel for " + target + " (error " +
+                           std::to_string(result) + "): " + log.c_str());
     }
     return cubin;
 }
 
 UpdateGeometry update_geometry(const UpdateShape &shape) {
     const unsigned lanes = shape.heads == DType::float32 ? 16 : 8;
-    const uint64_t token_bytes = (2 * static_cast<uint64_t>(shape.modes) + 1) * static_cast<uint64_t>(shape.sub_pixels) * 4;
+    const uint64_t token_bytes =
+        (2 * static_cast<uint64_t>(shape.modes) + 1) * static_cast<uint64_t>(shape.sub_pixels) * 4;
     for (const unsigned threads : blocks) {
         const unsigned tokens = threads / lanes;
         const uint64_t shared = 16 + tokens * token_bytes;
@@ -86,9 +88,9 @@ UpdateGeometry update_geometry(const UpdateShape &shape) {
         return {static_cast<unsigned>(grid), threads, static_cast<unsigned>(shared)};
     }
     throw engine_error("the update kernel takes at most " +
-                       std::to_string((max_shared_bytes - 16) * lanes / blocks[2]) + " bytes per token for its modes, got " +
-                       std::to_string(token_bytes) + " for " + std::to_string(shape.modes) + " modes of " +
-                       std::to_string(shape.sub_pixels) + " sub-pixels");
+                       std::to_string((max_shared_bytes - 16) * lanes / blocks[2]) +
+                       " bytes per token for its modes, got " + std::to_string(token_bytes) + " for " +
+                       std::to_string(shape.modes) + " modes of " + std::to_string(shape.sub_pixels) + " sub-pixels");
 }
 
 UpdateKernel::UpdateKernel(const std::string &target) {

@@ -34,8 +34,10 @@ void *open_first(TrtFlavour flavour, int major, std::string &opened) {
         const char *text = dlerror();
         why += (why.empty() ? "" : "; ") + std::string(text ? text : name + " cannot be opened");
     }
-    throw engine_error(std::string(name_of(flavour)) + " cannot be loaded (" + why + "); install it, and add its folder "
-                       "to LD_LIBRARY_PATH or name its file in " + variable(flavour));
+    throw engine_error(std::string(name_of(flavour)) + " cannot be loaded (" + why +
+                       "); install it, and add its folder "
+                       "to LD_LIBRARY_PATH or name its file in " +
+                       variable(flavour));
 }
 
 template <class Function> Function *find(void *library, const std::string &file, const char *name) {
@@ -64,7 +66,8 @@ TrtLibrary open_trt_library(TrtFlavour flavour, const TrtVersion &headers) {
     const auto number = [&](const char *name) { return find<int32_t()>(library, file, name)(); };
     const TrtVersion version{number("getInferLibMajorVersion"), number("getInferLibMinorVersion"),
                              number("getInferLibPatchVersion"), number("getInferLibBuildVersion")};
-    // TensorRT-RTX's versions begin at 1 and TensorRT's with these symbols at 10, so the major version tells them apart.
+    // TensorRT-RTX's versions begin at 1 and TensorRT's with these symbols at 10, so the major version tells them
+    // apart.
     const bool is_rtx = version.major < 10, wants_rtx = flavour == TrtFlavour::tensorrt_rtx;
     if (is_rtx != wants_rtx) {
         throw engine_error(file + " is " + name_of(is_rtx ? TrtFlavour::tensorrt_rtx : TrtFlavour::tensorrt) + " " +
@@ -72,9 +75,10 @@ TrtLibrary open_trt_library(TrtFlavour flavour, const TrtVersion &headers) {
                            variable(flavour));
     }
     if (version.major != headers.major || version.minor < headers.minor) {
-        throw engine_error(file + " is " + name_of(flavour) + " " + version.text() + ", and this library was built for " +
-                           headers.text() + "; install " + std::to_string(headers.major) + "." +
-                           std::to_string(headers.minor) + " or newer of that major version, or build this library "
+        throw engine_error(file + " is " + name_of(flavour) + " " + version.text() +
+                           ", and this library was built for " + headers.text() + "; install " +
+                           std::to_string(headers.major) + "." + std::to_string(headers.minor) +
+                           " or newer of that major version, or build this library "
                            "with TRT_ROOT of the one that is installed");
     }
     return {version, find<void *(void *, int32_t)>(library, file, "createInferRuntime_INTERNAL")};

@@ -1,4 +1,5 @@
-// TensorRT's and TensorRT-RTX's libraries, opened at run time: a flavour -> its library, version checked, nothing called.
+// TensorRT's and TensorRT-RTX's libraries, opened at run time: a flavour -> its library, version checked, nothing
+// called.
 #pragma once
 
 #include <cstdint>

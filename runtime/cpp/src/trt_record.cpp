@@ -123,7 +123,8 @@ std::vector<Candidate> read_records(const Bundle &bundle) {
     return found;
 }
 
-// Keep the candidates for which `of` gives `wanted`; where none does, the old ones are left in place and false returned.
+// Keep the candidates for which `of` gives `wanted`; where none does, the old ones are left in place and false
+// returned.
 bool keep(std::vector<Candidate> &candidates, const std::string &wanted,
           const std::function<std::string(const EngineKey &)> &of) {
     std::vector<Candidate> fitting;

@@ -59,7 +59,8 @@ EngineRecord read_record(const std::filesystem::path &path);
 // nothing of the engine is read. Throws Error that names what differs.
 BuiltEngine find_engine(const Bundle &bundle, const std::string &part, const Host &host);
 
-// Compare the engine's size with its record, and its SHA-256 if it has at most 64 MiB or with `full` (E5). Throws Error.
+// Compare the engine's size with its record, and its SHA-256 if it has at most 64 MiB or with `full` (E5). Throws
+// Error.
 void check_engine(const BuiltEngine &engine, bool full);
 
 }  // namespace arcflow

@@ -78,8 +78,8 @@ nv::DataType data_type(DType dtype) {
 
 class Context : public TrtContext {
 public:
-    Context(std::string part, std::unique_ptr<nv::IExecutionContext> context, cuda::Stream &stream, bool streams_weights,
-            std::shared_ptr<Logger> logger)
+    Context(std::string part, std::unique_ptr<nv::IExecutionContext> context, cuda::Stream &stream,
+            bool streams_weights, std::shared_ptr<Logger> logger)
         : part_(std::move(part)),
           context_(std::move(context)),
           stream_(static_cast<cudaStream_t>(stream.handle)),
@@ -177,8 +177,8 @@ private:
                 return !takes(profile, input.first, input.second);
             });
             if (bad == inputs.end()) return profile;
-            misfit += std::string(misfit.empty() ? "" : "; ") + bad->first + " of " + text_of(bad->second) + " is not " +
-                      text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMIN)) + " to " +
+            misfit += std::string(misfit.empty() ? "" : "; ") + bad->first + " of " + text_of(bad->second) +
+                      " is not " + text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMIN)) + " to " +
                       text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMAX));
         }
         throw engine_error(part_ + ": the engine was not built for these shapes (" + misfit +

@@ -1,5 +1,5 @@
-// TensorRT's interface behind one of ours, so that its headers are needed in one file: an engine's file -> contexts that
-// run it on device memory.
+// TensorRT's interface behind one of ours, so that its headers are needed in one file: an engine's file -> contexts
+// that run it on device memory.
 #pragma once
 
 #include <cstdint>

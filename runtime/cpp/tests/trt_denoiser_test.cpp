@@ -1,4 +1,5 @@
-// The CUDA graph of the TensorRT backend, and its engines on host tensors, with a driver and engines that run on the CPU.
+// The CUDA graph of the TensorRT backend, and its engines on host tensors, with a driver and engines that run on the
+// CPU.
 #include <dlfcn.h>
 
 #include <cmath>
@@ -195,7 +196,8 @@ Tensor random_tensor(uint64_t seed, std::vector<int64_t> shape) {
 DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector<double> sigmas = {1, 0.7619, 0}) {
     DenoiseInputs in;
     in.noise = random_tensor(seed, {3, 6, C});
-    in.groups.push_back({{0, 2}, {1, 0}, random_tensor(seed + 1, {2, 4, TEXT}), random_tensor(seed + 2, {2, 4, HALF_HEAD})});
+    in.groups.push_back(
+        {{0, 2}, {1, 0}, random_tensor(seed + 1, {2, 4, TEXT}), random_tensor(seed + 2, {2, 4, HALF_HEAD})});
     in.groups.push_back({{1}, {1}, random_tensor(seed + 3, {1, 7, TEXT}), random_tensor(seed + 4, {2, 7, HALF_HEAD})});
     const auto steps = static_cast<int64_t>(sigmas.size()) - 1;
     in.modulation = random_tensor(seed + 5, {steps, prompts, M});
@@ -328,7 +330,8 @@ void test_plans_are_bounded() {
         int most = 0;
         for (size_t steps = 1; steps < 12; ++steps) {
             std::vector<double> sigmas;
-            for (size_t i = 0; i <= steps; ++i) sigmas.push_back(1 - static_cast<double>(i) / static_cast<double>(steps));
+            for (size_t i = 0; i <= steps; ++i)
+                sigmas.push_back(1 - static_cast<double>(i) / static_cast<double>(steps));
             const DenoiseInputs in = inputs_of(steps, 1, true, sigmas);
             const Denoised out = s.denoiser->run(in);
             CHECK(largest_difference(out.latents, expected(in, DType::float32).latents) <= 1e-4f);
@@ -349,7 +352,8 @@ void test_threads() {
         threads.emplace_back([&, seed] {
             for (int i = 0; i < 10; ++i) {
                 const Denoised out = s.denoiser->run(inputs_of(seed, 2, true));
-                equal[seed] += out.latents.data == alone[seed].latents.data && out.pixels.data == alone[seed].pixels.data;
+                equal[seed] +=
+                    out.latents.data == alone[seed].latents.data && out.pixels.data == alone[seed].pixels.data;
             }
         });
     }

@@ -34,7 +34,8 @@ void run(const std::vector<std::string> &a) {
         const arcflow::cuda::Device device;
         std::printf("%s %s\n", device.gpu.name.c_str(), device.gpu.target.c_str());
     } else if (a.at(0) == "library") {
-        const auto flavour = a.at(1) == "tensorrt-rtx" ? arcflow::TrtFlavour::tensorrt_rtx : arcflow::TrtFlavour::tensorrt;
+        const auto flavour =
+            a.at(1) == "tensorrt-rtx" ? arcflow::TrtFlavour::tensorrt_rtx : arcflow::TrtFlavour::tensorrt;
         const arcflow::TrtVersion headers{std::stoi(a.at(2)), std::stoi(a.at(3)), 0, 0};
         std::printf("%s\n", arcflow::open_trt_library(flavour, headers).version.text().c_str());
     } else if (a.at(0) == "find") {

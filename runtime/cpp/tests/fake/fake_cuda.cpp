@@ -1,5 +1,5 @@
-// libcuda.so.1 for tests without a GPU: device memory is the host's, a stream's work is done at once or captured, and the
-// update kernel is a loop over the arithmetic of update_math.h.
+// libcuda.so.1 for tests without a GPU: device memory is the host's, a stream's work is done at once or captured, and
+// the update kernel is a loop over the arithmetic of update_math.h.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
