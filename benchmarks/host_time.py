@@ -56,7 +56,7 @@ def python_draw(bundle: Path, size_px: int, threads: int) -> Callable[[], dict[s
     """A function that draws in Python and gives the stages' times, "engines" among them."""
     pipe = Pipeline.load(bundle, threads=threads)
     engines = {name: TimedEngine(engine) for name, engine in pipe._parts._engines.items()}
-    pipe._parts._engines.update(engines)  # type: ignore[arg-type]
+    pipe._parts._engines.update(engines)
 
     def draw() -> dict[str, float]:
         for engine in engines.values():
