@@ -102,17 +102,20 @@ test: setup
 	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
 	ARCFLOW_CPP_BUILD=$(CPP) $(BIN)/pytest
 
-# The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then tests under
-# AddressSanitizer and UndefinedBehaviorSanitizer, and FUZZ_SECONDS of its bundle reader where there is clang.
-# Python is no sanitized program, so the sanitizer is loaded before it, and its leaks are not ours.
+# The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, side by side, tests
+# under AddressSanitizer and UndefinedBehaviorSanitizer, and FUZZ_SECONDS of its bundle reader where there is clang.
 FUZZ_SECONDS ?= 60
 CPP := $(abspath $(OUT))/cpp
 CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/dev/null && command -v cmake)
 CPP_CONFIGURE = cmake -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))/python -DARCFLOW_WERROR=ON
 SANITIZE := -DARCFLOW_SANITIZE=address,undefined -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
-SANITIZED_TESTS := $(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py)
-test cpp-test: export PATH := $(abspath $(BIN)):$(PATH)
-cpp-test: setup
+.PHONY: cpp-build cpp-sanitize cpp-fuzz
+test cpp-test cpp-build cpp-sanitize cpp-fuzz: export PATH := $(abspath $(BIN)):$(PATH)
+cpp-test: cpp-build
+	$(MAKE) -j2 cpp-sanitize $(if $(shell command -v clang++),cpp-fuzz)
+	$(if $(shell command -v clang++),,@echo "the fuzz target was left out: it needs clang")
+
+cpp-build: setup
 	$(CPP_CONFIGURE) -B $(CPP)
 	cmake --build $(CPP)
 	ctest --test-dir $(CPP) --output-on-failure
@@ -120,20 +123,23 @@ cpp-test: setup
 	cmake -S runtime/cpp/tests/consumer -B $(CPP)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(CPP)/installed
 	cmake --build $(CPP)/consumer
 	ctest --test-dir $(CPP)/consumer --output-on-failure
+
+# Python is no sanitized program: the sanitizer and the C++ library that it looks into are loaded before it, its leaks are
+# not ours, and OpenVINO's threads must not be opened apart from the sanitizer.
+cpp-sanitize: setup
 	$(CPP_CONFIGURE) -B $(CPP)-sanitized $(SANITIZE)
 	cmake --build $(CPP)-sanitized
 	ctest --test-dir $(CPP)-sanitized --output-on-failure
-	ARCFLOW_CPP_BUILD=$(CPP)-sanitized LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q $(SANITIZED_TESTS)
-	$(if $(shell command -v clang++),$(fuzz),@echo "the fuzz target was left out: it needs clang")
+	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
+		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
+		$(BIN)/pytest -q -k "core or errors or golden" $(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py)
 
-define fuzz
-CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(CPP)-fuzz $(SANITIZE) -DARCFLOW_FUZZ=ON -DARCFLOW_TESTS=OFF
+cpp-fuzz: setup
+	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(CPP)-fuzz $(SANITIZE) -DARCFLOW_FUZZ=ON -DARCFLOW_TESTS=OFF
 	cmake --build $(CPP)-fuzz --target bundle_fuzz
 	$(BIN)/python runtime/cpp/fuzz/corpus.py $(CPP)-fuzz/corpus $(dir $(wildcard $(OUT)/*/manifest.json))
 	$(CPP)-fuzz/fuzz/bundle_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 -print_final_stats=1 \
 		-verbosity=0 -dict=runtime/cpp/fuzz/json.dict -artifact_prefix=$(CPP)-fuzz/ $(CPP)-fuzz/corpus
-endef
 
 lint: setup
 	$(BIN)/ruff check .
