@@ -90,7 +90,9 @@ def _build_tokenizers(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     rows = build_tokenizers(bundle)
     if args.json:
-        print(json.dumps({"bundle": str(args.bundle), "tokenizers": [dataclasses.asdict(row) for row in rows]}, indent=2))
+        print(
+            json.dumps({"bundle": str(args.bundle), "tokenizers": [dataclasses.asdict(row) for row in rows]}, indent=2)
+        )
         return 0
     for row in rows:
         what = "unchanged" if row.reused else "built"

@@ -1,1 +1,1 @@
-"""Tokenizers of a bundle as OpenVINO models, for readers without the tokenizers library; rules O1... in docs/bundle.md."""
+"""A bundle's tokenizers as OpenVINO models, for readers without the tokenizers library (O1... in docs/bundle.md)."""

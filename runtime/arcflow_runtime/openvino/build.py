@@ -16,11 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bundle import OPENVINO, Bundle, sha256_file
 from ..errors import BundleError, EngineError
 from .record import RECORD, BuiltTokenizer, ModelFile, Record, read_record
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 #: Raised when a change here makes other models of the same tokenizer.json.
 CONVERTER = 1
@@ -135,7 +138,7 @@ def _compile(graph: Path) -> Any:
     return ov.Core().compile_model(str(graph), "CPU")
 
 
-def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and after a text's."""
     encoding = tokenizer.encode("a", add_special_tokens=False)
     ids, whole = encoding.ids, tokenizer.post_process(encoding, None, True).ids
@@ -143,18 +146,25 @@ def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(ids) :]
 
 
-def _verify(path: Path, tokenizer: Any, model: Any, prefix: list[int], suffix: list[int]) -> None:
+def _verify(path: Path, tokenizer: Tokenizer, model: Any, prefix: list[int], suffix: list[int]) -> None:
     from .probes import different_prompts, probe_prompts, shown_prompts
 
+    def ids(prompt: str) -> list[int]:
+        try:
+            return model([prompt])[0].tolist()
+        except RuntimeError as e:  # what OpenVINO raises for everything; its last line says what was wrong
+            reason = str(e).strip().splitlines()[-1]
+            raise EngineError(f"{path}: OpenVINO fails on the prompt {shown_prompts([prompt])}: {reason}") from e
+
     prompts = probe_prompts(tokenizer)
-    if different := different_prompts(tokenizer, lambda p: model([p])[0].tolist(), prompts):
+    if different := different_prompts(tokenizer, ids, prompts):
         raise EngineError(
             f"{path}: OpenVINO would give other ids than the tokenizers library for {len(different)} of {len(prompts)} "
             f"probe prompts: {shown_prompts(different)}; give token ids instead of prompts"
         )
     for prompt in prompts:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        if tokenizer.encode(prompt, add_special_tokens=True).ids != [*prefix, *ids, *suffix]:
+        text = tokenizer.encode(prompt, add_special_tokens=False).ids
+        if tokenizer.encode(prompt, add_special_tokens=True).ids != [*prefix, *text, *suffix]:
             raise EngineError(
                 f"{path}: its post-processor does more than put special tokens before and after the text "
                 f"({shown_prompts([prompt])}); give token ids instead of prompts"
@@ -197,9 +207,11 @@ def _locked(bundle: Bundle) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise EngineError(f"another build is writing tokenizers of {bundle.root}; wait for it") from None
-        yield folder
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        try:
+            yield folder
+        finally:
+            if not any(folder.iterdir()):
+                folder.rmdir()
     finally:
         os.close(handle)
 

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 _Nodes = list[Any]
 
 #: Unicode's White_Space, which Rust's `char::is_whitespace` follows; `\s` of PCRE2 has U+180E besides.
-_WHITESPACE = (
-    r"[\x{09}-\x{0D}\x{20}\x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]+"
-)
+_WHITESPACE = r"[\x{09}-\x{0D}\x{20}\x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]+"
 _LAST_CODE_POINT = 0x10FFFF
 _SURROGATES = range(0xD800, 0xE000)
 #: openvino-tokenizers gives replaced text four bytes for each of the text's before it returns the text unchanged.
@@ -66,7 +64,11 @@ def build_graph(data: dict[str, Any], where: str) -> ov.Model:
     byte_level = any(step["type"] == "ByteLevel" for step in pretokenizers)
     ids = graph.tokenize(nodes, data["model"], added, byte_level)
     ids.tensor.set_names({"ids"})
-    return ov.Model([ids], [text], "tokenizer")
+    model = ov.Model([ids], [text], "tokenizer")
+    # Of themselves operations are named by a counter of the process; so the same tokenizer is the same file.
+    for i, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(f"{node.get_type_name()}_{i}")
+    return model
 
 
 class _Graph:
@@ -149,6 +151,10 @@ class _Graph:
             raise self._cannot("BPE without a ByteLevel pre-tokenizer")
         suffix = model.get("end_of_word_suffix") or ""
         by_id = {i: apply_unicode_to_bytes(token) for token, i in model["vocab"].items()}
+        known = set(by_id.values())
+        if any(bytes([byte]) + end not in known for byte in range(256) for end in {b"", suffix.encode()}):
+            # What is not found is spelled out here and unknown there, suffix and all.
+            raise self._cannot("BPE without a token for every byte, within and at the end of a word,")
         # Every piece gets the suffix, special ones too; with it they must still be found whole.
         special = {t["content"].encode(): t["id"] for t in added}
         special |= {content + suffix.encode(): i for content, i in special.items()}
