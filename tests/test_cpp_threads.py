@@ -24,7 +24,7 @@ def test_low_memory_draws_the_same(cpp_library, cpp_bundles, cpp_pipes, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "low_memory", "count"), [("flux-tiny", 0, 200), ("qwen-tiny", 0, 40), ("shapes", 1, 16)]
+    ("name", "low_memory", "count"), [("flux-tiny", 0, 200), ("qwen-tiny", 0, 40), ("shapes", 1, 8)]
 )
 def test_eight_threads_draw_what_one_does(cpp_library, cpp_bundles, name, low_memory, count):
     pipe = embed.Pipeline(cpp_library, cpp_bundles(name), low_memory=low_memory)
