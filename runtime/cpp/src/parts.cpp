@@ -11,6 +11,7 @@ Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep)
     backend_->check(bundle_);
     if (!keep_) return;
     for (const auto &[name, part] : bundle_.manifest.parts) engines_[name] = backend_->open(bundle_, name);
+    denoiser_ = backend_->open_denoiser(bundle_);
 }
 
 Parts::Use Parts::use(const std::string &part) {

@@ -45,11 +45,15 @@ public:
     // Throws Error if the part cannot be opened.
     Use use(const std::string &part);
 
+    // The backend's way to run backbone, updates and decoder at one go; null where it has none, or parts are not kept.
+    Denoiser *denoiser() const { return denoiser_.get(); }
+
 private:
     const Bundle &bundle_;
     std::unique_ptr<Backend> backend_;
     bool keep_;
     std::map<std::string, std::unique_ptr<Engine>> engines_;
+    std::unique_ptr<Denoiser> denoiser_;
     std::mutex alone_;
 };
 

@@ -25,21 +25,22 @@ std::size_t bytes_of_row(const Tensor &tensor) {
 }
 
 // The rows of `tensor` at these places of its first axis.
-Tensor gather(const Tensor &tensor, const std::vector<std::size_t> &places) {
+Tensor gather(const Tensor &tensor, const std::vector<int64_t> &places) {
     std::vector<int64_t> shape = tensor.shape;
     shape[0] = static_cast<int64_t>(places.size());
     Tensor out(tensor.dtype, shape);
     const std::size_t bytes = bytes_of_row(tensor);
     for (std::size_t i = 0; i < places.size(); ++i)
-        std::memcpy(out.data.data() + i * bytes, tensor.data.data() + places[i] * bytes, bytes);
+        std::memcpy(out.data.data() + i * bytes, tensor.data.data() + static_cast<std::size_t>(places[i]) * bytes,
+                    bytes);
     return out;
 }
 
 // Puts the rows of `from` at these places of `to`.
-void scatter(const Tensor &from, const std::vector<std::size_t> &places, Tensor &to) {
+void scatter(const Tensor &from, const std::vector<int64_t> &places, Tensor &to) {
     const std::size_t bytes = bytes_of_row(to);
     for (std::size_t i = 0; i < places.size(); ++i)
-        std::memcpy(to.data.data() + places[i] * bytes, from.data.data() + i * bytes, bytes);
+        std::memcpy(to.data.data() + static_cast<std::size_t>(places[i]) * bytes, from.data.data() + i * bytes, bytes);
 }
 
 // Tensors of shape [1, ...], of one dtype, joined along the first axis.
@@ -71,6 +72,12 @@ void check_finite(const Tensor &latents, DType precision) {
                                "the linears in float32 that `arcflow verify` names"
                              : "check the checkpoint and adapter with `arcflow verify`";
     throw engine_error("backbone: latents of images " + repr(bad) + " must be finite, got NaN or Inf; " + advice);
+}
+
+void check_pixels(const Tensor &pixels, const std::vector<int64_t> &shape) {
+    if (pixels.dtype == DType::uint8 && pixels.shape == shape) return;
+    throw engine_error("vae_decoder: output 'images' must be " + Tensor(DType::uint8, shape).describe() + ", got " +
+                       pixels.describe() + "; export the bundle again");
 }
 
 // Refuses the flat black pictures [B, H, W, 3] that a float16 decoder gives when it overflows.
@@ -111,8 +118,18 @@ Drawing Pipeline::draw(const arcflow_request &arguments) {
         out.width_px = request.width_px;
         out.warnings = request.warnings;
         const Prompts prompts = encode(request, out.warnings, watch);
-        out.latents = denoise(request, prompts, watch);
-        if (request.decode) out.pixels = decode(out.latents, request.height_px, request.width_px, watch);
+        const DenoiseInputs inputs = prepare(request, prompts, watch);
+        Denoised made;
+        Denoiser *denoiser = request.on_step == nullptr ? parts_.denoiser() : nullptr;
+        if (denoiser != nullptr) made = run_denoiser(*denoiser, inputs, watch);
+        else made.latents = run_steps(inputs, request, watch);
+        check_finite(made.latents, bundle_.manifest.parts.at("backbone").precision);
+        if (request.decode) {
+            if (denoiser == nullptr) made.pixels = decode(made.latents, request.height_px, request.width_px, watch);
+            check_pictures(made.pixels, bundle_.manifest.parts.at("vae_decoder").precision);
+        }
+        out.latents = std::move(made.latents);
+        out.pixels = std::move(made.pixels);
         out.seeds = std::move(request.seeds);
     }
     out.timings_ms = watch.ms();
@@ -129,10 +146,10 @@ Pipeline::Prompts Pipeline::encode(const Request &request, std::vector<std::stri
     }
     const auto timed = watch("encode");
     Prompts prompts;
-    std::map<Ids, std::size_t> places;
+    std::map<Ids, int64_t> places;
     std::vector<const Ids *> distinct, unknown;
     for (const Ids &prompt : ids) {
-        const auto [place, is_new] = places.emplace(prompt, distinct.size());
+        const auto [place, is_new] = places.emplace(prompt, static_cast<int64_t>(distinct.size()));
         if (is_new) {
             distinct.push_back(&prompt);
             prompts.embeddings.push_back(cache_.get(prompt));
@@ -144,7 +161,7 @@ Pipeline::Prompts Pipeline::encode(const Request &request, std::vector<std::stri
     const auto made = run_encoders(unknown, watch);
     for (std::size_t i = 0; i < unknown.size(); ++i) {
         cache_.put(*unknown[i], made[i]);
-        prompts.embeddings[places.at(*unknown[i])] = made[i];
+        prompts.embeddings[static_cast<std::size_t>(places.at(*unknown[i]))] = made[i];
     }
     return prompts;
 }
@@ -193,11 +210,39 @@ std::vector<Tensor> Pipeline::run_encoder(const std::string &part, const std::st
     return out;
 }
 
-// The modulation of every step in one run, or from the bundle's table where it has the step count.
-Pipeline::Modulation Pipeline::condition(const Request &request, const Prompts &prompts,
-                                         const std::vector<double> &sigmas, Stopwatch &watch) {
+// What the steps take, whatever runs them.
+DenoiseInputs Pipeline::prepare(const Request &request, const Prompts &prompts, Stopwatch &watch) {
     const Manifest &m = bundle_.manifest;
-    if (const auto baked = table_.find(request.steps); baked != table_.end()) return {baked->second, 1};
+    const int64_t height = tokens(request.height_px), width = tokens(request.width_px), patch = m.latents.patch_size;
+    DenoiseInputs inputs;
+    inputs.sigmas = sigmas(request.steps, m.schedule);
+    inputs.height_px = request.height_px;
+    inputs.width_px = request.width_px;
+    inputs.decode = request.decode;
+    {
+        const auto timed = watch("condition");
+        inputs.modulation = condition(request, prompts, inputs.sigmas, watch);
+    }
+    {
+        const auto timed = watch("noise");
+        inputs.noise = draw_latents(request.seeds, request.batch(), m.latents, height * patch, width * patch);
+    }
+    const auto timed = watch("rotary");
+    inputs.image_rotary = image_rotary(m, height, width);
+    inputs.groups = group(prompts, height, width);
+    return inputs;
+}
+
+// The modulation of every step in one run, or from the bundle's table where it has the step count: [S, U, M] of U
+// distinct prompts, or [S, 1, M] where it does not depend on them.
+Tensor Pipeline::condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
+                           Stopwatch &watch) {
+    const Manifest &m = bundle_.manifest;
+    if (const auto baked = table_.find(request.steps); baked != table_.end()) {
+        Tensor modulation = baked->second;
+        modulation.shape.insert(modulation.shape.begin() + 1, 1);
+        return modulation;
+    }
     const std::vector<float> timesteps = conditioning_timesteps(sigmas, m.family, m.reference_dtype);
     Parts::Use conditioner = parts_.use("conditioner");
     Tensors inputs;
@@ -218,50 +263,78 @@ Pipeline::Modulation Pipeline::condition(const Request &request, const Prompts &
         inputs["guidance"] = conditioner.cast("guidance", std::move(guidance));
     }
     Tensors outputs = conditioner.run(inputs, watch);
-    Tensor rows = conditioner.take(outputs, "modulation", {request.steps, count, -1});
-    rows.shape = {request.steps * count, rows.shape[2]};
-    return {std::move(rows), count};
+    return conditioner.take(outputs, "modulation", {request.steps, count, -1});
+}
+
+// The batch's images by text length, so that no image's text is padded to its neighbours'.
+std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, int64_t width) const {
+    std::vector<TextGroup> groups;
+    std::map<int64_t, std::size_t> by_length;
+    const auto states_of = [&](int64_t prompt) -> const Tensor & {
+        return prompts.embeddings[static_cast<std::size_t>(prompt)]->states;
+    };
+    for (std::size_t image = 0; image < prompts.of_image.size(); ++image) {
+        const int64_t prompt = prompts.of_image[image];
+        const auto [place, is_new] = by_length.emplace(states_of(prompt).shape[1], groups.size());
+        if (is_new) groups.emplace_back();
+        groups[place->second].images.push_back(static_cast<int64_t>(image));
+        groups[place->second].prompts.push_back(prompt);
+    }
+    for (TextGroup &g : groups) {
+        std::vector<const Tensor *> states;
+        for (const int64_t prompt : g.prompts) states.push_back(&states_of(prompt));
+        g.states = join(states, "text encoder: encoder_hidden_states");
+        g.rotary = text_rotary(bundle_.manifest, height, width, g.states.shape[1]);
+    }
+    return groups;
+}
+
+// Every step and the decoder in one call.
+Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const {
+    const auto backbone = watch("backbone"), engines = watch("engines");
+    Denoised made = denoiser.run(inputs);
+    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.noise.shape)
+        throw engine_error("backbone: latents must be like the noise, " + inputs.noise.describe() + ", got " +
+                           made.latents.describe());
+    if (inputs.decode) check_pixels(made.pixels, {inputs.noise.shape[0], inputs.height_px, inputs.width_px, 3});
+    return made;
 }
 
 // Latents [B, N, C] float32 after every step: one backbone run and one closed-form update each.
-Tensor Pipeline::denoise(const Request &request, const Prompts &prompts, Stopwatch &watch) {
-    const Manifest &m = bundle_.manifest;
-    const std::vector<double> schedule = sigmas(request.steps, m.schedule);
-    const int64_t height = tokens(request.height_px), width = tokens(request.width_px), patch = m.latents.patch_size;
-    const Modulation modulation = [&] {
-        const auto timed = watch("condition");
-        return condition(request, prompts, schedule, watch);
-    }();
-    Tensor latents = [&] {
-        const auto timed = watch("noise");
-        return draw_latents(request.seeds, request.batch(), m.latents, height * patch, width * patch);
-    }();
+Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch) {
+    const Latents &sizes = bundle_.manifest.latents;
+    const int64_t modes = sizes.num_gaussians, sub_pixels = sizes.logweights_channels;
+    const int64_t steps = inputs.modulation.shape[0], prompts = inputs.modulation.shape[1];
+    Tensor latents = inputs.noise;
+    Tensor modulation = inputs.modulation;  // as rows [S * U, M]
+    modulation.shape = {steps * prompts, modulation.shape[2]};
     Parts::Use backbone = parts_.use("backbone");
-    std::vector<Group> groups = [&] {
-        const auto timed = watch("rotary");
-        return group(backbone, prompts, height, width);
-    }();
-    const int64_t modes = m.latents.num_gaussians, sub_pixels = m.latents.logweights_channels;
-    for (std::size_t step = 0; step < static_cast<std::size_t>(request.steps); ++step) {
-        for (Group &g : groups) {
+    std::vector<Tensors> given(inputs.groups.size());  // to the backbone
+    for (std::size_t i = 0; i < given.size(); ++i) {
+        given[i]["encoder_hidden_states"] = backbone.cast("encoder_hidden_states", inputs.groups[i].states);
+        given[i]["image_rotary"] = backbone.cast("image_rotary", inputs.image_rotary);
+        given[i]["text_rotary"] = backbone.cast("text_rotary", inputs.groups[i].rotary);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        for (std::size_t i = 0; i < given.size(); ++i) {
+            const TextGroup &g = inputs.groups[i];
             const auto images = static_cast<int64_t>(g.images.size());
             Tensor x = gather(latents, g.images);
             Tensors heads;
             {
                 const auto timed = watch("backbone");
-                std::vector<std::size_t> rows;
-                for (const std::size_t image : g.images)
-                    rows.push_back(step * static_cast<std::size_t>(modulation.prompts) +
-                                   (modulation.prompts > 1 ? prompts.of_image[image] : 0));
-                g.inputs["latents"] = backbone.cast("latents", x);
-                g.inputs["modulation"] = backbone.cast("modulation", gather(modulation.rows, rows));
-                heads = backbone.run(g.inputs, watch);
+                std::vector<int64_t> rows;
+                for (const int64_t prompt : g.prompts) rows.push_back(step * prompts + (prompts > 1 ? prompt : 0));
+                given[i]["latents"] = backbone.cast("latents", x);
+                given[i]["modulation"] = backbone.cast("modulation", gather(modulation, rows));
+                heads = backbone.run(given[i], watch);
             }
             const auto timed = watch("update");
             const Tensor means = backbone.take(heads, "means", {images, x.shape[1], modes, x.shape[2]});
             const Tensor logweights = backbone.take(heads, "logweights", {images, x.shape[1], modes, sub_pixels});
             const Tensor loggammas = backbone.take(heads, "loggammas", {images, x.shape[1], modes - 1, sub_pixels});
-            update(x, means, logweights, loggammas, schedule[step], schedule[step + 1]);
+            const auto place = static_cast<std::size_t>(step);
+            update(x, means, logweights, loggammas, inputs.sigmas[place], inputs.sigmas[place + 1]);
             scatter(x, g.images, latents);
         }
         if (request.on_step == nullptr) continue;
@@ -271,34 +344,7 @@ Tensor Pipeline::denoise(const Request &request, const Prompts &prompts, Stopwat
             throw request_error("on_step stopped the call after step " + std::to_string(step) + " by returning " +
                                 std::to_string(answer) + "; return 0 to go on");
     }
-    check_finite(latents, m.parts.at("backbone").precision);
     return latents;
-}
-
-// The batch's images by text length, so that no image's text is padded to its neighbours'.
-std::vector<Pipeline::Group> Pipeline::group(const Parts::Use &backbone, const Prompts &prompts, int64_t height,
-                                             int64_t width) const {
-    std::vector<Group> groups;
-    std::map<int64_t, std::size_t> by_length;
-    for (std::size_t image = 0; image < prompts.of_image.size(); ++image) {
-        const int64_t length = prompts.embeddings[prompts.of_image[image]]->states.shape[1];
-        const auto [place, is_new] = by_length.emplace(length, groups.size());
-        if (is_new) groups.emplace_back();
-        groups[place->second].images.push_back(image);
-    }
-    const Tensor rotary = image_rotary(bundle_.manifest, height, width);
-    for (Group &g : groups) {
-        std::vector<const Tensor *> states;
-        for (const std::size_t image : g.images)
-            states.push_back(&prompts.embeddings[prompts.of_image[image]]->states);
-        const int64_t length = states.front()->shape[1];
-        g.inputs["encoder_hidden_states"] =
-            backbone.cast("encoder_hidden_states", join(states, "text encoder: encoder_hidden_states"));
-        g.inputs["image_rotary"] = backbone.cast("image_rotary", rotary);
-        g.inputs["text_rotary"] =
-            backbone.cast("text_rotary", text_rotary(bundle_.manifest, height, width, length));
-    }
-    return groups;
 }
 
 // Latents [B, N, C] -> pixels [B, H, W, 3] uint8, RGB.
@@ -310,10 +356,8 @@ Tensor Pipeline::decode(const Tensor &latents, int64_t height, int64_t width, St
     Tensors inputs;
     inputs["latents"] = decoder.cast("latents", std::move(grid));
     Tensors outputs = decoder.run(inputs, watch);
-    Tensor pixels = decoder.take(outputs, "images", {latents.shape[0], height, width, 3});
-    if (pixels.dtype != DType::uint8)
-        throw engine_error("vae_decoder: images must be uint8, got " + pixels.describe() + "; export the bundle again");
-    check_pictures(pixels, bundle_.manifest.parts.at("vae_decoder").precision);
+    Tensor pixels = decoder.take(outputs, "images", {-1, -1, -1, -1});
+    check_pixels(pixels, {latents.shape[0], height, width, 3});
     return pixels;
 }
 

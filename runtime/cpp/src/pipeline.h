@@ -48,18 +48,8 @@ public:
 private:
     // The batch's distinct prompts in order of appearance, each image's place among them, and their embeddings.
     struct Prompts {
-        std::vector<std::size_t> of_image;
+        std::vector<int64_t> of_image;
         std::vector<std::shared_ptr<const Embeddings>> embeddings;
-    };
-    // [S * U, M], step by step, U distinct prompts each, or 1 where it does not depend on them.
-    struct Modulation {
-        Tensor rows;
-        int64_t prompts;
-    };
-    // The images of a batch whose text has one length, run together: their places, and the backbone's constant inputs.
-    struct Group {
-        std::vector<std::size_t> images;
-        Tensors inputs;
     };
 
     Prompts encode(const Request &request, std::vector<std::string> &warnings, Stopwatch &watch);
@@ -68,10 +58,12 @@ private:
     std::vector<Tensor> run_encoder(const std::string &part, const std::string &output,
                                     const std::vector<int64_t> &shape, const std::vector<const Ids *> &prompts,
                                     Stopwatch &watch);
-    Modulation condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
-                         Stopwatch &watch);
-    Tensor denoise(const Request &request, const Prompts &prompts, Stopwatch &watch);
-    std::vector<Group> group(const Parts::Use &backbone, const Prompts &prompts, int64_t height, int64_t width) const;
+    DenoiseInputs prepare(const Request &request, const Prompts &prompts, Stopwatch &watch);
+    Tensor condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
+                     Stopwatch &watch);
+    std::vector<TextGroup> group(const Prompts &prompts, int64_t height, int64_t width) const;
+    Denoised run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const;
+    Tensor run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);
     int64_t tokens(int64_t size_px) const;  // along one side
 
