@@ -52,10 +52,11 @@ POLICY ?= $(POLICY_$(MODEL))
 # TensorRT has no float32 kernel for attention as one operator.
 OPSET_fp32 := $(if $(filter tensorrt%,$(BACKEND)),--opset 20)
 
-.PHONY: help setup demo engine shapes test lint format clean
+.PHONY: help setup demo engine shapes test cpp-test lint format clean
 help:
 	@echo "make demo     export the shapes student and draw four prompts on this CPU  [PROMPT=...]"
-	@echo "make test     run the tests"
+	@echo "make test     run the tests, those of the C++ library too"
+	@echo "make cpp-test build, install and test the C++ library, with sanitizers too, and fuzz its reader"
 	@echo "make engine   MODEL=shapes|tiny|flux|qwen [PRECISION=fp32|bf16|fp16|fp8] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
 	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
 	@echo "make lint     ruff and mypy"
@@ -64,7 +65,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"
 	@touch $@
 
 demo: engine
@@ -97,8 +98,50 @@ shapes: setup
 	@mkdir -p $(OUT)
 	$(BIN)/arcflow train-shapes --out $(OUT)/shapes
 
+# Two processes of one thread take little more than half of the time of one with two.
+WORKERS ?= 2
 test: setup
-	$(BIN)/pytest
+	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
+	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+
+# The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, side by side, tests
+# under AddressSanitizer and UndefinedBehaviorSanitizer, and FUZZ_SECONDS of its bundle reader where there is clang.
+FUZZ_SECONDS ?= 60
+CPP := $(abspath $(OUT))/cpp
+CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/dev/null && command -v cmake)
+CPP_CONFIGURE = cmake -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))/python -DARCFLOW_WERROR=ON
+SANITIZE := -DARCFLOW_SANITIZE=address,undefined -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
+.PHONY: cpp-build cpp-sanitize cpp-fuzz
+test cpp-test cpp-build cpp-sanitize cpp-fuzz: export PATH := $(abspath $(BIN)):$(PATH)
+cpp-test: cpp-build
+	$(MAKE) -j2 cpp-sanitize $(if $(shell command -v clang++),cpp-fuzz)
+	$(if $(shell command -v clang++),,@echo "the fuzz target was left out: it needs clang")
+
+cpp-build: setup
+	$(CPP_CONFIGURE) -B $(CPP)
+	cmake --build $(CPP)
+	ctest --test-dir $(CPP) --output-on-failure
+	cmake --install $(CPP) --prefix $(CPP)/installed
+	cmake -S runtime/cpp/tests/consumer -B $(CPP)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(CPP)/installed
+	cmake --build $(CPP)/consumer
+	ctest --test-dir $(CPP)/consumer --output-on-failure
+
+# Python is no sanitized program: the sanitizer and the C++ library that it looks into are loaded before it, its leaks are
+# not ours, and OpenVINO's threads must not be opened apart from the sanitizer.
+cpp-sanitize: setup
+	$(CPP_CONFIGURE) -B $(CPP)-sanitized $(SANITIZE)
+	cmake --build $(CPP)-sanitized
+	ctest --test-dir $(CPP)-sanitized --output-on-failure
+	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
+		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
+		$(BIN)/pytest -q -k "core or errors or golden" $(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py)
+
+cpp-fuzz: setup
+	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(CPP)-fuzz $(SANITIZE) -DARCFLOW_FUZZ=ON -DARCFLOW_TESTS=OFF
+	cmake --build $(CPP)-fuzz --target bundle_fuzz
+	$(BIN)/python runtime/cpp/fuzz/corpus.py $(CPP)-fuzz/corpus $(dir $(wildcard $(OUT)/*/manifest.json))
+	$(CPP)-fuzz/fuzz/bundle_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 -print_final_stats=1 \
+		-verbosity=0 -dict=runtime/cpp/fuzz/json.dict -artifact_prefix=$(CPP)-fuzz/ $(CPP)-fuzz/corpus
 
 lint: setup
 	$(BIN)/ruff check .

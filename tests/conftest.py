@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from arcflow_export.export import export_bundle, plan_export
 from arcflow_export.load import Student, load_student
 from arcflow_export.options import Options
 from arcflow_export.sources import Location
-from arcflow_runtime import cli
+from arcflow_runtime import Pipeline, cli
+from tests.cpp import build_library, embed, library_of
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
@@ -69,5 +72,62 @@ def bundles(tmp_path_factory):
             student = shapes_student() if name == "shapes" else golden_student(name)
             made[key] = export(student, root / str(len(made)), **options)
         return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def cpp_build(tmp_path_factory) -> Path:
+    """The build folder of the C++ library: ARCFLOW_CPP_BUILD, where only what changed is built, or a new one."""
+    folder = Path(os.environ.get("ARCFLOW_CPP_BUILD") or tmp_path_factory.mktemp("cpp"))
+    build_library(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cpp_library(cpp_build):
+    return embed.load(str(library_of(cpp_build)))
+
+
+@pytest.fixture(scope="session")
+def cpp_bundles(bundles, tmp_path_factory):
+    """A function (golden name or "shapes") -> bundle with the tokenizers that the C++ library reads."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            source = bundles(name, **(SHAPES_OPTIONS if name == "shapes" else {"steps": (2, 4)}))
+            made[name] = shutil.copytree(source, tmp_path_factory.mktemp("built") / name)
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert cli.main(["build", str(made[name]), "--backend", "openvino"]) == 0
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def cpp_pipes(cpp_library, cpp_bundles):
+    """A function (golden name or "shapes") -> pipeline of the C++ library, opened once."""
+    made: dict[str, embed.Pipeline] = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = embed.Pipeline(cpp_library, cpp_bundles(name))
+        return made[name]
+
+    yield get
+    for pipe in made.values():
+        pipe.close()
+
+
+@pytest.fixture(scope="session")
+def python_pipes(cpp_bundles):
+    """A function -> the Python pipeline of the same bundle."""
+    made: dict[str, Pipeline] = {}
+
+    def get(name: str) -> Pipeline:
+        if name not in made:
+            made[name] = Pipeline.load(cpp_bundles(name))
+        return made[name]
 
     return get

@@ -23,6 +23,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 #: Folder of the engines built from the bundle, outside the sealed manifest.
 ENGINES = "engines"
+#: Folder of the tokenizers built from the bundle's, likewise.
+OPENVINO = "openvino"
 MAX_MANIFEST_BYTES = 16 << 20
 #: Files up to this size are hashed at every load; larger ones are hashed by `check="full"`.
 FAST_HASH_BYTES = 64 << 20
@@ -288,8 +290,9 @@ def _check_name(name: str, root: Path) -> None:
     parts = name.split("/")
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", name) or any(p in ("", ".", "..") for p in parts):
         raise BundleError(f"{root / MANIFEST}: file name {name!r} leaves the bundle or has characters it may not have")
-    if parts[0] == ENGINES:
-        raise BundleError(f"{root / MANIFEST}: file {name!r} must not be in {ENGINES}/, which is for built engines")
+    for folder, what in ((ENGINES, "engines"), (OPENVINO, "tokenizers")):
+        if parts[0] == folder:
+            raise BundleError(f"{root / MANIFEST}: file {name!r} must not be in {folder}/, which is for built {what}")
 
 
 def _read_manifest(root: Path) -> Manifest:

@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "arcflow_export.commands.verify",
     "inspect": "arcflow_runtime.commands.inspect",
     "bench": "arcflow_runtime.commands.bench",
+    "profile": "arcflow_runtime.commands.profile",
     "distill": "arcflow_distill.commands.distill",
     "eval": "arcflow_distill.commands.eval",
     "train-shapes": "arcflow_distill.commands.train_shapes",

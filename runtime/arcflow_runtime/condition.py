@@ -16,6 +16,10 @@ class Conditioner:
     def __init__(self, bundle: Bundle) -> None:
         self._table = _load_table(bundle)
 
+    def baked(self, steps: int) -> np.ndarray | None:
+        """The table [S, M] float32 of this number of steps, or None where the conditioner must run."""
+        return self._table.get(steps)
+
     def modulation(
         self, parts: Parts, timesteps: np.ndarray, guidance: np.float32 | None, pooled: np.ndarray | None
     ) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Denoise: noise [B, N, 64] -> latents [B, N, 64], one backbone run and one closed-form update per step."""
+"""Denoise: noise [B, N, 64] -> latents [B, N, 64], one backbone run and one closed-form update per step.
+
+`denoise` runs the loop here, engine by engine; `draw` hands it to a backend that keeps it on its device.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
+from .dtypes import to_float32
+from .engines.base import Denoiser, Drawing
 from .errors import EngineError
 from .parts import Run
 from .stopwatch import Stopwatch
+from .text import Embeddings
 from .update import update
 
 #: Called with the step's index and the latents after it, [B, N, 64] float32, read-only.
@@ -22,12 +28,12 @@ class Group:
     """The images of a batch whose text has one length, run together.
 
     `images` [b] are their places in the batch, `prompts` [b] their prompts' places in the modulation's axis
-    U, `states` [b, T, Dt] their text states, `text_rotary` [2, T, D/2].
+    U, `texts` their embeddings, all of T tokens, `text_rotary` [2, T, D/2].
     """
 
     images: list[int]
     prompts: list[int]
-    states: np.ndarray
+    texts: list[Embeddings]
     text_rotary: np.ndarray
 
 
@@ -60,13 +66,14 @@ def denoise(
         EngineError: the backbone failed.
     """
     latents = noise
+    states = [np.concatenate([text.states for text in group.texts]) for group in groups]
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         following = np.empty_like(latents)
-        for group in groups:
+        for group, encoded in zip(groups, states, strict=True):
             x = latents[group.images]
             inputs = {
                 "latents": x,
-                "encoder_hidden_states": group.states,
+                "encoder_hidden_states": encoded,
                 "modulation": modulation[i][group.prompts if modulation.shape[1] > 1 else [0] * len(x)],
                 "image_rotary": image_rotary,
                 "text_rotary": group.text_rotary,
@@ -76,15 +83,64 @@ def denoise(
             # check_finite reports infinities with what to do; numpy's warnings would only precede it.
             with watch("update"), np.errstate(over="ignore", invalid="ignore"):
                 means, logweights, loggammas = (
-                    heads[name].astype(np.float32, copy=False) for name in ("means", "logweights", "loggammas")
+                    to_float32(heads[name]) for name in ("means", "logweights", "loggammas")
                 )
                 following[group.images] = update(x, means, logweights, loggammas, sigma, sigma, sigma_next)
         latents = following
         if callback is not None:
-            view = latents.view()
-            view.setflags(write=False)
-            callback(i, view)
+            _tell(callback, i, latents)
     return latents
+
+
+def draw(
+    denoiser: Denoiser,
+    drawings: list[tuple[list[int], Drawing]],
+    watch: Stopwatch,
+    callback: StepCallback | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Have a backend's denoiser draw a batch, one text length after the other.
+
+    Args:
+        denoiser: the backend's.
+        drawings: each with the places in the batch of its images.
+        watch: gets the time of the denoiser's stages.
+        callback: called after every step of the last drawing, when the others have made theirs.
+
+    Returns:
+        Latents [B, N, 64] float32, and pixels [B, H, W, 3] uint8 if the drawings ask for them.
+
+    Raises:
+        EngineError: the denoiser failed.
+    """
+    steps: dict[int, list[np.ndarray]] = {}
+    drawn = []
+    for images, drawing in drawings:
+
+        def after(step: int, latents: np.ndarray, last: bool = images is drawings[-1][0]) -> None:
+            steps.setdefault(step, []).append(latents)
+            if last and callback is not None:
+                _tell(callback, step, _in_order(drawings, steps[step]))
+
+        drawn.append(denoiser.draw(drawing, watch, None if callback is None else after))
+    latents = _in_order(drawings, [d.latents for d in drawn])
+    pixels = [d.pixels for d in drawn if d.pixels is not None]
+    return latents, _in_order(drawings, pixels) if pixels else None
+
+
+def _in_order(drawings: list[tuple[list[int], Drawing]], parts: list[np.ndarray]) -> np.ndarray:
+    """The batch [B, ...] of what was made of each drawing [b, ...]."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = np.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype)
+    for (images, _), part in zip(drawings, parts, strict=True):
+        batch[images] = part
+    return batch
+
+
+def _tell(callback: StepCallback, step: int, latents: np.ndarray) -> None:
+    view = latents.view()
+    view.setflags(write=False)
+    callback(step, view)
 
 
 def check_finite(latents: np.ndarray, precision: str) -> None:

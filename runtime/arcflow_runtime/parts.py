@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 
 from .bundle import Bundle, Part
+from .dtypes import cast
 from .engines.base import Backend, Engine
 from .errors import EngineError
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-
-_DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
 
 class Parts:
@@ -27,7 +26,8 @@ class Parts:
     def __init__(self, bundle: Bundle, backend: Backend, keep: bool) -> None:
         self._bundle = bundle
         self._backend = backend
-        self._keep = keep
+        #: Whether parts stay open.
+        self.keep = keep
         self._engines: dict[str, Engine] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -53,15 +53,24 @@ class Parts:
             EngineError: the part cannot be opened, or the parts were closed.
         """
         spec = self._bundle.manifest.parts[part]
-        if self._keep:
-            engine = self._kept(part)
+        with self.borrow(part) as engine:
             yield lambda inputs: engine.run(_cast(spec, inputs))
+
+    @contextmanager
+    def borrow(self, part: str) -> Iterator[Engine]:
+        """Give the engine itself, as `use` does.
+
+        Raises:
+            EngineError: the part cannot be opened, or the parts were closed.
+        """
+        if self.keep:
+            yield self._kept(part)
             return
         with self._lock:
             self._check_open()
             engine = self._backend.open(self._bundle, part)
             try:
-                yield lambda inputs: engine.run(_cast(spec, inputs))
+                yield engine
             finally:
                 engine.close()
 
@@ -86,4 +95,4 @@ class Parts:
 
 
 def _cast(part: Part, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {spec.name: np.ascontiguousarray(inputs[spec.name], dtype=_DTYPES[spec.dtype]) for spec in part.inputs}
+    return {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}

@@ -16,10 +16,10 @@ from PIL import Image
 from .bundle import Bundle, Check
 from .condition import Conditioner
 from .decode import check_pictures, decode_latents, to_float, to_pil
-from .denoise import Group, StepCallback, check_finite, denoise
+from .denoise import Group, StepCallback, check_finite, denoise, draw
 from .encode import encode_prompts
 from .engines import DEFAULT_BACKEND, open_backend
-from .engines.base import Backend
+from .engines.base import Backend, Denoiser, DenoisingBackend, Drawing
 from .errors import RequestError
 from .noise import draw_latents
 from .parts import Parts
@@ -27,7 +27,7 @@ from .request import OutputType, Request, check_request
 from .rotary import image_rotary, text_rotary
 from .schedule import conditioning_guidance, conditioning_timesteps, sigmas
 from .stopwatch import Stopwatch
-from .text import EmbeddingCache, Embeddings, PromptTokenizer
+from .text import EmbeddingCache, Embeddings, PromptTokenizer, blank_text
 
 _log = logging.getLogger("arcflow")
 
@@ -65,6 +65,9 @@ class Pipeline:
         self._parts = Parts(bundle, backend, keep=not low_memory)
         if not low_memory:
             self._parts.open_all()
+        self._denoiser: Denoiser | None = None
+        if isinstance(backend, DenoisingBackend):
+            self._denoiser = backend.open_denoiser(bundle, self._parts)
 
     @staticmethod
     def load(
@@ -143,8 +146,8 @@ class Pipeline:
         embeddings, warnings = self._encode(request, watch)
         for warning in warnings:
             _log.warning(warning)
-        latents = self._denoise(request, embeddings, watch, callback_on_step_end)
-        images = self._decode(request, latents, watch)
+        latents, pixels = self._denoise(request, embeddings, watch, callback_on_step_end)
+        images = self._decode(request, latents, pixels, watch)
         timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
         return PipelineOutput(images, request.seed, warnings, timings)
 
@@ -167,36 +170,76 @@ class Pipeline:
         embeddings: dict[str, Embeddings],
         watch: Stopwatch,
         callback: StepCallback | None,
-    ) -> np.ndarray:
-        """Condition and run every step: latents [B, N, 64] float32."""
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Condition and run every step: latents [B, N, 64] float32, and pixels where a denoiser made them too."""
         m = self.bundle.manifest
+        grid = self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
-        grid = (self._tokens(request.height_px), self._tokens(request.width_px))
-        with watch("condition"):
-            timesteps = conditioning_timesteps(schedule, m.family, m.reference_dtype)
-            guidance = request.guidance_scale
-            seen = None if guidance is None else conditioning_guidance(guidance, m.reference_dtype)
-            pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
-            modulation = self._conditioner.modulation(
-                self._parts, timesteps, seen, np.concatenate(pooled) if pooled else None
-            )
+        modulation = self._modulation(request, schedule, embeddings, watch) if self._denoiser is None else None
         with watch("noise"):
             p = m.latents.patch_size
             noise = draw_latents(request.seed, request.batch, m.latents.channels, grid[0] * p, grid[1] * p, p)
         with watch("rotary"):
             rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
             groups = self._groups(request, embeddings, grid)
-        with self._parts.use("backbone") as run:
-            latents = denoise(run, groups, noise, modulation, rotary, schedule, watch, callback)
+        pixels: np.ndarray | None = None
+        if modulation is not None:
+            with self._parts.use("backbone") as run:
+                latents = denoise(run, groups, noise, modulation, rotary, schedule, watch, callback)
+        elif self._denoiser is not None:
+            latents, pixels = draw(self._denoiser, self._drawings(request, groups, noise), watch, callback)
         check_finite(latents, m.parts["backbone"].precision)
-        return latents
+        return latents, pixels
 
-    def _decode(self, request: Request, latents: np.ndarray, watch: Stopwatch) -> list[Image.Image] | np.ndarray:
-        """Latents to the output type asked for."""
+    def _conditioning(self, request: Request, schedule: np.ndarray) -> tuple[np.ndarray, np.float32 | None]:
+        """Timesteps [S] and guidance as the conditioner sees them."""
+        m, scale = self.bundle.manifest, request.guidance_scale
+        timesteps = conditioning_timesteps(schedule, m.family, m.reference_dtype)
+        return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
+
+    def _modulation(
+        self, request: Request, schedule: np.ndarray, embeddings: dict[str, Embeddings], watch: Stopwatch
+    ) -> np.ndarray:
+        """[S, U, M] of the U distinct prompts, or [S, 1, M]."""
+        with watch("condition"):
+            pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
+            return self._conditioner.modulation(
+                self._parts, *self._conditioning(request, schedule), np.concatenate(pooled) if pooled else None
+            )
+
+    def _drawings(self, request: Request, groups: list[Group], noise: np.ndarray) -> list[tuple[list[int], Drawing]]:
+        """What the backend's denoiser draws for each group, with the places of its images in the batch."""
+        m, grid = self.bundle.manifest, self._grid(request)
+        schedule = sigmas(request.num_inference_steps, m.schedule)
+        timesteps, guidance = self._conditioning(request, schedule)
+        return [
+            (
+                group.images,
+                Drawing(
+                    noise=noise[group.images],
+                    texts=group.texts,
+                    image_rotary=image_rotary(m.rotary, m.family, m.reference_dtype, *grid),
+                    text_rotary=group.text_rotary,
+                    grid=grid,
+                    sigmas=schedule,
+                    timesteps=timesteps,
+                    guidance=guidance,
+                    table=self._conditioner.baked(len(timesteps)),
+                    pixels=request.output_type != "latents",
+                ),
+            )
+            for group in groups
+        ]
+
+    def _decode(
+        self, request: Request, latents: np.ndarray, pixels: np.ndarray | None, watch: Stopwatch
+    ) -> list[Image.Image] | np.ndarray:
+        """Latents, or pixels [B, H, W, 3] uint8 where there are some, to the output type asked for."""
         if request.output_type == "latents":
             return latents
         with watch("decode"):
-            pixels = decode_latents(self._parts, latents, request.height_px, request.width_px)
+            if pixels is None:
+                pixels = decode_latents(self._parts, latents, request.height_px, request.width_px)
             check_pictures(pixels, self.bundle.manifest.parts["vae_decoder"].precision)
             return to_pil(pixels) if request.output_type == "pil" else to_float(pixels)
 
@@ -212,14 +255,51 @@ class Pipeline:
             Group(
                 images,
                 [place[batch[i]] for i in images],
-                np.concatenate([embeddings[batch[i]].states for i in images]),
+                [embeddings[batch[i]] for i in images],
                 text_rotary(m.rotary, m.family, m.reference_dtype, *grid, length),
             )
             for length, images in by_length.items()
         ]
 
-    def _tokens(self, size_px: int) -> int:
-        return size_px // (self.bundle.manifest.latents.vae_scale_factor * self.bundle.manifest.latents.patch_size)
+    def _grid(self, request: Request) -> tuple[int, int]:
+        """Height and width in tokens."""
+        token_px = self.bundle.manifest.latents.vae_scale_factor * self.bundle.manifest.latents.patch_size
+        return request.height_px // token_px, request.width_px // token_px
+
+    def warm_up(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        num_inference_steps: int | None = None,
+        text_tokens: int | None = None,
+    ) -> None:
+        """Make ready what the first pictures of these shapes would: on a GPU, the CUDA graphs; on a CPU, nothing.
+
+        Args:
+            shapes: (batch, height, width) of each; height and width in pixels.
+            num_inference_steps: network calls; None is the bundle's.
+            text_tokens: tokens of the text states; None is the bundle's max_sequence_length, to which FLUX pads.
+                Qwen-Image's graphs are each for one length, that of the prompt.
+
+        Raises:
+            RequestError: a shape is out of the bundle's range.
+            EngineError: an engine does not take it, or memory ran out.
+        """
+        m = self.bundle.manifest
+        requests = [
+            check_request(m, [""] * batch, height, width, num_inference_steps, None, 0, 1, text_tokens, "pil")
+            for batch, height, width in shapes
+        ]
+        if self._denoiser is None:
+            return
+        # The largest first: what grows with the shape is then made once.
+        for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
+            grid = self._grid(request)
+            groups = self._groups(request, {"": blank_text(m, request.max_sequence_length)}, grid)
+            noise = np.zeros(
+                (request.batch, grid[0] * grid[1], m.latents.channels * m.latents.patch_size**2), np.float32
+            )
+            for _, drawing in self._drawings(request, groups, noise):
+                self._denoiser.warm_up(drawing)
 
     def clear_cache(self) -> None:
         """Forget the text embeddings of earlier prompts."""
@@ -227,6 +307,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed."""
+        if self._denoiser is not None:
+            self._denoiser.close()
         self._parts.close()
         self._cache.clear()
 

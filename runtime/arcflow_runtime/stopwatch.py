@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Adds up the wall time of named blocks; one per request, not shared between threads."""
+    """Adds up the time of named blocks; one per request, not shared between threads."""
 
     def __init__(self) -> None:
         self.ms: dict[str, float] = {}
@@ -20,4 +20,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.ms[stage] = self.ms.get(stage, 0.0) + (time.perf_counter() - start) * 1e3
+            self.add(stage, (time.perf_counter() - start) * 1e3)
+
+    def add(self, stage: str, ms: float) -> None:
+        """Add milliseconds that were measured otherwise, such as on a device."""
+        self.ms[stage] = self.ms.get(stage, 0.0) + ms

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from .bundle import Bundle, Text
+from .bundle import Bundle, Manifest, Text
 from .errors import BundleError
 
 #: Prompts whose embeddings are kept; one of Qwen-Image or T5 at 512 tokens takes about 8 MB.
@@ -35,6 +35,16 @@ class Embeddings:
 
     states: np.ndarray
     pooled: np.ndarray | None
+
+
+def blank_text(manifest: Manifest, tokens: int) -> Embeddings:
+    """Zeros in the shapes of a prompt's embeddings, for T = `tokens`."""
+    shapes = {
+        s.name: s.shape for p in ("backbone", "conditioner") if p in manifest.parts for s in manifest.parts[p].inputs
+    }
+    pooled = shapes.get("pooled_projections")
+    states = np.zeros((1, tokens, int(shapes["encoder_hidden_states"][-1])), np.float32)
+    return Embeddings(states, None if pooled is None else np.zeros((1, int(pooled[-1])), np.float32))
 
 
 class PromptTokenizer:

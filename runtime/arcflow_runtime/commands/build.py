@@ -1,12 +1,15 @@
-"""Build TensorRT engines of a bundle's parts, one per part and target, beside the bundle.
+"""Build what a bundle needs to be run by other engines: TensorRT engines of its parts, or OpenVINO tokenizers.
 
-TensorRT-RTX (RTX cards) builds anywhere, without a GPU; TensorRT (data centre) on the GPU that it builds for. An
-engine is used again only if everything that it depends on is unchanged. Ctrl-C stops and leaves nothing unfinished.
+TensorRT-RTX (RTX cards) builds anywhere, without a GPU; TensorRT (data centre) on the GPU that it builds for: one
+engine per part and target. OpenVINO runs the bundle's graphs as they are, and what is built is its tokenizers, for the
+C++ library. What is there is used again only if everything that it depends on is unchanged. Ctrl-C stops and leaves
+nothing unfinished.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from ..trt.plan import Job
     from ..trt.store import BuiltEngine
 
-BACKENDS = ("tensorrt", "tensorrt-rtx")
+BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino")
 MAX_OPTIMIZATION_LEVEL = 5
 
 
@@ -55,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build what is not there yet."""
+    if args.backend == "openvino":
+        return _build_tokenizers(args)
     from ..bundle import Bundle
     from ..trt.library import LIBRARIES
     from ..trt.plan import plan_builds
@@ -75,6 +80,24 @@ def run(args: argparse.Namespace) -> int:
                 print(_line(row), flush=True)
     if args.json:
         print(json.dumps({"bundle": str(args.bundle), "engines": rows}, indent=2))
+    return 0
+
+
+def _build_tokenizers(args: argparse.Namespace) -> int:
+    from ..bundle import Bundle
+    from ..openvino.build import build_tokenizers
+
+    bundle = Bundle.open(args.bundle)
+    rows = build_tokenizers(bundle)
+    if args.json:
+        print(
+            json.dumps({"bundle": str(args.bundle), "tokenizers": [dataclasses.asdict(row) for row in rows]}, indent=2)
+        )
+        return 0
+    for row in rows:
+        what = "unchanged" if row.reused else "built"
+        what += f"; changed: {', '.join(row.changed)}" if row.changed else ""
+        print(f"{row.name:24}{row.bytes:>16,} bytes  {what}")
     return 0
 
 

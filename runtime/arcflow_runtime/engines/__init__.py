@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 #: Each module has a function `create(threads) -> Backend`.
 BACKENDS = {
     "onnxruntime": "arcflow_runtime.engines.onnxruntime",
+    "onnxruntime-cuda": "arcflow_runtime.engines.onnxruntime_cuda",
+    "tensorrt": "arcflow_runtime.engines.tensorrt",
+    "tensorrt-rtx": "arcflow_runtime.engines.tensorrt_rtx",
 }
 DEFAULT_BACKEND = "onnxruntime"
 

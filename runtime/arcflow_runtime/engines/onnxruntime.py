@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from ..bundle import Bundle, Part
 from ..errors import EngineError, RequestError
+from .base import LayerTime
 
 # Warnings of the optimiser about dynamic shapes mean nothing to a user; errors come as exceptions.
 _LOG_ERRORS_ONLY = 3
+# What ONNX Runtime appends to a node's name for the time of its kernel.
+_KERNEL = "_kernel_time"
 
 
 class OnnxRuntimeEngine:
@@ -31,12 +38,42 @@ class OnnxRuntimeEngine:
             outputs = session.run(self._outputs, dict(inputs))
         except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
             shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
-            raise EngineError(f"{self._name}: ONNX Runtime failed on inputs {shapes}: {_first_line(e)}") from e
+            raise EngineError(f"{self._name}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
         return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
         """Free the session; a run in progress in another thread finishes first."""
         self._session = None
+
+
+class OnnxRuntimeProfiledEngine(OnnxRuntimeEngine):
+    """The same with ONNX Runtime's own profiling; it removes its folder when the layers are read or it is closed."""
+
+    def __init__(self, name: str, part: Part, session: ort.InferenceSession, folder: Path) -> None:
+        super().__init__(name, part, session)
+        self._folder = folder
+
+    def layer_times(self) -> list[LayerTime]:
+        """The layers of every run so far; see `ProfiledEngine`."""
+        session = self._session
+        assert session is not None, "read before closing"
+        origin_us = session.get_profiling_start_time_ns() / 1e3
+        events = json.loads(Path(session.end_profiling()).read_bytes())
+        self.close()
+        return [
+            LayerTime(
+                event["name"].removesuffix(_KERNEL), event["args"]["op_name"], origin_us + event["ts"], event["dur"]
+            )
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)
+        ]
+
+    def close(self) -> None:
+        """Free the session and what it wrote."""
+        if self._session is not None:
+            self._session.end_profiling()
+        super().close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class OnnxRuntimeBackend:
@@ -67,26 +104,53 @@ class OnnxRuntimeBackend:
         Raises:
             EngineError: the graph cannot be loaded, or its inputs or outputs are not the manifest's.
         """
-        spec = bundle.manifest.parts[part]
+        session = open_session(bundle, part, self._options(), ["CPUExecutionProvider"])
+        return OnnxRuntimeEngine(part, bundle.manifest.parts[part], session)
+
+    def open_profiled(self, bundle: Bundle, part: str) -> OnnxRuntimeProfiledEngine:
+        """Load a part so that it times its layers; see `ProfilingBackend`."""
+        folder, options = tempfile.mkdtemp(prefix="arcflow-profile-"), self._options()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / part)
+        try:
+            session = open_session(bundle, part, options, ["CPUExecutionProvider"])
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        return OnnxRuntimeProfiledEngine(part, bundle.manifest.parts[part], session, Path(folder))
+
+    def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS_ONLY
         options.intra_op_num_threads = self._threads or 0
         # Each part has its own threads: those of one must not spin on the cores that the next part needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            session = ort.InferenceSession(str(bundle.path(spec.graph)), options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
-            raise EngineError(f"{part}: ONNX Runtime cannot load {spec.graph}: {_first_line(e)}") from e
-        for kind, said, found in (
-            ("inputs", spec.inputs, session.get_inputs()),
-            ("outputs", spec.outputs, session.get_outputs()),
-        ):
-            if {s.name for s in said} != {f.name for f in found}:
-                raise EngineError(
-                    f"{part}: the {kind} of {spec.graph} must be {sorted(s.name for s in said)}, "
-                    f"as in the manifest, got {sorted(f.name for f in found)}; export the bundle again"
-                )
-        return OnnxRuntimeEngine(part, spec, session)
+        return options
+
+
+def open_session(
+    bundle: Bundle, part: str, options: ort.SessionOptions, providers: list[str | tuple[str, dict[str, str]]]
+) -> ort.InferenceSession:
+    """Load a part's graph with these providers; its external weights are read from beside it.
+
+    Raises:
+        EngineError: the graph cannot be loaded, or its inputs or outputs are not the manifest's.
+    """
+    spec = bundle.manifest.parts[part]
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    try:
+        session = ort.InferenceSession(str(bundle.path(spec.graph)), options, providers=providers)
+    except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+        raise EngineError(f"{part}: ONNX Runtime cannot load {spec.graph}: {first_line(e)}") from e
+    for kind, said, found in (
+        ("inputs", spec.inputs, session.get_inputs()),
+        ("outputs", spec.outputs, session.get_outputs()),
+    ):
+        if {s.name for s in said} != {f.name for f in found}:
+            raise EngineError(
+                f"{part}: the {kind} of {spec.graph} must be {sorted(s.name for s in said)}, "
+                f"as in the manifest, got {sorted(f.name for f in found)}; export the bundle again"
+            )
+    return session
 
 
 def create(threads: int | None) -> OnnxRuntimeBackend:
@@ -98,5 +162,6 @@ def create(threads: int | None) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(threads)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -75,14 +75,15 @@ def find_engine(bundle: Bundle, part: str, host: Host, check: Check = "fast") ->
     """
     found = [(path, record) for path, record in read_records(bundle) if record.key.part == part]
     if not found:
-        raise EngineError(f"{bundle.root} has no engine for {part}; {_build(bundle, part, host)}")
+        raise EngineError(f"{bundle.root} has no engine for {part}; {build_command(bundle, part, host)}")
     for name in ("builder", "builder_version", "target", "gpu", "platform"):
         wanted = getattr(host, name)
         fitting = [(path, record) for path, record in found if getattr(record.key, name) == wanted]
         if not fitting:
             have = ", ".join(sorted({str(getattr(record.key, name)) for _, record in found}))
             raise EngineError(
-                f"{part}: the engine's {_FIELDS[name]} must be {wanted}, got {have}; {_build(bundle, part, host)}"
+                f"{part}: the engine's {_FIELDS[name]} must be {wanted}, got {have}; "
+                f"{build_command(bundle, part, host)}"
             )
         found = fitting
     for name, value in part_key_fields(bundle, part).items():
@@ -90,7 +91,7 @@ def find_engine(bundle: Bundle, part: str, host: Host, check: Check = "fast") ->
         if not fitting:
             raise EngineError(
                 f"{found[0][0]}: the engine of {part} was built from another {name} than the bundle's; "
-                f"{_build(bundle, part, host)}"
+                f"{build_command(bundle, part, host)}"
             )
         found = fitting
     path, record = found[0]
@@ -239,7 +240,8 @@ def _remove_orphans(bundle: Bundle) -> None:
             path.unlink()
 
 
-def _build(bundle: Bundle, part: str, host: Host) -> str:
+def build_command(bundle: Bundle, part: str, host: Host) -> str:
+    """What to run for an engine of `part` that `host` can use."""
     target = f" --target {host.target}" if LIBRARIES[host.builder].ahead_of_time else ""
     return f"run: arcflow build {bundle.root} --backend {host.builder}{target} --parts {part}"
 

@@ -1,0 +1,93 @@
+"""Is the C++ library's memory flat: a bundle, a library -> resident memory while it draws thousands of pictures.
+
+Prompts, sizes and batches vary, so that caches and engines meet more of them than they keep. --reopen also closes the
+pipeline and opens it again.
+
+    python benchmarks/cpp_soak.py BUNDLE --library build/libarcflow.so --json benchmarks/results/cpp_soak.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from machine import describe
+from tqdm import trange
+
+EMBED = Path(__file__).parent.parent / "runtime" / "cpp" / "examples" / "embed.py"
+SIZES_PX = ((32, 32), (48, 32), (64, 64))
+#: More than the 16 whose embeddings are kept.
+PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green", "pink") for shape in ("star", "circle")]
+PROMPTS += [f"{prompt} on the {side}" for prompt in PROMPTS for side in ("left", "right")]
+
+
+def load_embed() -> ModuleType:
+    """The Python example, which binds the library."""
+    spec = importlib.util.spec_from_file_location("embed", EMBED)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmRSS")
+
+
+def soak(library: Path, bundle: Path, pictures: int, every: int, reopen: int) -> list[dict[str, int]]:
+    """Draw, and note the resident memory every so many pictures."""
+    embed = load_embed()
+    loaded = embed.load(str(library))
+    pipe = embed.Pipeline(loaded, bundle)
+    rows = []
+    for i in trange(1, pictures + 1, desc="pictures", disable=None):
+        height, width = SIZES_PX[i % len(SIZES_PX)]
+        pipe.draw([PROMPTS[i % len(PROMPTS)]] * (1 + i % 2), seeds=[i], height=height, width=width)
+        if reopen and i % reopen == 0:
+            pipe.close()
+            pipe = embed.Pipeline(loaded, bundle)
+        if i % every == 0:
+            rows.append({"pictures": i, "resident_bytes": resident_bytes()})
+    pipe.close()
+    return rows
+
+
+def main() -> int:
+    """Soak, print the rows, write JSON; fails where the second half of the run grew by more than 1 %."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="a bundle with the tokenizers of `arcflow build --backend openvino`")
+    parser.add_argument("--library", type=Path, required=True, help="libarcflow")
+    parser.add_argument("--pictures", type=int, default=2000, help="(default: %(default)s)")
+    parser.add_argument("--every", type=int, default=200, help="pictures between rows (default: %(default)s)")
+    parser.add_argument("--reopen", type=int, default=0, help="open the bundle again after so many (default: never)")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    rows = soak(args.library, args.bundle, args.pictures, args.every, args.reopen)
+    for row in rows:
+        print(f"{row['pictures']:>7} pictures {row['resident_bytes'] / 2**20:8.1f} MiB")
+    half = rows[len(rows) // 2 :]
+    growth = half[-1]["resident_bytes"] / half[0]["resident_bytes"] - 1
+    machine = describe()
+    print(f"second half: {growth:+.2%}; {machine['cpu']}, {machine['cores']} cores")
+    if args.json:
+        result: dict[str, Any] = {"rows": rows, "growth_of_second_half": growth, "reopen": args.reopen}
+        result["seconds"] = time.perf_counter() - started
+        data = {"command": " ".join(sys.argv), "machine": machine, "results": result}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(data, indent=2) + "\n")
+    return int(growth > 0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Host time per picture outside the engines, in Python and in C++: a bundle -> milliseconds, and where they go.
+
+A tiny bundle at 64 px, text embeddings cached, seed given, decoded to pixels. Runs alternate between the two, so that a
+change in the machine's load meets both. Engine time is what the calls into the engine take, ONNX Runtime's in Python
+and OpenVINO's in C++; the rest is the host's.
+
+    python benchmarks/host_time.py BUNDLE --library build/libarcflow.so --json benchmarks/results/host_time.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cpp_soak import load_embed
+from machine import describe
+from tqdm import trange
+
+from arcflow_runtime import Pipeline
+
+PROMPT = "a large red circle on a blue background"
+#: Stages that hold no engine call; what the others take beside theirs is "around engines".
+HOST_STAGES = ("tokenize", "noise", "rotary", "update")
+ENGINE_STAGES = ("encode", "condition", "backbone", "decode")
+
+
+class TimedEngine:
+    """An engine that adds up how long its runs take."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.ms = engine, 0.0
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the engine."""
+        started = time.perf_counter()
+        try:
+            outputs: dict[str, np.ndarray] = self._engine.run(inputs)
+            return outputs
+        finally:
+            self.ms += (time.perf_counter() - started) * 1e3
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+
+def python_draw(bundle: Path, size_px: int, threads: int) -> Callable[[], dict[str, float]]:
+    """A function that draws in Python and gives the stages' times, "engines" among them."""
+    pipe = Pipeline.load(bundle, threads=threads)
+    engines = {name: TimedEngine(engine) for name, engine in pipe._parts._engines.items()}
+    pipe._parts._engines.update(engines)
+
+    def draw() -> dict[str, float]:
+        for engine in engines.values():
+            engine.ms = 0.0
+        timings = pipe(PROMPT, size_px, size_px, seed=1, output_type="pil").timings_ms
+        return dict(timings) | {"engines": sum(e.ms for e in engines.values())}
+
+    return draw
+
+
+def cpp_draw(bundle: Path, library: Path, size_px: int, threads: int) -> Callable[[], dict[str, float]]:
+    """The same in C++."""
+    embed = load_embed()
+    pipe = embed.Pipeline(embed.load(str(library)), bundle, threads=threads)
+
+    def draw() -> dict[str, float]:
+        timings: dict[str, float] = pipe.draw([PROMPT], seeds=[1], height=size_px, width=size_px).timings_ms
+        return timings
+
+    return draw
+
+
+def host_share(timings: Mapping[str, float]) -> dict[str, float]:
+    """One picture's time outside engines, in milliseconds: the sum, and by where it goes."""
+    shares = {stage: timings[stage] for stage in HOST_STAGES}
+    shares["around engines"] = sum(timings[stage] for stage in ENGINE_STAGES) - timings["engines"]
+    host = timings["total"] - timings["engines"]
+    return {"host": host, **shares, "rest": host - sum(shares.values())}
+
+
+def main() -> int:
+    """Measure both, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="a bundle with the tokenizers of `arcflow build --backend openvino`")
+    parser.add_argument("--library", type=Path, required=True, help="libarcflow")
+    parser.add_argument("--size-px", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=300, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="per engine (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    draws = {
+        "python": python_draw(args.bundle, args.size_px, args.threads),
+        "cpp": cpp_draw(args.bundle, args.library, args.size_px, args.threads),
+    }
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in draws}
+    engines: dict[str, list[float]] = {name: [] for name in draws}
+    for i in trange(-5, args.runs, desc="runs", disable=None):
+        for name, draw in draws.items():
+            timings = draw()
+            if i >= 0:
+                measured[name].append(host_share(timings))
+                engines[name].append(timings["engines"])
+    machine = describe()
+    machine["versions"] |= {name: metadata.version(name) for name in ("openvino", "openvino-tokenizers")}
+    print(f"{machine['cpu']}, {machine['cores']} cores; {machine['versions']}")
+    results = []
+    for name, rows in measured.items():
+        host = [row["host"] for row in rows]
+        deciles = statistics.quantiles(host, n=10)
+        medians = {share: statistics.median(row[share] for row in rows) for share in rows[0]}
+        result = {
+            "runtime": name,
+            "size_px": args.size_px,
+            "runs": args.runs,
+            "threads": args.threads,
+            "median_ms": medians.pop("host"),
+            "p10_ms": deciles[0],
+            "p90_ms": deciles[-1],
+            "shares_ms": medians,
+            "engines_median_ms": statistics.median(engines[name]),
+        }
+        results.append(result)
+        shares = ", ".join(f"{share} {ms:.3f}" for share, ms in medians.items())
+        print(
+            f"{name:7} {result['median_ms']:.3f} ms outside engines "
+            f"(p10-p90 {result['p10_ms']:.3f}-{result['p90_ms']:.3f}): {shares}; "
+            f"engines {result['engines_median_ms']:.2f}"
+        )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        data = {"command": " ".join(sys.argv), "machine": machine, "results": results}
+        args.json.write_text(json.dumps(data, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

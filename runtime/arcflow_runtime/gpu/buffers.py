@@ -1,0 +1,229 @@
+"""The fixed memory of one plan: a `Drawing` -> staging memory, and addresses of everything on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..bundle import DType, Manifest
+from ..dtypes import cast
+from ..engines.base import Drawing, Drawn
+from .device import Memory, PinnedMemory
+from .engine import Shapes
+from .lane import Lane
+from .layout import Layout, Region, Stored
+from .shapes import DrawSize, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
+
+#: Where the modulation comes from: run on the device, a constant of the bundle, or given with each picture.
+Modulation = Literal["conditioner", "table", "given"]
+Arrays = dict[str, tuple[tuple[int, ...], Stored]]
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """What a plan is for; a picture is drawn with the plan of its own key only."""
+
+    size: DrawSize
+    pixels: bool
+    modulation: Modulation
+
+
+class Buffers:
+    """Four allocations, each with named regions.
+
+    `staged` is in pinned memory and on the device in one layout, and copied whole for every picture: `latents`
+    float32 (the state, updated in place), `input` (the same in the backbone's dtype, unless that is float32), `states`,
+    and what the modulation needs. `constant` is filled once: rotary tables, `sigmas`, `timesteps.<run>`, or the
+    modulation's table. `working` is on the device only. `results` is pinned: `latents` and `images`.
+    """
+
+    def __init__(self, lane: Lane, manifest: Manifest, key: PlanKey, steps_at_once: int, drawing: Drawing) -> None:
+        """Allocate everything and fill in the constants, for which any picture of this key does.
+
+        Args:
+            lane: where memory comes from.
+            manifest: the bundle's.
+            key: what the plan is for.
+            steps_at_once: timesteps that one run of the conditioner takes, at most S.
+            drawing: gives tables and schedule.
+
+        Raises:
+            OutOfDeviceMemory: there is not enough memory; nothing stays allocated.
+        """
+        self._manifest, self._key, self._lane = manifest, key, lane
+        size = key.size
+        #: By part, of the parts that this plan runs.
+        self.inputs: dict[str, Shapes] = {"backbone": backbone_inputs(manifest, size)}
+        if key.modulation == "conditioner":
+            self.inputs["conditioner"] = conditioner_inputs(manifest, size.batch, steps_at_once)
+        if key.pixels:
+            self.inputs["vae_decoder"] = decoder_inputs(manifest, size)
+        #: First step of every run of the conditioner: runs of one length, so that one context does for all, which
+        #: overlap where that does not divide S.
+        self.starts = [*range(0, size.steps - steps_at_once, steps_at_once), size.steps - steps_at_once]
+        self.staged, self._constant = Layout.of(self._staged_arrays()), Layout.of(self._constant_arrays())
+        self._working = Layout.of(self._working_arrays())
+        regions = {"latents": self.staged["latents"]} | ({"images": self._working["images"]} if key.pixels else {})
+        self.results = Layout.of({name: (r.shape, r.dtype) for name, r in regions.items()})
+        self._texts: Sequence[object] = ()
+        layouts = (self.staged, self._constant, self._working)
+        self._memory: list[Memory] = []
+        self._pinned: list[PinnedMemory] = []
+        try:
+            for layout in layouts:
+                self._memory.append(lane.allocate(layout.nbytes, "backbone: inputs and outputs"))
+            for layout in (self.staged, self.results):
+                self._pinned.append(lane.allocate_pinned(layout.nbytes, "backbone"))
+            self._upload_constants(drawing)
+        except BaseException:
+            self.close()
+            raise
+        self._addresses = {
+            name: memory.address + region.offset
+            for layout, memory in zip(layouts, self._memory, strict=True)
+            for name, region in layout.regions.items()
+        }
+        self._regions = {name: region for layout in layouts for name, region in layout.regions.items()}
+
+    def __getitem__(self, name: str) -> int:
+        """The address of a region on the device."""
+        return self._addresses[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._regions
+
+    def region(self, name: str) -> Region:
+        """A region on the device."""
+        return self._regions[name]
+
+    @property
+    def staging_address(self) -> int:
+        """Where `staged` is in pinned memory."""
+        return self._pinned[0].address
+
+    def result_address(self, name: str) -> int:
+        """Where a result is in pinned memory."""
+        return self._pinned[1].address + self.results[name].offset
+
+    def stage(self, drawing: Drawing, modulation: np.ndarray | None = None) -> None:
+        """Write one picture's inputs into pinned memory.
+
+        Args:
+            drawing: of this plan's key.
+            modulation: [S, b, M] or [S, 1, M], where the key says that it is given.
+        """
+        self._put("latents", drawing.noise)
+        if "input" in self.staged:
+            self._put("input", drawing.noise)
+        # Embeddings are read-only: the same objects have the same values, and need not be copied again.
+        if not _same(self._texts, drawing.texts):
+            self._put_rows("states", [text.states for text in drawing.texts])
+            if "pooled" in self.staged:
+                self._put_rows("pooled", [text.pooled for text in drawing.texts])
+            self._texts = tuple(drawing.texts)
+        if "guidance" in self.staged:
+            self._staging("guidance")[...] = drawing.guidance
+        if modulation is not None:
+            self._put("modulations", modulation)
+
+    def read_latents(self) -> np.ndarray:
+        """A copy of the latents that were copied to the results last."""
+        return self._read("latents")
+
+    def read(self) -> Drawn:
+        """Copies of the results."""
+        return Drawn(self._read("latents"), self._read("images") if self._key.pixels else None)
+
+    def close(self) -> None:
+        """Free everything; the stream is idle."""
+        for memory in (*self._memory, *self._pinned):
+            memory.close()
+        self._memory, self._pinned = [], []
+
+    def _dtype(self, part: str, name: str) -> DType:
+        spec = self._manifest.parts[part]
+        return next(s.dtype for s in spec.inputs + spec.outputs if s.name == name)
+
+    def _modulations(self, rows: int) -> tuple[tuple[int, ...], Stored]:
+        """[S, rows, M] in the backbone's dtype."""
+        width = self.inputs["backbone"]["modulation"][1]
+        return (self._key.size.steps, rows, width), self._dtype("backbone", "modulation")
+
+    def _staged_arrays(self) -> Arrays:
+        inputs, conditioner = self.inputs["backbone"], self.inputs.get("conditioner", {})
+        arrays: Arrays = {"latents": (inputs["latents"], "float32")}
+        if (dtype := self._dtype("backbone", "latents")) != "float32":
+            arrays["input"] = (inputs["latents"], dtype)
+        arrays["states"] = (inputs["encoder_hidden_states"], self._dtype("backbone", "encoder_hidden_states"))
+        if self._key.modulation == "given":
+            arrays["modulations"] = self._modulations(self._key.size.batch)
+        for short, name in (("pooled", "pooled_projections"), ("guidance", "guidance")):
+            if name in conditioner:
+                arrays[short] = (conditioner[name], self._dtype("conditioner", name))
+        return arrays
+
+    def _constant_arrays(self) -> Arrays:
+        inputs = self.inputs["backbone"]
+        arrays: Arrays = {n: (inputs[n], self._dtype("backbone", n)) for n in ("image_rotary", "text_rotary")}
+        arrays["sigmas"] = ((self._key.size.steps + 1,), "float64")
+        if self._key.modulation == "table":
+            arrays["modulations"] = self._modulations(1)
+        if self._key.modulation == "conditioner":
+            shape = self.inputs["conditioner"]["timesteps"]
+            arrays |= {f"timesteps.{run}": (shape, "float32") for run in range(len(self.starts))}
+        return arrays
+
+    def _working_arrays(self) -> Arrays:
+        inputs = self.inputs
+        heads = output_shapes(self._manifest, "backbone", inputs["backbone"])
+        arrays: Arrays = {name: (shape, self._dtype("backbone", name)) for name, shape in heads.items()}
+        arrays["modulation"] = (inputs["backbone"]["modulation"], self._dtype("backbone", "modulation"))
+        if self._key.modulation == "conditioner":
+            made = output_shapes(self._manifest, "conditioner", inputs["conditioner"])["modulation"]
+            arrays["conditioned"] = (made, self._dtype("conditioner", "modulation"))
+            arrays["modulations"] = self._modulations(made[1])
+        if self._key.pixels:
+            images = output_shapes(self._manifest, "vae_decoder", inputs["vae_decoder"])["images"]
+            arrays["images"] = (images, "uint8")
+        return arrays
+
+    def _upload_constants(self, drawing: Drawing) -> None:
+        values: Mapping[str, np.ndarray | None] = {
+            "image_rotary": drawing.image_rotary,
+            "text_rotary": drawing.text_rotary,
+            "sigmas": drawing.sigmas,
+            "modulations": None if drawing.table is None else drawing.table[:, None],
+            **{f"timesteps.{run}": drawing.timesteps[start:] for run, start in enumerate(self.starts)},
+        }
+        pinned = self._lane.allocate_pinned(self._constant.nbytes, "backbone")
+        try:
+            for name, region in self._constant.regions.items():
+                value = values[name]
+                assert value is not None, "the key says that the bundle has a table"
+                region.view(pinned.array)[...] = cast(value, region.dtype)[: region.shape[0]]
+            with self._lane.enter() as stream:
+                stream.copy(self._memory[1].address, pinned.address, self._constant.nbytes)
+                stream.wait()
+        finally:
+            pinned.close()
+
+    def _staging(self, name: str) -> np.ndarray:
+        return self.staged[name].view(self._pinned[0].array)
+
+    def _put(self, name: str, array: np.ndarray) -> None:
+        self._staging(name)[...] = cast(array, self.staged[name].dtype)
+
+    def _put_rows(self, name: str, rows: Sequence[np.ndarray | None]) -> None:
+        for target, row in zip(self._staging(name), rows, strict=True):
+            assert row is not None, "a conditioner that takes pooled text belongs to an encoder that gives it"
+            target[...] = cast(row, self.staged[name].dtype)[0]
+
+    def _read(self, name: str) -> np.ndarray:
+        return self.results[name].view(self._pinned[1].array).copy()
+
+
+def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))

@@ -1,0 +1,229 @@
+"""`device.py` with cuda-python: memory, copies, streams, events and graphs of one GPU.
+
+`cuda.core` does it, and the driver's own functions from `cuda.bindings` where things go by address or need a flag.
+
+Written for cuda-core 1.2 and cuda-bindings 13. Device memory comes from `cuMemAlloc` and not from a pool: what is freed
+is at once free for the engines' libraries too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from ..errors import EngineError
+from .device import CaptureError, Device, Event, Graph, Memory, OutOfMemory, PinnedMemory, Stream, UpdateKernel
+from .kernels import load_update_kernel
+
+#: What a user installs for it.
+PACKAGE = "arcflow[gpu]"
+_OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+def open_device() -> Device:
+    """The first GPU that `CUDA_VISIBLE_DEVICES` leaves.
+
+    Raises:
+        EngineError: cuda-python is not installed, or there is no driver or no GPU.
+    """
+    try:
+        import cuda.core
+    except ImportError as e:
+        raise EngineError(f"running on a GPU needs cuda-core; run: pip install '{PACKAGE}' ({e})") from None
+    try:
+        device = cuda.core.Device(0)
+        device.set_current()
+    except Exception as e:  # the loader's and cuda.core's errors share no public base
+        raise EngineError(
+            f"the CUDA driver finds no GPU here ({_first_line(e)}); check that nvidia-smi lists one"
+        ) from None
+    return CudaDevice(device)
+
+
+class CudaDevice:
+    """A `cuda.core.Device`; see `device.Device`."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self.name: str = device.name
+
+    def use(self) -> None:
+        """See `Device.use`."""
+        from cuda.core import Device
+
+        Device(self._device.device_id).set_current()  # these objects belong to a thread each
+
+    def allocate(self, nbytes: int) -> Memory:
+        """See `Device.allocate`."""
+        from cuda.bindings import driver
+
+        return _Memory(int(_call(driver.cuMemAlloc(nbytes))), nbytes)
+
+    def allocate_pinned(self, nbytes: int) -> PinnedMemory:
+        """See `Device.allocate_pinned`."""
+        from cuda.core import LegacyPinnedMemoryResource
+
+        try:
+            return _Pinned(LegacyPinnedMemoryResource().allocate(nbytes))
+        except Exception as e:
+            raise OutOfMemory(_first_line(e)) from None
+
+    def free_bytes(self) -> int:
+        """See `Device.free_bytes`."""
+        from cuda.bindings import driver
+
+        free, _ = _call(driver.cuMemGetInfo())
+        return int(free)
+
+    def driver_version(self) -> str:
+        """See `Device.driver_version`."""
+        from cuda.bindings import driver
+
+        version = int(_call(driver.cuDriverGetVersion()))
+        return f"{version // 1000}.{version % 1000 // 10}"
+
+    def make_stream(self) -> Stream:
+        """See `Device.make_stream`."""
+        return _Stream(self._device.create_stream())
+
+    def make_event(self) -> Event:
+        """See `Device.make_event`."""
+        from cuda.core import EventOptions
+
+        # A thread that waits leaves its core to others.
+        return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
+
+    def update_kernel(self) -> UpdateKernel:
+        """See `Device.update_kernel`."""
+        return load_update_kernel(self._device)
+
+
+class _Memory:
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+
+    def close(self) -> None:
+        from cuda.bindings import driver
+
+        if self.address:
+            _call(driver.cuMemFree(self.address))
+            self.address = 0
+
+
+class _Pinned:
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self.address, self.nbytes = int(buffer.handle), int(buffer.size)
+        self._array = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
+
+    @property
+    def array(self) -> np.ndarray:
+        return self._array
+
+    def close(self) -> None:
+        self._buffer.close()
+
+
+class _Event:
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        try:
+            self.event.sync()
+        except Exception as e:
+            raise _failed(e) from e
+
+    def ms_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, _Event)
+        return float(self.event - earlier.event)
+
+
+class _Graph:
+    def __init__(self, graph: Any, stream: Any) -> None:
+        self._graph, self._stream = graph, stream
+
+    def launch(self) -> None:
+        try:
+            self._graph.launch(self._stream)
+        except Exception as e:
+            raise _failed(e) from e
+
+    def close(self) -> None:
+        self._graph.close()
+
+
+class _Stream:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._builder: Any = None
+        self.handle = int(stream.handle)
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        from cuda.bindings import driver
+
+        if nbytes:
+            _call(driver.cuMemcpyAsync(target, source, nbytes, self.handle))
+
+    def record(self, event: Event) -> None:
+        from cuda.bindings import driver
+
+        assert isinstance(event, _Event)
+        # In a capture, only an external event can be asked for its time.
+        flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL if self._builder is not None else 0
+        _call(driver.cuEventRecordWithFlags(event.event.handle, self.handle, int(flags)))
+
+    def wait(self) -> None:
+        try:
+            self._stream.sync()
+        except Exception as e:
+            raise _failed(e) from e
+
+    def begin_capture(self) -> None:
+        builder = self._stream.create_graph_builder()
+        try:
+            # Of this thread only: others may allocate meanwhile. An engine that does so itself ends the capture.
+            self._builder = builder.begin_building("thread_local")
+        except Exception as e:
+            raise CaptureError(_first_line(e)) from e
+
+    def end_capture(self) -> Graph:
+        builder, self._builder = self._builder, None
+        try:
+            return _Graph(builder.end_building().complete(), self._stream)
+        except Exception as e:
+            raise CaptureError(_first_line(e)) from e
+        finally:
+            builder.close()
+
+    def abort_capture(self) -> None:
+        builder, self._builder = self._builder, None
+        builder.close()  # ends the capture
+
+
+def _call(result: tuple[Any, ...]) -> Any:
+    """The values of a driver's function, one by itself.
+
+    Raises:
+        OutOfMemory: the driver says so.
+        EngineError: it says anything else.
+    """
+    error, *values = result
+    if int(error):
+        if error.name == _OUT_OF_MEMORY:
+            raise OutOfMemory(error.name)
+        raise EngineError(f"the CUDA driver failed: {error.name}; load the pipeline again")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _failed(error: Exception) -> EngineError:
+    return EngineError(f"the GPU failed: {_first_line(error)}; load the pipeline again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,137 @@
+"""A part on a device, run with arrays of the host: for text encoders, and wherever there is no plan."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..bundle import Manifest
+from ..engines.base import LayerTime
+from ..errors import EngineError
+from .device import PinnedMemory
+from .engine import Context, DeviceEngine, Shapes, TimesLayers
+from .lane import Lane
+from .layout import Layout
+from .shapes import output_shapes
+
+# Texts of Qwen-Image have a length each; those of FLUX always the same.
+_MAX_SHAPES = 4
+
+
+class HostEngine:
+    """An `Engine`, and the `device_engine` behind it; one thread at a time runs, others wait."""
+
+    def __init__(self, lane: Lane, manifest: Manifest, part: str, open_engine: Callable[[], DeviceEngine]) -> None:
+        """Load the part with `open_engine`.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+        self._lane, self._manifest, self._part = lane, manifest, part
+        self._prepared: OrderedDict[tuple[tuple[int, ...], ...], _Prepared] = OrderedDict()
+        self._lock = threading.Lock()
+        with lane.enter():
+            self._engine: DeviceEngine | None = open_engine()
+
+    @property
+    def device_engine(self) -> DeviceEngine:
+        """The engine, for whoever makes contexts of it.
+
+        Raises:
+            EngineError: it is closed.
+        """
+        if self._engine is None:
+            raise EngineError(f"{self._part}: the engine is closed; load the pipeline again")
+        return self._engine
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph; see `Engine.run`."""
+        with self._lock:
+            return self._prepare({name: x.shape for name, x in inputs.items()}).run(inputs)
+
+    def close(self) -> None:
+        """Free everything; a run in progress in another thread finishes first."""
+        with self._lock, self._lane.enter() as stream:
+            stream.wait()
+            while self._prepared:
+                self._prepared.popitem()[1].close()
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    def _prepare(self, shapes: Shapes) -> _Prepared:
+        key = tuple(shapes.values())
+        if key not in self._prepared:
+            while len(self._prepared) >= _MAX_SHAPES:
+                self._prepared.popitem(last=False)[1].close()
+            with self._lane.enter() as stream:
+                context = self.device_engine.context(shapes, stream)
+                try:
+                    self._prepared[key] = _Prepared(self._lane, self._manifest, self._part, shapes, context)
+                except BaseException:
+                    context.close()
+                    raise
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
+
+
+class ProfiledHostEngine(HostEngine):
+    """The same for an engine that times its layers; see `ProfiledEngine`."""
+
+    def layer_times(self) -> list[LayerTime]:
+        """The layers of every run so far."""
+        engine = self.device_engine
+        assert isinstance(engine, TimesLayers), "a backend opens only such engines so"
+        return engine.layer_times()
+
+
+class _Prepared:
+    """Inputs and outputs of one set of shapes, in pinned memory and on the device in the same layout."""
+
+    def __init__(self, lane: Lane, manifest: Manifest, part: str, inputs: Shapes, context: Context) -> None:
+        self._lane, self._part, self._context = lane, part, context
+        self._generation: int | None = None
+        spec, outputs = manifest.parts[part], output_shapes(manifest, part, inputs)
+        self._inputs = Layout.of({s.name: (inputs[s.name], s.dtype) for s in spec.inputs})
+        self._outputs = Layout.of({s.name: (outputs[s.name], s.dtype) for s in spec.outputs})
+        total = self._inputs.nbytes + self._outputs.nbytes
+        self._memory = lane.allocate(total, f"{part}: inputs and outputs")
+        try:
+            self._pinned: PinnedMemory = lane.allocate_pinned(total, part)
+        except BaseException:
+            self._memory.close()
+            raise
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        split = self._inputs.nbytes
+        for name, region in self._inputs.regions.items():
+            region.view(self._pinned.array)[...] = inputs[name]
+        addresses = {n: self._memory.address + r.offset for n, r in self._inputs.regions.items()}
+        addresses |= {n: self._memory.address + split + r.offset for n, r in self._outputs.regions.items()}
+        with self._lane.enter() as stream:
+            self._bind()
+            stream.copy(self._memory.address, self._pinned.address, split)
+            self._context.enqueue(addresses, stream)
+            stream.copy(self._pinned.address + split, self._memory.address + split, self._outputs.nbytes)
+            done = self._lane.device.make_event()
+            stream.record(done)
+        done.wait()
+        return {n: r.view(self._pinned.array[split:]).copy() for n, r in self._outputs.regions.items()}
+
+    def close(self) -> None:
+        with self._lane.enter() as stream:
+            stream.wait()
+            self._context.close()
+            self._memory.close()
+            self._pinned.close()
+
+    def _bind(self) -> None:
+        if self._context.workspace_bytes == 0:
+            return
+        workspace = self._lane.workspace(self._context.workspace_bytes, self._part)
+        if self._generation != self._lane.generation:
+            self._context.set_workspace(workspace.address, workspace.nbytes)
+            self._generation = self._lane.generation

@@ -1,0 +1,269 @@
+"""The update kernel: its CUDA source or a fatbin made from it -> a function that launches it on device addresses.
+
+The source lies in `runtime/kernels/` and is packaged beside this module. A fatbin that `runtime/kernels/build.py` left
+there is used where it was made from this very source for this GPU; otherwise NVRTC compiles the source, once per
+machine: the result is kept in a cache. `update.cu` tells what the kernel takes and how it is launched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..bundle import DType
+from ..errors import EngineError
+
+if TYPE_CHECKING:
+    from cuda.core import Device, Kernel, ObjectCode
+
+_log = logging.getLogger("arcflow")
+
+#: Threads of a block, tried in turn until its shared memory fits.
+_BLOCKS = (128, 64, 32)
+_MAX_SHARED_BYTES = 48 << 10
+_LANES = {"float32": 16, "float16": 8, "bfloat16": 8}
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class UpdateShape:
+    """What a launch of the kernel works on.
+
+    `tokens` are B*N. `heads` is the dtype of means, logweights and loggammas, `engine_input` the dtype of the second
+    output; both are "float32", "float16" or "bfloat16".
+    """
+
+    tokens: int
+    modes: int
+    channels: int
+    sub_pixels: int
+    heads: DType
+    engine_input: DType
+
+
+class UpdateKernel:
+    """The kernel on one device; `load_update_kernel` makes it. Safe to use from several threads."""
+
+    def __init__(self, code: ObjectCode) -> None:
+        self._code = code
+        self._kernels: dict[str, Kernel] = {}
+
+    def launch(
+        self,
+        stream: Any,
+        shape: UpdateShape,
+        means: int,
+        logweights: int,
+        loggammas: int,
+        latents: int,
+        next_latents: int,
+        engine_input: int,
+        sigmas: int,
+        step: int,
+    ) -> None:
+        """Enqueue one step; every argument but `step` is an address in device memory.
+
+        Args:
+            stream: a `cuda.core` Stream or GraphBuilder, or an object with `__cuda_stream__`.
+            shape: sizes and dtypes.
+            means: [tokens, K, C*P].
+            logweights: [tokens, K, P].
+            loggammas: [tokens, K-1, P].
+            latents: [tokens, C*P] float32.
+            next_latents: [tokens, C*P] float32; may be `latents`.
+            engine_input: [tokens, C*P], the same in `shape.engine_input`; 0 for none.
+            sigmas: [S+1] float64. A captured launch reads them anew every time.
+            step: goes from sigmas[step] to sigmas[step + 1].
+
+        Raises:
+            EngineError: a token's modes do not fit in shared memory.
+        """
+        from cuda.core import LaunchConfig, launch
+
+        grid, block, shared = geometry(shape)
+        launch(
+            stream,
+            LaunchConfig(grid=grid, block=block, shmem_size=shared),
+            self.kernel(shape),
+            *(means, logweights, loggammas, latents, next_latents, engine_input, sigmas),
+            np.int64(shape.tokens),
+            *(np.int32(n) for n in (step, shape.modes, shape.channels, shape.sub_pixels)),
+        )
+
+    def kernel(self, shape: UpdateShape) -> Kernel:
+        """The `cuda.core` Kernel for the dtypes of `shape`."""
+        name = kernel_name(shape.heads, shape.engine_input)
+        if name not in self._kernels:
+            self._kernels[name] = self._code.get_kernel(name)
+        return self._kernels[name]
+
+
+def load_update_kernel(device: Device, cache: Path | None = None) -> UpdateKernel:
+    """Load the kernel for a device, compiling it where no fatbin has it and no earlier run did.
+
+    Args:
+        device: the `cuda.core` Device that is current.
+        cache: folder for what NVRTC compiled; None for the user's.
+
+    Raises:
+        EngineError: there is neither a fatbin nor NVRTC, or NVRTC fails.
+    """
+    from cuda.core import ObjectCode
+
+    arch = device.arch
+    if (fatbin := find_fatbin(arch)) is not None:
+        return UpdateKernel(ObjectCode.from_fatbin(fatbin, name="arcflow_update"))
+    kind, code = cached_code(arch, cache or cache_folder())
+    make = ObjectCode.from_cubin if kind == "cubin" else ObjectCode.from_ptx
+    return UpdateKernel(make(code, name="arcflow_update"))
+
+
+def kernel_name(heads: DType, engine_input: DType) -> str:
+    """The kernel's name in the source for heads and engine inputs of these dtypes."""
+    return f"arcflow_update_{heads}_{engine_input}"
+
+
+@lru_cache(maxsize=64)
+def geometry(shape: UpdateShape) -> tuple[int, int, int]:
+    """How `update.cu` wants to be launched: blocks, threads per block, bytes of dynamic shared memory.
+
+    Raises:
+        EngineError: a token's modes do not fit in shared memory.
+    """
+    lanes = _LANES[shape.heads]
+    token_bytes = (2 * shape.modes + 1) * shape.sub_pixels * 4
+    for threads in _BLOCKS:
+        tokens = threads // lanes
+        shared = 16 + tokens * token_bytes
+        if shared <= _MAX_SHARED_BYTES:
+            return -(-shape.tokens // tokens), threads, shared
+    raise EngineError(
+        f"the update kernel takes at most {(_MAX_SHARED_BYTES - 16) * lanes // _BLOCKS[-1]} bytes per token for its "
+        f"modes, got {token_bytes} for {shape.modes} modes of {shape.sub_pixels} sub-pixels"
+    )
+
+
+def kernels_folder() -> Path:
+    """Where the source is: beside this package in a checkout, inside it where it is installed.
+
+    Raises:
+        EngineError: it was left out of the installation.
+    """
+    package = Path(__file__).parent.parent
+    for folder in (package / "kernels", package.parent / "kernels"):
+        if (folder / "update.cu").is_file():
+            return folder
+    raise EngineError(f"{package / 'kernels'} with the update kernel's source is missing; install arcflow again")
+
+
+def source() -> str:
+    """The kernel's source as one text without includes, as NVRTC takes it."""
+    folder = kernels_folder()
+    maths = (folder / "update_math.h").read_text(encoding="utf-8")
+    return (folder / "update.cu").read_text(encoding="utf-8").replace('#include "update_math.h"\n', maths)
+
+
+def find_fatbin(arch: str) -> bytes | None:
+    """The fatbin if it holds code for `arch`, such as "89", and was made from this source; else None."""
+    folder = kernels_folder()
+    try:
+        about = json.loads((folder / "update.fatbin.json").read_bytes())
+        fatbin = (folder / "update.fatbin").read_bytes()
+    except (OSError, ValueError):
+        return None
+    made = (about.get("source_sha256"), about.get("sha256")) if isinstance(about, dict) else None
+    if made != (hashlib.sha256(source().encode()).hexdigest(), hashlib.sha256(fatbin).hexdigest()):
+        _log.warning("%s was made from another source; make it again with build.py", folder / "update.fatbin")
+        return None
+    return fatbin if arch in about["architectures"] else None
+
+
+def compile_code(arch: str) -> tuple[str, bytes]:
+    """Compile with NVRTC, which needs no driver.
+
+    Args:
+        arch: compute capability of the GPU, such as "89".
+
+    Returns:
+        "cubin" and machine code, or "ptx" and code for the driver to compile where the GPU is newer than NVRTC.
+
+    Raises:
+        EngineError: NVRTC is not installed, too old for `arch`, or fails.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    known = [n for n in nvrtc_architectures() if n <= int(arch)]
+    if not known:
+        raise EngineError(f"NVRTC has no architecture up to compute capability {arch}; use a GPU of 7.5 or newer")
+    kind, prefix = ("cubin", "sm") if known[-1] == int(arch) else ("ptx", "compute")
+    options = ProgramOptions(name="arcflow_update.cu", arch=f"{prefix}_{known[-1]}", std="c++17")
+    try:
+        program = Program(source(), "c++", options)
+        code = program.compile(kind).code
+    except Exception as e:  # cuda.core's errors share no public base
+        raise EngineError(f"NVRTC cannot compile the update kernel for {prefix}_{known[-1]}: {e}") from e
+    return kind, bytes(code)
+
+
+def nvrtc_architectures() -> list[int]:
+    """Compute capabilities that NVRTC compiles for, ascending.
+
+    Raises:
+        EngineError: NVRTC is not installed.
+    """
+    from cuda.bindings import nvrtc
+
+    try:
+        error, archs = nvrtc.nvrtcGetSupportedArchs()
+    except Exception as e:  # the loader's errors differ between versions
+        raise EngineError(
+            f"the update kernel is compiled by NVRTC, which cannot be loaded; run: pip install nvidia-cuda-nvrtc ({e})"
+        ) from e
+    if error:
+        raise EngineError(f"NVRTC does not tell its architectures: {error}")
+    return sorted(int(n) for n in archs)
+
+
+def cached_code(arch: str, folder: Path) -> tuple[str, bytes]:
+    """What `compile_code` gives, from `folder` if an earlier run left it there; that the cache is damaged or cannot be
+    written costs time only.
+
+    The key is of the source, NVRTC's version and `arch`. A file holds its content's SHA-256 first.
+    """
+    from cuda.bindings import nvrtc
+
+    nvrtc_architectures()  # fails with what to do where there is no NVRTC
+    version = ".".join(str(n) for n in nvrtc.nvrtcVersion()[1:])
+    key = hashlib.sha256(f"{version}\n{arch}\n{source()}".encode()).hexdigest()[:32]
+    for kind in ("cubin", "ptx"):
+        with suppress(OSError):
+            data = (folder / f"update-{key}.{kind}").read_bytes()
+            digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+            if hashlib.sha256(code).digest() == digest:
+                return kind, code
+    kind, code = compile_code(arch)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="update-", suffix=".partial", delete=False) as f:
+            f.write(hashlib.sha256(code).digest() + code)
+        os.replace(f.name, folder / f"update-{key}.{kind}")
+    except OSError as e:
+        _log.warning("the compiled update kernel cannot be kept in %s: %s", folder, e.strerror)
+    return kind, code
+
+
+def cache_folder() -> Path:
+    """The user's folder for compiled kernels; `ARCFLOW_CACHE` names another."""
+    if named := os.environ.get("ARCFLOW_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arcflow"

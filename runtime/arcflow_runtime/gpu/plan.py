@@ -1,0 +1,229 @@
+"""One shape's work: staged inputs -> results, enqueued stage by stage, or captured once and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import cast
+
+from ..bundle import DType
+from ..engines.base import OnStep
+from ..errors import EngineError
+from .buffers import Buffers, PlanKey
+from .device import CaptureError, Event, Graph, Stream, UpdateKernel
+from .engine import Context
+from .kernels import UpdateShape
+from .lane import Lane
+from .nvtx import named_range
+
+_HEADS = ("means", "logweights", "loggammas")
+
+#: Gives a part's context for the length of one stage.
+Use = Callable[[str], AbstractContextManager[Context]]
+
+
+class Plan:
+    """Buffers, contexts and the graph of one key. One thread at a time stages, runs and reads it.
+
+    `contexts` are those that stay open, by part; a plan without them runs with those that `run` is given, and has no
+    graph. `obstacle` says why there is no graph where there might be.
+    """
+
+    def __init__(self, lane: Lane, key: PlanKey, buffers: Buffers, kernel: UpdateKernel) -> None:
+        self.key, self.buffers = key, buffers
+        self.contexts: dict[str, Context] = {}
+        self.graph: Graph | None = None
+        self.obstacle: str | None = None
+        self._lane, self._kernel = lane, kernel
+        self._generation: int | None = None
+        self._warm = False
+        self._events: list[Event] = []
+        self._marks: list[str] = []
+
+    def run(self, on_step: OnStep | None = None) -> None:
+        """Draw what was staged with this plan's contexts, and wait for it.
+
+        The first run is enqueued plainly, the second is captured, and later ones replay the graph.
+
+        Args:
+            on_step: as for `Denoiser.draw`; with it the work is enqueued plainly.
+
+        Raises:
+            EngineError: an engine failed.
+        """
+        # The lane is held throughout, so that the workspace stays what it is.
+        with self._lane.enter() as stream, named_range("arcflow picture"):
+            self.bind()
+            if on_step is None and self._warm and self.graph is None and self.obstacle is None:
+                self._capture(stream)
+            if on_step is None and self.graph is not None:
+                self.graph.launch()
+            else:
+                self._enqueue(lambda part: nullcontext(self.contexts[part]), on_step)
+                self._warm = True
+            done = self._lane.device.make_event()
+            stream.record(done)
+        done.wait()
+
+    def run_staged(self, use: Use, on_step: OnStep | None = None) -> None:
+        """Draw what was staged with contexts that are open only for their stage, and wait for it; as `run` otherwise.
+
+        The lane is taken within each stage: the lock that `use` may take on parts comes before the lane's.
+        """
+        with named_range("arcflow picture"):
+            self._enqueue(use, on_step)
+            with self._lane.enter() as stream:
+                stream.wait()
+
+    def times_ms(self) -> dict[str, float]:
+        """Milliseconds on the device of each stage of the last run."""
+        ms: dict[str, float] = {}
+        for (before, event), stage in zip(pairwise(self._events[: len(self._marks)]), self._marks[1:], strict=True):
+            ms[stage] = ms.get(stage, 0.0) + event.ms_since(before)
+        return ms
+
+    def close(self) -> None:
+        """Free everything once the stream is idle."""
+        with self._lane.enter() as stream:
+            stream.wait()
+            self._drop_graph()
+            for context in self.contexts.values():
+                context.close()
+            self.contexts.clear()
+            self.buffers.close()
+
+    def bind(self) -> None:
+        """Give the contexts the lane's workspace; a graph that uses another one is dropped. The caller has the lane.
+
+        Raises:
+            OutOfDeviceMemory: the workspace cannot be as large as they want.
+        """
+        largest = max(self.contexts, key=lambda part: self.contexts[part].workspace_bytes)
+        wanted = self.contexts[largest].workspace_bytes
+        if wanted == 0:
+            return
+        workspace = self._lane.workspace(wanted, largest)
+        if self._generation != self._lane.generation:
+            self._drop_graph()
+            for context in self.contexts.values():
+                context.set_workspace(workspace.address, workspace.nbytes)
+            self._generation, self._warm = self._lane.generation, False
+
+    def _capture(self, stream: Stream) -> None:
+        """Make the graph, or say in `obstacle` why there is none."""
+        for part, context in self.contexts.items():
+            if (why := context.obstacle(stream)) is not None:
+                self.obstacle = f"{part}: {why}"
+                return
+        try:
+            stream.begin_capture()
+            try:
+                self._enqueue(lambda part: nullcontext(self.contexts[part]), None)
+            except BaseException:
+                stream.abort_capture()
+                raise
+            self.graph = stream.end_capture()
+        except (CaptureError, EngineError) as e:
+            self.obstacle = f"the capture failed: {e}"
+
+    def _enqueue(self, use: Use, on_step: OnStep | None) -> None:
+        """Everything from the staging memory to the results."""
+        buffers, lane = self.buffers, self._lane
+        self._marks = []
+        with lane.enter() as stream:
+            self._mark(stream, "start")
+            stream.copy(buffers["latents"], buffers.staging_address, buffers.staged.nbytes)
+            self._mark(stream, "copy")
+        if self.key.modulation == "conditioner":
+            with use("conditioner") as context, lane.enter() as stream:
+                self._condition(stream, context)
+                self._mark(stream, "condition")
+        with use("backbone") as context:
+            for step in range(self.key.size.steps):
+                with lane.enter() as stream:
+                    self._step(stream, context, step)
+                if on_step is not None:
+                    with lane.enter() as stream:
+                        self._copy_result(stream, "latents")
+                        stream.wait()
+                    on_step(step, buffers.read_latents())
+        if self.key.pixels:
+            with use("vae_decoder") as context, lane.enter() as stream:
+                context.enqueue({name: buffers[name] for name in ("latents", "images")}, stream)
+                self._mark(stream, "decode")
+        with lane.enter() as stream:
+            for name in buffers.results.regions:
+                self._copy_result(stream, name)
+            self._mark(stream, "copy")
+
+    def _condition(self, stream: Stream, context: Context) -> None:
+        """Every step's modulation, a few steps at a time."""
+        buffers = self.buffers
+        target, made = buffers.region("modulations"), buffers.region("conditioned")
+        for run, start in enumerate(buffers.starts):
+            addresses = {"timesteps": buffers[f"timesteps.{run}"], "modulation": buffers["conditioned"]}
+            for short, name in (("pooled", "pooled_projections"), ("guidance", "guidance")):
+                if short in buffers:
+                    addresses[name] = buffers[short]
+            context.enqueue(addresses, stream)
+            offset = start * (target.nbytes // target.shape[0])
+            stream.copy(buffers["modulations"] + offset, buffers["conditioned"], made.nbytes)
+
+    def _step(self, stream: Stream, context: Context, step: int) -> None:
+        """The backbone at one sigma, and the update to the next."""
+        buffers, size = self.buffers, self.key.size
+        # Copied to where an engine may read them: a step's rows may start at an unaligned address.
+        steps, rows, _ = buffers.region("modulations").shape
+        nbytes = buffers.region("modulations").nbytes // steps
+        for copy in range(size.batch // rows):
+            stream.copy(buffers["modulation"] + copy * nbytes, buffers["modulations"] + step * nbytes, nbytes)
+        narrow = "input" in buffers
+        heads = {name: buffers[name] for name in _HEADS}
+        context.enqueue(
+            {
+                "latents": buffers["input" if narrow else "latents"],
+                "encoder_hidden_states": buffers["states"],
+                "modulation": buffers["modulation"],
+                "image_rotary": buffers["image_rotary"],
+                "text_rotary": buffers["text_rotary"],
+                **heads,
+            },
+            stream,
+        )
+        self._mark(stream, "backbone")
+        means = buffers.region("means")
+        shape = UpdateShape(
+            tokens=size.batch * size.image_tokens,
+            modes=means.shape[2],
+            channels=means.shape[3] // buffers.region("logweights").shape[3],
+            sub_pixels=buffers.region("logweights").shape[3],
+            heads=cast(DType, means.dtype),
+            engine_input=cast(DType, buffers.region("input").dtype) if narrow else "float32",
+        )
+        self._kernel.launch(
+            stream,
+            shape,
+            **heads,
+            latents=buffers["latents"],
+            next_latents=buffers["latents"],
+            engine_input=buffers["input"] if narrow else 0,
+            sigmas=buffers["sigmas"],
+            step=step,
+        )
+        self._mark(stream, "update")
+
+    def _copy_result(self, stream: Stream, name: str) -> None:
+        stream.copy(self.buffers.result_address(name), self.buffers[name], self.buffers.results[name].nbytes)
+
+    def _mark(self, stream: Stream, stage: str) -> None:
+        """Record that `stage` ends here. A graph has its events in it, so each place keeps its own."""
+        if len(self._marks) == len(self._events):
+            self._events.append(self._lane.device.make_event())
+        stream.record(self._events[len(self._marks)])
+        self._marks.append(stage)
+
+    def _drop_graph(self) -> None:
+        if self.graph is not None:
+            self.graph.close()
+            self.graph = None

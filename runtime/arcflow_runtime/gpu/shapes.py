@@ -1,0 +1,90 @@
+"""Shapes of every part's inputs and outputs (rule B9): batch, picture, text and steps -> shapes by name.
+
+Dimensions are known by their place in the table of rule B9, never by the name that the exporter gave them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bundle import Manifest, TensorSpec
+from ..errors import EngineError
+from .engine import Shapes
+
+
+@dataclass(frozen=True)
+class DrawSize:
+    """B images of `grid` (height, width) tokens with T text tokens each, drawn in S steps."""
+
+    batch: int
+    grid: tuple[int, int]
+    text_tokens: int
+    steps: int
+
+    @property
+    def image_tokens(self) -> int:
+        """N, tokens of one image."""
+        return self.grid[0] * self.grid[1]
+
+
+def conditioner_inputs(manifest: Manifest, batch: int, steps: int) -> Shapes:
+    """Of a conditioner that runs `steps` timesteps for `batch` prompts."""
+    axes = {"timesteps": (steps,), "guidance": (batch,), "pooled_projections": (batch, None)}
+    return _inputs(manifest, "conditioner", axes)
+
+
+def backbone_inputs(manifest: Manifest, size: DrawSize) -> Shapes:
+    """Of one step."""
+    batch, image, text = size.batch, size.image_tokens, size.text_tokens
+    axes = {
+        "latents": (batch, image, None),
+        "encoder_hidden_states": (batch, text, None),
+        "modulation": (batch, None),
+        "image_rotary": (None, image, None),
+        "text_rotary": (None, text, None),
+    }
+    return _inputs(manifest, "backbone", axes)
+
+
+def decoder_inputs(manifest: Manifest, size: DrawSize) -> Shapes:
+    """Of the VAE decoder."""
+    return _inputs(manifest, "vae_decoder", {"latents": (size.batch, *size.grid, None)})
+
+
+def output_shapes(manifest: Manifest, part: str, inputs: Shapes) -> Shapes:
+    """The outputs of `part` for inputs of these shapes.
+
+    Raises:
+        EngineError: the manifest leaves a dimension open that rule B9 fixes.
+    """
+    first = next(iter(inputs.values()))
+    token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
+    axes: dict[str, tuple[int | None, ...]] = {
+        "pooled_projections": (first[0], None),
+        "encoder_hidden_states": (*first[:2], None),
+        "modulation": (*inputs.get("timesteps", ()), inputs.get("pooled_projections", (1,))[0], None),
+    }
+    if part == "backbone":
+        axes = dict.fromkeys(("means", "logweights", "loggammas"), (*inputs["latents"][:2], None, None))
+    elif part == "vae_decoder":
+        batch, height, width, _ = inputs["latents"]
+        axes = {"images": (batch, height * token_px, width * token_px, None)}
+    return {spec.name: _fill(part, spec, axes[spec.name]) for spec in manifest.parts[part].outputs}
+
+
+def _inputs(manifest: Manifest, part: str, axes: dict[str, tuple[int | None, ...]]) -> Shapes:
+    return {spec.name: _fill(part, spec, axes[spec.name]) for spec in manifest.parts[part].inputs}
+
+
+def _fill(part: str, spec: TensorSpec, axes: tuple[int | None, ...]) -> tuple[int, ...]:
+    """`axes` with None replaced by what the manifest says."""
+    shape = []
+    for axis, said in zip(axes, spec.shape, strict=True):
+        value = said if axis is None else axis
+        if not isinstance(value, int):
+            raise EngineError(
+                f"{part}: {spec.name} {list(spec.shape)} leaves open a dimension that rule B9 (docs/bundle.md) fixes; "
+                "export the bundle again"
+            )
+        shape.append(value)
+    return tuple(shape)

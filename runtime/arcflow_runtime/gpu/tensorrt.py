@@ -1,0 +1,287 @@
+"""TensorRT and TensorRT-RTX engines on a device: a built engine and its record -> contexts that run by address."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..bundle import Bundle, DType
+from ..engines.base import LayerTime
+from ..errors import EngineError
+from ..trt.library import Library
+from ..trt.shapes import Profile
+from ..trt.store import BuiltEngine
+from .device import Stream
+from .engine import Shapes
+from .lane import Lane, OutOfDeviceMemory, out_of_memory
+from .runtime_cache import RuntimeCacheFile
+from .shapes import output_shapes
+
+_SHOWN_ERRORS = 3
+_DTYPES: dict[DType, str] = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "uint8": "UINT8",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run engines.
+
+    `own_graphs`: TensorRT-RTX captures each run itself, so that there is no graph of the whole picture. `profile`: time
+    every layer. `cache`: folder of runtime caches, None for the user's.
+    """
+
+    own_graphs: bool = False
+    profile: bool = False
+    cache: Path | None = None
+
+
+class TensorRTEngine:
+    """A deserialised engine; see `engine.DeviceEngine`."""
+
+    def __init__(self, library: Library, lane: Lane, bundle: Bundle, built: BuiltEngine, options: Options) -> None:
+        """Load the engine, and its weights from the bundle if it has none; the caller holds the lane.
+
+        Raises:
+            EngineError: the library cannot load it, or it is not of the part that its record names.
+        """
+        key = built.record.key
+        self.part, self.profiles = key.part, key.profiles
+        self._library, self._lane, self._bundle, self._options = library, lane, bundle, options
+        self._trt = library.load()
+        self._logger = _make_logger(self._trt)
+        self._flags = key.flags
+        self._runtime = self._trt.Runtime(self._logger)
+        self._engine = self._deserialize(built)
+        self._profiler = _make_profiler(self._trt) if options.profile else None
+        self._check_tensors()
+        if "STRIP_PLAN" in self._flags:
+            self._refit()
+        if "WEIGHT_STREAMING" in self._flags:
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        self._cache_file: RuntimeCacheFile | None = None
+        self._cache: Any = None
+        if library.ahead_of_time:
+            parts = (built.record.sha256, key.builder_version, lane.device.driver_version(), lane.device.name)
+            self._cache_file = RuntimeCacheFile(parts, options.cache)
+
+    def context(self, inputs: Shapes, stream: Stream) -> TensorRTContext:
+        """Make a context for inputs of these shapes; see `DeviceEngine.context`."""
+        if (wrong := misfit(self.part, self.profiles, inputs)) is not None:
+            raise EngineError(wrong)
+        context = self._create_context()
+        if context is None:
+            raise self.error("no context can be made")
+        index = next(i for i, p in enumerate(self.profiles) if _fits(p, inputs))
+        if not context.set_optimization_profile_async(index, stream.handle):
+            raise self.error(f"profile {index} cannot be set")
+        stream.wait()
+        for name, shape in inputs.items():
+            if not context.set_input_shape(name, shape):
+                raise self.error(f"{name} cannot have shape {list(shape)}")
+        if missing := context.infer_shapes():
+            raise self.error(f"the shapes of {missing} stay open")
+        for name, shape in output_shapes(self._bundle.manifest, self.part, inputs).items():
+            found = tuple(context.get_tensor_shape(name))
+            if found != shape:
+                raise self.error(f"output {name} must have shape {list(shape)}, got {list(found)}")
+        if self._profiler is not None:
+            context.profiler = self._profiler
+        return TensorRTContext(self, context)
+
+    def obstacle(self, context: Any, stream: Stream) -> str | None:
+        """Why runs of one of its contexts cannot be captured, or None."""
+        if "WEIGHT_STREAMING" in self._flags:
+            return "its weights are streamed from the host"
+        if self._options.own_graphs:
+            return f"{self._library.name} captures its runs itself"
+        if self._options.profile:
+            return "its layers are timed"
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(stream.handle):
+            return f"{self._library.name} says that its work cannot be captured"
+        return None
+
+    def save_cache(self) -> None:
+        """Keep on disk what was compiled so far."""
+        if self._cache is None or self._cache_file is None:
+            return
+        if (data := self._cache.serialize()) is not None:
+            self._cache_file.write(bytes(memoryview(data)))
+
+    def layer_times(self) -> list[LayerTime]:
+        """Every layer of every run so far, where `Options.profile` asked for it."""
+        assert self._profiler is not None, "opened with profile"
+        return list(self._profiler.layers)
+
+    def close(self) -> None:
+        """Free the engine; see `DeviceEngine.close`."""
+        if self._engine is not None:
+            self.save_cache()
+        self._cache = self._engine = self._runtime = None
+
+    def error(self, what: str) -> EngineError:
+        """An error of this part, with what the library logged about it."""
+        said = self._logger.take()
+        text = f"{self.part}: {self._library.name}: {what}" + "".join(f"\n  {line}" for line in said[:_SHOWN_ERRORS])
+        return EngineError(text)
+
+    def _deserialize(self, built: BuiltEngine) -> Any:
+        with built.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is not None:
+            return engine
+        said = self._logger.take()
+        if any("memory" in line.lower() for line in said):
+            raise OutOfDeviceMemory(out_of_memory(self._lane.device, built.record.bytes, f"{self.part}: weights"))
+        self._logger.errors = said
+        raise self.error(f"{built.path} cannot be loaded; build it again with `arcflow build`")
+
+    def _check_tensors(self) -> None:
+        spec, trt, engine = self._bundle.manifest.parts[self.part], self._trt, self._engine
+        said = {s.name: getattr(trt.DataType, _DTYPES[s.dtype]) for s in spec.inputs + spec.outputs}
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = {name: engine.get_tensor_dtype(name) for name in names}
+        if found != said:
+            raise self.error(
+                f"inputs and outputs must be {_shown(said)}, as in the manifest, got {_shown(found)}; "
+                "build the engine again with `arcflow build`"
+            )
+
+    def _refit(self) -> None:
+        """Fill in the weights from the part's graph and weights files (E6)."""
+        spec = self._bundle.manifest.parts[self.part]
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        # From the graph's path: its external weights lie beside it.
+        if not parser.refit_from_file(str(self._bundle.path(spec.graph))):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise self.error(f"{spec.weights} does not fit the engine: {'; '.join(errors[:_SHOWN_ERRORS])}")
+        if missing := refitter.get_missing_weights():
+            raise self.error(f"{spec.weights} lacks weights of the engine, such as {missing[0]!r}")
+        if not refitter.refit_cuda_engine():
+            raise self.error(f"the weights of {spec.weights} cannot be filled in")
+
+    def _create_context(self) -> Any:
+        trt = self._trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._library.ahead_of_time:
+            return self._engine.create_execution_context(strategy)
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        # Kernels for the shapes at hand are compiled at once: a graph would keep those that fill in meanwhile.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        strategies = trt.CudaGraphStrategy
+        own = self._options.own_graphs
+        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if own else strategies.DISABLED
+        if self._cache is None and self._cache_file is not None:
+            self._cache = config.create_runtime_cache()
+            if (kept := self._cache_file.read()) is not None:
+                self._cache.deserialize(kept)
+        config.set_runtime_cache(self._cache)
+        return self._engine.create_execution_context(config)
+
+
+class TensorRTContext:
+    """One execution context, with memory that its user manages; see `engine.Context`."""
+
+    def __init__(self, engine: TensorRTEngine, context: Any) -> None:
+        self._engine, self._context = engine, context
+        self._ran = False
+        self.workspace_bytes: int = context.update_device_memory_size_for_shapes()
+
+    def set_workspace(self, address: int, nbytes: int) -> None:
+        """See `Context.set_workspace`."""
+        self._context.set_device_memory(address, nbytes)
+
+    def enqueue(self, addresses: Mapping[str, int], stream: Stream) -> None:
+        """See `Context.enqueue`."""
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise self._engine.error(f"{name} cannot be at address {address:#x}")
+        if not self._context.execute_async_v3(stream.handle):
+            raise self._engine.error("the run failed")
+        if not self._ran:
+            self._ran = True
+            self._engine.save_cache()
+
+    def obstacle(self, stream: Stream) -> str | None:
+        """See `Context.obstacle`."""
+        return self._engine.obstacle(self._context, stream)
+
+    def close(self) -> None:
+        """See `Context.close`."""
+        self._context = None
+
+
+def misfit(part: str, profiles: tuple[Profile, ...], inputs: Shapes) -> str | None:
+    """What is wrong with inputs of these shapes for an engine with these profiles, or None."""
+    if any(_fits(p, inputs) for p in profiles):
+        return None
+    first = profiles[0]
+    wrong = next((n for n, s in inputs.items() if not _fits({n: first[n]}, {n: s})), next(iter(inputs)))
+    others = f", and {len(profiles) - 1} more profiles" if len(profiles) > 1 else ""
+    return (
+        f"{part}: the engine takes {wrong} from {list(first[wrong].min)} to {list(first[wrong].max)}{others}, "
+        f"got {list(inputs[wrong])}"
+    )
+
+
+def _fits(profile: Profile, inputs: Shapes) -> bool:
+    return all(
+        len(shape) == len(profile[name].min)
+        and all(a <= d <= b for a, d, b in zip(profile[name].min, shape, profile[name].max, strict=True))
+        for name, shape in inputs.items()
+    )
+
+
+def _shown(dtypes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {dtype.name}" for name, dtype in sorted(dtypes.items()))
+
+
+def _make_logger(trt: ModuleType) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        """Keeps the errors until they are told, and drops everything less."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self._lock = threading.Lock()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                with self._lock:
+                    self.errors.append(message.strip())
+
+        def take(self) -> list[str]:
+            with self._lock:
+                errors, self.errors = self.errors, []
+            return errors
+
+    return Logger()
+
+
+def _make_profiler(trt: ModuleType) -> Any:
+    class Profiler(trt.IProfiler):  # type: ignore[name-defined]
+        """Lays the layers of a run end to end, up to when they are reported: the library tells durations only."""
+
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.layers: list[LayerTime] = []
+            self._end_us = 0.0
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            start = max(self._end_us, time.perf_counter_ns() / 1e3 - ms * 1e3)
+            self._end_us = start + ms * 1e3
+            self.layers.append(LayerTime(layer_name, "", start, ms * 1e3))
+
+    return Profiler()

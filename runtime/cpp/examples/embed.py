@@ -1,0 +1,183 @@
+"""Draw from Python through the C ABI, with numpy and nothing else of this project: embed.py BUNDLE PROMPT OUT.ppm.
+
+ARCFLOW_LIBRARY names the library where the system does not find it. Any language that calls C does the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import json
+import os
+import sys
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
+
+import numpy as np
+
+STEP_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, c_void_p, c_int32, POINTER(c_float), c_size_t)
+
+
+class Options(ctypes.Structure):
+    """arcflow_options."""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("backend", c_char_p),
+        ("threads", c_int32),
+        ("low_memory", c_int32),
+        ("full_check", c_int32),
+    )
+
+
+class Tokens(ctypes.Structure):
+    """arcflow_tokens."""
+
+    _fields_ = (("ids", POINTER(c_int64)), ("count", c_size_t), ("ids_2", POINTER(c_int64)), ("count_2", c_size_t))
+
+
+class Request(ctypes.Structure):
+    """arcflow_request."""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("prompts", POINTER(c_char_p)),
+        ("tokens", POINTER(Tokens)),
+        ("prompt_count", c_size_t),
+        ("num_images_per_prompt", c_int32),
+        ("height", c_int32),
+        ("width", c_int32),
+        ("num_inference_steps", c_int32),
+        ("max_sequence_length", c_int32),
+        ("guidance_scale", c_float),
+        ("seeds", POINTER(c_uint64)),
+        ("seed_count", c_size_t),
+        ("skip_decode", c_int32),
+        ("on_step", STEP_CALLBACK),
+        ("user", c_void_p),
+    )
+
+
+#: Result and arguments of the header's functions.
+FUNCTIONS = {
+    "arcflow_abi_version": (c_uint32, []),
+    "arcflow_version": (c_char_p, []),
+    "arcflow_last_error": (c_char_p, []),
+    "arcflow_backends": (c_char_p, []),
+    "arcflow_open": (c_int32, [c_char_p, POINTER(Options), POINTER(c_void_p)]),
+    "arcflow_close": (None, [c_void_p]),
+    "arcflow_draw": (c_int32, [c_void_p, POINTER(Request), POINTER(c_void_p)]),
+    "arcflow_result_free": (None, [c_void_p]),
+    "arcflow_result_batch": (c_int32, [c_void_p]),
+    "arcflow_result_height": (c_int32, [c_void_p]),
+    "arcflow_result_width": (c_int32, [c_void_p]),
+    "arcflow_result_pixels": (POINTER(c_uint8), [c_void_p]),
+    "arcflow_result_latents": (POINTER(c_float), [c_void_p, POINTER(c_int32), POINTER(c_int32)]),
+    "arcflow_result_seeds": (POINTER(c_uint64), [c_void_p, POINTER(c_size_t)]),
+    "arcflow_result_warnings": (c_char_p, [c_void_p]),
+    "arcflow_result_timings": (c_char_p, [c_void_p]),
+    "arcflow_noise": (c_int32, [c_uint64, c_size_t, POINTER(c_float)]),
+}
+
+
+def load(path: str | None = None) -> ctypes.CDLL:
+    """The library, with the types of its functions; ctypes lets other threads run during each call."""
+    path = path or os.environ.get("ARCFLOW_LIBRARY") or ctypes.util.find_library("arcflow")
+    if path is None:
+        raise ImportError("libarcflow was not found; install it, or set ARCFLOW_LIBRARY to its path")
+    library = ctypes.CDLL(path)
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if library.arcflow_abi_version() != 1:
+        raise ImportError(f"this file is for ABI version 1, got {library.arcflow_abi_version()}")
+    return library
+
+
+class ArcFlowError(Exception):
+    """A call failed; `status` is that of arcflow.h."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Drawing:
+    """What one call made, copied: `pixels` [B, H, W, 3] uint8 or None, `latents` [B, N, C] float32, and the rest."""
+
+    def __init__(self, library: ctypes.CDLL, result: c_void_p) -> None:
+        batch, height, width = (getattr(library, f"arcflow_result_{n}")(result) for n in ("batch", "height", "width"))
+        tokens, channels, count = c_int32(), c_int32(), c_size_t()
+        pixels = library.arcflow_result_pixels(result)
+        self.pixels = np.ctypeslib.as_array(pixels, (batch, height, width, 3)).copy() if pixels else None
+        latents = library.arcflow_result_latents(result, byref(tokens), byref(channels))
+        self.latents = np.ctypeslib.as_array(latents, (batch, tokens.value, channels.value)).copy()
+        seeds = library.arcflow_result_seeds(result, byref(count))
+        self.seeds = seeds[: count.value]
+        self.warnings = library.arcflow_result_warnings(result).decode().splitlines()
+        self.timings_ms = json.loads(library.arcflow_result_timings(result))
+
+
+class Pipeline:
+    """A loaded bundle; calls from several threads are safe."""
+
+    def __init__(self, library: ctypes.CDLL, bundle: str, **options: object) -> None:
+        """`options` are the fields of arcflow_options."""
+        self._library, self.handle = library, c_void_p()
+        given = Options(struct_size=ctypes.sizeof(Options), **options)
+        self._check(library.arcflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))
+
+    def draw(self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, **fields):
+        """A `Drawing` of prompts, or of tokens: per prompt one list of ids, or a pair of them.
+
+        `on_step(step, latents)` may return something true to stop; the other fields are those of arcflow_request.
+        """
+        request = Request(
+            struct_size=ctypes.sizeof(Request), guidance_scale=fields.pop("guidance_scale", -1.0), **fields
+        )
+        if prompts is not None:
+            request.prompts = (c_char_p * len(prompts))(*[p.encode() for p in prompts])
+            request.prompt_count = len(prompts)
+        if tokens is not None:
+            pairs = [t if isinstance(t, tuple) else (t, []) for t in tokens]
+            arrays = [((c_int64 * len(a))(*a), (c_int64 * len(b))(*b)) for a, b in pairs]
+            request.tokens = (Tokens * len(pairs))(*[Tokens(a, len(a), b, len(b)) for a, b in arrays])
+            request.prompt_count = len(pairs)
+        if seeds:
+            request.seeds, request.seed_count = (c_uint64 * len(seeds))(*seeds), len(seeds)
+        if on_step is not None:
+            # What a callback raises is printed and taken for 0, so it only looks and answers.
+            request.on_step = STEP_CALLBACK(
+                lambda _, step, x, n: int(on_step(step, np.ctypeslib.as_array(x, (n,)).copy()) or 0)
+            )
+        result = c_void_p()
+        self._check(self._library.arcflow_draw(self.handle, byref(request), byref(result)))
+        try:
+            return Drawing(self._library, result)
+        finally:
+            self._library.arcflow_result_free(result)
+
+    def close(self) -> None:
+        """Wait for calls in progress and free the bundle."""
+        self._library.arcflow_close(self.handle)
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise ArcFlowError(status, self._library.arcflow_last_error().decode())
+
+
+def main() -> int:
+    """Draw one prompt."""
+    if len(sys.argv) != 4:
+        print("usage: embed.py BUNDLE PROMPT OUT.ppm", file=sys.stderr)
+        return 2
+    pipe = Pipeline(load(), sys.argv[1])
+    drawing = pipe.draw([sys.argv[2]])
+    pipe.close()
+    _, height, width, _ = drawing.pixels.shape
+    with open(sys.argv[3], "wb") as file:
+        file.write(b"P6\n%d %d\n255\n" % (width, height) + drawing.pixels.tobytes())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+// Backends by name: those that the library was built with.
+#include "engine.h"
+#include "error.h"
+#ifdef ARCFLOW_WITH_OPENVINO
+#include "openvino_backend.h"
+#endif
+#ifdef ARCFLOW_WITH_TENSORRT
+#include "trt_backend.h"
+#endif
+
+namespace arcflow {
+namespace {
+
+// In order of preference; the first is the default.
+constexpr const char *names[] = {
+#ifdef ARCFLOW_WITH_OPENVINO
+    "openvino",
+#endif
+#ifdef ARCFLOW_WITH_TENSORRT
+    "tensorrt",
+    "tensorrt-rtx",
+#endif
+    nullptr,
+};
+
+std::string joined_names() {
+    std::string joined;
+    for (const char *const *name = names; *name != nullptr; ++name) {
+        joined += (joined.empty() ? "" : ",") + std::string(*name);
+    }
+    return joined;
+}
+
+}  // namespace
+
+const char *backend_names() {
+    static const std::string joined = joined_names();
+    return joined.c_str();
+}
+
+std::unique_ptr<Backend> make_backend(const std::string &name, [[maybe_unused]] int threads) {
+    [[maybe_unused]] const std::string wanted = name.empty() && names[0] != nullptr ? names[0] : name;
+#ifdef ARCFLOW_WITH_OPENVINO
+    if (wanted == "openvino") {
+        return make_openvino_backend(threads);
+    }
+#endif
+#ifdef ARCFLOW_WITH_TENSORRT
+    if (wanted == "tensorrt" || wanted == "tensorrt-rtx") {
+        return make_trt_backend(wanted == "tensorrt-rtx");
+    }
+#endif
+    if (names[0] == nullptr) {
+        throw engine_error("this library was built without engines; build it with -DARCFLOW_OPENVINO=ON or "
+                           "-DARCFLOW_TENSORRT=ON");
+    }
+    throw engine_error("backend must be one of " + std::string(backend_names()) + ", got '" + name + "'");
+}
+
+}  // namespace arcflow

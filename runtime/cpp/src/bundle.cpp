@@ -1,0 +1,92 @@
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+
+#include "error.h"
+#include "manifest.h"
+#include "repr.h"
+#include "rules.h"
+#include "sha256.h"
+
+namespace arcflow {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char *manifest_name = "manifest.json";
+constexpr uint64_t fast_hash_bytes = uint64_t{64} << 20;
+
+std::string read_manifest(const fs::path &root, const fs::path &path) {
+    std::error_code ignored;  // what cannot be looked at is not there
+    if (!fs::is_directory(root, ignored)) {
+        throw bundle_error(root.string() + " is not a directory; give the directory that `arcflow export --out` wrote");
+    }
+    if (!fs::is_regular_file(path, ignored)) {
+        throw bundle_error(root.string() + " has no " + manifest_name +
+                           ", so it is not a bundle; make one with `arcflow export`");
+    }
+    const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+    std::string text, block(size_t{64} << 10, '\0');
+    if (file) {
+        // One byte too many is enough for parse_manifest to refuse it.
+        while (text.size() <= max_manifest_bytes) {
+            const size_t count = std::fread(block.data(), 1, block.size(), file.get());
+            if (count == 0) break;
+            text.append(block, 0, count);
+        }
+    }
+    if (!file || std::ferror(file.get())) throw bundle_error(path.string() + " cannot be read; check its permissions");
+    return text;
+}
+
+// Whether links lead to a place inside `root`, which has none.
+bool is_inside(const fs::path &path, const fs::path &root) {
+    const fs::path target = fs::canonical(path);
+    return std::mismatch(root.begin(), root.end(), target.begin(), target.end()).first == root.end();
+}
+
+// B4 and B6 of one file.
+void check_file(const Bundle &bundle, const fs::path &canonical_root, const std::string &name, bool full) {
+    const FileEntry &entry = bundle.manifest.files.at(name);
+    const fs::path path = bundle.path(name);
+    std::error_code ignored;
+    if (!fs::is_regular_file(path, ignored)) {
+        throw bundle_error(path.string() + " is missing; was the bundle moved in part? Copy the whole directory again");
+    }
+    if (!is_inside(path, canonical_root)) {
+        throw bundle_error(path.string() + " is a link that leaves the bundle; copy the file into it");
+    }
+    const uint64_t size = fs::file_size(path);
+    if (size != entry.bytes) {
+        throw bundle_error(path.string() + " must have " + std::to_string(entry.bytes) + " bytes, got " +
+                           std::to_string(size) + "; it was cut or edited, export or copy it again");
+    }
+    if ((full || size <= fast_hash_bytes) && sha256_file(path) != entry.sha256) {
+        throw bundle_error(path.string() + " does not match its SHA-256 in " + manifest_name +
+                           "; it was edited or damaged, export or copy it again");
+    }
+}
+
+}  // namespace
+
+Bundle Bundle::open(const fs::path &root, bool full) {
+    const fs::path path = root / manifest_name;
+    Bundle bundle{root, parse_manifest(read_manifest(root, path), path.string())};
+    try {
+        const fs::path canonical_root = fs::canonical(root);
+        for (const auto &[name, entry] : bundle.manifest.files) check_file(bundle, canonical_root, name, full);
+    } catch (const fs::filesystem_error &e) {
+        throw bundle_error(root.string() + " cannot be read (" + e.what() + "); check its permissions");
+    }
+    return bundle;
+}
+
+fs::path Bundle::path(const std::string &name) const {
+    if (manifest.files.count(name) == 0) {
+        throw bundle_error((root / manifest_name).string() + ": " + repr(name) +
+                           " is used but not listed under 'files'");
+    }
+    return root / name;
+}
+
+}  // namespace arcflow

@@ -1,0 +1,308 @@
+// The C ABI of arcflow.h over Pipeline: handles, versions of the structs, and exceptions turned into statuses.
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "arcflow/arcflow.h"
+#include "error.h"
+#include "maths.h"
+#include "pipeline.h"
+#include "registry.h"
+
+namespace {
+
+using arcflow::Drawing;
+using arcflow::Error;
+using arcflow::request_error;
+
+// A pipeline and the calls in it, which close waits for.
+class Shared {
+public:
+    Shared(const std::filesystem::path &bundle, const arcflow::LoadOptions &options)
+        : pipeline_(std::make_unique<arcflow::Pipeline>(bundle, options)) {}
+
+    Drawing draw(const arcflow_request &request) {
+        const Call call(*this);
+        return pipeline_->draw(request);
+    }
+
+    // Refuses further calls, waits for those in progress and frees the pipeline. A callback's own call would never end:
+    // there, that call frees it instead.
+    void close() {
+        std::unique_lock lock(lock_);
+        closed_ = true;
+        if (in_this_thread()) {
+            abandoned_ = true;
+            return;
+        }
+        idle_.wait(lock, [&] { return calls_ == 0; });
+        pipeline_.reset();
+    }
+
+    static Error closed() {
+        return {ARCFLOW_CLOSED, "pipeline was closed, or is no pipeline; open it again with arcflow_open"};
+    }
+
+private:
+    // One call in progress. Throws Error where the pipeline is closed, or this thread is in a call on it already.
+    class Call {
+    public:
+        explicit Call(Shared &shared) : shared_(shared) {
+            if (shared.in_this_thread())
+                throw request_error("arcflow_draw must not be called by on_step on the pipeline that called it; "
+                                    "draw after it has returned, or with another pipeline");
+            in_progress().reserve(in_progress().size() + 1);
+            const std::lock_guard lock(shared.lock_);
+            if (shared.closed_) throw closed();
+            ++shared.calls_;
+            in_progress().push_back(&shared);
+        }
+        Call(const Call &) = delete;
+        Call &operator=(const Call &) = delete;
+        ~Call() {
+            in_progress().pop_back();
+            const std::lock_guard lock(shared_.lock_);
+            if (--shared_.calls_ > 0) return;
+            if (shared_.abandoned_) shared_.pipeline_.reset();
+            shared_.idle_.notify_all();
+        }
+
+    private:
+        Shared &shared_;
+    };
+
+    static std::vector<const Shared *> &in_progress() {
+        thread_local std::vector<const Shared *> calls;
+        return calls;
+    }
+    bool in_this_thread() const {
+        const auto &calls = in_progress();
+        return std::find(calls.begin(), calls.end(), this) != calls.end();
+    }
+
+    std::unique_ptr<arcflow::Pipeline> pipeline_;
+    std::mutex lock_;
+    std::condition_variable idle_;
+    int calls_ = 0;
+    bool closed_ = false, abandoned_ = false;
+};
+
+struct Result {
+    Drawing drawing;
+    std::string warnings, timings;
+};
+
+// Never destroyed, so that threads and other libraries may still call while the process exits.
+auto &pipelines() {
+    static auto &registry = *new arcflow::Registry<arcflow_pipeline, Shared>();
+    return registry;
+}
+
+auto &results() {
+    static auto &registry = *new arcflow::Registry<arcflow_result, Result>();
+    return registry;
+}
+
+// The last error of the calling thread; where there is no memory for its text, a fixed one.
+thread_local std::string last_error;
+thread_local const char *last_error_without_memory = nullptr;
+
+arcflow_status fail(arcflow_status status, const char *before, const char *what) noexcept {
+    try {
+        last_error = before;
+        last_error += what;
+        last_error_without_memory = nullptr;
+    } catch (...) {
+        last_error_without_memory = "out of memory, also for the text of this error";
+    }
+    return status;
+}
+
+// Runs what one function of the ABI does. Everything it throws becomes a status and the last error's text.
+template <class Work> arcflow_status guarded(const Work &work) noexcept {
+    last_error.clear();
+    last_error_without_memory = nullptr;
+    try {
+        work();
+        return ARCFLOW_OK;
+    } catch (const Error &e) {
+        return fail(e.status, "", e.what());
+    } catch (const std::bad_alloc &) {
+        return fail(ARCFLOW_OUT_OF_MEMORY, "", "out of memory; ask for fewer or smaller pictures, or set low_memory");
+    } catch (const std::exception &e) {
+        return fail(ARCFLOW_INTERNAL_ERROR, "unexpected error, please report it: ", e.what());
+    } catch (...) {
+        return fail(ARCFLOW_INTERNAL_ERROR, "", "unexpected error of no known kind, please report it");
+    }
+}
+
+void check_not_null(const void *pointer, const char *name) {
+    if (pointer == nullptr) throw request_error(std::string(name) + " must not be NULL");
+}
+
+// A struct of the caller's header as this library's: what an older header did not have yet keeps its default, and what
+// only a newer one has must be zero, its default.
+template <class Struct> Struct versioned(const Struct &given, Struct out, size_t oldest, const char *name) {
+    constexpr size_t largest = 4096;
+    const size_t size = given.struct_size;
+    if (size < oldest || size > largest)
+        throw request_error(std::string(name) + ".struct_size must be the struct's size, " + std::to_string(oldest) +
+                            " or a little more, got " + std::to_string(size) + "; begin with its INIT macro");
+    const auto *bytes = reinterpret_cast<const unsigned char *>(&given);
+    const auto *known = bytes + std::min(size, sizeof(Struct));
+    if (std::any_of(known, bytes + size, [](unsigned char byte) { return byte != 0; }))
+        throw request_error(std::string(name) + " sets what this library, version " ARCFLOW_VERSION ", does not know; " +
+                            "install the version that the program was compiled with");
+    std::memcpy(&out, &given, std::min(size, sizeof(Struct)));
+    out.struct_size = sizeof(Struct);
+    return out;
+}
+
+// Sizes of the first versions, which every caller's struct has.
+constexpr size_t oldest_options = offsetof(arcflow_options, full_check) + sizeof(arcflow_options::full_check);
+constexpr size_t oldest_request = offsetof(arcflow_request, user) + sizeof(arcflow_request::user);
+
+arcflow::LoadOptions load_options(const arcflow_options *given) {
+    if (given == nullptr) return {};
+    const arcflow_options options = versioned(*given, ARCFLOW_OPTIONS_INIT, oldest_options, "options");
+    if (options.threads < 0)
+        throw request_error("threads must be at least 1, got " + std::to_string(options.threads) +
+                            "; leave it out to use every core");
+    return {options.backend == nullptr ? "" : options.backend, options.threads, options.low_memory != 0,
+            options.full_check != 0};
+}
+
+std::string lines(const std::vector<std::string> &texts) {
+    std::string out;
+    for (const std::string &text : texts) out += (out.empty() ? "" : "\n") + text;
+    return out;
+}
+
+std::string timings_json(const Drawing &drawing) {
+    nlohmann::ordered_json json = nlohmann::ordered_json::object();
+    for (const auto &[stage, ms] : drawing.timings_ms) json[stage] = ms;
+    return json.dump();
+}
+
+// What an accessor gives of a result, or `otherwise` where there is no such result.
+template <class Value, class Get> Value of(const arcflow_result *handle, Value otherwise, const Get &get) noexcept {
+    try {
+        const std::shared_ptr<Result> result = results().find(handle);
+        return result == nullptr ? otherwise : get(*result);
+    } catch (...) {
+        return otherwise;
+    }
+}
+
+}  // namespace
+
+uint32_t arcflow_abi_version(void) { return ARCFLOW_ABI_VERSION; }
+
+const char *arcflow_version(void) { return ARCFLOW_VERSION; }
+
+const char *arcflow_last_error(void) {
+    return last_error_without_memory != nullptr ? last_error_without_memory : last_error.c_str();
+}
+
+const char *arcflow_backends(void) { return arcflow::backend_names(); }
+
+arcflow_status arcflow_open(const char *bundle, const arcflow_options *options, arcflow_pipeline **pipeline) {
+    if (pipeline != nullptr) *pipeline = nullptr;
+    return guarded([&] {
+        check_not_null(pipeline, "pipeline");
+        check_not_null(bundle, "bundle");
+        *pipeline = pipelines().add(std::make_shared<Shared>(std::filesystem::u8path(bundle), load_options(options)));
+    });
+}
+
+void arcflow_close(arcflow_pipeline *pipeline) {
+    guarded([&] {
+        if (const std::shared_ptr<Shared> shared = pipelines().remove(pipeline)) shared->close();
+    });
+}
+
+arcflow_status arcflow_draw(arcflow_pipeline *pipeline, const arcflow_request *request, arcflow_result **result) {
+    if (result != nullptr) *result = nullptr;
+    return guarded([&] {
+        check_not_null(result, "result");
+        check_not_null(pipeline, "pipeline");
+        check_not_null(request, "request");
+        const arcflow_request arguments = versioned(*request, ARCFLOW_REQUEST_INIT, oldest_request, "request");
+        const std::shared_ptr<Shared> shared = pipelines().find(pipeline);
+        if (shared == nullptr) throw Shared::closed();
+        auto made = std::make_shared<Result>();
+        made->drawing = shared->draw(arguments);
+        made->warnings = lines(made->drawing.warnings);
+        made->timings = timings_json(made->drawing);
+        *result = results().add(std::move(made));
+    });
+}
+
+void arcflow_result_free(arcflow_result *result) {
+    guarded([&] { results().remove(result); });
+}
+
+int32_t arcflow_result_batch(const arcflow_result *result) {
+    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.drawing.batch); });
+}
+
+int32_t arcflow_result_height(const arcflow_result *result) {
+    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.drawing.height_px); });
+}
+
+int32_t arcflow_result_width(const arcflow_result *result) {
+    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.drawing.width_px); });
+}
+
+const uint8_t *arcflow_result_pixels(const arcflow_result *result) {
+    const uint8_t *none = nullptr;
+    return of(result, none, [&](const Result &r) {
+        const arcflow::Tensor &pixels = r.drawing.pixels;
+        return pixels.data.empty() ? none : pixels.as<uint8_t>();
+    });
+}
+
+const float *arcflow_result_latents(const arcflow_result *result, int32_t *tokens, int32_t *channels) {
+    if (tokens != nullptr) *tokens = 0;
+    if (channels != nullptr) *channels = 0;
+    const float *none = nullptr;
+    return of(result, none, [&](const Result &r) {
+        const arcflow::Tensor &latents = r.drawing.latents;
+        if (tokens != nullptr) *tokens = static_cast<int32_t>(latents.shape[1]);
+        if (channels != nullptr) *channels = static_cast<int32_t>(latents.shape[2]);
+        return latents.as<float>();
+    });
+}
+
+const uint64_t *arcflow_result_seeds(const arcflow_result *result, size_t *count) {
+    if (count != nullptr) *count = 0;
+    const uint64_t *none = nullptr;
+    return of(result, none, [&](const Result &r) {
+        if (count != nullptr) *count = r.drawing.seeds.size();
+        return r.drawing.seeds.data();
+    });
+}
+
+const char *arcflow_result_warnings(const arcflow_result *result) {
+    return of(result, "", [](const Result &r) { return r.warnings.c_str(); });
+}
+
+const char *arcflow_result_timings(const arcflow_result *result) {
+    return of(result, "", [](const Result &r) { return r.timings.c_str(); });
+}
+
+arcflow_status arcflow_noise(uint64_t seed, size_t count, float *noise) {
+    return guarded([&] {
+        check_not_null(noise, "noise");
+        arcflow::randn(seed, count, noise);
+    });
+}

@@ -1,0 +1,254 @@
+#include "manifest.h"
+
+#include <algorithm>
+#include <set>
+
+#include "error.h"
+#include "json.h"
+#include "repr.h"
+#include "rules.h"
+#include "sha256.h"
+
+namespace arcflow {
+namespace {
+
+constexpr const char *format = "arcflow-bundle";
+constexpr int64_t version = 1;
+
+DType parse_dtype(const Place &place) {
+    const std::string name = place.one_of({"float32", "float16", "bfloat16", "int64", "uint8"});
+    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::int64}) {
+        if (name == name_of(dtype)) return dtype;
+    }
+    return DType::uint8;
+}
+
+std::optional<int64_t> optional_integer(const Place &place) {
+    if (place.is_null()) return std::nullopt;
+    return place.integer("int | None");
+}
+
+std::vector<int64_t> integers(const Place &place) {
+    std::vector<int64_t> values;
+    place.each_item([&](const Place &item) { values.push_back(item.integer()); });
+    return values;
+}
+
+TensorSpec parse_tensor(const Place &place) {
+    place.keys({"name", "dtype", "shape"});
+    TensorSpec spec{place["name"].text(), parse_dtype(place["dtype"]), {}};
+    place["shape"].each_item([&](const Place &item) {
+        if (item.is_text()) {
+            spec.shape.emplace_back(item.text());
+        } else {
+            spec.shape.emplace_back(item.integer("int | str"));
+        }
+    });
+    return spec;
+}
+
+std::vector<TensorSpec> parse_tensors(const Place &place) {
+    std::vector<TensorSpec> specs;
+    place.each_item([&](const Place &item) { specs.push_back(parse_tensor(item)); });
+    return specs;
+}
+
+std::optional<Quantization> parse_quantization(const Place &place) {
+    if (place.is_null()) return std::nullopt;
+    place.keys({"format", "layers", "policy", "scales"});
+    Quantization q{place["format"].one_of({"fp8_e4m3"}), {}, place["policy"].text(), place["scales"].text()};
+    place["layers"].each_item([&](const Place &item) { q.layers.push_back(item.text()); });
+    return q;
+}
+
+Part parse_part(const Place &place) {
+    place.keys({"graph", "weights", "precision", "parameters", "inputs", "outputs"}, {"quantization"});
+    return {place["graph"].text(),
+            place["weights"].text(),
+            parse_dtype(place["precision"]),
+            place["parameters"].integer(),
+            parse_tensors(place["inputs"]),
+            parse_tensors(place["outputs"]),
+            parse_quantization(place["quantization"])};
+}
+
+Schedule parse_schedule(const Place &place) {
+    place.keys({"shift", "timestep_ratio", "num_inference_steps"});
+    return {place["shift"].real(), place["timestep_ratio"].real(), place["num_inference_steps"].integer()};
+}
+
+Latents parse_latents(const Place &place) {
+    place.keys({"channels", "patch_size", "vae_scale_factor", "num_gaussians", "logweights_channels"});
+    return {place["channels"].integer(), place["patch_size"].integer(), place["vae_scale_factor"].integer(),
+            place["num_gaussians"].integer(), place["logweights_channels"].integer()};
+}
+
+Rotary parse_rotary(const Place &place) {
+    place.keys({"theta", "axes_dims"});
+    return {place["theta"].real(), integers(place["axes_dims"])};
+}
+
+Text parse_text(const Place &place) {
+    place.keys({"max_sequence_length"},
+               {"template", "drop_tokens", "clip_tokens", "clip_pad_token_id", "t5_pad_token_id"});
+    Text text{};
+    text.max_sequence_length = place["max_sequence_length"].integer();
+    if (!place["template"].is_null()) text.templ = place["template"].text("str | None");
+    text.drop_tokens = place.has("drop_tokens") ? place["drop_tokens"].integer() : 0;
+    text.clip_tokens = optional_integer(place["clip_tokens"]);
+    text.clip_pad_token_id = optional_integer(place["clip_pad_token_id"]);
+    text.t5_pad_token_id = optional_integer(place["t5_pad_token_id"]);
+    return text;
+}
+
+Range parse_range(const Place &place) {
+    place.keys({"min", "max"});
+    return {place["min"].integer(), place["max"].integer()};
+}
+
+Ranges parse_ranges(const Place &place) {
+    place.keys({"batch", "height_px", "width_px"});
+    return {parse_range(place["batch"]), parse_range(place["height_px"]), parse_range(place["width_px"])};
+}
+
+std::optional<ModulationTable> parse_modulation(const Place &place) {
+    if (place.is_null()) return std::nullopt;
+    place.keys({"file", "num_inference_steps"});
+    return ModulationTable{place["file"].text(), integers(place["num_inference_steps"])};
+}
+
+// Provenance is informative: its types are checked and nothing of it is kept.
+void check_source(const Place &place) {
+    place.keys({"name", "revision", "sha256"}, {"scale"});
+    place["name"].text();
+    place["sha256"].text();
+    if (!place["revision"].is_null()) place["revision"].text("str | None");
+    if (!place["scale"].is_null()) place["scale"].real("float | None");
+}
+
+void check_provenance(const Place &place) {
+    place.keys({"command", "created", "tools", "base", "adapter"}, {"loras"});
+    place["command"].text();
+    place["created"].text();
+    place["tools"].each_entry([](const std::string &, const Place &tool) { tool.text(); });
+    check_source(place["base"]);
+    check_source(place["adapter"]);
+    if (place.has("loras")) place["loras"].each_item(check_source);
+}
+
+void check_format(const Json &json, const std::string &where) {
+    if (!json.is_object() || !json.contains("format") || json["format"] != format) {
+        throw bundle_error(where + ": 'format' must be '" + format + "'; this is not an ArcFlow bundle");
+    }
+    const auto found = json.find("version");
+    const Json got = found == json.end() ? Json() : *found;
+    if (!got.is_number_integer() || got != version) {
+        const bool newer = got.is_number_integer() && got > version;
+        throw bundle_error(where + ": version must be " + std::to_string(version) + ", got " + repr_json(got) + "; " +
+                           (newer ? "update arcflow" : "export the bundle again"));
+    }
+}
+
+Manifest parse_keys(const Json &json, const std::string &where) {
+    const Place place(json, where);
+    place.keys({"family", "dtype", "reference_dtype", "opset", "guidance", "schedule", "latents", "rotary", "text",
+                "ranges", "parts", "tokenizers", "files", "provenance"},
+               {"modulation", "format", "version"});
+    Manifest m{};
+    m.family = place["family"].one_of({"flux", "qwen-image"}) == "flux" ? Family::flux : Family::qwen_image;
+    m.dtype = parse_dtype(place["dtype"]);
+    m.reference_dtype = parse_dtype(place["reference_dtype"]);
+    m.opset = place["opset"].integer();
+    m.guidance = place["guidance"].boolean();
+    m.schedule = parse_schedule(place["schedule"]);
+    m.latents = parse_latents(place["latents"]);
+    m.rotary = parse_rotary(place["rotary"]);
+    m.text = parse_text(place["text"]);
+    m.ranges = parse_ranges(place["ranges"]);
+    place["parts"].each_entry([&](const std::string &name, const Place &part) {
+        m.parts.emplace(name, parse_part(part));
+    });
+    m.modulation = parse_modulation(place["modulation"]);
+    place["tokenizers"].each_entry([&](const std::string &name, const Place &file) {
+        m.tokenizers.emplace(name, file.text());
+    });
+    place["files"].each_entry([&](const std::string &name, const Place &file) {
+        file.keys({"bytes", "sha256"});
+        m.files.emplace(name, FileEntry{static_cast<uint64_t>(file["bytes"].integer()), file["sha256"].text()});
+    });
+    check_provenance(place["provenance"]);
+    return m;
+}
+
+// B7: the parts of the family. B5: what other keys name is listed under `files`.
+void check_references(const Manifest &m, const std::string &where) {
+    std::set<std::string> need = {"text_encoder", "backbone", "vae_decoder"};
+    if (m.family == Family::flux) need.insert("text_encoder_2");
+    if (!m.modulation) need.insert("conditioner");
+    std::vector<std::string> missing;
+    for (const std::string &part : need) {
+        if (m.parts.count(part) == 0) missing.push_back(part);
+    }
+    if (!missing.empty()) {
+        throw bundle_error(where + ": a " + (m.family == Family::flux ? "flux" : "qwen-image") +
+                           " bundle must have parts " + repr(std::vector<std::string>(need.begin(), need.end())) +
+                           ", missing " + repr(missing));
+    }
+    std::vector<std::string> used;
+    for (const auto &[name, part] : m.parts) used.insert(used.end(), {part.graph, part.weights});
+    for (const auto &[name, file] : m.tokenizers) used.push_back(file);
+    if (m.modulation) used.push_back(m.modulation->file);
+    for (const std::string &file : used) {
+        if (m.files.count(file) == 0) {
+            throw bundle_error(where + ": " + repr(file) + " is used but not listed under 'files'");
+        }
+    }
+}
+
+// B4: a name cannot lead out of the directory.
+void check_name(std::string_view name, const std::string &where) {
+    const auto allowed = [](char c) {
+        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' ||
+               c == '-' || c == '/';
+    };
+    bool inside = std::all_of(name.begin(), name.end(), allowed);
+    std::string_view rest = name;
+    for (bool last = false; !last;) {
+        const size_t slash = rest.find('/');
+        last = slash == rest.npos;
+        const std::string_view component = rest.substr(0, slash);
+        inside = inside && !component.empty() && component != "." && component != "..";
+        if (!last) rest.remove_prefix(slash + 1);
+    }
+    if (!inside) {
+        throw bundle_error(where + ": file name " + repr(name) +
+                           " leaves the bundle or has characters it may not have");
+    }
+    if (name == "engines" || name.substr(0, 8) == "engines/") {
+        throw bundle_error(where + ": file " + repr(name) + " must not be in engines/, which is for built engines");
+    }
+}
+
+}  // namespace
+
+Manifest parse_manifest(std::string_view text, const std::string &where) {
+    if (text.size() > max_manifest_bytes) {
+        throw bundle_error(where + " is larger than " + std::to_string(max_manifest_bytes) +
+                           " bytes; it is not a manifest");
+    }
+    Json json = read_json(text, where);
+    check_format(json, where);
+    const auto found = json.find("digest");
+    const Json digest = found == json.end() ? Json() : *found;
+    json.erase("digest");
+    Manifest manifest = parse_keys(json, where);
+    if (!digest.is_string() || digest != sha256(canonical(json))) {
+        throw bundle_error(where + " does not match its own digest; it was edited, export the bundle again");
+    }
+    check_values(manifest, where);
+    check_references(manifest, where);
+    for (const auto &[name, entry] : manifest.files) check_name(name, where);
+    return manifest;
+}
+
+}  // namespace arcflow

@@ -1,0 +1,110 @@
+// manifest.json as structs; docs/bundle.md specifies it, and rule numbers (B1...) cite it.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "tensor.h"
+
+namespace arcflow {
+
+enum class Family { flux, qwen_image };
+
+// A dimension is a size, or the name of one that varies.
+using Dimension = std::variant<int64_t, std::string>;
+
+struct TensorSpec {
+    std::string name;
+    DType dtype;
+    std::vector<Dimension> shape;
+};
+
+struct Quantization {
+    std::string format;
+    std::vector<std::string> layers;
+    std::string policy, scales;
+};
+
+struct Part {
+    std::string graph, weights;
+    DType precision;
+    int64_t parameters;
+    std::vector<TensorSpec> inputs, outputs;
+    std::optional<Quantization> quantization;
+};
+
+struct Schedule {
+    double shift, timestep_ratio;
+    int64_t num_inference_steps;
+};
+
+struct Latents {
+    int64_t channels, patch_size, vae_scale_factor, num_gaussians, logweights_channels;
+};
+
+struct Rotary {
+    double theta;
+    std::vector<int64_t> axes_dims;
+};
+
+struct Text {
+    int64_t max_sequence_length;
+    std::optional<std::string> templ;  // "template"
+    int64_t drop_tokens;
+    std::optional<int64_t> clip_tokens, clip_pad_token_id, t5_pad_token_id;
+};
+
+struct Range {
+    int64_t min, max;
+};
+
+struct Ranges {
+    Range batch, height_px, width_px;
+};
+
+struct ModulationTable {
+    std::string file;
+    std::vector<int64_t> num_inference_steps;
+};
+
+struct FileEntry {
+    uint64_t bytes;
+    std::string sha256;
+};
+
+struct Manifest {
+    Family family;
+    DType dtype, reference_dtype;
+    int64_t opset;
+    bool guidance;
+    Schedule schedule;
+    Latents latents;
+    Rotary rotary;
+    Text text;
+    Ranges ranges;
+    std::map<std::string, Part> parts;
+    std::optional<ModulationTable> modulation;
+    std::map<std::string, std::string> tokenizers;
+    std::map<std::string, FileEntry> files;
+};
+
+// Parse and check the text of a manifest (B1 to B5, B7, B12's keys); `where` names it in errors. Throws Error.
+Manifest parse_manifest(std::string_view text, const std::string &where);
+
+// An opened bundle: every size and, up to 64 MiB or with `full`, every SHA-256 compared (B6).
+struct Bundle {
+    std::filesystem::path root;
+    Manifest manifest;
+
+    static Bundle open(const std::filesystem::path &root, bool full);
+
+    // The path of a file that the manifest lists.
+    std::filesystem::path path(const std::string &name) const;
+};
+
+}  // namespace arcflow

@@ -1,0 +1,223 @@
+// Arithmetic is float32 whatever a part's precision: OpenVINO would otherwise take bfloat16 where a CPU has it, and the
+// pictures would depend on the machine. A part in float16 or bfloat16 keeps its weights' values, inputs and outputs in
+// its own dtype, and is computed between them in float32.
+#include "openvino_backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include <openvino/openvino.hpp>
+
+#include "error.h"
+#include "external_data.h"
+#include "openvino_error.h"
+
+namespace arcflow {
+namespace {
+
+ov::element::Type type_of(DType dtype) {
+    switch (dtype) {
+    case DType::float32:
+        return ov::element::f32;
+    case DType::float16:
+        return ov::element::f16;
+    case DType::bfloat16:
+        return ov::element::bf16;
+    case DType::int64:
+        return ov::element::i64;
+    case DType::uint8:
+        return ov::element::u8;
+    }
+    throw engine_error("a dtype that OpenVINO has not");
+}
+
+// The tensor's own memory. OpenVINO takes no pointer to constant data for inputs that it may pass on unread, and does
+// not write to inputs.
+ov::Tensor wrap(const Tensor &tensor) {
+    static std::byte nothing{};
+    const ov::Shape shape(tensor.shape.begin(), tensor.shape.end());
+    void *data = tensor.data.empty() ? &nothing : const_cast<std::byte *>(tensor.data.data());
+    return {type_of(tensor.dtype), shape, data};
+}
+
+Tensor copy_out(const ov::Tensor &found, const TensorSpec &spec) {
+    const ov::Shape shape = found.get_shape();
+    Tensor tensor(spec.dtype, std::vector<int64_t>(shape.begin(), shape.end()));
+    if (found.get_byte_size() != tensor.data.size()) {
+        throw engine_error("output " + spec.name + " has " + std::to_string(found.get_byte_size()) + " bytes");
+    }
+    if (!tensor.data.empty()) {
+        std::memcpy(tensor.data.data(), found.data(), tensor.data.size());
+    }
+    return tensor;
+}
+
+// ['a', 'b'], as Python writes a sorted list.
+std::string listed(std::vector<std::string> names) {
+    std::sort(names.begin(), names.end());
+    std::string text;
+    for (const std::string &name : names) {
+        text += (text.empty() ? "'" : ", '") + name + "'";
+    }
+    return "[" + text + "]";
+}
+
+std::vector<std::string> names_of(const std::vector<TensorSpec> &specs) {
+    std::vector<std::string> names;
+    for (const TensorSpec &spec : specs) {
+        names.push_back(spec.name);
+    }
+    return names;
+}
+
+class OpenVinoEngine : public Engine {
+public:
+    OpenVinoEngine(std::string name, Part part, ov::CompiledModel model)
+        : name_(std::move(name)), part_(std::move(part)), model_(std::move(model)) {}
+
+    Tensors run(const Tensors &inputs) override {
+        for (const TensorSpec &spec : part_.inputs) {
+            if (inputs.find(spec.name) == inputs.end()) {
+                throw engine_error(name_ + ": input " + spec.name + " is missing");
+            }
+        }
+        try {
+            // A request that failed is not used again.
+            ov::InferRequest request = take();
+            Tensors outputs;
+            for (const TensorSpec &spec : part_.inputs) {
+                request.set_tensor(spec.name, wrap(inputs.at(spec.name)));
+            }
+            request.infer();
+            for (const TensorSpec &spec : part_.outputs) {
+                outputs.emplace(spec.name, copy_out(request.get_tensor(spec.name), spec));
+            }
+            give_back(std::move(request));
+            return outputs;
+        } catch (const ov::Exception &e) {
+            throw engine_error(name_ + ": OpenVINO failed on inputs " + described(inputs) + ": " + useful_line(e));
+        }
+    }
+
+private:
+    // As many requests as callers at once, each with memory of its own; the arithmetic runs one request at a time, in
+    // the model's one stream of threads.
+    ov::InferRequest take() {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (!idle_.empty()) {
+                ov::InferRequest request = std::move(idle_.back());
+                idle_.pop_back();
+                return request;
+            }
+        }
+        return model_.create_infer_request();
+    }
+
+    void give_back(ov::InferRequest request) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        idle_.push_back(std::move(request));
+    }
+
+    static std::string described(const Tensors &inputs) {
+        std::string text;
+        for (const auto &[name, tensor] : inputs) {
+            text += (text.empty() ? "" : ", ") + name + ": " + tensor.describe();
+        }
+        return "{" + text + "}";
+    }
+
+    std::string name_;
+    Part part_;
+    ov::CompiledModel model_;
+    std::mutex mutex_;
+    std::vector<ov::InferRequest> idle_;
+};
+
+class OpenVinoBackend : public Backend {
+public:
+    explicit OpenVinoBackend(int threads) : threads_(threads) {}
+
+    void check(const Bundle &bundle) override {
+        for (const auto &[name, part] : bundle.manifest.parts) {
+            if (part.quantization) {
+                // It runs them in float32, and rounds to FP8 through float16, so not always to the nearest (B12).
+                throw engine_error(name + " is quantised to FP8, which OpenVINO does not round correctly on a CPU; "
+                                          "use the bundle that it was quantised from");
+            }
+        }
+    }
+
+    std::unique_ptr<Engine> open(const Bundle &bundle, const std::string &part) override {
+        const Part &spec = bundle.manifest.parts.at(part);
+        check_external_data(bundle, part);
+        try {
+            const auto model = core_.read_model(bundle.path(spec.graph));
+            check_names(part, spec, "inputs", spec.inputs, model->inputs());
+            check_names(part, spec, "outputs", spec.outputs, model->outputs());
+            return std::make_unique<OpenVinoEngine>(part, spec, core_.compile_model(model, "CPU", properties()));
+        } catch (const ov::Exception &e) {
+            throw engine_error(part + ": OpenVINO cannot load " + spec.graph + ": " + useful_line(e));
+        }
+    }
+
+private:
+    ov::AnyMap properties() const {
+        ov::AnyMap map{
+            ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
+            ov::hint::execution_mode(ov::hint::ExecutionMode::ACCURACY),
+            ov::hint::inference_precision(ov::element::f32),
+            ov::num_streams(1),
+            // Each part has its own threads: pinned ones of all parts would share the first cores.
+            ov::hint::enable_cpu_pinning(false),
+        };
+        if (threads_ > 0) {
+            map.emplace(ov::inference_num_threads(threads_));
+        }
+        return map;
+    }
+
+    template <class Port>
+    static void check_names(const std::string &part, const Part &spec, const std::string &kind,
+                            const std::vector<TensorSpec> &said, const std::vector<Port> &found) {
+        std::vector<std::string> names;
+        for (const Port &port : found) {
+            // One tensor may have several names; the manifest's is the one that counts.
+            const auto &own = port.get_names();
+            const auto fits = [&](const TensorSpec &s) { return own.count(s.name) != 0; };
+            const auto match = std::find_if(said.begin(), said.end(), fits);
+            names.push_back(match != said.end() ? match->name : own.empty() ? "" : *own.begin());
+            if (match != said.end() && port.get_element_type() != type_of(match->dtype)) {
+                throw engine_error(part + ": " + match->name + " of " + spec.graph + " must be " +
+                                   name_of(match->dtype) + ", as in the manifest, got " +
+                                   port.get_element_type().to_string() + "; export the bundle again");
+            }
+        }
+        const std::string expected = listed(names_of(said)), got = listed(names);
+        if (expected != got) {
+            throw engine_error(part + ": the " + kind + " of " + spec.graph + " must be " + expected +
+                               ", as in the manifest, got " + got + "; export the bundle again");
+        }
+    }
+
+    int threads_;
+    ov::Core core_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_openvino_backend(int threads) {
+    if (threads < 0) {
+        throw request_error("threads must be at least 1, got " + std::to_string(threads) +
+                            "; leave it out to use every core");
+    }
+    try {
+        return std::make_unique<OpenVinoBackend>(threads);
+    } catch (const ov::Exception &e) {
+        throw engine_error("OpenVINO cannot start: " + useful_line(e));
+    }
+}
+
+}  // namespace arcflow

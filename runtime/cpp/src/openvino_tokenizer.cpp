@@ -1,0 +1,261 @@
+// Tokenizers as models of openvino-tokenizers, in the bundle's folder `openvino` (O1... in docs/bundle.md).
+#include "tokenizer.h"
+
+#include <cstdlib>
+#include <dlfcn.h>
+#include <fstream>
+#include <mutex>
+
+#include <openvino/openvino.hpp>
+
+#include "error.h"
+#include "json.h"
+#include "openvino_error.h"
+#include "sha256.h"
+
+namespace arcflow {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char *folder_name = "openvino";
+constexpr const char *record_name = "tokenizers.json";
+constexpr const char *format = "arcflow-openvino";
+constexpr int64_t version = 1;
+constexpr uint64_t max_record_bytes = uint64_t{1} << 20;
+constexpr const char *library_name = "libopenvino_tokenizers.so";
+constexpr const char *library_variable = "ARCFLOW_OPENVINO_TOKENIZERS";
+
+Error damaged(const std::string &what) {
+    return bundle_error(what + "; run `arcflow build BUNDLE --backend openvino` again");
+}
+
+// The folder of the libopenvino that this process uses.
+fs::path openvino_folder() {
+    Dl_info info{};
+    if (dladdr(reinterpret_cast<const void *>(&ov::get_openvino_version), &info) == 0 || info.dli_fname == nullptr) {
+        return {};
+    }
+    std::error_code ignored;
+    return fs::absolute(info.dli_fname, ignored).parent_path();
+}
+
+// The environment's library, or the first that exists of: beside libopenvino, as in OpenVINO's archives; in the wheel
+// openvino_tokenizers beside the wheel openvino; where CMake found it.
+fs::path find_library() {
+    if (const char *chosen = std::getenv(library_variable); chosen != nullptr && *chosen != '\0') {
+        if (!fs::is_regular_file(chosen)) {
+            throw engine_error(std::string(library_variable) + " must name " + library_name + ", got '" + chosen + "'");
+        }
+        return fs::absolute(chosen);
+    }
+    const fs::path folder = openvino_folder();
+    const fs::path places[] = {
+        folder / library_name,
+        folder.parent_path().parent_path() / "openvino_tokenizers" / "lib" / library_name,
+#ifdef ARCFLOW_OPENVINO_TOKENIZERS
+        ARCFLOW_OPENVINO_TOKENIZERS,
+#endif
+    };
+    std::string tried;
+    for (const fs::path &place : places) {
+        std::error_code ignored;
+        if (fs::is_regular_file(place, ignored)) {
+            return place;
+        }
+        tried += (tried.empty() ? "" : ", ") + place.string();
+    }
+    throw engine_error(std::string(library_name) + " was not found (tried " + tried +
+                       "); pip install openvino-tokenizers of OpenVINO's version, or set " + library_variable);
+}
+
+// UTF-8 without overlong forms and surrogates, as RFC 3629 has it; other bytes could be taken for anything.
+bool is_utf8(const std::string &text) {
+    const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
+    for (size_t i = 0; i < text.size();) {
+        const unsigned lead = byte(i);
+        const size_t more = lead < 0x80 ? 0 : lead >= 0xc2 && lead < 0xe0 ? 1 : (lead & 0xf0) == 0xe0 ? 2 : 3;
+        if (more == 3 && (lead < 0xf0 || lead > 0xf4)) {
+            return false;
+        }
+        if (text.size() - i <= more) {
+            return false;
+        }
+        for (size_t k = 1; k <= more; ++k) {
+            if ((byte(i + k) & 0xc0) != 0x80) {
+                return false;
+            }
+        }
+        if ((lead == 0xe0 && byte(i + 1) < 0xa0) || (lead == 0xed && byte(i + 1) > 0x9f) ||
+            (lead == 0xf0 && byte(i + 1) < 0x90) || (lead == 0xf4 && byte(i + 1) > 0x8f)) {
+            return false;
+        }
+        i += more + 1;
+    }
+    return true;
+}
+
+class OpenVinoTokenizer : public Tokenizer {
+public:
+    OpenVinoTokenizer(std::string name, ov::CompiledModel model)
+        : name_(std::move(name)), model_(std::move(model)), request_(model_.create_infer_request()) {}
+
+    std::vector<int64_t> ids(const std::string &text) override {
+        if (!is_utf8(text)) {
+            throw request_error("a prompt must be UTF-8");
+        }
+        // One at a time: some operations set themselves up at their first call, without a lock.
+        const std::lock_guard<std::mutex> lock(mutex_);
+        try {
+            ov::Tensor input(ov::element::string, ov::Shape{1});
+            input.data<std::string>()[0] = text;
+            request_.set_input_tensor(input);
+            request_.infer();
+            const ov::Tensor found = request_.get_output_tensor();
+            const int32_t *first = found.data<const int32_t>();
+            return {first, first + found.get_size()};
+        } catch (const ov::Exception &e) {
+            throw engine_error(name_ + ": OpenVINO failed to tokenise a prompt: " + useful_line(e));
+        }
+    }
+
+private:
+    std::string name_;
+    std::mutex mutex_;
+    ov::CompiledModel model_;
+    ov::InferRequest request_;
+};
+
+struct ModelFile {
+    fs::path path;
+    uint64_t bytes;
+    std::string sha256;
+};
+
+// The entry of a file, compared with the file (O4).
+ModelFile read_file(const Place &place, const fs::path &folder) {
+    place.keys({"file", "bytes", "sha256"});
+    const std::string name = place["file"].text();
+    const bool plain = !name.empty() && name != "." && name != ".." && name.find('/') == name.npos &&
+                       name.find('\\') == name.npos && name.find('\0') == name.npos;
+    if (!plain) {
+        throw damaged(place.where() + ": file '" + name + "' must lie beside its record");
+    }
+    const ModelFile file{folder / name, static_cast<uint64_t>(place["bytes"].integer()), place["sha256"].text()};
+    std::error_code error;
+    if (fs::symlink_status(file.path, error).type() != fs::file_type::regular) {
+        throw damaged(file.path.string() + " is missing");
+    }
+    const auto size = fs::file_size(file.path, error);
+    if (error || size != file.bytes) {
+        throw damaged(file.path.string() + " must have " + std::to_string(file.bytes) + " bytes, got " +
+                      std::to_string(size) + "; it was cut or swapped");
+    }
+    if (sha256_file(file.path) != file.sha256) {
+        throw damaged(file.path.string() + " does not match its SHA-256; it was edited or swapped");
+    }
+    return file;
+}
+
+std::vector<int64_t> read_ids(const Place &place) {
+    std::vector<int64_t> ids;
+    place.each_item([&](const Place &item) { ids.push_back(item.integer()); });
+    return ids;
+}
+
+std::string read_text(const fs::path &path) {
+    std::error_code error;
+    const auto size = fs::file_size(path, error);
+    if (error || size > max_record_bytes) {
+        throw damaged(path.string() + " is larger than " + std::to_string(max_record_bytes) +
+                      " bytes; it is not a record");
+    }
+    std::ifstream file(path, std::ios::binary);
+    std::string text(static_cast<size_t>(size), '\0');
+    if (!file.read(text.data(), static_cast<std::streamsize>(size))) {
+        throw damaged(path.string() + " cannot be read");
+    }
+    return text;
+}
+
+// The record, its format, version and digest checked (O2).
+Json read_record(const fs::path &path) {
+    Json record = read_json(read_text(path), path.string());
+    if (!record.is_object() || record.value("format", Json()) != format) {
+        throw damaged(path.string() + ": 'format' must be '" + format + "'; this is not a record of tokenizers");
+    }
+    if (record.value("version", Json()) != version) {
+        throw damaged(path.string() + ": version must be " + std::to_string(version) + ", got " +
+                      record.value("version", Json()).dump());
+    }
+    const Json digest = record.value("digest", Json());
+    record.erase("digest");
+    if (digest != sha256(canonical(record))) {
+        throw damaged(path.string() + " does not match its own digest; it was edited");
+    }
+    return record;
+}
+
+}  // namespace
+
+std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &bundle) {
+    std::map<std::string, std::unique_ptr<Tokenizer>> tokenizers;
+    const fs::path folder = bundle.root / folder_name;
+    const fs::path path = folder / record_name;
+    std::error_code error;
+    if (!fs::exists(fs::symlink_status(path, error))) {
+        return tokenizers;
+    }
+    if (fs::is_symlink(folder, error) || fs::is_symlink(path, error)) {
+        throw damaged(path.string() + " must be a file of the bundle, not a link");
+    }
+    const Json json = read_record(path);
+    const Place record(json, path.string());
+    record.keys({"format", "version", "tokenizers", "converter", "openvino", "openvino_tokenizers", "created"});
+    for (const char *text : {"openvino", "openvino_tokenizers", "created"}) {
+        record[text].text();
+    }
+    record["converter"].integer();
+
+    ov::Core core;
+    bool extended = false;
+    record["tokenizers"].each_entry([&](const std::string &name, const Place &place) {
+        place.keys({"source", "graph", "weights", "prefix", "suffix"});
+        const auto said = bundle.manifest.tokenizers.find(name);
+        if (said == bundle.manifest.tokenizers.end() ||
+            bundle.manifest.files.at(said->second).sha256 != place["source"].text()) {
+            throw damaged(path.string() + ": " + name + " was built from another tokenizer than the bundle's");
+        }
+        const ModelFile graph = read_file(place["graph"], folder), weights = read_file(place["weights"], folder);
+        const std::vector<int64_t> prefix = read_ids(place["prefix"]), suffix = read_ids(place["suffix"]);
+        try {
+            if (!extended) {
+                core.add_extension(find_library());
+                extended = true;
+            }
+            const auto model = core.read_model(graph.path, weights.path);
+            if (model->inputs().size() != 1 || model->outputs().size() != 1 ||
+                model->input().get_element_type() != ov::element::string ||
+                model->output().get_element_type() != ov::element::i32) {
+                throw damaged(graph.path.string() + " must map a text to ids");
+            }
+            auto tokenizer = std::make_unique<OpenVinoTokenizer>(
+                name, core.compile_model(model, "CPU", ov::inference_num_threads(1), ov::num_streams(1),
+                                         ov::hint::enable_cpu_pinning(false)));
+            tokenizer->prefix = prefix;
+            tokenizer->suffix = suffix;
+            tokenizers.emplace(name, std::move(tokenizer));
+        } catch (const ov::Exception &e) {
+            throw engine_error(name + ": OpenVINO cannot load " + graph.path.string() + ": " + useful_line(e) +
+                               "; run `arcflow build BUNDLE --backend openvino` again, with this version of OpenVINO");
+        }
+    });
+    for (const auto &[name, file] : bundle.manifest.tokenizers) {
+        if (tokenizers.find(name) == tokenizers.end()) {
+            throw damaged(path.string() + ": " + name + " was not built");
+        }
+    }
+    return tokenizers;
+}
+
+}  // namespace arcflow

@@ -1,0 +1,61 @@
+#include "parts.h"
+
+#include <algorithm>
+
+#include "error.h"
+
+namespace arcflow {
+
+Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep)
+    : bundle_(bundle), backend_(std::move(backend)), keep_(keep) {
+    backend_->check(bundle_);
+    if (!keep_) return;
+    for (const auto &[name, part] : bundle_.manifest.parts) engines_[name] = backend_->open(bundle_, name);
+}
+
+Parts::Use Parts::use(const std::string &part) {
+    const auto found = bundle_.manifest.parts.find(part);
+    if (found == bundle_.manifest.parts.end())
+        throw bundle_error(bundle_.root.u8string() + ": the bundle has no part '" + part + "'; export it again");
+    Use use(found->first, found->second);
+    if (keep_) {
+        use.engine_ = engines_.at(part).get();
+    } else {
+        use.alone_ = std::unique_lock(alone_);
+        use.opened_ = backend_->open(bundle_, part);
+        use.engine_ = use.opened_.get();
+    }
+    return use;
+}
+
+Tensor Parts::Use::cast(const std::string &input, Tensor tensor) const {
+    const auto found =
+        std::find_if(part_.inputs.begin(), part_.inputs.end(), [&](const TensorSpec &s) { return s.name == input; });
+    if (found == part_.inputs.end())
+        throw bundle_error(name_ + ": the manifest lists no input '" + input + "'; export the bundle again");
+    return arcflow::cast(std::move(tensor), found->dtype);
+}
+
+Tensors Parts::Use::run(const Tensors &inputs, Stopwatch &watch) {
+    const auto timed = watch("engines");
+    return engine_->run(inputs);
+}
+
+Tensor Parts::Use::take(Tensors &outputs, const std::string &name, const std::vector<int64_t> &shape) const {
+    const auto found = outputs.find(name);
+    if (found == outputs.end())
+        throw engine_error(name_ + ": the engine gave no output '" + name + "'; export the bundle again");
+    Tensor tensor = std::move(found->second);
+    const bool fits = std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end(),
+                                 [](int64_t expected, int64_t got) { return expected < 0 || expected == got; });
+    if (!fits) {
+        std::string expected;
+        for (const int64_t size : shape)
+            expected += (expected.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
+        throw engine_error(name_ + ": output '" + name + "' must have shape [" + expected + "], got " +
+                           tensor.describe() + "; export the bundle again");
+    }
+    return tensor;
+}
+
+}  // namespace arcflow

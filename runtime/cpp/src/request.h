@@ -1,0 +1,35 @@
+// A request of the C ABI, checked against a bundle, with the defaults filled in.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "arcflow/arcflow.h"
+#include "manifest.h"
+
+namespace arcflow {
+
+struct TokenIds {
+    std::vector<int64_t> ids, ids_2;
+};
+
+struct Request {
+    std::vector<std::string> prompts;  // empty where tokens were given
+    std::vector<TokenIds> tokens;
+    int64_t images_per_prompt, height_px, width_px, steps, max_sequence_length;
+    std::optional<float> guidance_scale;  // of a student that takes it
+    std::vector<uint64_t> seeds;          // 1 or batch
+    bool decode;
+    arcflow_step_callback on_step;
+    void *user;
+    std::vector<std::string> warnings;
+
+    int64_t prompt_count() const { return static_cast<int64_t>(prompts.empty() ? tokens.size() : prompts.size()); }
+    int64_t batch() const { return prompt_count() * images_per_prompt; }
+};
+
+// Throws Error(ARCFLOW_REQUEST_ERROR) with the same sentence as the Python runtime where the rule is the same.
+Request check_request(const arcflow_request &request, const Manifest &manifest);
+
+}  // namespace arcflow

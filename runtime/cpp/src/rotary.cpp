@@ -1,0 +1,63 @@
+// Rotary position tables: angles in float64, each cosine and sine rounded once. Positions follow diffusers'
+// `FluxPosEmbed` and `QwenEmbedRope` with `scale_rope`.
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "maths.h"
+
+namespace arcflow {
+namespace {
+
+using Position = std::array<int64_t, 3>;  // time, height, width
+
+// One table of `tokens` positions, [2, tokens, D/2]; axis a of size d turns by position / theta^(2i/d).
+template <class PositionOf>
+Tensor table(const Manifest &m, int64_t tokens, PositionOf position_of) {
+    std::vector<double> frequencies;
+    std::vector<size_t> axes;  // of each frequency
+    for (size_t axis = 0; axis < m.rotary.axes_dims.size(); ++axis) {
+        const int64_t size = m.rotary.axes_dims[axis];
+        for (int64_t i = 0; i < size; i += 2) {
+            const double power = static_cast<double>(i) / static_cast<double>(size);
+            frequencies.push_back(1.0 / std::pow(m.rotary.theta, power));
+            axes.push_back(axis);
+        }
+    }
+    // FLUX's reference casts cosines and sines to its hidden dtype.
+    const DType rounding = m.family == Family::flux ? m.reference_dtype : DType::float32;
+    Tensor out(DType::float32, {2, tokens, static_cast<int64_t>(frequencies.size())});
+    float *cosines = out.as<float>(), *sines = cosines + out.count() / 2;
+    for (int64_t token = 0; token < tokens; ++token) {
+        const Position position = position_of(token);
+        for (size_t i = 0; i < frequencies.size(); ++i) {
+            const double angle = static_cast<double>(position[axes[i]]) * frequencies[i];
+            *cosines++ = round_to(static_cast<float>(std::cos(angle)), rounding);
+            *sines++ = round_to(static_cast<float>(std::sin(angle)), rounding);
+        }
+    }
+    return out;
+}
+
+}  // namespace
+
+// FLUX's positions are (0, y, x). Qwen-Image centres them: y runs over -(h - h//2) ... h//2 - 1, x likewise.
+Tensor image_rotary(const Manifest &manifest, int64_t height, int64_t width) {
+    const bool centred = manifest.family == Family::qwen_image;
+    const int64_t top = centred ? height - height / 2 : 0, left = centred ? width - width / 2 : 0;
+    return table(manifest, height * width, [=](int64_t token) {
+        return Position{0, token / width - top, token % width - left};
+    });
+}
+
+// FLUX's text has no positions. Qwen-Image's token j stands at max(h//2, w//2) + j on all axes.
+Tensor text_rotary(const Manifest &manifest, int64_t height, int64_t width, int64_t text_tokens) {
+    const bool placed = manifest.family == Family::qwen_image;
+    const int64_t first = std::max(height / 2, width / 2);
+    return table(manifest, text_tokens, [=](int64_t token) {
+        const int64_t position = placed ? first + token : 0;
+        return Position{position, position, position};
+    });
+}
+
+}  // namespace arcflow

@@ -1,0 +1,126 @@
+#include "rules.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "error.h"
+#include "repr.h"
+
+namespace arcflow {
+namespace {
+
+// Channels, patches, modes and steps; far above any model's.
+constexpr int64_t max_size = 65536;
+constexpr int64_t max_text_tokens = int64_t{1} << 20;
+// Sizes of a request are int32.
+constexpr int64_t max_px = std::numeric_limits<int32_t>::max();
+
+class Rules {
+public:
+    explicit Rules(const std::string &where) : where_(where) {}
+
+    void check(bool ok, const std::string &key, const std::string &must, const std::string &got) const {
+        if (!ok) {
+            throw bundle_error(where_ + ": " + key + " must be " + must + ", got " + got + "; export the bundle again");
+        }
+    }
+
+    void between(int64_t low, int64_t value, int64_t high, const std::string &key) const {
+        check(value >= low, key, "at least " + std::to_string(low), std::to_string(value));
+        check(value <= high, key, "at most " + std::to_string(high), std::to_string(value));
+    }
+
+private:
+    const std::string &where_;
+};
+
+bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16; }
+
+bool is_sha256(const std::string &text) {
+    return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == text.npos;
+}
+
+void check_range(const Rules &rules, const Range &range, const std::string &key, int64_t multiple) {
+    const std::string got = "(" + std::to_string(range.min) + ", " + std::to_string(range.max) + ")";
+    rules.check(1 <= range.min && range.min <= range.max, key, "min and max with 1 <= min <= max", got);
+    rules.check(range.max <= max_px, key, "at most " + std::to_string(max_px), got);
+    rules.check(range.min % multiple == 0 && range.max % multiple == 0, key, "multiples of " + std::to_string(multiple),
+                got);
+}
+
+void check_text(const Rules &rules, const Manifest &m) {
+    const Text &t = m.text;
+    rules.between(1, t.max_sequence_length, max_text_tokens, "text: max_sequence_length");
+    rules.between(0, t.drop_tokens, max_text_tokens, "text: drop_tokens");
+    std::vector<std::string> wanted = {"tokenizer"}, got;
+    if (m.family == Family::flux) {
+        wanted.emplace_back("tokenizer_2");
+        rules.check(t.clip_tokens.has_value(), "text: clip_tokens", "given for a flux bundle", "None");
+        rules.check(t.clip_pad_token_id.has_value(), "text: clip_pad_token_id", "given for a flux bundle", "None");
+        rules.check(t.t5_pad_token_id.has_value(), "text: t5_pad_token_id", "given for a flux bundle", "None");
+        rules.between(0, *t.clip_tokens, max_text_tokens, "text: clip_tokens");
+    } else {
+        const size_t first = t.templ ? t.templ->find("{}") : std::string::npos;
+        rules.check(first != std::string::npos && t.templ->find("{}", first + 2) == std::string::npos, "text: template",
+                    "a text with one {} for the prompt", t.templ ? repr(*t.templ) : "None");
+    }
+    for (const auto &[name, file] : m.tokenizers) got.push_back(name);
+    rules.check(got == wanted, "tokenizers", "given for " + repr(wanted), repr(got));
+}
+
+void check_quantization(const Rules &rules, const std::string &part, const Quantization &q) {
+    const std::string key = "parts." + part + ": quantization";
+    rules.check(!q.layers.empty(), key + ": layers", "at least one, or no quantization", "[]");
+    std::set<std::string> once, twice;
+    for (const std::string &layer : q.layers) {
+        if (!once.insert(layer).second) twice.insert(layer);
+    }
+    rules.check(twice.empty(), key + ": layers", "named once each",
+                repr(std::vector<std::string>(twice.begin(), twice.end())));
+    rules.check(is_sha256(q.policy), key + ": policy", "a SHA-256", repr(q.policy));
+    rules.check(is_sha256(q.scales), key + ": scales", "a SHA-256", repr(q.scales));
+}
+
+}  // namespace
+
+void check_values(const Manifest &m, const std::string &where) {
+    const Rules rules(where);
+    const Schedule &s = m.schedule;
+    const Latents &k = m.latents;
+    const std::vector<int64_t> &axes = m.rotary.axes_dims;
+    const std::string floats = "one of ['float32', 'float16', 'bfloat16']";
+    rules.check(is_float(m.dtype), "dtype", floats, repr(name_of(m.dtype)));
+    rules.check(is_float(m.reference_dtype), "reference_dtype", floats, repr(name_of(m.reference_dtype)));
+    rules.check(std::isfinite(s.shift) && s.shift > 0, "schedule: shift", "positive", repr(s.shift));
+    rules.check(0 < s.timestep_ratio && s.timestep_ratio <= 1, "schedule: timestep_ratio", "above 0 and at most 1",
+                repr(s.timestep_ratio));
+    rules.between(1, s.num_inference_steps, max_size, "schedule: num_inference_steps");
+    rules.between(1, k.channels, max_size, "latents: channels");
+    rules.between(1, k.patch_size, max_size, "latents: patch_size");
+    rules.between(1, k.vae_scale_factor, max_size, "latents: vae_scale_factor");
+    rules.between(1, k.num_gaussians, max_size, "latents: num_gaussians");
+    const int64_t sub_pixels = k.patch_size * k.patch_size;
+    rules.check(k.logweights_channels == sub_pixels, "latents: logweights_channels",
+                "patch_size squared, " + std::to_string(sub_pixels), std::to_string(k.logweights_channels));
+    rules.check(std::isfinite(m.rotary.theta) && m.rotary.theta > 0, "rotary: theta", "positive", repr(m.rotary.theta));
+    const bool even = std::all_of(axes.begin(), axes.end(), [](int64_t d) { return d > 0 && d % 2 == 0; });
+    rules.check(axes.size() == 3 && even, "rotary: axes_dims", "three even sizes", repr(axes));
+    for (const int64_t size : axes) rules.between(2, size, max_size, "rotary: axes_dims");
+    const int64_t token_px = k.patch_size * k.vae_scale_factor;
+    check_range(rules, m.ranges.batch, "ranges: batch", 1);
+    check_range(rules, m.ranges.height_px, "ranges: height_px", token_px);
+    check_range(rules, m.ranges.width_px, "ranges: width_px", token_px);
+    check_text(rules, m);
+    for (const auto &[name, part] : m.parts) {
+        if (part.quantization) check_quantization(rules, name, *part.quantization);
+    }
+    if (m.modulation && m.parts.count("conditioner") == 0) {
+        const std::vector<int64_t> &baked = m.modulation->num_inference_steps;
+        rules.check(std::find(baked.begin(), baked.end(), s.num_inference_steps) != baked.end(),
+                    "schedule: num_inference_steps", "one of " + repr(baked), std::to_string(s.num_inference_steps));
+    }
+}
+
+}  // namespace arcflow

@@ -1,0 +1,110 @@
+#include "text.h"
+
+#include <algorithm>
+
+#include "error.h"
+#include "repr.h"
+
+namespace arcflow {
+
+namespace {
+
+constexpr std::size_t shown_characters = 40;
+
+// At most 40 characters of a prompt, on one line.
+std::string shown(const std::string &prompt) {
+    const auto continues = [](char c) { return (static_cast<unsigned char>(c) & 0xC0u) == 0x80u; };
+    std::size_t end = 0;
+    for (std::size_t characters = 0; end < prompt.size() && characters < shown_characters; ++characters) {
+        ++end;
+        while (end < prompt.size() && continues(prompt[end])) ++end;
+    }
+    return repr(end < prompt.size() ? prompt.substr(0, end) + "..." : prompt);
+}
+
+}  // namespace
+
+PromptTokenizer::PromptTokenizer(const Bundle &bundle) : bundle_(bundle), tokenizers_(open_tokenizers(bundle)) {}
+
+std::vector<Ids> PromptTokenizer::tokenize(const Request &request, std::vector<std::string> &warnings) const {
+    std::vector<Ids> ids;
+    for (const TokenIds &tokens : request.tokens)
+        ids.push_back(padded(tokens.ids, tokens.ids_2, request.max_sequence_length));
+    std::map<std::string, std::size_t> first;
+    for (const std::string &prompt : request.prompts) {
+        const auto [place, is_new] = first.emplace(prompt, ids.size());
+        ids.push_back(is_new ? text(prompt, request.max_sequence_length, warnings) : ids[place->second]);
+    }
+    return ids;
+}
+
+Ids PromptTokenizer::text(const std::string &prompt, int64_t max_sequence_length,
+                          std::vector<std::string> &warnings) const {
+    const Manifest &m = bundle_.manifest;
+    if (m.family == Family::flux) {
+        auto clip = encode("tokenizer", prompt, m.text.clip_tokens.value(), 0, prompt, "CLIP (text_encoder)", warnings);
+        auto t5 = encode("tokenizer_2", prompt, max_sequence_length, 0, prompt, "T5 (text_encoder_2)", warnings);
+        return padded(std::move(clip), std::move(t5), max_sequence_length);
+    }
+    std::string templated = m.text.templ.value_or("{}");
+    const std::size_t place = templated.find("{}");
+    if (place == std::string::npos) throw bundle_error(bundle_.root.u8string() + ": text.template must hold one {}");
+    templated.replace(place, 2, prompt);
+    // The language model is causal, so the states that are kept do not depend on the tokens cut here.
+    const int64_t drop = m.text.drop_tokens;
+    return padded(
+        encode("tokenizer", templated, drop + max_sequence_length, drop, prompt, "the text encoder", warnings), {},
+        max_sequence_length);
+}
+
+Ids PromptTokenizer::padded(std::vector<int64_t> ids, std::vector<int64_t> ids_2, int64_t max_sequence_length) const {
+    const Manifest &m = bundle_.manifest;
+    if (m.family != Family::flux) return {{"text_encoder", std::move(ids)}};
+    const auto pad = [](std::vector<int64_t> &row, int64_t size, int64_t id) {
+        row.resize(std::max(row.size(), static_cast<std::size_t>(size)), id);
+    };
+    pad(ids, m.text.clip_tokens.value(), m.text.clip_pad_token_id.value());
+    pad(ids_2, max_sequence_length, m.text.t5_pad_token_id.value());
+    return {{"text_encoder", std::move(ids)}, {"text_encoder_2", std::move(ids_2)}};
+}
+
+// At most `limit` ids, special tokens kept. The first `hidden` are not the prompt's, and warnings do not count them.
+std::vector<int64_t> PromptTokenizer::encode(const std::string &tokenizer, const std::string &text, int64_t limit,
+                                             int64_t hidden, const std::string &prompt, const char *reader,
+                                             std::vector<std::string> &warnings) const {
+    const auto found = tokenizers_.find(tokenizer);
+    if (found == tokenizers_.end())
+        throw bundle_error(bundle_.root.u8string() + ": this library needs '" + tokenizer +
+                           "' in a form of its own to read prompts; run `arcflow build " + bundle_.root.u8string() +
+                           " --backend openvino`, or give token ids");
+    const Tokenizer &special = *found->second;
+    std::vector<int64_t> ids = found->second->ids(text);
+    const auto total = static_cast<int64_t>(ids.size());
+    const int64_t room = limit - static_cast<int64_t>(special.prefix.size() + special.suffix.size());
+    if (total > room) {
+        const int64_t kept = std::max<int64_t>(room, 0);
+        ids.resize(static_cast<std::size_t>(kept));
+        warnings.push_back("prompt " + shown(prompt) + " was cut for " + reader + ": " + std::to_string(kept - hidden) +
+                           " of " + std::to_string(total - hidden) + " tokens kept");
+    }
+    ids.insert(ids.begin(), special.prefix.begin(), special.prefix.end());
+    ids.insert(ids.end(), special.suffix.begin(), special.suffix.end());
+    return ids;
+}
+
+std::shared_ptr<const Embeddings> EmbeddingCache::get(const Ids &ids) {
+    const std::lock_guard lock(lock_);
+    const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const Entry &e) { return e.first == ids; });
+    if (found == entries_.end()) return nullptr;
+    entries_.splice(entries_.begin(), entries_, found);
+    return found->second;
+}
+
+void EmbeddingCache::put(const Ids &ids, std::shared_ptr<const Embeddings> embeddings) {
+    const std::lock_guard lock(lock_);
+    entries_.remove_if([&](const Entry &e) { return e.first == ids; });
+    entries_.emplace_front(ids, std::move(embeddings));
+    if (entries_.size() > size) entries_.pop_back();
+}
+
+}  // namespace arcflow

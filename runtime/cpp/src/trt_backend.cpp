@@ -1,0 +1,109 @@
+#include "trt_backend.h"
+
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "error.h"
+#include "trt_denoiser.h"
+#include "trt_engine.h"
+#include "trt_record.h"
+#include "trt_session.h"
+
+namespace arcflow {
+namespace {
+
+class TrtBackend : public Backend {
+public:
+    explicit TrtBackend(TrtFlavour flavour) : flavour_(flavour) {}
+
+    // The GPU first, then the library, then the records (E4); no engine is read.
+    void check(const Bundle &bundle) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        start();
+        for (const auto &[name, part] : bundle.manifest.parts) find_engine(bundle, name, host_);
+    }
+
+    std::unique_ptr<Engine> open(const Bundle &bundle, const std::string &part) override {
+        return make_trt_engine(device_of(), session(bundle, part), part, bundle.manifest.parts.at(part));
+    }
+
+    std::unique_ptr<Denoiser> open_denoiser(const Bundle &bundle) override {
+        return make_trt_denoiser(device_of(), session(bundle, "backbone"), session(bundle, "vae_decoder"),
+                                 bundle.manifest);
+    }
+
+private:
+    std::shared_ptr<const cuda::Device> device_of() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        start();
+        return device_;
+    }
+
+    // Find the GPU and open the library, once. The mutex is held.
+    void start() {
+        if (runtime_) return;
+        if (!cuda::find_gpu()) {
+            throw engine_error(std::string(name_of(flavour_)) +
+                               " engines run on an NVIDIA GPU, and the CUDA driver finds none here");
+        }
+        const TrtLibrary library = open_trt_library(flavour_, trt_headers_version());
+        device_ = std::make_shared<const cuda::Device>();
+        host_ = {name_of(flavour_), library.version.text(), device_->gpu.target, std::nullopt, this_platform()};
+        if (flavour_ == TrtFlavour::tensorrt) host_.gpu = device_->gpu.name;
+        const cuda::Current current(*device_);
+        runtime_ = make_trt_runtime(library);
+    }
+
+    // A part's engine, loaded once for all that use it and freed with the last of them.
+    std::shared_ptr<TrtSession> session(const Bundle &bundle, const std::string &part) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        start();
+        std::weak_ptr<TrtSession> &known = sessions_[part];
+        if (std::shared_ptr<TrtSession> loaded = known.lock()) return loaded;
+        const BuiltEngine engine = find_engine(bundle, part, host_);
+        check_engine(engine, false);
+        const cuda::Current current(*device_);
+        // With the runtime and the device, which must outlive it.
+        struct Loaded {
+            std::shared_ptr<const cuda::Device> device;
+            std::shared_ptr<TrtRuntime> runtime;
+            std::unique_ptr<TrtSession> session;
+            ~Loaded() {
+                try {
+                    const cuda::Current during(*device);
+                    session.reset();
+                } catch (const Error &) {  // the device is lost, and its memory with it
+                }
+            }
+        };
+        const auto loaded = std::make_shared<Loaded>();
+        loaded->device = device_;
+        loaded->runtime = runtime_;
+        loaded->session = runtime_->load(engine, bundle.manifest.parts.at(part));
+        std::shared_ptr<TrtSession> shared(loaded, loaded->session.get());
+        known = shared;
+        return shared;
+    }
+
+    TrtFlavour flavour_;
+    std::mutex mutex_;
+    std::shared_ptr<const cuda::Device> device_;
+    std::shared_ptr<TrtRuntime> runtime_;
+    Host host_;
+    std::map<std::string, std::weak_ptr<TrtSession>> sessions_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_trt_backend(bool rtx) {
+    const TrtFlavour wanted = rtx ? TrtFlavour::tensorrt_rtx : TrtFlavour::tensorrt, built = trt_headers_flavour();
+    if (wanted != built) {
+        throw engine_error(std::string("backend ") + name_of(wanted) + ": this library was built with the headers of " +
+                           name_of(built) + " " + trt_headers_version().text() + "; build it with TRT_ROOT of " +
+                           name_of(wanted));
+    }
+    return std::make_unique<TrtBackend>(wanted);
+}
+
+}  // namespace arcflow

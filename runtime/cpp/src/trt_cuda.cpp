@@ -1,0 +1,248 @@
+#include "trt_cuda.h"
+
+#include <dlfcn.h>
+
+#include "error.h"
+
+namespace arcflow::cuda {
+namespace {
+
+constexpr int success = 0, out_of_memory = 2;
+constexpr int compute_capability_major = 75, compute_capability_minor = 76;
+constexpr unsigned stream_non_blocking = 1;
+constexpr int capture_thread_local = 1;
+constexpr int name_bytes = 256;
+
+// The driver's functions by the names that its library exports; the suffixes are versions of their ABI.
+struct Api {
+    int (*cuInit)(unsigned);
+    int (*cuDeviceGet)(int *, int);
+    int (*cuDeviceGetName)(char *, int, int);
+    int (*cuDeviceGetAttribute)(int *, int, int);
+    int (*cuDevicePrimaryCtxRetain)(Handle *, int);
+    int (*cuDevicePrimaryCtxRelease_v2)(int);
+    int (*cuCtxPushCurrent_v2)(Handle);
+    int (*cuCtxPopCurrent_v2)(Handle *);
+    int (*cuGetErrorName)(int, const char **);
+    int (*cuGetErrorString)(int, const char **);
+    int (*cuMemAlloc_v2)(Address *, size_t);
+    int (*cuMemFree_v2)(Address);
+    int (*cuMemHostAlloc)(void **, size_t, unsigned);
+    int (*cuMemFreeHost)(void *);
+    int (*cuMemcpyHtoDAsync_v2)(Address, const void *, size_t, Handle);
+    int (*cuMemcpyDtoHAsync_v2)(void *, Address, size_t, Handle);
+    int (*cuStreamCreate)(Handle *, unsigned);
+    int (*cuStreamDestroy_v2)(Handle);
+    int (*cuStreamSynchronize)(Handle);
+    int (*cuStreamBeginCapture_v2)(Handle, int);
+    int (*cuStreamEndCapture)(Handle, Handle *);
+    int (*cuGraphInstantiateWithFlags)(Handle *, Handle, unsigned long long);
+    int (*cuGraphLaunch)(Handle, Handle);
+    int (*cuGraphDestroy)(Handle);
+    int (*cuGraphExecDestroy)(Handle);
+    int (*cuModuleLoadData)(Handle *, const void *);
+    int (*cuModuleUnload)(Handle);
+    int (*cuModuleGetFunction)(Handle *, Handle, const char *);
+    int (*cuLaunchKernel)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void **,
+                          void **);
+};
+
+// The library stays loaded: what it keeps of the process does not outlive an unload.
+struct Driver {
+    Api api{};
+    std::string missing;  // why it cannot be used, "" if it can
+
+    Driver() {
+        void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+        if (library == nullptr) {
+            missing = "libcuda.so.1 is not installed";
+            return;
+        }
+        const auto find = [&](auto &function, const char *name) {
+            function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+            if (function == nullptr && missing.empty()) {
+                missing = std::string("the CUDA driver has no ") + name + "; update it";
+            }
+        };
+#define ARCFLOW_FIND(name) find(api.name, #name)
+        ARCFLOW_FIND(cuInit);
+        ARCFLOW_FIND(cuDeviceGet);
+        ARCFLOW_FIND(cuDeviceGetName);
+        ARCFLOW_FIND(cuDeviceGetAttribute);
+        ARCFLOW_FIND(cuDevicePrimaryCtxRetain);
+        ARCFLOW_FIND(cuDevicePrimaryCtxRelease_v2);
+        ARCFLOW_FIND(cuCtxPushCurrent_v2);
+        ARCFLOW_FIND(cuCtxPopCurrent_v2);
+        ARCFLOW_FIND(cuGetErrorName);
+        ARCFLOW_FIND(cuGetErrorString);
+        ARCFLOW_FIND(cuMemAlloc_v2);
+        ARCFLOW_FIND(cuMemFree_v2);
+        ARCFLOW_FIND(cuMemHostAlloc);
+        ARCFLOW_FIND(cuMemFreeHost);
+        ARCFLOW_FIND(cuMemcpyHtoDAsync_v2);
+        ARCFLOW_FIND(cuMemcpyDtoHAsync_v2);
+        ARCFLOW_FIND(cuStreamCreate);
+        ARCFLOW_FIND(cuStreamDestroy_v2);
+        ARCFLOW_FIND(cuStreamSynchronize);
+        ARCFLOW_FIND(cuStreamBeginCapture_v2);
+        ARCFLOW_FIND(cuStreamEndCapture);
+        ARCFLOW_FIND(cuGraphInstantiateWithFlags);
+        ARCFLOW_FIND(cuGraphLaunch);
+        ARCFLOW_FIND(cuGraphDestroy);
+        ARCFLOW_FIND(cuGraphExecDestroy);
+        ARCFLOW_FIND(cuModuleLoadData);
+        ARCFLOW_FIND(cuModuleUnload);
+        ARCFLOW_FIND(cuModuleGetFunction);
+        ARCFLOW_FIND(cuLaunchKernel);
+#undef ARCFLOW_FIND
+    }
+};
+
+const Driver &driver() {
+    static const Driver opened;
+    return opened;
+}
+
+// For code that has a Device, which is only made where the driver can be used.
+const Api &api() { return driver().api; }
+
+std::string describe(int error) {
+    const char *name = nullptr, *text = nullptr;
+    api().cuGetErrorName(error, &name);
+    api().cuGetErrorString(error, &text);
+    return std::string(name ? name : "error " + std::to_string(error)) + (text ? std::string(" (") + text + ")" : "");
+}
+
+void check(int result, const std::string &what) {
+    if (result == success) return;
+    const std::string text = "CUDA cannot " + what + ": " + describe(result);
+    if (result == out_of_memory) {
+        throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; ask for smaller pictures or fewer of them, or use low_memory");
+    }
+    throw engine_error(text);
+}
+
+// The first GPU, its number, or why there is none.
+struct Found {
+    std::optional<Gpu> gpu;
+    int device = 0;
+    std::string why;
+};
+
+Found find_first() {
+    Found found;
+    found.why = driver().missing;
+    if (!found.why.empty()) return found;
+    int result = api().cuInit(0);
+    if (result == success) result = api().cuDeviceGet(&found.device, 0);
+    char name[name_bytes] = "";
+    if (result == success) result = api().cuDeviceGetName(name, name_bytes, found.device);
+    int major = 0, minor = 0;
+    if (result == success) result = api().cuDeviceGetAttribute(&major, compute_capability_major, found.device);
+    if (result == success) result = api().cuDeviceGetAttribute(&minor, compute_capability_minor, found.device);
+    if (result != success) {
+        found.why = describe(result);
+        return found;
+    }
+    found.gpu = Gpu{name, "sm" + std::to_string(major) + std::to_string(minor)};
+    return found;
+}
+
+Gpu first_gpu() {
+    const Found found = find_first();
+    if (!found.gpu) throw engine_error("the CUDA driver finds no NVIDIA GPU here: " + found.why);
+    return *found.gpu;
+}
+
+}  // namespace
+
+std::optional<Gpu> find_gpu() { return find_first().gpu; }
+
+Device::Device() : gpu(first_gpu()), device_(find_first().device), context_(nullptr) {
+    check(api().cuDevicePrimaryCtxRetain(&context_, device_), "use " + gpu.name);
+}
+
+Device::~Device() { api().cuDevicePrimaryCtxRelease_v2(device_); }
+
+Current::Current(const Device &device) {
+    check(api().cuCtxPushCurrent_v2(device.context_), "use " + device.gpu.name);
+}
+
+Current::~Current() {
+    Handle context;
+    api().cuCtxPopCurrent_v2(&context);
+}
+
+Memory::Memory(size_t size) : bytes(size) {
+    if (bytes) check(api().cuMemAlloc_v2(&address, bytes), "allocate " + std::to_string(bytes) + " bytes on the GPU");
+}
+
+Memory::~Memory() {
+    if (address) api().cuMemFree_v2(address);
+}
+
+Pinned::Pinned(size_t bytes) {
+    void *memory = nullptr;
+    check(api().cuMemHostAlloc(&memory, bytes ? bytes : 1, 0), "page-lock " + std::to_string(bytes) + " bytes");
+    data = static_cast<std::byte *>(memory);
+}
+
+Pinned::~Pinned() { api().cuMemFreeHost(data); }
+
+Graph::Graph(Handle captured) {
+    const int result = api().cuGraphInstantiateWithFlags(&executable_, captured, 0);
+    api().cuGraphDestroy(captured);
+    check(result, "make a graph of the captured work");
+}
+
+Graph::~Graph() { api().cuGraphExecDestroy(executable_); }
+
+void Graph::launch(Handle stream) { check(api().cuGraphLaunch(executable_, stream), "launch a graph"); }
+
+Stream::Stream() { check(api().cuStreamCreate(&handle, stream_non_blocking), "make a stream"); }
+
+Stream::~Stream() { api().cuStreamDestroy_v2(handle); }
+
+void Stream::to_device(Address target, const void *source, size_t bytes) {
+    if (bytes) check(api().cuMemcpyHtoDAsync_v2(target, source, bytes, handle), "copy to the GPU");
+}
+
+void Stream::to_host(void *target, Address source, size_t bytes) {
+    if (bytes) check(api().cuMemcpyDtoHAsync_v2(target, source, bytes, handle), "copy from the GPU");
+}
+
+void Stream::wait() { check(api().cuStreamSynchronize(handle), "finish the work of a stream"); }
+
+void Stream::begin_capture() { check(api().cuStreamBeginCapture_v2(handle, capture_thread_local), "begin a capture"); }
+
+std::unique_ptr<Graph> Stream::end_capture(std::string &why) {
+    Handle captured = nullptr;
+    const int result = api().cuStreamEndCapture(handle, &captured);
+    if (result != success) {
+        why = describe(result);
+        return nullptr;
+    }
+    try {
+        return std::make_unique<Graph>(captured);
+    } catch (const Error &e) {
+        why = e.what();
+        return nullptr;
+    }
+}
+
+Module::Module(const void *image) { check(api().cuModuleLoadData(&module_, image), "load the update kernel"); }
+
+Module::~Module() { api().cuModuleUnload(module_); }
+
+Handle Module::function(const char *name) const {
+    Handle function = nullptr;
+    check(api().cuModuleGetFunction(&function, module_, name), std::string("find the kernel ") + name);
+    return function;
+}
+
+void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, Handle stream, void **arguments) {
+    check(api().cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, nullptr),
+          "launch the update kernel");
+}
+
+}  // namespace arcflow::cuda

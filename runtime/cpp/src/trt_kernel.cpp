@@ -1,0 +1,124 @@
+#include "trt_kernel.h"
+
+#include <dlfcn.h>
+
+#include <type_traits>
+
+#include "error.h"
+#include "update_embedded.h"
+
+namespace arcflow {
+namespace {
+
+constexpr unsigned blocks[] = {128, 64, 32};
+constexpr uint64_t max_shared_bytes = 48 << 10;
+
+struct Nvrtc {
+    int (*nvrtcCreateProgram)(void **, const char *, const char *, int, const char *const *, const char *const *);
+    int (*nvrtcCompileProgram)(void *, int, const char *const *);
+    int (*nvrtcGetCUBINSize)(void *, size_t *);
+    int (*nvrtcGetCUBIN)(void *, char *);
+    int (*nvrtcGetProgramLogSize)(void *, size_t *);
+    int (*nvrtcGetProgramLog)(void *, char *);
+    int (*nvrtcDestroyProgram)(void **);
+
+    Nvrtc() {
+        void *library = nullptr;
+        for (const char *name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}) {
+            if (library == nullptr) library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+        }
+        if (library == nullptr) {
+            throw engine_error(
+                "the update kernel is compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
+                "run runtime/kernels/build.py before this library is built");
+        }
+        const auto find = [&](auto &function, const char *name) {
+            function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+            if (function == nullptr) throw engine_error(std::string("NVRTC has no ") + name + "; update it");
+        };
+#define ARCFLOW_FIND(name) find(name, #name)
+        ARCFLOW_FIND(nvrtcCreateProgram);
+        ARCFLOW_FIND(nvrtcCompileProgram);
+        ARCFLOW_FIND(nvrtcGetCUBINSize);
+        ARCFLOW_FIND(nvrtcGetCUBIN);
+        ARCFLOW_FIND(nvrtcGetProgramLogSize);
+        ARCFLOW_FIND(nvrtcGetProgramLog);
+        ARCFLOW_FIND(nvrtcDestroyProgram);
+#undef ARCFLOW_FIND
+    }
+};
+
+}  // namespace
+
+std::string compile_with_nvrtc(const char *source, const std::string &target) {
+    const Nvrtc nvrtc;
+    void *program = nullptr;
+    const std::string architecture = "--gpu-architecture=sm_" + target.substr(2);
+    const char *options[] = {architecture.c_str(), "--std=c++17"};
+    int result = nvrtc.nvrtcCreateProgram(&program, source, "update.cu", 0, nullptr, nullptr);
+    if (result == 0) result = nvrtc.nvrtcCompileProgram(program, 2, options);
+    size_t size = 0;
+    std::string cubin, log;
+    if (result == 0) result = nvrtc.nvrtcGetCUBINSize(program, &size);
+    if (result == 0) {
+        cubin.resize(size);
+        result = nvrtc.nvrtcGetCUBIN(program, cubin.data());
+    }
+    if (result != 0 && program != nullptr && nvrtc.nvrtcGetProgramLogSize(program, &size) == 0) {
+        log.resize(size);
+        nvrtc.nvrtcGetProgramLog(program, log.data());
+    }
+    if (program != nullptr) nvrtc.nvrtcDestroyProgram(&program);
+    if (result != 0) {
+        throw engine_error("NVRTC cannot compile the update kernel for " + target + " (error " +
+                           std::to_string(result) + "): " + log.c_str());
+    }
+    return cubin;
+}
+
+UpdateGeometry update_geometry(const UpdateShape &shape) {
+    const unsigned lanes = shape.heads == DType::float32 ? 16 : 8;
+    const uint64_t token_bytes =
+        (2 * static_cast<uint64_t>(shape.modes) + 1) * static_cast<uint64_t>(shape.sub_pixels) * 4;
+    for (const unsigned threads : blocks) {
+        const unsigned tokens = threads / lanes;
+        const uint64_t shared = 16 + tokens * token_bytes;
+        if (shared > max_shared_bytes) continue;
+        const uint64_t grid = (static_cast<uint64_t>(shape.tokens) + tokens - 1) / tokens;
+        return {static_cast<unsigned>(grid), threads, static_cast<unsigned>(shared)};
+    }
+    throw engine_error("the update kernel takes at most " +
+                       std::to_string((max_shared_bytes - 16) * lanes / blocks[2]) +
+                       " bytes per token for its modes, got " + std::to_string(token_bytes) + " for " +
+                       std::to_string(shape.modes) + " modes of " + std::to_string(shape.sub_pixels) + " sub-pixels");
+}
+
+UpdateKernel::UpdateKernel(const std::string &target) {
+    if (update_fatbin_bytes > 0) {
+        try {
+            module_ = std::make_unique<cuda::Module>(update_fatbin);
+        } catch (const Error &) {  // NVRTC may know a GPU that the fatbin does not
+        }
+    }
+    if (!module_) module_ = std::make_unique<cuda::Module>(compile_with_nvrtc(update_source, target).data());
+    const DType floats[] = {DType::float32, DType::float16, DType::bfloat16};
+    for (const DType heads : floats) {
+        for (const DType input : floats) {
+            const std::string name = std::string("arcflow_update_") + name_of(heads) + "_" + name_of(input);
+            functions_[{heads, input}] = module_->function(name.c_str());
+        }
+    }
+}
+
+void UpdateKernel::launch(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffers buffers, int32_t step) {
+    const UpdateGeometry geometry = update_geometry(shape);
+    long long tokens = shape.tokens;
+    int32_t modes = shape.modes, channels = shape.channels, sub_pixels = shape.sub_pixels;
+    void *arguments[] = {&buffers.means, &buffers.logweights, &buffers.loggammas, &buffers.latents,
+                         &buffers.next,  &buffers.input,      &buffers.sigmas,    &tokens,
+                         &step,          &modes,              &channels,          &sub_pixels};
+    cuda::launch(functions_.at({shape.heads, shape.engine_input}), geometry.grid, geometry.block, geometry.shared_bytes,
+                 stream.handle, arguments);
+}
+
+}  // namespace arcflow

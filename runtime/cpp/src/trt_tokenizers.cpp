@@ -1,0 +1,12 @@
+// Without OpenVINO, whose tokenizers the library uses, there are none: only token ids can be drawn.
+#ifndef ARCFLOW_WITH_OPENVINO
+
+#include "tokenizer.h"
+
+namespace arcflow {
+
+std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &) { return {}; }
+
+}  // namespace arcflow
+
+#endif

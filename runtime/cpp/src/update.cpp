@@ -1,0 +1,126 @@
+// The closed-form ArcFlow step. With s the sigma at which the student was evaluated, e the next, d = s - e,
+// w = softmax_k(logweights), loggamma_0 = 0 and phi(z) = expm1(z) / z (ArcFlow, arXiv 2602.09014):
+//
+//     x_e = x_s - d * sum_k w_k * mean_k * phi(loggamma_k * d)
+//
+// Coefficients are per mode and sub-pixel, a sixteenth of the means, and are computed in float64: exp turns an error
+// of half a place in its argument z into |z| half places of the result. State, means and sum are float32.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "error.h"
+#include "maths.h"
+
+namespace arcflow {
+namespace {
+
+// expm1(z) / z, with its limit 1 at 0; expm1 is accurate near 0.
+double phi(double z) { return z == 0 ? 1.0 : std::expm1(z) / z; }
+
+// Sizes of the heads of one token: modes, channels, sub-pixels.
+struct Sizes {
+    size_t modes, channels, sub_pixels;
+};
+
+// d * w_k * phi(loggamma_k * d) of one token: logweights [K, P], loggammas [K-1, P] -> out [K, P]. `weights` has room
+// for K numbers.
+void coefficients(const float *logweights, const float *loggammas, const Sizes &n, double step, double *weights,
+                  float *out) {
+    for (size_t p = 0; p < n.sub_pixels; ++p) {
+        double largest = logweights[p];
+        for (size_t k = 1; k < n.modes; ++k) {
+            const double logweight = logweights[k * n.sub_pixels + p];
+            // A NaN is kept, so that it reaches the latents and is refused there.
+            if (!(logweight <= largest)) largest = logweight;
+        }
+        double sum = 0;
+        for (size_t k = 0; k < n.modes; ++k) {
+            weights[k] = std::exp(static_cast<double>(logweights[k * n.sub_pixels + p]) - largest);
+            sum += weights[k];
+        }
+        for (size_t k = 0; k < n.modes; ++k) {
+            const double gamma = k == 0 ? 0.0 : static_cast<double>(loggammas[(k - 1) * n.sub_pixels + p]);
+            out[k * n.sub_pixels + p] = static_cast<float>(weights[k] / sum * phi(gamma * step) * step);
+        }
+    }
+}
+
+// One mode's coefficients [P] repeated over the channels: c*P + p has coefficient p.
+void tile(const float *coefficients, const Sizes &n, float *row) {
+    std::copy(coefficients, coefficients + n.sub_pixels, row);
+    for (size_t done = n.sub_pixels; done < n.channels; done *= 2) {
+        std::memcpy(row + done, row, std::min(done, n.channels - done) * sizeof(float));
+    }
+}
+
+// latents[c] -= sum_k coefficients[k, c % P] * means[k, c] of one token. `row` and `sum` have room for C numbers.
+void mix(const float *means, const float *coefficients, const Sizes &n, float *row, float *sum, float *latents) {
+    std::fill(sum, sum + n.channels, 0.0f);
+    for (size_t k = 0; k < n.modes; ++k) {
+        tile(coefficients + k * n.sub_pixels, n, row);
+        const float *mean = means + k * n.channels;
+        for (size_t c = 0; c < n.channels; ++c) sum[c] += row[c] * mean[c];
+    }
+    for (size_t c = 0; c < n.channels; ++c) latents[c] -= sum[c];
+}
+
+// The `count` numbers from `first` on as float32: in place, or converted into `scratch`.
+const float *as_floats(const Tensor &tensor, size_t first, size_t count, float *scratch) {
+    if (tensor.dtype == DType::float32) return tensor.as<float>() + first;
+    const uint16_t *bits = tensor.as<uint16_t>() + first;
+    if (tensor.dtype == DType::bfloat16) {
+        for (size_t i = 0; i < count; ++i) scratch[i] = from_bfloat16(bits[i]);
+    } else {
+        for (size_t i = 0; i < count; ++i) scratch[i] = from_half(bits[i]);
+    }
+    return scratch;
+}
+
+void check(const Tensor &tensor, const char *name, const std::vector<int64_t> &shape) {
+    const bool is_float = tensor.dtype != DType::int64 && tensor.dtype != DType::uint8;
+    if (is_float && tensor.shape == shape) return;
+    throw engine_error(std::string("backbone: ") + name + " must be " + Tensor(DType::float32, shape).describe() +
+                       " in a float type, got " + tensor.describe() + "; export the bundle again");
+}
+
+Sizes check_heads(const Tensor &latents, const Tensor &means, const Tensor &logweights, const Tensor &loggammas) {
+    const std::vector<int64_t> &x = latents.shape;
+    if (latents.dtype != DType::float32 || x.size() != 3) {
+        throw Error(ARCFLOW_INTERNAL_ERROR, "latents must be float32 [B, N, C], got " + latents.describe());
+    }
+    if (logweights.shape.size() != 4 || logweights.shape[2] < 1 || logweights.shape[3] < 1 ||
+        x[2] % logweights.shape[3] != 0) {
+        throw engine_error("backbone: logweights must be [B, N, K, P] with P a divisor of " + std::to_string(x[2]) +
+                           " channels, got " + logweights.describe() + "; export the bundle again");
+    }
+    const int64_t modes = logweights.shape[2], sub_pixels = logweights.shape[3];
+    check(logweights, "logweights", {x[0], x[1], modes, sub_pixels});
+    check(means, "means", {x[0], x[1], modes, x[2]});
+    check(loggammas, "loggammas", {x[0], x[1], modes - 1, sub_pixels});
+    return {static_cast<size_t>(modes), static_cast<size_t>(x[2]), static_cast<size_t>(sub_pixels)};
+}
+
+}  // namespace
+
+void update(Tensor &latents, const Tensor &means, const Tensor &logweights, const Tensor &loggammas, double sigma,
+            double next) {
+    const Sizes n = check_heads(latents, means, logweights, loggammas);
+    const size_t means_each = n.modes * n.channels, weights_each = n.modes * n.sub_pixels;
+    const size_t gammas_each = weights_each - n.sub_pixels;
+    std::vector<double> weights(n.modes);
+    std::vector<float> scratch(means_each + 3 * weights_each + 2 * n.channels);
+    float *const mean_row = scratch.data(), *const weight_row = mean_row + means_each;
+    float *const gamma_row = weight_row + weights_each, *const token_coefficients = gamma_row + weights_each;
+    float *const row = token_coefficients + weights_each, *const sum = row + n.channels;
+    const auto tokens = static_cast<size_t>(latents.shape[0] * latents.shape[1]);
+    for (size_t t = 0; t < tokens; ++t) {
+        const float *w = as_floats(logweights, t * weights_each, weights_each, weight_row);
+        const float *g = as_floats(loggammas, t * gammas_each, gammas_each, gamma_row);
+        const float *m = as_floats(means, t * means_each, means_each, mean_row);
+        coefficients(w, g, n, sigma - next, weights.data(), token_coefficients);
+        mix(m, token_coefficients, n, row, sum, latents.as<float>() + t * n.channels);
+    }
+}
+
+}  // namespace arcflow

@@ -1,0 +1,136 @@
+// Requests of the C ABI: defaults, and every rule.
+#include <cmath>
+#include <cstddef>
+#include <limits>
+
+#include "core_test.h"
+#include "request.h"
+
+void test_request() {
+    const arcflow::Manifest f = parsed(flux_manifest()), q = parsed(qwen_manifest());
+    const char *prompts[] = {"a", "\xc3\xa9\xf0\x9f\x98\x80"};
+    arcflow_request given = ARCFLOW_REQUEST_INIT;
+    given.prompts = prompts;
+    given.prompt_count = 2;
+    const arcflow::Request r = arcflow::check_request(given, f);
+    CHECK(r.prompts[1] == prompts[1] && r.batch() == 2 && r.steps == 2 && r.guidance_scale == 3.5f && r.decode);
+    CHECK(r.height_px == 256 && r.width_px == 1024 && r.max_sequence_length == 64 && r.seeds.size() == 1);
+    CHECK(r.warnings.empty() && r.on_step == nullptr);
+
+    const auto fail = [&](const arcflow::Manifest &m, const std::function<void(arcflow_request &)> &change,
+                          const std::string &text) {
+        arcflow_request changed = given;
+        change(changed);
+        fails([&] { arcflow::check_request(changed, m); }, text);
+    };
+    using R = arcflow_request;
+    for (const size_t size : {size_t{0}, sizeof(R) + 8, size_t{12}}) {
+        fail(
+            f, [&](R &x) { x.struct_size = size; }, "struct_size must be that of a known arcflow_request, at most ");
+    }
+    // An older structure that ends behind the prompts: what lies behind it is not read.
+    arcflow_request older = given;
+    older.struct_size = offsetof(arcflow_request, num_images_per_prompt);
+    older.height = 1;
+    older.guidance_scale = 99;
+    const arcflow::Request from_older = arcflow::check_request(older, f);
+    CHECK(from_older.guidance_scale == 3.5f && from_older.height_px == 256);
+
+    fail(
+        f, [](R &x) { x.prompts = nullptr; }, "a request must have either prompts or tokens, got neither");
+    fail(
+        f, [](R &x) { x.prompt_count = 0; }, "prompt must hold at least one string, got an empty list; '' is allowed");
+    fail(
+        f, [](R &x) { x.num_images_per_prompt = -1; }, "num_images_per_prompt must be at least 1, got -1");
+    fail(
+        f, [](R &x) { x.num_images_per_prompt = 3; },
+        "prompts times num_images_per_prompt must be between 1 and 4 for this bundle, got 2 * 3 = 6; ask for fewer "
+        "images "
+        "at a time");
+    fail(
+        f, [](R &x) { x.prompt_count = SIZE_MAX; }, "for this bundle, got 18446744073709551615 * 1");
+    fail(
+        f,
+        [](R &x) {
+            x.prompt_count = SIZE_MAX / 2;
+            x.num_images_per_prompt = INT32_MAX;
+        },
+        " * 2147483647; ask for fewer");
+    fail(
+        f, [](R &x) { x.height = -16; }, "height must be at least 1, got -16");
+    fail(
+        f, [](R &x) { x.height = 40; }, "height must be a multiple of 16, got 40; the nearest is 32");
+    fail(
+        f, [](R &x) { x.width = 56; }, "width must be a multiple of 16, got 56; the nearest is 64");
+    fail(
+        f, [](R &x) { x.width = 1; }, "width must be a multiple of 16, got 1; the nearest is 16");
+    fail(
+        f, [](R &x) { x.width = 16; },
+        "width must be between 32 and 2048 for this bundle, got 16; export a bundle with");
+    fail(
+        f, [](R &x) { x.num_inference_steps = 1001; }, "num_inference_steps must be between 1 and 1000, got 1001");
+    fail(
+        q, [](R &x) { x.num_inference_steps = 3; },
+        "num_inference_steps must be one of those baked into this bundle, [2, 4], got 3; export with --steps 3, or "
+        "with "
+        "--keep-conditioner for any step count");
+    fail(
+        f, [](R &x) { x.max_sequence_length = 65; }, "max_sequence_length must be between 1 and 64, got 65");
+    fail(
+        f, [](R &x) { x.guidance_scale = 65.5f; }, "guidance_scale must be between 0 and 65, got 65.5");
+    fail(
+        f, [](R &x) { x.guidance_scale = std::nanf(""); }, "guidance_scale must be between 0 and 65, got nan");
+    const uint64_t seeds[] = {1, 2, 3};
+    fail(
+        f,
+        [&](R &x) {
+            x.seeds = seeds;
+            x.seed_count = 3;
+        },
+        "seed must be an integer or a list of one per image, 2, got a list of 3");
+    fail(
+        f, [&](R &x) { x.seed_count = 3; }, "seeds must point to 3 numbers, got NULL");
+    const std::pair<const char *, int> bad_texts[] = {
+        {"ab\xff", 2}, {"\xc3", 0}, {"a\xed\xa0\x80", 1}, {"\xc0\x80", 0}, {"\xf4\x90\x80\x80", 0}, {"\xe2\x82", 0}};
+    for (const auto &[text, position] : bad_texts) {
+        const char *bad[] = {"", text};
+        fail(
+            f, [&](R &x) { x.prompts = bad; },
+            "prompt must be valid Unicode, got a byte that is no UTF-8 at position " + std::to_string(position));
+    }
+    const char *missing[] = {"a", nullptr};
+    fail(
+        f, [&](R &x) { x.prompts = missing; }, "prompt must be a string or a list of strings, got NULL as prompt 1");
+
+    arcflow_request one = given;
+    one.prompt_count = 1;
+    one.num_inference_steps = 1;
+    CHECK(arcflow::check_request(one, f).warnings[0] == "num_inference_steps 1 gives a blurry picture; use 2 or more");
+    one.num_inference_steps = 4;
+    one.guidance_scale = 3.2f;
+    const arcflow::Request unguided = arcflow::check_request(one, q);
+    CHECK(!unguided.guidance_scale && unguided.steps == 4);
+    CHECK(unguided.warnings.at(0) == "this student takes no guidance; guidance_scale 3.2 was ignored");
+
+    std::vector<int64_t> ids(78, 1);
+    arcflow_tokens tokens{ids.data(), 77, ids.data(), 64};
+    one.prompts = nullptr;
+    one.tokens = &tokens;
+    CHECK(arcflow::check_request(one, f).tokens[0].ids_2.size() == 64);
+    const auto token_fail = [&](const arcflow::Manifest &m, const std::string &text) {
+        fails([&] { arcflow::check_request(one, m); }, text);
+    };
+    token_fail(q, "tokens[0].ids must have between 4 and 67 token ids, special tokens included, got 77");
+    tokens.count = 67;
+    token_fail(q, "tokens[0].ids_2 must be empty for a qwen-image bundle, got 64 ids");
+    tokens.count_2 = 0;
+    CHECK(arcflow::check_request(one, q).tokens[0].ids.size() == 67);
+    token_fail(f, "tokens[0].ids_2 must have between 1 and 64 token ids, special tokens included, got 0");
+    tokens = {nullptr, 2, ids.data(), 2};
+    token_fail(f, "tokens[0].ids must point to 2 ids, got NULL");
+    ids[1] = -1;
+    tokens.ids = ids.data();
+    token_fail(f, "tokens[0].ids[1] must be between 0 and 2147483647, got -1");
+    one.prompts = prompts;
+    token_fail(f, "a request must have either prompts or tokens, got both");
+}

@@ -1,0 +1,237 @@
+// The core against facts that do not come from it: published vectors, torch's numbers, IEEE 754's definition, and
+// float64. Comparisons with the Python runtime are in tests/test_cpp_core.py.
+#include "core_test.h"
+
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <random>
+
+#include "repr.h"
+#include "sha256.h"
+#include "tensor.h"
+
+namespace fs = std::filesystem;
+using arcflow::DType;
+using arcflow::Json;
+using arcflow::Tensor;
+
+void fails(const std::function<void()> &work, const std::string &part) {
+    const std::string text = thrown<arcflow::Error>(work);
+    if (text.find(part) == text.npos) std::fprintf(stderr, "expected: %s\ngot: %s\n", part.c_str(), text.c_str());
+    CHECK(text.find(part) != text.npos);
+}
+
+void write(const fs::path &path, const std::string &bytes) {
+    std::ofstream file(path, std::ios::binary);
+    file << bytes;
+}
+
+Folder::Folder() : path_(fs::temp_directory_path() / ("arcflow_core_test_" + std::to_string(std::random_device{}()))) {
+    fs::create_directory(path_);
+}
+
+Folder::~Folder() { fs::remove_all(path_); }
+
+namespace {
+
+const std::string digits = std::string(64, '0');
+
+Json tensors(const std::string &name) {
+    return Json::array({{{"name", name}, {"dtype", "float32"}, {"shape", {"batch", 4}}}});
+}
+
+Json part(const std::string &name) {
+    return {{"graph", name + ".onnx"}, {"weights", name + ".safetensors"}, {"precision", "float32"},
+            {"parameters", 7},         {"inputs", tensors("latents")},     {"outputs", tensors("means")},
+            {"quantization", nullptr}};
+}
+
+}  // namespace
+
+arcflow::Json file_entry() { return {{"bytes", 5}, {"sha256", arcflow::sha256("bytes")}}; }
+
+Json flux_manifest() {
+    const Json source = {{"name", "base"}, {"revision", nullptr}, {"sha256", digits}, {"scale", nullptr}};
+    Json m = {{"format", "arcflow-bundle"},
+              {"version", 1},
+              {"family", "flux"},
+              {"dtype", "float32"},
+              {"reference_dtype", "bfloat16"},
+              {"opset", 23},
+              {"guidance", true},
+              {"schedule", {{"shift", 3.2}, {"timestep_ratio", 1.0}, {"num_inference_steps", 2}}},
+              {"latents",
+               {{"channels", 16},
+                {"patch_size", 2},
+                {"vae_scale_factor", 8},
+                {"num_gaussians", 16},
+                {"logweights_channels", 4}}},
+              {"rotary", {{"theta", 10000.0}, {"axes_dims", {8, 12, 12}}}},
+              {"text",
+               {{"max_sequence_length", 64},
+                {"template", nullptr},
+                {"drop_tokens", 0},
+                {"clip_tokens", 77},
+                {"clip_pad_token_id", 530},
+                {"t5_pad_token_id", 0}}},
+              {"ranges",
+               {{"batch", {{"min", 1}, {"max", 4}}},
+                {"height_px", {{"min", 16}, {"max", 256}}},
+                {"width_px", {{"min", 32}, {"max", 2048}}}}},
+              {"parts", Json::object()},
+              {"modulation", nullptr},
+              {"tokenizers", {{"tokenizer", "tokenizer.json"}, {"tokenizer_2", "tokenizer_2.json"}}},
+              {"files", {{"tokenizer.json", file_entry()}, {"tokenizer_2.json", file_entry()}}},
+              {"provenance",
+               {{"command", "test"},
+                {"created", "2026"},
+                {"tools", {{"arcflow", "0.1.0"}}},
+                {"base", source},
+                {"adapter", source},
+                {"loras", Json::array({source})}}}};
+    for (const char *name : {"text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder"}) {
+        m["parts"][name] = part(name);
+        m["files"][std::string(name) + ".onnx"] = m["files"][std::string(name) + ".safetensors"] = file_entry();
+    }
+    return m;
+}
+
+Json qwen_manifest() {
+    Json m = flux_manifest();
+    m["family"] = "qwen-image";
+    m["guidance"] = false;
+    m["text"] = {{"max_sequence_length", 64}, {"template", "user: {}"}, {"drop_tokens", 3}};
+    m["tokenizers"].erase("tokenizer_2");
+    m["parts"].erase("conditioner");
+    m["parts"].erase("text_encoder_2");
+    m["modulation"] = {{"file", "modulation.safetensors"}, {"num_inference_steps", {2, 4}}};
+    m["files"]["modulation.safetensors"] = file_entry();
+    return m;
+}
+
+std::string sealed(Json m) {
+    m["digest"] = arcflow::sha256(arcflow::canonical(m));
+    return m.dump(2);
+}
+
+arcflow::Manifest parsed(const Json &m) { return arcflow::parse_manifest(sealed(m), where); }
+
+namespace {
+
+// SHA-256: FIPS 180-2, appendix B.
+void test_sha256() {
+    CHECK(arcflow::sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    CHECK(arcflow::sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    const std::string million(1000000, 'a');
+    const std::string expected = "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0";
+    CHECK(arcflow::sha256(million) == expected);
+    const Folder folder;
+    write(folder.path() / "a", million);
+    CHECK(arcflow::sha256_file(folder.path() / "a") == expected);
+    // Longer than one block of 4 MiB, and not a multiple.
+    const std::string long_text(9999999, 'x');
+    write(folder.path() / "x", long_text);
+    CHECK(arcflow::sha256_file(folder.path() / "x") == arcflow::sha256(long_text));
+    fails([&] { arcflow::sha256_file(folder.path() / "none"); }, "none cannot be read; check its permissions");
+}
+
+// The value of 16 bits by the definition of IEEE 754's formats, in float64: exponent bits and bias are the format's.
+double defined(uint16_t bits, int mantissa_bits, int bias) {
+    const int exponent_bits = 15 - mantissa_bits, exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+    const int mantissa = bits & ((1 << mantissa_bits) - 1);
+    const double sign = bits & 0x8000 ? -1 : 1;
+    if (exponent == (1 << exponent_bits) - 1) {
+        return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
+    }
+    const int scale = std::max(exponent, 1) - bias - mantissa_bits;
+    return sign * std::ldexp(mantissa + (exponent ? 1 << mantissa_bits : 0), scale);
+}
+
+// Every value of the format is read right and written back; what lies between two neighbours goes to the nearer, and
+// half way to the even one.
+void test_rounding(uint16_t (*to)(float), float (*from)(uint16_t), int mantissa_bits, int bias) {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+        const auto narrow = static_cast<uint16_t>(bits);
+        const double value = defined(narrow, mantissa_bits, bias);
+        if (std::isnan(value)) {
+            CHECK(std::isnan(from(narrow)) && std::isnan(from(to(from(narrow)))));
+            continue;
+        }
+        CHECK(static_cast<double>(from(narrow)) == value && to(from(narrow)) == narrow);
+        CHECK(std::signbit(from(narrow)) == ((narrow & 0x8000) != 0));
+        // The neighbour further from zero; beyond the largest number the format's next one would be there.
+        if (std::isinf(value)) continue;
+        const auto next = static_cast<uint16_t>(narrow + 1);
+        double after = defined(next, mantissa_bits, bias);
+        if (std::isinf(after)) after = 2 * value - defined(static_cast<uint16_t>(narrow - 1), mantissa_bits, bias);
+        if (std::abs(after) > static_cast<double>(std::numeric_limits<float>::max())) continue;
+        const auto middle = static_cast<float>((value + after) / 2);  // exact, as float32 has more bits
+        CHECK(to(middle) == (narrow % 2 == 0 ? narrow : next));
+        CHECK(to(std::nextafter(middle, 0.0f)) == narrow);
+        CHECK(to(std::nextafter(middle, static_cast<float>(after))) == next);
+    }
+}
+
+void test_tensors() {
+    test_rounding(arcflow::to_half, arcflow::from_half, 10, 15);
+    test_rounding(arcflow::to_bfloat16, arcflow::from_bfloat16, 7, 127);
+    CHECK(arcflow::round_to(3504.9f, DType::bfloat16) == 3504.0f);
+    CHECK(arcflow::round_to(0.1f, DType::float32) == 0.1f);
+    Tensor tensor(DType::float32, {2, 3});
+    CHECK(tensor.describe() == "float32[2, 3]" && tensor.count() == 6 && tensor.as<float>()[5] == 0);
+    tensor.as<float>()[5] = 1.0009765625f;  // the half after 1, and half way between bfloat16's 1 and its next
+    CHECK(arcflow::from_half(arcflow::cast(tensor, DType::float16).as<uint16_t>()[5]) == 1.0009765625f);
+    CHECK(arcflow::from_bfloat16(
+              arcflow::cast(arcflow::cast(tensor, DType::float16), DType::bfloat16).as<uint16_t>()[5]) == 1.0f);
+    const std::byte *data = tensor.data.data();
+    CHECK(arcflow::cast(std::move(tensor), DType::float32).data.data() == data);
+    CHECK(Tensor(DType::int64, {}).count() == 1 && Tensor(DType::uint8, {0, 5}).count() == 0);
+    fails([] { arcflow::cast(Tensor(DType::int64, {1}), DType::float32); }, "int64[1] cannot be cast to float32");
+    fails([] { Tensor(DType::float32, {int64_t{1} << 31, int64_t{1} << 31}); }, "does not fit in memory");
+    fails([] { Tensor(DType::float32, {-1}); }, "at least 0, got [-1]");
+}
+
+// The texts are those of Python's repr and json.dumps.
+void test_texts() {
+    CHECK(arcflow::repr(3.2) == "3.2" && arcflow::repr(10000.0) == "10000.0" && arcflow::repr(1e-6) == "1e-06");
+    CHECK(arcflow::repr(1e16) == "1e+16" && arcflow::repr(-0.0) == "-0.0" && arcflow::repr(-2.5e-300) == "-2.5e-300");
+    CHECK(arcflow::repr_float32(3.2f) == "3.2" && arcflow::repr("it's\n") == "\"it's\\n\"");
+    const std::string text =
+        "{\"a/\": {\"b\": 1, \"a\": -2.5}, \"\": 0, \"\\u00e9\\u007f\\\"\\\\\\n\\u0001\\ud83d\\ude00\": "
+        "[1e-06, 1e16, 3.2, 10000.0, 1e15, 123456789012345680.0, 0.0001, 0.00001, -0.0, 5e-324, "
+        "1.7976931348623157e308, -1, 18446744073709551615, 100000, 1e22, 1e23, 0.1, true, false, null, {}, []]}";
+    CHECK(arcflow::canonical(arcflow::read_json(text, where)) ==
+          "{\"\":0,\"a/\":{\"a\":-2.5,\"b\":1},\"\\u00e9\\u007f\\\"\\\\\\n\\u0001\\ud83d\\ude00\":"
+          "[1e-06,1e+16,3.2,10000.0,1000000000000000.0,1.2345678901234568e+17,0.0001,1e-05,-0.0,5e-324,"
+          "1.7976931348623157e+308,-1,18446744073709551615,100000,1e+22,1e+23,0.1,true,false,null,{},[]]}");
+}
+
+// Hostile JSON: refused in time and without a deep stack.
+void test_json() {
+    const auto read = [](const std::string &text) { return [text] { arcflow::read_json(text, where); }; };
+    const auto nested = [](size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
+    arcflow::canonical(arcflow::read_json(nested(65), where));
+    fails(read(nested(66)), "manifest.json is nested deeper than 64");
+    fails(read(std::string(10 << 20, '[')), "manifest.json is nested deeper than 64");
+    fails(read("{\"a\": {\"b\": 1, \"b\": 2}}"), "manifest.json: an object has the key 'b' twice");
+    arcflow::read_json("[{\"a\": {\"a\": 1}}, {\"a\": 2}]", where);
+    for (const char *bad : {"", "{", "[1,]", "{} {}", "nan", "[NaN]", "[Infinity]", "[1e400]", "'a'", "[01]",
+                            "\"\x80\"", "\"\\ud800\"", "\"\n\"", "// {}"}) {
+        fails(read(bad), "manifest.json is not valid JSON (");
+    }
+}
+
+}  // namespace
+
+int main() {
+    test_sha256();
+    test_tensors();
+    test_texts();
+    test_json();
+    test_bundle();
+    test_maths();
+    test_request();
+    std::puts("ok");
+    return 0;
+}

@@ -1,0 +1,301 @@
+// The pipeline with an engine that records what it is asked: pipeline_test FLUX QWEN HALF, three bundles of
+// tests/fake_bundle.py, of which QWEN has baked modulation and HALF is FLUX in float16. Token ids stand for prompts.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <set>
+
+#include "check.h"
+#include "error.h"
+#include "pipeline.h"
+
+namespace {
+
+using arcflow::DType;
+using arcflow::Tensor;
+using arcflow::Tensors;
+
+// What the engines of one test were asked, and how they answer.
+struct Log {
+    std::vector<std::string> opens, runs;
+    std::vector<Tensors> inputs;  // of each run
+    std::set<std::string> open;
+    std::size_t most_open = 0;
+    float mean = 0.5f;
+    uint8_t colour_step = 1;  // from each pixel to the next
+    std::function<void(const std::string &, Tensors &)> spoil;
+
+    std::vector<Tensors> of(const std::string &part) const {
+        std::vector<Tensors> out;
+        for (std::size_t i = 0; i < runs.size(); ++i)
+            if (runs[i] == part) out.push_back(inputs[i]);
+        return out;
+    }
+};
+
+Tensor filled(DType dtype, const std::vector<int64_t> &shape, float value) {
+    Tensor tensor(DType::float32, shape);
+    std::fill_n(tensor.as<float>(), tensor.count(), value);
+    return arcflow::cast(std::move(tensor), dtype);
+}
+
+class FakeEngine : public arcflow::Engine {
+public:
+    FakeEngine(Log &log, const arcflow::Bundle &bundle, const std::string &part)
+        : log_(log), part_(part), family_(bundle.manifest.family), latents_(bundle.manifest.latents),
+          precision_(bundle.manifest.parts.at(part).precision) {
+        log_.opens.push_back(part);
+        log_.open.insert(part);
+        log_.most_open = std::max(log_.most_open, log_.open.size());
+    }
+    ~FakeEngine() override { log_.open.erase(part_); }
+
+    Tensors run(const Tensors &inputs) override {
+        CHECK(log_.open.count(part_) == 1);
+        log_.runs.push_back(part_);
+        log_.inputs.push_back(inputs);
+        Tensors out = answer(inputs);
+        if (log_.spoil) log_.spoil(part_, out);
+        return out;
+    }
+
+private:
+    Tensors answer(const Tensors &inputs) const {
+        Tensors out;
+        const auto first = static_cast<float>(part_.rfind("text", 0) == 0 ? *inputs.at("input_ids").as<int64_t>() : 0);
+        if (part_ == "text_encoder" && family_ == arcflow::Family::flux) {
+            out["pooled_projections"] = filled(precision_, {1, 6}, first);
+        } else if (part_.rfind("text", 0) == 0) {
+            const int64_t tokens = inputs.at("input_ids").shape[1];
+            Tensor states(DType::float32, {1, tokens, 8});
+            for (int64_t i = 0; i < states.count(); ++i)
+                states.as<float>()[i] = static_cast<float>(inputs.at("input_ids").as<int64_t>()[i / 8]);
+            out["encoder_hidden_states"] = arcflow::cast(std::move(states), precision_);
+        } else if (part_ == "conditioner") {
+            const int64_t steps = inputs.at("timesteps").shape[0], prompts = inputs.at("pooled_projections").shape[0];
+            Tensor modulation(DType::float32, {steps, prompts, 5});
+            for (int64_t i = 0; i < modulation.count(); ++i) modulation.as<float>()[i] = static_cast<float>(i / 5);
+            out["modulation"] = arcflow::cast(std::move(modulation), precision_);
+        } else if (part_ == "backbone") {
+            const std::vector<int64_t> &shape = inputs.at("latents").shape;
+            const int64_t k = latents_.num_gaussians, p = latents_.logweights_channels;
+            out["means"] = filled(precision_, {shape[0], shape[1], k, shape[2]}, log_.mean);
+            out["logweights"] = filled(precision_, {shape[0], shape[1], k, p}, 0);
+            out["loggammas"] = filled(precision_, {shape[0], shape[1], k - 1, p}, 0);
+        } else {
+            const std::vector<int64_t> &shape = inputs.at("latents").shape;
+            Tensor images(DType::uint8, {shape[0], shape[1] * 16, shape[2] * 16, 3});
+            for (int64_t i = 0; i < images.count(); ++i)
+                images.as<uint8_t>()[i] = static_cast<uint8_t>(i * log_.colour_step);
+            out["images"] = std::move(images);
+        }
+        return out;
+    }
+
+    Log &log_;
+    std::string part_;
+    arcflow::Family family_;
+    arcflow::Latents latents_;
+    DType precision_;
+};
+
+class FakeBackend : public arcflow::Backend {
+public:
+    explicit FakeBackend(Log &log) : log_(log) {}
+    void check(const arcflow::Bundle &) override {}
+    std::unique_ptr<arcflow::Engine> open(const arcflow::Bundle &bundle, const std::string &part) override {
+        return std::make_unique<FakeEngine>(log_, bundle, part);
+    }
+
+private:
+    Log &log_;
+};
+
+std::unique_ptr<arcflow::Pipeline> open(const char *root, Log &log, bool low_memory = false) {
+    return std::make_unique<arcflow::Pipeline>(arcflow::Bundle::open(root, false), std::make_unique<FakeBackend>(log),
+                                               low_memory);
+}
+
+using Prompts = std::vector<std::vector<int64_t>>;
+
+arcflow::Drawing draw(arcflow::Pipeline &pipe, const Prompts &prompts, int32_t images = 1, bool decode = true) {
+    static const int64_t t5[] = {1};
+    std::vector<arcflow_tokens> tokens;
+    const bool flux = prompts.front().size() == 1;
+    for (const auto &ids : prompts) tokens.push_back({ids.data(), ids.size(), flux ? t5 : nullptr, flux ? 1u : 0u});
+    const uint64_t seed = 3;
+    arcflow_request request = ARCFLOW_REQUEST_INIT;
+    request.tokens = tokens.data();
+    request.prompt_count = tokens.size();
+    request.num_images_per_prompt = images;
+    request.height = 32;
+    request.width = 48;
+    request.max_sequence_length = 4;
+    request.seeds = &seed;
+    request.seed_count = 1;
+    request.skip_decode = decode ? 0 : 1;
+    return pipe.draw(request);
+}
+
+std::vector<float> floats(const Tensor &tensor) {
+    const Tensor single = arcflow::cast(tensor, DType::float32);
+    return {single.as<float>(), single.as<float>() + single.count()};
+}
+
+using Names = std::vector<std::string>;
+using Shape = std::vector<int64_t>;
+
+void runs_in_order(const char *flux) {
+    Log log;
+    const auto pipe = open(flux, log);
+    CHECK(log.most_open == 5);
+    draw(*pipe, {{7}, {8}, {7}});
+    CHECK((log.runs == Names{"text_encoder", "text_encoder", "text_encoder_2", "text_encoder_2", "conditioner",
+                             "backbone", "backbone", "vae_decoder"}));
+    // Ids are padded: CLIP's to 77, T5's to max_sequence_length.
+    CHECK((log.inputs[0].at("input_ids").shape == Shape{1, 77}));
+    CHECK((log.of("text_encoder_2")[0].at("input_ids").shape == Shape{1, 4}));
+}
+
+void conditions_once_for_distinct_prompts(const char *flux) {
+    Log log;
+    const auto pipe = open(flux, log);
+    draw(*pipe, {{7}, {8}}, 2);
+    const Tensors seen = log.of("conditioner").at(0);
+    CHECK((seen.at("timesteps").shape == Shape{2}));
+    CHECK((floats(seen.at("guidance")) == std::vector<float>{3500, 3500}));
+    CHECK((seen.at("pooled_projections").shape == Shape{2, 6}));
+    CHECK(floats(seen.at("pooled_projections"))[6] == 8);
+    // The row of step s and prompt u is 2 s + u.
+    const auto first = floats(log.of("backbone")[0].at("modulation"));
+    const auto second = floats(log.of("backbone")[1].at("modulation"));
+    const std::vector<float> expected{0, 0, 1, 1};
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+        CHECK(first[5 * i] == expected[i]);
+        CHECK(second[5 * i] == expected[i] + 2);
+    }
+}
+
+void caches_sixteen_prompts(const char *flux) {
+    Log log;
+    const auto pipe = open(flux, log);
+    for (int64_t id = 0; id < 17; ++id) draw(*pipe, {{id}}, 1, false);
+    CHECK(log.of("text_encoder").size() == 17);
+    draw(*pipe, {{16}}, 1, false);
+    draw(*pipe, {{1}}, 1, false);
+    CHECK(log.of("text_encoder").size() == 17);
+    draw(*pipe, {{0}}, 1, false);  // drops 2, since 1 was used again
+    CHECK(log.of("text_encoder").size() == 18);
+    draw(*pipe, {{1}}, 1, false);
+    CHECK(log.of("text_encoder").size() == 18);
+    draw(*pipe, {{2}}, 1, false);
+    CHECK(log.of("text_encoder").size() == 19);
+}
+
+void low_memory_opens_one_part_at_a_time(const char *flux) {
+    Log log, other;
+    const auto lean = open(flux, log, true);
+    CHECK(log.opens.empty());
+    const arcflow::Drawing drawing = draw(*lean, {{7}, {8}});
+    CHECK((log.opens == Names{"text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder"}));
+    CHECK(log.most_open == 1 && log.open.empty());
+    draw(*lean, {{7}}, 1, false);
+    CHECK((Names(log.opens.begin() + 5, log.opens.end()) == Names{"conditioner", "backbone"}));
+    CHECK(draw(*open(flux, other), {{7}, {8}}).latents.data == drawing.latents.data);
+}
+
+void groups_by_text_length(const char *qwen) {
+    Log log;
+    const auto pipe = open(qwen, log);
+    draw(*pipe, {{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}}, 1, false);
+    CHECK((log.runs == Names{"text_encoder", "text_encoder", "text_encoder", "backbone", "backbone", "backbone",
+                             "backbone"}));
+    const auto runs = log.of("backbone");
+    CHECK((runs[0].at("latents").shape == Shape{2, 6, 64}) && (runs[1].at("latents").shape == Shape{1, 6, 64}));
+    // The template's first three states are dropped.
+    CHECK((runs[0].at("encoder_hidden_states").shape == Shape{2, 1, 8}));
+    CHECK(floats(runs[0].at("encoder_hidden_states")).front() == 4);
+    CHECK(floats(runs[0].at("encoder_hidden_states")).back() == 7);
+    CHECK(floats(runs[1].at("encoder_hidden_states")).front() == 5);
+    CHECK((runs[1].at("text_rotary").shape == Shape{2, 2, 16}));
+    // Baked, and the same for every prompt.
+    CHECK((runs[0].at("modulation").shape == Shape{2, 5}) && floats(runs[0].at("modulation")).front() == 2);
+}
+
+void updates_and_scatters(const char *qwen) {
+    Log log;
+    const auto pipe = open(qwen, log);
+    const Prompts prompts{{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}};
+    log.mean = 0;
+    const Tensor noise = draw(*pipe, prompts, 1, false).latents;
+    log.mean = 0.5f;
+    const Tensor moved = draw(*pipe, prompts, 1, false).latents;
+    // A constant velocity of 0.5 moves every number by -0.5 from sigma 1 to 0.
+    for (int64_t i = 0; i < noise.count(); ++i)
+        CHECK(std::abs(noise.as<float>()[i] - 0.5f - moved.as<float>()[i]) < 1e-6f * 4);
+}
+
+void casts_to_each_parts_dtype(const char *half) {
+    Log log;
+    const auto pipe = open(half, log);
+    CHECK(draw(*pipe, {{7}}).latents.dtype == DType::float32);
+    const Tensors seen = log.of("backbone").at(0);
+    for (const char *name : {"latents", "encoder_hidden_states", "modulation"})
+        CHECK(seen.at(name).dtype == DType::float16);
+    for (const char *name : {"image_rotary", "text_rotary"}) CHECK(seen.at(name).dtype == DType::float32);
+    CHECK(log.of("conditioner").at(0).at("pooled_projections").dtype == DType::float16);
+    CHECK(log.of("conditioner").at(0).at("timesteps").dtype == DType::float32);
+    CHECK(log.of("vae_decoder").at(0).at("latents").dtype == DType::float32);
+}
+
+void refuses_bad_pictures(const char *flux, const char *half) {
+    for (const float poison : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+        Log log;
+        log.mean = poison;
+        CHECK(thrown<arcflow::Error>([&] { draw(*open(flux, log), {{7}}, 2); }) ==
+              "backbone: latents of images [0, 1] must be finite, got NaN or Inf; "
+              "check the checkpoint and adapter with `arcflow verify`");
+        const std::string advice = thrown<arcflow::Error>([&] { draw(*open(half, log), {{7}}); });
+        CHECK(advice.find("; float16 overflows in these models:") != std::string::npos);
+        CHECK(log.of("vae_decoder").empty());
+    }
+    Log flat;
+    flat.colour_step = 0;
+    CHECK(thrown<arcflow::Error>([&] { draw(*open(half, flat), {{7}}, 2); }) ==
+          "vae_decoder: pictures [0, 1] must have more than one colour; float16 overflows in some decoders, "
+          "export with --precision vae_decoder=float32");
+    CHECK(draw(*open(flux, flat), {{7}}).pixels.count() == 32 * 48 * 3);
+}
+
+void refuses_outputs_that_do_not_fit(const char *flux) {
+    Log log;
+    const auto pipe = open(flux, log);
+    log.spoil = [](const std::string &part, Tensors &out) {
+        if (part == "backbone") out["means"] = Tensor(DType::float32, {1, 6, 3, 32});
+    };
+    CHECK(thrown<arcflow::Error>([&] { draw(*pipe, {{7}}); }) ==
+          "backbone: output 'means' must have shape [1, 6, 3, 64], got float32[1, 6, 3, 32]; export the bundle again");
+    log.spoil = [](const std::string &part, Tensors &out) {
+        if (part == "vae_decoder") out.clear();
+    };
+    CHECK(thrown<arcflow::Error>([&] { draw(*pipe, {{7}}); }) ==
+          "vae_decoder: the engine gave no output 'images'; export the bundle again");
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    CHECK(argc == 4);
+    const char *flux = argv[1], *qwen = argv[2], *half = argv[3];
+    runs_in_order(flux);
+    conditions_once_for_distinct_prompts(flux);
+    caches_sixteen_prompts(flux);
+    low_memory_opens_one_part_at_a_time(flux);
+    groups_by_text_length(qwen);
+    updates_and_scatters(qwen);
+    casts_to_each_parts_dtype(half);
+    refuses_bad_pictures(flux, half);
+    refuses_outputs_that_do_not_fit(flux);
+    std::puts("ok");
+}

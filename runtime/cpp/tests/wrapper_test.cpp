@@ -1,0 +1,109 @@
+// The C++ wrapper: wrapper_test BUNDLE, that of the shapes student. Compiled without RTTI.
+#include <arcflow/arcflow.hpp>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "check.h"
+
+namespace {
+
+arcflow::Request circle() {
+    arcflow::Request request;
+    request.prompts = {"a large red circle"};
+    request.seeds = {42};
+    request.height = 32;
+    return request;
+}
+
+void draws(const arcflow::Pipeline &pipe) {
+    arcflow::Request request = circle();
+    request.images_per_prompt = 2;
+    request.seeds = {1, 2};
+    const arcflow::Result result = pipe.draw(request);
+    CHECK(result.batch() == 2 && result.height() == 32 && result.width() == 64);
+    CHECK(result.pixels().size() == 2 * 32 * 64 * 3);
+    CHECK(result.image(1).data() == result.pixels().data() + 32 * 64 * 3);
+    CHECK(result.latents().size() == 2 * 2 * 4 * 64);
+    CHECK(result.seeds().size() == 2 && result.seeds()[1] == 2);
+    CHECK(result.warnings().empty());
+    CHECK(result.timings().front() == '{');
+    CHECK(thrown<arcflow::Error>([&] { result.image(2); }) == "there is no image 2 of 2");
+
+    request.decode = false;
+    const arcflow::Result latents = pipe.draw(request);
+    CHECK(latents.pixels().empty());
+    CHECK(std::equal(latents.latents().begin(), latents.latents().end(), result.latents().begin()));
+    CHECK(thrown<arcflow::Error>([&] { latents.image(0); }) == "there is no image 0 of 0");
+}
+
+void moves(const std::string &bundle) {
+    arcflow::Pipeline first(bundle);
+    arcflow::Pipeline second = std::move(first);
+    arcflow::Result result = second.draw(circle());
+    const arcflow::Result kept = std::move(result);
+    second = arcflow::Pipeline(bundle, arcflow::Options{"", 1, true, false});
+    CHECK(kept.image(0).size() == 32 * 64 * 3);
+    const arcflow::Result lean = second.draw(circle());
+    CHECK(lean.pixels().size() == kept.pixels().size());
+}
+
+void throws(const arcflow::Pipeline &pipe) {
+    arcflow::Request request = circle();
+    request.height = 40;
+    try {
+        pipe.draw(request);
+        CHECK(false);
+    } catch (const arcflow::Error &e) {
+        CHECK(e.status() == ARCFLOW_REQUEST_ERROR);
+        CHECK(std::strcmp(e.what(), "height must be a multiple of 16, got 40; the nearest is 32") == 0);
+    }
+    request.height = 0;
+    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == "height must be at least 1, got 0");
+    request = circle();
+    request.guidance_scale = -1.0f;
+    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == 
+          "guidance_scale must not be negative; leave it out for the default");
+    request = circle();
+    request.prompts = {std::string("a\0b", 3)};
+    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == "prompt must not hold a NUL character");
+    request = circle();
+    request.tokens = {{{1}, {1}}};
+    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) ==
+          "prompts and tokens must not both be given; give one of them");
+    CHECK(thrown<arcflow::Error>([] { arcflow::Pipeline("nowhere"); }) ==
+          "nowhere is not a directory; give the directory that `arcflow export --out` wrote");
+}
+
+void calls_back(const arcflow::Pipeline &pipe) {
+    arcflow::Request request = circle();
+    std::vector<int> steps;
+    std::vector<float> last;
+    request.on_step = [&](int step, arcflow::View<float> latents) {
+        steps.push_back(step);
+        last.assign(latents.begin(), latents.end());
+        return true;
+    };
+    const arcflow::Result result = pipe.draw(request);
+    CHECK((steps == std::vector<int>{0, 1}));
+    CHECK(std::equal(last.begin(), last.end(), result.latents().begin(), result.latents().end()));
+    request.on_step = [](int, arcflow::View<float>) { return false; };
+    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) ==
+          "on_step stopped the call after step 0 by returning 1; return 0 to go on");
+    request.on_step = [](int, arcflow::View<float>) -> bool { throw std::logic_error("mine"); };
+    CHECK(thrown<std::logic_error>([&] { pipe.draw(request); }) == "mine");
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    CHECK(argc == 2);
+    const arcflow::Pipeline pipe(argv[1]);
+    draws(pipe);
+    moves(argv[1]);
+    throws(pipe);
+    calls_back(pipe);
+    std::thread([&] { draws(pipe); }).join();
+    std::puts("ok");
+}

@@ -1,0 +1,295 @@
+"""`gpu/device.py` in this process's memory, and a backend whose engines run there with ONNX Runtime on the CPU.
+
+Work given to a stream waits until something waits for it, as a GPU's may; copies and engines then read and write at the
+addresses that they were given. A captured graph runs the same work again. Memory is filled with NaN before use and
+after it, and what a GPU refuses in a capture is refused here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+import time
+
+import numpy as np
+import onnxruntime as ort
+
+from arcflow_runtime.dtypes import NUMPY, cast, to_float32
+from arcflow_runtime.engines.onnxruntime import open_session
+from arcflow_runtime.gpu.denoiser import DeviceDenoiser
+from arcflow_runtime.gpu.device import ALIGNMENT, CaptureError, OutOfMemory
+from arcflow_runtime.gpu.host import HostEngine
+from arcflow_runtime.gpu.lane import Lane
+from arcflow_runtime.gpu.ort import OrtEngine
+from arcflow_runtime.update import update
+
+
+def at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The array at an address."""
+    nbytes = int(np.prod(shape)) * np.dtype(NUMPY[dtype]).itemsize
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), NUMPY[dtype]).reshape(shape)
+
+
+class HostMemory:
+    _kept: list[np.ndarray] = []  # freed memory stays, so that late access reads NaN and does not crash  # noqa: RUF012
+
+    def __init__(self, device: HostDevice, nbytes: int, pinned: bool) -> None:
+        assert nbytes > 0
+        self._device, self.nbytes, self._pinned = device, nbytes, pinned
+        raw = np.full(nbytes + ALIGNMENT, 0xFF, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        self.array = raw[start : start + nbytes]
+        self.address = self.array.ctypes.data
+        self.closed = False
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._device.live.discard(self)
+            self.array[:] = 0xFF
+            if self.nbytes < 1 << 20:
+                self._kept.append(self.array)
+
+
+class HostEvent:
+    def __init__(self) -> None:
+        self.stream: HostStream | None = None
+        self.seconds = float("nan")
+
+    def wait(self) -> None:
+        assert self.stream is not None, "an event is waited for before it is recorded"
+        self.stream.drain()
+
+    def ms_since(self, earlier: HostEvent) -> float:
+        assert earlier.seconds <= self.seconds, "an event was not reached"
+        return (self.seconds - earlier.seconds) * 1e3
+
+
+class HostGraph:
+    def __init__(self, stream: HostStream, work: list) -> None:
+        self.stream, self.work, self.launches = stream, work, 0
+        self.closed = False
+
+    def launch(self) -> None:
+        assert not self.closed
+        self.launches += 1
+        self.stream.device.launches += 1
+        for op in self.work:
+            self.stream.call(op)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class HostStream:
+    by_handle: dict[int, HostStream] = {}  # noqa: RUF012
+    _handles = itertools.count(1000)
+
+    def __init__(self, device: HostDevice) -> None:
+        self.device, self.handle = device, next(self._handles)
+        self.by_handle[self.handle] = self
+        self._queue: list = []
+        self._captured: list | None = None
+        self._lock = threading.RLock()
+
+    def call(self, op) -> None:
+        if self._captured is not None:
+            self._captured.append(op)
+        else:
+            with self._lock:
+                self._queue.append(op)
+                self.device.enqueued += 1
+
+    def drain(self) -> None:
+        with self._lock:
+            queue, self._queue = self._queue, []
+            for op in queue:
+                op()
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        self.call(lambda: ctypes.memmove(target, source, nbytes))
+
+    def record(self, event: HostEvent) -> None:
+        event.stream = self
+
+        def reach() -> None:
+            event.seconds = time.perf_counter()
+
+        self.call(reach)
+
+    def wait(self) -> None:
+        assert self._captured is None, "waiting ends a capture"
+        self.drain()
+
+    def begin_capture(self) -> None:
+        if self.device.refuse_capture:
+            raise CaptureError("the stream cannot capture")
+        self._captured = []
+        self.device.capturing = True
+
+    def end_capture(self) -> HostGraph:
+        work, self._captured = self._captured, None
+        self.device.capturing = False
+        self.device.captures += 1
+        return HostGraph(self, work)
+
+    def abort_capture(self) -> None:
+        self._captured, self.device.capturing = None, False
+
+
+class HostUpdateKernel:
+    def launch(
+        self, stream, shape, means, logweights, loggammas, latents, next_latents, engine_input, sigmas, step
+    ) -> None:
+        n, k, p = shape.tokens, shape.modes, shape.sub_pixels
+        d = shape.channels * p
+
+        def run() -> None:
+            heads = [
+                to_float32(at(address, (1, n, modes, width), shape.heads))
+                for address, modes, width in ((means, k, d), (logweights, k, p), (loggammas, k - 1, p))
+            ]
+            start, end = at(sigmas, (step + 2,), "float64")[-2:]
+            x = update(at(latents, (1, n, d), "float32"), *heads, start, start, end)
+            at(next_latents, (1, n, d), "float32")[...] = x
+            if engine_input:
+                at(engine_input, (1, n, d), shape.engine_input)[...] = cast(x, shape.engine_input)
+
+        stream.call(run)
+
+
+class HostDevice:
+    """`capacity` bounds what may be allocated at once; the counters say what was done."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.name = "Host 1"
+        self.capacity = capacity
+        self.live: set[HostMemory] = set()
+        self.capturing = self.refuse_capture = False
+        self.captures = self.launches = self.enqueued = 0
+        self.threads: set[int] = set()
+
+    def use(self) -> None:
+        self.threads.add(threading.get_ident())
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        assert not self.capturing, "allocating ends a capture"
+        if self.capacity is not None and nbytes > self.free_bytes():
+            raise OutOfMemory("no memory")
+        memory = HostMemory(self, nbytes, pinned=False)
+        self.live.add(memory)
+        return memory
+
+    def allocate_pinned(self, nbytes: int) -> HostMemory:
+        assert not self.capturing, "allocating ends a capture"
+        memory = HostMemory(self, nbytes, pinned=True)
+        self.live.add(memory)
+        return memory
+
+    def used_bytes(self) -> int:
+        return sum(m.nbytes for m in self.live if not m._pinned)
+
+    def free_bytes(self) -> int:
+        return (self.capacity or 0) - self.used_bytes()
+
+    def driver_version(self) -> str:
+        return "13.0"
+
+    def make_stream(self) -> HostStream:
+        return HostStream(self)
+
+    def make_event(self) -> HostEvent:
+        return HostEvent()
+
+    def update_kernel(self) -> HostUpdateKernel:
+        return HostUpdateKernel()
+
+
+class HostContext:
+    """An `OrtContext` that runs when the stream comes to it, in a workspace that it overwrites."""
+
+    def __init__(self, backend: HostBackend, engine: OrtEngine, inputs, stream) -> None:
+        self._inner, self._backend, self._part = engine.context(inputs, stream), backend, engine.part
+        self._workspace: tuple[int, int] | None = None
+        self.workspace_bytes = backend.workspace_bytes(engine.part, inputs)
+        backend.contexts.append((engine.part, dict(inputs)))
+        backend.open_contexts += 1
+        self._open = True
+
+    def set_workspace(self, address: int, nbytes: int) -> None:
+        self._workspace = (address, nbytes)
+
+    def enqueue(self, addresses, stream) -> None:
+        assert all(a % ALIGNMENT == 0 for a in addresses.values())
+        if self.workspace_bytes:
+            assert self._workspace is not None and self._workspace[1] >= self.workspace_bytes
+            live = {(m.address, m.nbytes) for m in self._backend.device.live}
+            assert self._workspace in live, "the workspace was freed"
+        workspace = self._workspace
+        self._backend.enqueues.append(self._part)
+
+        def run() -> None:
+            if workspace is not None:
+                at(workspace[0], (workspace[1],), "uint8")[...] = 0xFF
+            self._inner.enqueue(addresses, stream)
+
+        stream.call(run)
+
+    def obstacle(self, stream) -> str | None:
+        return self._backend.obstacles.get(self._part)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._backend.open_contexts -= 1
+
+
+class HostDeviceEngine:
+    def __init__(self, backend: HostBackend, inner: OrtEngine) -> None:
+        self._backend, self._inner = backend, inner
+
+    def context(self, inputs, stream) -> HostContext:
+        return HostContext(self._backend, self._inner, inputs, stream)
+
+    def close(self) -> None:
+        self._backend.opened.discard(self._inner.part)
+        self._inner.close()
+
+
+class HostBackend:
+    """Parts of a real bundle on a `HostDevice`. `limits` and `obstacles` are what a test makes of them."""
+
+    def __init__(self, device: HostDevice | None = None, max_plans: int = 8) -> None:
+        self.device = device or HostDevice()
+        self.lane = Lane(self.device)
+        self.max_plans = max_plans
+        self.limits = lambda part, shapes: None
+        self.obstacles: dict[str, str] = {}
+        self.opened: set[str] = set()
+        self.opens: list[str] = []
+        self.most_open = self.open_contexts = 0
+        self.contexts: list[tuple[str, dict]] = []
+        self.enqueues: list[str] = []
+        self.denoiser: DeviceDenoiser | None = None
+        self.workspace_bytes = lambda part, inputs: 64 * int(np.prod(next(iter(inputs.values()))))
+
+    def check(self, bundle) -> None:
+        pass
+
+    def open(self, bundle, part: str) -> HostEngine:
+        def load() -> HostDeviceEngine:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = 1
+            session = open_session(bundle, part, options, ["CPUExecutionProvider"])
+            self.opened.add(part)
+            self.opens.append(part)
+            self.most_open = max(self.most_open, len(self.opened))
+            return HostDeviceEngine(self, OrtEngine(bundle.manifest, part, session, "cpu"))
+
+        return HostEngine(self.lane, bundle.manifest, part, load)
+
+    def open_denoiser(self, bundle, parts) -> DeviceDenoiser:
+        limits = lambda part, shapes: self.limits(part, shapes)  # noqa: E731
+        self.denoiser = DeviceDenoiser(bundle, parts, self.lane, limits, self.max_plans)
+        return self.denoiser

@@ -1,0 +1,290 @@
+"""The C++ core against the Python runtime: the same bundles are opened and refused, and the same numbers computed.
+
+The core is built once per run; ARCFLOW_CPP_BUILD names a folder in which it is built already, or kept for another run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_bundle import edit_manifest, make_bundle
+from safetensors.torch import save_file
+
+from arcflow_runtime.bundle import MANIFEST, Bundle, Schedule
+from arcflow_runtime.errors import BundleError
+from arcflow_runtime.noise import draw_latents, randn
+from arcflow_runtime.rotary import image_rotary, text_rotary
+from arcflow_runtime.rounding import round_to
+from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from arcflow_runtime.update import update
+
+CPP = Path(__file__).parent.parent / "runtime" / "cpp"
+FLOATS = ("float32", "bfloat16", "float16")
+PLACE = 2.0**-24  # half a unit in the last place of float32, relative
+
+
+@pytest.fixture(scope="session")
+def tool(tmp_path_factory) -> Path:
+    """The program that runs one function of the core."""
+    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("needs cmake and a C++ compiler")
+    if importlib.util.find_spec("nlohmann_json") is None:
+        pytest.skip("needs the package nlohmann-json")
+    folder = Path(os.environ.get("ARCFLOW_CPP_BUILD") or tmp_path_factory.mktemp("cpp_core"))
+    if not (folder / "CMakeCache.txt").exists():
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        subprocess.run(["cmake", "-S", CPP, "-B", folder, *generator, f"-DARCFLOW_PYTHON={sys.executable}"], check=True)
+    subprocess.run(["cmake", "--build", folder, "--target", "core_tool"], check=True)
+    return folder / "tests" / "core_tool"
+
+
+@pytest.fixture(scope="session")
+def core(tool):
+    """A function (command, arguments) -> what the tool prints as an array, float32 unless `dtype` says otherwise."""
+
+    def run(*arguments, dtype=np.float32, stdin: bytes | None = None) -> np.ndarray:
+        done = subprocess.run([str(a) for a in (tool, *arguments)], input=stdin, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        return np.frombuffer(done.stdout, dtype)
+
+    return run
+
+
+def equal_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.tobytes() == np.ascontiguousarray(theirs).tobytes()
+
+
+# Sizes around 16, where the transform changes, and with tails. Below 16 numbers both call the C library in float64: the
+# float32 results would differ only where an error of 1e-16 crossed a rounding boundary.
+@pytest.mark.parametrize("seed", [0, 42, 2**31, 2**32 + 5, 2**63, 2**64 - 1])
+def test_noise_is_equal_bit_for_bit(core, seed):
+    for size in (1, 5, 15, 16, 17, 31, 32, 100, 40001):
+        equal_bits(core("noise", seed, size), randn(seed, (size,)))
+
+
+def test_packed_noise_is_equal_bit_for_bit(core):
+    equal_bits(core("latents", 5, 2, 16, 2, 8, 12), draw_latents(5, 2, 16, 8, 12, 2))
+    equal_bits(core("latents", "5,6", 2, 3, 3, 6, 9), draw_latents((5, 6), 2, 3, 6, 9, 3))
+
+
+@pytest.mark.parametrize(("shift", "ratio"), [(3.2, 1.0), (3, 0.5), (0.7, 0.1)])
+def test_schedule_is_equal_bit_for_bit(core, shift, ratio):
+    for steps in (1, 2, 3, 7, 50):
+        schedule = sigmas(steps, Schedule(shift, ratio, 2))
+        equal_bits(core("sigmas", steps, shift, ratio, dtype=np.float64), schedule)
+        for family in ("flux", "qwen-image"):
+            for dtype in FLOATS:
+                seen = core("timesteps", family, dtype, steps, shift, ratio)
+                equal_bits(seen, conditioning_timesteps(schedule, family, dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_guidance_is_equal_bit_for_bit(core, dtype):
+    for scale in (0.0, 0.1, 1.0, 3.5, 64.9):
+        equal_bits(core("guidance", scale, dtype), np.array([conditioning_guidance(scale, dtype)]))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_rounding_is_equal_bit_for_bit(core, dtype):
+    values = np.random.default_rng(0).integers(0, 2**32, 100_000, np.uint32).view(np.float32)
+    values = values[np.isfinite(values)]
+    with np.errstate(over="ignore"):
+        equal_bits(core("round", dtype, stdin=values.tobytes()), round_to(values, dtype))
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+def test_rotary_tables(core, tmp_path, family):
+    """Both round float64 cosines once.
+
+    numpy's own functions and the C library's may differ in the last place of float64. Where that crosses a rounding
+    boundary, the float32 numbers, at most 1, are one place of numbers below 1 apart; that is rare, and rarer still
+    after a rounding to bfloat16, where it is one place of that.
+    """
+    bundle = make_bundle(tmp_path / "bundle", family)
+    for reference, place in (("float32", PLACE), ("bfloat16", 2.0**-8)):
+        edit_manifest(bundle, reference_dtype=reference)
+        m = Bundle.open(bundle).manifest
+        place = place if family == "flux" else PLACE
+        for height, width in ((1, 1), (3, 4), (64, 37)):
+            image = core("image_rotary", bundle / MANIFEST, height, width)
+            text = core("text_rotary", bundle / MANIFEST, height, width, 77)
+            expected_image = image_rotary(m.rotary, m.family, m.reference_dtype, height, width)
+            expected_text = text_rotary(m.rotary, m.family, m.reference_dtype, height, width, 77)
+            for ours, theirs in ((image, expected_image), (text, expected_text)):
+                np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=0, atol=place)
+                assert (ours != theirs.ravel()).mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_update(core, tmp_path, dtype):
+    """Coefficients are float64 on both sides and rounded once; products and sums are float32 in any order."""
+    rng = np.random.default_rng(0)
+    b, n, k, c, p = 2, 33, 16, 64, 4
+    heads = {
+        "latents": torch.from_numpy(rng.standard_normal((b, n, c), np.float32)),
+        "means": torch.from_numpy(rng.standard_normal((b, n, k, c), np.float32)).to(getattr(torch, dtype)),
+        "logweights": torch.from_numpy(4 * rng.standard_normal((b, n, k, p), np.float32)).to(getattr(torch, dtype)),
+        "loggammas": torch.from_numpy(9 * rng.standard_normal((b, n, k - 1, p), np.float32)).to(getattr(torch, dtype)),
+    }
+    save_file(heads, tmp_path / "heads")
+    latents, means, logweights, loggammas = (t.float().numpy() for t in heads.values())
+    sigma, end = 1.0, 0.7619047619047619
+    ours = core("update", tmp_path / "heads", sigma, repr(end)).reshape(latents.shape)
+    theirs = update(latents, means, logweights, loggammas, sigma, sigma, end)
+    # Each side is within half a place per coefficient, product and sum, K + 2 times, of the sum of the terms' sizes,
+    # and half a place of the result, so both together are within twice that of each other.
+    size = update(np.zeros_like(latents), -np.abs(means), logweights, loggammas, sigma, sigma, end)
+    bound = 2 * PLACE * ((k + 2) * size + np.abs(theirs)) * (1 + 1e-5)
+    assert (np.abs(ours - theirs) <= bound).all()
+
+
+def test_canonical_json(tool, tmp_path):
+    rng = np.random.default_rng(0)
+    floats = rng.integers(0, 2**63, 20_000).view(np.float64)
+    numbers = [x for x in floats.tolist() if np.isfinite(x)] + (10.0 ** np.arange(-30, 30)).tolist()
+    numbers += [float(x) for x in rng.integers(0, 2**60, 1000)]
+    numbers += [round(x, 3) for x in rng.uniform(0, 1e4, 1000).tolist()]
+    value = {"numbers": numbers, "é\u007f\u2028\U0001f600": ['"\\/\b\f\n\r\t\x00', 2**63, -(2**63), True, None], "": {}}
+    path = tmp_path / "value.json"
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1))
+    done = subprocess.run([tool, "canonical", path], capture_output=True, text=True, check=True)
+    assert done.stdout == json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@pytest.fixture
+def both(tool):
+    """Opens a bundle with both readers, which must agree: the error's text, or None."""
+
+    def open_bundle(root: Path, check: str = "full") -> str | None:
+        done = subprocess.run([tool, "open", root, check], capture_output=True, text=True)
+        error = None
+        try:
+            Bundle.open(root, check)
+        except BundleError as e:
+            error = str(e)
+        assert (done.returncode, done.stdout, done.stderr) == ((2, "", error) if error else (0, "ok", ""))
+        return error
+
+    return open_bundle
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen-image"])
+def test_opens_what_python_opens(both, core, tmp_path, family):
+    root = make_bundle(tmp_path / "bundle", family, baked=(2, 4))
+    assert both(root) is None
+    edit_manifest(root, schedule__shift=1e-06, rotary__theta=1e16, provenance__command="é \u2028 \U0001f600")
+    assert both(root) is None
+    np.testing.assert_array_equal(core("modulation", root), [2.0] * 10 + [4.0] * 20)
+
+
+CHANGES = [
+    {"family": "sd"},
+    {"version": 2},
+    {"version": "1"},
+    {"opset": 1.5},
+    {"guidance": None},
+    {"surprise": 1, "other": 2},
+    {"latents": ...},
+    {"schedule__shift": "3.2"},
+    {"schedule__timestep_ratio": 0},
+    {"schedule__extra": {"a": [1.5, None, True, "it's"]}},
+    {"rotary__axes_dims": [8, 12]},
+    {"rotary__axes_dims": [8, "12", 12]},
+    {"text__clip_tokens": None},
+    {"text__drop_tokens": None},
+    {"text__template": 5},
+    {"ranges__batch__min": 5},
+    {"ranges__width_px__max": 100},
+    {"latents__logweights_channels": 3},
+    {"dtype": "uint8"},
+    {"tokenizers": {"tokenizer": "tokenizer.json"}},
+    {"parts__backbone": ...},
+    {"parts__backbone__weights": "other"},
+    {"parts__backbone__inputs": {}},
+    {"parts__backbone__outputs": [1]},
+    {"parts__backbone__quantization": {"format": "fp8_e4m3", "layers": [], "policy": "", "scales": ""}},
+    {"parts__backbone__quantization": {"format": "fp8_e4m3", "layers": ["a", "a"], "policy": "", "scales": ""}},
+    {"parts__backbone__quantization": {"format": "fp8_e4m3", "layers": ["a"], "policy": "x", "scales": ""}},
+    {"modulation": {"file": "gone", "num_inference_steps": [2]}},
+    {"provenance__base__scale": "x"},
+    {"provenance__loras": None},
+    {"files__backbone.onnx__bytes": 3},
+    {"files__backbone.onnx__sha256": "0" * 64},
+    {"files__../x": {"bytes": 1, "sha256": ""}},
+    {"files__engines/x": {"bytes": 1, "sha256": ""}},
+    {"files__missing": {"bytes": 1, "sha256": ""}},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_refuses_with_the_same_sentence(both, tmp_path, changes):
+    root = make_bundle(tmp_path / "bundle")
+    edit_manifest(root, **changes)
+    assert both(root) is not None
+
+
+def test_refuses_damage_with_the_same_sentence(both, tmp_path):
+    assert both(tmp_path / "none") is not None
+    root = make_bundle(tmp_path / "bundle")
+    manifest = (root / MANIFEST).read_text()
+    for text in ("[]", manifest.replace('"shift": 3.2', '"shift": 3.3')):
+        (root / MANIFEST).write_text(text)
+        assert both(root) is not None
+    (root / MANIFEST).unlink()
+    assert both(root) is not None
+    (root / MANIFEST).write_text(manifest)
+    graph = root / "backbone.onnx"
+    content = graph.read_bytes()
+    graph.write_bytes(content + b"x")
+    assert both(root) is not None
+    graph.write_bytes(b"x" * len(content))
+    assert both(root) is not None
+    graph.unlink()
+    assert both(root) is not None
+    (tmp_path / "outside").write_bytes(content)
+    graph.symlink_to("../outside")
+    assert both(root) is not None
+
+
+def test_files_above_64_mib_are_hashed_by_the_full_check_only(both, tmp_path):
+    root = make_bundle(tmp_path / "bundle")
+    size = (64 << 20) + 1
+    with (root / "backbone.safetensors").open("wb") as f:
+        f.truncate(size)  # a hole, so that it takes no space
+    edit_manifest(root, **{"files__backbone.safetensors__bytes": size})
+    assert both(root, "fast") is None
+    assert "does not match its SHA-256" in (both(root, "full") or "")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"[]", "the header must begin with '{'"),
+        (b'{"num_inference_steps_2": {"dtype": "F32", "shape": [2, 5], "data_offsets": [0, 20]}}', "span the bytes"),
+        (b'{"num_inference_steps_2": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}}', "must take the 40"),
+        (b'{"num_inference_steps_2": {"dtype": "I32", "shape": [2, 5], "data_offsets": [0, 40]}}', "which is not read"),
+        (b'{"num_inference_steps_2": {"dtype": "F32", "shape": [1, 10], "data_offsets": [0, 40]}}', "shape [2, M]"),
+    ],
+)
+def test_a_damaged_modulation_table(tool, tmp_path, header, message):
+    root = make_bundle(tmp_path / "bundle", "qwen-image", baked=(2,))
+    data = struct.pack("<Q", len(header)) + header + bytes(40)
+    (root / "modulation.safetensors").write_bytes(data)
+    edit_manifest(
+        root, **{"files__modulation.safetensors": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    )
+    done = subprocess.run([tool, "modulation", root], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert str(root / "modulation.safetensors") in done.stderr and message in done.stderr
+    assert done.stderr.endswith("export the bundle again")

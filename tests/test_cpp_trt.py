@@ -1,0 +1,372 @@
+"""The C++ library's TensorRT engines as far as they go without a GPU: the driver, libraries, records and the kernel.
+
+Records are compared with the Python runtime: both take the same engines, and refuse the others with the same sentence.
+Where `TRT_ROOT` names a TensorRT or TensorRT-RTX SDK (its headers suffice), the library is built with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_bundle import make_bundle
+from test_engine_store import HOST, make_key, put
+
+from arcflow_runtime import Bundle, cli
+from arcflow_runtime.bundle import seal
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.kernels import UpdateShape, geometry
+from arcflow_runtime.trt.gpu import find_gpu
+from arcflow_runtime.trt.library import this_platform
+from arcflow_runtime.trt.store import Host, find_engine
+
+CPP = Path(__file__).parent.parent / "runtime" / "cpp"
+ENGINE_ERROR = "3"
+
+
+def configure(folder, *options):
+    """Configure the C++ project; skips where it cannot be built."""
+    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("needs cmake and a C++ compiler")
+    if importlib.util.find_spec("nlohmann_json") is None:
+        pytest.skip("needs the package nlohmann-json")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    defaults = [f"-DARCFLOW_PYTHON={sys.executable}", "-DARCFLOW_WERROR=ON"]
+    subprocess.run(["cmake", "-S", CPP, "-B", folder, *generator, *defaults, *options], check=True)
+
+
+@pytest.fixture(scope="session")
+def tool(tmp_path_factory):
+    """A function (arguments, environment) -> exit code and what trt_tool said."""
+    named = os.environ.get("ARCFLOW_CPP_BUILD")
+    folder = Path(named or tmp_path_factory.mktemp("cpp_trt"))
+    if not (folder / "CMakeCache.txt").exists():
+        configure(folder, "-DARCFLOW_OPENVINO=OFF")
+    subprocess.run(["cmake", "--build", folder, "--target", "trt_tool"], check=True)
+
+    def run(*arguments, **environment):
+        command = [str(folder / "tests" / "trt_tool"), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+        assert done.returncode in (0, 1), done.stderr
+        return done.returncode, (done.stderr if done.returncode else done.stdout).rstrip("\n")
+
+    return run
+
+
+# The driver and the libraries.
+
+
+def test_no_gpu_is_an_error(tool):
+    code, said = tool("gpu")
+    gpu = find_gpu()
+    if gpu is not None:
+        assert (code, said) == (0, f"{gpu.name} {gpu.target}")
+    else:
+        assert code == 1
+        assert said.startswith(f"{ENGINE_ERROR} the CUDA driver finds no NVIDIA GPU here: ")
+
+
+def test_platform(tool):
+    assert tool("platform") == (0, this_platform())
+
+
+@pytest.fixture(scope="session")
+def rtx_library():
+    """The shared library in TensorRT-RTX's wheel."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
+    import tensorrt_rtx_libs
+
+    (library,) = Path(tensorrt_rtx_libs.__file__).parent.glob("libtensorrt_rtx.so.*")
+    return library
+
+
+def test_a_library_that_fits_its_headers(tool, rtx_library):
+    import tensorrt_rtx
+
+    # The version is the one that `arcflow build` writes into records.
+    found = tool("library", "tensorrt-rtx", 1, 0, ARCFLOW_TENSORRT_RTX_LIBRARY=str(rtx_library))
+    assert found == (0, tensorrt_rtx.__version__)
+    # By its usual name, on the loader's path.
+    found = tool("library", "tensorrt-rtx", 1, 0, LD_LIBRARY_PATH=str(rtx_library.parent))
+    assert found == (0, tensorrt_rtx.__version__)
+
+
+def test_a_library_older_than_its_headers(tool, rtx_library):
+    import tensorrt_rtx
+
+    code, said = tool("library", "tensorrt-rtx", 1, 99, ARCFLOW_TENSORRT_RTX_LIBRARY=str(rtx_library))
+    assert code == 1
+    assert said == (
+        f"{ENGINE_ERROR} {rtx_library} is tensorrt-rtx {tensorrt_rtx.__version__}, and this library was built for "
+        "1.99.0.0; install 1.99 or newer of that major version, or build this library with TRT_ROOT of the one that "
+        "is installed"
+    )
+
+
+def test_a_library_of_the_other_flavour(tool, rtx_library):
+    import tensorrt_rtx
+
+    code, said = tool("library", "tensorrt", 11, 1, ARCFLOW_TENSORRT_LIBRARY=str(rtx_library))
+    assert code == 1
+    assert said == (
+        f"{ENGINE_ERROR} {rtx_library} is tensorrt-rtx {tensorrt_rtx.__version__}, must be tensorrt; "
+        "name the right library in ARCFLOW_TENSORRT_LIBRARY"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flavour", "name", "variable"),
+    [
+        ("tensorrt", "libnvinfer.so.99", "ARCFLOW_TENSORRT_LIBRARY"),
+        ("tensorrt-rtx", "libtensorrt_rtx.so.99", "ARCFLOW_TENSORRT_RTX_LIBRARY"),
+    ],
+)
+def test_a_library_that_is_not_there(tool, flavour, name, variable):
+    code, said = tool("library", flavour, 99, 0)
+    assert code == 1
+    assert said.startswith(f"{ENGINE_ERROR} {flavour} cannot be loaded ({name}: cannot open shared object file")
+    assert said.endswith(f"install it, and add its folder to LD_LIBRARY_PATH or name its file in {variable}")
+
+
+def test_a_library_that_is_none_of_them(tool):
+    code, said = tool("library", "tensorrt", 11, 1, ARCFLOW_TENSORRT_LIBRARY="libm.so.6")
+    assert code == 1
+    assert said == (
+        f"{ENGINE_ERROR} libm.so.6 has no function getInferLibMajorVersion, so it is not TensorRT's library; "
+        "name the right one"
+    )
+
+
+# Records.
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return Bundle.open(make_bundle(tmp_path / "bundle"))
+
+
+def both(tool, bundle, host=HOST, part="backbone", check="fast"):
+    """What Python and C++ say of the engine for `part`."""
+    gpu = "-" if host.gpu is None else host.gpu
+    code, said = tool(
+        "find", bundle.root, part, host.builder, host.builder_version, host.target, gpu, host.platform, check
+    )
+    try:
+        found = find_engine(bundle, part, host, check)
+    except EngineError as e:
+        return f"{ENGINE_ERROR} {e}", said
+    assert code == 0, said
+    return f"{found.path} {found.record.bytes}", said
+
+
+def assert_same(tool, bundle, part_of_it, **options):
+    python, cpp = both(tool, bundle, **options)
+    assert cpp == python
+    assert part_of_it in cpp
+
+
+def test_an_engine_is_found(tool, bundle):
+    built = put(bundle, make_key(bundle))
+    put(bundle, make_key(bundle, target="sm120"))
+    put(bundle, make_key(bundle, part="vae_decoder"))
+    assert_same(tool, bundle, str(built.path), check="full")
+
+
+def test_no_engine(tool, bundle):
+    assert_same(tool, bundle, "has no engine for backbone; run: arcflow build")
+    put(bundle, make_key(bundle, part="vae_decoder"))
+    assert_same(tool, bundle, "has no engine for backbone; run: arcflow build")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("builder", "tensorrt", "the engine's library must be tensorrt, got tensorrt-rtx; run: arcflow build"),
+        ("builder_version", "1.8.0", "the engine's library's version must be 1.8.0, got 1.7.1"),
+        ("target", "sm75", "the engine's compute capability must be sm75, got sm120, sm89"),
+        ("gpu", "NVIDIA H200", "the engine's GPU must be NVIDIA H200, got None"),
+        ("platform", "windows-amd64", "the engine's platform must be windows-amd64, got linux-x86_64"),
+    ],
+)
+def test_another_machine(tool, bundle, field, value, what):
+    for target in ("sm89", "sm120"):
+        put(bundle, make_key(bundle, target=target)).path.unlink()  # the engine is not looked at
+    assert_same(tool, bundle, what, host=dataclasses.replace(HOST, **{field: value}))
+
+
+@pytest.mark.parametrize("field", ["graph", "weights", "precision"])
+def test_an_engine_of_another_bundle(tool, bundle, field):
+    put(bundle, make_key(bundle, **{field: "float16" if field == "precision" else "0" * 64})).path.unlink()
+    assert_same(tool, bundle, f"the engine of backbone was built from another {field} than the bundle's")
+
+
+def test_engines_that_were_damaged(tool, bundle):
+    built = put(bundle, make_key(bundle), b"an engine" * 100)
+    whole = built.path.read_bytes()
+    built.path.write_bytes(whole[:-1])
+    assert_same(tool, bundle, "must have 900 bytes, got 899; it was cut or swapped")
+    built.path.write_bytes(whole[:-1] + b"x")
+    assert_same(tool, bundle, "does not match its SHA-256; it was edited or swapped")
+    built.path.unlink()
+    assert_same(tool, bundle, "is missing")
+    target = bundle.root.parent / "elsewhere"
+    target.write_bytes(whole)
+    built.path.symlink_to(target)
+    assert_same(tool, bundle, "is missing")
+
+
+def edit(bundle, change, sealed=True):
+    """Change the record of the backbone's engine."""
+    (path,) = (bundle.root / "engines").glob("*.json")
+    record = json.loads(path.read_text())
+    del record["digest"]
+    change(record)
+    path.write_text(json.dumps(record | {"digest": seal(record) if sealed else "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda r: r.update(format="arcflow-bundle"), "'format' must be 'arcflow-engine'"),
+        (lambda r: r.update(version=2), "version must be 1, got 2; build the engine again"),
+        (lambda r: r.update(version="1"), "version must be 1, got '1'"),
+        (lambda r: r.update(extra=1), "unknown keys ['extra']; known are ["),
+        (lambda r: r.pop("sha256"), "missing keys ['sha256']; build the engine again"),
+        (lambda r: r["key"].update(extra=1), "key: unknown keys ['extra']"),
+        (lambda r: r["key"].pop("gpu"), "key: missing keys ['gpu']"),
+        (lambda r: r.update(bytes="9"), "bytes must be of type int, got '9'"),
+        (lambda r: r.update(bytes=-1), "bytes must be of type int, got -1"),
+        (lambda r: r["key"].update(flags="STRIP_PLAN"), "key: flags must be a list, got 'STRIP_PLAN'"),
+        (lambda r: r["key"].update(target=89), "key: target must be of type str, got 89"),
+        (lambda r: r["key"].update(profiles=[{"latents": {"min": [1]}}]), "missing keys ['max', 'opt']"),
+        (lambda r: r["key"].update(precision="int4"), "key: precision must be one of ["),
+        (lambda r: r.update(file="../engine"), "file '../engine' must lie beside its record"),
+        (lambda r: r.update(file="/etc/passwd"), "file '/etc/passwd' must lie beside its record"),
+        (lambda r: r.update(file=".."), "file '..' must lie beside its record"),
+        (lambda r: r.update(file=""), "file '' must lie beside its record"),
+    ],
+)
+def test_records_are_read_strictly(tool, bundle, change, what):
+    put(bundle, make_key(bundle))
+    edit(bundle, change)
+    assert_same(tool, bundle, what)
+
+
+def test_an_edited_record(tool, bundle):
+    put(bundle, make_key(bundle))
+    edit(bundle, lambda r: r["key"].update(target="sm120"), sealed=False)
+    assert_same(tool, bundle, "does not match its own digest; it was edited, build the engine again")
+
+
+def test_what_is_no_record(tool, bundle):
+    put(bundle, make_key(bundle))
+    (path,) = (bundle.root / "engines").glob("*.json")
+    path.write_text("{")
+    python, cpp = both(tool, bundle)
+    # The two parsers tell the place in their own words.
+    assert f"{ENGINE_ERROR} {path} is not valid JSON (" in cpp
+    assert f"{ENGINE_ERROR} {path} is not valid JSON (" in python
+    assert cpp.endswith("; build the engine again with `arcflow build`")
+    path.write_text(" " * ((1 << 20) + 1))
+    assert_same(tool, bundle, "is larger than 1048576 bytes; it is not an engine's record")
+
+
+def test_an_engine_of_the_builder(tool, command_run, tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
+    root = Path(shutil.copytree(command_run.bundle, tmp_path / "bundle"))
+    built = ["build", root, "--backend", "tensorrt-rtx", "--target", "sm89", "--resolutions", "64", "--parts"]
+    assert cli.main([*map(str, built), "conditioner"]) == 0
+    bundle, host = Bundle.open(root), Host("tensorrt-rtx", trt.__version__, "sm89", None, this_platform())
+    assert_same(tool, bundle, "conditioner-tensorrt-rtx-sm89-", host=host, part="conditioner", check="full")
+    other = dataclasses.replace(host, target="sm120")
+    assert_same(tool, bundle, "compute capability must be sm120, got sm89", host=other, part="conditioner")
+    engine = next((root / "engines").glob("*.engine"))
+    engine.write_bytes(engine.read_bytes()[: 1 << 16])
+    assert_same(tool, bundle, "it was cut or swapped", host=host, part="conditioner")
+
+
+# The kernel.
+
+
+@pytest.mark.parametrize("heads", ["float32", "float16"])
+@pytest.mark.parametrize(("tokens", "modes", "sub_pixels"), [(1, 1, 1), (4096, 16, 4), (9, 90, 4), (33, 32, 16)])
+def test_both_launch_the_kernel_alike(tool, heads, tokens, modes, sub_pixels):
+    shape = UpdateShape(tokens, modes, 64, sub_pixels, heads, heads)
+    ours = " ".join(map(str, geometry(shape)))
+    assert tool("geometry", tokens, modes, sub_pixels, heads) == (0, ours)
+
+
+def test_both_refuse_too_many_modes(tool):
+    with pytest.raises(EngineError) as e:
+        geometry(UpdateShape(1, 4096, 64, 4, "float32", "float32"))
+    assert tool("geometry", 1, 4096, 4, "float32") == (1, f"{ENGINE_ERROR} {e.value}")
+
+
+def test_the_embedded_source_compiles_without_a_driver(tool):
+    spec = importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    (folder,) = spec.submodule_search_locations
+    assert tool("nvrtc", "sm90", LD_LIBRARY_PATH=f"{folder}/lib") == (0, "\x7fELF")
+
+
+# With the headers of an SDK.
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """libarcflow with TensorRT's or TensorRT-RTX's engines, and which of the two."""
+    root = os.environ.get("TRT_ROOT")
+    if not root:
+        pytest.skip("set TRT_ROOT to a TensorRT or TensorRT-RTX SDK to build its engines")
+    folder = tmp_path_factory.mktemp("cpp_trt_library")
+    configure(
+        folder, "-DARCFLOW_TENSORRT=ON", f"-DTRT_ROOT={root}", "-DARCFLOW_OPENVINO=OFF", "-DCMAKE_BUILD_TYPE=Debug"
+    )
+    subprocess.run(["cmake", "--build", folder, "--target", "arcflow"], check=True)
+    version = (Path(root) / "include" / "NvInferVersion.h").read_text()
+    return folder / "libarcflow.so", "tensorrt-rtx" if "TRT_MAJOR_RTX" in version else "tensorrt"
+
+
+def open_bundle(library, root, backend):
+    """arcflow_open's status and error, in a process of its own."""
+    code = (
+        "import ctypes, sys\n"
+        "class Options(ctypes.Structure):\n"
+        "    _fields_ = [('size', ctypes.c_size_t), ('backend', ctypes.c_char_p),\n"
+        "                ('rest', ctypes.c_int32 * 3)]\n"
+        "lib = ctypes.CDLL(sys.argv[1])\n"
+        "lib.arcflow_last_error.restype = ctypes.c_char_p\n"
+        "pipe = ctypes.c_void_p()\n"
+        "options = Options(ctypes.sizeof(Options), sys.argv[3].encode())\n"
+        "status = lib.arcflow_open(sys.argv[2].encode(), ctypes.byref(options), ctypes.byref(pipe))\n"
+        "print(status, lib.arcflow_last_error().decode())\n"
+    )
+    command = [sys.executable, "-c", code, str(library), str(root), backend]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_no_gpu_is_an_error_of_the_library(library, bundle):
+    path, flavour = library
+    if find_gpu() is not None:
+        pytest.skip("there is a GPU here")
+    assert open_bundle(path, bundle.root, flavour) == (
+        f"{ENGINE_ERROR} {flavour} engines run on an NVIDIA GPU, and the CUDA driver finds none here"
+    )
+
+
+def test_the_other_flavours_headers(library, bundle):
+    path, flavour = library
+    other = "tensorrt" if flavour == "tensorrt-rtx" else "tensorrt-rtx"
+    said = open_bundle(path, bundle.root, other)
+    assert said.startswith(f"{ENGINE_ERROR} backend {other}: this library was built with the headers of {flavour} ")
+    assert said.endswith(f"; build it with TRT_ROOT of {other}")
