@@ -34,6 +34,25 @@ def export_table() -> str:
     return "\n".join([*rows, "", _machine(_read("export_flux"))])
 
 
+def quantize_table() -> str:
+    """The full-size FLUX backbone in FP8, and its engine."""
+    r = _read("quantize_flux")
+    row, used, built = r["coverage"], r["quantize"], r["build"]
+    rows = [
+        "| stage | what | size | time | peak resident |",
+        "|---|---|---|---|---|",
+        f"| quantise | {row['quantized_linears']} of {row['linears']} linears, "
+        f"{row['quantized_parameters'] / row['parameters']:.1%} of {row['parameters'] / 1e9:.2f} B parameters "
+        f"| {row['bytes_before'] / 1e9:.2f} GB to {row['bytes_after'] / 1e9:.2f} GB | {used['wall_s']:.0f} s "
+        f"({used['user_s'] + used['system_s']:.0f} s of CPU) | {used['peak_resident_bytes'] / 2**30:.2f} GiB |",
+        f"| build | TensorRT-RTX engine for {built['target']}, 1024 px | {built['bytes'] / 1e9:.2f} GB "
+        f"| {built['wall_s']:.0f} s ({built['user_s'] + built['system_s']:.0f} s of CPU) "
+        f"| {built['peak_resident_bytes'] / 2**30:.2f} GiB |",
+    ]
+    load = ", ".join(f"{x:.1f}" for x in r["machine"]["load_average"])
+    return "\n".join([*rows, "", f"{_machine(r)} Load average before: {load}."])
+
+
 def cpu_table() -> str:
     """This runtime beside PyTorch, one row per workload."""
     data = _read("cpu_vs_torch")
@@ -79,7 +98,7 @@ def arcs_table() -> str:
     rows += [f"| sampler | {' | '.join(subsets)} |", "|---" * (len(subsets) + 1) + "|"]
     for kind, label in kinds.items():
         rows.append(f"| {label} | {' | '.join(cell(kind, s, 'latent_error', 1, 4) for s in subsets)} |")
-    return "\n".join([*rows, "", f"{data['count']} prompts. {_machine(data)}"])
+    return "\n".join([*rows, "", f"{data['iterations']:,} iterations, {data['count']:,} prompts. {_machine(data)}"])
 
 
 def recipe_table() -> str:
@@ -109,7 +128,7 @@ def _machine(data: dict[str, Any]) -> str:
 def main() -> int:
     """Rewrite the tables."""
     pages = {
-        README: {"export": export_table, "cpu": cpu_table, "arcs": arcs_table},
+        README: {"export": export_table, "quantize": quantize_table, "cpu": cpu_table, "arcs": arcs_table},
         SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
     }
     for page, tables in pages.items():
