@@ -1,9 +1,7 @@
 """Is the C++ library's memory flat: a bundle, a library -> resident memory while it draws thousands of pictures.
 
 Prompts, sizes and batches vary, so that caches and engines meet more of them than they keep. --reopen also closes the
-pipeline and opens it again.
-
-    python benchmarks/cpp_soak.py BUNDLE --library build/libarcflow.so --json benchmarks/results/cpp_soak.json
+pipeline and opens it again. `--threads` tells what the engines' own threads add.
 """
 
 from __future__ import annotations
@@ -44,18 +42,18 @@ def resident_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmRSS")
 
 
-def soak(library: Path, bundle: Path, pictures: int, every: int, reopen: int) -> list[dict[str, int]]:
+def soak(library: Path, bundle: Path, pictures: int, every: int, reopen: int, threads: int) -> list[dict[str, int]]:
     """Draw, and note the resident memory every so many pictures."""
     embed = load_embed()
     loaded = embed.load(str(library))
-    pipe = embed.Pipeline(loaded, bundle)
+    pipe = embed.Pipeline(loaded, bundle, threads=threads)
     rows = []
     for i in trange(1, pictures + 1, desc="pictures", disable=None):
         height, width = SIZES_PX[i % len(SIZES_PX)]
         pipe.draw([PROMPTS[i % len(PROMPTS)]] * (1 + i % 2), seeds=[i], height=height, width=width)
         if reopen and i % reopen == 0:
             pipe.close()
-            pipe = embed.Pipeline(loaded, bundle)
+            pipe = embed.Pipeline(loaded, bundle, threads=threads)
         if i % every == 0:
             rows.append({"pictures": i, "resident_bytes": resident_bytes()})
     pipe.close()
@@ -70,10 +68,11 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=2000, help="(default: %(default)s)")
     parser.add_argument("--every", type=int, default=200, help="pictures between rows (default: %(default)s)")
     parser.add_argument("--reopen", type=int, default=0, help="open the bundle again after so many (default: never)")
+    parser.add_argument("--threads", type=int, default=0, help="per engine; 0 is one per core (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     started = time.perf_counter()
-    rows = soak(args.library, args.bundle, args.pictures, args.every, args.reopen)
+    rows = soak(args.library, args.bundle, args.pictures, args.every, args.reopen, args.threads)
     for row in rows:
         print(f"{row['pictures']:>7} pictures {row['resident_bytes'] / 2**20:8.1f} MiB")
     half = rows[len(rows) // 2 :]
@@ -82,6 +81,7 @@ def main() -> int:
     print(f"second half: {growth:+.2%}; {machine['cpu']}, {machine['cores']} cores")
     if args.json:
         result: dict[str, Any] = {"rows": rows, "growth_of_second_half": growth, "reopen": args.reopen}
+        result["threads"] = args.threads
         result["seconds"] = time.perf_counter() - started
         data = {"command": " ".join(sys.argv), "machine": machine, "results": result}
         args.json.parent.mkdir(parents=True, exist_ok=True)

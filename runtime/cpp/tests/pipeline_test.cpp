@@ -25,6 +25,8 @@ struct Log {
     float mean = 0.5f;
     uint8_t colour_step = 1;  // from each pixel to the next
     std::function<void(const std::string &, Tensors &)> spoil;
+    bool has_denoiser = false;
+    std::vector<arcflow::DenoiseInputs> denoised;
 
     std::vector<Tensors> of(const std::string &part) const {
         std::vector<Tensors> out;
@@ -100,12 +102,36 @@ private:
     DType precision_;
 };
 
+// Moves the noise by the same constant velocity as the engine does.
+class FakeDenoiser : public arcflow::Denoiser {
+public:
+    explicit FakeDenoiser(Log &log) : log_(log) {}
+
+    arcflow::Denoised run(const arcflow::DenoiseInputs &inputs) override {
+        log_.denoised.push_back(inputs);
+        arcflow::Denoised out{inputs.noise, {}};
+        for (int64_t i = 0; i < out.latents.count(); ++i) out.latents.as<float>()[i] -= log_.mean;
+        if (inputs.decode) {
+            out.pixels = Tensor(DType::uint8, {inputs.noise.shape[0], inputs.height_px, inputs.width_px, 3});
+            for (int64_t i = 0; i < out.pixels.count(); ++i)
+                out.pixels.as<uint8_t>()[i] = static_cast<uint8_t>(i * log_.colour_step);
+        }
+        return out;
+    }
+
+private:
+    Log &log_;
+};
+
 class FakeBackend : public arcflow::Backend {
 public:
     explicit FakeBackend(Log &log) : log_(log) {}
     void check(const arcflow::Bundle &) override {}
     std::unique_ptr<arcflow::Engine> open(const arcflow::Bundle &bundle, const std::string &part) override {
         return std::make_unique<FakeEngine>(log_, bundle, part);
+    }
+    std::unique_ptr<arcflow::Denoiser> open_denoiser(const arcflow::Bundle &) override {
+        return log_.has_denoiser ? std::make_unique<FakeDenoiser>(log_) : nullptr;
     }
 
 private:
@@ -119,7 +145,8 @@ std::unique_ptr<arcflow::Pipeline> open(const char *root, Log &log, bool low_mem
 
 using Prompts = std::vector<std::vector<int64_t>>;
 
-arcflow::Drawing draw(arcflow::Pipeline &pipe, const Prompts &prompts, int32_t images = 1, bool decode = true) {
+arcflow::Drawing draw(arcflow::Pipeline &pipe, const Prompts &prompts, int32_t images = 1, bool decode = true,
+                      arcflow_step_callback on_step = nullptr) {
     static const int64_t t5[] = {1};
     std::vector<arcflow_tokens> tokens;
     const bool flux = prompts.front().size() == 1;
@@ -135,6 +162,7 @@ arcflow::Drawing draw(arcflow::Pipeline &pipe, const Prompts &prompts, int32_t i
     request.seeds = &seed;
     request.seed_count = 1;
     request.skip_decode = decode ? 0 : 1;
+    request.on_step = on_step;
     return pipe.draw(request);
 }
 
@@ -283,6 +311,40 @@ void refuses_outputs_that_do_not_fit(const char *flux) {
           "vae_decoder: the engine gave no output 'images'; export the bundle again");
 }
 
+void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half) {
+    Log log, other;
+    log.has_denoiser = true;
+    const auto pipe = open(qwen, log);
+    const Prompts prompts{{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}};
+    const arcflow::Drawing drawing = draw(*pipe, prompts);
+    CHECK(log.of("backbone").empty() && log.of("vae_decoder").empty());
+    const arcflow::DenoiseInputs &seen = log.denoised.at(0);
+    CHECK((seen.noise.shape == Shape{3, 6, 64}) && (seen.modulation.shape == Shape{2, 1, 5}));
+    CHECK(seen.sigmas.size() == 3 && seen.groups.size() == 2 && seen.decode);
+    CHECK((seen.groups[0].images == Shape{0, 2}) && (seen.groups[0].prompts == Shape{0, 2}));
+    CHECK((seen.groups[1].images == Shape{1}) && (seen.groups[1].states.shape == Shape{1, 2, 8}));
+    // The same latents as step by step, to the rounding of the update.
+    const arcflow::Drawing stepped = draw(*open(qwen, other), prompts);
+    CHECK(drawing.pixels.data == stepped.pixels.data);
+    for (int64_t i = 0; i < stepped.latents.count(); ++i)
+        CHECK(std::abs(drawing.latents.as<float>()[i] - stepped.latents.as<float>()[i]) < 1e-6f * 4);
+
+    // A callback sees every step, and low memory has no two parts open.
+    draw(*pipe, {{1, 2, 3, 4}}, 1, false, [](void *, int32_t, const float *, size_t) { return 0; });
+    CHECK(log.of("backbone").size() == 2 && log.denoised.size() == 1);
+    draw(*open(qwen, log, true), {{1, 2, 3, 4}}, 1, false);
+    CHECK(log.denoised.size() == 1);
+
+    log.mean = std::nanf("");
+    CHECK(thrown<arcflow::Error>([&] { draw(*pipe, prompts); }).find("latents of images [0, 1, 2] must be finite") !=
+          std::string::npos);
+    Log flat;
+    flat.has_denoiser = true;
+    flat.colour_step = 0;
+    CHECK(thrown<arcflow::Error>([&] { draw(*open(half, flat), {{7}}); }).find("more than one colour") !=
+          std::string::npos);
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -297,5 +359,6 @@ int main(int argc, char **argv) {
     casts_to_each_parts_dtype(half);
     refuses_bad_pictures(flux, half);
     refuses_outputs_that_do_not_fit(flux);
+    denoises_at_one_go_where_the_backend_can(qwen, half);
     std::puts("ok");
 }
