@@ -76,6 +76,22 @@ def cpu_table() -> str:
     return "\n".join([*rows, "", _machine(data)])
 
 
+def host_table() -> str:
+    """What a picture costs outside the engines, one row per runtime."""
+    data = _read("host_time")
+    names = {"python": "Python, ONNX Runtime", "cpp": "C++, OpenVINO"}
+    shares = list(data["results"][0]["shares_ms"])
+    rows = [f"| runtime | outside engines, median (p10-p90) | {' | '.join(shares)} | engines |"]
+    rows.append("|---" * (len(shares) + 3) + "|")
+    for r in data["results"]:
+        cells = " | ".join(f"{r['shares_ms'][share]:.3f}" for share in shares)
+        rows.append(
+            f"| {names[r['runtime']]} | {r['median_ms']:.3f} ms ({r['p10_ms']:.3f}-{r['p90_ms']:.3f}) "
+            f"| {cells} | {r['engines_median_ms']:.2f} ms |"
+        )
+    return "\n".join([*rows, "", f"Medians of {r['runs']} pictures of {r['size_px']} px, in ms. {_machine(data)}"])
+
+
 def arcs_table() -> str:
     """Students of many modes beside students of one: mean and standard deviation over the seeds."""
     data = _read("arcs_vs_linear")
@@ -128,7 +144,13 @@ def _machine(data: dict[str, Any]) -> str:
 def main() -> int:
     """Rewrite the tables."""
     pages = {
-        README: {"export": export_table, "quantize": quantize_table, "cpu": cpu_table, "arcs": arcs_table},
+        README: {
+            "export": export_table,
+            "quantize": quantize_table,
+            "cpu": cpu_table,
+            "host": host_table,
+            "arcs": arcs_table,
+        },
         SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
     }
     for page, tables in pages.items():

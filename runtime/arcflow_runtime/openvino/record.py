@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bundle import OPENVINO, Bundle, seal, sha256_file
-from ..errors import BundleError, EngineError
-from ..parse import parse
+from ..bundle import OPENVINO, Bundle, sha256_file
+from ..errors import EngineError
+from ..sealed import read_sealed, sealed_json
 
 FORMAT = "arcflow-openvino"
 VERSION = 1
 RECORD = "tokenizers.json"
-MAX_RECORD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ class Record:
 
     def to_json(self) -> str:
         """The record as JSON text, sealed with its digest."""
-        data = dataclasses.asdict(self)
-        data = {"format": data.pop("format"), "version": data.pop("version")} | data
-        return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
+        return sealed_json(self)
 
 
 def read_record(bundle: Bundle) -> Record | None:
@@ -69,23 +64,7 @@ def read_record(bundle: Bundle) -> Record | None:
     path = bundle.root / OPENVINO / RECORD
     if not path.exists():
         return None
-    try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
-            raise EngineError(f"{path} is larger than {MAX_RECORD_BYTES} bytes; it is not a record, {_AGAIN}")
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise EngineError(f"{path} is not valid JSON ({e}); {_AGAIN}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise EngineError(f"{path}: 'format' must be {FORMAT!r}; this is not a record of tokenizers, remove it")
-    if data.get("version") != VERSION:
-        raise EngineError(f"{path}: version must be {VERSION}, got {data.get('version')!r}; {_AGAIN}")
-    digest = data.pop("digest", None)
-    try:
-        record: Record = parse(Record, data, str(path))
-    except BundleError as e:
-        raise EngineError(f"{e}; {_AGAIN}") from None
-    if digest != seal(data):
-        raise EngineError(f"{path} does not match its own digest; it was edited, {_AGAIN}")
+    record: Record = read_sealed(Record, path, "a record of tokenizers", _AGAIN)
     for built in record.tokenizers.values():
         for file in (built.graph, built.weights):
             _check_file(path, file)

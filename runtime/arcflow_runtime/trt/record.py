@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle, DType, seal
-from ..errors import BundleError, EngineError
-from ..parse import parse
+from ..errors import EngineError
+from ..sealed import read_sealed, sealed_json
 from .shapes import Profile
 
 FORMAT = "arcflow-engine"
 VERSION = 1
-MAX_RECORD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,7 @@ class EngineRecord:
 
     def to_json(self) -> str:
         """The record as JSON text, sealed with its digest."""
-        data = dataclasses.asdict(self)
-        data = {"format": data.pop("format"), "version": data.pop("version")} | data
-        return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
+        return sealed_json(self)
 
 
 def part_key_fields(bundle: Bundle, part: str) -> dict[str, Any]:
@@ -102,23 +98,7 @@ def read_record(path: Path) -> EngineRecord:
     Raises:
         EngineError: it is no record, of another version, or was edited.
     """
-    try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
-            raise EngineError(f"{path} is larger than {MAX_RECORD_BYTES} bytes; it is not an engine's record")
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise EngineError(f"{path} is not valid JSON ({e}); {_AGAIN}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise EngineError(f"{path}: 'format' must be {FORMAT!r}; this is not an engine's record, remove it")
-    if data.get("version") != VERSION:
-        raise EngineError(f"{path}: version must be {VERSION}, got {data.get('version')!r}; {_AGAIN}")
-    digest = data.pop("digest", None)
-    try:
-        record: EngineRecord = parse(EngineRecord, data, str(path))
-    except BundleError as e:
-        raise EngineError(f"{e}; {_AGAIN}") from None
-    if digest != seal(data):
-        raise EngineError(f"{path} does not match its own digest; it was edited, {_AGAIN}")
+    record: EngineRecord = read_sealed(EngineRecord, path, "an engine's record", _AGAIN)
     if Path(record.file).name != record.file or record.file in ("", ".", ".."):
         raise EngineError(f"{path}: file {record.file!r} must lie beside its record; {_AGAIN}")
     return record
