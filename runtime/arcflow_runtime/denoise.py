@@ -68,7 +68,9 @@ def denoise(
     latents = noise
     places = [group.images for group in groups]
     states = [join([text.states for text in group.texts]) for group in groups]
-    rows = [group.prompts if modulation.shape[1] > 1 else [0] * len(group.images) for group in groups]
+    by_prompt = modulation.shape[1] > 1
+    rows = [group.prompts if by_prompt else [0] * len(group.images) for group in groups]
+    every = list(range(modulation.shape[1]))
     # numpy's scalars compute slowly
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         following = []
@@ -77,7 +79,7 @@ def denoise(
             inputs = {
                 "latents": x,
                 "encoder_hidden_states": states[j],
-                "modulation": modulation[i, rows[j]],
+                "modulation": modulation[i] if rows[j] == every else modulation[i, rows[j]],
                 "image_rotary": image_rotary,
                 "text_rotary": group.text_rotary,
             }

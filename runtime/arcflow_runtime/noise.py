@@ -81,7 +81,7 @@ def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
     if size < 16:
         return _normal_scalar(seed, size).reshape(shape)
     tail = size % 16
-    uniforms = (_mt19937(seed, size + (16 if tail else 0)) & np.uint32(0xFFFFFF)).astype(_F) * _F(2**-24)
+    uniforms = (_mt19937(seed, size + (16 if tail else 0)) & np.uint64(0xFFFFFF)).astype(_F) * _F(2**-24)
     out = np.empty(size, _F)
     whole = size - tail
     for i in range(0, whole, _BLOCK):
@@ -141,19 +141,22 @@ def streams(seed: int | Sequence[int], batch: int, numbers: int) -> np.ndarray:
 
 
 def _mt19937(seed: int, count: int) -> np.ndarray:
-    # numpy promises that RandomState's stream never changes; its full-range uint32 draw is MT19937's output. One is
-    # kept per thread: making one takes longer than a small picture's noise, since it asks the system for entropy.
-    if not hasattr(_local, "generator"):
-        _local.generator = np.random.RandomState(0)
-    generator: np.random.RandomState = _local.generator
-    generator.seed(seed & 0xFFFFFFFF)
-    return generator.randint(0, 1 << 32, size=count, dtype=np.uint32)
+    """The generator's first words, 32 bits each, as [count] uint64."""
+    # RandomState seeds as MT19937's authors and torch do, and numpy promises that this never changes; `random_raw` is
+    # the generator's output itself. One is kept per thread: making one takes longer than a small picture's noise,
+    # since it asks the system for entropy.
+    if not hasattr(_local, "bits"):
+        _local.bits = np.random.MT19937()
+        _local.seeding = np.random.RandomState(_local.bits)
+    _local.seeding.seed(seed & 0xFFFFFFFF)
+    words: np.ndarray = _local.bits.random_raw(count)
+    return words
 
 
 def _normal_scalar(seed: int, size: int) -> np.ndarray:
     """torch's path below 16 numbers: Box-Muller in float64, from 53-bit uniforms, cosine first, then sine."""
     pairs = (size + 1) // 2
-    words = _mt19937(seed, 4 * pairs).astype(np.uint64).reshape(pairs, 2, 2)
+    words = _mt19937(seed, 4 * pairs).reshape(pairs, 2, 2)
     bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)
     u = bits.astype(np.float64) * 2.0**-53
     radius, theta = np.sqrt(-2 * np.log1p(-u[:, 1])), 2 * np.pi * u[:, 0]
@@ -217,7 +220,8 @@ def _cos_sin(x: np.ndarray) -> np.ndarray:
     x += y * _PI_4_MIDDLE
     x = _fma(y, _PI_4_LOW.astype(np.float64), x)
     z = x * x
-    terms = np.stack([z, x])
+    terms = np.empty((2, *x.shape), _F)
+    terms[0], terms[1] = z, x
     addends = terms.copy()
     addends[0] *= _F(-0.5)
     polynomial = _polynomial(z, _COS_SIN_COEFFICIENTS)

@@ -16,7 +16,7 @@ import numpy as np
 
 # Tokens per block of the sum over modes: its temporary stays in the processor's cache.
 _BLOCK = 512
-_NEAR_ZERO = 1e-300
+_NEAR_ZERO = 1e-300  # far below float32's smallest, 1.4e-45
 
 
 def update(
@@ -43,12 +43,11 @@ def update(
         [B, N, C*P] float32, a new array.
     """
     step = sigma_start - sigma_end
-    weights, gammas = _modes(logweights, loggammas)
-    coefficients = _phi(gammas * step)
-    coefficients *= weights
+    coefficients, gammas = _modes(logweights, loggammas)
+    coefficients[1:] *= _phi(gammas * step)
     coefficients *= step
     if sigma_start != sigma_src:  # a whole step starts where the student was evaluated, and the factor is 1
-        coefficients *= np.exp(gammas * (sigma_src - sigma_start))
+        coefficients[1:] *= np.exp(gammas * (sigma_src - sigma_start))
     mixed = _mix(means, coefficients)
     return np.subtract(latents, mixed, out=mixed)
 
@@ -57,12 +56,13 @@ def velocity(
     means: np.ndarray, logweights: np.ndarray, loggammas: np.ndarray, sigma_src: float, sigma: float
 ) -> np.ndarray:
     """The student's velocity at `sigma` <= `sigma_src`, [B, N, C*P] float32; arguments as for `update`."""
-    weights, gammas = _modes(logweights, loggammas)
-    return _mix(means, weights * np.exp(gammas * (sigma_src - sigma)))
+    coefficients, gammas = _modes(logweights, loggammas)
+    coefficients[1:] *= np.exp(gammas * (sigma_src - sigma))
+    return _mix(means, coefficients)
 
 
 def _modes(logweights: np.ndarray, loggammas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """softmax over modes, and loggammas with mode 0: both [K, B, N, P] float64.
+    """softmax over modes [K, B, N, P] and the loggammas of modes 1 and on [K-1, B, N, P], both new and float64.
 
     Modes come first because numpy reduces the first axis several times faster than a middle one.
     """
@@ -70,17 +70,16 @@ def _modes(logweights: np.ndarray, loggammas: np.ndarray) -> tuple[np.ndarray, n
     weights -= np.maximum.reduce(weights)
     np.exp(weights, out=weights)
     weights /= np.add.reduce(weights)
-    gammas = np.zeros(weights.shape)
-    gammas[1:] = loggammas.transpose(2, 0, 1, 3)
-    return weights, gammas
+    return weights, loggammas.transpose(2, 0, 1, 3).astype(np.float64, order="C")
 
 
 def _phi(z: np.ndarray) -> np.ndarray:
     """expm1(z) / z, with its limit 1 at 0, from `z`, which it changes.
 
-    expm1 is accurate near 0, so only 0 itself needs care; of the number put there, expm1 is the number itself.
+    expm1 is accurate near 0, so only 0 itself needs care: of the number added there, expm1 is the number itself, and to
+    a product of float32 numbers that is not 0 it adds nothing.
     """
-    z[z == 0] = _NEAR_ZERO
+    z += _NEAR_ZERO
     phi: np.ndarray = np.expm1(z)
     phi /= z
     return phi
