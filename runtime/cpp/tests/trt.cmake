@@ -12,8 +12,8 @@ arcflow_embed_kernel(trt_tool)
 add_library(fake_cuda SHARED fake/fake_cuda.cpp)
 target_include_directories(fake_cuda PRIVATE ${ARCFLOW_KERNELS})
 set_target_properties(fake_cuda PROPERTIES OUTPUT_NAME cuda SUFFIX .so.1 LIBRARY_OUTPUT_DIRECTORY fake)
-add_executable(trt_denoiser_test trt_denoiser_test.cpp ${trt}/trt_cuda.cpp ${trt}/trt_denoiser.cpp ${trt}/trt_engine.cpp
-               ${trt}/trt_kernel.cpp)
+add_executable(trt_denoiser_test trt_denoiser_test.cpp trt_parts.cpp ${trt}/trt_cuda.cpp ${trt}/trt_denoiser.cpp
+               ${trt}/trt_engine.cpp ${trt}/trt_kernel.cpp ${trt}/trt_plan.cpp)
 target_include_directories(trt_denoiser_test PRIVATE fake)
 target_link_libraries(trt_denoiser_test PRIVATE arcflow_core Threads::Threads ${CMAKE_DL_LIBS})
 add_test(NAME trt_denoiser COMMAND trt_denoiser_test)
