@@ -7,14 +7,17 @@ Where `TRT_ROOT` names a TensorRT or TensorRT-RTX SDK (its headers suffice), the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 from fake_bundle import make_bundle
 from test_engine_store import HOST, make_key, put
@@ -26,6 +29,7 @@ from arcflow_runtime.gpu.kernels import UpdateShape, geometry
 from arcflow_runtime.trt.gpu import find_gpu
 from arcflow_runtime.trt.library import this_platform
 from arcflow_runtime.trt.store import Host, find_engine
+from tests.conftest import FAMILIES
 
 CPP = Path(__file__).parent.parent / "runtime" / "cpp"
 ENGINE_ERROR = "3"
@@ -142,6 +146,52 @@ def test_a_library_that_is_none_of_them(tool):
         f"{ENGINE_ERROR} libm.so.6 has no function getInferLibMajorVersion, so it is not TensorRT's library; "
         "name the right one"
     )
+
+
+_LEAN = """
+int getInferLibMajorVersion(void) { return 11; }
+int getInferLibMinorVersion(void) { return 1; }
+int getInferLibPatchVersion(void) { return 0; }
+int getInferLibBuildVersion(void) { return 106; }
+void *createInferRuntime_INTERNAL(void *logger, int version) { return 0; }
+"""
+
+
+def test_a_lean_library_cannot_fill_in_weights(tool, tmp_path):
+    library, source = tmp_path / "libnvinfer_lean.so.11", tmp_path / "lean.c"
+    source.write_text(_LEAN)
+    subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", library, source], check=True)
+    environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+    assert tool("library", "tensorrt", 11, 1, **environment) == (0, "11.1.0.106")
+    assert tool("refitter", "tensorrt", 11, 1, **environment) == (
+        1,
+        f"{ENGINE_ERROR} backbone: the engine has no weights, and libnvinfer_lean.so.11 has no function "
+        "createInferRefitter_INTERNAL to fill them in, as lean libraries do not; install the whole library of "
+        "tensorrt, or build the engine without --strip-weights",
+    )
+
+
+def test_a_whole_library_fills_in_weights(tool, rtx_library):
+    assert tool("refitter", "tensorrt-rtx", 1, 0, ARCFLOW_TENSORRT_RTX_LIBRARY=str(rtx_library)) == (0, "")
+
+
+# Weights of engines without them.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_those_of_the_graph(tool, bundles, family):
+    # Every tensor of constants of every part, byte for byte as the onnx package reads it.
+    bundle = Bundle.open(bundles(family))
+    for part, spec in bundle.manifest.parts.items():
+        model = onnx.load(bundle.path(spec.graph))
+        asked, expected = [], {}
+        for tensor in model.graph.initializer:
+            asked += [tensor.name, tensor.data_type, math.prod(tensor.dims)]
+            expected[tensor.name] = hashlib.sha256(tensor.raw_data).hexdigest()
+        assert any(t.dims for t in model.graph.initializer) and "Constant" not in {n.op_type for n in model.graph.node}
+        code, said = tool("weights", bundle.root, part, *asked)
+        assert code == 0, said
+        assert dict(line.rsplit(" ", 1) for line in said.splitlines()) == expected
 
 
 # Records.

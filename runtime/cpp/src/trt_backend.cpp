@@ -80,7 +80,7 @@ private:
         const auto loaded = std::make_shared<Loaded>();
         loaded->device = device_;
         loaded->runtime = runtime_;
-        loaded->session = runtime_->load(engine, bundle.manifest.parts.at(part));
+        loaded->session = runtime_->load(engine, bundle);
         std::shared_ptr<TrtSession> shared(loaded, loaded->session.get());
         known = shared;
         return shared;

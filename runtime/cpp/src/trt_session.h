@@ -1,4 +1,4 @@
-// TensorRT's interface behind one of ours, so that its headers are needed in one file: an engine's file -> contexts
+// TensorRT's interface behind one of ours, so that its headers are needed in two files: an engine's file -> contexts
 // that run it on device memory.
 #pragma once
 
@@ -54,12 +54,12 @@ class TrtRuntime {
 public:
     virtual ~TrtRuntime() = default;
 
-    // Load an engine whose file was checked. Throws Error where it cannot be loaded, or its inputs and outputs are not
-    // the manifest's.
-    virtual std::unique_ptr<TrtSession> load(const BuiltEngine &engine, const Part &spec) = 0;
+    // Load an engine of the bundle whose file was checked, and fill in its weights if it has none (E6). Throws Error
+    // where it cannot be loaded, its inputs and outputs are not the manifest's, or the bundle's weights do not fit.
+    virtual std::unique_ptr<TrtSession> load(const BuiltEngine &engine, const Bundle &bundle) = 0;
 };
 
-// What this file was compiled with.
+// What the headers were.
 TrtFlavour trt_headers_flavour();
 TrtVersion trt_headers_version();
 

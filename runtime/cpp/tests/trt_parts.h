@@ -14,20 +14,13 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "engine.h"
 #include "trt_session.h"
 
 namespace fake {
 
 using namespace arcflow;
-
-#define CHECK(condition)                                                                     \
-    do {                                                                                     \
-        if (!(condition)) {                                                                  \
-            std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition);    \
-            std::exit(1);                                                                    \
-        }                                                                                    \
-    } while (false)
 
 constexpr int64_t K = 3, P = 4, C = 16, TEXT = 6, M = 5, HALF_HEAD = 2;
 
