@@ -7,17 +7,14 @@ Where `TRT_ROOT` names a TensorRT or TensorRT-RTX SDK (its headers suffice), the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import pytest
 from fake_bundle import make_bundle
 from test_engine_store import HOST, make_key, put
@@ -29,39 +26,14 @@ from arcflow_runtime.gpu.kernels import UpdateShape, geometry
 from arcflow_runtime.trt.gpu import find_gpu
 from arcflow_runtime.trt.library import this_platform
 from arcflow_runtime.trt.store import Host, find_engine
-from tests.conftest import FAMILIES
+from tests.cpp import configure_cpp
 
-CPP = Path(__file__).parent.parent / "runtime" / "cpp"
 ENGINE_ERROR = "3"
 
 
-def configure(folder, *options):
-    """Configure the C++ project; skips where it cannot be built."""
-    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("needs cmake and a C++ compiler")
-    if importlib.util.find_spec("nlohmann_json") is None:
-        pytest.skip("needs the package nlohmann-json")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    defaults = [f"-DARCFLOW_PYTHON={sys.executable}", "-DARCFLOW_WERROR=ON"]
-    subprocess.run(["cmake", "-S", CPP, "-B", folder, *generator, *defaults, *options], check=True)
-
-
-@pytest.fixture(scope="session")
-def tool(tmp_path_factory):
-    """A function (arguments, environment) -> exit code and what trt_tool said."""
-    named = os.environ.get("ARCFLOW_CPP_BUILD")
-    folder = Path(named or tmp_path_factory.mktemp("cpp_trt"))
-    if not (folder / "CMakeCache.txt").exists():
-        configure(folder, "-DARCFLOW_OPENVINO=OFF")
-    subprocess.run(["cmake", "--build", folder, "--target", "trt_tool"], check=True)
-
-    def run(*arguments, **environment):
-        command = [str(folder / "tests" / "trt_tool"), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-        assert done.returncode in (0, 1), done.stderr
-        return done.returncode, (done.stderr if done.returncode else done.stdout).rstrip("\n")
-
-    return run
+@pytest.fixture
+def tool(trt_tool):
+    return trt_tool
 
 
 # The driver and the libraries.
@@ -173,25 +145,6 @@ def test_a_lean_library_cannot_fill_in_weights(tool, tmp_path):
 
 def test_a_whole_library_fills_in_weights(tool, rtx_library):
     assert tool("refitter", "tensorrt-rtx", 1, 0, ARCFLOW_TENSORRT_RTX_LIBRARY=str(rtx_library)) == (0, "")
-
-
-# Weights of engines without them.
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_those_of_the_graph(tool, bundles, family):
-    # Every tensor of constants of every part, byte for byte as the onnx package reads it.
-    bundle = Bundle.open(bundles(family))
-    for part, spec in bundle.manifest.parts.items():
-        model = onnx.load(bundle.path(spec.graph))
-        asked, expected = [], {}
-        for tensor in model.graph.initializer:
-            asked += [tensor.name, tensor.data_type, math.prod(tensor.dims)]
-            expected[tensor.name] = hashlib.sha256(tensor.raw_data).hexdigest()
-        assert any(t.dims for t in model.graph.initializer) and "Constant" not in {n.op_type for n in model.graph.node}
-        code, said = tool("weights", bundle.root, part, *asked)
-        assert code == 0, said
-        assert dict(line.rsplit(" ", 1) for line in said.splitlines()) == expected
 
 
 # Records.
@@ -377,7 +330,7 @@ def library(tmp_path_factory):
     if not root:
         pytest.skip("set TRT_ROOT to a TensorRT or TensorRT-RTX SDK to build its engines")
     folder = tmp_path_factory.mktemp("cpp_trt_library")
-    configure(
+    configure_cpp(
         folder, "-DARCFLOW_TENSORRT=ON", f"-DTRT_ROOT={root}", "-DARCFLOW_OPENVINO=OFF", "-DCMAKE_BUILD_TYPE=Debug"
     )
     subprocess.run(["cmake", "--build", folder, "--target", "arcflow"], check=True)

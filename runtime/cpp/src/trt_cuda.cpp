@@ -16,6 +16,7 @@ constexpr int name_bytes = 256;
 // The driver's functions by the names that its library exports; the suffixes are versions of their ABI.
 struct Api {
     int (*cuInit)(unsigned);
+    int (*cuDriverGetVersion)(int *);
     int (*cuDeviceGet)(int *, int);
     int (*cuDeviceGetName)(char *, int, int);
     int (*cuDeviceGetAttribute)(int *, int, int);
@@ -66,6 +67,7 @@ struct Driver {
         };
 #define ARCFLOW_FIND(name) find(api.name, #name)
         ARCFLOW_FIND(cuInit);
+        ARCFLOW_FIND(cuDriverGetVersion);
         ARCFLOW_FIND(cuDeviceGet);
         ARCFLOW_FIND(cuDeviceGetName);
         ARCFLOW_FIND(cuDeviceGetAttribute);
@@ -137,14 +139,17 @@ Found find_first() {
     if (result == success) result = api().cuDeviceGet(&found.device, 0);
     char name[name_bytes] = "";
     if (result == success) result = api().cuDeviceGetName(name, name_bytes, found.device);
-    int major = 0, minor = 0;
+    int major = 0, minor = 0, version = 0;
     if (result == success) result = api().cuDeviceGetAttribute(&major, compute_capability_major, found.device);
     if (result == success) result = api().cuDeviceGetAttribute(&minor, compute_capability_minor, found.device);
+    if (result == success) result = api().cuDriverGetVersion(&version);
     if (result != success) {
         found.why = describe(result);
         return found;
     }
-    found.gpu = Gpu{name, "sm" + std::to_string(major) + std::to_string(minor)};
+    // 13.0 is told as 13000.
+    found.gpu = Gpu{name, "sm" + std::to_string(major) + std::to_string(minor),
+                    std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10)};
     return found;
 }
 

@@ -13,9 +13,9 @@ namespace arcflow::cuda {
 using Address = unsigned long long;
 using Handle = void *;  // CUcontext, CUstream, CUgraph, ...
 
-// A GPU's product name, and its compute capability as a target such as "sm89".
+// A GPU's product name, its compute capability as a target such as "sm89", and its driver's version of CUDA, "13.0".
 struct Gpu {
-    std::string name, target;
+    std::string name, target, driver;
 };
 
 // The first GPU that CUDA_VISIBLE_DEVICES leaves; none where there is no driver or no GPU. Never throws.

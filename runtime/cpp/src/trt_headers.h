@@ -8,6 +8,7 @@
 #include <mutex>
 #include <string>
 
+#include "trt_runtime_cache.h"
 #include "trt_session.h"
 
 namespace arcflow {
@@ -45,8 +46,8 @@ private:
     std::string last_;
 };
 
-// An engine that was loaded and checked, with its weights.
+// An engine that was loaded and checked, with its weights. `cache` is null for none.
 std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,
-                                             std::shared_ptr<TrtLogger> logger);
+                                             std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger);
 
 }  // namespace arcflow

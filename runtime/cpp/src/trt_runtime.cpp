@@ -110,7 +110,8 @@ private:
 
 class Runtime : public TrtRuntime {
 public:
-    explicit Runtime(const TrtLibrary &library) : library_(library), logger_(std::make_shared<TrtLogger>()) {
+    Runtime(const TrtLibrary &library, const cuda::Gpu &gpu)
+        : library_(library), gpu_(gpu), logger_(std::make_shared<TrtLogger>()) {
         runtime_.reset(static_cast<nv::IRuntime *>(library.create_runtime(logger_.get(), NV_TENSORRT_VERSION)));
         if (!runtime_) {
             throw engine_error(std::string(name_of(trt_flavour)) + " " + library_.version.text() + " cannot start" +
@@ -131,7 +132,7 @@ public:
             Refitter refitter(library_, *engine, part, logger_);
             refit(refitter, bundle, part);
         }
-        return make_trt_session(part, std::move(engine), logger_);
+        return make_trt_session(part, std::move(engine), cache_of(built.record), logger_);
     }
 
 private:
@@ -144,7 +145,16 @@ private:
                            "; build it again with `arcflow build`");
     }
 
+    // TensorRT-RTX compiles for the GPU at hand, TensorRT has done so when it built the engine.
+    std::shared_ptr<RuntimeCache> cache_of(const EngineRecord &record) const {
+        const auto folder = cache_folder();
+        if (trt_flavour != TrtFlavour::tensorrt_rtx || !folder) return nullptr;
+        const std::vector<std::string> key = {record.sha256, record.key.builder_version, gpu_.driver, gpu_.name};
+        return std::make_shared<RuntimeCache>(RuntimeCacheFile(key, *folder));
+    }
+
     TrtLibrary library_;
+    cuda::Gpu gpu_;
     std::shared_ptr<TrtLogger> logger_;
     std::unique_ptr<nv::IRuntime> runtime_;
 };
@@ -157,6 +167,8 @@ TrtVersion trt_headers_version() {
     return {NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH, NV_TENSORRT_BUILD};
 }
 
-std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library) { return std::make_unique<Runtime>(library); }
+std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library, const cuda::Gpu &gpu) {
+    return std::make_unique<Runtime>(library, gpu);
+}
 
 }  // namespace arcflow

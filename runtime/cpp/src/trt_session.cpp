@@ -30,11 +30,12 @@ std::string text_of(const std::vector<int64_t> &shape) {
 class Context : public TrtContext {
 public:
     Context(std::string part, std::unique_ptr<nv::IExecutionContext> context, cuda::Stream &stream,
-            bool streams_weights, std::shared_ptr<TrtLogger> logger)
+            bool streams_weights, std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
         : part_(std::move(part)),
           context_(std::move(context)),
           stream_(static_cast<cudaStream_t>(stream.handle)),
           streams_weights_(streams_weights),
+          cache_(std::move(cache)),
           logger_(std::move(logger)) {}
 
     size_t scratch_bytes() override { return context_->updateDeviceMemorySizeForShapes(); }
@@ -60,10 +61,19 @@ public:
     }
 
     void enqueue() override {
-        if (!context_->enqueueV3(stream_)) fail("run");
+        if (!cache_) return run();
+        // The first run compiles.
+        const std::shared_ptr<RuntimeCache> cache = std::move(cache_);
+        const std::lock_guard<std::mutex> lock(cache->mutex);
+        run();
+        cache->save();
     }
 
 private:
+    void run() {
+        if (!context_->enqueueV3(stream_)) fail("run");
+    }
+
     [[noreturn]] void fail(const std::string &what) {
         throw engine_error(part_ + ": " + name_of(trt_flavour) + " cannot " + what + logger_->take());
     }
@@ -72,22 +82,59 @@ private:
     std::unique_ptr<nv::IExecutionContext> context_;
     cudaStream_t stream_;
     bool streams_weights_;
+    std::shared_ptr<RuntimeCache> cache_;  // until the first run
     std::shared_ptr<TrtLogger> logger_;
 };
 
+#ifdef TRT_MAJOR_RTX
+class Kernels : public CompiledKernels {
+public:
+    Kernels(std::unique_ptr<nv::IRuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
+        : cache_(std::move(cache)), logger_(std::move(logger)) {}
+
+    bool take(std::string_view data) override {
+        const bool fits = cache_->deserialize(data.data(), data.size());
+        if (!fits) logger_->take();  // it is no error of what follows
+        return fits;
+    }
+
+    std::string bytes() override {
+        const std::unique_ptr<nv::IHostMemory> data(cache_->serialize());
+        return data ? std::string(static_cast<const char *>(data->data()), data->size()) : std::string();
+    }
+
+    const nv::IRuntimeCache &cache() const { return *cache_; }
+
+private:
+    std::unique_ptr<nv::IRuntimeCache> cache_;
+    std::shared_ptr<TrtLogger> logger_;
+};
+#endif
+
 class Session : public TrtSession {
 public:
-    Session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, std::shared_ptr<TrtLogger> logger)
-        : part_(std::move(part)), engine_(std::move(engine)), logger_(std::move(logger)) {
+    Session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, std::shared_ptr<RuntimeCache> cache,
+            std::shared_ptr<TrtLogger> logger)
+        : part_(std::move(part)), engine_(std::move(engine)), cache_(std::move(cache)), logger_(std::move(logger)) {
         streams_weights_ = engine_->getStreamableWeightsSize() > 0;
         if (streams_weights_ && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget())) {
             throw engine_error(part_ + ": no memory is left to stream weights through" + logger_->take());
         }
     }
 
+    ~Session() override {
+        if (!cache_) return;
+        try {
+            const std::lock_guard<std::mutex> lock(cache_->mutex);
+            cache_->save();
+            cache_->close();
+        } catch (const std::exception &) {  // what was compiled is lost, which costs time only
+        }
+    }
+
     std::unique_ptr<TrtContext> context(const Shapes &inputs, cuda::Stream &stream) override {
         const int32_t profile = profile_for(inputs);
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<std::mutex> lock(cache_ ? cache_->mutex : mutex_);
         std::unique_ptr<nv::IExecutionContext> context = make_context();
         const auto handle = static_cast<cudaStream_t>(stream.handle);
         bool set = context != nullptr && context->setOptimizationProfileAsync(profile, handle);
@@ -97,7 +144,7 @@ public:
             throw engine_error(part_ + ": " + name_of(trt_flavour) + " cannot make an execution context" +
                                logger_->take());
         }
-        return std::make_unique<Context>(part_, std::move(context), stream, streams_weights_, logger_);
+        return std::make_unique<Context>(part_, std::move(context), stream, streams_weights_, cache_, logger_);
     }
 
     int64_t largest(const std::string &input, size_t axis) override {
@@ -146,24 +193,41 @@ private:
         config->setExecutionContextAllocationStrategy(scratch);
         config->setDynamicShapesKernelSpecializationStrategy(nv::DynamicShapesKernelSpecializationStrategy::kEAGER);
         config->setCudaGraphStrategy(nv::CudaGraphStrategy::kDISABLED);
+        if (cache_) use_cache(*config);
         return std::unique_ptr<nv::IExecutionContext>(engine_->createExecutionContext(config.get()));
 #else
         return std::unique_ptr<nv::IExecutionContext>(engine_->createExecutionContext(scratch));
 #endif
     }
 
+#ifdef TRT_MAJOR_RTX
+    // Without the cache the context compiles what it needs, as for the first time.
+    void use_cache(nv::IRuntimeConfig &config) {
+        if (kernels_ == nullptr) {
+            std::unique_ptr<nv::IRuntimeCache> made(config.createRuntimeCache());
+            auto kernels = made ? std::make_unique<Kernels>(std::move(made), logger_) : nullptr;
+            kernels_ = kernels.get();
+            cache_->open(std::move(kernels));
+        }
+        if (kernels_ == nullptr || !config.setRuntimeCache(kernels_->cache())) logger_->take();
+    }
+
+    const Kernels *kernels_ = nullptr;  // the cache's
+#endif
+
     std::string part_;
     std::unique_ptr<nv::ICudaEngine> engine_;
+    std::shared_ptr<RuntimeCache> cache_;
     std::shared_ptr<TrtLogger> logger_;
     bool streams_weights_ = false;
-    std::mutex mutex_;  // contexts are made one at a time
+    std::mutex mutex_;  // contexts are made one at a time; the cache's where there is one
 };
 
 }  // namespace
 
 std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,
-                                             std::shared_ptr<TrtLogger> logger) {
-    return std::make_unique<Session>(std::move(part), std::move(engine), std::move(logger));
+                                             std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger) {
+    return std::make_unique<Session>(std::move(part), std::move(engine), std::move(cache), std::move(logger));
 }
 
 }  // namespace arcflow

@@ -63,7 +63,8 @@ public:
 TrtFlavour trt_headers_flavour();
 TrtVersion trt_headers_version();
 
-// There must be a GPU: without one TensorRT's lean library gives a pointer that cannot be used. Throws Error.
-std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library);
+// There must be a GPU: without one TensorRT's lean library gives a pointer that cannot be used. `gpu` is the
+// one whose device is current when engines are loaded. Throws Error.
+std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library, const cuda::Gpu &gpu);
 
 }  // namespace arcflow

@@ -1,4 +1,4 @@
-// Runs one step of opening a TensorRT engine, for tests/test_cpp_trt.py: prints its result, or its error and status.
+// Runs one step of opening a TensorRT engine, for tests/test_cpp_trt*.py: prints its result, or its error and status.
 //
 //   trt_tool gpu
 //   trt_tool library tensorrt|tensorrt-rtx MAJOR MINOR
@@ -6,6 +6,7 @@
 //   trt_tool weights BUNDLE PART NAME TYPE COUNT...
 //   trt_tool find BUNDLE PART BUILDER VERSION TARGET GPU|- PLATFORM fast|full
 //   trt_tool platform
+//   trt_tool cache ENGINE VERSION DRIVER GPU [TEXT]
 //   trt_tool nvrtc TARGET
 //   trt_tool geometry TOKENS MODES SUB_PIXELS float32|float16
 #include <cstdio>
@@ -19,6 +20,7 @@
 #include "trt_library.h"
 #include "trt_record.h"
 #include "trt_refit.h"
+#include "trt_runtime_cache.h"
 #include "update_embedded.h"
 
 namespace {
@@ -90,6 +92,10 @@ void run(const std::vector<std::string> &a) {
         find(a);
     } else if (a.at(0) == "platform") {
         std::printf("%s\n", arcflow::this_platform().c_str());
+    } else if (a.at(0) == "cache") {
+        arcflow::RuntimeCacheFile file({a.at(1), a.at(2), a.at(3), a.at(4)}, arcflow::cache_folder().value());
+        std::printf("%s %s\n", file.path.c_str(), file.read().value_or("nothing").c_str());
+        if (a.size() > 5) file.write(a[5]);
     } else if (a.at(0) == "nvrtc") {
         std::fwrite(arcflow::compile_with_nvrtc(update_source, a.at(1)).data(), 1, 4, stdout);
     } else if (a.at(0) == "geometry") {

@@ -93,6 +93,10 @@ int fake_graph_launches() { return graph_launches; }
 void fake_refuse_capture(int refuse) { refuse_capture = refuse != 0; }
 
 int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int *version) {
+    *version = 13010;
+    return 0;
+}
 int cuDeviceGet(int *device, int) { return *device = 0; }
 int cuDeviceGetName(char *name, int size, int) {
     std::strncpy(name, "Fake GPU", static_cast<size_t>(size));
