@@ -11,6 +11,7 @@ constexpr int success = 0, out_of_memory = 2;
 constexpr int compute_capability_major = 75, compute_capability_minor = 76;
 constexpr unsigned stream_non_blocking = 1;
 constexpr int capture_thread_local = 1;
+constexpr unsigned event_default = 0, record_default = 0, record_external = 1;
 constexpr int name_bytes = 256;
 
 // The driver's functions by the names that its library exports; the suffixes are versions of their ABI.
@@ -41,6 +42,10 @@ struct Api {
     int (*cuGraphLaunch)(Handle, Handle);
     int (*cuGraphDestroy)(Handle);
     int (*cuGraphExecDestroy)(Handle);
+    int (*cuEventCreate)(Handle *, unsigned);
+    int (*cuEventDestroy_v2)(Handle);
+    int (*cuEventRecordWithFlags)(Handle, Handle, unsigned);
+    int (*cuEventElapsedTime)(float *, Handle, Handle);
     int (*cuModuleLoadData)(Handle *, const void *);
     int (*cuModuleUnload)(Handle);
     int (*cuModuleGetFunction)(Handle *, Handle, const char *);
@@ -92,6 +97,10 @@ struct Driver {
         ARCFLOW_FIND(cuGraphLaunch);
         ARCFLOW_FIND(cuGraphDestroy);
         ARCFLOW_FIND(cuGraphExecDestroy);
+        ARCFLOW_FIND(cuEventCreate);
+        ARCFLOW_FIND(cuEventDestroy_v2);
+        ARCFLOW_FIND(cuEventRecordWithFlags);
+        ARCFLOW_FIND(cuEventElapsedTime);
         ARCFLOW_FIND(cuModuleLoadData);
         ARCFLOW_FIND(cuModuleUnload);
         ARCFLOW_FIND(cuModuleGetFunction);
@@ -204,6 +213,16 @@ Graph::~Graph() { api().cuGraphExecDestroy(executable_); }
 
 void Graph::launch(Handle stream) { check(api().cuGraphLaunch(executable_, stream), "launch a graph"); }
 
+Event::Event() { check(api().cuEventCreate(&event_, event_default), "make an event"); }
+
+Event::~Event() { api().cuEventDestroy_v2(event_); }
+
+double Event::ms_since(const Event &earlier) const {
+    float ms = 0;
+    check(api().cuEventElapsedTime(&ms, earlier.event_, event_), "tell the time between events");
+    return static_cast<double>(ms);
+}
+
 Stream::Stream() { check(api().cuStreamCreate(&handle, stream_non_blocking), "make a stream"); }
 
 Stream::~Stream() { api().cuStreamDestroy_v2(handle); }
@@ -218,10 +237,20 @@ void Stream::to_host(void *target, Address source, size_t bytes) {
 
 void Stream::wait() { check(api().cuStreamSynchronize(handle), "finish the work of a stream"); }
 
-void Stream::begin_capture() { check(api().cuStreamBeginCapture_v2(handle, capture_thread_local), "begin a capture"); }
+void Stream::record(Event &event) {
+    // In a capture, only an external event can be asked for its time.
+    check(api().cuEventRecordWithFlags(event.event_, handle, capturing_ ? record_external : record_default),
+          "record an event");
+}
+
+void Stream::begin_capture() {
+    check(api().cuStreamBeginCapture_v2(handle, capture_thread_local), "begin a capture");
+    capturing_ = true;
+}
 
 std::unique_ptr<Graph> Stream::end_capture(std::string &why) {
     Handle captured = nullptr;
+    capturing_ = false;
     const int result = api().cuStreamEndCapture(handle, &captured);
     if (result != success) {
         why = describe(result);

@@ -165,6 +165,7 @@ std::string Plan::capture(cuda::Stream &stream, UpdateKernel &kernel) {
 Denoised Plan::take(const DenoiseInputs &inputs) const {
     Denoised out;
     out.latents = Tensor(DType::float32, {shape.batch, shape.tokens, shape.channels});
+    out.stages_ms = times_ms();
     scatter(host_->data + fed_bytes_, inputs, out.latents);
     if (!shape.decode) return out;
     out.pixels = Tensor(DType::uint8, pixel_shape_);
@@ -237,13 +238,17 @@ void Plan::use_scratch() {
 }
 
 void Plan::enqueue(cuda::Stream &stream, UpdateKernel &kernel) {
+    marks_.clear();
+    mark(stream, "start");
     stream.to_device(device_->address, host_->data, fed_bytes_);
+    mark(stream, "copy");
     for (size_t step = 0; step < shape.steps; ++step) {
         size_t state = state_;
         for (size_t g = 0; g < groups_.size(); ++g) {
             Group &group = groups_[g];
             group.context->bind("modulation", address(group.modulation[step]));
             group.context->enqueue();
+            mark(stream, "backbone");
             const int64_t tokens = shape.groups[g].first * shape.tokens;
             const UpdateShape update{tokens,
                                      static_cast<int32_t>(latents_.num_gaussians),
@@ -256,12 +261,35 @@ void Plan::enqueue(cuda::Stream &stream, UpdateKernel &kernel) {
                           {address(group.means), address(group.logweights), address(group.loggammas),
                            address(state), address(state), last ? 0 : address(group.input), address(sigmas_)},
                           static_cast<int32_t>(step));
+            mark(stream, "update");
             state += static_cast<size_t>(tokens * shape.channels) * sizeof(float);
         }
     }
-    if (decoder_) decoder_->enqueue();
+    if (decoder_) {
+        decoder_->enqueue();
+        mark(stream, "decode");
+    }
     stream.to_host(host_->data + fed_bytes_, address(state_), latent_bytes_);
     stream.to_host(host_->data + fed_bytes_ + latent_bytes_, address(pixels_), pixel_bytes_);
+    mark(stream, "copy");
+}
+
+// `stage` ends here.
+void Plan::mark(cuda::Stream &stream, const char *stage) {
+    if (marks_.size() == events_.size()) events_.push_back(std::make_unique<cuda::Event>());
+    stream.record(*events_[marks_.size()]);
+    marks_.push_back(stage);
+}
+
+std::vector<std::pair<std::string, double>> Plan::times_ms() const {
+    std::vector<std::pair<std::string, double>> times;
+    for (size_t i = 1; i < marks_.size(); ++i) {
+        const double ms = events_[i]->ms_since(*events_[i - 1]);
+        const auto known = std::find_if(times.begin(), times.end(), [&](const auto &t) { return t.first == marks_[i]; });
+        if (known == times.end()) times.emplace_back(marks_[i], ms);
+        else known->second += ms;
+    }
+    return times;
 }
 
 void Plan::put(size_t offset, const Tensor &tensor, DType dtype) {

@@ -56,7 +56,7 @@ public:
     // need not be.
     std::string capture(cuda::Stream &stream, UpdateKernel &kernel);
 
-    // What the last run left in the pinned memory, in the request's order.
+    // What the last run left in the pinned memory, in the request's order, and its times; the stream was waited for.
     Denoised take(const DenoiseInputs &inputs) const;
 
 private:
@@ -83,6 +83,8 @@ private:
     void bind();
     void use_scratch();
     void enqueue(cuda::Stream &stream, UpdateKernel &kernel);
+    void mark(cuda::Stream &stream, const char *stage);
+    std::vector<std::pair<std::string, double>> times_ms() const;
     void put(size_t offset, const Tensor &tensor, DType dtype);
     void scatter(const std::byte *from, const DenoiseInputs &inputs, Tensor &to) const;
 
@@ -97,6 +99,9 @@ private:
     std::unique_ptr<cuda::Pinned> host_;
     std::vector<Group> groups_;
     std::unique_ptr<TrtContext> decoder_;
+    // Where stages end, after the start. A graph has its events in it, so each place keeps its own.
+    std::vector<std::unique_ptr<cuda::Event>> events_;
+    std::vector<const char *> marks_;
     std::unique_ptr<cuda::Graph> graph_;
     bool tried_ = false;
 };

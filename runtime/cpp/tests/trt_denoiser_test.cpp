@@ -88,6 +88,21 @@ void test_a_refused_capture_falls_back() {
     driver<void(int)>("fake_refuse_capture")(0);
 }
 
+// The fake device's clock: 10 ms each engine's run, 1 each update, 1/4 each copy.
+void test_times_of_stages() {
+    Setup graph(DType::float32), plain(DType::float32, false);
+    using Times = std::vector<std::pair<std::string, double>>;
+    for (uint64_t seed = 1; seed < 4; ++seed) {
+        for (const Setup *s : {&graph, &plain}) {
+            // Two groups in two steps.
+            const Times whole = s->denoiser->run(inputs_of(seed, 2, true)).stages_ms;
+            CHECK(whole == (Times{{"copy", 0.75}, {"backbone", 40}, {"update", 4}, {"decode", 10}}));
+            const Times latents = s->denoiser->run(inputs_of(seed, 2, false, {1, 0})).stages_ms;
+            CHECK(latents == (Times{{"copy", 0.5}, {"backbone", 20}, {"update", 2}}));
+        }
+    }
+}
+
 void test_plans_are_bounded() {
     const auto live = driver<int()>("fake_live_allocations");
     const int before = live();
@@ -105,7 +120,7 @@ void test_plans_are_bounded() {
         }
         CHECK(most == 4 * 3);  // tensors, scratch and pinned memory of four plans
     }
-    CHECK(live() == before);
+    CHECK(live() == before && driver<int()>("fake_live_events")() == 0);
 }
 
 void test_threads() {
@@ -182,6 +197,7 @@ int main() {
     test_agrees_with_the_host();
     test_graph_and_enqueue_give_equal_bits();
     test_a_refused_capture_falls_back();
+    test_times_of_stages();
     test_plans_are_bounded();
     test_threads();
     test_inputs_that_do_not_fit();
