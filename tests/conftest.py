@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from arcflow_export.load import Student, load_student
 from arcflow_export.options import Options
 from arcflow_export.sources import Location
 from arcflow_runtime import Pipeline, cli
-from tests.cpp import build_library, embed, library_of
+from tests.cpp import build_library, configure_cpp, embed, library_of
 from tests.kernel_source import build_host, open_gpu
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -83,6 +84,26 @@ def cpp_build(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("ARCFLOW_CPP_BUILD") or tmp_path_factory.mktemp("cpp"))
     build_library(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trt_tool(tmp_path_factory):
+    """A function (arguments, environment) -> exit code and what trt_tool said."""
+    named = os.environ.get("ARCFLOW_CPP_BUILD")
+    folder = Path(named or tmp_path_factory.mktemp("cpp_trt"))
+    if not (folder / "CMakeCache.txt").exists():
+        configure_cpp(folder, "-DARCFLOW_OPENVINO=OFF")
+    subprocess.run(["cmake", "--build", folder, "--target", "trt_tool"], check=True)
+    path = folder / "tests" / "trt_tool"
+
+    def run(*arguments, **environment):
+        command = [str(path), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+        assert done.returncode in (0, 1), done.stderr
+        return done.returncode, (done.stderr if done.returncode else done.stdout).rstrip("\n")
+
+    run.path = path
+    return run
 
 
 @pytest.fixture(scope="session")

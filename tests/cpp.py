@@ -33,15 +33,22 @@ def _embed() -> ModuleType:
 embed = _embed()
 
 
-def build_library(folder: Path) -> None:
-    """Build the library, its programs of tests and its examples; skips where that is not possible."""
+def configure_cpp(folder: Path, *options: str) -> None:
+    """Configure the C++ project; skips where it cannot be built."""
     if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs cmake and a C++ compiler")
+    if importlib.util.find_spec("nlohmann_json") is None:
+        pytest.skip("needs the package nlohmann-json")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    defaults = [f"-DARCFLOW_PYTHON={sys.executable}", "-DARCFLOW_WERROR=ON"]
+    run(["cmake", "-S", CPP, "-B", folder, *generator, *defaults, *options])
+
+
+def build_library(folder: Path) -> None:
+    """Build the library, its programs of tests and its examples; skips where that is not possible."""
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("needs the packages openvino and openvino-tokenizers")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = [f"-DARCFLOW_PYTHON={sys.executable}", "-DARCFLOW_OPENVINO=ON", "-DARCFLOW_WERROR=ON"]
-    run(["cmake", "-S", CPP, "-B", folder, *generator, *options])
+    configure_cpp(folder, "-DARCFLOW_OPENVINO=ON")
     run(["cmake", "--build", folder, "--parallel", os.cpu_count() or 1])
 
 

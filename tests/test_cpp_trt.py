@@ -26,38 +26,14 @@ from arcflow_runtime.gpu.kernels import UpdateShape, geometry
 from arcflow_runtime.trt.gpu import find_gpu
 from arcflow_runtime.trt.library import this_platform
 from arcflow_runtime.trt.store import Host, find_engine
+from tests.cpp import configure_cpp
 
-CPP = Path(__file__).parent.parent / "runtime" / "cpp"
 ENGINE_ERROR = "3"
 
 
-def configure(folder, *options):
-    """Configure the C++ project; skips where it cannot be built."""
-    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("needs cmake and a C++ compiler")
-    if importlib.util.find_spec("nlohmann_json") is None:
-        pytest.skip("needs the package nlohmann-json")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    defaults = [f"-DARCFLOW_PYTHON={sys.executable}", "-DARCFLOW_WERROR=ON"]
-    subprocess.run(["cmake", "-S", CPP, "-B", folder, *generator, *defaults, *options], check=True)
-
-
-@pytest.fixture(scope="session")
-def tool(tmp_path_factory):
-    """A function (arguments, environment) -> exit code and what trt_tool said."""
-    named = os.environ.get("ARCFLOW_CPP_BUILD")
-    folder = Path(named or tmp_path_factory.mktemp("cpp_trt"))
-    if not (folder / "CMakeCache.txt").exists():
-        configure(folder, "-DARCFLOW_OPENVINO=OFF")
-    subprocess.run(["cmake", "--build", folder, "--target", "trt_tool"], check=True)
-
-    def run(*arguments, **environment):
-        command = [str(folder / "tests" / "trt_tool"), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-        assert done.returncode in (0, 1), done.stderr
-        return done.returncode, (done.stderr if done.returncode else done.stdout).rstrip("\n")
-
-    return run
+@pytest.fixture
+def tool(trt_tool):
+    return trt_tool
 
 
 # The driver and the libraries.
@@ -142,6 +118,33 @@ def test_a_library_that_is_none_of_them(tool):
         f"{ENGINE_ERROR} libm.so.6 has no function getInferLibMajorVersion, so it is not TensorRT's library; "
         "name the right one"
     )
+
+
+_LEAN = """
+int getInferLibMajorVersion(void) { return 11; }
+int getInferLibMinorVersion(void) { return 1; }
+int getInferLibPatchVersion(void) { return 0; }
+int getInferLibBuildVersion(void) { return 106; }
+void *createInferRuntime_INTERNAL(void *logger, int version) { return 0; }
+"""
+
+
+def test_a_lean_library_cannot_fill_in_weights(tool, tmp_path):
+    library, source = tmp_path / "libnvinfer_lean.so.11", tmp_path / "lean.c"
+    source.write_text(_LEAN)
+    subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", library, source], check=True)
+    environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+    assert tool("library", "tensorrt", 11, 1, **environment) == (0, "11.1.0.106")
+    assert tool("refitter", "tensorrt", 11, 1, **environment) == (
+        1,
+        f"{ENGINE_ERROR} backbone: the engine has no weights, and libnvinfer_lean.so.11 has no function "
+        "createInferRefitter_INTERNAL to fill them in, as lean libraries do not; install the whole library of "
+        "tensorrt, or build the engine without --strip-weights",
+    )
+
+
+def test_a_whole_library_fills_in_weights(tool, rtx_library):
+    assert tool("refitter", "tensorrt-rtx", 1, 0, ARCFLOW_TENSORRT_RTX_LIBRARY=str(rtx_library)) == (0, "")
 
 
 # Records.
@@ -327,7 +330,7 @@ def library(tmp_path_factory):
     if not root:
         pytest.skip("set TRT_ROOT to a TensorRT or TensorRT-RTX SDK to build its engines")
     folder = tmp_path_factory.mktemp("cpp_trt_library")
-    configure(
+    configure_cpp(
         folder, "-DARCFLOW_TENSORRT=ON", f"-DTRT_ROOT={root}", "-DARCFLOW_OPENVINO=OFF", "-DCMAKE_BUILD_TYPE=Debug"
     )
     subprocess.run(["cmake", "--build", folder, "--target", "arcflow"], check=True)

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "manifest.h"
@@ -41,9 +42,11 @@ struct DenoiseInputs {
     bool decode;
 };
 
-// latents [B, N, C] float32 after the last step; pixels [B, H, W, 3] uint8 if they were asked for.
+// latents [B, N, C] float32 after the last step; pixels [B, H, W, 3] uint8 if they were asked for. `stages_ms` are the
+// device's milliseconds in "copy", "backbone", "update" and "decode".
 struct Denoised {
     Tensor latents, pixels;
+    std::vector<std::pair<std::string, double>> stages_ms;
 };
 
 // The backbone of every step, the updates between and the decoder without a return to the host, for backends that have

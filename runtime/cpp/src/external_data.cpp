@@ -1,99 +1,19 @@
-// The walk over a graph's protobuf: of its wire format only what leads to tensors is understood, the rest is skipped.
-// Field numbers are those of onnx.proto, which may add fields but never renumber them.
+// The walk over every tensor of a graph, wherever it is.
 #include "external_data.h"
 
 #include <charconv>
 #include <cstdint>
-#include <fstream>
-#include <optional>
+#include <stdexcept>
 #include <string_view>
 
 #include "error.h"
+#include "onnx_graph.h"
 
 namespace arcflow {
 namespace {
 
-// Weights lie outside the graph, so a graph has kilobytes for each layer.
-constexpr uint64_t max_graph_bytes = uint64_t{256} << 20;
 // Of graphs within attributes of nodes (If, Loop) within graphs; exported graphs have none.
 constexpr int max_depth = 16;
-
-struct Field {
-    uint64_t number;
-    std::string_view bytes;  // of a length-delimited field, empty for others
-};
-
-// The fields of one message, in order.
-class Message {
-public:
-    explicit Message(std::string_view bytes) : rest_(bytes) {}
-
-    // Nothing at the end. Throws std::out_of_range where the bytes are no protobuf.
-    std::optional<Field> next() {
-        if (rest_.empty()) {
-            return std::nullopt;
-        }
-        const uint64_t tag = varint();
-        switch (tag & 7) {
-        case 0:
-            varint();
-            return Field{tag >> 3, {}};
-        case 1:
-            take(8);
-            return Field{tag >> 3, {}};
-        case 2:
-            return Field{tag >> 3, take(varint())};
-        case 5:
-            take(4);
-            return Field{tag >> 3, {}};
-        default:  // groups, which onnx.proto has none of
-            throw std::out_of_range("wire type");
-        }
-    }
-
-private:
-    uint64_t varint() {
-        uint64_t value = 0;
-        for (unsigned shift = 0; shift < 64; shift += 7) {
-            const auto byte = static_cast<unsigned char>(take(1)[0]);
-            value |= uint64_t{byte & 0x7fu} << shift;
-            if (byte < 0x80) {
-                return value;
-            }
-        }
-        throw std::out_of_range("varint");
-    }
-
-    std::string_view take(uint64_t count) {
-        if (count > rest_.size()) {
-            throw std::out_of_range("length");
-        }
-        const std::string_view taken = rest_.substr(0, static_cast<size_t>(count));
-        rest_.remove_prefix(static_cast<size_t>(count));
-        return taken;
-    }
-
-    std::string_view rest_;
-};
-
-std::string read_whole(const std::filesystem::path &path) {
-    std::ifstream file(path, std::ios::binary | std::ios::ate);
-    const auto end = file ? static_cast<std::streamoff>(file.tellg()) : std::streamoff{-1};
-    if (end < 0) {
-        throw bundle_error(path.string() + " cannot be read");
-    }
-    const auto size = static_cast<uint64_t>(end);
-    if (size > max_graph_bytes) {
-        throw bundle_error(path.string() + " is larger than " + std::to_string(max_graph_bytes) +
-                           " bytes; it is not a graph with its weights outside");
-    }
-    std::string bytes(static_cast<size_t>(size), '\0');
-    file.seekg(0);
-    if (!file.read(bytes.data(), static_cast<std::streamsize>(size))) {
-        throw bundle_error(path.string() + " cannot be read");
-    }
-    return bytes;
-}
 
 class Check {
 public:
@@ -103,13 +23,13 @@ public:
           weights_bytes_(bundle.manifest.files.at(part.weights).bytes) {}
 
     void model(std::string_view bytes) const {
-        each(bytes, [&](const Field &f) {
+        each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 7) {  // graph
                 graph(f.bytes, 0);
             } else if (f.number == 20) {  // training_info: two graphs
-                each(f.bytes, [&](const Field &inner) { graph(inner.bytes, 0); });
+                each_field(f.bytes, [&](const ProtobufField &inner) { graph(inner.bytes, 0); });
             } else if (f.number == 25) {  // functions
-                each(f.bytes, [&](const Field &inner) {
+                each_field(f.bytes, [&](const ProtobufField &inner) {
                     if (inner.number == 7) {
                         node(inner.bytes, 0);
                     }
@@ -119,18 +39,11 @@ public:
     }
 
 private:
-    template <class Visit> static void each(std::string_view bytes, Visit visit) {
-        Message message(bytes);
-        while (const auto field = message.next()) {
-            visit(*field);
-        }
-    }
-
     void graph(std::string_view bytes, int depth) const {
         if (depth > max_depth) {
             throw std::out_of_range("depth");
         }
-        each(bytes, [&](const Field &f) {
+        each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 1) {
                 node(f.bytes, depth);
             } else if (f.number == 5) {  // initializer
@@ -142,7 +55,7 @@ private:
     }
 
     void node(std::string_view bytes, int depth) const {
-        each(bytes, [&](const Field &f) {
+        each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 5) {
                 attribute(f.bytes, depth);
             }
@@ -150,7 +63,7 @@ private:
     }
 
     void attribute(std::string_view bytes, int depth) const {
-        each(bytes, [&](const Field &f) {
+        each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 5 || f.number == 10) {  // t, tensors
                 tensor(f.bytes);
             } else if (f.number == 22 || f.number == 23) {  // sparse_tensor, sparse_tensors
@@ -162,7 +75,7 @@ private:
     }
 
     void sparse(std::string_view bytes) const {
-        each(bytes, [&](const Field &f) {
+        each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 1 || f.number == 2) {  // values, indices
                 tensor(f.bytes);
             }
@@ -174,13 +87,14 @@ private:
         bool external = false;
         bool located = false;
         uint64_t offset = 0, length = 0;
-        each(bytes, [&](const Field &f) {
+        each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 8) {
                 name = f.bytes;
             } else if (f.number == 13) {  // external_data: one key with its value
                 external = true;
                 std::string_view key, value;
-                each(f.bytes, [&](const Field &entry) { (entry.number == 1 ? key : value) = entry.bytes; });
+                each_field(f.bytes,
+                           [&](const ProtobufField &entry) { (entry.number == 1 ? key : value) = entry.bytes; });
                 if (key == "location") {
                     location(name, value);
                     located = true;
@@ -234,7 +148,7 @@ private:
 void check_external_data(const Bundle &bundle, const std::string &part) {
     const Part &spec = bundle.manifest.parts.at(part);
     const std::filesystem::path path = bundle.path(spec.graph);
-    const std::string bytes = read_whole(path);
+    const std::string bytes = read_graph(path);
     try {
         Check(path, bundle, spec).model(bytes);
     } catch (const std::out_of_range &) {

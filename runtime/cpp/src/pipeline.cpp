@@ -291,8 +291,20 @@ std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, i
 
 // Every step and the decoder in one call.
 Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const {
-    const auto backbone = watch("backbone"), engines = watch("engines");
-    Denoised made = denoiser.run(inputs);
+    Stopwatch all;
+    Denoised made;
+    {
+        const auto timed = all("all");
+        made = denoiser.run(inputs);
+    }
+    // What the device tells, and "stage" for the rest, which is the host's.
+    double rest = all.ms().front().second;
+    for (const auto &[stage, ms] : made.stages_ms) {
+        watch.add(stage, ms);
+        if (stage == "backbone" || stage == "decode") watch.add("engines", ms);
+        rest -= ms;
+    }
+    watch.add("stage", std::max(rest, 0.0));
     if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.noise.shape)
         throw engine_error("backbone: latents must be like the noise, " + inputs.noise.describe() + ", got " +
                            made.latents.describe());

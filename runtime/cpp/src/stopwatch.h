@@ -1,4 +1,4 @@
-// Wall times of a request's stages, in milliseconds, in the order in which the stages were first entered.
+// Times of a request's stages, in milliseconds, in the order in which the stages were first entered.
 #pragma once
 
 #include <chrono>
@@ -29,16 +29,21 @@ public:
         Clock::time_point start_;
     };
 
-    [[nodiscard]] Running operator()(const char *stage) {
-        std::size_t i = 0;
-        while (i < ms_.size() && ms_[i].first != stage) ++i;
-        if (i == ms_.size()) ms_.emplace_back(stage, 0.0);
-        return {*this, i};
-    }
+    [[nodiscard]] Running operator()(const char *stage) { return {*this, place_of(stage)}; }
+
+    // Adds what was measured elsewhere.
+    void add(const std::string &stage, double ms) { ms_[place_of(stage)].second += ms; }
 
     const std::vector<std::pair<std::string, double>> &ms() const { return ms_; }
 
 private:
+    std::size_t place_of(const std::string &stage) {
+        std::size_t i = 0;
+        while (i < ms_.size() && ms_[i].first != stage) ++i;
+        if (i == ms_.size()) ms_.emplace_back(stage, 0.0);
+        return i;
+    }
+
     std::vector<std::pair<std::string, double>> ms_;
 };
 

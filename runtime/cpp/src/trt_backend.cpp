@@ -52,7 +52,7 @@ private:
         host_ = {name_of(flavour_), library.version.text(), device_->gpu.target, std::nullopt, this_platform()};
         if (flavour_ == TrtFlavour::tensorrt) host_.gpu = device_->gpu.name;
         const cuda::Current current(*device_);
-        runtime_ = make_trt_runtime(library);
+        runtime_ = make_trt_runtime(library, device_->gpu);
     }
 
     // A part's engine, loaded once for all that use it and freed with the last of them.
@@ -80,7 +80,7 @@ private:
         const auto loaded = std::make_shared<Loaded>();
         loaded->device = device_;
         loaded->runtime = runtime_;
-        loaded->session = runtime_->load(engine, bundle.manifest.parts.at(part));
+        loaded->session = runtime_->load(engine, bundle);
         std::shared_ptr<TrtSession> shared(loaded, loaded->session.get());
         known = shared;
         return shared;

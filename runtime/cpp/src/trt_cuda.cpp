@@ -11,11 +11,13 @@ constexpr int success = 0, out_of_memory = 2;
 constexpr int compute_capability_major = 75, compute_capability_minor = 76;
 constexpr unsigned stream_non_blocking = 1;
 constexpr int capture_thread_local = 1;
+constexpr unsigned event_default = 0, record_default = 0, record_external = 1;
 constexpr int name_bytes = 256;
 
 // The driver's functions by the names that its library exports; the suffixes are versions of their ABI.
 struct Api {
     int (*cuInit)(unsigned);
+    int (*cuDriverGetVersion)(int *);
     int (*cuDeviceGet)(int *, int);
     int (*cuDeviceGetName)(char *, int, int);
     int (*cuDeviceGetAttribute)(int *, int, int);
@@ -40,6 +42,10 @@ struct Api {
     int (*cuGraphLaunch)(Handle, Handle);
     int (*cuGraphDestroy)(Handle);
     int (*cuGraphExecDestroy)(Handle);
+    int (*cuEventCreate)(Handle *, unsigned);
+    int (*cuEventDestroy_v2)(Handle);
+    int (*cuEventRecordWithFlags)(Handle, Handle, unsigned);
+    int (*cuEventElapsedTime)(float *, Handle, Handle);
     int (*cuModuleLoadData)(Handle *, const void *);
     int (*cuModuleUnload)(Handle);
     int (*cuModuleGetFunction)(Handle *, Handle, const char *);
@@ -66,6 +72,7 @@ struct Driver {
         };
 #define ARCFLOW_FIND(name) find(api.name, #name)
         ARCFLOW_FIND(cuInit);
+        ARCFLOW_FIND(cuDriverGetVersion);
         ARCFLOW_FIND(cuDeviceGet);
         ARCFLOW_FIND(cuDeviceGetName);
         ARCFLOW_FIND(cuDeviceGetAttribute);
@@ -90,6 +97,10 @@ struct Driver {
         ARCFLOW_FIND(cuGraphLaunch);
         ARCFLOW_FIND(cuGraphDestroy);
         ARCFLOW_FIND(cuGraphExecDestroy);
+        ARCFLOW_FIND(cuEventCreate);
+        ARCFLOW_FIND(cuEventDestroy_v2);
+        ARCFLOW_FIND(cuEventRecordWithFlags);
+        ARCFLOW_FIND(cuEventElapsedTime);
         ARCFLOW_FIND(cuModuleLoadData);
         ARCFLOW_FIND(cuModuleUnload);
         ARCFLOW_FIND(cuModuleGetFunction);
@@ -137,14 +148,17 @@ Found find_first() {
     if (result == success) result = api().cuDeviceGet(&found.device, 0);
     char name[name_bytes] = "";
     if (result == success) result = api().cuDeviceGetName(name, name_bytes, found.device);
-    int major = 0, minor = 0;
+    int major = 0, minor = 0, version = 0;
     if (result == success) result = api().cuDeviceGetAttribute(&major, compute_capability_major, found.device);
     if (result == success) result = api().cuDeviceGetAttribute(&minor, compute_capability_minor, found.device);
+    if (result == success) result = api().cuDriverGetVersion(&version);
     if (result != success) {
         found.why = describe(result);
         return found;
     }
-    found.gpu = Gpu{name, "sm" + std::to_string(major) + std::to_string(minor)};
+    // 13.0 is told as 13000.
+    found.gpu = Gpu{name, "sm" + std::to_string(major) + std::to_string(minor),
+                    std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10)};
     return found;
 }
 
@@ -199,6 +213,16 @@ Graph::~Graph() { api().cuGraphExecDestroy(executable_); }
 
 void Graph::launch(Handle stream) { check(api().cuGraphLaunch(executable_, stream), "launch a graph"); }
 
+Event::Event() { check(api().cuEventCreate(&event_, event_default), "make an event"); }
+
+Event::~Event() { api().cuEventDestroy_v2(event_); }
+
+double Event::ms_since(const Event &earlier) const {
+    float ms = 0;
+    check(api().cuEventElapsedTime(&ms, earlier.event_, event_), "tell the time between events");
+    return static_cast<double>(ms);
+}
+
 Stream::Stream() { check(api().cuStreamCreate(&handle, stream_non_blocking), "make a stream"); }
 
 Stream::~Stream() { api().cuStreamDestroy_v2(handle); }
@@ -213,10 +237,20 @@ void Stream::to_host(void *target, Address source, size_t bytes) {
 
 void Stream::wait() { check(api().cuStreamSynchronize(handle), "finish the work of a stream"); }
 
-void Stream::begin_capture() { check(api().cuStreamBeginCapture_v2(handle, capture_thread_local), "begin a capture"); }
+void Stream::record(Event &event) {
+    // In a capture, only an external event can be asked for its time.
+    check(api().cuEventRecordWithFlags(event.event_, handle, capturing_ ? record_external : record_default),
+          "record an event");
+}
+
+void Stream::begin_capture() {
+    check(api().cuStreamBeginCapture_v2(handle, capture_thread_local), "begin a capture");
+    capturing_ = true;
+}
 
 std::unique_ptr<Graph> Stream::end_capture(std::string &why) {
     Handle captured = nullptr;
+    capturing_ = false;
     const int result = api().cuStreamEndCapture(handle, &captured);
     if (result != success) {
         why = describe(result);

@@ -13,9 +13,9 @@ namespace arcflow::cuda {
 using Address = unsigned long long;
 using Handle = void *;  // CUcontext, CUstream, CUgraph, ...
 
-// A GPU's product name, and its compute capability as a target such as "sm89".
+// A GPU's product name, its compute capability as a target such as "sm89", and its driver's version of CUDA, "13.0".
 struct Gpu {
-    std::string name, target;
+    std::string name, target, driver;
 };
 
 // The first GPU that CUDA_VISIBLE_DEVICES leaves; none where there is no driver or no GPU. Never throws.
@@ -83,6 +83,22 @@ private:
     Handle executable_ = nullptr;
 };
 
+// A place in a stream, or in a graph that was captured with it, whose time is known once the work before it is done.
+class Event {
+public:
+    Event();
+    ~Event();
+    Event(const Event &) = delete;
+    Event &operator=(const Event &) = delete;
+
+    // Milliseconds on the GPU since `earlier`; both were recorded, and the stream was waited for.
+    double ms_since(const Event &earlier) const;
+
+private:
+    friend class Stream;
+    Handle event_ = nullptr;
+};
+
 // A queue of work. Errors of the work itself come out of `wait`.
 class Stream {
 public:
@@ -95,12 +111,18 @@ public:
     void to_host(void *target, Address source, size_t bytes);
     void wait();
 
+    // Has the event tell the time of this place; in a capture, that of each launch.
+    void record(Event &event);
+
     // What other code enqueues between these two becomes a graph, and is not run. Null, with `why`, where it cannot be
     // captured; the stream can be used as before.
     void begin_capture();
     std::unique_ptr<Graph> end_capture(std::string &why);
 
     Handle handle = nullptr;
+
+private:
+    bool capturing_ = false;
 };
 
 // Code for the GPU: a cubin, fatbin or PTX. Throws Error where the driver cannot load it.

@@ -81,7 +81,10 @@ TrtLibrary open_trt_library(TrtFlavour flavour, const TrtVersion &headers) {
                            " or newer of that major version, or build this library "
                            "with TRT_ROOT of the one that is installed");
     }
-    return {version, find<void *(void *, int32_t)>(library, file, "createInferRuntime_INTERNAL")};
+    // The lean library has runtimes only.
+    void *refitter = dlsym(library, "createInferRefitter_INTERNAL");
+    return {file, version, find<void *(void *, int32_t)>(library, file, "createInferRuntime_INTERNAL"),
+            reinterpret_cast<void *(*)(void *, void *, int32_t)>(refitter)};
 }
 
 }  // namespace arcflow

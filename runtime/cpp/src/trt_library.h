@@ -19,8 +19,10 @@ struct TrtVersion {
 };
 
 struct TrtLibrary {
+    std::string file;
     TrtVersion version;
     void *(*create_runtime)(void *logger, int32_t version);
+    void *(*create_refitter)(void *engine, void *logger, int32_t version);  // null where the library has none
 };
 
 // Open the library that headers of `headers` version can be used with: of the same flavour and major version, and no

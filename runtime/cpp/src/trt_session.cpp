@@ -1,52 +1,14 @@
 #include "trt_session.h"
 
-#include <NvInferRuntime.h>
-#include <NvInferVersion.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <mutex>
-#include <set>
+#include <utility>
 
 #include "error.h"
+#include "trt_headers.h"
 
 namespace arcflow {
 namespace {
-
-namespace nv = nvinfer1;
-
-#ifdef TRT_MAJOR_RTX
-constexpr TrtFlavour flavour = TrtFlavour::tensorrt_rtx;
-#else
-constexpr TrtFlavour flavour = TrtFlavour::tensorrt;
-#endif
-
-// Keeps what TensorRT said of a failure, for the error that follows it.
-class Logger : public nv::ILogger {
-public:
-    void log(Severity severity, const nv::AsciiChar *message) noexcept override {
-        if (severity > Severity::kERROR) return;
-        try {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            last_ = message;
-        } catch (...) {  // the text is lost, the failure is not
-        }
-    }
-
-    // ": <text>" of the last error and forget it, "" if there was none.
-    std::string take() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        const std::string text = last_.empty() ? "" : ": " + last_;
-        last_.clear();
-        return text;
-    }
-
-private:
-    std::mutex mutex_;
-    std::string last_;
-};
 
 nv::Dims to_dims(const std::vector<int64_t> &shape) {
     nv::Dims dims{};
@@ -65,25 +27,15 @@ std::string text_of(const std::vector<int64_t> &shape) {
     return text + "]";
 }
 
-nv::DataType data_type(DType dtype) {
-    switch (dtype) {
-        case DType::float32: return nv::DataType::kFLOAT;
-        case DType::float16: return nv::DataType::kHALF;
-        case DType::bfloat16: return nv::DataType::kBF16;
-        case DType::int64: return nv::DataType::kINT64;
-        case DType::uint8: return nv::DataType::kUINT8;
-    }
-    throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's dtype is none of the known ones");
-}
-
 class Context : public TrtContext {
 public:
     Context(std::string part, std::unique_ptr<nv::IExecutionContext> context, cuda::Stream &stream,
-            bool streams_weights, std::shared_ptr<Logger> logger)
+            bool streams_weights, std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
         : part_(std::move(part)),
           context_(std::move(context)),
           stream_(static_cast<cudaStream_t>(stream.handle)),
           streams_weights_(streams_weights),
+          cache_(std::move(cache)),
           logger_(std::move(logger)) {}
 
     size_t scratch_bytes() override { return context_->updateDeviceMemorySizeForShapes(); }
@@ -109,43 +61,90 @@ public:
     }
 
     void enqueue() override {
-        if (!context_->enqueueV3(stream_)) fail("run");
+        if (!cache_) return run();
+        // The first run compiles.
+        const std::shared_ptr<RuntimeCache> cache = std::move(cache_);
+        const std::lock_guard<std::mutex> lock(cache->mutex);
+        run();
+        cache->save();
     }
 
 private:
+    void run() {
+        if (!context_->enqueueV3(stream_)) fail("run");
+    }
+
     [[noreturn]] void fail(const std::string &what) {
-        throw engine_error(part_ + ": " + name_of(flavour) + " cannot " + what + logger_->take());
+        throw engine_error(part_ + ": " + name_of(trt_flavour) + " cannot " + what + logger_->take());
     }
 
     std::string part_;
     std::unique_ptr<nv::IExecutionContext> context_;
     cudaStream_t stream_;
     bool streams_weights_;
-    std::shared_ptr<Logger> logger_;
+    std::shared_ptr<RuntimeCache> cache_;  // until the first run
+    std::shared_ptr<TrtLogger> logger_;
 };
+
+#ifdef TRT_MAJOR_RTX
+class Kernels : public CompiledKernels {
+public:
+    Kernels(std::unique_ptr<nv::IRuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
+        : cache_(std::move(cache)), logger_(std::move(logger)) {}
+
+    bool take(std::string_view data) override {
+        const bool fits = cache_->deserialize(data.data(), data.size());
+        if (!fits) logger_->take();  // it is no error of what follows
+        return fits;
+    }
+
+    std::string bytes() override {
+        const std::unique_ptr<nv::IHostMemory> data(cache_->serialize());
+        return data ? std::string(static_cast<const char *>(data->data()), data->size()) : std::string();
+    }
+
+    const nv::IRuntimeCache &cache() const { return *cache_; }
+
+private:
+    std::unique_ptr<nv::IRuntimeCache> cache_;
+    std::shared_ptr<TrtLogger> logger_;
+};
+#endif
 
 class Session : public TrtSession {
 public:
-    Session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, std::shared_ptr<Logger> logger)
-        : part_(std::move(part)), engine_(std::move(engine)), logger_(std::move(logger)) {
+    Session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, std::shared_ptr<RuntimeCache> cache,
+            std::shared_ptr<TrtLogger> logger)
+        : part_(std::move(part)), engine_(std::move(engine)), cache_(std::move(cache)), logger_(std::move(logger)) {
         streams_weights_ = engine_->getStreamableWeightsSize() > 0;
         if (streams_weights_ && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget())) {
             throw engine_error(part_ + ": no memory is left to stream weights through" + logger_->take());
         }
     }
 
+    ~Session() override {
+        if (!cache_) return;
+        try {
+            const std::lock_guard<std::mutex> lock(cache_->mutex);
+            cache_->save();
+            cache_->close();
+        } catch (const std::exception &) {  // what was compiled is lost, which costs time only
+        }
+    }
+
     std::unique_ptr<TrtContext> context(const Shapes &inputs, cuda::Stream &stream) override {
         const int32_t profile = profile_for(inputs);
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<std::mutex> lock(cache_ ? cache_->mutex : mutex_);
         std::unique_ptr<nv::IExecutionContext> context = make_context();
         const auto handle = static_cast<cudaStream_t>(stream.handle);
         bool set = context != nullptr && context->setOptimizationProfileAsync(profile, handle);
         if (set) stream.wait();
         for (const auto &[name, shape] : inputs) set = set && context->setInputShape(name.c_str(), to_dims(shape));
         if (!set) {
-            throw engine_error(part_ + ": " + name_of(flavour) + " cannot make an execution context" + logger_->take());
+            throw engine_error(part_ + ": " + name_of(trt_flavour) + " cannot make an execution context" +
+                               logger_->take());
         }
-        return std::make_unique<Context>(part_, std::move(context), stream, streams_weights_, logger_);
+        return std::make_unique<Context>(part_, std::move(context), stream, streams_weights_, cache_, logger_);
     }
 
     int64_t largest(const std::string &input, size_t axis) override {
@@ -194,106 +193,41 @@ private:
         config->setExecutionContextAllocationStrategy(scratch);
         config->setDynamicShapesKernelSpecializationStrategy(nv::DynamicShapesKernelSpecializationStrategy::kEAGER);
         config->setCudaGraphStrategy(nv::CudaGraphStrategy::kDISABLED);
+        if (cache_) use_cache(*config);
         return std::unique_ptr<nv::IExecutionContext>(engine_->createExecutionContext(config.get()));
 #else
         return std::unique_ptr<nv::IExecutionContext>(engine_->createExecutionContext(scratch));
 #endif
     }
 
+#ifdef TRT_MAJOR_RTX
+    // Without the cache the context compiles what it needs, as for the first time.
+    void use_cache(nv::IRuntimeConfig &config) {
+        if (kernels_ == nullptr) {
+            std::unique_ptr<nv::IRuntimeCache> made(config.createRuntimeCache());
+            auto kernels = made ? std::make_unique<Kernels>(std::move(made), logger_) : nullptr;
+            kernels_ = kernels.get();
+            cache_->open(std::move(kernels));
+        }
+        if (kernels_ == nullptr || !config.setRuntimeCache(kernels_->cache())) logger_->take();
+    }
+
+    const Kernels *kernels_ = nullptr;  // the cache's
+#endif
+
     std::string part_;
     std::unique_ptr<nv::ICudaEngine> engine_;
-    std::shared_ptr<Logger> logger_;
+    std::shared_ptr<RuntimeCache> cache_;
+    std::shared_ptr<TrtLogger> logger_;
     bool streams_weights_ = false;
-    std::mutex mutex_;  // contexts are made one at a time
-};
-
-// A file mapped for reading.
-class Mapped {
-public:
-    explicit Mapped(const BuiltEngine &engine) : bytes(engine.record.bytes) {
-        const int file = ::open(engine.path.c_str(), O_RDONLY | O_CLOEXEC);
-        void *found = file < 0 ? MAP_FAILED : mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file, 0);
-        if (file >= 0) ::close(file);
-        if (found == MAP_FAILED) throw engine_error(engine.path.string() + " cannot be read; check its permissions");
-        data = found;
-    }
-    ~Mapped() { munmap(data, bytes); }
-    Mapped(const Mapped &) = delete;
-    Mapped &operator=(const Mapped &) = delete;
-
-    size_t bytes;
-    void *data = nullptr;
-};
-
-// The manifest's inputs or outputs, by name and dtype, against the engine's.
-void check_tensors(const nv::ICudaEngine &engine, const std::string &part, const std::vector<TensorSpec> &specs,
-                   nv::TensorIOMode mode) {
-    const char *kind = mode == nv::TensorIOMode::kINPUT ? "inputs" : "outputs";
-    std::set<std::string> wanted, found;
-    for (const TensorSpec &spec : specs) wanted.insert(spec.name);
-    for (int32_t i = 0; i < engine.getNbIOTensors(); ++i) {
-        const char *name = engine.getIOTensorName(i);
-        if (engine.getTensorIOMode(name) == mode) found.insert(name);
-    }
-    const auto list = [](const std::set<std::string> &names) {
-        std::string text;
-        for (const std::string &name : names) text += (text.empty() ? "" : ", ") + name;
-        return text;
-    };
-    if (wanted != found) {
-        throw engine_error(part + ": the " + kind + " of the engine must be " + list(wanted) +
-                           ", as in the manifest, got " + list(found) + "; build it again with `arcflow build`");
-    }
-    for (const TensorSpec &spec : specs) {
-        if (engine.getTensorDataType(spec.name.c_str()) != data_type(spec.dtype)) {
-            throw engine_error(part + ": " + spec.name + " of the engine must be in " + name_of(spec.dtype) +
-                               ", as in the manifest; build it again with `arcflow build`");
-        }
-    }
-}
-
-class Runtime : public TrtRuntime {
-public:
-    explicit Runtime(const TrtLibrary &library) : version_(library.version), logger_(std::make_shared<Logger>()) {
-        runtime_.reset(static_cast<nv::IRuntime *>(library.create_runtime(logger_.get(), NV_TENSORRT_VERSION)));
-        if (!runtime_) {
-            throw engine_error(std::string(name_of(flavour)) + " " + version_.text() + " cannot start" +
-                               logger_->take());
-        }
-    }
-
-    std::unique_ptr<TrtSession> load(const BuiltEngine &built, const Part &spec) override {
-        const std::string &part = built.record.key.part;
-        const auto &flags = built.record.key.flags;
-        if (std::find(flags.begin(), flags.end(), "STRIP_PLAN") != flags.end()) {
-            throw engine_error(part + ": the engine has no weights, and this library does not refit it (E6); build it "
-                               "again with `arcflow build` without --strip-weights");
-        }
-        const Mapped file(built);
-        std::unique_ptr<nv::ICudaEngine> engine(runtime_->deserializeCudaEngine(file.data, file.bytes));
-        if (!engine) {
-            throw engine_error(part + ": " + name_of(flavour) + " " + version_.text() + " cannot load " +
-                               built.path.string() + logger_->take() + "; build it again with `arcflow build`");
-        }
-        check_tensors(*engine, part, spec.inputs, nv::TensorIOMode::kINPUT);
-        check_tensors(*engine, part, spec.outputs, nv::TensorIOMode::kOUTPUT);
-        return std::make_unique<Session>(part, std::move(engine), logger_);
-    }
-
-private:
-    TrtVersion version_;
-    std::shared_ptr<Logger> logger_;
-    std::unique_ptr<nv::IRuntime> runtime_;
+    std::mutex mutex_;  // contexts are made one at a time; the cache's where there is one
 };
 
 }  // namespace
 
-TrtFlavour trt_headers_flavour() { return flavour; }
-
-TrtVersion trt_headers_version() {
-    return {NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH, NV_TENSORRT_BUILD};
+std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,
+                                             std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger) {
+    return std::make_unique<Session>(std::move(part), std::move(engine), std::move(cache), std::move(logger));
 }
-
-std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library) { return std::make_unique<Runtime>(library); }
 
 }  // namespace arcflow

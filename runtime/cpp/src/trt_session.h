@@ -1,4 +1,4 @@
-// TensorRT's interface behind one of ours, so that its headers are needed in one file: an engine's file -> contexts
+// TensorRT's interface behind one of ours, so that its headers are needed in two files: an engine's file -> contexts
 // that run it on device memory.
 #pragma once
 
@@ -54,16 +54,17 @@ class TrtRuntime {
 public:
     virtual ~TrtRuntime() = default;
 
-    // Load an engine whose file was checked. Throws Error where it cannot be loaded, or its inputs and outputs are not
-    // the manifest's.
-    virtual std::unique_ptr<TrtSession> load(const BuiltEngine &engine, const Part &spec) = 0;
+    // Load an engine of the bundle whose file was checked, and fill in its weights if it has none (E6). Throws Error
+    // where it cannot be loaded, its inputs and outputs are not the manifest's, or the bundle's weights do not fit.
+    virtual std::unique_ptr<TrtSession> load(const BuiltEngine &engine, const Bundle &bundle) = 0;
 };
 
-// What this file was compiled with.
+// What the headers were.
 TrtFlavour trt_headers_flavour();
 TrtVersion trt_headers_version();
 
-// There must be a GPU: without one TensorRT's lean library gives a pointer that cannot be used. Throws Error.
-std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library);
+// There must be a GPU: without one TensorRT's lean library gives a pointer that cannot be used. `gpu` is the
+// one whose device is current when engines are loaded. Throws Error.
+std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library, const cuda::Gpu &gpu);
 
 }  // namespace arcflow

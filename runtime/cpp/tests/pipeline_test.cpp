@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <map>
 #include <set>
 
 #include "check.h"
@@ -102,6 +103,10 @@ private:
     DType precision_;
 };
 
+// Of a fast device: a picture takes longer on the host.
+const std::vector<std::pair<std::string, double>> device_ms = {
+    {"copy", 1e-6}, {"backbone", 4e-6}, {"update", 2e-6}, {"decode", 3e-6}};
+
 // Moves the noise by the same constant velocity as the engine does.
 class FakeDenoiser : public arcflow::Denoiser {
 public:
@@ -109,7 +114,7 @@ public:
 
     arcflow::Denoised run(const arcflow::DenoiseInputs &inputs) override {
         log_.denoised.push_back(inputs);
-        arcflow::Denoised out{inputs.noise, {}};
+        arcflow::Denoised out{inputs.noise, {}, device_ms};
         for (int64_t i = 0; i < out.latents.count(); ++i) out.latents.as<float>()[i] -= log_.mean;
         if (inputs.decode) {
             out.pixels = Tensor(DType::uint8, {inputs.noise.shape[0], inputs.height_px, inputs.width_px, 3});
@@ -328,6 +333,14 @@ void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half
     CHECK(drawing.pixels.data == stepped.pixels.data);
     for (int64_t i = 0; i < stepped.latents.count(); ++i)
         CHECK(std::abs(drawing.latents.as<float>()[i] - stepped.latents.as<float>()[i]) < 1e-6f * 4);
+
+    // Stages are the device's, and what is left of the call's time is the host's.
+    std::map<std::string, double> ms(drawing.timings_ms.begin(), drawing.timings_ms.end());
+    for (const auto &[stage, expected] : device_ms) CHECK(ms.at(stage) == expected);
+    CHECK(ms.at("engines") > 7e-6 && ms.at("stage") > 0);
+    double sum = 0;
+    for (const auto &[stage, time] : ms) sum += stage == "engines" || stage == "total" ? 0 : time;
+    CHECK(sum <= ms.at("total"));
 
     // A callback sees every step, and low memory has no two parts open.
     draw(*pipe, {{1, 2, 3, 4}}, 1, false, [](void *, int32_t, const float *, size_t) { return 0; });

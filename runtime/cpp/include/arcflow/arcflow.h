@@ -136,7 +136,8 @@ ARCFLOW_API const float *arcflow_result_latents(const arcflow_result *result, in
 /* The seeds that draw the same noise again: 1 or batch of them. */
 ARCFLOW_API const uint64_t *arcflow_result_seeds(const arcflow_result *result, size_t *count);
 
-/* Warnings, one a line, "" if there were none; and the stages' wall times as JSON, {"tokenize": 0.02, ...} in ms. */
+/* Warnings, one a line, "" if there were none; and the stages' times as JSON, {"tokenize": 0.02, ...} in ms: wall
+   times, and on a GPU those of its own events. */
 ARCFLOW_API const char *arcflow_result_warnings(const arcflow_result *result);
 ARCFLOW_API const char *arcflow_result_timings(const arcflow_result *result);
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "update_math.h"
@@ -21,12 +22,24 @@ struct Stream {
     Work captured;
 };
 
-int live_allocations = 0, graph_launches = 0;
-bool refuse_capture = false;
-constexpr int invalid = 1, stream_capture_unsupported = 900;
+// A time of the fake device's clock, which each kind of work moves on by as much.
+struct Event {
+    bool recorded = false;
+    double ms = 0;
+};
+constexpr double copy_ms = 0.25, update_ms = 1, engine_ms = 10;
+double now_ms = 0;
 
-int enqueue(void *stream, std::function<void()> work) {
+int live_allocations = 0, live_events = 0, graph_launches = 0;
+bool refuse_capture = false;
+constexpr int invalid = 1, not_ready = 600, stream_capture_unsupported = 900;
+
+int enqueue(void *stream, double ms, std::function<void()> done) {
     auto *s = static_cast<Stream *>(stream);
+    auto work = [ms, done = std::move(done)] {
+        now_ms += ms;
+        done();
+    };
     if (s->capturing) s->captured.push_back(std::move(work));
     else work();
     return 0;
@@ -86,13 +99,18 @@ extern "C" {
 
 // For the tests: work of other code in a stream, what is allocated, and how graphs are made.
 void fake_enqueue(void *stream, void (*work)(void *), void *user) {
-    enqueue(stream, [=] { work(user); });
+    enqueue(stream, engine_ms, [=] { work(user); });
 }
 int fake_live_allocations() { return live_allocations; }
+int fake_live_events() { return live_events; }
 int fake_graph_launches() { return graph_launches; }
 void fake_refuse_capture(int refuse) { refuse_capture = refuse != 0; }
 
 int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int *version) {
+    *version = 13010;
+    return 0;
+}
 int cuDeviceGet(int *device, int) { return *device = 0; }
 int cuDeviceGetName(char *name, int size, int) {
     std::strncpy(name, "Fake GPU", static_cast<size_t>(size));
@@ -141,10 +159,10 @@ int cuMemFreeHost(void *memory) {
     return 0;
 }
 int cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *stream) {
-    return enqueue(stream, [=] { std::memcpy(reinterpret_cast<void *>(to), from, bytes); });
+    return enqueue(stream, copy_ms, [=] { std::memcpy(reinterpret_cast<void *>(to), from, bytes); });
 }
 int cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, void *stream) {
-    return enqueue(stream, [=] { std::memcpy(to, at<void>(from), bytes); });
+    return enqueue(stream, copy_ms, [=] { std::memcpy(to, at<void>(from), bytes); });
 }
 int cuStreamCreate(void **stream, unsigned) {
     *stream = new Stream;
@@ -185,6 +203,31 @@ int cuGraphExecDestroy(void *executable) {
     delete static_cast<Work *>(executable);
     return 0;
 }
+int cuEventCreate(void **event, unsigned) {
+    *event = new Event;
+    ++live_events;
+    return 0;
+}
+int cuEventDestroy_v2(void *event) {
+    delete static_cast<Event *>(event);
+    --live_events;
+    return 0;
+}
+int cuEventRecordWithFlags(void *event, void *stream, unsigned flags) {
+    auto *e = static_cast<Event *>(event);
+    // What is captured without the flag cannot be asked for its time, and the flag is for captures.
+    if (static_cast<Stream *>(stream)->capturing != (flags == 1)) return invalid;
+    return enqueue(stream, 0, [=] {
+        e->recorded = true;
+        e->ms = now_ms;
+    });
+}
+int cuEventElapsedTime(float *ms, void *start, void *end) {
+    const auto *a = static_cast<Event *>(start), *b = static_cast<Event *>(end);
+    if (!a->recorded || !b->recorded) return not_ready;
+    *ms = static_cast<float>(b->ms - a->ms);
+    return 0;
+}
 int cuModuleLoadData(void **module, const void *) {
     *module = module;
     return 0;
@@ -211,6 +254,6 @@ int cuLaunchKernel(void *function, unsigned, unsigned, unsigned, unsigned, unsig
     const auto number = [&](size_t i) { return *static_cast<int *>(given[i]); };
     const Arguments a{address(0), address(1), address(2), address(3), address(4), address(5), address(6),
                       *static_cast<long long *>(given[7]), number(8), number(9), number(10), number(11)};
-    return enqueue(stream, [=] { update(types.substr(0, middle), types.substr(middle + 1), a); });
+    return enqueue(stream, update_ms, [=] { update(types.substr(0, middle), types.substr(middle + 1), a); });
 }
 }

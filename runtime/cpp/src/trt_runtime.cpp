@@ -1,0 +1,174 @@
+// Engines loaded from their files: checked, and filled in where they have no weights.
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "error.h"
+#include "mapped_file.h"
+#include "trt_headers.h"
+#include "trt_refit.h"
+
+namespace arcflow {
+namespace {
+
+nv::DataType data_type(DType dtype) {
+    switch (dtype) {
+        case DType::float32: return nv::DataType::kFLOAT;
+        case DType::float16: return nv::DataType::kHALF;
+        case DType::bfloat16: return nv::DataType::kBF16;
+        case DType::int64: return nv::DataType::kINT64;
+        case DType::uint8: return nv::DataType::kUINT8;
+    }
+    throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's dtype is none of the known ones");
+}
+
+// The manifest's inputs or outputs, by name and dtype, against the engine's.
+void check_tensors(const nv::ICudaEngine &engine, const std::string &part, const std::vector<TensorSpec> &specs,
+                   nv::TensorIOMode mode) {
+    const char *kind = mode == nv::TensorIOMode::kINPUT ? "inputs" : "outputs";
+    std::set<std::string> wanted, found;
+    for (const TensorSpec &spec : specs) wanted.insert(spec.name);
+    for (int32_t i = 0; i < engine.getNbIOTensors(); ++i) {
+        const char *name = engine.getIOTensorName(i);
+        if (engine.getTensorIOMode(name) == mode) found.insert(name);
+    }
+    const auto list = [](const std::set<std::string> &names) {
+        std::string text;
+        for (const std::string &name : names) text += (text.empty() ? "" : ", ") + name;
+        return text;
+    };
+    if (wanted != found) {
+        throw engine_error(part + ": the " + kind + " of the engine must be " + list(wanted) +
+                           ", as in the manifest, got " + list(found) + "; build it again with `arcflow build`");
+    }
+    for (const TensorSpec &spec : specs) {
+        if (engine.getTensorDataType(spec.name.c_str()) != data_type(spec.dtype)) {
+            throw engine_error(part + ": " + spec.name + " of the engine must be in " + name_of(spec.dtype) +
+                               ", as in the manifest; build it again with `arcflow build`");
+        }
+    }
+}
+
+// Types of weights as onnx.proto numbers them.
+constexpr std::pair<nv::DataType, int64_t> weight_types[] = {
+    {nv::DataType::kFLOAT, 1}, {nv::DataType::kUINT8, 2}, {nv::DataType::kINT8, 3},
+    {nv::DataType::kINT32, 6}, {nv::DataType::kINT64, 7}, {nv::DataType::kBOOL, 9},
+    {nv::DataType::kHALF, 10}, {nv::DataType::kBF16, 16}, {nv::DataType::kFP8, 17},
+};
+
+class Refitter : public TrtRefitter {
+public:
+    Refitter(const TrtLibrary &library, nv::ICudaEngine &engine, const std::string &part,
+             std::shared_ptr<TrtLogger> logger)
+        : logger_(std::move(logger)) {
+        void *made = library.create_refitter(&engine, logger_.get(), NV_TENSORRT_VERSION);
+        refitter_.reset(static_cast<nv::IRefitter *>(made));
+        if (!refitter_) {
+            throw engine_error(part + ": " + name_of(trt_flavour) + " cannot fill in the engine's weights" +
+                               logger_->take() + "; build it again with `arcflow build`");
+        }
+    }
+
+    std::vector<std::string> weights() override {
+        return names([&](int32_t size, const char **out) { return refitter_->getAllWeights(size, out); });
+    }
+
+    WeightSpec spec(const std::string &name) override {
+        const nv::Weights wanted = refitter_->getWeightsPrototype(name.c_str());
+        for (const auto &[theirs, ours] : weight_types) {
+            if (theirs == wanted.type) return {ours, wanted.count};
+        }
+        return {0, wanted.count};
+    }
+
+    bool set(const std::string &name, const WeightSpec &spec, const void *data) override {
+        for (const auto &[theirs, ours] : weight_types) {
+            if (ours == spec.type) return refitter_->setNamedWeights(name.c_str(), {theirs, data, spec.count});
+        }
+        return false;
+    }
+
+    std::vector<std::string> missing() override {
+        return names([&](int32_t size, const char **out) { return refitter_->getMissingWeights(size, out); });
+    }
+
+    bool refit() override { return refitter_->refitCudaEngine(); }
+
+    std::string said() override { return logger_->take(); }
+
+private:
+    // Their number first, with no place for names.
+    template <class Get> static std::vector<std::string> names(Get get) {
+        std::vector<const char *> found(static_cast<size_t>(std::max(get(0, nullptr), 0)));
+        if (!found.empty()) get(static_cast<int32_t>(found.size()), found.data());
+        return std::vector<std::string>(found.begin(), found.end());
+    }
+
+    std::shared_ptr<TrtLogger> logger_;
+    std::unique_ptr<nv::IRefitter> refitter_;
+};
+
+class Runtime : public TrtRuntime {
+public:
+    Runtime(const TrtLibrary &library, const cuda::Gpu &gpu)
+        : library_(library), gpu_(gpu), logger_(std::make_shared<TrtLogger>()) {
+        runtime_.reset(static_cast<nv::IRuntime *>(library.create_runtime(logger_.get(), NV_TENSORRT_VERSION)));
+        if (!runtime_) {
+            throw engine_error(std::string(name_of(trt_flavour)) + " " + library_.version.text() + " cannot start" +
+                               logger_->take());
+        }
+    }
+
+    std::unique_ptr<TrtSession> load(const BuiltEngine &built, const Bundle &bundle) override {
+        const std::string &part = built.record.key.part;
+        const Part &spec = bundle.manifest.parts.at(part);
+        const auto &flags = built.record.key.flags;
+        const bool stripped = std::find(flags.begin(), flags.end(), "STRIP_PLAN") != flags.end();
+        if (stripped) check_can_refit(library_, trt_flavour, part);
+        std::unique_ptr<nv::ICudaEngine> engine = deserialize(built);
+        check_tensors(*engine, part, spec.inputs, nv::TensorIOMode::kINPUT);
+        check_tensors(*engine, part, spec.outputs, nv::TensorIOMode::kOUTPUT);
+        if (stripped) {
+            Refitter refitter(library_, *engine, part, logger_);
+            refit(refitter, bundle, part);
+        }
+        return make_trt_session(part, std::move(engine), cache_of(built.record), logger_);
+    }
+
+private:
+    std::unique_ptr<nv::ICudaEngine> deserialize(const BuiltEngine &built) {
+        const MappedFile file(built.path, built.record.bytes);
+        std::unique_ptr<nv::ICudaEngine> engine(runtime_->deserializeCudaEngine(file.data, file.bytes));
+        if (engine) return engine;
+        throw engine_error(built.record.key.part + ": " + name_of(trt_flavour) + " " + library_.version.text() +
+                           " cannot load " + built.path.string() + logger_->take() +
+                           "; build it again with `arcflow build`");
+    }
+
+    // TensorRT-RTX compiles for the GPU at hand, TensorRT has done so when it built the engine.
+    std::shared_ptr<RuntimeCache> cache_of(const EngineRecord &record) const {
+        const auto folder = cache_folder();
+        if (trt_flavour != TrtFlavour::tensorrt_rtx || !folder) return nullptr;
+        const std::vector<std::string> key = {record.sha256, record.key.builder_version, gpu_.driver, gpu_.name};
+        return std::make_shared<RuntimeCache>(RuntimeCacheFile(key, *folder));
+    }
+
+    TrtLibrary library_;
+    cuda::Gpu gpu_;
+    std::shared_ptr<TrtLogger> logger_;
+    std::unique_ptr<nv::IRuntime> runtime_;
+};
+
+}  // namespace
+
+TrtFlavour trt_headers_flavour() { return trt_flavour; }
+
+TrtVersion trt_headers_version() {
+    return {NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH, NV_TENSORRT_BUILD};
+}
+
+std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library, const cuda::Gpu &gpu) {
+    return std::make_unique<Runtime>(library, gpu);
+}
+
+}  // namespace arcflow
