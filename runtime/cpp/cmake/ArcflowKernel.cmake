@@ -1,6 +1,6 @@
 # Embeds the kernels (runtime/kernels): their source, and the fatbin that build.py made from it if there is one.
 #
-#   arcflow_embed_kernel(TARGET)   gives the target update_embedded.h
+#   arcflow_embed_kernel(TARGET)   gives the target kernels_embedded.h
 set(ARCFLOW_KERNELS ${CMAKE_CURRENT_LIST_DIR}/../../kernels)
 
 function(arcflow_embed_kernel target)
@@ -29,15 +29,15 @@ function(arcflow_embed_kernel target)
             message(WARNING "arcflow.fatbin was made from another source; make it again with runtime/kernels/build.py")
         endif()
     endif()
-    file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/kernel/update_embedded.h @ONLY CONTENT
+    file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/kernel/kernels_embedded.h @ONLY CONTENT
 "// Made by ArcflowKernel.cmake.
 #pragma once
 
 #include <cstddef>
 
-static const char update_source[] = R\"kernel(@source@)kernel\";
-alignas(16) static const unsigned char update_fatbin[] = {@fatbin@};
-static const std::size_t update_fatbin_bytes = @fatbin_bytes@;
+static const char kernels_source[] = R\"kernel(@source@)kernel\";
+alignas(16) static const unsigned char kernels_fatbin[] = {@fatbin@};
+static const std::size_t kernels_fatbin_bytes = @fatbin_bytes@;
 ")
     target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/kernel)
 endfunction()
