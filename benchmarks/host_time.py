@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpp_soak import load_embed
 from machine import describe
+from soak import load_embed
 from tqdm import trange
 
 from arcflow_runtime import Pipeline
