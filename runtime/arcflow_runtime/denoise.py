@@ -71,29 +71,32 @@ def denoise(
     by_prompt = modulation.shape[1] > 1
     rows = [group.prompts if by_prompt else [0] * len(group.images) for group in groups]
     every = list(range(modulation.shape[1]))
-    # numpy's scalars compute slowly
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        following = []
-        for j, group in enumerate(groups):
-            x = latents if len(groups) == 1 else latents[group.images]
-            inputs = {
-                "latents": x,
-                "encoder_hidden_states": states[j],
-                "modulation": modulation[i] if rows[j] == every else modulation[i, rows[j]],
-                "image_rotary": image_rotary,
-                "text_rotary": group.text_rotary,
-            }
-            with watch("backbone"):
-                heads = run(inputs)
-            # check_finite reports infinities with what to do; numpy's warnings would only precede it.
-            with watch("update"), np.errstate(over="ignore", invalid="ignore"):
-                means, logweights, loggammas = (
-                    to_float32(heads[name]) for name in ("means", "logweights", "loggammas")
-                )
-                following.append(update(x, means, logweights, loggammas, sigma, sigma, sigma_next))
-        latents = _in_order(places, following)
-        if callback is not None:
-            _tell(callback, i, latents)
+    theirs = np.geterr()
+    # check_finite reports infinities with what to do; numpy's warnings would only precede it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        # numpy's scalars compute slowly
+        for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+            following = []
+            for j, group in enumerate(groups):
+                x = latents if len(groups) == 1 else latents[group.images]
+                inputs = {
+                    "latents": x,
+                    "encoder_hidden_states": states[j],
+                    "modulation": modulation[i] if rows[j] == every else modulation[i, rows[j]],
+                    "image_rotary": image_rotary,
+                    "text_rotary": group.text_rotary,
+                }
+                with watch("backbone"):
+                    heads = run(inputs)
+                with watch("update"):
+                    means, logweights, loggammas = (
+                        to_float32(heads[name]) for name in ("means", "logweights", "loggammas")
+                    )
+                    following.append(update(x, means, logweights, loggammas, sigma, sigma, sigma_next))
+            latents = _in_order(places, following)
+            if callback is not None:
+                with np.errstate(**theirs):
+                    _tell(callback, i, latents)
     return latents
 
 

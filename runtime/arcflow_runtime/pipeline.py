@@ -25,7 +25,7 @@ from .noise import GROUP, draw_latents, streams
 from .parts import Parts
 from .request import OutputType, Request, check_request
 from .rotary import image_rotary, text_rotary
-from .schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from .schedule import conditioning_guidance, sigmas, timesteps_of
 from .stopwatch import Stopwatch
 from .text import EmbeddingCache, Embeddings, PromptTokenizer, blank_text
 
@@ -181,7 +181,7 @@ class Pipeline:
         m = self.bundle.manifest
         grid = self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
-        modulation = self._modulation(request, schedule, embeddings, watch) if self._denoiser is None else None
+        modulation = self._modulation(request, embeddings, watch) if self._denoiser is None else None
         noise = self._noise(request, watch) if self._denoiser is None else None
         with watch("rotary"):
             rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
@@ -202,27 +202,25 @@ class Pipeline:
         with watch("noise"):
             return draw_latents(request.seed, request.batch, latents.channels, grid[0] * p, grid[1] * p, p)
 
-    def _conditioning(self, request: Request, schedule: np.ndarray) -> tuple[np.ndarray, np.float32 | None]:
+    def _conditioning(self, request: Request) -> tuple[np.ndarray, np.float32 | None]:
         """Timesteps [S] and guidance as the conditioner sees them."""
         m, scale = self.bundle.manifest, request.guidance_scale
-        timesteps = conditioning_timesteps(schedule, m.family, m.reference_dtype)
+        timesteps = timesteps_of(request.num_inference_steps, m.schedule, m.family, m.reference_dtype)
         return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
 
-    def _modulation(
-        self, request: Request, schedule: np.ndarray, embeddings: dict[str, Embeddings], watch: Stopwatch
-    ) -> np.ndarray:
+    def _modulation(self, request: Request, embeddings: dict[str, Embeddings], watch: Stopwatch) -> np.ndarray:
         """[S, U, M] of the U distinct prompts, or [S, 1, M]."""
         with watch("condition"):
             pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
             return self._conditioner.modulation(
-                self._parts, *self._conditioning(request, schedule), join(pooled) if pooled else None
+                self._parts, *self._conditioning(request), join(pooled) if pooled else None
             )
 
     def _drawings(self, request: Request, groups: list[Group]) -> list[tuple[list[int], Drawing]]:
         """What the backend's denoiser draws for each group, with the places of its images in the batch."""
         m, grid = self.bundle.manifest, self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
-        timesteps, guidance = self._conditioning(request, schedule)
+        timesteps, guidance = self._conditioning(request)
         numbers = m.latents.channels * m.latents.patch_size**2 * grid[0] * grid[1]
         sources = streams(request.seed, request.batch, numbers)
         return [

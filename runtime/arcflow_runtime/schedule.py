@@ -58,6 +58,15 @@ def conditioning_timesteps(sigmas: np.ndarray, family: Family, reference_dtype: 
     return round_to(timesteps, reference_dtype) if family == "flux" else timesteps
 
 
+@lru_cache(maxsize=16)
+def timesteps_of(num_inference_steps: int, schedule: Schedule, family: Family, reference_dtype: DType) -> np.ndarray:
+    """`conditioning_timesteps` of a number of steps, [S] float32, read-only."""
+    timesteps = conditioning_timesteps(sigmas(num_inference_steps, schedule), family, reference_dtype)
+    timesteps.setflags(write=False)
+    return timesteps
+
+
+@lru_cache(maxsize=16)
 def conditioning_guidance(guidance_scale: float, reference_dtype: DType) -> np.float32:
     """What FLUX's sinusoidal guidance embedding is given: 3.5 is seen as 3504 in bfloat16."""
     scaled = round_to(guidance_scale, reference_dtype) * np.float32(TIMESTEP_SCALE)
