@@ -78,16 +78,16 @@ def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
     if not MIN_SEED <= seed <= MAX_SEED:
         raise RequestError(f"seed must be between -2**63 and 2**64 - 1, got {seed}; use a smaller number")
     size = int(np.prod(shape, dtype=np.int64))
-    if size < 16:
+    if size < GROUP:
         return _normal_scalar(seed, size).reshape(shape)
-    tail = size % 16
-    uniforms = (_mt19937(seed, size + (16 if tail else 0)) & np.uint64(0xFFFFFF)).astype(_F) * _F(2**-24)
+    tail = size % GROUP
+    uniforms = (_mt19937(seed, size + (GROUP if tail else 0)) & np.uint64(0xFFFFFF)).astype(_F) * _F(2**-24)
     out = np.empty(size, _F)
     whole = size - tail
     for i in range(0, whole, _BLOCK):
         out[i : min(i + _BLOCK, whole)] = _box_muller(uniforms[i : min(i + _BLOCK, whole)])
     if tail:  # torch draws 16 fresh uniforms and recomputes the last 16 numbers
-        out[-16:] = _box_muller(uniforms[-16:])
+        out[-GROUP:] = _box_muller(uniforms[-GROUP:])
     return out.reshape(shape)
 
 
@@ -130,7 +130,7 @@ def streams(seed: int | Sequence[int], batch: int, numbers: int) -> np.ndarray:
     Args:
         seed: of the batch, or one per image.
         batch: number of images B.
-        numbers: of one image, C*height*width; a multiple of 16.
+        numbers: of one image, C*height*width; a multiple of `GROUP`.
 
     Returns:
         [B, 2] int64: the generator's seed, and the image's first number in what it draws.
@@ -228,7 +228,7 @@ def _cos_sin(x: np.ndarray) -> np.ndarray:
     polynomial *= z
     cos_sin = _fma(polynomial, terms, addends)
     cos_sin[0] += _F(1)
-    cos_sin = np.where((octant & 2).astype(np.bool_), cos_sin[::-1], cos_sin)
+    cos_sin = np.where((octant & 2) != 0, cos_sin[::-1], cos_sin)
     signs = cos_sin.view(np.int32)
     signs[0] ^= ((octant + 2) & 4) << 29
     signs[1] ^= (octant & 4) << 29
