@@ -57,6 +57,7 @@ help:
 	@echo "make demo     export the shapes student and draw four prompts on this CPU  [PROMPT=...]"
 	@echo "make test     run the tests, those of the C++ library too"
 	@echo "make cpp-test build, install and test the C++ library, with sanitizers too, and fuzz its reader"
+	@echo "make cpp-tsan the C++ library's own threads under ThreadSanitizer"
 	@echo "make engine   MODEL=shapes|tiny|flux|qwen [PRECISION=fp32|bf16|fp16|fp8] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
 	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
 	@echo "make lint     ruff and mypy"
@@ -104,27 +105,40 @@ test: setup
 	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
 	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
-# The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, side by side, tests
-# under AddressSanitizer and UndefinedBehaviorSanitizer, and FUZZ_SECONDS of its bundle reader where there is clang.
+# The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
+# static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
+# ThreadSanitizer; and FUZZ_SECONDS of its bundle reader where there is clang.
 FUZZ_SECONDS ?= 60
 CPP := $(abspath $(OUT))/cpp
 CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/dev/null && command -v cmake)
 CPP_CONFIGURE = cmake -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))/python -DARCFLOW_WERROR=ON
-SANITIZE := -DARCFLOW_SANITIZE=address,undefined -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
-.PHONY: cpp-build cpp-sanitize cpp-fuzz
-test cpp-test cpp-build cpp-sanitize cpp-fuzz: export PATH := $(abspath $(BIN)):$(PATH)
+CHECKED := -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
+SANITIZE := -DARCFLOW_SANITIZE=address,undefined $(CHECKED)
+CPP_STEPS := cpp-build cpp-static cpp-sanitize cpp-tsan cpp-fuzz
+.PHONY: $(CPP_STEPS)
+test cpp-test $(CPP_STEPS): export PATH := $(abspath $(BIN)):$(PATH)
 cpp-test: cpp-build
-	$(MAKE) -j2 cpp-sanitize $(if $(shell command -v clang++),cpp-fuzz)
+	$(MAKE) -j2 cpp-sanitize cpp-tsan cpp-static $(if $(shell command -v clang++),cpp-fuzz)
 	$(if $(shell command -v clang++),,@echo "the fuzz target was left out: it needs clang")
 
 cpp-build: setup
 	$(CPP_CONFIGURE) -B $(CPP)
 	cmake --build $(CPP)
 	ctest --test-dir $(CPP) --output-on-failure
-	cmake --install $(CPP) --prefix $(CPP)/installed
-	cmake -S runtime/cpp/tests/consumer -B $(CPP)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(CPP)/installed
-	cmake --build $(CPP)/consumer
-	ctest --test-dir $(CPP)/consumer --output-on-failure
+	$(call cpp_consume,$(CPP))
+
+cpp-static: setup
+	$(CPP_CONFIGURE) -B $(CPP)-static -DBUILD_SHARED_LIBS=OFF -DARCFLOW_TESTS=OFF $(CHECKED)
+	cmake --build $(CPP)-static
+	$(call cpp_consume,$(CPP)-static)
+
+# Installs what was built in a folder, and builds and runs a project that finds it.
+define cpp_consume
+cmake --install $(1) --prefix $(1)/installed
+cmake -S runtime/cpp/tests/consumer -B $(1)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(1)/installed
+cmake --build $(1)/consumer
+ctest --test-dir $(1)/consumer --output-on-failure
+endef
 
 # Python is no sanitized program: the sanitizer and the C++ library that it looks into are loaded before it, its leaks are
 # not ours, and OpenVINO's threads must not be opened apart from the sanitizer.
@@ -135,6 +149,12 @@ cpp-sanitize: setup
 	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
 		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
 		$(BIN)/pytest -q -k "core or errors or golden" $(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py)
+
+# Without OpenVINO, which was not compiled for it: all that runs is ours, and nothing is suppressed.
+cpp-tsan: setup
+	$(CPP_CONFIGURE) -B $(CPP)-tsan -DARCFLOW_SANITIZE=thread -DARCFLOW_OPENVINO=OFF $(CHECKED)
+	cmake --build $(CPP)-tsan
+	ctest --test-dir $(CPP)-tsan --output-on-failure
 
 cpp-fuzz: setup
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(CPP)-fuzz $(SANITIZE) -DARCFLOW_FUZZ=ON -DARCFLOW_TESTS=OFF

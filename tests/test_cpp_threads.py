@@ -6,6 +6,7 @@ import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_char_p, c_int32, c_size_t, c_void_p
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,23 @@ def test_a_callback_that_stops_or_meddles(cpp_library, cpp_bundles):
     with pytest.raises(embed.ArcFlowError) as e:
         pipe.draw(["x"], **size)
     assert e.value.status == CLOSED
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_reopening_keeps_no_machine_code(cpp_library, cpp_bundles):
+    """OpenVINO kept some of every core that had the tokenizers' extension."""
+
+    def executable_bytes() -> int:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        ranges = [line[0].split("-") for line in lines if line[1] == "rwxp"]
+        return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+
+    def reopen() -> int:
+        embed.Pipeline(cpp_library, cpp_bundles("flux-tiny")).close()
+        return executable_bytes()
+
+    first = reopen()
+    assert [reopen() for _ in range(4)] == [first] * 4
 
 
 def test_results_outlive_their_pipeline_and_are_freed_once(cpp_library, cpp_bundles):

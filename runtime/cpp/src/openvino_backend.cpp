@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <vector>
 
 #include <openvino/openvino.hpp>
@@ -13,6 +12,7 @@
 #include "error.h"
 #include "external_data.h"
 #include "openvino_error.h"
+#include "pool.h"
 
 namespace arcflow {
 namespace {
@@ -85,7 +85,7 @@ public:
         }
         try {
             // A request that failed is not used again.
-            ov::InferRequest request = take();
+            ov::InferRequest request = requests_.take([&] { return model_.create_infer_request(); });
             Tensors outputs;
             for (const TensorSpec &spec : part_.inputs) {
                 request.set_tensor(spec.name, wrap(inputs.at(spec.name)));
@@ -94,7 +94,7 @@ public:
             for (const TensorSpec &spec : part_.outputs) {
                 outputs.emplace(spec.name, copy_out(request.get_tensor(spec.name), spec));
             }
-            give_back(std::move(request));
+            requests_.give_back(std::move(request));
             return outputs;
         } catch (const ov::Exception &e) {
             throw engine_error(name_ + ": OpenVINO failed on inputs " + described(inputs) + ": " + useful_line(e));
@@ -102,25 +102,6 @@ public:
     }
 
 private:
-    // As many requests as callers at once, each with memory of its own; the arithmetic runs one request at a time, in
-    // the model's one stream of threads.
-    ov::InferRequest take() {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (!idle_.empty()) {
-                ov::InferRequest request = std::move(idle_.back());
-                idle_.pop_back();
-                return request;
-            }
-        }
-        return model_.create_infer_request();
-    }
-
-    void give_back(ov::InferRequest request) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        idle_.push_back(std::move(request));
-    }
-
     static std::string described(const Tensors &inputs) {
         std::string text;
         for (const auto &[name, tensor] : inputs) {
@@ -132,8 +113,8 @@ private:
     std::string name_;
     Part part_;
     ov::CompiledModel model_;
-    std::mutex mutex_;
-    std::vector<ov::InferRequest> idle_;
+    // Each has memory of its own; the arithmetic runs one request at a time, in the model's one stream of threads.
+    Pool<ov::InferRequest> requests_;
 };
 
 class OpenVinoBackend : public Backend {

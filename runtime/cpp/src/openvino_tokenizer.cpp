@@ -69,6 +69,17 @@ fs::path find_library() {
                        "); pip install openvino-tokenizers of OpenVINO's version, or set " + library_variable);
 }
 
+// One for the process, never destroyed: OpenVINO keeps 16 KiB of machine code and 1 KiB of heap of every core that had
+// the extension and is destroyed (2026.4). Made again at the next call where the library was not found.
+ov::Core &extended_core() {
+    static ov::Core &core = *[] {
+        auto made = std::make_unique<ov::Core>();
+        made->add_extension(find_library());
+        return made.release();
+    }();
+    return core;
+}
+
 // UTF-8 without overlong forms and surrogates, as RFC 3629 has it; other bytes could be taken for anything.
 bool is_utf8(const std::string &text) {
     const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
@@ -217,8 +228,6 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
     }
     record["converter"].integer();
 
-    ov::Core core;
-    bool extended = false;
     record["tokenizers"].each_entry([&](const std::string &name, const Place &place) {
         place.keys({"source", "graph", "weights", "prefix", "suffix"});
         const auto said = bundle.manifest.tokenizers.find(name);
@@ -229,10 +238,7 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
         const ModelFile graph = read_file(place["graph"], folder), weights = read_file(place["weights"], folder);
         const std::vector<int64_t> prefix = read_ids(place["prefix"]), suffix = read_ids(place["suffix"]);
         try {
-            if (!extended) {
-                core.add_extension(find_library());
-                extended = true;
-            }
+            ov::Core &core = extended_core();
             const auto model = core.read_model(graph.path, weights.path);
             if (model->inputs().size() != 1 || model->outputs().size() != 1 ||
                 model->input().get_element_type() != ov::element::string ||

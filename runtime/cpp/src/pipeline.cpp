@@ -97,9 +97,10 @@ void check_pictures(const Tensor &pixels, DType precision) {
 
 }  // namespace
 
+// Braces: the bundle's errors come before the backend's.
 Pipeline::Pipeline(const std::filesystem::path &bundle, const LoadOptions &options)
-    : Pipeline(Bundle::open(bundle, options.full_check), make_backend(options.backend, options.threads),
-               options.low_memory) {}
+    : Pipeline{Bundle::open(bundle, options.full_check), make_backend(options.backend, options.threads),
+               options.low_memory} {}
 
 Pipeline::Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_memory)
     : bundle_(std::move(bundle)),

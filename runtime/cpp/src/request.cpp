@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <random>
 
 #include "error.h"
@@ -18,19 +17,6 @@ constexpr float max_guidance_scale = 65.0f;
 constexpr int64_t max_token_id = 0x7FFFFFFF;
 
 std::string text_of(int64_t value) { return std::to_string(value); }
-
-// A copy of the caller's structure, which may be of an older header: fields it does not have get their defaults.
-arcflow_request known_fields(const arcflow_request &request) {
-    const size_t size = request.struct_size;
-    arcflow_request known = ARCFLOW_REQUEST_INIT;
-    if (size == 0 || size > sizeof known || size % alignof(arcflow_request) != 0) {
-        throw request_error("struct_size must be that of a known arcflow_request, at most " +
-                            std::to_string(sizeof known) + ", got " + std::to_string(size) +
-                            "; begin with ARCFLOW_REQUEST_INIT, and load a library as new as the header");
-    }
-    std::memcpy(&known, &request, size);
-    return known;
-}
 
 int64_t integer(const std::string &name, int64_t value, int64_t low, std::optional<int64_t> high) {
     if (value < low || (high && value > *high)) {
@@ -182,8 +168,7 @@ std::vector<uint64_t> check_seeds(const arcflow_request &request, int64_t batch)
 
 }  // namespace
 
-Request check_request(const arcflow_request &given, const Manifest &m) {
-    const arcflow_request request = known_fields(given);
+Request check_request(const arcflow_request &request, const Manifest &m) {
     if ((request.prompts != nullptr) == (request.tokens != nullptr)) {
         throw request_error(std::string("a request must have either prompts or tokens, got ") +
                             (request.prompts ? "both" : "neither"));

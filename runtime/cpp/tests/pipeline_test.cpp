@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "error.h"
+#include "fake/fake_outputs.h"
 #include "noise_of.h"
 #include "pipeline.h"
 
@@ -38,17 +39,10 @@ struct Log {
     }
 };
 
-Tensor filled(DType dtype, const std::vector<int64_t> &shape, float value) {
-    Tensor tensor(DType::float32, shape);
-    std::fill_n(tensor.as<float>(), tensor.count(), value);
-    return arcflow::cast(std::move(tensor), dtype);
-}
-
 class FakeEngine : public arcflow::Engine {
 public:
     FakeEngine(Log &log, const arcflow::Bundle &bundle, const std::string &part)
-        : log_(log), part_(part), family_(bundle.manifest.family), latents_(bundle.manifest.latents),
-          precision_(bundle.manifest.parts.at(part).precision) {
+        : log_(log), manifest_(bundle.manifest), part_(part) {
         log_.opens.push_back(part);
         log_.open.insert(part);
         log_.most_open = std::max(log_.most_open, log_.open.size());
@@ -59,49 +53,15 @@ public:
         CHECK(log_.open.count(part_) == 1);
         log_.runs.push_back(part_);
         log_.inputs.push_back(inputs);
-        Tensors out = answer(inputs);
+        Tensors out = fake_outputs(manifest_, part_, inputs, log_.mean, log_.colour_step);
         if (log_.spoil) log_.spoil(part_, out);
         return out;
     }
 
 private:
-    Tensors answer(const Tensors &inputs) const {
-        Tensors out;
-        const auto first = static_cast<float>(part_.rfind("text", 0) == 0 ? *inputs.at("input_ids").as<int64_t>() : 0);
-        if (part_ == "text_encoder" && family_ == arcflow::Family::flux) {
-            out["pooled_projections"] = filled(precision_, {1, 6}, first);
-        } else if (part_.rfind("text", 0) == 0) {
-            const int64_t tokens = inputs.at("input_ids").shape[1];
-            Tensor states(DType::float32, {1, tokens, 8});
-            for (int64_t i = 0; i < states.count(); ++i)
-                states.as<float>()[i] = static_cast<float>(inputs.at("input_ids").as<int64_t>()[i / 8]);
-            out["encoder_hidden_states"] = arcflow::cast(std::move(states), precision_);
-        } else if (part_ == "conditioner") {
-            const int64_t steps = inputs.at("timesteps").shape[0], prompts = inputs.at("pooled_projections").shape[0];
-            Tensor modulation(DType::float32, {steps, prompts, 5});
-            for (int64_t i = 0; i < modulation.count(); ++i) modulation.as<float>()[i] = static_cast<float>(i / 5);
-            out["modulation"] = arcflow::cast(std::move(modulation), precision_);
-        } else if (part_ == "backbone") {
-            const std::vector<int64_t> &shape = inputs.at("latents").shape;
-            const int64_t k = latents_.num_gaussians, p = latents_.logweights_channels;
-            out["means"] = filled(precision_, {shape[0], shape[1], k, shape[2]}, log_.mean);
-            out["logweights"] = filled(precision_, {shape[0], shape[1], k, p}, 0);
-            out["loggammas"] = filled(precision_, {shape[0], shape[1], k - 1, p}, 0);
-        } else {
-            const std::vector<int64_t> &shape = inputs.at("latents").shape;
-            Tensor images(DType::uint8, {shape[0], shape[1] * 16, shape[2] * 16, 3});
-            for (int64_t i = 0; i < images.count(); ++i)
-                images.as<uint8_t>()[i] = static_cast<uint8_t>(i * log_.colour_step);
-            out["images"] = std::move(images);
-        }
-        return out;
-    }
-
     Log &log_;
+    const arcflow::Manifest &manifest_;
     std::string part_;
-    arcflow::Family family_;
-    arcflow::Latents latents_;
-    DType precision_;
 };
 
 // Of a fast device: a picture takes longer on the host.

@@ -1,0 +1,196 @@
+// What callers on several threads share, through the C ABI and with engines that compute nothing, for ThreadSanitizer
+// (make cpp-tsan): pipelines, results, the embedding cache, the last error, closing while others draw, and the pool.
+#include <atomic>
+#include <filesystem>
+#include <functional>
+#include <thread>
+
+#include "arcflow/arcflow.h"
+#include "core_test.h"
+#include "error.h"
+#include "fake/fake_outputs.h"
+#include "pool.h"
+#include "tokenizer.h"
+
+namespace {
+
+using arcflow::Json;
+using arcflow::Tensors;
+
+// Answers with its own memory, which the pool must give to one caller at a time.
+class FakeEngine : public arcflow::Engine {
+public:
+    FakeEngine(const arcflow::Manifest &manifest, std::string part) : manifest_(manifest), part_(std::move(part)) {}
+
+    Tensors run(const Tensors &inputs) override {
+        Tensors request = requests_.take([] { return Tensors(); });
+        request = fake_outputs(manifest_, part_, inputs, 0.5f, 1);
+        Tensors outputs = request;
+        requests_.give_back(std::move(request));
+        return outputs;
+    }
+
+private:
+    const arcflow::Manifest &manifest_;
+    std::string part_;
+    arcflow::Pool<Tensors> requests_;
+};
+
+class FakeBackend : public arcflow::Backend {
+public:
+    void check(const arcflow::Bundle &) override {}
+    std::unique_ptr<arcflow::Engine> open(const arcflow::Bundle &bundle, const std::string &part) override {
+        return std::make_unique<FakeEngine>(bundle.manifest, part);
+    }
+};
+
+Json specs(const std::vector<std::pair<const char *, const char *>> &tensors) {
+    Json list = Json::array();
+    for (const auto &[name, dtype] : tensors) list.push_back({{"name", name}, {"dtype", dtype}, {"shape", {"any"}}});
+    return list;
+}
+
+// A FLUX bundle whose parts take what the pipeline gives them.
+void write_bundle(const std::filesystem::path &root) {
+    Json m = flux_manifest();
+    m["parts"]["text_encoder"]["inputs"] = m["parts"]["text_encoder_2"]["inputs"] = specs({{"input_ids", "int64"}});
+    m["parts"]["conditioner"]["inputs"] =
+        specs({{"timesteps", "float32"}, {"guidance", "float32"}, {"pooled_projections", "float32"}});
+    m["parts"]["backbone"]["inputs"] = specs({{"latents", "float32"},
+                                              {"encoder_hidden_states", "float32"},
+                                              {"modulation", "float32"},
+                                              {"image_rotary", "float32"},
+                                              {"text_rotary", "float32"}});
+    for (const auto &file : m["files"].items()) write(root / file.key(), "bytes");
+    write(root / "manifest.json", sealed(m));
+}
+
+// One picture of a prompt of this id; gives the status.
+arcflow_status draw(arcflow_pipeline *pipeline, int64_t id, arcflow_result **result, int32_t height = 32,
+                    arcflow_step_callback on_step = nullptr, void *user = nullptr) {
+    const arcflow_tokens tokens{&id, 1, &id, 1};
+    const uint64_t seed = static_cast<uint64_t>(id);
+    arcflow_request request = ARCFLOW_REQUEST_INIT;
+    request.tokens = &tokens;
+    request.prompt_count = 1;
+    request.height = height;
+    request.width = 32;
+    request.seeds = &seed;
+    request.seed_count = 1;
+    request.on_step = on_step;
+    request.user = user;
+    return arcflow_draw(pipeline, &request, result);
+}
+
+std::vector<float> latents_of(const arcflow_result *result) {
+    int32_t tokens = 0, channels = 0;
+    const float *latents = arcflow_result_latents(result, &tokens, &channels);
+    return {latents, latents + tokens * channels};
+}
+
+arcflow_pipeline *open(const std::string &root, bool low_memory = false) {
+    arcflow_options options = ARCFLOW_OPTIONS_INIT;
+    options.low_memory = low_memory ? 1 : 0;
+    arcflow_pipeline *pipeline = nullptr;
+    CHECK(arcflow_open(root.c_str(), &options, &pipeline) == ARCFLOW_OK);
+    return pipeline;
+}
+
+void on_threads(int count, const std::function<void(int)> &work) {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < count; ++i) threads.emplace_back(work, i);
+    for (std::thread &thread : threads) thread.join();
+}
+
+// More prompts than the cache keeps; each thread also meets an error of its own.
+void draws_and_errors(const std::string &root, bool low_memory) {
+    constexpr int callers = 6, prompts = 20;
+    arcflow_pipeline *pipeline = open(root, low_memory);
+    std::vector<std::vector<float>> alone;
+    for (int id = 0; id < prompts; ++id) {
+        arcflow_result *result = nullptr;
+        CHECK(draw(pipeline, id, &result) == ARCFLOW_OK);
+        alone.push_back(latents_of(result));
+        arcflow_result_free(result);
+    }
+    on_threads(callers, [&](int caller) {
+        for (int i = 0; i < 2 * prompts; ++i) {
+            const int id = (i + 3 * caller) % prompts, height = 33 + caller;
+            arcflow_result *result = nullptr;
+            CHECK(draw(pipeline, id, &result) == ARCFLOW_OK);
+            CHECK(latents_of(result) == alone[static_cast<std::size_t>(id)]);
+            arcflow_result_free(result);
+            CHECK(draw(pipeline, id, &result, height) == ARCFLOW_REQUEST_ERROR);
+            const std::string expected = "height must be a multiple of 16, got " + std::to_string(height) + ";";
+            CHECK(std::string(arcflow_last_error()).rfind(expected, 0) == 0);
+        }
+    });
+    arcflow_close(pipeline);
+}
+
+// Two threads close what four draw with, a callback closes it from within, or nobody does.
+void closes_while_busy(const std::string &root) {
+    for (int round = 0; round < 6; ++round) {
+        arcflow_pipeline *pipeline = open(root);
+        std::atomic<int> drawn{0};
+        on_threads(6, [&](int caller) {
+            if (caller < 2) {
+                while (drawn < 4 + round) std::this_thread::yield();
+                arcflow_close(pipeline);
+                return;
+            }
+            arcflow_result *result = nullptr;
+            while (draw(pipeline, caller, &result) == ARCFLOW_OK) {
+                arcflow_result_free(result);
+                ++drawn;
+            }
+            CHECK(std::string(arcflow_last_error()).rfind("pipeline was closed", 0) == 0);
+        });
+        pipeline = open(root);
+        on_threads(4, [&](int caller) {
+            const auto close = [](void *user, int32_t, const float *, size_t) {
+                arcflow_close(static_cast<arcflow_pipeline *>(user));
+                return 0;
+            };
+            arcflow_result *result = nullptr;
+            const arcflow_status status = draw(pipeline, caller, &result, 32, close, pipeline);
+            CHECK(status == ARCFLOW_OK || status == ARCFLOW_CLOSED);
+            arcflow_result_free(result);
+        });
+    }
+}
+
+// Each thread has a pipeline; its result is read and freed by the next, whose own pipeline is gone.
+void results_wander(const std::string &root) {
+    constexpr int callers = 4;
+    arcflow_result *results[callers] = {};
+    on_threads(callers, [&](int caller) {
+        arcflow_pipeline *pipeline = open(root);
+        CHECK(draw(pipeline, caller, &results[caller]) == ARCFLOW_OK);
+        arcflow_close(pipeline);
+    });
+    on_threads(2 * callers, [&](int caller) {
+        arcflow_result *result = results[(caller + 1) % callers];
+        CHECK(arcflow_result_batch(result) <= 1);
+        arcflow_result_free(result);
+    });
+}
+
+}  // namespace
+
+namespace arcflow {
+
+const char *backend_names() { return "fake"; }
+std::unique_ptr<Backend> make_backend(const std::string &, int) { return std::make_unique<FakeBackend>(); }
+std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &) { return {}; }
+
+}  // namespace arcflow
+
+int main() {
+    const Folder folder;
+    write_bundle(folder.path());
+    for (const bool low_memory : {false, true}) draws_and_errors(folder.path().string(), low_memory);
+    closes_while_busy(folder.path().string());
+    results_wander(folder.path().string());
+    std::puts("ok");
+}
