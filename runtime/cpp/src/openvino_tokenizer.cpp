@@ -45,7 +45,8 @@ fs::path openvino_folder() {
 fs::path find_library() {
     if (const char *chosen = std::getenv(library_variable); chosen != nullptr && *chosen != '\0') {
         if (!fs::is_regular_file(chosen)) {
-            throw engine_error(std::string(library_variable) + " must name " + library_name + ", got '" + chosen + "'");
+            throw engine_error(std::string(library_variable) + " must name " + library_name + ", got '" + chosen +
+                               "'; pip install openvino-tokenizers of OpenVINO's version");
         }
         return fs::absolute(chosen);
     }
@@ -93,6 +94,21 @@ bool is_utf8(const std::string &text) {
         i += more + 1;
     }
     return true;
+}
+
+// Why the operations of the tokenizers cannot be run here, "" if they can; adds them to `core`.
+std::string add_operations(ov::Core &core) {
+    fs::path library;
+    try {
+        library = find_library();
+        core.add_extension(library);
+    } catch (const Error &e) {
+        return e.what();
+    } catch (const ov::Exception &e) {
+        return "OpenVINO cannot load " + library.string() + ": " + useful_line(e) +
+               "; pip install openvino-tokenizers of OpenVINO's version, or set " + library_variable;
+    }
+    return "";
 }
 
 class OpenVinoTokenizer : public Tokenizer {
@@ -218,7 +234,7 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
     record["converter"].integer();
 
     ov::Core core;
-    bool extended = false;
+    const std::string unavailable = add_operations(core);
     record["tokenizers"].each_entry([&](const std::string &name, const Place &place) {
         place.keys({"source", "graph", "weights", "prefix", "suffix"});
         const auto said = bundle.manifest.tokenizers.find(name);
@@ -228,11 +244,11 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
         }
         const ModelFile graph = read_file(place["graph"], folder), weights = read_file(place["weights"], folder);
         const std::vector<int64_t> prefix = read_ids(place["prefix"]), suffix = read_ids(place["suffix"]);
+        if (!unavailable.empty()) {
+            tokenizers.emplace(name, std::make_unique<UnavailableTokenizer>(name + ": " + unavailable));
+            return;
+        }
         try {
-            if (!extended) {
-                core.add_extension(find_library());
-                extended = true;
-            }
             const auto model = core.read_model(graph.path, weights.path);
             if (model->inputs().size() != 1 || model->outputs().size() != 1 ||
                 model->input().get_element_type() != ov::element::string ||
