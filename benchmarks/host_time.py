@@ -2,7 +2,8 @@
 
 A tiny bundle at 64 px, text embeddings cached, seed given, decoded to pixels. Runs alternate between the two, so that a
 change in the machine's load meets both. Engine time is what the calls into the engine take, ONNX Runtime's in Python
-and OpenVINO's in C++; the rest is the host's.
+and OpenVINO's in C++; the rest is the host's. With another `--backend` for Python, engine time is the device's, of its
+own events.
 
     python benchmarks/host_time.py BUNDLE --library build/libarcflow.so --json benchmarks/results/host_time.json
 """
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpp_soak import load_embed
 from machine import describe
+from soak import load_embed
 from tqdm import trange
 
 from arcflow_runtime import Pipeline
@@ -30,6 +31,8 @@ PROMPT = "a large red circle on a blue background"
 #: Stages that hold no engine call; what the others take beside theirs is "around engines".
 HOST_STAGES = ("tokenize", "noise", "rotary", "update")
 ENGINE_STAGES = ("encode", "condition", "backbone", "decode")
+#: What a denoiser on a device takes, of its own events.
+DEVICE_STAGES = ("copy", "noise", "condition", "backbone", "update", "decode")
 
 
 class TimedEngine:
@@ -67,6 +70,22 @@ def python_draw(bundle: Path, size_px: int, threads: int) -> Callable[[], dict[s
     return draw
 
 
+def device_draw(bundle: Path, backend: str, size_px: int) -> Callable[[], dict[str, float]]:
+    """The same with a backend that keeps the loop on its device."""
+    pipe = Pipeline.load(bundle, backend=backend)
+    if pipe._denoiser is None:
+        raise SystemExit(f"error: {backend} does not keep the loop on its device here; see its warnings")
+    pipe.warm_up([(1, size_px, size_px)])
+
+    def draw() -> dict[str, float]:
+        timings = dict(pipe(PROMPT, size_px, size_px, seed=1, output_type="pil").timings_ms)
+        engines = sum(timings.get(stage, 0.0) for stage in DEVICE_STAGES)
+        # As if they were one call of the backbone.
+        return timings | dict.fromkeys(DEVICE_STAGES, 0.0) | {"backbone": engines, "engines": engines}
+
+    return draw
+
+
 def cpp_draw(bundle: Path, library: Path, size_px: int, threads: int) -> Callable[[], dict[str, float]]:
     """The same in C++."""
     embed = load_embed()
@@ -91,16 +110,21 @@ def main() -> int:
     """Measure both, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle with the tokenizers of `arcflow build --backend openvino`")
-    parser.add_argument("--library", type=Path, required=True, help="libarcflow")
+    parser.add_argument("--library", type=Path, help="libarcflow; without it, Python alone")
+    parser.add_argument("--backend", default="onnxruntime", help="of Python (default: %(default)s)")
     parser.add_argument("--size-px", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--runs", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="per engine (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
+    on_host = args.backend == "onnxruntime"
     draws = {
-        "python": python_draw(args.bundle, args.size_px, args.threads),
-        "cpp": cpp_draw(args.bundle, args.library, args.size_px, args.threads),
+        "python": python_draw(args.bundle, args.size_px, args.threads)
+        if on_host
+        else device_draw(args.bundle, args.backend, args.size_px)
     }
+    if args.library:
+        draws["cpp"] = cpp_draw(args.bundle, args.library, args.size_px, args.threads)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in draws}
     engines: dict[str, list[float]] = {name: [] for name in draws}
     for i in trange(-5, args.runs, desc="runs", disable=None):
@@ -110,7 +134,8 @@ def main() -> int:
                 measured[name].append(host_share(timings))
                 engines[name].append(timings["engines"])
     machine = describe()
-    machine["versions"] |= {name: metadata.version(name) for name in ("openvino", "openvino-tokenizers")}
+    if args.library:
+        machine["versions"] |= {name: metadata.version(name) for name in ("openvino", "openvino-tokenizers")}
     print(f"{machine['cpu']}, {machine['cores']} cores; {machine['versions']}")
     results = []
     for name, rows in measured.items():
@@ -119,6 +144,7 @@ def main() -> int:
         medians = {share: statistics.median(row[share] for row in rows) for share in rows[0]}
         result = {
             "runtime": name,
+            "backend": args.backend if name == "python" else "openvino",
             "size_px": args.size_px,
             "runs": args.runs,
             "threads": args.threads,

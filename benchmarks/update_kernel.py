@@ -20,7 +20,7 @@ from machine import describe
 
 from arcflow_runtime.bundle import DType
 from arcflow_runtime.errors import ArcFlowError
-from arcflow_runtime.gpu.kernels import UpdateShape, load_update_kernel
+from arcflow_runtime.gpu.kernels import UpdateShape, load_kernels
 from arcflow_runtime.trt.gpu import find_gpu
 
 #: Tokens of one picture of 512, 1024 and 1536 pixels, and of four of 1024.
@@ -55,7 +55,7 @@ class Bench:
         self.device = Device()
         self.device.set_current()
         self.stream = self.device.create_stream()
-        self.kernel = load_update_kernel(self.device)
+        self.kernels = load_kernels(self.device)
 
     def put(self, array: np.ndarray) -> Any:
         """A `cuda.core` Buffer with the array's bytes."""
@@ -104,7 +104,7 @@ class Bench:
         def update(launch: int) -> None:
             means, logweights, loggammas, latents, engine_input = (int(b.handle) for b in buffers[launch % sets])
             addresses = (means, logweights, loggammas, latents, latents, engine_input, int(sigmas.handle))
-            self.kernel.launch(self.stream, shape, *addresses, 0)
+            self.kernels.update(self.stream, shape, *addresses, 0)
 
         def copy(launch: int) -> None:
             target, source = copies[launch % sets]

@@ -18,6 +18,7 @@ from arcflow_export.options import Options
 from arcflow_export.sources import Location
 from arcflow_runtime import Pipeline, cli
 from tests.cpp import build_library, configure_cpp, embed, library_of
+from tests.kernel_source import build_host, open_gpu
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
@@ -152,3 +153,15 @@ def python_pipes(cpp_bundles):
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def kernel_host(tmp_path_factory):
+    """The kernels' source built for this CPU."""
+    return build_host(tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.fixture(scope="session")
+def kernel_gpu():
+    """A device, a stream and the kernels on it."""
+    return open_gpu()

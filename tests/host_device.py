@@ -22,6 +22,7 @@ from arcflow_runtime.gpu.device import ALIGNMENT, CaptureError, OutOfMemory
 from arcflow_runtime.gpu.host import HostEngine
 from arcflow_runtime.gpu.lane import Lane
 from arcflow_runtime.gpu.ort import OrtEngine
+from arcflow_runtime.noise import pack, randn
 from arcflow_runtime.update import update
 
 
@@ -138,8 +139,8 @@ class HostStream:
         self._captured, self.device.capturing = None, False
 
 
-class HostUpdateKernel:
-    def launch(
+class HostKernels:
+    def update(
         self, stream, shape, means, logweights, loggammas, latents, next_latents, engine_input, sigmas, step
     ) -> None:
         n, k, p = shape.tokens, shape.modes, shape.sub_pixels
@@ -155,6 +156,23 @@ class HostUpdateKernel:
             at(next_latents, (1, n, d), "float32")[...] = x
             if engine_input:
                 at(engine_input, (1, n, d), shape.engine_input)[...] = cast(x, shape.engine_input)
+
+        stream.call(run)
+
+    def noise(self, stream, shape, streams, latents, engine_input) -> None:
+        def run() -> None:
+            numbers = shape.channels * shape.height * shape.width
+            tokens = (shape.images, numbers // (shape.channels * shape.patch**2), shape.channels * shape.patch**2)
+            image = (1, shape.channels, shape.height, shape.width)
+            drawn = []
+            for seed, first in at(streams, (shape.images, 2), "int64").tolist():
+                assert 0 <= seed < 1 << 32
+                assert first % 16 == numbers % 16 == 0
+                drawn.append(pack(randn(seed, (first + numbers,))[first:].reshape(image), shape.patch))
+            x = np.concatenate(drawn)
+            at(latents, tokens, "float32")[...] = x
+            if engine_input:
+                at(engine_input, tokens, shape.engine_input)[...] = cast(x, shape.engine_input)
 
         stream.call(run)
 
@@ -202,8 +220,8 @@ class HostDevice:
     def make_event(self) -> HostEvent:
         return HostEvent()
 
-    def update_kernel(self) -> HostUpdateKernel:
-        return HostUpdateKernel()
+    def kernels(self) -> HostKernels:
+        return HostKernels()
 
 
 class HostContext:

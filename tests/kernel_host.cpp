@@ -1,4 +1,4 @@
-// The update kernel's source on a CPU, for tests/test_kernel.py: its inner functions called one after the other, and
+// The kernels' source on a CPU, for tests/test_kernel.py: its inner functions called one after the other, and
 // the kernels themselves with every thread of a block as a fibre.
 //
 // A fibre runs to its next barrier or shuffle and yields; when all have, it goes on. So every thread of a block has to
@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -75,7 +76,7 @@ static float __shfl_sync(unsigned int, float value, int lane, int width) {
     return shuffle(value, current / lanes * lanes + static_cast<unsigned int>(lane), "__shfl_sync");
 }
 
-#include "update.cu"
+#include "noise.cu"
 
 namespace arcflow_update {
 float4 arcflow_shared[SHARED_FLOATS];
@@ -96,16 +97,30 @@ const std::map<std::string, Kernel> KERNELS = {
     {"arcflow_update_bfloat16_bfloat16", arcflow_update_bfloat16_bfloat16},
 };
 
-struct Launch {
-    Kernel kernel;
-    arcflow_update::Arguments a;
-} launch;
+using NoiseKernel = decltype(&arcflow_noise_float32);
+const std::map<std::string, NoiseKernel> NOISE_KERNELS = {
+    {"float32", arcflow_noise_float32},
+    {"float16", arcflow_noise_float16},
+    {"bfloat16", arcflow_noise_bfloat16},
+};
+
+std::function<void()> kernel;
 
 void run_thread() {
-    const auto &a = launch.a;
-    launch.kernel(a.means, a.logweights, a.loggammas, a.latents, a.next, a.input, a.sigmas, a.tokens, a.step, a.modes,
-                  a.channels, a.sub_pixels);
+    kernel();
     fibres[current].waits_at.clear();
+}
+
+void run_block();
+
+void run_grid(unsigned int grid, unsigned int block) {
+    fibres = std::vector<Fibre>(block);
+    for (auto &fibre : fibres) fibre.stack.resize(STACK_BYTES);
+    blockDim = {block};
+    for (unsigned int b = 0; b < grid; ++b) {
+        blockIdx = {b};
+        run_block();
+    }
 }
 
 void run_block() {
@@ -145,16 +160,33 @@ int emulate(const char *name, unsigned int grid, unsigned int block, size_t shar
             const double *sigmas, long long tokens, int step, int modes, int channels, int sub_pixels) {
     const auto found = KERNELS.find(name);
     if (found == KERNELS.end() || shared_bytes > sizeof arcflow_update::arcflow_shared) return 1;
-    launch = {found->second,
-              {means, logweights, loggammas, latents, next, input, sigmas, tokens, step, modes, channels, sub_pixels}};
-    fibres = std::vector<Fibre>(block);
-    for (auto &fibre : fibres) fibre.stack.resize(STACK_BYTES);
-    blockDim = {block};
-    for (unsigned int b = 0; b < grid; ++b) {
-        blockIdx = {b};
-        run_block();
-    }
+    kernel = [=] {
+        found->second(means, logweights, loggammas, latents, next, input, sigmas, tokens, step, modes, channels,
+                      sub_pixels);
+    };
+    run_grid(grid, block);
     return 0;
+}
+
+// The same for the noise kernel of an engine input's type.
+int emulate_noise(const char *input_type, unsigned int grid, unsigned int block, size_t shared_bytes,
+                  const long long *streams, float *latents, void *input, int channels, int height, int width,
+                  int patch) {
+    const auto found = NOISE_KERNELS.find(input_type);
+    if (found == NOISE_KERNELS.end() || shared_bytes > sizeof arcflow_update::arcflow_shared) return 1;
+    kernel = [=] { found->second(streams, latents, input, channels, height, width, patch); };
+    run_grid(grid, block);
+    return 0;
+}
+
+// Normal numbers of 24-bit uniforms [groups, 16], as the kernel computes them.
+void box_muller(const float *uniforms, float *out, long long groups) {
+    for (long long i = 0; i < 16 * groups; ++i) {
+        if (i % 16 >= 8) continue;
+        const arcflow_noise::Pair two = arcflow_noise::box_muller(uniforms[i], uniforms[i + 8]);
+        out[i] = two.first;
+        out[i + 8] = two.second;
+    }
 }
 
 // One token of one sub-pixel's modes and one channel, as the kernels compute it: the inner functions alone.

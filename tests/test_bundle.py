@@ -52,6 +52,13 @@ def test_not_json(root):
         Bundle.open(root)
 
 
+def test_a_key_twice(root):
+    text = (root / MANIFEST).read_text()
+    (root / MANIFEST).write_text(text.replace("{", '{"version": 1, ', 1))
+    with pytest.raises(BundleError, match=r"is not valid JSON \(an object has the key 'version' twice\); export the"):
+        Bundle.open(root)
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": "other"}'])
 def test_another_format(root, text):
     (root / MANIFEST).write_text(text)

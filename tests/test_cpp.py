@@ -119,6 +119,8 @@ def test_warnings(cpp_pipes, python_pipes):
         assert len(ours.warnings) == (2 if name == "flux-tiny" else 1)
         assert ours.warnings == list(theirs.warnings)
         close(ours.latents, theirs.images)
+        again = cpp_pipes(name).draw([long], height=32, width=32, seeds=[1], skip_decode=1)
+        assert again.warnings == ours.warnings  # though its tokens are kept
     drawing = cpp_pipes("qwen-tiny").draw(["x"], height=32, width=32, guidance_scale=2.5)
     assert drawing.warnings == ["this student takes no guidance; guidance_scale 2.5 was ignored"]
     drawing = cpp_pipes("flux-tiny").draw(["x"], height=32, width=32, num_inference_steps=1)

@@ -383,9 +383,7 @@ def test_stages_are_timed(on_device):
 
 def test_nan_is_refused(on_device, monkeypatch):
     pipe = on_device()
-    monkeypatch.setattr(
-        "arcflow_runtime.pipeline.draw_latents", lambda seed, b, c, h, w, p: np.full((b, h * w // 4, 64), np.nan, "f4")
-    )
+    monkeypatch.setattr("tests.host_device.randn", lambda seed, shape: np.full(shape, np.nan, "f4"))
     with pytest.raises(EngineError, match=r"^backbone: latents of images \[0\] must be finite, got NaN or Inf"):
         draw(pipe, output_type="pil")
 

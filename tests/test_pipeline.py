@@ -140,6 +140,14 @@ def test_text_is_cached_until_cleared(flux):
     assert count() == 3
 
 
+def test_a_cached_prompt_is_not_tokenized_again_and_still_warns(flux, monkeypatch):
+    prompt = "red " * 100
+    (warning, *_) = first = flux(prompt, height=16, width=16).warnings
+    assert "was cut for CLIP" in warning
+    monkeypatch.setattr(flux, "_tokenizer", None)
+    assert flux(prompt, height=16, width=16).warnings == first
+
+
 def test_one_step_is_allowed_and_says_it_is_blurry(flux):
     output = flux("x", height=16, width=16, num_inference_steps=1)
     assert output.warnings == ("num_inference_steps 1 gives a blurry picture; use 2 or more",)

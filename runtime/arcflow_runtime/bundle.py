@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import BundleError
-from .parse import parse
+from .parse import parse, read_json
 from .rules import check_values
 
 FORMAT = "arcflow-bundle"
@@ -304,7 +304,7 @@ def _read_manifest(root: Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; it is not a manifest")
     try:
-        data = json.loads(path.read_bytes())
+        data = read_json(path.read_bytes())
     except (ValueError, RecursionError) as e:
         raise BundleError(f"{path} is not valid JSON ({e}); export the bundle again") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -66,29 +66,37 @@ def denoise(
         EngineError: the backbone failed.
     """
     latents = noise
-    states = [np.concatenate([text.states for text in group.texts]) for group in groups]
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        following = np.empty_like(latents)
-        for group, encoded in zip(groups, states, strict=True):
-            x = latents[group.images]
-            inputs = {
-                "latents": x,
-                "encoder_hidden_states": encoded,
-                "modulation": modulation[i][group.prompts if modulation.shape[1] > 1 else [0] * len(x)],
-                "image_rotary": image_rotary,
-                "text_rotary": group.text_rotary,
-            }
-            with watch("backbone"):
-                heads = run(inputs)
-            # check_finite reports infinities with what to do; numpy's warnings would only precede it.
-            with watch("update"), np.errstate(over="ignore", invalid="ignore"):
-                means, logweights, loggammas = (
-                    to_float32(heads[name]) for name in ("means", "logweights", "loggammas")
-                )
-                following[group.images] = update(x, means, logweights, loggammas, sigma, sigma, sigma_next)
-        latents = following
-        if callback is not None:
-            _tell(callback, i, latents)
+    places = [group.images for group in groups]
+    states = [join([text.states for text in group.texts]) for group in groups]
+    by_prompt = modulation.shape[1] > 1
+    rows = [group.prompts if by_prompt else [0] * len(group.images) for group in groups]
+    every = list(range(modulation.shape[1]))
+    theirs = np.geterr()
+    # check_finite reports infinities with what to do; numpy's warnings would only precede it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        # numpy's scalars compute slowly
+        for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+            following = []
+            for j, group in enumerate(groups):
+                x = latents if len(groups) == 1 else latents[group.images]
+                inputs = {
+                    "latents": x,
+                    "encoder_hidden_states": states[j],
+                    "modulation": modulation[i] if rows[j] == every else modulation[i, rows[j]],
+                    "image_rotary": image_rotary,
+                    "text_rotary": group.text_rotary,
+                }
+                with watch("backbone"):
+                    heads = run(inputs)
+                with watch("update"):
+                    means, logweights, loggammas = (
+                        to_float32(heads[name]) for name in ("means", "logweights", "loggammas")
+                    )
+                    following.append(update(x, means, logweights, loggammas, sigma, sigma, sigma_next))
+            latents = _in_order(places, following)
+            if callback is not None:
+                with np.errstate(**theirs):
+                    _tell(callback, i, latents)
     return latents
 
 
@@ -114,25 +122,31 @@ def draw(
     """
     steps: dict[int, list[np.ndarray]] = {}
     drawn = []
+    places = [images for images, _ in drawings]
     for images, drawing in drawings:
 
         def after(step: int, latents: np.ndarray, last: bool = images is drawings[-1][0]) -> None:
             steps.setdefault(step, []).append(latents)
             if last and callback is not None:
-                _tell(callback, step, _in_order(drawings, steps[step]))
+                _tell(callback, step, _in_order(places, steps[step]))
 
         drawn.append(denoiser.draw(drawing, watch, None if callback is None else after))
-    latents = _in_order(drawings, [d.latents for d in drawn])
+    latents = _in_order(places, [d.latents for d in drawn])
     pixels = [d.pixels for d in drawn if d.pixels is not None]
-    return latents, _in_order(drawings, pixels) if pixels else None
+    return latents, _in_order(places, pixels) if pixels else None
 
 
-def _in_order(drawings: list[tuple[list[int], Drawing]], parts: list[np.ndarray]) -> np.ndarray:
-    """The batch [B, ...] of what was made of each drawing [b, ...]."""
+def join(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays [1, ...] of one shape as [len(arrays), ...]; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _in_order(places: list[list[int]], parts: list[np.ndarray]) -> np.ndarray:
+    """The batch [B, ...] of parts [b, ...], each with its images' places in the batch."""
     if len(parts) == 1:
         return parts[0]
     batch = np.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype)
-    for (images, _), part in zip(drawings, parts, strict=True):
+    for images, part in zip(places, parts, strict=True):
         batch[images] = part
     return batch
 

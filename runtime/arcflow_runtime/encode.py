@@ -28,10 +28,10 @@ def encode_prompts(parts: Parts, manifest: Manifest, prompts: Mapping[str, Token
     if manifest.family == "flux":
         pooled = _run(parts, "text_encoder", "pooled_projections", prompts)
         states = _run(parts, "text_encoder_2", "encoder_hidden_states", prompts)
-        return {p: Embeddings(states[p], pooled[p]) for p in prompts}
+        return {p: Embeddings(states[p], pooled[p], t.warnings) for p, t in prompts.items()}
     states = _run(parts, "text_encoder", "encoder_hidden_states", prompts)
     drop = manifest.text.drop_tokens
-    return {p: Embeddings(_frozen(states[p][:, drop:].copy()), None) for p in prompts}
+    return {p: Embeddings(_frozen(states[p][:, drop:].copy()), None, t.warnings) for p, t in prompts.items()}
 
 
 def _run(parts: Parts, part: str, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:

@@ -8,37 +8,58 @@ library and itself differs from this by up to about 2e-6.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from .errors import RequestError
 
+#: As many numbers come from as many uniforms, if there are so many.
+GROUP = 16
 #: The seeds `torch.Generator.manual_seed` takes.
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
 _F = np.float32
 _TWO_PI = _F(2 * np.pi)
 _SQRT_HALF = _F(0.707106781186547524)
+# Coefficients are float32 numbers, kept in the float64 that `_fma` computes in.
 _LOG_COEFFICIENTS = (
-    7.0376836292e-2,
-    -1.1514610310e-1,
-    1.1676998740e-1,
-    -1.2420140846e-1,
-    1.4249322787e-1,
-    -1.6668057665e-1,
-    2.0000714765e-1,
-    -2.4999993993e-1,
-    3.3333331174e-1,
+    np.array(
+        [
+            7.0376836292e-2,
+            -1.1514610310e-1,
+            1.1676998740e-1,
+            -1.2420140846e-1,
+            1.4249322787e-1,
+            -1.6668057665e-1,
+            2.0000714765e-1,
+            -2.4999993993e-1,
+            3.3333331174e-1,
+        ]
+    )
+    .astype(_F)
+    .astype(np.float64)
 )
 _LN2_HIGH, _LN2_LOW = _F(0.693359375), _F(-2.12194440e-4)
-# pi/4 in three parts, each short enough for an exact product with a small integer.
-_PI_4_PARTS = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)
-_SIN_COEFFICIENTS = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-_COS_COEFFICIENTS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+# pi/4 in three parts.
+_PI_4_HIGH, _PI_4_MIDDLE, _PI_4_LOW = _F(-0.78515625), _F(-2.4187564849853515625e-4), _F(-3.77489497744594108e-8)
+# Of cosine and sine, which are computed side by side: coefficients [3, 2, 1, 1].
+_COS_SIN_COEFFICIENTS = (
+    np.array(
+        [
+            [2.443315711809948e-5, -1.9515295891e-4],
+            [-1.388731625493765e-3, 8.3321608736e-3],
+            [4.166664568298827e-2, -1.6666654611e-1],
+        ]
+    )
+    .astype(_F)
+    .astype(np.float64)[..., None, None]
+)
 _FOUR_OVER_PI = _F(1.27323954473516)
 # Uniforms per block: the temporaries of one block stay in the processor's cache.
 _BLOCK = 1 << 15
+_local = threading.local()
 
 
 def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
@@ -60,7 +81,7 @@ def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
     if size < 16:
         return _normal_scalar(seed, size).reshape(shape)
     tail = size % 16
-    uniforms = (_mt19937(seed, size + (16 if tail else 0)) & np.uint32(0xFFFFFF)).astype(_F) * _F(2**-24)
+    uniforms = (_mt19937(seed, size + (16 if tail else 0)) & np.uint64(0xFFFFFF)).astype(_F) * _F(2**-24)
     out = np.empty(size, _F)
     whole = size - tail
     for i in range(0, whole, _BLOCK):
@@ -103,15 +124,39 @@ def draw_latents(
     return pack(np.concatenate([randn(s, (1, channels, height, width)) for s in seed]), patch_size)
 
 
+def streams(seed: int | Sequence[int], batch: int, numbers: int) -> np.ndarray:
+    """Where each image's noise comes from, for a device that draws it; arguments as for `draw_latents`.
+
+    Args:
+        seed: of the batch, or one per image.
+        batch: number of images B.
+        numbers: of one image, C*height*width; a multiple of 16.
+
+    Returns:
+        [B, 2] int64: the generator's seed, and the image's first number in what it draws.
+    """
+    if isinstance(seed, int):
+        return np.array([(seed & 0xFFFFFFFF, i * numbers) for i in range(batch)], np.int64)
+    return np.array([(s & 0xFFFFFFFF, 0) for s in seed], np.int64)
+
+
 def _mt19937(seed: int, count: int) -> np.ndarray:
-    # numpy promises that RandomState's stream never changes; its full-range uint32 draw is MT19937's output.
-    return np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 1 << 32, size=count, dtype=np.uint32)
+    """The generator's first words, 32 bits each, as [count] uint64."""
+    # RandomState seeds as MT19937's authors and torch do, and numpy promises that this never changes; `random_raw` is
+    # the generator's output itself. One is kept per thread: making one takes longer than a small picture's noise,
+    # since it asks the system for entropy.
+    if not hasattr(_local, "bits"):
+        _local.bits = np.random.MT19937()
+        _local.seeding = np.random.RandomState(_local.bits)
+    _local.seeding.seed(seed & 0xFFFFFFFF)
+    words: np.ndarray = _local.bits.random_raw(count)
+    return words
 
 
 def _normal_scalar(seed: int, size: int) -> np.ndarray:
     """torch's path below 16 numbers: Box-Muller in float64, from 53-bit uniforms, cosine first, then sine."""
     pairs = (size + 1) // 2
-    words = _mt19937(seed, 4 * pairs).astype(np.uint64).reshape(pairs, 2, 2)
+    words = _mt19937(seed, 4 * pairs).reshape(pairs, 2, 2)
     bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)
     u = bits.astype(np.float64) * 2.0**-53
     radius, theta = np.sqrt(-2 * np.log1p(-u[:, 1])), 2 * np.pi * u[:, 0]
@@ -122,54 +167,69 @@ def _normal_scalar(seed: int, size: int) -> np.ndarray:
 def _box_muller(uniforms: np.ndarray) -> np.ndarray:
     """16 uniforms in [0, 1) give 16 normals: radius from the first 8, angle from the last 8."""
     u = uniforms.reshape(-1, 2, 8)
-    radius = np.sqrt(_F(-2) * _log(_F(1) - u[:, 0]))
-    sin, cos = _sincos(_TWO_PI * u[:, 1])
+    radius = _log(_F(1) - u[:, 0])
+    radius *= _F(-2)
+    np.sqrt(radius, out=radius)
     out = np.empty_like(u)
-    # Adding zero turns -0 into +0, as torch's `fma(x, std, mean)` does.
-    out[:, 0] = radius * cos + _F(0)
-    out[:, 1] = radius * sin + _F(0)
+    np.multiply(_cos_sin(_TWO_PI * u[:, 1]), radius, out=out.transpose(1, 0, 2))
+    out += _F(0)  # turns -0 into +0, as torch's `fma(x, std, mean)` does
     return out.reshape(-1)
 
 
-def _fma(a: np.ndarray, b: np.ndarray | np.float32, c: np.ndarray | np.float32) -> np.ndarray:
-    # The product of two float32 is exact in float64, so only the sum is rounded (twice, which changes the
-    # float32 result in about one of 2**29 cases).
-    return (a.astype(np.float64) * b + c).astype(_F)
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray | np.float64) -> np.ndarray:
+    """a * b + c in float32 with one rounding: `a` is float32, `b` and `c` float32 numbers in float64."""
+    # The product is exact in float64, so only the sum is rounded (twice, which changes the float32 result in about one
+    # of 2**29 cases).
+    result = a.astype(np.float64)
+    result *= b
+    result += c
+    return result.astype(_F)
 
 
-def _polynomial(x: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
-    y: np.ndarray = np.full_like(x, coefficients[0])
-    for c in coefficients[1:]:
-        y = _fma(y, x, _F(c))
+def _polynomial(x: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    y = (wide * coefficients[0] + coefficients[1]).astype(_F)
+    for c in coefficients[2:]:
+        y = _fma(y, wide, c)
     return y
 
 
 def _log(x: np.ndarray) -> np.ndarray:
-    """Natural logarithm of positive normal float32 numbers (Cephes logf)."""
-    bits = x.view(np.int32)
-    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).view(_F)  # in [0.5, 1)
+    """Natural logarithm of positive normal float32 numbers (Cephes logf).
+
+    Where Cephes multiplies by a power of two or by the high half of log 2, the product is exact in float32, and a sum
+    is what its fused multiply-add gives.
+    """
+    mantissa, exponent = np.frexp(x)  # in [0.5, 1)
     small = mantissa < _SQRT_HALF
-    exponent = ((bits >> 23) - 126).astype(_F) - small.astype(_F)
-    x = (mantissa - _F(1)) + np.where(small, mantissa, _F(0))
+    exponent = exponent.astype(_F) - small
+    x = np.where(small, mantissa + mantissa, mantissa) - _F(1)
     z = x * x
     y = _fma(_polynomial(x, _LOG_COEFFICIENTS) * x, z, exponent * _LN2_LOW)
-    y = _fma(z, _F(-0.5), y)
-    return _fma(exponent, _LN2_HIGH, x + y)
+    y += z * _F(-0.5)
+    x += y
+    x += exponent * _LN2_HIGH
+    return x
 
 
-def _sincos(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sine and cosine of float32 numbers in [0, 2 pi] (Cephes sinf and cosf)."""
+def _cos_sin(x: np.ndarray) -> np.ndarray:
+    """Cosine and sine, [2, n, 8], of float32 numbers [n, 8] in [0, 2 pi] (Cephes cosf and sinf)."""
     octant = ((x * _FOUR_OVER_PI).astype(np.int32) + 1) & ~1
     y = octant.astype(_F)
-    for part in _PI_4_PARTS:
-        x = _fma(y, _F(part), x)
+    x = x + y * _PI_4_HIGH  # y is at most 8: this product and the next are exact in float32
+    x += y * _PI_4_MIDDLE
+    x = _fma(y, _PI_4_LOW.astype(np.float64), x)
     z = x * x
-    cos = _fma(_polynomial(z, _COS_COEFFICIENTS) * z, z, z * _F(-0.5)) + _F(1)
-    sin = _fma(_polynomial(z, _SIN_COEFFICIENTS) * z, x, x)
-    quadrant = (octant >> 1) & 3
-    odd = (quadrant & 1) == 1
-    sin_x = np.where(odd, cos, sin)
-    cos_x = np.where(odd, sin, cos)
-    sin_x = np.where(quadrant >= 2, -sin_x, sin_x)
-    cos_x = np.where((quadrant == 1) | (quadrant == 2), -cos_x, cos_x)
-    return sin_x, cos_x
+    terms = np.empty((2, *x.shape), _F)
+    terms[0], terms[1] = z, x
+    addends = terms.copy()
+    addends[0] *= _F(-0.5)
+    polynomial = _polynomial(z, _COS_SIN_COEFFICIENTS)
+    polynomial *= z
+    cos_sin = _fma(polynomial, terms, addends)
+    cos_sin[0] += _F(1)
+    cos_sin = np.where((octant & 2).astype(np.bool_), cos_sin[::-1], cos_sin)
+    signs = cos_sin.view(np.int32)
+    signs[0] ^= ((octant + 2) & 4) << 29
+    signs[1] ^= (octant & 4) << 29
+    return cos_sin

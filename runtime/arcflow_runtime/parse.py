@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import BundleError
 
 _T = TypeVar("_T")
+
+
+def read_json(text: bytes) -> Any:
+    """Decode JSON whose objects have no key twice (B2).
+
+    Raises:
+        ValueError: it is not JSON, or an object has a key twice.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"an object has the key {key!r} twice")
+        value[key] = item
+    return value
 
 
 def parse(kind: Any, value: Any, where: str) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 
@@ -45,34 +46,24 @@ class Parts:
             self.close()
             raise
 
-    @contextmanager
-    def use(self, part: str) -> Iterator[Run]:
+    def use(self, part: str) -> AbstractContextManager[Run]:
         """Give a function that runs `part`: inputs by name are cast to the dtypes its graph takes.
 
         Raises:
             EngineError: the part cannot be opened, or the parts were closed.
         """
         spec = self._bundle.manifest.parts[part]
-        with self.borrow(part) as engine:
-            yield lambda inputs: engine.run(_cast(spec, inputs))
+        if self.keep:
+            return nullcontext(partial(_run, self._kept(part), spec))
+        return self._run_once(part, spec)
 
-    @contextmanager
-    def borrow(self, part: str) -> Iterator[Engine]:
+    def borrow(self, part: str) -> AbstractContextManager[Engine]:
         """Give the engine itself, as `use` does.
 
         Raises:
             EngineError: the part cannot be opened, or the parts were closed.
         """
-        if self.keep:
-            yield self._kept(part)
-            return
-        with self._lock:
-            self._check_open()
-            engine = self._backend.open(self._bundle, part)
-            try:
-                yield engine
-            finally:
-                engine.close()
+        return nullcontext(self._kept(part)) if self.keep else self._opened(part)
 
     def close(self) -> None:
         """Close every engine; using a part afterwards raises `EngineError`. Calling it twice is allowed."""
@@ -81,6 +72,21 @@ class Parts:
             for engine in self._engines.values():
                 engine.close()
             self._engines.clear()
+
+    @contextmanager
+    def _run_once(self, part: str, spec: Part) -> Iterator[Run]:
+        with self._opened(part) as engine:
+            yield partial(_run, engine, spec)
+
+    @contextmanager
+    def _opened(self, part: str) -> Iterator[Engine]:
+        with self._lock:
+            self._check_open()
+            engine = self._backend.open(self._bundle, part)
+            try:
+                yield engine
+            finally:
+                engine.close()
 
     def _kept(self, part: str) -> Engine:
         with self._lock:
@@ -94,5 +100,5 @@ class Parts:
             raise EngineError("this pipeline is closed; load it again with Pipeline.load")
 
 
-def _cast(part: Part, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}
+def _run(engine: Engine, part: Part, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return engine.run({spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs})

@@ -16,16 +16,16 @@ from PIL import Image
 from .bundle import Bundle, Check
 from .condition import Conditioner
 from .decode import check_pictures, decode_latents, to_float, to_pil
-from .denoise import Group, StepCallback, check_finite, denoise, draw
+from .denoise import Group, StepCallback, check_finite, denoise, draw, join
 from .encode import encode_prompts
 from .engines import DEFAULT_BACKEND, open_backend
 from .engines.base import Backend, Denoiser, DenoisingBackend, Drawing
 from .errors import RequestError
-from .noise import draw_latents
+from .noise import GROUP, draw_latents, streams
 from .parts import Parts
 from .request import OutputType, Request, check_request
 from .rotary import image_rotary, text_rotary
-from .schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from .schedule import conditioning_guidance, sigmas, timesteps_of
 from .stopwatch import Stopwatch
 from .text import EmbeddingCache, Embeddings, PromptTokenizer, blank_text
 
@@ -66,7 +66,9 @@ class Pipeline:
         if not low_memory:
             self._parts.open_all()
         self._denoiser: Denoiser | None = None
-        if isinstance(backend, DenoisingBackend):
+        latents = bundle.manifest.latents
+        # What a device draws of the noise is whole groups of numbers.
+        if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
             self._denoiser = backend.open_denoiser(bundle, self._parts)
 
     @staticmethod
@@ -152,17 +154,21 @@ class Pipeline:
         return PipelineOutput(images, request.seed, warnings, timings)
 
     def _encode(self, request: Request, watch: Stopwatch) -> tuple[dict[str, Embeddings], tuple[str, ...]]:
-        """Tokenise and encode the distinct prompts; and what there is to warn of."""
+        """The embeddings of the distinct prompts, in order, and what there is to warn of.
+
+        A prompt whose embeddings are kept is neither tokenised nor encoded.
+        """
         length = request.max_sequence_length
+        embeddings = {p: self._cache.get(p, length) for p in request.prompts}
+        unknown = [p for p, e in embeddings.items() if e is None]
         with watch("tokenize"):
-            tokens = {p: self._tokenizer.tokenize(p, length) for p in request.prompts}
+            tokens = {p: self._tokenizer.tokenize(p, length) for p in unknown}
         with watch("encode"):
-            known = {p: e for p in tokens if (e := self._cache.get(p, length)) is not None}
-            new = encode_prompts(self._parts, self.bundle.manifest, {p: t for p, t in tokens.items() if p not in known})
-            for p, e in new.items():
+            for p, e in encode_prompts(self._parts, self.bundle.manifest, tokens).items():
                 self._cache.put(p, length, e)
-        cut = tuple(w for t in tokens.values() for w in t.warnings)
-        return {p: known.get(p) or new[p] for p in tokens}, request.warnings + cut
+                embeddings[p] = e
+        known = {p: e for p, e in embeddings.items() if e is not None}
+        return known, request.warnings + tuple(w for e in known.values() for w in e.warnings)
 
     def _denoise(
         self,
@@ -175,48 +181,53 @@ class Pipeline:
         m = self.bundle.manifest
         grid = self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
-        modulation = self._modulation(request, schedule, embeddings, watch) if self._denoiser is None else None
-        with watch("noise"):
-            p = m.latents.patch_size
-            noise = draw_latents(request.seed, request.batch, m.latents.channels, grid[0] * p, grid[1] * p, p)
+        modulation = self._modulation(request, embeddings, watch) if self._denoiser is None else None
+        noise = self._noise(request, watch) if self._denoiser is None else None
         with watch("rotary"):
             rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
             groups = self._groups(request, embeddings, grid)
         pixels: np.ndarray | None = None
-        if modulation is not None:
+        if modulation is not None and noise is not None:
             with self._parts.use("backbone") as run:
                 latents = denoise(run, groups, noise, modulation, rotary, schedule, watch, callback)
         elif self._denoiser is not None:
-            latents, pixels = draw(self._denoiser, self._drawings(request, groups, noise), watch, callback)
+            latents, pixels = draw(self._denoiser, self._drawings(request, groups), watch, callback)
         check_finite(latents, m.parts["backbone"].precision)
         return latents, pixels
 
-    def _conditioning(self, request: Request, schedule: np.ndarray) -> tuple[np.ndarray, np.float32 | None]:
+    def _noise(self, request: Request, watch: Stopwatch) -> np.ndarray:
+        """[B, N, 64] float32."""
+        latents, grid = self.bundle.manifest.latents, self._grid(request)
+        p = latents.patch_size
+        with watch("noise"):
+            return draw_latents(request.seed, request.batch, latents.channels, grid[0] * p, grid[1] * p, p)
+
+    def _conditioning(self, request: Request) -> tuple[np.ndarray, np.float32 | None]:
         """Timesteps [S] and guidance as the conditioner sees them."""
         m, scale = self.bundle.manifest, request.guidance_scale
-        timesteps = conditioning_timesteps(schedule, m.family, m.reference_dtype)
+        timesteps = timesteps_of(request.num_inference_steps, m.schedule, m.family, m.reference_dtype)
         return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
 
-    def _modulation(
-        self, request: Request, schedule: np.ndarray, embeddings: dict[str, Embeddings], watch: Stopwatch
-    ) -> np.ndarray:
+    def _modulation(self, request: Request, embeddings: dict[str, Embeddings], watch: Stopwatch) -> np.ndarray:
         """[S, U, M] of the U distinct prompts, or [S, 1, M]."""
         with watch("condition"):
             pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
             return self._conditioner.modulation(
-                self._parts, *self._conditioning(request, schedule), np.concatenate(pooled) if pooled else None
+                self._parts, *self._conditioning(request), join(pooled) if pooled else None
             )
 
-    def _drawings(self, request: Request, groups: list[Group], noise: np.ndarray) -> list[tuple[list[int], Drawing]]:
+    def _drawings(self, request: Request, groups: list[Group]) -> list[tuple[list[int], Drawing]]:
         """What the backend's denoiser draws for each group, with the places of its images in the batch."""
         m, grid = self.bundle.manifest, self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
-        timesteps, guidance = self._conditioning(request, schedule)
+        timesteps, guidance = self._conditioning(request)
+        numbers = m.latents.channels * m.latents.patch_size**2 * grid[0] * grid[1]
+        sources = streams(request.seed, request.batch, numbers)
         return [
             (
                 group.images,
                 Drawing(
-                    noise=noise[group.images],
+                    streams=sources[group.images],
                     texts=group.texts,
                     image_rotary=image_rotary(m.rotary, m.family, m.reference_dtype, *grid),
                     text_rotary=group.text_rotary,
@@ -295,10 +306,7 @@ class Pipeline:
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
             groups = self._groups(request, {"": blank_text(m, request.max_sequence_length)}, grid)
-            noise = np.zeros(
-                (request.batch, grid[0] * grid[1], m.latents.channels * m.latents.patch_size**2), np.float32
-            )
-            for _, drawing in self._drawings(request, groups, noise):
+            for _, drawing in self._drawings(request, groups):
                 self._denoiser.warm_up(drawing)
 
     def clear_cache(self) -> None:

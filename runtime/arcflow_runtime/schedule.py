@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from .bundle import DType, Family, Schedule
@@ -12,6 +14,7 @@ from .rounding import round_to
 TIMESTEP_SCALE = 1000
 
 
+@lru_cache(maxsize=16)
 def sigmas(num_inference_steps: int, schedule: Schedule) -> np.ndarray:
     """Noise levels at the start of each step and 0 at the end.
 
@@ -19,7 +22,7 @@ def sigmas(num_inference_steps: int, schedule: Schedule) -> np.ndarray:
     (ArcFlow, arXiv 2602.09014). Two steps at shift 3.2 and r 1 give 1, 0.7619, 0.
 
     Returns:
-        [S+1] float64, falling from 1 to 0.
+        [S+1] float64, falling from 1 to 0, read-only.
 
     Raises:
         RequestError: `num_inference_steps` is below 1.
@@ -30,7 +33,9 @@ def sigmas(num_inference_steps: int, schedule: Schedule) -> np.ndarray:
             f"{schedule.num_inference_steps}"
         )
     t = 1 - np.arange(num_inference_steps, dtype=np.float64) / (num_inference_steps - 1 + schedule.timestep_ratio)
-    return np.append(schedule.shift * t / (1 + (schedule.shift - 1) * t), 0.0)
+    levels = np.append(schedule.shift * t / (1 + (schedule.shift - 1) * t), 0.0)
+    levels.setflags(write=False)
+    return levels
 
 
 def conditioning_timesteps(sigmas: np.ndarray, family: Family, reference_dtype: DType) -> np.ndarray:
@@ -53,6 +58,15 @@ def conditioning_timesteps(sigmas: np.ndarray, family: Family, reference_dtype: 
     return round_to(timesteps, reference_dtype) if family == "flux" else timesteps
 
 
+@lru_cache(maxsize=16)
+def timesteps_of(num_inference_steps: int, schedule: Schedule, family: Family, reference_dtype: DType) -> np.ndarray:
+    """`conditioning_timesteps` of a number of steps, [S] float32, read-only."""
+    timesteps = conditioning_timesteps(sigmas(num_inference_steps, schedule), family, reference_dtype)
+    timesteps.setflags(write=False)
+    return timesteps
+
+
+@lru_cache(maxsize=16)
 def conditioning_guidance(guidance_scale: float, reference_dtype: DType) -> np.float32:
     """What FLUX's sinusoidal guidance embedding is given: 3.5 is seen as 3504 in bfloat16."""
     scaled = round_to(guidance_scale, reference_dtype) * np.float32(TIMESTEP_SCALE)

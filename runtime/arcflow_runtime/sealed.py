@@ -9,7 +9,7 @@ from typing import Any
 
 from .bundle import seal
 from .errors import BundleError, EngineError
-from .parse import parse
+from .parse import parse, read_json
 
 MAX_RECORD_BYTES = 1 << 20
 
@@ -36,7 +36,7 @@ def read_sealed(kind: Any, path: Path, what: str, again: str) -> Any:
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise EngineError(f"{path} is larger than {MAX_RECORD_BYTES} bytes; it is not {what}")
-        data = json.loads(path.read_bytes())
+        data = read_json(path.read_bytes())
     except (ValueError, RecursionError) as e:
         raise EngineError(f"{path} is not valid JSON ({e}); {again}") from None
     if not isinstance(data, dict) or data.get("format") != kind.format:

@@ -31,10 +31,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One prompt's text states [1, T, Dt] and, for FLUX, CLIP's pooled vector [1, Dp]; both read-only."""
+    """One prompt's text states [1, T, Dt] and, for FLUX, CLIP's pooled vector [1, Dp]; both read-only.
+
+    `warnings` are those of its tokens, so that a prompt whose embeddings are kept need not be tokenised again.
+    """
 
     states: np.ndarray
     pooled: np.ndarray | None
+    warnings: tuple[str, ...] = ()
 
 
 def blank_text(manifest: Manifest, tokens: int) -> Embeddings:

@@ -16,6 +16,7 @@ import numpy as np
 
 # Tokens per block of the sum over modes: its temporary stays in the processor's cache.
 _BLOCK = 512
+_NEAR_ZERO = 1e-300  # far below float32's smallest, 1.4e-45
 
 
 def update(
@@ -42,39 +43,46 @@ def update(
         [B, N, C*P] float32, a new array.
     """
     step = sigma_start - sigma_end
-    weights, gammas = _modes(logweights, loggammas)
-    coefficients = weights * _phi(gammas * step)
+    coefficients, gammas = _modes(logweights, loggammas)
+    coefficients[1:] *= _phi(gammas * step)
+    coefficients *= step
     if sigma_start != sigma_src:  # a whole step starts where the student was evaluated, and the factor is 1
-        coefficients *= np.exp(gammas * (sigma_src - sigma_start))
-    return latents - _mix(means, coefficients * step)
+        coefficients[1:] *= np.exp(gammas * (sigma_src - sigma_start))
+    mixed = _mix(means, coefficients)
+    return np.subtract(latents, mixed, out=mixed)
 
 
 def velocity(
     means: np.ndarray, logweights: np.ndarray, loggammas: np.ndarray, sigma_src: float, sigma: float
 ) -> np.ndarray:
     """The student's velocity at `sigma` <= `sigma_src`, [B, N, C*P] float32; arguments as for `update`."""
-    weights, gammas = _modes(logweights, loggammas)
-    return _mix(means, weights * np.exp(gammas * (sigma_src - sigma)))
+    coefficients, gammas = _modes(logweights, loggammas)
+    coefficients[1:] *= np.exp(gammas * (sigma_src - sigma))
+    return _mix(means, coefficients)
 
 
 def _modes(logweights: np.ndarray, loggammas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """softmax over modes, and loggammas with mode 0: both [K, B, N, P] float64.
+    """softmax over modes [K, B, N, P] and the loggammas of modes 1 and on [K-1, B, N, P], both new and float64.
 
     Modes come first because numpy reduces the first axis several times faster than a middle one.
     """
-    weights = np.moveaxis(logweights, -2, 0).astype(np.float64, order="C")
-    weights -= weights.max(axis=0)
+    weights = logweights.transpose(2, 0, 1, 3).astype(np.float64, order="C")
+    weights -= np.maximum.reduce(weights)
     np.exp(weights, out=weights)
-    weights /= weights.sum(axis=0)
-    gammas = np.zeros(weights.shape)
-    gammas[1:] = np.moveaxis(loggammas, -2, 0)
-    return weights, gammas
+    weights /= np.add.reduce(weights)
+    return weights, loggammas.transpose(2, 0, 1, 3).astype(np.float64, order="C")
 
 
 def _phi(z: np.ndarray) -> np.ndarray:
-    """expm1(z) / z, with its limit 1 at 0. expm1 is accurate near 0, so only 0 itself needs a branch."""
-    zero = z == 0
-    return np.where(zero, 1.0, np.expm1(z) / np.where(zero, 1.0, z))
+    """expm1(z) / z, with its limit 1 at 0, from `z`, which it changes.
+
+    expm1 is accurate near 0, so only 0 itself needs care: of the number added there, expm1 is the number itself, and to
+    a product of float32 numbers that is not 0 it adds nothing.
+    """
+    z += _NEAR_ZERO
+    phi: np.ndarray = np.expm1(z)
+    phi /= z
+    return phi
 
 
 def _mix(means: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
@@ -82,10 +90,10 @@ def _mix(means: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
     b, n, k, d = means.shape
     p = coefficients.shape[-1]
     means = means.reshape(b * n, k, d)
-    coefficients = np.moveaxis(coefficients, 0, -2).astype(np.float32, order="C").reshape(b * n, k, p)
+    coefficients = coefficients.transpose(1, 2, 0, 3).astype(np.float32, order="C").reshape(b * n, k, p)
     out = np.empty((b * n, d), np.float32)
     for i in range(0, b * n, _BLOCK):
         block = slice(i, i + _BLOCK)
-        tiled = np.tile(coefficients[block], (1, 1, d // p))
+        tiled = coefficients[block].reshape(-1, p).repeat(d // p, axis=0).reshape(-1, k, d)
         np.einsum("nkd,nkd->nd", tiled, means[block], out=out[block])
     return out.reshape(b, n, d)

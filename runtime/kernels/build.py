@@ -1,10 +1,10 @@
-"""Compile the update kernel with nvcc: `update.cu` -> `update.fatbin`, a record of it, and a table of registers.
+"""Compile the kernels with nvcc: their source -> `arcflow.fatbin`, a record of it, and a table of registers.
 
     python runtime/kernels/build.py [--nvcc NVCC] [--arch 75,90] [--out FOLDER] [--json]
 
 Fails if a kernel spills registers or needs a stack on any architecture. The fatbin holds machine code of each
 architecture that this nvcc has and PTX of the newest, which drivers compile for GPUs that are newer still.
-`update.fatbin.json` beside it names the source and architectures, so that the runtime knows whether to use it.
+`arcflow.fatbin.json` beside it names the source and architectures, so that the runtime knows whether to use it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+#: Files of the one program, in order; those that include others stand behind them.
+SOURCES = ("update_math.h", "update.cu", "noise_math.h", "noise.cu")
 #: Compute capabilities of GPUs in use; those that nvcc does not know are left out.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 110, 120, 121)
 
@@ -57,6 +59,12 @@ def known_architectures(nvcc: str) -> list[int]:
     return [a for a in ARCHITECTURES if re.search(rf"^compute_{a}$", listed, re.MULTILINE)]
 
 
+def program() -> str:
+    """The kernels as one text without includes, as the runtime gives it to NVRTC."""
+    texts = ((HERE / name).read_text(encoding="utf-8") for name in SOURCES)
+    return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
+
+
 def compile_fatbin(nvcc: str, architectures: list[int], out: Path) -> list[Usage]:
     """Compile into the file `out`, and give what every kernel uses.
 
@@ -68,7 +76,9 @@ def compile_fatbin(nvcc: str, architectures: list[int], out: Path) -> list[Usage
     for arch in architectures:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     command += ["-gencode", f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}"]
-    report = parse_report(_run([*command, str(HERE / "update.cu"), "-o", str(out)]))
+    source = out.with_suffix(".cu")
+    source.write_text(program(), encoding="utf-8")
+    report = parse_report(_run([*command, str(source), "-o", str(out)]))
     kernels = {u.kernel for u in report}
     if len(report) != len(kernels) * len(architectures) or not kernels:
         raise BuildError(f"nvcc's report has {len(report)} entries for {architectures} and {sorted(kernels)}")
@@ -103,7 +113,7 @@ def check_spills(report: list[Usage]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Build, print the table, and return the exit code."""
-    parser = argparse.ArgumentParser(description="Compile the update kernel with nvcc.")
+    parser = argparse.ArgumentParser(description="Compile the kernels with nvcc.")
     parser.add_argument("--nvcc", help="the compiler; by default that of the path or of CUDA_HOME")
     parser.add_argument("--arch", help="compute capabilities, such as 75,90; by default all that nvcc has")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the fatbin; by default beside the source")
@@ -116,10 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = [int(a) for a in options.arch.split(",")] if options.arch else known_architectures(nvcc)
         options.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.out) as scratch:
-            fatbin = Path(scratch) / "update.fatbin"
+            fatbin = Path(scratch) / "arcflow.fatbin"
             report = compile_fatbin(nvcc, wanted, fatbin)
             check_spills(report)
-            about = Path(scratch) / "update.fatbin.json"
+            about = Path(scratch) / "arcflow.fatbin.json"
             about.write_text(json.dumps(_describe(nvcc, wanted, fatbin), indent=2) + "\n", encoding="utf-8")
             for path in (fatbin, about):
                 os.replace(path, options.out / path.name)
@@ -135,11 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _describe(nvcc: str, architectures: list[int], fatbin: Path) -> dict[str, object]:
-    # The text that the runtime hashes: the one NVRTC takes.
-    maths = (HERE / "update_math.h").read_text(encoding="utf-8")
-    source = (HERE / "update.cu").read_text(encoding="utf-8").replace('#include "update_math.h"\n', maths)
     return {
-        "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "source_sha256": hashlib.sha256(program().encode()).hexdigest(),
         "sha256": hashlib.sha256(fatbin.read_bytes()).hexdigest(),
         "architectures": [str(a) for a in architectures],
         "nvcc": _run([nvcc, "--version"]).strip().splitlines()[-1],

@@ -61,13 +61,13 @@ class Backend(Protocol):
 class Drawing:
     """What is drawn at once: b images whose texts have one length T.
 
-    `noise` [b, N, C] float32; `texts`, one per image; `image_rotary` [2, N, D/2] and `text_rotary` [2, T, D/2]
-    float32; `grid`, height and width in tokens; `sigmas` [S+1] float64; `timesteps` [S] float32 and `guidance`, what
-    the conditioner sees; `table`, the baked modulation [S, M] float32 where the bundle has it; `pixels`, whether
-    pictures are asked for and not only latents.
+    `streams` [b, 2] int64 of the noise, as `noise.streams` gives them; `texts`, one per image; `image_rotary`
+    [2, N, D/2] and `text_rotary` [2, T, D/2] float32; `grid`, height and width in tokens; `sigmas` [S+1] float64;
+    `timesteps` [S] float32 and `guidance`, what the conditioner sees; `table`, the baked modulation [S, M] float32
+    where the bundle has it; `pixels`, whether pictures are asked for and not only latents.
     """
 
-    noise: np.ndarray
+    streams: np.ndarray
     texts: Sequence[Embeddings]
     image_rotary: np.ndarray
     text_rotary: np.ndarray

@@ -13,6 +13,7 @@ from ..dtypes import cast
 from ..engines.base import Drawing, Drawn
 from .device import Memory, PinnedMemory
 from .engine import Shapes
+from .kernels import NoiseShape
 from .lane import Lane
 from .layout import Layout, Region, Stored
 from .shapes import DrawSize, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
@@ -34,10 +35,11 @@ class PlanKey:
 class Buffers:
     """Four allocations, each with named regions.
 
-    `staged` is in pinned memory and on the device in one layout, and copied whole for every picture: `latents`
-    float32 (the state, updated in place), `input` (the same in the backbone's dtype, unless that is float32), `states`,
-    and what the modulation needs. `constant` is filled once: rotary tables, `sigmas`, `timesteps.<run>`, or the
-    modulation's table. `working` is on the device only. `results` is pinned: `latents` and `images`.
+    `staged` is in pinned memory and on the device in one layout, and copied whole for every picture: `streams` of the
+    noise, `states`, and what the modulation needs. `constant` is filled once: rotary tables, `sigmas`,
+    `timesteps.<run>`, or the modulation's table. `working` is on the device only: `latents` float32 (the state, updated
+    in place), `input` (the same in the backbone's dtype, unless that is float32), heads and more. `results` is pinned:
+    `latents` and `images`.
     """
 
     def __init__(self, lane: Lane, manifest: Manifest, key: PlanKey, steps_at_once: int, drawing: Drawing) -> None:
@@ -66,7 +68,7 @@ class Buffers:
         self.starts = [*range(0, size.steps - steps_at_once, steps_at_once), size.steps - steps_at_once]
         self.staged, self._constant = Layout.of(self._staged_arrays()), Layout.of(self._constant_arrays())
         self._working = Layout.of(self._working_arrays())
-        regions = {"latents": self.staged["latents"]} | ({"images": self._working["images"]} if key.pixels else {})
+        regions = {name: self._working[name] for name in ("latents", "images") if name in self._working}
         self.results = Layout.of({name: (r.shape, r.dtype) for name, r in regions.items()})
         self._texts: Sequence[object] = ()
         layouts = (self.staged, self._constant, self._working)
@@ -100,6 +102,22 @@ class Buffers:
         return self._regions[name]
 
     @property
+    def input_dtype(self) -> DType:
+        """The dtype of the latents that the backbone takes."""
+        return self._dtype("backbone", "latents")
+
+    @property
+    def engine_input(self) -> int:
+        """The address of `input`, 0 where the backbone takes the float32 latents."""
+        return self._addresses.get("input", 0)
+
+    def noise_shape(self) -> NoiseShape:
+        """The noise of this plan's batch."""
+        latents, (height, width) = self._manifest.latents, self._key.size.grid
+        p = latents.patch_size
+        return NoiseShape(self._key.size.batch, latents.channels, height * p, width * p, p, self.input_dtype)
+
+    @property
     def staging_address(self) -> int:
         """Where `staged` is in pinned memory."""
         return self._pinned[0].address
@@ -115,9 +133,7 @@ class Buffers:
             drawing: of this plan's key.
             modulation: [S, b, M] or [S, 1, M], where the key says that it is given.
         """
-        self._put("latents", drawing.noise)
-        if "input" in self.staged:
-            self._put("input", drawing.noise)
+        self._put("streams", drawing.streams)
         # Embeddings are read-only: the same objects have the same values, and need not be copied again.
         if not _same(self._texts, drawing.texts):
             self._put_rows("states", [text.states for text in drawing.texts])
@@ -154,9 +170,7 @@ class Buffers:
 
     def _staged_arrays(self) -> Arrays:
         inputs, conditioner = self.inputs["backbone"], self.inputs.get("conditioner", {})
-        arrays: Arrays = {"latents": (inputs["latents"], "float32")}
-        if (dtype := self._dtype("backbone", "latents")) != "float32":
-            arrays["input"] = (inputs["latents"], dtype)
+        arrays: Arrays = {"streams": ((self._key.size.batch, 2), "int64")}
         arrays["states"] = (inputs["encoder_hidden_states"], self._dtype("backbone", "encoder_hidden_states"))
         if self._key.modulation == "given":
             arrays["modulations"] = self._modulations(self._key.size.batch)
@@ -179,7 +193,10 @@ class Buffers:
     def _working_arrays(self) -> Arrays:
         inputs = self.inputs
         heads = output_shapes(self._manifest, "backbone", inputs["backbone"])
-        arrays: Arrays = {name: (shape, self._dtype("backbone", name)) for name, shape in heads.items()}
+        arrays: Arrays = {"latents": (inputs["backbone"]["latents"], "float32")}
+        if self.input_dtype != "float32":
+            arrays["input"] = (inputs["backbone"]["latents"], self.input_dtype)
+        arrays |= {name: (shape, self._dtype("backbone", name)) for name, shape in heads.items()}
         arrays["modulation"] = (inputs["backbone"]["modulation"], self._dtype("backbone", "modulation"))
         if self._key.modulation == "conditioner":
             made = output_shapes(self._manifest, "conditioner", inputs["conditioner"])["modulation"]

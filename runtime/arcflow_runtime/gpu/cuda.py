@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError
-from .device import CaptureError, Device, Event, Graph, Memory, OutOfMemory, PinnedMemory, Stream, UpdateKernel
-from .kernels import load_update_kernel
+from .device import CaptureError, Device, Event, Graph, Kernels, Memory, OutOfMemory, PinnedMemory, Stream
+from .kernels import load_kernels
 
 #: What a user installs for it.
 PACKAGE = "arcflow[gpu]"
@@ -95,9 +95,9 @@ class CudaDevice:
         # A thread that waits leaves its core to others.
         return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
 
-    def update_kernel(self) -> UpdateKernel:
-        """See `Device.update_kernel`."""
-        return load_update_kernel(self._device)
+    def kernels(self) -> Kernels:
+        """See `Device.kernels`."""
+        return load_kernels(self._device)
 
 
 class _Memory:

@@ -17,7 +17,7 @@ from ..errors import EngineError
 from ..parts import Parts
 from ..stopwatch import Stopwatch
 from .buffers import Buffers, Modulation, PlanKey
-from .device import UpdateKernel
+from .device import Kernels
 from .engine import Context, DeviceEngine, Shapes
 from .host import HostEngine
 from .lane import Lane, OutOfDeviceMemory
@@ -44,21 +44,21 @@ class DeviceDenoiser:
         self._bundle, self._parts, self._lane, self._limits = bundle, parts, lane, limits
         self._max_plans = max_plans
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
-        self._kernel: UpdateKernel | None = None
+        self._kernels: Kernels | None = None
         self._logged: set[str] = set()
         self._closed = False
         self._lock = threading.Lock()
 
     def draw(self, drawing: Drawing, watch: Stopwatch, on_step: OnStep | None = None) -> Drawn:
         """Draw, in pieces where the engines take fewer images at once; see `Denoiser.draw`."""
-        batch = len(drawing.noise)
+        batch = len(drawing.texts)
         most, steps_at_once = self._fit(drawing)
         pieces = [slice(i, min(i + most, batch)) for i in range(0, batch, most)]
         # What a step left of the pieces before the last, so that the last one's step completes the batch's.
         earlier: list[list[np.ndarray]] = [[] for _ in drawing.timesteps]
         drawn = []
         for piece in pieces:
-            part = dataclasses.replace(drawing, noise=drawing.noise[piece], texts=drawing.texts[piece])
+            part = dataclasses.replace(drawing, streams=drawing.streams[piece], texts=drawing.texts[piece])
 
             def after(step: int, latents: np.ndarray, last: bool = piece is pieces[-1]) -> None:
                 earlier[step].append(latents)
@@ -119,7 +119,7 @@ class DeviceDenoiser:
         """
         steps = len(drawing.timesteps)
         wrong: str | None = None
-        for batch in range(len(drawing.noise), 0, -1):
+        for batch in range(len(drawing.texts), 0, -1):
             wrong = self._misfit(drawing, batch)
             if wrong is None and drawing.table is not None:
                 return batch, steps
@@ -178,9 +178,9 @@ class DeviceDenoiser:
     def _make_plan(self, key: PlanKey, steps_at_once: int, drawing: Drawing) -> Plan:
         manifest = self._bundle.manifest
         with self._lane.enter():
-            if self._kernel is None:
-                self._kernel = self._lane.device.update_kernel()
-            plan = Plan(self._lane, key, Buffers(self._lane, manifest, key, steps_at_once, drawing), self._kernel)
+            if self._kernels is None:
+                self._kernels = self._lane.device.kernels()
+            plan = Plan(self._lane, key, Buffers(self._lane, manifest, key, steps_at_once, drawing), self._kernels)
         try:
             if self._parts.keep:
                 for part, inputs in plan.buffers.inputs.items():

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .kernels import UpdateShape
+from .kernels import NoiseShape, UpdateShape
 
 #: Every region starts at a multiple of this, as TensorRT wants of its tensors.
 ALIGNMENT = 256
@@ -105,10 +105,10 @@ class Stream(Protocol):
         ...
 
 
-class UpdateKernel(Protocol):
-    """The closed-form step (`update.py`) on a device; arguments as for `kernels.UpdateKernel.launch`."""
+class Kernels(Protocol):
+    """The closed-form step (`update.py`) and the noise (`noise.py`) on a device; arguments as for `kernels.Kernels`."""
 
-    def launch(
+    def update(
         self,
         stream: Stream,
         shape: UpdateShape,
@@ -122,6 +122,10 @@ class UpdateKernel(Protocol):
         step: int,
     ) -> None:
         """Enqueue one step."""
+        ...
+
+    def noise(self, stream: Stream, shape: NoiseShape, streams: int, latents: int, engine_input: int) -> None:
+        """Enqueue the noise of a batch."""
         ...
 
 
@@ -166,11 +170,11 @@ class Device(Protocol):
         """A new event that measures time."""
         ...
 
-    def update_kernel(self) -> UpdateKernel:
-        """The update.
+    def kernels(self) -> Kernels:
+        """The kernels.
 
         Raises:
-            EngineError: there is no kernel for this device.
+            EngineError: there are none for this device.
         """
         ...
 

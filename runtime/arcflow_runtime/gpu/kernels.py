@@ -1,8 +1,8 @@
-"""The update kernel: its CUDA source or a fatbin made from it -> a function that launches it on device addresses.
+"""The kernels: CUDA source or a fatbin made from it -> functions that launch them on device addresses.
 
 The source lies in `runtime/kernels/` and is packaged beside this module. A fatbin that `runtime/kernels/build.py` left
 there is used where it was made from this very source for this GPU; otherwise NVRTC compiles the source, once per
-machine: the result is kept in a cache. `update.cu` tells what the kernel takes and how it is launched.
+machine: the result is kept in a cache. `update.cu` and `noise.cu` tell what they take and how they are launched.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,11 +34,15 @@ _BLOCKS = (128, 64, 32)
 _MAX_SHARED_BYTES = 48 << 10
 _LANES = {"float32": 16, "float16": 8, "bfloat16": 8}
 _DIGEST_BYTES = 32
+#: Files of the one program, in order.
+SOURCES = ("update_math.h", "update.cu", "noise_math.h", "noise.cu")
+#: Of the noise: `noise.cu` says why.
+NOISE_THREADS, NOISE_SHARED_BYTES = 320, 2 * 624 * 4
 
 
 @dataclass(frozen=True)
 class UpdateShape:
-    """What a launch of the kernel works on.
+    """What a launch of the update works on.
 
     `tokens` are B*N. `heads` is the dtype of means, logweights and loggammas, `engine_input` the dtype of the second
     output; both are "float32", "float16" or "bfloat16".
@@ -51,14 +56,30 @@ class UpdateShape:
     engine_input: DType
 
 
-class UpdateKernel:
-    """The kernel on one device; `load_update_kernel` makes it. Safe to use from several threads."""
+@dataclass(frozen=True)
+class NoiseShape:
+    """What a launch of the noise works on.
+
+    `images` are of `channels` C, `height` h and `width` w, packed in patches of `patch` x `patch`; C*h*w is a multiple
+    of 16. `engine_input` is the dtype of the second output: "float32", "float16" or "bfloat16".
+    """
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    patch: int
+    engine_input: DType
+
+
+class Kernels:
+    """The kernels on one device; `load_kernels` makes them. Safe to use from several threads."""
 
     def __init__(self, code: ObjectCode) -> None:
         self._code = code
         self._kernels: dict[str, Kernel] = {}
 
-    def launch(
+    def update(
         self,
         stream: Any,
         shape: UpdateShape,
@@ -94,22 +115,41 @@ class UpdateKernel:
         launch(
             stream,
             LaunchConfig(grid=grid, block=block, shmem_size=shared),
-            self.kernel(shape),
+            self.kernel(kernel_name(shape.heads, shape.engine_input)),
             *(means, logweights, loggammas, latents, next_latents, engine_input, sigmas),
             np.int64(shape.tokens),
             *(np.int32(n) for n in (step, shape.modes, shape.channels, shape.sub_pixels)),
         )
 
-    def kernel(self, shape: UpdateShape) -> Kernel:
-        """The `cuda.core` Kernel for the dtypes of `shape`."""
-        name = kernel_name(shape.heads, shape.engine_input)
+    def noise(self, stream: Any, shape: NoiseShape, streams: int, latents: int, engine_input: int) -> None:
+        """Enqueue the noise of a batch; `streams`, `latents` and `engine_input` are addresses in device memory.
+
+        Args:
+            stream: as for `update`.
+            shape: sizes and dtype.
+            streams: [images, 2] int64, as `noise.streams` gives them. A captured launch reads them anew every time.
+            latents: [images, N, C*p*p] float32.
+            engine_input: [images, N, C*p*p], the same in `shape.engine_input`; 0 for none.
+        """
+        from cuda.core import LaunchConfig, launch
+
+        launch(
+            stream,
+            LaunchConfig(grid=shape.images, block=NOISE_THREADS, shmem_size=NOISE_SHARED_BYTES),
+            self.kernel(f"arcflow_noise_{shape.engine_input}"),
+            *(streams, latents, engine_input),
+            *(np.int32(n) for n in (shape.channels, shape.height, shape.width, shape.patch)),
+        )
+
+    def kernel(self, name: str) -> Kernel:
+        """The `cuda.core` Kernel of this name."""
         if name not in self._kernels:
             self._kernels[name] = self._code.get_kernel(name)
         return self._kernels[name]
 
 
-def load_update_kernel(device: Device, cache: Path | None = None) -> UpdateKernel:
-    """Load the kernel for a device, compiling it where no fatbin has it and no earlier run did.
+def load_kernels(device: Device, cache: Path | None = None) -> Kernels:
+    """Load the kernels for a device, compiling them where no fatbin has them and no earlier run did.
 
     Args:
         device: the `cuda.core` Device that is current.
@@ -122,14 +162,14 @@ def load_update_kernel(device: Device, cache: Path | None = None) -> UpdateKerne
 
     arch = device.arch
     if (fatbin := find_fatbin(arch)) is not None:
-        return UpdateKernel(ObjectCode.from_fatbin(fatbin, name="arcflow_update"))
+        return Kernels(ObjectCode.from_fatbin(fatbin, name="arcflow"))
     kind, code = cached_code(arch, cache or cache_folder())
     make = ObjectCode.from_cubin if kind == "cubin" else ObjectCode.from_ptx
-    return UpdateKernel(make(code, name="arcflow_update"))
+    return Kernels(make(code, name="arcflow"))
 
 
 def kernel_name(heads: DType, engine_input: DType) -> str:
-    """The kernel's name in the source for heads and engine inputs of these dtypes."""
+    """The update's name in the source for heads and engine inputs of these dtypes."""
     return f"arcflow_update_{heads}_{engine_input}"
 
 
@@ -163,27 +203,26 @@ def kernels_folder() -> Path:
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "update.cu").is_file():
             return folder
-    raise EngineError(f"{package / 'kernels'} with the update kernel's source is missing; install arcflow again")
+    raise EngineError(f"{package / 'kernels'} with the kernels' source is missing; install arcflow again")
 
 
 def source() -> str:
-    """The kernel's source as one text without includes, as NVRTC takes it."""
-    folder = kernels_folder()
-    maths = (folder / "update_math.h").read_text(encoding="utf-8")
-    return (folder / "update.cu").read_text(encoding="utf-8").replace('#include "update_math.h"\n', maths)
+    """The kernels as one text without includes, as NVRTC takes it."""
+    texts = ((kernels_folder() / name).read_text(encoding="utf-8") for name in SOURCES)
+    return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
 
 
 def find_fatbin(arch: str) -> bytes | None:
     """The fatbin if it holds code for `arch`, such as "89", and was made from this source; else None."""
     folder = kernels_folder()
     try:
-        about = json.loads((folder / "update.fatbin.json").read_bytes())
-        fatbin = (folder / "update.fatbin").read_bytes()
+        about = json.loads((folder / "arcflow.fatbin.json").read_bytes())
+        fatbin = (folder / "arcflow.fatbin").read_bytes()
     except (OSError, ValueError):
         return None
     made = (about.get("source_sha256"), about.get("sha256")) if isinstance(about, dict) else None
     if made != (hashlib.sha256(source().encode()).hexdigest(), hashlib.sha256(fatbin).hexdigest()):
-        _log.warning("%s was made from another source; make it again with build.py", folder / "update.fatbin")
+        _log.warning("%s was made from another source; make it again with build.py", folder / "arcflow.fatbin")
         return None
     return fatbin if arch in about["architectures"] else None
 
@@ -206,12 +245,12 @@ def compile_code(arch: str) -> tuple[str, bytes]:
     if not known:
         raise EngineError(f"NVRTC has no architecture up to compute capability {arch}; use a GPU of 7.5 or newer")
     kind, prefix = ("cubin", "sm") if known[-1] == int(arch) else ("ptx", "compute")
-    options = ProgramOptions(name="arcflow_update.cu", arch=f"{prefix}_{known[-1]}", std="c++17")
+    options = ProgramOptions(name="arcflow.cu", arch=f"{prefix}_{known[-1]}", std="c++17")
     try:
         program = Program(source(), "c++", options)
         code = program.compile(kind).code
     except Exception as e:  # cuda.core's errors share no public base
-        raise EngineError(f"NVRTC cannot compile the update kernel for {prefix}_{known[-1]}: {e}") from e
+        raise EngineError(f"NVRTC cannot compile the kernels for {prefix}_{known[-1]}: {e}") from e
     return kind, bytes(code)
 
 
@@ -227,7 +266,7 @@ def nvrtc_architectures() -> list[int]:
         error, archs = nvrtc.nvrtcGetSupportedArchs()
     except Exception as e:  # the loader's errors differ between versions
         raise EngineError(
-            f"the update kernel is compiled by NVRTC, which cannot be loaded; run: pip install nvidia-cuda-nvrtc ({e})"
+            f"the kernels are compiled by NVRTC, which cannot be loaded; run: pip install nvidia-cuda-nvrtc ({e})"
         ) from e
     if error:
         raise EngineError(f"NVRTC does not tell its architectures: {error}")
@@ -247,18 +286,18 @@ def cached_code(arch: str, folder: Path) -> tuple[str, bytes]:
     key = hashlib.sha256(f"{version}\n{arch}\n{source()}".encode()).hexdigest()[:32]
     for kind in ("cubin", "ptx"):
         with suppress(OSError):
-            data = (folder / f"update-{key}.{kind}").read_bytes()
+            data = (folder / f"kernels-{key}.{kind}").read_bytes()
             digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
             if hashlib.sha256(code).digest() == digest:
                 return kind, code
     kind, code = compile_code(arch)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="update-", suffix=".partial", delete=False) as f:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="kernels-", suffix=".partial", delete=False) as f:
             f.write(hashlib.sha256(code).digest() + code)
-        os.replace(f.name, folder / f"update-{key}.{kind}")
+        os.replace(f.name, folder / f"kernels-{key}.{kind}")
     except OSError as e:
-        _log.warning("the compiled update kernel cannot be kept in %s: %s", folder, e.strerror)
+        _log.warning("the compiled kernels cannot be kept in %s: %s", folder, e.strerror)
     return kind, code
 
 

@@ -11,7 +11,7 @@ from ..bundle import DType
 from ..engines.base import OnStep
 from ..errors import EngineError
 from .buffers import Buffers, PlanKey
-from .device import CaptureError, Event, Graph, Stream, UpdateKernel
+from .device import CaptureError, Event, Graph, Kernels, Stream
 from .engine import Context
 from .kernels import UpdateShape
 from .lane import Lane
@@ -30,12 +30,12 @@ class Plan:
     graph. `obstacle` says why there is no graph where there might be.
     """
 
-    def __init__(self, lane: Lane, key: PlanKey, buffers: Buffers, kernel: UpdateKernel) -> None:
+    def __init__(self, lane: Lane, key: PlanKey, buffers: Buffers, kernels: Kernels) -> None:
         self.key, self.buffers = key, buffers
         self.contexts: dict[str, Context] = {}
         self.graph: Graph | None = None
         self.obstacle: str | None = None
-        self._lane, self._kernel = lane, kernel
+        self._lane, self._kernels = lane, kernels
         self._generation: int | None = None
         self._warm = False
         self._events: list[Event] = []
@@ -133,8 +133,11 @@ class Plan:
         self._marks = []
         with lane.enter() as stream:
             self._mark(stream, "start")
-            stream.copy(buffers["latents"], buffers.staging_address, buffers.staged.nbytes)
+            stream.copy(buffers["streams"], buffers.staging_address, buffers.staged.nbytes)
             self._mark(stream, "copy")
+            addresses = {name: buffers[name] for name in ("streams", "latents")}
+            self._kernels.noise(stream, buffers.noise_shape(), **addresses, engine_input=buffers.engine_input)
+            self._mark(stream, "noise")
         if self.key.modulation == "conditioner":
             with use("conditioner") as context, lane.enter() as stream:
                 self._condition(stream, context)
@@ -178,11 +181,10 @@ class Plan:
         nbytes = buffers.region("modulations").nbytes // steps
         for copy in range(size.batch // rows):
             stream.copy(buffers["modulation"] + copy * nbytes, buffers["modulations"] + step * nbytes, nbytes)
-        narrow = "input" in buffers
         heads = {name: buffers[name] for name in _HEADS}
         context.enqueue(
             {
-                "latents": buffers["input" if narrow else "latents"],
+                "latents": buffers.engine_input or buffers["latents"],
                 "encoder_hidden_states": buffers["states"],
                 "modulation": buffers["modulation"],
                 "image_rotary": buffers["image_rotary"],
@@ -199,15 +201,15 @@ class Plan:
             channels=means.shape[3] // buffers.region("logweights").shape[3],
             sub_pixels=buffers.region("logweights").shape[3],
             heads=cast(DType, means.dtype),
-            engine_input=cast(DType, buffers.region("input").dtype) if narrow else "float32",
+            engine_input=buffers.input_dtype,
         )
-        self._kernel.launch(
+        self._kernels.update(
             stream,
             shape,
             **heads,
             latents=buffers["latents"],
             next_latents=buffers["latents"],
-            engine_input=buffers["input"] if narrow else 0,
+            engine_input=buffers.engine_input,
             sigmas=buffers["sigmas"],
             step=step,
         )

@@ -1,41 +1,43 @@
-# Embeds the update kernel (runtime/kernels): its source, and the fatbin that build.py made from it if there is one.
+# Embeds the kernels (runtime/kernels): their source, and the fatbin that build.py made from it if there is one.
 #
-#   arcflow_embed_kernel(TARGET)   gives the target update_embedded.h
+#   arcflow_embed_kernel(TARGET)   gives the target kernels_embedded.h
 set(ARCFLOW_KERNELS ${CMAKE_CURRENT_LIST_DIR}/../../kernels)
 
 function(arcflow_embed_kernel target)
-    file(READ ${ARCFLOW_KERNELS}/update_math.h maths)
-    file(READ ${ARCFLOW_KERNELS}/update.cu source)
-    string(REPLACE "#include \"update_math.h\"\n" "${maths}" source "${source}")
-    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/update_math.h
-                 ${ARCFLOW_KERNELS}/update.cu)
+    set(source "")
+    foreach(name update_math.h update.cu noise_math.h noise.cu)
+        file(READ ${ARCFLOW_KERNELS}/${name} text)
+        string(REGEX REPLACE "#include \"[^\n]*\n" "" text "${text}")
+        string(APPEND source "${text}")
+        set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/${name})
+    endforeach()
     set(fatbin "0x00")
     set(fatbin_bytes 0)
-    file(GLOB made CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/update.fatbin ${ARCFLOW_KERNELS}/update.fatbin.json)
+    file(GLOB made CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/arcflow.fatbin ${ARCFLOW_KERNELS}/arcflow.fatbin.json)
     list(LENGTH made count)
     if(count EQUAL 2)
-        set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/update.fatbin)
-        file(READ ${ARCFLOW_KERNELS}/update.fatbin.json about)
+        set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/arcflow.fatbin)
+        file(READ ${ARCFLOW_KERNELS}/arcflow.fatbin.json about)
         string(JSON made_from GET "${about}" source_sha256)
         string(SHA256 this_source "${source}")
         if(made_from STREQUAL this_source)
-            file(READ ${ARCFLOW_KERNELS}/update.fatbin hexadecimal HEX)
+            file(READ ${ARCFLOW_KERNELS}/arcflow.fatbin hexadecimal HEX)
             string(LENGTH "${hexadecimal}" digits)
             math(EXPR fatbin_bytes "${digits} / 2")
             string(REGEX REPLACE "(..)" "0x\\1," fatbin "${hexadecimal}")
         else()
-            message(WARNING "update.fatbin was made from another source; make it again with runtime/kernels/build.py")
+            message(WARNING "arcflow.fatbin was made from another source; make it again with runtime/kernels/build.py")
         endif()
     endif()
-    file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/kernel/update_embedded.h @ONLY CONTENT
+    file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/kernel/kernels_embedded.h @ONLY CONTENT
 "// Made by ArcflowKernel.cmake.
 #pragma once
 
 #include <cstddef>
 
-static const char update_source[] = R\"kernel(@source@)kernel\";
-alignas(16) static const unsigned char update_fatbin[] = {@fatbin@};
-static const std::size_t update_fatbin_bytes = @fatbin_bytes@;
+static const char kernels_source[] = R\"kernel(@source@)kernel\";
+alignas(16) static const unsigned char kernels_fatbin[] = {@fatbin@};
+static const std::size_t kernels_fatbin_bytes = @fatbin_bytes@;
 ")
     target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/kernel)
 endfunction()

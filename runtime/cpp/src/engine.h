@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "manifest.h"
+#include "maths.h"
 #include "tensor.h"
 
 namespace arcflow {
@@ -31,10 +32,12 @@ struct TextGroup {
     Tensor states, rotary;
 };
 
-// What every step of a schedule takes. noise [B, N, C] float32; modulation [S, U, M], or [S, 1, M] where it does not
-// depend on the prompt, in any float dtype; image_rotary [2, N, D/2] float32; sigmas [S+1], falling.
+// What every step of a schedule takes. `streams` of the noise, one per image; `shape` of noise and latents, [B, N, C],
+// where C is a multiple of noise_group; modulation [S, U, M], or [S, 1, M] where it does not depend on the prompt, in
+// any float dtype; image_rotary [2, N, D/2] float32; sigmas [S+1], falling.
 struct DenoiseInputs {
-    Tensor noise;
+    std::vector<NoiseStream> streams;
+    std::vector<int64_t> shape;
     std::vector<TextGroup> groups;
     Tensor modulation, image_rotary;
     std::vector<double> sigmas;
@@ -43,13 +46,13 @@ struct DenoiseInputs {
 };
 
 // latents [B, N, C] float32 after the last step; pixels [B, H, W, 3] uint8 if they were asked for. `stages_ms` are the
-// device's milliseconds in "copy", "backbone", "update" and "decode".
+// device's milliseconds in "copy", "noise", "backbone", "update" and "decode".
 struct Denoised {
     Tensor latents, pixels;
     std::vector<std::pair<std::string, double>> stages_ms;
 };
 
-// The backbone of every step, the updates between and the decoder without a return to the host, for backends that have
+// Noise, the backbone of every step, the updates between and the decoder without a return to the host, for backends that have
 // a way to run them at one go. `run` may be called from several threads at once. It has no step callback: a request
 // with one is run through Backend::open's engines, which gives the same latents.
 class Denoiser {

@@ -17,6 +17,19 @@ void randn(uint64_t seed, size_t count, float *out);
 Tensor draw_latents(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
                     int64_t width);
 
+// As many numbers come from as many uniforms, if there are so many.
+constexpr int64_t noise_group = 16;
+
+// Where the noise of one image begins, for a device that draws it: what `seed` seeds, and the image's first number in
+// what that draws.
+struct NoiseStream {
+    uint32_t seed;
+    int64_t first;
+};
+
+// Those of a batch whose images have `numbers` each; seeds as for draw_latents.
+std::vector<NoiseStream> noise_streams(const std::vector<uint64_t> &seeds, int64_t batch, int64_t numbers);
+
 // [S+1], falling from 1 to 0.
 std::vector<double> sigmas(int64_t steps, const Schedule &schedule);
 

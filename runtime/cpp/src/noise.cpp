@@ -136,6 +136,15 @@ void randn(uint64_t seed, size_t count, float *out) {
     }
 }
 
+std::vector<NoiseStream> noise_streams(const std::vector<uint64_t> &seeds, int64_t batch, int64_t numbers) {
+    std::vector<NoiseStream> streams;
+    for (int64_t i = 0; i < batch; ++i) {
+        if (seeds.size() == 1) streams.push_back({static_cast<uint32_t>(seeds[0]), i * numbers});
+        else streams.push_back({static_cast<uint32_t>(seeds.at(static_cast<size_t>(i))), 0});
+    }
+    return streams;
+}
+
 Tensor draw_latents(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
                     int64_t width) {
     const int64_t p = latents.patch_size;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "error.h"
+#include "maths.h"
 
 namespace arcflow {
 
@@ -11,7 +12,10 @@ Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep)
     backend_->check(bundle_);
     if (!keep_) return;
     for (const auto &[name, part] : bundle_.manifest.parts) engines_[name] = backend_->open(bundle_, name);
-    denoiser_ = backend_->open_denoiser(bundle_);
+    // What a device draws of the noise is whole groups of numbers.
+    const Latents &latents = bundle_.manifest.latents;
+    if (latents.channels * latents.patch_size * latents.patch_size % noise_group == 0)
+        denoiser_ = backend_->open_denoiser(bundle_);
 }
 
 Parts::Use Parts::use(const std::string &part) {

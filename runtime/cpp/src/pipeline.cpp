@@ -215,6 +215,8 @@ DenoiseInputs Pipeline::prepare(const Request &request, const Prompts &prompts, 
     const Manifest &m = bundle_.manifest;
     const int64_t height = tokens(request.height_px), width = tokens(request.width_px), patch = m.latents.patch_size;
     DenoiseInputs inputs;
+    inputs.shape = {request.batch(), height * width, m.latents.channels * patch * patch};
+    inputs.streams = noise_streams(request.seeds, request.batch(), inputs.shape[1] * inputs.shape[2]);
     inputs.sigmas = sigmas(request.steps, m.schedule);
     inputs.height_px = request.height_px;
     inputs.width_px = request.width_px;
@@ -222,10 +224,6 @@ DenoiseInputs Pipeline::prepare(const Request &request, const Prompts &prompts, 
     {
         const auto timed = watch("condition");
         inputs.modulation = condition(request, prompts, inputs.sigmas, watch);
-    }
-    {
-        const auto timed = watch("noise");
-        inputs.noise = draw_latents(request.seeds, request.batch(), m.latents, height * patch, width * patch);
     }
     const auto timed = watch("rotary");
     inputs.image_rotary = image_rotary(m, height, width);
@@ -305,10 +303,10 @@ Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs,
         rest -= ms;
     }
     watch.add("stage", std::max(rest, 0.0));
-    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.noise.shape)
-        throw engine_error("backbone: latents must be like the noise, " + inputs.noise.describe() + ", got " +
+    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.shape)
+        throw engine_error("backbone: latents must be " + Tensor(DType::float32, inputs.shape).describe() + ", got " +
                            made.latents.describe());
-    if (inputs.decode) check_pixels(made.pixels, {inputs.noise.shape[0], inputs.height_px, inputs.width_px, 3});
+    if (inputs.decode) check_pixels(made.pixels, {inputs.shape[0], inputs.height_px, inputs.width_px, 3});
     return made;
 }
 
@@ -317,7 +315,12 @@ Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, 
     const Latents &sizes = bundle_.manifest.latents;
     const int64_t modes = sizes.num_gaussians, sub_pixels = sizes.logweights_channels;
     const int64_t steps = inputs.modulation.shape[0], prompts = inputs.modulation.shape[1];
-    Tensor latents = inputs.noise;
+    Tensor latents;
+    {
+        const auto timed = watch("noise");
+        latents = draw_latents(request.seeds, request.batch(), sizes, inputs.height_px / sizes.vae_scale_factor,
+                               inputs.width_px / sizes.vae_scale_factor);
+    }
     Tensor modulation = inputs.modulation;  // as rows [S * U, M]
     modulation.shape = {steps * prompts, modulation.shape[2]};
     Parts::Use backbone = parts_.use("backbone");

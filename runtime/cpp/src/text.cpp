@@ -26,25 +26,33 @@ std::string shown(const std::string &prompt) {
 
 PromptTokenizer::PromptTokenizer(const Bundle &bundle) : bundle_(bundle), tokenizers_(open_tokenizers(bundle)) {}
 
-std::vector<Ids> PromptTokenizer::tokenize(const Request &request, std::vector<std::string> &warnings) const {
+std::vector<Ids> PromptTokenizer::tokenize(const Request &request, std::vector<std::string> &warnings) {
     std::vector<Ids> ids;
     for (const TokenIds &tokens : request.tokens)
         ids.push_back(padded(tokens.ids, tokens.ids_2, request.max_sequence_length));
     std::map<std::string, std::size_t> first;
     for (const std::string &prompt : request.prompts) {
         const auto [place, is_new] = first.emplace(prompt, ids.size());
-        ids.push_back(is_new ? text(prompt, request.max_sequence_length, warnings) : ids[place->second]);
+        if (!is_new) {
+            ids.push_back(ids[place->second]);
+            continue;
+        }
+        const std::pair key(prompt, request.max_sequence_length);
+        auto read = texts_.get(key);
+        if (!read) texts_.put(key, read = std::make_shared<const Text>(text(prompt, request.max_sequence_length)));
+        ids.push_back(read->ids);
+        warnings.insert(warnings.end(), read->warnings.begin(), read->warnings.end());
     }
     return ids;
 }
 
-Ids PromptTokenizer::text(const std::string &prompt, int64_t max_sequence_length,
-                          std::vector<std::string> &warnings) const {
+PromptTokenizer::Text PromptTokenizer::text(const std::string &prompt, int64_t max_sequence_length) const {
     const Manifest &m = bundle_.manifest;
+    std::vector<std::string> warnings;
     if (m.family == Family::flux) {
         auto clip = encode("tokenizer", prompt, m.text.clip_tokens.value(), 0, prompt, "CLIP (text_encoder)", warnings);
         auto t5 = encode("tokenizer_2", prompt, max_sequence_length, 0, prompt, "T5 (text_encoder_2)", warnings);
-        return padded(std::move(clip), std::move(t5), max_sequence_length);
+        return {padded(std::move(clip), std::move(t5), max_sequence_length), std::move(warnings)};
     }
     std::string templated = m.text.templ.value_or("{}");
     const std::size_t place = templated.find("{}");
@@ -52,9 +60,8 @@ Ids PromptTokenizer::text(const std::string &prompt, int64_t max_sequence_length
     templated.replace(place, 2, prompt);
     // The language model is causal, so the states that are kept do not depend on the tokens cut here.
     const int64_t drop = m.text.drop_tokens;
-    return padded(
-        encode("tokenizer", templated, drop + max_sequence_length, drop, prompt, "the text encoder", warnings), {},
-        max_sequence_length);
+    auto ids = encode("tokenizer", templated, drop + max_sequence_length, drop, prompt, "the text encoder", warnings);
+    return {padded(std::move(ids), {}, max_sequence_length), std::move(warnings)};
 }
 
 Ids PromptTokenizer::padded(std::vector<int64_t> ids, std::vector<int64_t> ids_2, int64_t max_sequence_length) const {
@@ -90,21 +97,6 @@ std::vector<int64_t> PromptTokenizer::encode(const std::string &tokenizer, const
     ids.insert(ids.begin(), special.prefix.begin(), special.prefix.end());
     ids.insert(ids.end(), special.suffix.begin(), special.suffix.end());
     return ids;
-}
-
-std::shared_ptr<const Embeddings> EmbeddingCache::get(const Ids &ids) {
-    const std::lock_guard lock(lock_);
-    const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const Entry &e) { return e.first == ids; });
-    if (found == entries_.end()) return nullptr;
-    entries_.splice(entries_.begin(), entries_, found);
-    return found->second;
-}
-
-void EmbeddingCache::put(const Ids &ids, std::shared_ptr<const Embeddings> embeddings) {
-    const std::lock_guard lock(lock_);
-    entries_.remove_if([&](const Entry &e) { return e.first == ids; });
-    entries_.emplace_front(ids, std::move(embeddings));
-    if (entries_.size() > size) entries_.pop_back();
 }
 
 }  // namespace arcflow

@@ -4,13 +4,13 @@
 // in it, unpadded, so that a prompt's length never depends on its neighbours'.
 #pragma once
 
-#include <list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "recent.h"
 #include "request.h"
 #include "tokenizer.h"
 
@@ -32,10 +32,16 @@ public:
 
     // The ids of each of the request's prompts, cut and padded; a warning for each distinct prompt that was cut is
     // appended to `warnings`. Throws Error where the bundle has no tokenizers and the request no ids.
-    std::vector<Ids> tokenize(const Request &request, std::vector<std::string> &warnings) const;
+    std::vector<Ids> tokenize(const Request &request, std::vector<std::string> &warnings);
 
 private:
-    Ids text(const std::string &prompt, int64_t max_sequence_length, std::vector<std::string> &warnings) const;
+    // What one prompt gives.
+    struct Text {
+        Ids ids;
+        std::vector<std::string> warnings;
+    };
+
+    Text text(const std::string &prompt, int64_t max_sequence_length) const;
     Ids padded(std::vector<int64_t> ids, std::vector<int64_t> ids_2, int64_t max_sequence_length) const;
     std::vector<int64_t> encode(const std::string &tokenizer, const std::string &text, int64_t limit, int64_t hidden,
                                 const std::string &prompt, const char *reader,
@@ -43,23 +49,10 @@ private:
 
     const Bundle &bundle_;
     std::map<std::string, std::unique_ptr<Tokenizer>> tokenizers_;
+    Recent<std::pair<std::string, int64_t>, Text> texts_;
 };
 
-// The embeddings of the prompts used last; thread-safe. One of Qwen-Image or T5 at 512 tokens takes about 8 MB.
-class EmbeddingCache {
-public:
-    static constexpr std::size_t size = 16;
-
-    // Null where they are not kept.
-    std::shared_ptr<const Embeddings> get(const Ids &ids);
-
-    // Beyond the bound, the prompt unused for longest is dropped.
-    void put(const Ids &ids, std::shared_ptr<const Embeddings> embeddings);
-
-private:
-    using Entry = std::pair<Ids, std::shared_ptr<const Embeddings>>;
-    std::mutex lock_;
-    std::list<Entry> entries_;  // used last first; few enough to search
-};
+// The embeddings of the prompts used last. One of Qwen-Image or T5 at 512 tokens takes about 8 MB.
+using EmbeddingCache = Recent<Ids, Embeddings>;
 
 }  // namespace arcflow

@@ -26,7 +26,7 @@ public:
           types_(manifest.parts.at("backbone")),
           latents_(manifest.latents) {
         const cuda::Current current(*device_);
-        kernel_ = std::make_unique<UpdateKernel>(device_->gpu.target);
+        kernels_ = std::make_unique<Kernels>(device_->gpu.target);
         stream_ = std::make_unique<cuda::Stream>();
     }
 
@@ -35,7 +35,7 @@ public:
             const cuda::Current current(*device_);
             plans_.clear();
             stream_.reset();
-            kernel_.reset();
+            kernels_.reset();
         } catch (const Error &) {  // the device is lost, and its memory with it
         }
     }
@@ -48,14 +48,14 @@ public:
         Plan &plan = plan_for(inputs);
         plan.fill(inputs);
         try {
-            plan.run(*stream_, *kernel_);
+            plan.run(*stream_, *kernels_);
             stream_->wait();
         } catch (const Error &) {
             plans_.pop_front();  // what it left behind is unknown
             throw;
         }
         Denoised out = plan.take(inputs);
-        const std::string why = plan.capture(*stream_, *kernel_);
+        const std::string why = plan.capture(*stream_, *kernels_);
         if (!why.empty() && !logged_.exchange(true)) {
             std::fprintf(stderr, "arcflow: steps are enqueued one by one, since no CUDA graph can be made: %s\n",
                          why.c_str());
@@ -93,7 +93,7 @@ private:
     PlanTypes types_;
     Latents latents_;
     std::mutex mutex_;
-    std::unique_ptr<UpdateKernel> kernel_;
+    std::unique_ptr<Kernels> kernels_;
     std::unique_ptr<cuda::Stream> stream_;
     std::list<std::unique_ptr<Plan>> plans_;  // the last used first
     std::atomic<bool> logged_{false};

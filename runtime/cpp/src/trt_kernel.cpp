@@ -5,12 +5,13 @@
 #include <type_traits>
 
 #include "error.h"
-#include "update_embedded.h"
+#include "kernels_embedded.h"
 
 namespace arcflow {
 namespace {
 
 constexpr unsigned blocks[] = {128, 64, 32};
+constexpr unsigned noise_threads = 320, noise_shared_bytes = 2 * 624 * 4;
 constexpr uint64_t max_shared_bytes = 48 << 10;
 
 struct Nvrtc {
@@ -29,7 +30,7 @@ struct Nvrtc {
         }
         if (library == nullptr) {
             throw engine_error(
-                "the update kernel is compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
+                "the kernels are compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
                 "run runtime/kernels/build.py before this library is built");
         }
         const auto find = [&](auto &function, const char *name) {
@@ -55,7 +56,7 @@ std::string compile_with_nvrtc(const char *source, const std::string &target) {
     void *program = nullptr;
     const std::string architecture = "--gpu-architecture=sm_" + target.substr(2);
     const char *options[] = {architecture.c_str(), "--std=c++17"};
-    int result = nvrtc.nvrtcCreateProgram(&program, source, "update.cu", 0, nullptr, nullptr);
+    int result = nvrtc.nvrtcCreateProgram(&program, source, "arcflow.cu", 0, nullptr, nullptr);
     if (result == 0) result = nvrtc.nvrtcCompileProgram(program, 2, options);
     size_t size = 0;
     std::string cubin, log;
@@ -70,7 +71,7 @@ std::string compile_with_nvrtc(const char *source, const std::string &target) {
     }
     if (program != nullptr) nvrtc.nvrtcDestroyProgram(&program);
     if (result != 0) {
-        throw engine_error("NVRTC cannot compile the update kernel for " + target + " (error " +
+        throw engine_error("NVRTC cannot compile the kernels for " + target + " (error " +
                            std::to_string(result) + "): " + log.c_str());
     }
     return cubin;
@@ -93,31 +94,40 @@ UpdateGeometry update_geometry(const UpdateShape &shape) {
                        std::to_string(shape.modes) + " modes of " + std::to_string(shape.sub_pixels) + " sub-pixels");
 }
 
-UpdateKernel::UpdateKernel(const std::string &target) {
-    if (update_fatbin_bytes > 0) {
+Kernels::Kernels(const std::string &target) {
+    if (kernels_fatbin_bytes > 0) {
         try {
-            module_ = std::make_unique<cuda::Module>(update_fatbin);
+            module_ = std::make_unique<cuda::Module>(kernels_fatbin);
         } catch (const Error &) {  // NVRTC may know a GPU that the fatbin does not
         }
     }
-    if (!module_) module_ = std::make_unique<cuda::Module>(compile_with_nvrtc(update_source, target).data());
+    if (!module_) module_ = std::make_unique<cuda::Module>(compile_with_nvrtc(kernels_source, target).data());
     const DType floats[] = {DType::float32, DType::float16, DType::bfloat16};
     for (const DType heads : floats) {
+        noises_[heads] = module_->function((std::string("arcflow_noise_") + name_of(heads)).c_str());
         for (const DType input : floats) {
             const std::string name = std::string("arcflow_update_") + name_of(heads) + "_" + name_of(input);
-            functions_[{heads, input}] = module_->function(name.c_str());
+            updates_[{heads, input}] = module_->function(name.c_str());
         }
     }
 }
 
-void UpdateKernel::launch(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffers buffers, int32_t step) {
+void Kernels::update(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffers buffers, int32_t step) {
     const UpdateGeometry geometry = update_geometry(shape);
     long long tokens = shape.tokens;
     int32_t modes = shape.modes, channels = shape.channels, sub_pixels = shape.sub_pixels;
     void *arguments[] = {&buffers.means, &buffers.logweights, &buffers.loggammas, &buffers.latents,
                          &buffers.next,  &buffers.input,      &buffers.sigmas,    &tokens,
                          &step,          &modes,              &channels,          &sub_pixels};
-    cuda::launch(functions_.at({shape.heads, shape.engine_input}), geometry.grid, geometry.block, geometry.shared_bytes,
+    cuda::launch(updates_.at({shape.heads, shape.engine_input}), geometry.grid, geometry.block, geometry.shared_bytes,
+                 stream.handle, arguments);
+}
+
+void Kernels::noise(cuda::Stream &stream, const NoiseShape &shape, cuda::Address streams, cuda::Address latents,
+                    cuda::Address input) {
+    int32_t channels = shape.channels, height = shape.height, width = shape.width, patch = shape.patch;
+    void *arguments[] = {&streams, &latents, &input, &channels, &height, &width, &patch};
+    cuda::launch(noises_.at(shape.engine_input), static_cast<unsigned>(shape.images), noise_threads, noise_shared_bytes,
                  stream.handle, arguments);
 }
 

@@ -33,9 +33,9 @@ PlanTypes::PlanTypes(const Part &backbone) {
 }
 
 PlanShape::PlanShape(const DenoiseInputs &inputs, const Latents &latents)
-    : batch(inputs.noise.shape[0]),
-      tokens(inputs.noise.shape[1]),
-      channels(inputs.noise.shape[2]),
+    : batch(inputs.shape[0]),
+      tokens(inputs.shape[1]),
+      channels(inputs.shape[2]),
       height(inputs.height_px / (latents.patch_size * latents.vae_scale_factor)),
       width(inputs.width_px / (latents.patch_size * latents.vae_scale_factor)),
       steps(inputs.sigmas.size() - 1),
@@ -54,9 +54,9 @@ void check_inputs(const DenoiseInputs &inputs) {
     const auto fits = [](bool ok, const char *what) {
         if (!ok) throw Error(ARCFLOW_INTERNAL_ERROR, std::string("denoiser: ") + what + " does not fit the request");
     };
-    const auto &noise = inputs.noise.shape;
-    const int64_t batch = at(noise, 0, "noise"), steps = static_cast<int64_t>(inputs.sigmas.size()) - 1;
-    fits(noise.size() == 3 && inputs.noise.dtype == DType::float32 && batch > 0 && steps > 0, "noise");
+    const int64_t batch = at(inputs.shape, 0, "latents"), steps = static_cast<int64_t>(inputs.sigmas.size()) - 1;
+    fits(inputs.shape.size() == 3 && batch > 0 && inputs.shape[2] % noise_group == 0 && steps > 0, "latents' shape");
+    fits(static_cast<int64_t>(inputs.streams.size()) == batch, "noise");
     const auto &modulation = inputs.modulation.shape;
     fits(modulation.size() == 3 && modulation[0] == steps && modulation[1] > 0, "modulation");
     std::vector<bool> seen(static_cast<size_t>(batch));
@@ -106,23 +106,18 @@ Plan::Plan(PlanShape shape_, const DenoiseInputs &inputs, const PlanTypes &types
 void Plan::fill(const DenoiseInputs &inputs) {
     std::memcpy(host_->data + sigmas_, inputs.sigmas.data(), inputs.sigmas.size() * sizeof(double));
     put(image_rotary_, inputs.image_rotary, types_.image_rotary);
-    const int64_t prompts = at(inputs.modulation.shape, 1, "modulation"), images = shape.batch;
+    const int64_t prompts = at(inputs.modulation.shape, 1, "modulation");
     const Tensor modulation = cast(inputs.modulation, types_.modulation);
     const size_t row = modulation.data.size() / (shape.steps * static_cast<size_t>(prompts));
-    const size_t image_bytes = latent_bytes_ / static_cast<size_t>(images);
-    std::byte *noise = host_->data + state_;
+    int64_t *stream = reinterpret_cast<int64_t *>(host_->data + streams_);
     for (size_t g = 0; g < groups_.size(); ++g) {
         const TextGroup &given = inputs.groups[g];
         const Group &group = groups_[g];
-        Tensor x(DType::float32, {shape.groups[g].first, shape.tokens, shape.channels});
-        for (size_t i = 0; i < given.images.size(); ++i) {
-            const auto image = static_cast<size_t>(given.images[i]);
-            std::memcpy(x.data.data() + i * image_bytes, inputs.noise.data.data() + image * image_bytes,
-                        image_bytes);
+        for (const int64_t image : given.images) {
+            const NoiseStream &from = inputs.streams[static_cast<size_t>(image)];
+            *stream++ = from.seed;
+            *stream++ = from.first;
         }
-        std::memcpy(noise, x.data.data(), x.data.size());
-        noise += x.data.size();
-        put(group.input, x, types_.latents);
         put(group.states, given.states, types_.states);
         put(group.rotary, given.rotary, types_.text_rotary);
         for (size_t step = 0; step < shape.steps; ++step) {
@@ -136,15 +131,15 @@ void Plan::fill(const DenoiseInputs &inputs) {
     }
 }
 
-void Plan::run(cuda::Stream &stream, UpdateKernel &kernel) {
+void Plan::run(cuda::Stream &stream, Kernels &kernels) {
     if (graph_) {
         graph_->launch(stream.handle);
     } else {
-        enqueue(stream, kernel);
+        enqueue(stream, kernels);
     }
 }
 
-std::string Plan::capture(cuda::Stream &stream, UpdateKernel &kernel) {
+std::string Plan::capture(cuda::Stream &stream, Kernels &kernels) {
     if (tried_) return "";
     tried_ = true;
     bool capturable = !decoder_ || decoder_->capturable();
@@ -153,7 +148,7 @@ std::string Plan::capture(cuda::Stream &stream, UpdateKernel &kernel) {
     std::string why, failed;
     stream.begin_capture();
     try {
-        enqueue(stream, kernel);
+        enqueue(stream, kernels);
     } catch (const Error &e) {
         failed = e.what();
     }
@@ -190,11 +185,10 @@ void Plan::lay_out(const DenoiseInputs &inputs) {
     };
     sigmas_ = layout_.add((shape.steps + 1) * sizeof(double));
     latent_bytes_ = count({shape.batch, shape.tokens, shape.channels}, DType::float32);
-    state_ = layout_.add(latent_bytes_);
+    streams_ = layout_.add(count({shape.batch, 2}, DType::int64));
     image_rotary_ = layout_.add(count(inputs.image_rotary.shape, types_.image_rotary));
     for (size_t g = 0; g < groups_.size(); ++g) {
         const Shapes shapes = group_shapes(g, inputs);
-        groups_[g].input = layout_.add(count(shapes.at("latents"), types_.latents));
         groups_[g].states = layout_.add(count(shapes.at("encoder_hidden_states"), types_.states));
         groups_[g].rotary = layout_.add(count(shapes.at("text_rotary"), types_.text_rotary));
         for (size_t step = 0; step < shape.steps; ++step) {
@@ -202,8 +196,10 @@ void Plan::lay_out(const DenoiseInputs &inputs) {
         }
     }
     fed_bytes_ = layout_.bytes();
+    state_ = layout_.add(latent_bytes_);
     for (size_t g = 0; g < groups_.size(); ++g) {
         const int64_t images = shape.groups[g].first, k = latents_.num_gaussians, p = latents_.logweights_channels;
+        groups_[g].input = layout_.add(count({images, shape.tokens, shape.channels}, types_.latents));
         groups_[g].means = layout_.add(count({images, shape.tokens, k, shape.channels}, types_.heads));
         groups_[g].logweights = layout_.add(count({images, shape.tokens, k, p}, types_.heads));
         groups_[g].loggammas = layout_.add(count({images, shape.tokens, k - 1, p}, types_.heads));
@@ -237,11 +233,25 @@ void Plan::use_scratch() {
     for (TrtContext *context : contexts) context->use_scratch(scratch_->address, most);
 }
 
-void Plan::enqueue(cuda::Stream &stream, UpdateKernel &kernel) {
+void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
     marks_.clear();
     mark(stream, "start");
     stream.to_device(device_->address, host_->data, fed_bytes_);
     mark(stream, "copy");
+    size_t streams = streams_, noise = state_;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+        const int64_t images = shape.groups[g].first, patch = latents_.patch_size;
+        const NoiseShape drawn{static_cast<int32_t>(images),
+                               static_cast<int32_t>(latents_.channels),
+                               static_cast<int32_t>(shape.height * patch),
+                               static_cast<int32_t>(shape.width * patch),
+                               static_cast<int32_t>(patch),
+                               types_.latents};
+        kernels.noise(stream, drawn, address(streams), address(noise), address(groups_[g].input));
+        streams += static_cast<size_t>(images) * 2 * sizeof(int64_t);
+        noise += static_cast<size_t>(images * shape.tokens * shape.channels) * sizeof(float);
+    }
+    mark(stream, "noise");
     for (size_t step = 0; step < shape.steps; ++step) {
         size_t state = state_;
         for (size_t g = 0; g < groups_.size(); ++g) {
@@ -257,7 +267,7 @@ void Plan::enqueue(cuda::Stream &stream, UpdateKernel &kernel) {
                                      types_.heads,
                                      types_.latents};
             const bool last = step + 1 == shape.steps;  // after which no backbone reads its input
-            kernel.launch(stream, update,
+            kernels.update(stream, update,
                           {address(group.means), address(group.logweights), address(group.loggammas),
                            address(state), address(state), last ? 0 : address(group.input), address(sigmas_)},
                           static_cast<int32_t>(step));

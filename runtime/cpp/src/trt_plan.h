@@ -50,11 +50,11 @@ public:
     void fill(const DenoiseInputs &inputs);
 
     // Enqueue one request, or launch the graph that holds it.
-    void run(cuda::Stream &stream, UpdateKernel &kernel);
+    void run(cuda::Stream &stream, Kernels &kernels);
 
     // Capture what `run` enqueued before, without running it; once per plan. Gives why it cannot be, "" if it was or
     // need not be.
-    std::string capture(cuda::Stream &stream, UpdateKernel &kernel);
+    std::string capture(cuda::Stream &stream, Kernels &kernels);
 
     // What the last run left in the pinned memory, in the request's order, and its times; the stream was waited for.
     Denoised take(const DenoiseInputs &inputs) const;
@@ -82,7 +82,7 @@ private:
     cuda::Address address(size_t offset) const { return device_->address + offset; }
     void bind();
     void use_scratch();
-    void enqueue(cuda::Stream &stream, UpdateKernel &kernel);
+    void enqueue(cuda::Stream &stream, Kernels &kernels);
     void mark(cuda::Stream &stream, const char *stage);
     std::vector<std::pair<std::string, double>> times_ms() const;
     void put(size_t offset, const Tensor &tensor, DType dtype);
@@ -91,7 +91,7 @@ private:
     PlanTypes types_;
     Latents latents_;
     Layout layout_;
-    size_t sigmas_ = 0, state_ = 0, image_rotary_ = 0, pixels_ = 0;
+    size_t sigmas_ = 0, streams_ = 0, state_ = 0, image_rotary_ = 0, pixels_ = 0;
     size_t fed_bytes_ = 0, latent_bytes_ = 0, pixel_bytes_ = 0;
     std::vector<int64_t> pixel_shape_;
     // Contexts and the graph are freed before the memory that they work in.

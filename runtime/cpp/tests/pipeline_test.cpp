@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "error.h"
+#include "noise_of.h"
 #include "pipeline.h"
 
 namespace {
@@ -110,14 +111,14 @@ const std::vector<std::pair<std::string, double>> device_ms = {
 // Moves the noise by the same constant velocity as the engine does.
 class FakeDenoiser : public arcflow::Denoiser {
 public:
-    explicit FakeDenoiser(Log &log) : log_(log) {}
+    FakeDenoiser(Log &log, const arcflow::Latents &latents) : log_(log), latents_(latents) {}
 
     arcflow::Denoised run(const arcflow::DenoiseInputs &inputs) override {
         log_.denoised.push_back(inputs);
-        arcflow::Denoised out{inputs.noise, {}, device_ms};
+        arcflow::Denoised out{noise_of(inputs, latents_), {}, device_ms};
         for (int64_t i = 0; i < out.latents.count(); ++i) out.latents.as<float>()[i] -= log_.mean;
         if (inputs.decode) {
-            out.pixels = Tensor(DType::uint8, {inputs.noise.shape[0], inputs.height_px, inputs.width_px, 3});
+            out.pixels = Tensor(DType::uint8, {inputs.shape[0], inputs.height_px, inputs.width_px, 3});
             for (int64_t i = 0; i < out.pixels.count(); ++i)
                 out.pixels.as<uint8_t>()[i] = static_cast<uint8_t>(i * log_.colour_step);
         }
@@ -126,6 +127,7 @@ public:
 
 private:
     Log &log_;
+    const arcflow::Latents latents_;
 };
 
 class FakeBackend : public arcflow::Backend {
@@ -135,8 +137,9 @@ public:
     std::unique_ptr<arcflow::Engine> open(const arcflow::Bundle &bundle, const std::string &part) override {
         return std::make_unique<FakeEngine>(log_, bundle, part);
     }
-    std::unique_ptr<arcflow::Denoiser> open_denoiser(const arcflow::Bundle &) override {
-        return log_.has_denoiser ? std::make_unique<FakeDenoiser>(log_) : nullptr;
+    std::unique_ptr<arcflow::Denoiser> open_denoiser(const arcflow::Bundle &bundle) override {
+        if (!log_.has_denoiser) return nullptr;
+        return std::make_unique<FakeDenoiser>(log_, bundle.manifest.latents);
     }
 
 private:
@@ -324,7 +327,7 @@ void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half
     const arcflow::Drawing drawing = draw(*pipe, prompts);
     CHECK(log.of("backbone").empty() && log.of("vae_decoder").empty());
     const arcflow::DenoiseInputs &seen = log.denoised.at(0);
-    CHECK((seen.noise.shape == Shape{3, 6, 64}) && (seen.modulation.shape == Shape{2, 1, 5}));
+    CHECK((seen.shape == Shape{3, 6, 64}) && (seen.modulation.shape == Shape{2, 1, 5}));
     CHECK(seen.sigmas.size() == 3 && seen.groups.size() == 2 && seen.decode);
     CHECK((seen.groups[0].images == Shape{0, 2}) && (seen.groups[0].prompts == Shape{0, 2}));
     CHECK((seen.groups[1].images == Shape{1}) && (seen.groups[1].states.shape == Shape{1, 2, 8}));

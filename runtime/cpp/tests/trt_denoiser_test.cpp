@@ -88,7 +88,7 @@ void test_a_refused_capture_falls_back() {
     driver<void(int)>("fake_refuse_capture")(0);
 }
 
-// The fake device's clock: 10 ms each engine's run, 1 each update, 1/4 each copy.
+// The fake device's clock: 10 ms each engine's run, 1 each update, 1/2 each noise, 1/4 each copy.
 void test_times_of_stages() {
     Setup graph(DType::float32), plain(DType::float32, false);
     using Times = std::vector<std::pair<std::string, double>>;
@@ -96,9 +96,9 @@ void test_times_of_stages() {
         for (const Setup *s : {&graph, &plain}) {
             // Two groups in two steps.
             const Times whole = s->denoiser->run(inputs_of(seed, 2, true)).stages_ms;
-            CHECK(whole == (Times{{"copy", 0.75}, {"backbone", 40}, {"update", 4}, {"decode", 10}}));
+            CHECK(whole == (Times{{"copy", 0.75}, {"noise", 1}, {"backbone", 40}, {"update", 4}, {"decode", 10}}));
             const Times latents = s->denoiser->run(inputs_of(seed, 2, false, {1, 0})).stages_ms;
-            CHECK(latents == (Times{{"copy", 0.5}, {"backbone", 20}, {"update", 2}}));
+            CHECK(latents == (Times{{"copy", 0.5}, {"noise", 1}, {"backbone", 20}, {"update", 2}}));
         }
     }
 }
@@ -158,6 +158,7 @@ void test_inputs_that_do_not_fit() {
     CHECK(refused([](DenoiseInputs &in) { in.groups[0].images[0] = -1; }));
     CHECK(refused([](DenoiseInputs &in) { in.groups[0].images[0] = 1; }));
     CHECK(refused([](DenoiseInputs &in) { in.groups[0].prompts[1] = 2; }));
+    CHECK(refused([](DenoiseInputs &in) { in.streams.pop_back(); }));
     CHECK(refused([](DenoiseInputs &in) { in.groups.pop_back(); }));
     CHECK(refused([](DenoiseInputs &in) { in.sigmas.pop_back(); }));
     CHECK(refused([](DenoiseInputs &in) { in.groups[1].states = random_tensor(1, {2, 7, TEXT}); }));

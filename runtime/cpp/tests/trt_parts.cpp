@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "maths.h"
+#include "noise_of.h"
 #include "trt_engine.h"
 
 namespace fake {
@@ -150,7 +151,9 @@ Tensor random_tensor(uint64_t seed, std::vector<int64_t> shape) {
 
 DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector<double> sigmas) {
     DenoiseInputs in;
-    in.noise = random_tensor(seed, {3, 6, C});
+    in.shape = {3, 6, C};
+    in.streams = noise_streams(seed % 2 ? std::vector<uint64_t>{seed} : std::vector<uint64_t>{seed, 9, seed << 40 | 7}, 3,
+                               6 * C);
     in.groups.push_back(
         {{0, 2}, {1, 0}, random_tensor(seed + 1, {2, 4, TEXT}), random_tensor(seed + 2, {2, 4, HALF_HEAD})});
     in.groups.push_back({{1}, {1}, random_tensor(seed + 3, {1, 7, TEXT}), random_tensor(seed + 4, {2, 7, HALF_HEAD})});
@@ -166,8 +169,8 @@ DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector
 
 Denoised expected(const DenoiseInputs &in, DType dtype) {
     Denoised out;
-    out.latents = in.noise;
-    const int64_t tokens = in.noise.shape[1], prompts = in.modulation.shape[1], batch = in.noise.shape[0];
+    out.latents = noise_of(in, manifest_in(dtype).latents);
+    const int64_t tokens = in.shape[1], prompts = in.modulation.shape[1], batch = in.shape[0];
     for (size_t step = 0; step + 1 < in.sigmas.size(); ++step) {
         for (const TextGroup &group : in.groups) {
             for (size_t i = 0; i < group.images.size(); ++i) {

@@ -21,7 +21,7 @@
 #include "trt_record.h"
 #include "trt_refit.h"
 #include "trt_runtime_cache.h"
-#include "update_embedded.h"
+#include "kernels_embedded.h"
 
 namespace {
 
@@ -97,7 +97,7 @@ void run(const std::vector<std::string> &a) {
         std::printf("%s %s\n", file.path.c_str(), file.read().value_or("nothing").c_str());
         if (a.size() > 5) file.write(a[5]);
     } else if (a.at(0) == "nvrtc") {
-        std::fwrite(arcflow::compile_with_nvrtc(update_source, a.at(1)).data(), 1, 4, stdout);
+        std::fwrite(arcflow::compile_with_nvrtc(kernels_source, a.at(1)).data(), 1, 4, stdout);
     } else if (a.at(0) == "geometry") {
         const auto heads = a.at(4) == "float32" ? arcflow::DType::float32 : arcflow::DType::float16;
         const arcflow::UpdateGeometry g = arcflow::update_geometry(

@@ -1,5 +1,6 @@
 // libcuda.so.1 for tests without a GPU: device memory is the host's, a stream's work is done at once or captured, and
-// the update kernel is a loop over the arithmetic of update_math.h.
+// the kernels are loops over the arithmetic of update_math.h and noise_math.h.
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -8,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "update_math.h"
+#include "noise_math.h"
 
 #pragma GCC visibility push(default)
 
@@ -27,7 +28,7 @@ struct Event {
     bool recorded = false;
     double ms = 0;
 };
-constexpr double copy_ms = 0.25, update_ms = 1, engine_ms = 10;
+constexpr double copy_ms = 0.25, noise_ms = 0.5, update_ms = 1, engine_ms = 10;
 double now_ms = 0;
 
 int live_allocations = 0, live_events = 0, graph_launches = 0;
@@ -90,6 +91,58 @@ void update(const std::string &heads, const std::string &input, const Arguments 
         const float y = arcflow_update::stepped(at<float>(a.latents)[i], mixed, 1 / total);
         reinterpret_cast<float *>(a.next)[i] = y;
         if (a.input != 0) store(input, reinterpret_cast<void *>(a.input), i, y);
+    }
+}
+
+// The uniforms of a generator, one after the other.
+class Uniforms {
+public:
+    explicit Uniforms(long long seed) {
+        words_[0] = static_cast<unsigned>(seed);
+        for (unsigned i = 1; i < words_.size(); ++i) words_[i] = arcflow_noise::seeded(words_[i - 1], i);
+    }
+
+    float next() {
+        const size_t count = words_.size(), i = place_++ % count;
+        words_[i] = arcflow_noise::twisted(words_[i], words_[(i + 1) % count],
+                                           words_[(i + arcflow_noise::MIDDLE) % count]);
+        return arcflow_noise::uniform(words_[i]);
+    }
+
+private:
+    std::array<unsigned, arcflow_noise::WORDS> words_;
+    size_t place_ = 0;
+};
+
+// The arguments in the order of noise.cu.
+struct NoiseArguments {
+    Address streams, latents, input;
+    int channels, height, width, patch;
+};
+
+void noise(const std::string &type, long long images, const NoiseArguments &a) {
+    const long long area = static_cast<long long>(a.height) * a.width, numbers = a.channels * area, p = a.patch;
+    constexpr int group = arcflow_noise::GROUP;
+    for (long long image = 0; image < images; ++image) {
+        const long long first = at<long long>(a.streams)[2 * image + 1];
+        Uniforms uniforms(at<long long>(a.streams)[2 * image]);
+        for (long long i = 0; i < first; ++i) uniforms.next();
+        for (long long i = 0; i < numbers; i += group) {
+            float drawn[group];
+            for (float &x : drawn) x = uniforms.next();
+            for (int j = 0; j < group / 2; ++j) {
+                const auto two = arcflow_noise::box_muller(drawn[j], drawn[j + group / 2]);
+                drawn[j] = two.first;
+                drawn[j + group / 2] = two.second;
+            }
+            for (int j = 0; j < group; ++j) {
+                const long long c = (i + j) / area, y = (i + j) % area / a.width, x = (i + j) % a.width;
+                const long long token = y / p * (a.width / p) + x / p;
+                const long long place = image * numbers + (token * a.channels + c) * p * p + y % p * p + x % p;
+                reinterpret_cast<float *>(a.latents)[place] = drawn[j];
+                if (a.input != 0) store(type, reinterpret_cast<void *>(a.input), place, drawn[j]);
+            }
+        }
     }
 }
 
@@ -235,9 +288,9 @@ int cuModuleLoadData(void **module, const void *) {
 int cuModuleUnload(void *) { return 0; }
 int cuModuleGetFunction(void **function, void *, const char *name) {
     static const std::string types[] = {"float32", "float16", "bfloat16"};
-    static std::string names[9];
-    for (size_t i = 0; i < 9; ++i) {
-        names[i] = "arcflow_update_" + types[i / 3] + "_" + types[i % 3];
+    static std::string names[12];
+    for (size_t i = 0; i < 12; ++i) {
+        names[i] = i < 9 ? "arcflow_update_" + types[i / 3] + "_" + types[i % 3] : "arcflow_noise_" + types[i % 3];
         if (names[i] == name) {
             *function = &names[i];
             return 0;
@@ -245,13 +298,18 @@ int cuModuleGetFunction(void **function, void *, const char *name) {
     }
     return invalid;
 }
-int cuLaunchKernel(void *function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *stream,
+int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *stream,
                    void **given, void **) {
     const std::string name = *static_cast<std::string *>(function);
-    const std::string types = name.substr(std::strlen("arcflow_update_"));
-    const size_t middle = types.find('_');
     const auto address = [&](size_t i) { return *static_cast<Address *>(given[i]); };
     const auto number = [&](size_t i) { return *static_cast<int *>(given[i]); };
+    const std::string noise_of = "arcflow_noise_";
+    if (name.compare(0, noise_of.size(), noise_of) == 0) {
+        const NoiseArguments a{address(0), address(1), address(2), number(3), number(4), number(5), number(6)};
+        return enqueue(stream, noise_ms, [=] { noise(name.substr(noise_of.size()), grid, a); });
+    }
+    const std::string types = name.substr(std::strlen("arcflow_update_"));
+    const size_t middle = types.find('_');
     const Arguments a{address(0), address(1), address(2), address(3), address(4), address(5), address(6),
                       *static_cast<long long *>(given[7]), number(8), number(9), number(10), number(11)};
     return enqueue(stream, update_ms, [=] { update(types.substr(0, middle), types.substr(middle + 1), a); });

@@ -1,4 +1,4 @@
-"""The update kernel: its arithmetic and its threads on a CPU, what nvcc and NVRTC make of it, and on a GPU itself.
+"""The update kernel: its arithmetic and its threads on a CPU, and on a GPU itself.
 
 The bound of `exact` is derived there. It holds on a CPU, whose expf and expm1f are within 1 unit in the last place, and
 on a GPU, where they are within 2 and 1 (CUDA C++ Programming Guide, "Mathematical Functions").
@@ -7,57 +7,19 @@ on a GPU, where they are within 2 and 1 (CUDA C++ Programming Guide, "Mathematic
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu import kernels
 from arcflow_runtime.gpu.kernels import UpdateShape, geometry, kernel_name
 from arcflow_runtime.update import update
+from tests.kernel_source import DTYPES, STORED, Guarded, OnDevice, narrow, pointer, widen
 
-ROOT = Path(__file__).parent.parent
 EPS = 2.0**-24  # half a unit in the last place of float32
 TINY = 2.0**-149  # the smallest float32
-DTYPES = ("float32", "float16", "bfloat16")
 SIGMAS = np.array([1, 3.2 * 0.5 / 2.1, 0])
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    """The kernel's source built for this CPU."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here: the kernel's source cannot be built for this CPU")
-    library = tmp_path_factory.mktemp("kernel") / "kernel_host.so"
-    # Fused and plain operations are where the source says.
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    source = ROOT / "tests" / "kernel_host.cpp"
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'runtime/kernels'}", source, "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.guarded.restype = ctypes.c_void_p
-    return loaded
-
-
-def widen(x):
-    """float32 of an array in float32, float16, or bfloat16 stored as uint16."""
-    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.astype(np.float32)
-
-
-def narrow(x, dtype):
-    """`x` in a dtype, rounded to nearest even; bfloat16 as uint16."""
-    if dtype != "bfloat16":
-        with np.errstate(over="ignore"):
-            return x.astype(dtype)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))) >> 16
-    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def exact(latents, means, logweights, loggammas, sigma, following):
@@ -101,19 +63,15 @@ def heads(rng, tokens=64, modes=16, channels=64, sub_pixels=4):
     return rng.standard_normal((tokens, channels)).astype(np.float32), means, logweights, loggammas
 
 
-def pointer(x):
-    return ctypes.c_void_p(x.ctypes.data)
-
-
 # The inner functions.
 
 
 @pytest.mark.parametrize("modes", [1, 2, 16, 33])
 @pytest.mark.parametrize(("sigma", "following"), [(1, SIGMAS[1]), (SIGMAS[1], 0), (1, 0), (0.25, 0.2499)])
-def test_arithmetic_agrees_with_float64(host, modes, sigma, following):
+def test_arithmetic_agrees_with_float64(kernel_host, modes, sigma, following):
     latents, means, logweights, loggammas = heads(np.random.default_rng(modes), 4096, modes, 1, 1)
     latents, out = latents[:, 0].copy(), np.empty(4096, np.float32)
-    host.step_channels(
+    kernel_host.step_channels(
         *map(pointer, (means, logweights, loggammas, latents, out)),
         ctypes.c_double(sigma), ctypes.c_double(following), ctypes.c_longlong(4096), modes,
     )  # fmt: skip
@@ -121,17 +79,17 @@ def test_arithmetic_agrees_with_float64(host, modes, sigma, following):
     assert (np.abs(out - result[:, 0]) <= bound[:, 0]).all()
 
 
-def one(host, logweights, loggammas, means, d=1.0):
+def one(kernel_host, logweights, loggammas, means, d=1.0):
     """The sum over modes for a single channel: minus what the step changes."""
-    host.step_channel.restype = ctypes.c_float
+    kernel_host.step_channel.restype = ctypes.c_float
     arrays = [np.array(x, np.float32) for x in (means, logweights, loggammas)]
     step = (ctypes.c_double(d), ctypes.c_double(0))
-    return -host.step_channel(*map(pointer, arrays), ctypes.c_float(0), *step, len(logweights))
+    return -kernel_host.step_channel(*map(pointer, arrays), ctypes.c_float(0), *step, len(logweights))
 
 
-def test_a_small_weight_meets_a_large_integral(host):
+def test_a_small_weight_meets_a_large_integral(kernel_host):
     # exp(-100) is no float32, and exp(120) neither; their product exp(20) / 120 is.
-    found = one(host, [0, -100], [120], [0, 1])
+    found = one(kernel_host, [0, -100], [120], [0, 1])
     assert abs(found - np.exp(20.0) / 120) <= 48 * EPS * np.exp(20.0) / 120
 
 
@@ -150,8 +108,8 @@ def test_a_small_weight_meets_a_large_integral(host):
         ([-np.inf, -np.inf], [0], [1, 2], np.nan),
     ],
 )
-def test_what_is_not_finite_stays_so(host, logweights, loggammas, means, expected):
-    found = one(host, logweights, loggammas, means)
+def test_what_is_not_finite_stays_so(kernel_host, logweights, loggammas, means, expected):
+    found = one(kernel_host, logweights, loggammas, means)
     # As the Python runtime has it.
     shape = (1, 1, len(logweights), 1)
     arrays = [np.array(x, np.float32).reshape(s) for x, s in ((means, shape), (logweights, shape))]
@@ -161,17 +119,17 @@ def test_what_is_not_finite_stays_so(host, logweights, loggammas, means, expecte
     np.testing.assert_equal(np.float32([found, ours]), np.float32([expected, expected]))
 
 
-def test_every_half_is_widened_exactly(host):
+def test_every_half_is_widened_exactly(kernel_host):
     bits = np.arange(1 << 16, dtype=np.uint16)
     out = np.empty(1 << 16, np.float32)
-    host.widen_float16(pointer(bits), pointer(out), ctypes.c_longlong(1 << 16))
+    kernel_host.widen_float16(pointer(bits), pointer(out), ctypes.c_longlong(1 << 16))
     np.testing.assert_array_equal(out, bits.view(np.float16).astype(np.float32))
-    host.widen_bfloat16(pointer(bits), pointer(out), ctypes.c_longlong(1 << 16))
+    kernel_host.widen_bfloat16(pointer(bits), pointer(out), ctypes.c_longlong(1 << 16))
     np.testing.assert_array_equal(out, widen(bits))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rounding_is_to_nearest_even(host, dtype):
+def test_rounding_is_to_nearest_even(kernel_host, dtype):
     # Every half, its neighbours in float32, every tie between two halves, and what overflows.
     every = np.arange(1 << 16, dtype=np.uint16)
     halves = widen(every.view(np.float16) if dtype == "float16" else every)
@@ -181,7 +139,7 @@ def test_rounding_is_to_nearest_even(host, dtype):
         x = np.concatenate([halves, ties, *around, np.float32([65519.9, 65520, 65536, 3.4e38, 2**-25, 2**-26])])
         expected = narrow(x, dtype)
     out = np.empty(len(x), np.uint16)
-    getattr(host, f"round_{dtype}")(pointer(x), pointer(out), ctypes.c_longlong(len(x)))
+    getattr(kernel_host, f"round_{dtype}")(pointer(x), pointer(out), ctypes.c_longlong(len(x)))
     nan = np.isnan(x)
     np.testing.assert_array_equal(out[~nan], expected.view(np.uint16)[~nan])
     assert np.isnan(widen(out.view(np.float16) if dtype == "float16" else out)[nan]).all()
@@ -243,41 +201,18 @@ def check(case, arrays, out, second, step):
         np.testing.assert_array_equal(second, narrow(out, case.engine_input))
 
 
-class Guarded:
-    """Copies of arrays that end where memory that cannot be touched begins."""
-
-    def __init__(self, host):
-        self.host, self.made = host, []
-
-    def put(self, x):
-        size = ctypes.c_size_t(x.nbytes)
-        address = self.host.guarded(size)
-        assert address
-        self.made.append((address, size))
-        kept = np.ctypeslib.as_array((ctypes.c_uint8 * x.nbytes).from_address(address)).view(x.dtype).reshape(x.shape)
-        kept[...] = x
-        return kept
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for address, size in self.made:
-            self.host.free_guarded(ctypes.c_void_p(address), size)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_threads_agree_with_float64(host, case):
+def test_threads_agree_with_float64(kernel_host, case):
     arrays = inputs_of(case)
     grid, block, shared = geometry(case.shape())
-    stored = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[case.engine_input]
-    with Guarded(host) as memory:
+    stored = STORED[case.engine_input]
+    with Guarded(kernel_host) as memory:
         latents, means, logweights, loggammas = (memory.put(x) for x in arrays)
         out = latents if case.in_place else memory.put(np.full_like(latents, np.nan))
         second = memory.put(np.zeros(latents.shape, stored)) if case.second else None
         for step in (1, 0):
             latents[...] = arrays[0]
-            code = host.emulate(
+            code = kernel_host.emulate(
                 kernel_name(case.heads, case.engine_input).encode(), grid, block, ctypes.c_size_t(shared),
                 ctypes.c_void_p(means.ctypes.data + case.shift * means.itemsize), pointer(logweights),
                 pointer(loggammas), pointer(latents), pointer(out),
@@ -294,190 +229,15 @@ def test_too_many_modes_are_refused():
         geometry(shape)
 
 
-# What compilers make of it.
-
-
-def builder():
-    """The module runtime/kernels/build.py."""
-    spec = importlib.util.spec_from_file_location("kernel_build", ROOT / "runtime" / "kernels" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_build"] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_report_is_read():
-    text = """ptxas info    : Compiling entry function 'a_kernel' for 'sm_90'
-ptxas info    : Function properties for a_kernel
-    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 128 registers, used 1 barriers, 8 bytes cumulative stack size
-ptxas info    : Compiling entry function 'a_kernel' for 'sm_103'
-ptxas info    : Function properties for a_kernel
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 96 registers
-"""
-    build = builder()
-    report = build.parse_report(text)
-    assert report == [build.Usage(90, "a_kernel", 128, 8, 16), build.Usage(103, "a_kernel", 96, 0, 0)]
-    with pytest.raises(build.BuildError, match="sm_90 a_kernel: stack 8, spills 16 bytes"):
-        build.check_spills(report)
-    build.check_spills(report[1:])
-
-
-@pytest.fixture(scope="module")
-def fatbin(tmp_path_factory):
-    """A folder with the fatbin of two architectures, made by build.py, and its report; CI makes the others."""
-    build = builder()
-    nvcc = build.find_nvcc()
-    if nvcc is None:
-        pytest.skip("nvcc is not installed here; it compiles the kernel in CI")
-    folder = tmp_path_factory.mktemp("fatbin")
-    assert build.main(["--nvcc", nvcc, "--arch", "75,90", "--out", str(folder)]) == 0  # no spills
-    return folder
-
-
-def test_nvcc_spills_nothing(fatbin):
-    assert sorted(p.name for p in fatbin.iterdir()) == ["update.fatbin", "update.fatbin.json"]
-
-
-def test_the_fatbin_is_found_for_its_source_only(fatbin, tmp_path, monkeypatch, caplog):
-    for name in ("update.cu", "update_math.h"):
-        shutil.copy(ROOT / "runtime" / "kernels" / name, tmp_path)
-    for path in fatbin.iterdir():
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(kernels, "kernels_folder", lambda: tmp_path)
-    assert kernels.find_fatbin("90") == (fatbin / "update.fatbin").read_bytes()
-    assert kernels.find_fatbin("89") is None
-    with (tmp_path / "update.cu").open("a") as f:
-        f.write("// another\n")
-    assert kernels.find_fatbin("90") is None
-    assert "was made from another source; make it again" in caplog.text
-
-
-@pytest.fixture(scope="module")
-def nvrtc():
-    """Skips where NVRTC is not installed; it needs no driver."""
-    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    try:
-        return kernels.nvrtc_architectures()
-    except EngineError as e:
-        pytest.skip(str(e))
-
-
-@pytest.mark.parametrize("arch", ["75", "90", "120"])
-def test_nvrtc_compiles_without_a_driver(nvrtc, arch):
-    kind, code = kernels.compile_code(arch)
-    assert kind == "cubin"
-    assert code[:4] == b"\x7fELF"
-    for heads_dtype in DTYPES:
-        for input_dtype in DTYPES:
-            assert kernel_name(heads_dtype, input_dtype).encode() in code
-
-
-def test_a_gpu_newer_than_nvrtc_gets_ptx(nvrtc, monkeypatch):
-    import cuda.core
-
-    class Program:
-        """Without a driver cuda.core compiles to machine code only: it asks which PTX the driver takes."""
-
-        def __init__(self, source, kind, options):
-            self.options = options
-
-        def compile(self, kind):
-            self.code = f"{kind} of {self.options.arch}".encode()
-            return self
-
-    monkeypatch.setattr(cuda.core, "Program", Program)
-    assert kernels.compile_code("999") == ("ptx", f"ptx of compute_{nvrtc[-1]}".encode())
-    with pytest.raises(EngineError, match="NVRTC has no architecture up to compute capability 30"):
-        kernels.compile_code("30")
-
-
-def test_compiled_code_is_kept(nvrtc, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(kernels, "compile_code", lambda arch: calls.append(arch) or ("cubin", arch.encode()))
-    folder = tmp_path / "cache"
-    assert [kernels.cached_code("90", folder) for _ in range(2)] == [("cubin", b"90")] * 2
-    assert calls == ["90"]
-    assert kernels.cached_code("89", folder) == ("cubin", b"89")  # another architecture
-    (kept,) = [p for p in folder.iterdir() if p.read_bytes().endswith(b"90")]
-    kept.write_bytes(kept.read_bytes()[:-1])  # cut
-    assert kernels.cached_code("90", folder) == ("cubin", b"90")
-    monkeypatch.setattr(kernels, "source", lambda: "another")
-    kernels.cached_code("90", folder)
-    assert calls == ["90", "89", "90", "90"]
-
-
-def test_a_cache_that_cannot_be_written_costs_time_only(nvrtc, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "compile_code", lambda arch: ("cubin", b"code"))
-    (tmp_path / "file").touch()
-    assert kernels.cached_code("90", tmp_path / "file" / "cache") == ("cubin", b"code")
-    assert "the compiled update kernel cannot be kept" in caplog.text
-
-
-def test_heads_are_read_16_bytes_at_a_time(tmp_path):
-    build = builder()
-    nvcc = build.find_nvcc()
-    if nvcc is None:
-        pytest.skip("nvcc is not installed here")
-    ptx = tmp_path / "update.ptx"
-    command = [nvcc, "-std=c++17", "--ptx", "-arch=compute_90", str(ROOT / "runtime/kernels/update.cu"), "-o", str(ptx)]
-    subprocess.run(command, check=True)
-    entries = ptx.read_text().split(".visible .entry ")[1:]
-    assert len(entries) == 9
-    for entry in entries:
-        # The 16 modes of the usual sizes, latents, and the general way's.
-        assert entry.count("ld.global.v4") >= 16 + 1 + 4, entry[:60]
-
-
 # On a GPU.
 
 
-@pytest.fixture(scope="module")
-def gpu():
-    """A device, a stream and the kernel."""
-    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    from arcflow_runtime.trt.gpu import find_gpu
-
-    if find_gpu() is None:
-        pytest.skip("the CUDA driver finds no GPU here")
-    device = core.Device()
-    device.set_current()
-    return device, device.create_stream(), kernels.load_update_kernel(device)
-
-
-class OnDevice:
-    """Arrays in device memory."""
-
-    def __init__(self, device, stream):
-        self.device, self.stream, self.kept = device, stream, []
-
-    def put(self, x):
-        from cuda.bindings import driver
-
-        buffer = self.device.allocate(max(x.nbytes, 1), stream=self.stream)
-        self.stream.sync()
-        self.kept.append(buffer)
-        (error,) = driver.cuMemcpyHtoD(int(buffer.handle), x.ctypes.data, x.nbytes)
-        assert error == 0
-        return int(buffer.handle)
-
-    def get(self, address, like):
-        from cuda.bindings import driver
-
-        out = np.empty_like(like)
-        self.stream.sync()
-        (error,) = driver.cuMemcpyDtoH(out.ctypes.data, address, out.nbytes)
-        assert error == 0
-        return out
-
-
-def launch_on(gpu, case, arrays, runs=1):
+def launch_on(kernel_gpu, case, arrays, runs=1):
     """(float32 latents, engine input) of each run, both steps of it from the same latents."""
-    device, stream, kernel = gpu
+    device, stream, kernels = kernel_gpu
     memory = OnDevice(device, stream)
     latents, means, logweights, loggammas = arrays
-    stored = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[case.engine_input]
+    stored = STORED[case.engine_input]
     fixed = [memory.put(x) for x in (means, logweights, loggammas)]
     fixed[0] += case.shift * means.itemsize
     sigmas, second = memory.put(SIGMAS), memory.put(np.zeros(latents.shape, stored))
@@ -486,26 +246,26 @@ def launch_on(gpu, case, arrays, runs=1):
         for step in (0, 1):
             start = memory.put(latents)
             out = start if case.in_place else memory.put(np.zeros_like(latents))
-            kernel.launch(stream, case.shape(), *fixed, start, out, second if case.second else 0, sigmas, step)
+            kernels.update(stream, case.shape(), *fixed, start, out, second if case.second else 0, sigmas, step)
             results.append((memory.get(out, latents), memory.get(second, np.zeros(latents.shape, stored))))
     return results
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, Case("bfloat16", "bfloat16", tokens=4096)], ids=str)
-def test_the_gpu_agrees_with_float64(gpu, case):
+def test_the_gpu_agrees_with_float64(kernel_gpu, case):
     arrays = inputs_of(case)
-    for step, (out, second) in enumerate(launch_on(gpu, case, arrays)):
+    for step, (out, second) in enumerate(launch_on(kernel_gpu, case, arrays)):
         check(case, arrays, out, second if case.second else None, step)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gpu_agrees_with_the_python_runtime(gpu, dtype):
+def test_the_gpu_agrees_with_the_python_runtime(kernel_gpu, dtype):
     case = Case(dtype, dtype, tokens=4096)
     latents, *rest = arrays = inputs_of(case)
     wide = [widen(x)[None] for x in rest]
-    for step, (out, _) in enumerate(launch_on(gpu, case, arrays)):
+    for step, (out, _) in enumerate(launch_on(kernel_gpu, case, arrays)):
         ours = update(latents[None], *wide, SIGMAS[step], SIGMAS[step], SIGMAS[step + 1])[0]
         _, bound = exact(latents, *(x[0] for x in wide), SIGMAS[step], SIGMAS[step + 1])
         assert (np.abs(out - ours) <= 2 * bound).all()
@@ -513,19 +273,19 @@ def test_the_gpu_agrees_with_the_python_runtime(gpu, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_launches_are_equal_bit_for_bit(gpu, dtype):
+def test_launches_are_equal_bit_for_bit(kernel_gpu, dtype):
     case = Case(dtype, dtype, tokens=4096)
-    first, second, *others = launch_on(gpu, case, inputs_of(case), runs=20)
+    first, second, *others = launch_on(kernel_gpu, case, inputs_of(case), runs=20)
     for out, again in zip(others[::2], others[1::2], strict=True):
         for x, y in zip((*first, *second), (*out, *again), strict=True):
             np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
 
 
 @pytest.mark.gpu
-def test_the_gpu_converts_every_half(gpu):
+def test_the_gpu_converts_every_half(kernel_gpu):
     # One mode of weight 1 and a step of -1 from 0: the heads' value itself, then rounded back to its bits.
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(1024, 64)
-    device, stream, kernel = gpu
+    device, stream, kernels = kernel_gpu
     for dtype in ("float16", "bfloat16"):
         memory = OnDevice(device, stream)
         values = widen(bits.view(np.float16) if dtype == "float16" else bits)
@@ -536,7 +296,7 @@ def test_the_gpu_converts_every_half(gpu):
         shape = UpdateShape(1024, 1, 64, 4, dtype, dtype)
         out, second = memory.put(zeros), memory.put(bits * 0)
         addresses = (memory.put(means), one_mode, one_mode, memory.put(zeros), out, second)
-        kernel.launch(stream, shape, *addresses, memory.put(np.array([-1.0, 0.0])), 0)
+        kernels.update(stream, shape, *addresses, memory.put(np.array([-1.0, 0.0])), 0)
         np.testing.assert_array_equal(memory.get(out, zeros), np.where(finite, values, 0))
         back = memory.get(second, bits)
         same = (back == means) | (np.where(finite, values, 0) == 0)

@@ -1,4 +1,4 @@
-"""Is the C++ library's memory flat: a bundle, a library -> resident memory while it draws thousands of pictures.
+"""Is memory flat: a bundle -> resident memory while thousands of pictures are drawn, in Python or, with --library, C++.
 
 Prompts, sizes and batches vary, so that caches and engines meet more of them than they keep. --reopen also closes the
 pipeline and opens it again. `--threads` tells what the engines' own threads add.
@@ -17,6 +17,8 @@ from typing import Any
 
 from machine import describe
 from tqdm import trange
+
+from arcflow_runtime import Pipeline
 
 EMBED = Path(__file__).parent.parent / "runtime" / "cpp" / "examples" / "embed.py"
 SIZES_PX = ((32, 32), (48, 32), (64, 64))
@@ -42,18 +44,38 @@ def resident_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmRSS")
 
 
-def soak(library: Path, bundle: Path, pictures: int, every: int, reopen: int, threads: int) -> list[dict[str, int]]:
+class CppPipeline:
+    """The library's pipeline, called as Python's is."""
+
+    def __init__(self, library: Path, bundle: Path, threads: int) -> None:
+        embed = load_embed()
+        self._pipe = embed.Pipeline(embed.load(str(library)), bundle, threads=threads)
+
+    def __call__(self, prompts: list[str], height: int, width: int, seed: int) -> object:
+        """Draw."""
+        return self._pipe.draw(prompts, seeds=[seed], height=height, width=width)
+
+    def close(self) -> None:
+        """Free it."""
+        self._pipe.close()
+
+
+def soak(
+    library: Path | None, bundle: Path, pictures: int, every: int, reopen: int, threads: int
+) -> list[dict[str, int]]:
     """Draw, and note the resident memory every so many pictures."""
-    embed = load_embed()
-    loaded = embed.load(str(library))
-    pipe = embed.Pipeline(loaded, bundle, threads=threads)
+
+    def load() -> CppPipeline | Pipeline:
+        return CppPipeline(library, bundle, threads) if library else Pipeline.load(bundle, threads=threads or None)
+
+    pipe = load()
     rows = []
     for i in trange(1, pictures + 1, desc="pictures", disable=None):
         height, width = SIZES_PX[i % len(SIZES_PX)]
-        pipe.draw([PROMPTS[i % len(PROMPTS)]] * (1 + i % 2), seeds=[i], height=height, width=width)
+        pipe([PROMPTS[i % len(PROMPTS)]] * (1 + i % 2), height=height, width=width, seed=i)
         if reopen and i % reopen == 0:
             pipe.close()
-            pipe = embed.Pipeline(loaded, bundle, threads=threads)
+            pipe = load()
         if i % every == 0:
             rows.append({"pictures": i, "resident_bytes": resident_bytes()})
     pipe.close()
@@ -63,8 +85,8 @@ def soak(library: Path, bundle: Path, pictures: int, every: int, reopen: int, th
 def main() -> int:
     """Soak, print the rows, write JSON; fails where the second half of the run grew by more than 1 %."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="a bundle with the tokenizers of `arcflow build --backend openvino`")
-    parser.add_argument("--library", type=Path, required=True, help="libarcflow")
+    parser.add_argument("bundle", type=Path, help="for --library, with `arcflow build --backend openvino`")
+    parser.add_argument("--library", type=Path, help="libarcflow; without it, the Python runtime draws")
     parser.add_argument("--pictures", type=int, default=2000, help="(default: %(default)s)")
     parser.add_argument("--every", type=int, default=200, help="pictures between rows (default: %(default)s)")
     parser.add_argument("--reopen", type=int, default=0, help="open the bundle again after so many (default: never)")

@@ -1,0 +1,8 @@
+// In place of the embedded kernel: fake_cuda.cpp loads anything.
+#pragma once
+
+#include <cstddef>
+
+static const char kernels_source[] = "";
+static const unsigned char kernels_fatbin[] = {0};
+static const std::size_t kernels_fatbin_bytes = 1;

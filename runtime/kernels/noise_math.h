@@ -1,0 +1,114 @@
+/* torch's normal numbers on a CPU: MT19937, and a Box-Muller transform of 24-bit uniforms whose logarithm, sine and
+ * cosine are the Cephes polynomials. docs/bundle.md, "Noise"; arcflow_runtime/noise.py.
+ *
+ * Products and sums are rounded where torch rounds them: a compiler may not fuse what is not fused here.
+ */
+#ifndef ARCFLOW_NOISE_MATH_H
+#define ARCFLOW_NOISE_MATH_H
+
+#include "update_math.h"
+
+namespace arcflow_noise {
+
+using arcflow_update::bits_of;
+using arcflow_update::from_bits;
+
+constexpr int WORDS = 624, MIDDLE = 397; /* of MT19937's state */
+constexpr int GROUP = 16;                /* as many numbers come from as many uniforms */
+
+ARCFLOW_BOTH float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
+ARCFLOW_BOTH float sum(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fadd_rn(a, b);
+#else
+    return a + b;
+#endif
+}
+
+ARCFLOW_BOTH float root(float x) {
+#ifdef __CUDA_ARCH__
+    return __fsqrt_rn(x);
+#else
+    return sqrtf(x);
+#endif
+}
+
+/* The state's word after `previous`, as `seed` is followed. */
+ARCFLOW_BOTH unsigned int seeded(unsigned int previous, unsigned int place) {
+    return 1812433253u * (previous ^ previous >> 30) + place;
+}
+
+/* A word of the next state: of the word in its place, the one behind it, and the one MIDDLE places on. */
+ARCFLOW_BOTH unsigned int twisted(unsigned int word, unsigned int behind, unsigned int far) {
+    const unsigned int joined = (word & 0x80000000u) | (behind & 0x7fffffffu);
+    return far ^ joined >> 1 ^ (behind & 1 ? 0x9908b0dfu : 0);
+}
+
+/* The 24-bit uniform in [0, 1) of a state's word. */
+ARCFLOW_BOTH float uniform(unsigned int word) {
+    word ^= word >> 11;
+    word ^= word << 7 & 0x9d2c5680u;
+    word ^= word << 15 & 0xefc60000u;
+    word ^= word >> 18;
+    return static_cast<float>(word & 0xffffff) * 5.9604644775390625e-8f; /* 2^-24 */
+}
+
+/* Natural logarithm of a positive normal number (Cephes logf). */
+ARCFLOW_BOTH float logarithm(float x) {
+    const int bits = static_cast<int>(bits_of(x));
+    const float mantissa = from_bits(static_cast<unsigned int>((bits & 0x7fffff) | 0x3f000000)); /* in [0.5, 1) */
+    const bool small = mantissa < 0.707106781186547524f;
+    const float exponent = static_cast<float>((bits >> 23) - 126 - (small ? 1 : 0));
+    x = sum(sum(mantissa, -1), small ? mantissa : 0);
+    const float z = product(x, x);
+    float y = 7.0376836292e-2f;
+    y = fmaf(y, x, -1.1514610310e-1f);
+    y = fmaf(y, x, 1.1676998740e-1f);
+    y = fmaf(y, x, -1.2420140846e-1f);
+    y = fmaf(y, x, 1.4249322787e-1f);
+    y = fmaf(y, x, -1.6668057665e-1f);
+    y = fmaf(y, x, 2.0000714765e-1f);
+    y = fmaf(y, x, -2.4999993993e-1f);
+    y = fmaf(y, x, 3.3333331174e-1f);
+    y = fmaf(product(y, x), z, product(exponent, -2.12194440e-4f));
+    y = fmaf(z, -0.5f, y);
+    return fmaf(exponent, 0.693359375f, sum(x, y));
+}
+
+struct Pair {
+    float first, second; /* GROUP / 2 places apart */
+};
+
+/* Two normal numbers of two uniforms: the first gives the radius, the second the angle (Cephes cosf and sinf). */
+ARCFLOW_BOTH Pair box_muller(float radius_uniform, float angle_uniform) {
+    const float radius = root(product(-2, logarithm(sum(1, -radius_uniform))));
+    float x = product(6.28318530717958647692f, angle_uniform);
+    const int octant = (static_cast<int>(product(x, 1.27323954473516f)) + 1) & ~1;
+    const float y = static_cast<float>(octant);
+    x = fmaf(y, -0.78515625f, x);
+    x = fmaf(y, -2.4187564849853515625e-4f, x);
+    x = fmaf(y, -3.77489497744594108e-8f, x);
+    const float z = product(x, x);
+    float cosine = fmaf(2.443315711809948e-5f, z, -1.388731625493765e-3f);
+    cosine = product(fmaf(cosine, z, 4.166664568298827e-2f), z);
+    cosine = sum(fmaf(cosine, z, product(z, -0.5f)), 1);
+    float sine = fmaf(-1.9515295891e-4f, z, 8.3321608736e-3f);
+    sine = product(fmaf(sine, z, -1.6666654611e-1f), z);
+    sine = fmaf(sine, x, x);
+    const bool odd = octant & 2;
+    const float first = odd ? sine : cosine, second = odd ? cosine : sine;
+    /* Adding zero turns -0 into +0. */
+    return {sum(product(radius, (octant + 2) & 4 ? -first : first), 0),
+            sum(product(radius, octant & 4 ? -second : second), 0)};
+}
+
+}  // namespace arcflow_noise
+
+#endif

@@ -1,0 +1,150 @@
+"""What nvcc and NVRTC make of the kernels, and where it is kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu import kernels
+from arcflow_runtime.gpu.kernels import kernel_name
+from tests.kernel_source import DTYPES, ROOT
+
+
+def builder():
+    """The module runtime/kernels/build.py."""
+    spec = importlib.util.spec_from_file_location("kernel_build", ROOT / "runtime" / "kernels" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_build"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_report_is_read():
+    text = """ptxas info    : Compiling entry function 'a_kernel' for 'sm_90'
+ptxas info    : Function properties for a_kernel
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 8 bytes cumulative stack size
+ptxas info    : Compiling entry function 'a_kernel' for 'sm_103'
+ptxas info    : Function properties for a_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 96 registers
+"""
+    build = builder()
+    report = build.parse_report(text)
+    assert report == [build.Usage(90, "a_kernel", 128, 8, 16), build.Usage(103, "a_kernel", 96, 0, 0)]
+    with pytest.raises(build.BuildError, match="sm_90 a_kernel: stack 8, spills 16 bytes"):
+        build.check_spills(report)
+    build.check_spills(report[1:])
+
+
+@pytest.fixture(scope="module")
+def fatbin(tmp_path_factory):
+    """A folder with the fatbin of two architectures, made by build.py, and its report; CI makes the others."""
+    build = builder()
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed here; it compiles the kernel in CI")
+    folder = tmp_path_factory.mktemp("fatbin")
+    assert build.main(["--nvcc", nvcc, "--arch", "75,90", "--out", str(folder)]) == 0  # no spills
+    return folder
+
+
+def test_nvcc_spills_nothing(fatbin):
+    assert sorted(p.name for p in fatbin.iterdir()) == ["arcflow.fatbin", "arcflow.fatbin.json"]
+
+
+def test_the_fatbin_is_found_for_its_source_only(fatbin, tmp_path, monkeypatch, caplog):
+    for name in kernels.SOURCES:
+        shutil.copy(ROOT / "runtime" / "kernels" / name, tmp_path)
+    for path in fatbin.iterdir():
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(kernels, "kernels_folder", lambda: tmp_path)
+    assert kernels.find_fatbin("90") == (fatbin / "arcflow.fatbin").read_bytes()
+    assert kernels.find_fatbin("89") is None
+    with (tmp_path / "update.cu").open("a") as f:
+        f.write("// another\n")
+    assert kernels.find_fatbin("90") is None
+    assert "was made from another source; make it again" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def nvrtc():
+    """Skips where NVRTC is not installed; it needs no driver."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    try:
+        return kernels.nvrtc_architectures()
+    except EngineError as e:
+        pytest.skip(str(e))
+
+
+@pytest.mark.parametrize("arch", ["75", "90", "120"])
+def test_nvrtc_compiles_without_a_driver(nvrtc, arch):
+    kind, code = kernels.compile_code(arch)
+    assert kind == "cubin"
+    assert code[:4] == b"\x7fELF"
+    for dtype in DTYPES:
+        assert f"arcflow_noise_{dtype}".encode() in code
+    for heads_dtype in DTYPES:
+        for input_dtype in DTYPES:
+            assert kernel_name(heads_dtype, input_dtype).encode() in code
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx(nvrtc, monkeypatch):
+    import cuda.core
+
+    class Program:
+        """Without a driver cuda.core compiles to machine code only: it asks which PTX the driver takes."""
+
+        def __init__(self, source, kind, options):
+            self.options = options
+
+        def compile(self, kind):
+            self.code = f"{kind} of {self.options.arch}".encode()
+            return self
+
+    monkeypatch.setattr(cuda.core, "Program", Program)
+    assert kernels.compile_code("999") == ("ptx", f"ptx of compute_{nvrtc[-1]}".encode())
+    with pytest.raises(EngineError, match="NVRTC has no architecture up to compute capability 30"):
+        kernels.compile_code("30")
+
+
+def test_compiled_code_is_kept(nvrtc, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, "compile_code", lambda arch: calls.append(arch) or ("cubin", arch.encode()))
+    folder = tmp_path / "cache"
+    assert [kernels.cached_code("90", folder) for _ in range(2)] == [("cubin", b"90")] * 2
+    assert calls == ["90"]
+    assert kernels.cached_code("89", folder) == ("cubin", b"89")  # another architecture
+    (kept,) = [p for p in folder.iterdir() if p.read_bytes().endswith(b"90")]
+    kept.write_bytes(kept.read_bytes()[:-1])  # cut
+    assert kernels.cached_code("90", folder) == ("cubin", b"90")
+    monkeypatch.setattr(kernels, "source", lambda: "another")
+    kernels.cached_code("90", folder)
+    assert calls == ["90", "89", "90", "90"]
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(nvrtc, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "compile_code", lambda arch: ("cubin", b"code"))
+    (tmp_path / "file").touch()
+    assert kernels.cached_code("90", tmp_path / "file" / "cache") == ("cubin", b"code")
+    assert "the compiled kernels cannot be kept" in caplog.text
+
+
+def test_heads_are_read_16_bytes_at_a_time(tmp_path):
+    build = builder()
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed here")
+    ptx = tmp_path / "update.ptx"
+    command = [nvcc, "-std=c++17", "--ptx", "-arch=compute_90", str(ROOT / "runtime/kernels/update.cu"), "-o", str(ptx)]
+    subprocess.run(command, check=True)
+    entries = ptx.read_text().split(".visible .entry ")[1:]
+    assert len(entries) == 9
+    for entry in entries:
+        # The 16 modes of the usual sizes, latents, and the general way's.
+        assert entry.count("ld.global.v4") >= 16 + 1 + 4, entry[:60]
