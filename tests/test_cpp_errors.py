@@ -248,6 +248,38 @@ def test_without_tokenizers_only_ids_can_be_drawn(cpp_library, bundles, copy, cp
     np.testing.assert_array_equal(ours.pixels, theirs.pixels)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "ARCFLOW_OPENVINO_TOKENIZERS must name libopenvino_tokenizers.so, got '{}'; "),
+        (lambda p: p.write_text("no library"), "OpenVINO cannot load {}: "),
+    ],
+)
+def test_without_the_library_of_tokenizers_only_ids_can_be_drawn(
+    cpp_library, copy, cpp_pipes, tmp_path, monkeypatch, make, message
+):
+    path = tmp_path / "libopenvino_tokenizers.so"
+    make(path)
+    monkeypatch.setenv("ARCFLOW_OPENVINO_TOKENIZERS", str(path))
+    pipe = embed.Pipeline(cpp_library, copy)
+    for _ in range(2):
+        with pytest.raises(embed.ArcFlowError) as e:
+            pipe.draw(["a red circle"], height=32, width=32)
+        assert e.value.status == ENGINE_ERROR
+        assert str(e.value).startswith("tokenizer: " + message.format(path))
+        assert "; pip install openvino-tokenizers of OpenVINO's version" in str(e.value)
+        assert str(e.value).endswith(", or give token ids")
+    ours = pipe.draw(tokens=[ids_of(copy, "a red circle")], height=32, width=32, seeds=[1])
+    theirs = cpp_pipes("flux-tiny").draw(["a red circle"], height=32, width=32, seeds=[1])
+    np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+    # What is wrong with the bundle is told at once all the same.
+    record = copy / "openvino" / "tokenizers.json"
+    record.write_text(record.read_text().replace('"converter": ', '"converter": 1'))
+    with pytest.raises(embed.ArcFlowError, match="does not match its own digest") as e:
+        embed.Pipeline(cpp_library, copy)
+    assert e.value.status == BUNDLE_ERROR
+
+
 def test_latents_that_are_not_finite(cpp_library, copy):
     weights = load_file(copy / "backbone.safetensors")
     [key] = [name for name in weights if name.endswith("proj_out_means.bias")]

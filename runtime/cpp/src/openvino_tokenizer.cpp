@@ -45,7 +45,8 @@ fs::path openvino_folder() {
 fs::path find_library() {
     if (const char *chosen = std::getenv(library_variable); chosen != nullptr && *chosen != '\0') {
         if (!fs::is_regular_file(chosen)) {
-            throw engine_error(std::string(library_variable) + " must name " + library_name + ", got '" + chosen + "'");
+            throw engine_error(std::string(library_variable) + " must name " + library_name + ", got '" + chosen +
+                               "'; pip install openvino-tokenizers of OpenVINO's version");
         }
         return fs::absolute(chosen);
     }
@@ -69,15 +70,24 @@ fs::path find_library() {
                        "); pip install openvino-tokenizers of OpenVINO's version, or set " + library_variable);
 }
 
-// One for the process, never destroyed: OpenVINO keeps 16 KiB of machine code and 1 KiB of heap of every core that had
-// the extension and is destroyed (2026.4). Made again at the next call where the library was not found.
+// A core with the tokenizers' operations, one for the process and library and never destroyed: of every core that had
+// them and is destroyed, OpenVINO keeps 16 KiB of machine code and 1 KiB of heap (2026.4).
 ov::Core &extended_core() {
-    static ov::Core &core = *[] {
-        auto made = std::make_unique<ov::Core>();
-        made->add_extension(find_library());
-        return made.release();
-    }();
-    return core;
+    static std::mutex mutex;
+    static auto &cores = *new std::map<fs::path, std::unique_ptr<ov::Core>>;
+    const fs::path library = find_library();
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::unique_ptr<ov::Core> &kept = cores[library];
+    if (kept) return *kept;
+    auto core = std::make_unique<ov::Core>();
+    try {
+        core->add_extension(library);
+    } catch (const ov::Exception &e) {
+        throw engine_error("OpenVINO cannot load " + library.string() + ": " + useful_line(e) +
+                           "; pip install openvino-tokenizers of OpenVINO's version, or set " + library_variable);
+    }
+    kept = std::move(core);
+    return *kept;
 }
 
 // UTF-8 without overlong forms and surrogates, as RFC 3629 has it; other bytes could be taken for anything.
@@ -228,6 +238,13 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
     }
     record["converter"].integer();
 
+    ov::Core *core = nullptr;
+    std::string unavailable;
+    try {
+        core = &extended_core();
+    } catch (const Error &e) {
+        unavailable = e.what();
+    }
     record["tokenizers"].each_entry([&](const std::string &name, const Place &place) {
         place.keys({"source", "graph", "weights", "prefix", "suffix"});
         const auto said = bundle.manifest.tokenizers.find(name);
@@ -237,16 +254,19 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
         }
         const ModelFile graph = read_file(place["graph"], folder), weights = read_file(place["weights"], folder);
         const std::vector<int64_t> prefix = read_ids(place["prefix"]), suffix = read_ids(place["suffix"]);
+        if (!unavailable.empty()) {
+            tokenizers.emplace(name, std::make_unique<UnavailableTokenizer>(name + ": " + unavailable));
+            return;
+        }
         try {
-            ov::Core &core = extended_core();
-            const auto model = core.read_model(graph.path, weights.path);
+            const auto model = core->read_model(graph.path, weights.path);
             if (model->inputs().size() != 1 || model->outputs().size() != 1 ||
                 model->input().get_element_type() != ov::element::string ||
                 model->output().get_element_type() != ov::element::i32) {
                 throw damaged(graph.path.string() + " must map a text to ids");
             }
             auto tokenizer = std::make_unique<OpenVinoTokenizer>(
-                name, core.compile_model(model, "CPU", ov::inference_num_threads(1), ov::num_streams(1),
+                name, core->compile_model(model, "CPU", ov::inference_num_threads(1), ov::num_streams(1),
                                          ov::hint::enable_cpu_pinning(false)));
             tokenizer->prefix = prefix;
             tokenizer->suffix = suffix;

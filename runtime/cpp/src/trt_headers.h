@@ -8,6 +8,7 @@
 #include <mutex>
 #include <string>
 
+#include "trt_refit.h"
 #include "trt_runtime_cache.h"
 #include "trt_session.h"
 
@@ -49,5 +50,14 @@ private:
 // An engine that was loaded and checked, with its weights. `cache` is null for none.
 std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,
                                              std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger);
+
+// The refitter of an engine of `part`, which must outlive it; the library has one. Throws Error where it makes none.
+std::unique_ptr<TrtRefitter> make_trt_refitter(const TrtLibrary &library, nv::ICudaEngine &engine,
+                                               const std::string &part, std::shared_ptr<TrtLogger> logger);
+
+#ifdef TRT_MAJOR_RTX
+std::unique_ptr<CompiledKernels> make_trt_kernels(std::unique_ptr<nv::IRuntimeCache> cache,
+                                                  std::shared_ptr<TrtLogger> logger);
+#endif
 
 }  // namespace arcflow

@@ -295,8 +295,9 @@ std::vector<std::pair<std::string, double>> Plan::times_ms() const {
     std::vector<std::pair<std::string, double>> times;
     for (size_t i = 1; i < marks_.size(); ++i) {
         const double ms = events_[i]->ms_since(*events_[i - 1]);
-        const auto known = std::find_if(times.begin(), times.end(), [&](const auto &t) { return t.first == marks_[i]; });
-        if (known == times.end()) times.emplace_back(marks_[i], ms);
+        const std::string stage = marks_[i];
+        const auto known = std::find_if(times.begin(), times.end(), [&](const auto &t) { return t.first == stage; });
+        if (known == times.end()) times.emplace_back(stage, ms);
         else known->second += ms;
     }
     return times;

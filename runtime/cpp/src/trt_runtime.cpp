@@ -6,7 +6,6 @@
 #include "error.h"
 #include "mapped_file.h"
 #include "trt_headers.h"
-#include "trt_refit.h"
 
 namespace arcflow {
 namespace {
@@ -49,65 +48,6 @@ void check_tensors(const nv::ICudaEngine &engine, const std::string &part, const
     }
 }
 
-// Types of weights as onnx.proto numbers them.
-constexpr std::pair<nv::DataType, int64_t> weight_types[] = {
-    {nv::DataType::kFLOAT, 1}, {nv::DataType::kUINT8, 2}, {nv::DataType::kINT8, 3},
-    {nv::DataType::kINT32, 6}, {nv::DataType::kINT64, 7}, {nv::DataType::kBOOL, 9},
-    {nv::DataType::kHALF, 10}, {nv::DataType::kBF16, 16}, {nv::DataType::kFP8, 17},
-};
-
-class Refitter : public TrtRefitter {
-public:
-    Refitter(const TrtLibrary &library, nv::ICudaEngine &engine, const std::string &part,
-             std::shared_ptr<TrtLogger> logger)
-        : logger_(std::move(logger)) {
-        void *made = library.create_refitter(&engine, logger_.get(), NV_TENSORRT_VERSION);
-        refitter_.reset(static_cast<nv::IRefitter *>(made));
-        if (!refitter_) {
-            throw engine_error(part + ": " + name_of(trt_flavour) + " cannot fill in the engine's weights" +
-                               logger_->take() + "; build it again with `arcflow build`");
-        }
-    }
-
-    std::vector<std::string> weights() override {
-        return names([&](int32_t size, const char **out) { return refitter_->getAllWeights(size, out); });
-    }
-
-    WeightSpec spec(const std::string &name) override {
-        const nv::Weights wanted = refitter_->getWeightsPrototype(name.c_str());
-        for (const auto &[theirs, ours] : weight_types) {
-            if (theirs == wanted.type) return {ours, wanted.count};
-        }
-        return {0, wanted.count};
-    }
-
-    bool set(const std::string &name, const WeightSpec &spec, const void *data) override {
-        for (const auto &[theirs, ours] : weight_types) {
-            if (ours == spec.type) return refitter_->setNamedWeights(name.c_str(), {theirs, data, spec.count});
-        }
-        return false;
-    }
-
-    std::vector<std::string> missing() override {
-        return names([&](int32_t size, const char **out) { return refitter_->getMissingWeights(size, out); });
-    }
-
-    bool refit() override { return refitter_->refitCudaEngine(); }
-
-    std::string said() override { return logger_->take(); }
-
-private:
-    // Their number first, with no place for names.
-    template <class Get> static std::vector<std::string> names(Get get) {
-        std::vector<const char *> found(static_cast<size_t>(std::max(get(0, nullptr), 0)));
-        if (!found.empty()) get(static_cast<int32_t>(found.size()), found.data());
-        return std::vector<std::string>(found.begin(), found.end());
-    }
-
-    std::shared_ptr<TrtLogger> logger_;
-    std::unique_ptr<nv::IRefitter> refitter_;
-};
-
 class Runtime : public TrtRuntime {
 public:
     Runtime(const TrtLibrary &library, const cuda::Gpu &gpu)
@@ -129,8 +69,8 @@ public:
         check_tensors(*engine, part, spec.inputs, nv::TensorIOMode::kINPUT);
         check_tensors(*engine, part, spec.outputs, nv::TensorIOMode::kOUTPUT);
         if (stripped) {
-            Refitter refitter(library_, *engine, part, logger_);
-            refit(refitter, bundle, part);
+            const auto refitter = make_trt_refitter(library_, *engine, part, logger_);
+            refit(*refitter, bundle, part);
         }
         return make_trt_session(part, std::move(engine), cache_of(built.record), logger_);
     }

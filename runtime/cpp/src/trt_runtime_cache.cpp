@@ -98,12 +98,13 @@ RuntimeCacheFile::RuntimeCacheFile(const std::vector<std::string> &key, const fs
     : path(folder / file_name(key)) {}
 
 std::optional<std::string> RuntimeCacheFile::read(uint64_t max_bytes) {
-    std::error_code failed;
-    const uint64_t size = fs::file_size(path, failed);
-    if (failed || size > max_bytes) return std::nullopt;
-    std::ifstream file(path, std::ios::binary);
-    std::string data(static_cast<size_t>(size), '\0');
-    if (!file.read(data.data(), static_cast<std::streamsize>(size))) return std::nullopt;
+    // Of one open file, which another writer may replace meanwhile.
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    const auto end = file ? static_cast<std::streamoff>(file.tellg()) : std::streamoff{-1};
+    if (end < 0 || static_cast<uint64_t>(end) > max_bytes) return std::nullopt;
+    std::string data(static_cast<size_t>(end), '\0');
+    file.seekg(0);
+    if (!file.read(data.data(), static_cast<std::streamsize>(end))) return std::nullopt;
     written_ = sha256(data);
     return data;
 }

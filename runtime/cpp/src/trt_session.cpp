@@ -86,31 +86,6 @@ private:
     std::shared_ptr<TrtLogger> logger_;
 };
 
-#ifdef TRT_MAJOR_RTX
-class Kernels : public CompiledKernels {
-public:
-    Kernels(std::unique_ptr<nv::IRuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
-        : cache_(std::move(cache)), logger_(std::move(logger)) {}
-
-    bool take(std::string_view data) override {
-        const bool fits = cache_->deserialize(data.data(), data.size());
-        if (!fits) logger_->take();  // it is no error of what follows
-        return fits;
-    }
-
-    std::string bytes() override {
-        const std::unique_ptr<nv::IHostMemory> data(cache_->serialize());
-        return data ? std::string(static_cast<const char *>(data->data()), data->size()) : std::string();
-    }
-
-    const nv::IRuntimeCache &cache() const { return *cache_; }
-
-private:
-    std::unique_ptr<nv::IRuntimeCache> cache_;
-    std::shared_ptr<TrtLogger> logger_;
-};
-#endif
-
 class Session : public TrtSession {
 public:
     Session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, std::shared_ptr<RuntimeCache> cache,
@@ -205,14 +180,13 @@ private:
     void use_cache(nv::IRuntimeConfig &config) {
         if (kernels_ == nullptr) {
             std::unique_ptr<nv::IRuntimeCache> made(config.createRuntimeCache());
-            auto kernels = made ? std::make_unique<Kernels>(std::move(made), logger_) : nullptr;
-            kernels_ = kernels.get();
-            cache_->open(std::move(kernels));
+            kernels_ = made.get();
+            cache_->open(made ? make_trt_kernels(std::move(made), logger_) : nullptr);
         }
-        if (kernels_ == nullptr || !config.setRuntimeCache(kernels_->cache())) logger_->take();
+        if (kernels_ == nullptr || !config.setRuntimeCache(*kernels_)) logger_->take();
     }
 
-    const Kernels *kernels_ = nullptr;  // the cache's
+    const nv::IRuntimeCache *kernels_ = nullptr;  // in the cache
 #endif
 
     std::string part_;

@@ -1,4 +1,4 @@
-// TensorRT's interface behind one of ours, so that its headers are needed in two files: an engine's file -> contexts
+// TensorRT's interface behind one of ours, so that its headers are needed in few files: an engine's file -> contexts
 // that run it on device memory.
 #pragma once
 

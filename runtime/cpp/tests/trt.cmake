@@ -28,3 +28,10 @@ target_link_libraries(trt_denoiser_test PRIVATE arcflow_core Threads::Threads ${
 add_test(NAME trt_denoiser COMMAND trt_denoiser_test)
 add_dependencies(trt_denoiser_test fake_cuda)
 set_tests_properties(trt_denoiser PROPERTIES ENVIRONMENT "LD_LIBRARY_PATH=$<TARGET_FILE_DIR:fake_cuda>")
+
+# With TensorRT's headers: a refitter and a runtime cache that are made of their interfaces.
+if(ARCFLOW_TENSORRT AND TARGET arcflow_engines)
+    add_executable(trt_adapters_test trt_adapters_test.cpp)
+    target_link_libraries(trt_adapters_test PRIVATE arcflow_engines arcflow_core)
+    add_test(NAME trt_adapters COMMAND trt_adapters_test)
+endif()

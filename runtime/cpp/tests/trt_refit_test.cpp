@@ -89,7 +89,8 @@ public:
         static const std::map<int64_t, size_t> sizes = {{float32, 4}, {int64, 8}, {float16, 2}, {bfloat16, 2}};
         for (const auto &[name, data] : given_) {
             const WeightSpec &spec = wanted_.at(name);
-            filled[name] = Bytes(static_cast<const char *>(data), static_cast<size_t>(spec.count) * sizes.at(spec.type));
+            const size_t bytes = static_cast<size_t>(spec.count) * sizes.at(spec.type);
+            filled[name] = Bytes(static_cast<const char *>(data), bytes);
         }
         return !fails;
     }
@@ -114,8 +115,8 @@ Bytes some_bytes() {
 const Bytes scale("\x01\x02\x03\x04", 4), shape("\x05\0\0\0\0\0\0\x06", 8);
 Bytes graph() {
     return outside("a", float32, {2, 3}, 8, 24) + outside("b", bfloat16, {4}, 33, 8) +
-           outside("c", float16, {3}, 48, 6) + inside("scale", float32, {}, scale) + inside("shape", int64, {1}, shape) +
-           inside("unused", float32, {1}, scale);
+           outside("c", float16, {3}, 48, 6) + inside("scale", float32, {}, scale) +
+           inside("shape", int64, {1}, shape) + inside("unused", float32, {1}, scale);
 }
 std::map<std::string, WeightSpec> engine() {
     return {{"a", {float32, 6}}, {"b", {bfloat16, 4}}, {"c", {float16, 3}}, {"scale", {float32, 1}},
@@ -179,8 +180,9 @@ void test_weights_that_do_not_fit() {
     const std::string again = "; build the engine again with `arcflow build`";
     auto wanted = engine();
     wanted["d"] = {float32, 1};
-    same(error_with(graph(), wanted), "backbone: backbone.onnx lacks weights of the engine, such as 'd'; build it again "
-                                      "with `arcflow build`, without --strip-weights");
+    same(error_with(graph(), wanted),
+         "backbone: backbone.onnx lacks weights of the engine, such as 'd'; build it again with `arcflow build`, "
+         "without --strip-weights");
     wanted = engine();
     wanted["a"].count = 5;
     same(error_with(graph(), wanted),
