@@ -383,7 +383,7 @@ def test_stages_are_timed(on_device):
 
 def test_nan_is_refused(on_device, monkeypatch):
     pipe = on_device()
-    monkeypatch.setattr("tests.host_device.randn", lambda seed, shape: np.full(shape, np.nan, "f4"))
+    monkeypatch.setattr("host_device.randn", lambda seed, shape: np.full(shape, np.nan, "f4"))
     with pytest.raises(EngineError, match=r"^backbone: latents of images \[0\] must be finite, got NaN or Inf"):
         draw(pipe, output_type="pil")
 
