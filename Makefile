@@ -63,7 +63,7 @@ help:
 	@echo "make lint     ruff and mypy"
 
 setup: $(VENV)/.installed
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/speedups.cpp $(wildcard runtime/kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"

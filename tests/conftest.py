@@ -16,7 +16,7 @@ from arcflow_export.export import export_bundle, plan_export
 from arcflow_export.load import Student, load_student
 from arcflow_export.options import Options
 from arcflow_export.sources import Location
-from arcflow_runtime import Pipeline, cli
+from arcflow_runtime import Pipeline, cli, noise, speedups, update
 from tests.cpp import build_library, configure_cpp, embed, library_of
 from tests.kernel_source import build_host, open_gpu
 
@@ -165,3 +165,13 @@ def kernel_host(tmp_path_factory):
 def kernel_gpu():
     """A device, a stream and the kernels on it."""
     return open_gpu()
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def both_ways(request, monkeypatch):
+    """The runtime's compiled part, then numpy in its place."""
+    if request.param == "compiled" and speedups.compiled is None:
+        pytest.skip("the runtime was installed without a C++ compiler")
+    if request.param == "numpy":
+        for module in (noise, update):
+            monkeypatch.setattr(module, "compiled", None)

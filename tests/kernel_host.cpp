@@ -183,7 +183,7 @@ int emulate_noise(const char *input_type, unsigned int grid, unsigned int block,
 void box_muller(const float *uniforms, float *out, long long groups) {
     for (long long i = 0; i < 16 * groups; ++i) {
         if (i % 16 >= 8) continue;
-        const arcflow_noise::Pair two = arcflow_noise::box_muller(uniforms[i], uniforms[i + 8]);
+        const arcflow_random::Pair two = arcflow_random::box_muller(uniforms[i], uniforms[i + 8]);
         out[i] = two.first;
         out[i + 8] = two.second;
     }

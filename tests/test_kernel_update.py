@@ -93,6 +93,7 @@ def test_a_small_weight_meets_a_large_integral(kernel_host):
     assert abs(found - np.exp(20.0) / 120) <= 48 * EPS * np.exp(20.0) / 120
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(
     ("logweights", "loggammas", "means", "expected"),
     [

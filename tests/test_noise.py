@@ -7,6 +7,8 @@ import torch
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.noise import draw_latents, pack, randn
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 SEEDS = [0, 1, 7, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 2**63, 2**64 - 1, -1, -42, -(2**63)]
 SHAPES = [
     (1,),

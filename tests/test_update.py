@@ -7,6 +7,8 @@ from safetensors.numpy import load_file
 
 from arcflow_runtime.update import update, velocity
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 EPS = 2.0**-24  # half a unit in the last place of float32
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .errors import RequestError
+from .speedups import compiled
 
 #: As many numbers come from as many uniforms, if there are so many.
 GROUP = 16
@@ -80,6 +81,10 @@ def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
     size = int(np.prod(shape, dtype=np.int64))
     if size < GROUP:
         return _normal_scalar(seed, size).reshape(shape)
+    if compiled is not None:
+        drawn = np.empty(shape, _F)
+        compiled.randn(seed & 0xFFFFFFFF, drawn)
+        return drawn
     tail = size % GROUP
     uniforms = (_mt19937(seed, size + (GROUP if tail else 0)) & np.uint64(0xFFFFFF)).astype(_F) * _F(2**-24)
     out = np.empty(size, _F)

@@ -18,7 +18,7 @@
 #include "noise_math.h"
 #include "update.cu"
 
-namespace arcflow_noise {
+namespace arcflow_random {
 
 constexpr int THREADS = 320; /* a state gives 312 pairs */
 
@@ -85,14 +85,14 @@ template <class In> __device__ __forceinline__ void draw(const Arguments &a) {
     }
 }
 
-}  // namespace arcflow_noise
+}  // namespace arcflow_random
 
 /* arcflow_noise_<type of the engine's input> */
 #define ARCFLOW_NOISE(IN, IN_TYPE) \
-    extern "C" __global__ void __launch_bounds__(arcflow_noise::THREADS) \
+    extern "C" __global__ void __launch_bounds__(arcflow_random::THREADS) \
         arcflow_noise_##IN(const long long *streams, float *latents, void *input, int channels, int height, int width, \
                            int patch) { \
-        arcflow_noise::draw<arcflow_update::IN_TYPE>({streams, latents, input, channels, height, width, patch}); \
+        arcflow_random::draw<arcflow_update::IN_TYPE>({streams, latents, input, channels, height, width, patch}); \
     }
 
 ARCFLOW_NOISE(float32, Float32)

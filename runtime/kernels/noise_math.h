@@ -8,7 +8,7 @@
 
 #include "update_math.h"
 
-namespace arcflow_noise {
+namespace arcflow_random {
 
 using arcflow_update::bits_of;
 using arcflow_update::from_bits;
@@ -32,6 +32,16 @@ ARCFLOW_BOTH float sum(float a, float b) {
 #endif
 }
 
+/* a * b + c with one rounding. The product is exact in float64, so on a CPU only the sum is rounded: twice, which changes
+ * the result in about one of 2^29 cases, and is fast without hardware for it. */
+ARCFLOW_BOTH float fused(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+    return fmaf(a, b, c);
+#else
+    return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
+#endif
+}
+
 ARCFLOW_BOTH float root(float x) {
 #ifdef __CUDA_ARCH__
     return __fsqrt_rn(x);
@@ -51,13 +61,17 @@ ARCFLOW_BOTH unsigned int twisted(unsigned int word, unsigned int behind, unsign
     return far ^ joined >> 1 ^ (behind & 1 ? 0x9908b0dfu : 0);
 }
 
-/* The 24-bit uniform in [0, 1) of a state's word. */
+/* The 24-bit uniform in [0, 1) of a generator's output. */
+ARCFLOW_BOTH float uniform_of(unsigned int output) {
+    return static_cast<float>(output & 0xffffff) * 5.9604644775390625e-8f; /* 2^-24 */
+}
+
+/* The same of a state's word. */
 ARCFLOW_BOTH float uniform(unsigned int word) {
     word ^= word >> 11;
     word ^= word << 7 & 0x9d2c5680u;
     word ^= word << 15 & 0xefc60000u;
-    word ^= word >> 18;
-    return static_cast<float>(word & 0xffffff) * 5.9604644775390625e-8f; /* 2^-24 */
+    return uniform_of(word ^ word >> 18);
 }
 
 /* Natural logarithm of a positive normal number (Cephes logf). */
@@ -69,17 +83,17 @@ ARCFLOW_BOTH float logarithm(float x) {
     x = sum(sum(mantissa, -1), small ? mantissa : 0);
     const float z = product(x, x);
     float y = 7.0376836292e-2f;
-    y = fmaf(y, x, -1.1514610310e-1f);
-    y = fmaf(y, x, 1.1676998740e-1f);
-    y = fmaf(y, x, -1.2420140846e-1f);
-    y = fmaf(y, x, 1.4249322787e-1f);
-    y = fmaf(y, x, -1.6668057665e-1f);
-    y = fmaf(y, x, 2.0000714765e-1f);
-    y = fmaf(y, x, -2.4999993993e-1f);
-    y = fmaf(y, x, 3.3333331174e-1f);
-    y = fmaf(product(y, x), z, product(exponent, -2.12194440e-4f));
-    y = fmaf(z, -0.5f, y);
-    return fmaf(exponent, 0.693359375f, sum(x, y));
+    y = fused(y, x, -1.1514610310e-1f);
+    y = fused(y, x, 1.1676998740e-1f);
+    y = fused(y, x, -1.2420140846e-1f);
+    y = fused(y, x, 1.4249322787e-1f);
+    y = fused(y, x, -1.6668057665e-1f);
+    y = fused(y, x, 2.0000714765e-1f);
+    y = fused(y, x, -2.4999993993e-1f);
+    y = fused(y, x, 3.3333331174e-1f);
+    y = fused(product(y, x), z, product(exponent, -2.12194440e-4f));
+    y = fused(z, -0.5f, y);
+    return fused(exponent, 0.693359375f, sum(x, y));
 }
 
 struct Pair {
@@ -92,16 +106,16 @@ ARCFLOW_BOTH Pair box_muller(float radius_uniform, float angle_uniform) {
     float x = product(6.28318530717958647692f, angle_uniform);
     const int octant = (static_cast<int>(product(x, 1.27323954473516f)) + 1) & ~1;
     const float y = static_cast<float>(octant);
-    x = fmaf(y, -0.78515625f, x);
-    x = fmaf(y, -2.4187564849853515625e-4f, x);
-    x = fmaf(y, -3.77489497744594108e-8f, x);
+    x = fused(y, -0.78515625f, x);
+    x = fused(y, -2.4187564849853515625e-4f, x);
+    x = fused(y, -3.77489497744594108e-8f, x);
     const float z = product(x, x);
-    float cosine = fmaf(2.443315711809948e-5f, z, -1.388731625493765e-3f);
-    cosine = product(fmaf(cosine, z, 4.166664568298827e-2f), z);
-    cosine = sum(fmaf(cosine, z, product(z, -0.5f)), 1);
-    float sine = fmaf(-1.9515295891e-4f, z, 8.3321608736e-3f);
-    sine = product(fmaf(sine, z, -1.6666654611e-1f), z);
-    sine = fmaf(sine, x, x);
+    float cosine = fused(2.443315711809948e-5f, z, -1.388731625493765e-3f);
+    cosine = product(fused(cosine, z, 4.166664568298827e-2f), z);
+    cosine = sum(fused(cosine, z, product(z, -0.5f)), 1);
+    float sine = fused(-1.9515295891e-4f, z, 8.3321608736e-3f);
+    sine = product(fused(sine, z, -1.6666654611e-1f), z);
+    sine = fused(sine, x, x);
     const bool odd = octant & 2;
     const float first = odd ? sine : cosine, second = odd ? cosine : sine;
     /* Adding zero turns -0 into +0. */
@@ -109,6 +123,6 @@ ARCFLOW_BOTH Pair box_muller(float radius_uniform, float angle_uniform) {
             sum(product(radius, octant & 4 ? -second : second), 0)};
 }
 
-}  // namespace arcflow_noise
+}  // namespace arcflow_random
 
 #endif

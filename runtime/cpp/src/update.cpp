@@ -1,13 +1,8 @@
-// The closed-form ArcFlow step. With s the sigma at which the student was evaluated, e the next, d = s - e,
-// w = softmax_k(logweights), loggamma_0 = 0 and phi(z) = expm1(z) / z (ArcFlow, arXiv 2602.09014):
-//
-//     x_e = x_s - d * sum_k w_k * mean_k * phi(loggamma_k * d)
-//
-// Coefficients are per mode and sub-pixel, a sixteenth of the means, and are computed in float64: exp turns an error
-// of half a place in its argument z into |z| half places of the result. State, means and sum are float32.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
+// The closed-form ArcFlow step on tensors of any float type; see runtime/kernels/update_host.h.
+#include "update_host.h"
+
+#include <string>
+#include <vector>
 
 #include "error.h"
 #include "maths.h"
@@ -15,55 +10,7 @@
 namespace arcflow {
 namespace {
 
-// expm1(z) / z, with its limit 1 at 0; expm1 is accurate near 0.
-double phi(double z) { return z == 0 ? 1.0 : std::expm1(z) / z; }
-
-// Sizes of the heads of one token: modes, channels, sub-pixels.
-struct Sizes {
-    size_t modes, channels, sub_pixels;
-};
-
-// d * w_k * phi(loggamma_k * d) of one token: logweights [K, P], loggammas [K-1, P] -> out [K, P]. `weights` has room
-// for K numbers.
-void coefficients(const float *logweights, const float *loggammas, const Sizes &n, double step, double *weights,
-                  float *out) {
-    for (size_t p = 0; p < n.sub_pixels; ++p) {
-        double largest = logweights[p];
-        for (size_t k = 1; k < n.modes; ++k) {
-            const double logweight = logweights[k * n.sub_pixels + p];
-            // A NaN is kept, so that it reaches the latents and is refused there.
-            if (!(logweight <= largest)) largest = logweight;
-        }
-        double sum = 0;
-        for (size_t k = 0; k < n.modes; ++k) {
-            weights[k] = std::exp(static_cast<double>(logweights[k * n.sub_pixels + p]) - largest);
-            sum += weights[k];
-        }
-        for (size_t k = 0; k < n.modes; ++k) {
-            const double gamma = k == 0 ? 0.0 : static_cast<double>(loggammas[(k - 1) * n.sub_pixels + p]);
-            out[k * n.sub_pixels + p] = static_cast<float>(weights[k] / sum * phi(gamma * step) * step);
-        }
-    }
-}
-
-// One mode's coefficients [P] repeated over the channels: c*P + p has coefficient p.
-void tile(const float *coefficients, const Sizes &n, float *row) {
-    std::copy(coefficients, coefficients + n.sub_pixels, row);
-    for (size_t done = n.sub_pixels; done < n.channels; done *= 2) {
-        std::memcpy(row + done, row, std::min(done, n.channels - done) * sizeof(float));
-    }
-}
-
-// latents[c] -= sum_k coefficients[k, c % P] * means[k, c] of one token. `row` and `sum` have room for C numbers.
-void mix(const float *means, const float *coefficients, const Sizes &n, float *row, float *sum, float *latents) {
-    std::fill(sum, sum + n.channels, 0.0f);
-    for (size_t k = 0; k < n.modes; ++k) {
-        tile(coefficients + k * n.sub_pixels, n, row);
-        const float *mean = means + k * n.channels;
-        for (size_t c = 0; c < n.channels; ++c) sum[c] += row[c] * mean[c];
-    }
-    for (size_t c = 0; c < n.channels; ++c) latents[c] -= sum[c];
-}
+using arcflow_update::Sizes;
 
 // The `count` numbers from `first` on as float32: in place, or converted into `scratch`.
 const float *as_floats(const Tensor &tensor, size_t first, size_t count, float *scratch) {
@@ -118,8 +65,8 @@ void update(Tensor &latents, const Tensor &means, const Tensor &logweights, cons
         const float *w = as_floats(logweights, t * weights_each, weights_each, weight_row);
         const float *g = as_floats(loggammas, t * gammas_each, gammas_each, gamma_row);
         const float *m = as_floats(means, t * means_each, means_each, mean_row);
-        coefficients(w, g, n, sigma - next, weights.data(), token_coefficients);
-        mix(m, token_coefficients, n, row, sum, latents.as<float>() + t * n.channels);
+        arcflow_update::coefficients(w, g, n, sigma - next, weights.data(), token_coefficients);
+        arcflow_update::mix(m, token_coefficients, n, row, sum, latents.as<float>() + t * n.channels);
     }
 }
 

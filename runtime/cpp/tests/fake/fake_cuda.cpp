@@ -99,18 +99,18 @@ class Uniforms {
 public:
     explicit Uniforms(long long seed) {
         words_[0] = static_cast<unsigned>(seed);
-        for (unsigned i = 1; i < words_.size(); ++i) words_[i] = arcflow_noise::seeded(words_[i - 1], i);
+        for (unsigned i = 1; i < words_.size(); ++i) words_[i] = arcflow_random::seeded(words_[i - 1], i);
     }
 
     float next() {
         const size_t count = words_.size(), i = place_++ % count;
-        words_[i] = arcflow_noise::twisted(words_[i], words_[(i + 1) % count],
-                                           words_[(i + arcflow_noise::MIDDLE) % count]);
-        return arcflow_noise::uniform(words_[i]);
+        words_[i] = arcflow_random::twisted(words_[i], words_[(i + 1) % count],
+                                           words_[(i + arcflow_random::MIDDLE) % count]);
+        return arcflow_random::uniform(words_[i]);
     }
 
 private:
-    std::array<unsigned, arcflow_noise::WORDS> words_;
+    std::array<unsigned, arcflow_random::WORDS> words_;
     size_t place_ = 0;
 };
 
@@ -122,7 +122,7 @@ struct NoiseArguments {
 
 void noise(const std::string &type, long long images, const NoiseArguments &a) {
     const long long area = static_cast<long long>(a.height) * a.width, numbers = a.channels * area, p = a.patch;
-    constexpr int group = arcflow_noise::GROUP;
+    constexpr int group = arcflow_random::GROUP;
     for (long long image = 0; image < images; ++image) {
         const long long first = at<long long>(a.streams)[2 * image + 1];
         Uniforms uniforms(at<long long>(a.streams)[2 * image]);
@@ -131,7 +131,7 @@ void noise(const std::string &type, long long images, const NoiseArguments &a) {
             float drawn[group];
             for (float &x : drawn) x = uniforms.next();
             for (int j = 0; j < group / 2; ++j) {
-                const auto two = arcflow_noise::box_muller(drawn[j], drawn[j + group / 2]);
+                const auto two = arcflow_random::box_muller(drawn[j], drawn[j + group / 2]);
                 drawn[j] = two.first;
                 drawn[j + group / 2] = two.second;
             }
