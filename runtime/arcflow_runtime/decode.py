@@ -50,7 +50,9 @@ def check_pictures(pixels: np.ndarray, precision: str) -> None:
 
 def to_pil(pixels: np.ndarray) -> list[Image.Image]:
     """[B, H, W, 3] uint8 -> B RGB pictures."""
-    return [Image.fromarray(p) for p in pixels]
+    _, height, width, _ = pixels.shape
+    # What Image.fromarray comes to, in half of its time for a small picture.
+    return [Image.frombuffer("RGB", (width, height), p, "raw", "RGB", 0, 1) for p in np.ascontiguousarray(pixels)]
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:

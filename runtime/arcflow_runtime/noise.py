@@ -8,6 +8,7 @@ library and itself differs from this by up to about 2e-6.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
     """
     if not MIN_SEED <= seed <= MAX_SEED:
         raise RequestError(f"seed must be between -2**63 and 2**64 - 1, got {seed}; use a smaller number")
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)
     if size < GROUP:
         return _normal_scalar(seed, size).reshape(shape)
     if compiled is not None:

@@ -14,6 +14,7 @@ from .errors import RequestError
 from .noise import MAX_SEED, MIN_SEED
 
 OutputType = Literal["pil", "numpy", "latents"]
+_OUTPUT_TYPES = get_args(OutputType)
 
 DEFAULT_SIZE_PX = 1024
 DEFAULT_GUIDANCE_SCALE = 3.5
@@ -184,6 +185,6 @@ def _max_sequence_length(value: int | None, manifest: Manifest) -> int:
 
 
 def _output_type(value: str) -> OutputType:
-    if value not in get_args(OutputType):
-        raise RequestError(f"output_type must be one of {list(get_args(OutputType))}, got {value!r}")
+    if value not in _OUTPUT_TYPES:
+        raise RequestError(f"output_type must be one of {list(_OUTPUT_TYPES)}, got {value!r}")
     return value  # type: ignore[return-value]

@@ -50,13 +50,15 @@ def update(
         out = np.empty(latents.shape, np.float32)
         compiled.update(*heads, out, means.shape[2], means.shape[3], logweights.shape[3], step)
         return out
-    coefficients, gammas = _modes(logweights, loggammas)
-    coefficients[1:] *= _phi(gammas * step)
-    coefficients *= step
-    if sigma_start != sigma_src:  # a whole step starts where the student was evaluated, and the factor is 1
-        coefficients[1:] *= np.exp(gammas * (sigma_src - sigma_start))
-    mixed = _mix(means, coefficients)
-    return np.subtract(latents, mixed, out=mixed)
+    # Whoever calls looks for infinities in the result; numpy's warnings of them would only precede it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        coefficients, gammas = _modes(logweights, loggammas)
+        coefficients[1:] *= _phi(gammas * step)
+        coefficients *= step
+        if sigma_start != sigma_src:  # a whole step starts where the student was evaluated, and the factor is 1
+            coefficients[1:] *= np.exp(gammas * (sigma_src - sigma_start))
+        mixed = _mix(means, coefficients)
+        return np.subtract(latents, mixed, out=mixed)
 
 
 def velocity(
