@@ -157,8 +157,9 @@ def check_finite(latents: np.ndarray, precision: str) -> None:
     Raises:
         EngineError: names the images, and what to do for a backbone of this `precision`.
     """
-    bad = [i for i, x in enumerate(latents) if not np.isfinite(x).all()]
-    if bad:
+    finite = np.isfinite(latents)
+    if not finite.all():
+        bad = [i for i, x in enumerate(finite) if not x.all()]
         advice = "check the checkpoint and adapter with `arcflow verify`"
         if precision == "float16":
             advice = (
