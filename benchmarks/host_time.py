@@ -11,6 +11,7 @@ own events.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -25,9 +26,11 @@ from machine import describe
 from soak import load_embed
 from tqdm import trange
 
-from arcflow_runtime import Pipeline
+from arcflow_runtime import Pipeline, noise, update
 
 PROMPT = "a large red circle on a blue background"
+#: Numbers behind the prompt, where each picture has a new one.
+NUMBERS = itertools.count()
 #: Stages that hold no engine call; what the others take beside theirs is "around engines".
 HOST_STAGES = ("tokenize", "noise", "rotary", "update")
 ENGINE_STAGES = ("encode", "condition", "backbone", "decode")
@@ -55,7 +58,7 @@ class TimedEngine:
         self._engine.close()
 
 
-def python_draw(bundle: Path, size_px: int, threads: int) -> Callable[[], dict[str, float]]:
+def python_draw(bundle: Path, size_px: int, threads: int, prompt: Callable[[], str]) -> Callable[[], dict[str, float]]:
     """A function that draws in Python and gives the stages' times, "engines" among them."""
     pipe = Pipeline.load(bundle, threads=threads)
     engines = {name: TimedEngine(engine) for name, engine in pipe._parts._engines.items()}
@@ -64,13 +67,13 @@ def python_draw(bundle: Path, size_px: int, threads: int) -> Callable[[], dict[s
     def draw() -> dict[str, float]:
         for engine in engines.values():
             engine.ms = 0.0
-        timings = pipe(PROMPT, size_px, size_px, seed=1, output_type="pil").timings_ms
+        timings = pipe(prompt(), size_px, size_px, seed=1, output_type="pil").timings_ms
         return dict(timings) | {"engines": sum(e.ms for e in engines.values())}
 
     return draw
 
 
-def device_draw(bundle: Path, backend: str, size_px: int) -> Callable[[], dict[str, float]]:
+def device_draw(bundle: Path, backend: str, size_px: int, prompt: Callable[[], str]) -> Callable[[], dict[str, float]]:
     """The same with a backend that keeps the loop on its device."""
     pipe = Pipeline.load(bundle, backend=backend)
     if pipe._denoiser is None:
@@ -78,7 +81,7 @@ def device_draw(bundle: Path, backend: str, size_px: int) -> Callable[[], dict[s
     pipe.warm_up([(1, size_px, size_px)])
 
     def draw() -> dict[str, float]:
-        timings = dict(pipe(PROMPT, size_px, size_px, seed=1, output_type="pil").timings_ms)
+        timings = dict(pipe(prompt(), size_px, size_px, seed=1, output_type="pil").timings_ms)
         engines = sum(timings.get(stage, 0.0) for stage in DEVICE_STAGES)
         # As if they were one call of the backbone.
         return timings | dict.fromkeys(DEVICE_STAGES, 0.0) | {"backbone": engines, "engines": engines}
@@ -86,16 +89,23 @@ def device_draw(bundle: Path, backend: str, size_px: int) -> Callable[[], dict[s
     return draw
 
 
-def cpp_draw(bundle: Path, library: Path, size_px: int, threads: int) -> Callable[[], dict[str, float]]:
+def cpp_draw(
+    bundle: Path, library: Path, size_px: int, threads: int, prompt: Callable[[], str]
+) -> Callable[[], dict[str, float]]:
     """The same in C++."""
     embed = load_embed()
     pipe = embed.Pipeline(embed.load(str(library)), bundle, threads=threads)
 
     def draw() -> dict[str, float]:
-        timings: dict[str, float] = pipe.draw([PROMPT], seeds=[1], height=size_px, width=size_px).timings_ms
+        timings: dict[str, float] = pipe.draw([prompt()], seeds=[1], height=size_px, width=size_px).timings_ms
         return timings
 
     return draw
+
+
+def new_prompt() -> str:
+    """A prompt that was not drawn before."""
+    return f"{PROMPT} {next(NUMBERS)}"
 
 
 def host_share(timings: Mapping[str, float]) -> dict[str, float]:
@@ -116,15 +126,20 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="per engine (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--new-prompts", action="store_true", help="a new one for each picture, which is tokenised")
+    parser.add_argument("--numpy", action="store_true", help="Python without its compiled part")
     args = parser.parse_args()
+    if args.numpy:
+        noise.compiled = update.compiled = None
+    prompt = new_prompt if args.new_prompts else lambda: PROMPT
     on_host = args.backend == "onnxruntime"
     draws = {
-        "python": python_draw(args.bundle, args.size_px, args.threads)
+        "python": python_draw(args.bundle, args.size_px, args.threads, prompt)
         if on_host
-        else device_draw(args.bundle, args.backend, args.size_px)
+        else device_draw(args.bundle, args.backend, args.size_px, prompt)
     }
     if args.library:
-        draws["cpp"] = cpp_draw(args.bundle, args.library, args.size_px, args.threads)
+        draws["cpp"] = cpp_draw(args.bundle, args.library, args.size_px, args.threads, prompt)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in draws}
     engines: dict[str, list[float]] = {name: [] for name in draws}
     for i in trange(-5, args.runs, desc="runs", disable=None):
