@@ -19,6 +19,7 @@ from arcflow_export.sources import Location
 from arcflow_runtime import Pipeline, cli, noise, speedups, update
 from tests.cpp import build_library, configure_cpp, embed, library_of
 from tests.kernel_source import build_host, open_gpu
+from tests.traces import Traces
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
@@ -49,6 +50,15 @@ class CommandRun:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(request):
+    """Equal parts are traced once."""
+    kept = Traces(request.config.cache.mkdir("traces"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arcflow_export.trace._convert", kept.convert)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ namespace arcflow {
 namespace {
 
 // In order of preference; the first is the default.
-constexpr const char *names[] = {
+constexpr const char *known[] = {
 #ifdef ARCFLOW_WITH_OPENVINO
     "openvino",
 #endif
@@ -25,7 +25,7 @@ constexpr const char *names[] = {
 
 std::string joined_names() {
     std::string joined;
-    for (const char *const *name = names; *name != nullptr; ++name) {
+    for (const char *const *name = known; *name != nullptr; ++name) {
         joined += (joined.empty() ? "" : ",") + std::string(*name);
     }
     return joined;
@@ -39,7 +39,7 @@ const char *backend_names() {
 }
 
 std::unique_ptr<Backend> make_backend(const std::string &name, [[maybe_unused]] int threads) {
-    [[maybe_unused]] const std::string wanted = name.empty() && names[0] != nullptr ? names[0] : name;
+    [[maybe_unused]] const std::string wanted = name.empty() && known[0] != nullptr ? known[0] : name;
 #ifdef ARCFLOW_WITH_OPENVINO
     if (wanted == "openvino") {
         return make_openvino_backend(threads);
@@ -50,7 +50,7 @@ std::unique_ptr<Backend> make_backend(const std::string &name, [[maybe_unused]] 
         return make_trt_backend(wanted == "tensorrt-rtx");
     }
 #endif
-    if (names[0] == nullptr) {
+    if (known[0] == nullptr) {
         throw engine_error("this library was built without engines; build it with -DARCFLOW_OPENVINO=ON or "
                            "-DARCFLOW_TENSORRT=ON");
     }

@@ -13,7 +13,7 @@ namespace arcflow {
 namespace {
 
 // Of graphs within attributes of nodes (If, Loop) within graphs; exported graphs have none.
-constexpr int max_depth = 16;
+constexpr int max_nesting = 16;
 
 class Check {
 public:
@@ -40,7 +40,7 @@ public:
 
 private:
     void graph(std::string_view bytes, int depth) const {
-        if (depth > max_depth) {
+        if (depth > max_nesting) {
             throw std::out_of_range("depth");
         }
         each_field(bytes, [&](const ProtobufField &f) {

@@ -36,8 +36,6 @@ private:
     const std::string &where_;
 };
 
-bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16; }
-
 bool is_sha256(const std::string &text) {
     return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == text.npos;
 }

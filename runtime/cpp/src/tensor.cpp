@@ -20,8 +20,6 @@ float float_of(uint32_t bits) {
     return value;
 }
 
-bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16; }
-
 // Multiplies in place; false where the product is above 2**63 - 1. Both are at least 0.
 bool multiply(int64_t &product, int64_t factor) { return !__builtin_mul_overflow(product, factor, &product); }
 
@@ -51,6 +49,8 @@ size_t size_of(DType dtype) {
     }
     throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's dtype is none of the known ones");
 }
+
+bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16; }
 
 const char *name_of(DType dtype) {
     switch (dtype) {

@@ -12,6 +12,7 @@ enum class DType { float32, float16, bfloat16, int64, uint8 };
 
 size_t size_of(DType dtype);
 const char *name_of(DType dtype);
+bool is_float(DType dtype);  // float32, float16 or bfloat16
 
 // Row-major and contiguous. Moving is cheap; copying copies the data.
 struct Tensor {

@@ -11,10 +11,6 @@
 namespace arcflow {
 namespace {
 
-constexpr size_t alignment = 256;  // that TensorRT wants of every tensor
-
-size_t aligned(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
-
 // A stream with a context for one set of shapes and the memory that it runs in; used by one thread at a time.
 struct Lane {
     cuda::Stream stream;
@@ -179,6 +175,11 @@ size_t bytes_of(const std::vector<int64_t> &shape, DType dtype, const std::strin
         }
     }
     return bytes;
+}
+
+size_t aligned(size_t bytes) {
+    constexpr size_t alignment = 256;
+    return (bytes + alignment - 1) / alignment * alignment;
 }
 
 }  // namespace arcflow

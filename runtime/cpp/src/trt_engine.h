@@ -23,4 +23,7 @@ const TensorSpec &spec_of(const std::vector<TensorSpec> &specs, const std::strin
 // `shape` as a tensor of `dtype` takes; throws Error where a size is still unknown.
 size_t bytes_of(const std::vector<int64_t> &shape, DType dtype, const std::string &what);
 
+// Rounded up, so that the next tensor lies where TensorRT wants every tensor.
+size_t aligned(size_t bytes);
+
 }  // namespace arcflow

@@ -9,8 +9,6 @@
 namespace arcflow {
 namespace {
 
-constexpr size_t alignment = 256;  // that TensorRT wants of every tensor
-
 int64_t at(const std::vector<int64_t> &shape, size_t axis, const char *what) {
     if (axis >= shape.size()) throw Error(ARCFLOW_INTERNAL_ERROR, std::string(what) + " has too few axes");
     return shape[axis];
@@ -80,7 +78,7 @@ void check_inputs(const DenoiseInputs &inputs) {
 
 size_t Plan::Layout::add(size_t bytes) {
     const size_t offset = end_;
-    end_ += (bytes + alignment - 1) / alignment * alignment;
+    end_ += aligned(bytes);
     return offset;
 }
 

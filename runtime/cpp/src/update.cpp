@@ -25,8 +25,7 @@ const float *as_floats(const Tensor &tensor, size_t first, size_t count, float *
 }
 
 void check(const Tensor &tensor, const char *name, const std::vector<int64_t> &shape) {
-    const bool is_float = tensor.dtype != DType::int64 && tensor.dtype != DType::uint8;
-    if (is_float && tensor.shape == shape) return;
+    if (is_float(tensor.dtype) && tensor.shape == shape) return;
     throw engine_error(std::string("backbone: ") + name + " must be " + Tensor(DType::float32, shape).describe() +
                        " in a float type, got " + tensor.describe() + "; export the bundle again");
 }

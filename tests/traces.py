@@ -1,0 +1,91 @@
+"""Parts' traces, kept between tests and runs: a part -> what `arcflow_export.trace._convert` makes of it.
+
+Tracing takes most of an export's time, and many tests export the same parts. Passes, weights and all that follows run
+for each export. A trace is found by the part's module as pickled, its inputs and outputs, and the code that makes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from filelock import FileLock
+
+import arcflow_distill
+import arcflow_export
+from arcflow_export import passes, trace
+from arcflow_export.models.layers import Part
+
+_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers", "transformers")
+_convert = trace._convert
+
+
+class Traces:
+    """The traces of this code in `root`, which processes may share; those of other code are removed."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / _digest_of_code()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for other in root.iterdir():
+            if other != self._folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def convert(self, part: Part, opset: int) -> ir.Model:
+        """`trace._convert`, or what it gave before for an equal part."""
+        path = self._folder / f"{part.name}-{_digest_of(part, opset)}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                model = _convert(part, opset)
+                for name, value in model.graph.initializers.items():
+                    if not passes._is_real(value):  # a weight; it is read from a file that does not exist
+                        value.const_value = ir.ExternalTensor(
+                            "none", None, None, value.dtype, shape=value.shape, name=name
+                        )
+                scratch = path.with_suffix(f".{os.getpid()}")
+                ir.save(model, scratch)
+                scratch.rename(path)
+            model = ir.load(path)
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = None
+        return model
+
+
+def _digest_of_code() -> str:
+    digest = hashlib.sha256()
+    for package in (arcflow_export, arcflow_distill):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    digest.update(repr([metadata.version(name) for name in _LIBRARIES]).encode())
+    return digest.hexdigest()[:16]
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors by shape, dtype and which of them are one; everything else by value, not by identity."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.fast = True
+        self._tensors: list[torch.Tensor] = []
+
+    def persistent_id(self, value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return None
+        place = next((i for i, x in enumerate(self._tensors) if x is value), len(self._tensors))
+        if place == len(self._tensors):
+            self._tensors.append(value)
+        return place, tuple(value.shape), str(value.dtype), str(value.device)
+
+
+def _digest_of(part: Part, opset: int) -> str:
+    file = io.BytesIO()
+    names = [part.rename(name) for name in part.module.state_dict()]
+    _Pickler(file).dump((part.module, part.inputs, part.outputs, part.precision, names, opset))
+    return hashlib.sha256(file.getvalue()).hexdigest()[:16]
