@@ -103,7 +103,8 @@ shapes: setup
 WORKERS ?= 2
 test: setup
 	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
-	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder
 
 # The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
 # static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
@@ -115,7 +116,7 @@ CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/de
 CPP_CONFIGURE = cmake -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))/python -DARCFLOW_WERROR=ON
 CHECKED := -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_UNITY_BUILD=ON
 SANITIZE := -DARCFLOW_SANITIZE=address,undefined $(CHECKED)
-CPP_STEPS := cpp-build cpp-static cpp-exports cpp-sanitize cpp-tsan cpp-fuzz
+CPP_STEPS := cpp-build cpp-static cpp-exports cpp-sanitized cpp-sanitize cpp-tsan cpp-fuzz
 .PHONY: $(CPP_STEPS)
 test cpp-test $(CPP_STEPS): export PATH := $(abspath $(BIN)):$(PATH)
 cpp-test: cpp-build
@@ -145,11 +146,12 @@ endef
 cpp-exports: setup
 	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest -q -k golden tests/test_cpp.py
 
-# Python is no sanitized program: the sanitizer and the C++ library that it looks into are loaded before it, its leaks are
-# not ours, and OpenVINO's threads must not be opened apart from the sanitizer.
-cpp-sanitize: cpp-exports
+cpp-sanitized: setup
 	$(CPP_CONFIGURE) -B $(CPP)-sanitized $(SANITIZE)
 	cmake --build $(CPP)-sanitized
+# Python is no sanitized program: the sanitizer and the C++ library that it looks into are loaded before it, its leaks are
+# not ours, and OpenVINO's threads must not be opened apart from the sanitizer.
+cpp-sanitize: cpp-exports cpp-sanitized
 	ctest --test-dir $(CPP)-sanitized --output-on-failure
 	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
 		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
