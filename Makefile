@@ -103,13 +103,12 @@ shapes: setup
 WORKERS ?= 2
 test: setup
 	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
-	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile \
-		--no-loadscope-reorder
+	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 # The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
 # static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
 # ThreadSanitizer; and FUZZ_SECONDS of its bundle reader where there is clang. These compile several sources at once, in
-# a quarter of the time.
+# about half of the time.
 FUZZ_SECONDS ?= 60
 CPP := $(abspath $(OUT))/cpp
 CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/dev/null && command -v cmake)
@@ -149,6 +148,7 @@ cpp-exports: setup
 cpp-sanitized: setup
 	$(CPP_CONFIGURE) -B $(CPP)-sanitized $(SANITIZE)
 	cmake --build $(CPP)-sanitized
+
 # Python is no sanitized program: the sanitizer and the C++ library that it looks into are loaded before it, its leaks are
 # not ours, and OpenVINO's threads must not be opened apart from the sanitizer.
 cpp-sanitize: cpp-exports cpp-sanitized

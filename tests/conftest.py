@@ -26,16 +26,6 @@ SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
 
 
-#: Files that take a minute and more, the longest first: begun last, one would run on while other workers have nothing.
-LONG = ["drift", "shapes", "distill_trainer", "export_matrix", "build_tensorrt_rtx", "trace", "quantize", "cpp_threads"]
-LONG += ["overflow", "shapes_model", "calibrate", "cpp_trt", "quantize_tensorrt_rtx", "precision"]
-
-
-def pytest_collection_modifyitems(items):
-    place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
-
-
 def golden_student(name: str, loras: list | None = None) -> Student:
     return load_student(Location(str(GOLDEN / name / "base")), Location(str(GOLDEN / name / "adapter")), loras or [])
 
