@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import ExportError
+from .lower import lower
 from .models.layers import Part
 from .options import OPSETS
 from .passes import finish
@@ -77,6 +79,7 @@ def _convert(part: Part, opset: int) -> ir.Model:
         if part.name == "conditioner" and len(shapes) > 1:
             dynamic = (shapes[0], tuple(shapes[1:]))
         program = torch.export.export(part.module, args, dynamic_shapes=dynamic, strict=False)
+        program.run_decompositions = partial(lower, program)
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,

@@ -53,9 +53,10 @@ class CommandRun:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traces(request):
+def traces(request, tmp_path_factory):
     """Equal parts are traced once."""
-    kept = Traces(request.config.cache.mkdir("traces"))
+    cache = getattr(request.config, "cache", None)
+    kept = Traces(cache.mkdir("traces") if cache else tmp_path_factory.mktemp("traces"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("arcflow_export.trace._convert", kept.convert)
         yield
