@@ -56,6 +56,13 @@ class Sizes:
         return self.heads * sum(self.axes)
 
 
+#: What the golden checkpoints and adapters are made of.
+GOLDEN_SIZES = {
+    "flux": Sizes(layers=2, single_layers=3, axes=(8, 12, 12), text_dim=64, pooled_dim=32, modes=16),
+    "qwen": Sizes("qwen", layers=3, axes=(8, 12, 12), text_dim=64, modes=16),
+}
+
+
 def make_student(root: Path, sizes: Sizes, seed: int = 0) -> Student:
     """Write `root/base` and `root/adapter` and open them."""
     make_base(root / "base", sizes, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from arcflow_export.export import export_bundle, plan_export
 from arcflow_export.load import Student, load_student
@@ -59,6 +61,8 @@ def traces(request, tmp_path_factory):
     kept = Traces(cache.mkdir("traces") if cache else tmp_path_factory.mktemp("traces"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("arcflow_export.trace._convert", kept.convert)
+        # torch reads the source of its converters again for each program: a second a part.
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 

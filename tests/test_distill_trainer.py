@@ -1,7 +1,8 @@
-"""Whole runs on tiny random checkpoints: the adapter, resuming, interruption, and what is refused."""
+"""Whole runs on the golden checkpoints: the adapter, resuming, interruption, and what is refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -28,10 +29,10 @@ from arcflow_export.student import TorchStudent
 from arcflow_export.verify import Case, verify_bundle
 from arcflow_runtime import cli
 from arcflow_runtime.bundle import Bundle
-from tests.checkpoints import Sizes, adapter_config, make_base
-from tests.conftest import export
+from tests.checkpoints import GOLDEN_SIZES, adapter_config
+from tests.conftest import GOLDEN, export
 
-SIZES = {"flux": Sizes(), "qwen": Sizes(family="qwen", layers=2), "linear": Sizes(modes=1)}
+SIZES = GOLDEN_SIZES | {"linear": dataclasses.replace(GOLDEN_SIZES["flux"], modes=1)}
 PROMPT = "a cat"
 
 
@@ -39,14 +40,14 @@ PROMPT = "a cat"
 def made(request, tmp_path_factory):
     """A base, and the adapter of a few iterations."""
     root, sizes = tmp_path_factory.mktemp(request.param), SIZES[request.param]
-    base = make_base(root / "base", sizes)
+    base = GOLDEN / f"{sizes.family}-tiny" / "base"
     settings = {"true_cfg_scale": 2.0} if request.param == "qwen" else {}
     return base, distill(config(root, modes=sizes.modes, **settings), base, root / "adapter", progress=False), sizes
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("flux") / "base", SIZES["flux"])
+@pytest.fixture
+def flux():
+    return GOLDEN / "flux-tiny" / "base"
 
 
 def config(root, **settings):
@@ -88,7 +89,7 @@ def test_the_adapter_has_the_released_format(made):
     }
     with safe_open(adapter / "diffusion_pytorch_model.safetensors", framework="pt") as f:
         assert json.loads(f.metadata()["policy_config"]) == {"type": "ArcFlow"}
-    assert sorted(p.name for p in adapter.parent.iterdir()) == ["adapter", "base", "prompts.txt"], "nothing is left"
+    assert sorted(p.name for p in adapter.parent.iterdir()) == ["adapter", "prompts.txt"], "nothing is left"
 
 
 def test_training_moved_everything(made):

@@ -17,6 +17,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from filelock import FileLock
+from transformers import PreTrainedConfig
 
 import arcflow_distill
 import arcflow_export
@@ -68,7 +69,7 @@ def _digest_of_code() -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors by shape, dtype and which of them are one; everything else by value, not by identity."""
+    """Tensors by shape, dtype and which of them are one; everything else by value, not by identity or by its folder."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -82,6 +83,11 @@ class _Pickler(pickle.Pickler):
         if place == len(self._tensors):
             self._tensors.append(value)
         return place, tuple(value.shape), str(value.dtype), str(value.device)
+
+    def reducer_override(self, value: object) -> object:
+        if isinstance(value, PreTrainedConfig):
+            return dict, (sorted((k, repr(v)) for k, v in value.to_dict().items() if k != "_name_or_path"),)
+        return NotImplemented
 
 
 def _digest_of(part: Part, opset: int) -> str:
