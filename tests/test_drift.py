@@ -19,7 +19,7 @@ from arcflow_distill.evaluate.statistics import Interval
 from arcflow_export.drift import folder as drift_folder
 from arcflow_export.drift import gate, sensitivity
 from arcflow_export.drift.cases import Case, read_cases
-from arcflow_export.drift.comparable import check_comparable
+from arcflow_export.drift.comparable import check_comparable, same_parts
 from arcflow_export.drift.compare import Pictures, Plan, compare
 from arcflow_export.drift.graphs import block_of, leave_out, linears, opened, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
@@ -107,6 +107,14 @@ def test_a_mean_with_one_bad_prompt_is_not_finite():
 def changed(bundle, tmp_path, **changes) -> Bundle:
     opened = Bundle.open(bundle)
     return dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, **changes))
+
+
+def test_parts_in_the_same_files_are_found(command_run, reference, fp8, tmp_path):
+    parts = set(Bundle.open(reference).manifest.parts)
+    assert same_parts(Bundle.open(fp8), Bundle.open(reference)) == parts - {"backbone"}
+    other = edit_backbone(reference, tmp_path / "other", "proj_out_means.bias", 2.0)
+    assert same_parts(Bundle.open(other), Bundle.open(reference)) == parts - {"backbone"}
+    assert same_parts(Bundle.open(command_run.bundle), Bundle.open(reference)) == set()
 
 
 def test_bundles_of_other_students_are_refused_by_what_differs(reference, tmp_path):

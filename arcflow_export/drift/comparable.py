@@ -1,10 +1,10 @@
-"""Whether two bundles can be compared: two manifests -> nothing, or an error that names what differs."""
+"""Whether two bundles can be compared, and in what they are the same: two manifests -> an error, notes or parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from arcflow_runtime.bundle import Bundle, Manifest, Source
+from arcflow_runtime.bundle import Bundle, FileEntry, Manifest, Source
 
 from ..errors import ExportError
 
@@ -42,6 +42,18 @@ def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
             f"{c.reference_dtype}); that counts as drift here.",
         )
     return (f"Timesteps, guidance and rotary tables of both are rounded as the candidate's, to {c.reference_dtype}.",)
+
+
+def same_parts(candidate: Bundle, reference: Bundle) -> set[str]:
+    """The parts that both bundles have in the same files: they compute the same, so one of each needs to be run."""
+    c, r = candidate.manifest, reference.manifest
+    both = c.parts.keys() & r.parts.keys()
+    return {name for name in both if _files(c, name) == _files(r, name)}
+
+
+def _files(manifest: Manifest, part: str) -> list[FileEntry]:
+    found = manifest.parts[part]
+    return [manifest.files[found.graph], manifest.files[found.weights]]
 
 
 def _differences(c: Manifest, r: Manifest) -> Iterator[str]:

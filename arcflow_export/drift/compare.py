@@ -23,7 +23,7 @@ from ..emulate import load_graph
 from ..errors import ExportError
 from . import gate
 from .cases import Case, Scene
-from .comparable import check_comparable
+from .comparable import check_comparable, same_parts
 from .graphs import quantized_layers
 from .judged import Judged, check_judge, judge_pictures
 from .layers import LayerDrift, drift_of_layers
@@ -70,6 +70,7 @@ def compare(
     """Measure the drift of `candidate` from `reference` and hold it against the thresholds.
 
     Memory: one part at a time, in float32 where it is bfloat16, and the reference's heads and latents of all cases.
+    What both bundles have in the same files is run once.
 
     Args:
         candidate: the bundle to check.
@@ -95,19 +96,22 @@ def compare(
     if plan.judge is not None:
         check_judge(cases, scene)
     ours, theirs = (Stages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
+    same = same_parts(candidate, reference)
     measures: list[Measure] = []
 
     progress("text", 0, 2)
     text = theirs.encode()
     progress("text", 1, 2)
-    own_text = ours.encode()
+    own_text = text if {p for p in reference.manifest.parts if p.startswith("text_encoder")} <= same else ours.encode()
     progress("text", 2, 2)
     measures += _text(cases, own_text, text)
     modulation = theirs.modulation(text.pooled)
     given, own = ours.modulation(text.pooled), ours.modulation(own_text.pooled)
     measures.append(_modulation(cases, text, given, modulation))
 
-    batches, own_batches = theirs.batches(text, modulation), ours.batches(own_text, own)
+    batches = theirs.batches(text, modulation)
+    alike = own_text is text and np.array_equal(own, modulation)
+    own_batches = batches if alike else ours.batches(own_text, own)
     steps = scene.num_inference_steps
     trajectory = theirs.draw(batches, _counter(progress, "reference", steps * len(batches)))
     final, found = _backbone(ours, batches, own_batches, trajectory, progress)
@@ -119,13 +123,14 @@ def compare(
             layers += _layers(reference, candidate, part, text, batches, trajectory, progress)
 
     progress("pictures", 0, 3)
-    pictures = [theirs.decode(trajectory.latents[-1])]
-    for done, latents in enumerate((trajectory.latents[-1], final)):
-        progress("pictures", 1 + done, 3)
-        pictures.append(ours.decode(latents))
+    drawn = theirs.decode(trajectory.latents[-1])
+    progress("pictures", 1, 3)
+    given_pictures = drawn if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
+    progress("pictures", 2, 3)
+    own_pictures = ours.decode(final)
     progress("pictures", 3, 3)
-    measures += _pictures(*pictures)
-    shown = Pictures(tuple(c.prompt for c in cases), pictures[0], pictures[2])
+    measures += _pictures(drawn, given_pictures, own_pictures)
+    shown = Pictures(tuple(c.prompt for c in cases), drawn, own_pictures)
     judged = None if plan.judge is None else judge_pictures(plan.judge, cases, shown.reference, shown.candidate)
     sensitivity = _sensitivity(reference, candidate, cases, scene, text, layers, plan, progress)
     report = Report(
@@ -178,7 +183,9 @@ def _backbone(
             for name in HEADS:
                 values = relative_error(found[name], reference.heads[step][name])
                 heads.append(Measure("parts", name, _RELATIVE, mean(values), step))
-            x = advance(x, predict_all(run, own, step, x), float(sigma), float(sigma_next))
+            if step or own is not given:  # otherwise it begins with the reference's inputs
+                found = predict_all(run, own, step, x)
+            x = advance(x, found, float(sigma), float(sigma_next))
             count()
             values = relative_error(x, reference.latents[step + 1])
             ends.append(Measure("end to end", "latents", _RELATIVE, mean(values), step))
