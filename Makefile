@@ -66,7 +66,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/speedups.cpp $(wildcard runtime/kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"
 	@touch $@
 
 demo: engine
@@ -107,13 +107,14 @@ test: setup
 
 # The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
 # static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
-# ThreadSanitizer; and FUZZ_SECONDS of its bundle reader where there is clang. These compile several sources at once, in
-# about half of the time.
+# ThreadSanitizer; and FUZZ_SECONDS of its bundle reader where there is clang. All but the static library compile several
+# sources at once, in about half of the time; there each must compile by itself.
 FUZZ_SECONDS ?= 60
 CPP := $(abspath $(OUT))/cpp
 CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/dev/null && command -v cmake)
 CPP_CONFIGURE = cmake -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))/python -DARCFLOW_WERROR=ON
-CHECKED := -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None -DCMAKE_UNITY_BUILD=ON
+UNITY := -DCMAKE_UNITY_BUILD=ON
+CHECKED := -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None $(UNITY)
 SANITIZE := -DARCFLOW_SANITIZE=address,undefined $(CHECKED)
 CPP_STEPS := cpp-build cpp-static cpp-exports cpp-sanitized cpp-sanitize cpp-tsan cpp-fuzz
 .PHONY: $(CPP_STEPS)
@@ -123,13 +124,13 @@ cpp-test: cpp-build
 	$(if $(shell command -v clang++),,@echo "the fuzz target was left out: it needs clang")
 
 cpp-build: setup
-	$(CPP_CONFIGURE) -B $(CPP)
+	$(CPP_CONFIGURE) -B $(CPP) $(UNITY)
 	cmake --build $(CPP)
 	ctest --test-dir $(CPP) --output-on-failure
 	$(call cpp_consume,$(CPP))
 
 cpp-static: setup
-	$(CPP_CONFIGURE) -B $(CPP)-static -DBUILD_SHARED_LIBS=OFF -DARCFLOW_TESTS=OFF $(CHECKED)
+	$(CPP_CONFIGURE) -B $(CPP)-static -DBUILD_SHARED_LIBS=OFF -DARCFLOW_TESTS=OFF $(filter-out $(UNITY),$(CHECKED))
 	cmake --build $(CPP)-static
 	$(call cpp_consume,$(CPP)-static)
 
