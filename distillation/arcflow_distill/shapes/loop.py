@@ -82,8 +82,9 @@ def launch(module: str, arguments: Sequence[str], processes: int = 1) -> None:
     Raises:
         DistillError: the training failed; its own message is on stderr.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    code = subprocess.run([*command, "-m", module, *arguments], env=environment(cores() // processes)).returncode
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", module, *arguments]
+    code = subprocess.run(command, env=environment(cores() // processes)).returncode
     if code:
         raise DistillError(f"{module} failed with exit code {code}; the reason is above")
 
