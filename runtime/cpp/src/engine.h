@@ -29,7 +29,8 @@ public:
 // `rotary` [2, T, D/2] float32.
 struct TextGroup {
     std::vector<int64_t> images, prompts;
-    Tensor states, rotary;
+    Tensor states;
+    std::shared_ptr<const Tensor> rotary;
 };
 
 // What every step of a schedule takes. `streams` of the noise, one per image; `shape` of noise and latents, [B, N, C],
@@ -39,7 +40,8 @@ struct DenoiseInputs {
     std::vector<NoiseStream> streams;
     std::vector<int64_t> shape;
     std::vector<TextGroup> groups;
-    Tensor modulation, image_rotary;
+    Tensor modulation;
+    std::shared_ptr<const Tensor> image_rotary;
     std::vector<double> sigmas;
     int64_t height_px, width_px;
     bool decode;

@@ -227,7 +227,7 @@ DenoiseInputs Pipeline::prepare(const Request &request, const Prompts &prompts, 
         inputs.modulation = condition(request, prompts, inputs.sigmas, watch);
     }
     const auto timed = watch("rotary");
-    inputs.image_rotary = image_rotary(m, height, width);
+    inputs.image_rotary = rotary(height, width);
     inputs.groups = group(prompts, height, width);
     return inputs;
 }
@@ -266,7 +266,7 @@ Tensor Pipeline::condition(const Request &request, const Prompts &prompts, const
 }
 
 // The batch's images by text length, so that no image's text is padded to its neighbours'.
-std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, int64_t width) const {
+std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, int64_t width) {
     std::vector<TextGroup> groups;
     std::map<int64_t, std::size_t> by_length;
     const auto states_of = [&](int64_t prompt) -> const Tensor & {
@@ -283,9 +283,20 @@ std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, i
         std::vector<const Tensor *> states;
         for (const int64_t prompt : g.prompts) states.push_back(&states_of(prompt));
         g.states = join(states, "text encoder: encoder_hidden_states");
-        g.rotary = text_rotary(bundle_.manifest, height, width, g.states.shape[1]);
+        g.rotary = rotary(height, width, g.states.shape[1]);
     }
     return groups;
+}
+
+// The image's table, or that of so many text tokens; at 1024 px the image's alone is half a million sines and cosines.
+std::shared_ptr<const Tensor> Pipeline::rotary(int64_t height, int64_t width, int64_t text_tokens) {
+    const std::array<int64_t, 3> key{height, width, text_tokens};
+    if (auto kept = rotaries_.get(key)) return kept;
+    const Manifest &m = bundle_.manifest;
+    auto made = std::make_shared<const Tensor>(text_tokens == 0 ? image_rotary(m, height, width)
+                                                                : text_rotary(m, height, width, text_tokens));
+    rotaries_.put(key, made);
+    return made;
 }
 
 // Every step and the decoder in one call.
@@ -328,8 +339,8 @@ Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, 
     std::vector<Tensors> given(inputs.groups.size());  // to the backbone
     for (std::size_t i = 0; i < given.size(); ++i) {
         given[i]["encoder_hidden_states"] = backbone.cast("encoder_hidden_states", inputs.groups[i].states);
-        given[i]["image_rotary"] = backbone.cast("image_rotary", inputs.image_rotary);
-        given[i]["text_rotary"] = backbone.cast("text_rotary", inputs.groups[i].rotary);
+        given[i]["image_rotary"] = backbone.cast("image_rotary", *inputs.image_rotary);
+        given[i]["text_rotary"] = backbone.cast("text_rotary", *inputs.groups[i].rotary);
     }
     for (int64_t step = 0; step < steps; ++step) {
         for (std::size_t i = 0; i < given.size(); ++i) {

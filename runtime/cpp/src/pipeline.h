@@ -1,6 +1,7 @@
 // The pipeline: prompts -> tokens -> text states -> modulation -> latents -> pictures.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "parts.h"
+#include "recent.h"
 #include "request.h"
 #include "stopwatch.h"
 #include "text.h"
@@ -61,7 +63,8 @@ private:
     DenoiseInputs prepare(const Request &request, const Prompts &prompts, Stopwatch &watch);
     Tensor condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
                      Stopwatch &watch);
-    std::vector<TextGroup> group(const Prompts &prompts, int64_t height, int64_t width) const;
+    std::vector<TextGroup> group(const Prompts &prompts, int64_t height, int64_t width);
+    std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);  // 0: the image's
     Denoised run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const;
     Tensor run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);
@@ -70,6 +73,7 @@ private:
     const Bundle bundle_;
     PromptTokenizer tokenizer_;
     EmbeddingCache cache_;
+    Recent<std::array<int64_t, 3>, Tensor> rotaries_;  // by height and width in tokens, and text tokens or 0
     const std::map<int64_t, Tensor> table_;  // baked modulation [n, M] float32 by step count n
     Parts parts_;
 };

@@ -63,7 +63,7 @@ void check_inputs(const DenoiseInputs &inputs) {
         const auto size = static_cast<int64_t>(group.images.size());
         fits(size > 0 && group.prompts.size() == group.images.size(), "a group");
         fits(group.states.shape.size() == 3 && group.states.shape[0] == size, "a group's states");
-        fits(group.rotary.shape.size() == 3 && group.rotary.shape[1] == group.states.shape[1],
+        fits(group.rotary->shape.size() == 3 && group.rotary->shape[1] == group.states.shape[1],
              "a group's rotary table");
         for (size_t i = 0; i < group.images.size(); ++i) {
             const int64_t image = group.images[i], prompt = group.prompts[i];
@@ -103,7 +103,7 @@ Plan::Plan(PlanShape shape_, const DenoiseInputs &inputs, const PlanTypes &types
 
 void Plan::fill(const DenoiseInputs &inputs) {
     std::memcpy(host_->data + sigmas_, inputs.sigmas.data(), inputs.sigmas.size() * sizeof(double));
-    put(image_rotary_, inputs.image_rotary, types_.image_rotary);
+    put(image_rotary_, *inputs.image_rotary, types_.image_rotary);
     const int64_t prompts = at(inputs.modulation.shape, 1, "modulation");
     const Tensor modulation = cast(inputs.modulation, types_.modulation);
     const size_t row = modulation.data.size() / (shape.steps * static_cast<size_t>(prompts));
@@ -117,7 +117,7 @@ void Plan::fill(const DenoiseInputs &inputs) {
             *stream++ = from.first;
         }
         put(group.states, given.states, types_.states);
-        put(group.rotary, given.rotary, types_.text_rotary);
+        put(group.rotary, *given.rotary, types_.text_rotary);
         for (size_t step = 0; step < shape.steps; ++step) {
             for (size_t i = 0; i < given.prompts.size(); ++i) {
                 const size_t prompt = prompts > 1 ? static_cast<size_t>(given.prompts[i]) : 0;
@@ -171,8 +171,8 @@ Shapes Plan::group_shapes(size_t g, const DenoiseInputs &inputs) const {
     return {{"latents", {images, shape.tokens, shape.channels}},
             {"encoder_hidden_states", {images, text, at(inputs.groups[g].states.shape, 2, "states")}},
             {"modulation", {images, at(inputs.modulation.shape, 2, "modulation")}},
-            {"image_rotary", inputs.image_rotary.shape},
-            {"text_rotary", inputs.groups[g].rotary.shape}};
+            {"image_rotary", inputs.image_rotary->shape},
+            {"text_rotary", inputs.groups[g].rotary->shape}};
 }
 
 // First what the host feeds, in the same places of the pinned and the device's memory.
@@ -184,7 +184,7 @@ void Plan::lay_out(const DenoiseInputs &inputs) {
     sigmas_ = layout_.add((shape.steps + 1) * sizeof(double));
     latent_bytes_ = count({shape.batch, shape.tokens, shape.channels}, DType::float32);
     streams_ = layout_.add(count({shape.batch, 2}, DType::int64));
-    image_rotary_ = layout_.add(count(inputs.image_rotary.shape, types_.image_rotary));
+    image_rotary_ = layout_.add(count(inputs.image_rotary->shape, types_.image_rotary));
     for (size_t g = 0; g < groups_.size(); ++g) {
         const Shapes shapes = group_shapes(g, inputs);
         groups_[g].states = layout_.add(count(shapes.at("encoder_hidden_states"), types_.states));

@@ -154,12 +154,14 @@ DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector
     in.shape = {3, 6, C};
     in.streams = noise_streams(seed % 2 ? std::vector<uint64_t>{seed} : std::vector<uint64_t>{seed, 9, seed << 40 | 7}, 3,
                                6 * C);
-    in.groups.push_back(
-        {{0, 2}, {1, 0}, random_tensor(seed + 1, {2, 4, TEXT}), random_tensor(seed + 2, {2, 4, HALF_HEAD})});
-    in.groups.push_back({{1}, {1}, random_tensor(seed + 3, {1, 7, TEXT}), random_tensor(seed + 4, {2, 7, HALF_HEAD})});
+    const auto table = [&](uint64_t more, int64_t tokens) {
+        return std::make_shared<const Tensor>(random_tensor(seed + more, {2, tokens, HALF_HEAD}));
+    };
+    in.groups.push_back({{0, 2}, {1, 0}, random_tensor(seed + 1, {2, 4, TEXT}), table(2, 4)});
+    in.groups.push_back({{1}, {1}, random_tensor(seed + 3, {1, 7, TEXT}), table(4, 7)});
     const auto steps = static_cast<int64_t>(sigmas.size()) - 1;
     in.modulation = random_tensor(seed + 5, {steps, prompts, M});
-    in.image_rotary = random_tensor(seed + 6, {2, 6, HALF_HEAD});
+    in.image_rotary = table(6, 6);
     in.sigmas = std::move(sigmas);
     in.height_px = 32;
     in.width_px = 48;
@@ -187,8 +189,8 @@ Denoised expected(const DenoiseInputs &in, DType dtype) {
                 t["latents"] = cast(x, dtype);
                 t["encoder_hidden_states"] = cast(copy(group.states, {1, text, TEXT}, static_cast<int64_t>(i)), dtype);
                 t["modulation"] = cast(copy(in.modulation, {1, M}, row), dtype);
-                t["image_rotary"] = in.image_rotary;
-                t["text_rotary"] = group.rotary;
+                t["image_rotary"] = *in.image_rotary;
+                t["text_rotary"] = *group.rotary;
                 const Shapes shapes = shapes_of(t);
                 t["means"] = Tensor(dtype, {1, tokens, K, C});
                 t["logweights"] = Tensor(dtype, {1, tokens, K, P});
