@@ -62,8 +62,8 @@ help:
 	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
 	@echo "make lint     ruff and mypy"
 
-# Bytecode is written when a module is first used, also where the environment forbids it: without, torch takes twice as
-# long to import.
+# Bytecode is written when a module is first used, also where the environment forbids it: without, torch and
+# diffusers take nearly twice as long to import.
 unexport PYTHONDONTWRITEBYTECODE
 setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/speedups.cpp $(wildcard runtime/kernels/*.h)
