@@ -11,15 +11,12 @@ both scales, so no dequantised number exists there.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from arcflow_runtime.bundle import Bundle, Part, TensorSpec
-from arcflow_runtime.engines.base import Engine
-from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeEngine
+from arcflow_runtime.dtypes import to_float32
 from arcflow_runtime.errors import EngineError
 
 #: Operators that only move values, so that their results need no rounding.
@@ -39,27 +36,7 @@ MOVES = {
 }
 _UNROUNDED = MOVES | {"DequantizeLinear"}
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
-
-
-class EmulatedBackend:
-    """Runs bundles of any precision with ONNX Runtime on a CPU; parts in bfloat16 and float16 are emulated."""
-
-    def check(self, bundle: Bundle) -> None:
-        """Every bundle can be run."""
-
-    def open(self, bundle: Bundle, part: str) -> Engine:
-        """Load part `part` of a `widened` bundle; raises `EngineError` as ONNX Runtime's backend does."""
-        model = load_graph(bundle, part)
-        if not any(v.dtype in _NARROW for v in model.graph.initializers.values()):
-            return OnnxRuntimeBackend(None).open(bundle, part)
-        return open_edited(bundle, part, emulate(model))
-
-
-def open_edited(bundle: Bundle, part: str, model: ir.Model) -> OnnxRuntimeEngine:
-    """Load a graph whose weights are in memory in place of the bundle's; raises `EngineError`."""
-    with tempfile.TemporaryDirectory() as folder:
-        ir.save(model, Path(folder) / bundle.manifest.parts[part].graph)
-        return OnnxRuntimeBackend(None).open(dataclasses.replace(bundle, root=Path(folder)), part)
+_FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
 def load_graph(bundle: Bundle, part: str) -> ir.Model:
@@ -106,22 +83,18 @@ def emulate(model: ir.Model, rounded: bool = True) -> ir.Model:
     """Rewrite a graph in place: float32 arithmetic, every result in bfloat16 or float16 rounded to its dtype.
 
     Args:
-        model: the graph, with or without its weights in memory.
+        model: the graph; weights in bfloat16 and float16 are expanded when they are read.
         rounded: False leaves the rounding out, so that nothing overflows.
     """
     graph = model.graph
     for value in graph.initializers.values():
-        # Into memory all of them: the rewritten graph is saved elsewhere than the weights.
-        assert value.const_value is not None
-        array = value.const_value.numpy()
         if value.dtype in _NARROW:
-            array = array.astype(np.float32)
-            value.dtype = ir.DataType.FLOAT
-        value.const_value = ir.tensor(np.array(array), name=value.name)
+            assert value.const_value is not None
+            value.const_value, value.type = _widened(value.const_value), _FLOAT
     nodes = list(graph)  # without the casts that are put in below
     for value in list(graph.inputs):
         if (dtype := value.dtype) in _NARROW:
-            value.dtype = ir.DataType.FLOAT
+            value.type = _FLOAT
             if rounded:
                 _round(graph, value, dtype, None)
     for node in nodes:
@@ -130,7 +103,7 @@ def emulate(model: ir.Model, rounded: bool = True) -> ir.Model:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
         for output in node.outputs:
             if (dtype := output.dtype) in _NARROW:
-                output.dtype = ir.DataType.FLOAT
+                output.type = _FLOAT
                 if rounded and node.op_type not in _UNROUNDED:
                     _round(graph, output, dtype, node)
     return model
@@ -152,3 +125,23 @@ def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, after: ir.Node 
         graph.insert_before(graph[0], [narrow, wide])
     else:
         graph.insert_after(after, [narrow, wide])
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Unmap the file that a tensor lies in; it is mapped again when it is read again.
+
+    Pages of mapped files count as resident memory until then.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def expand() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        wide = to_float32(array.view(np.uint16) if tensor.dtype == ir.DataType.BFLOAT16 else array)
+        del array  # a mapping that is looked into cannot be closed
+        release(tensor)
+        return ir.tensor(wide, name=tensor.name)
+
+    return ir.LazyTensor(expand, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)

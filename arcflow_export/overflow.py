@@ -7,16 +7,16 @@ negative ones that only a Softmax reads: a mask adds as low a number as there is
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_runtime.bundle import Bundle, TensorSpec
+from arcflow_runtime.bundle import Bundle
 
-from .emulate import MOVES, emulate, load_graph, open_edited
+from .blocks import BlockEngine
+from .emulate import MOVES, load_graph
 from .keep import FLOAT16_MAX
 
 #: Bounded functions whose limits at infinity are right.
@@ -59,20 +59,17 @@ class OverflowCheck:
 
     def __init__(self, bundle: Bundle, part: str):
         """Load the part; raises `EngineError`."""
-        m = bundle.manifest
         model = load_graph(bundle, part)
         watched = _watch(model.graph)
-        emulate(model, rounded=False)
-        outputs = tuple(TensorSpec(name, "float32", ()) for name in _add_peaks(model.graph, list(watched)))
-        edited = dataclasses.replace(m, parts={**m.parts, part: dataclasses.replace(m.parts[part], outputs=outputs)})
+        self._peaks = _add_peaks(model.graph, list(watched))
         self._watched = watched
-        self._engine = open_edited(dataclasses.replace(bundle, manifest=edited), part, model)
+        self._engine = BlockEngine(part, model, rounded=False)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Reach:
         """Measure on one set of inputs; raises `EngineError`."""
         found = self._engine.run(inputs)
         # Infinity in float32 is meant: a mask.
-        peaks = [float(p) if np.isfinite(p) else 0.0 for p in found.values()]
+        peaks = [float(p) if np.isfinite(p) else 0.0 for p in map(found.__getitem__, self._peaks)]
         furthest = int(np.argmax(peaks))
         values = zip(self._watched.items(), peaks, strict=True)
         over = [(value, watch) for (value, watch), peak in values if peak > FLOAT16_MAX]

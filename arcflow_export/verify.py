@@ -33,7 +33,8 @@ from arcflow_runtime.rotary import image_rotary, text_rotary
 from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
 from arcflow_runtime.text import PromptTokenizer
 
-from .emulate import EmulatedBackend, widened
+from .blocks import EmulatedBackend
+from .emulate import widened
 from .load import Student
 from .overflow import OverflowCheck, Reach
 from .student import TorchStudent

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from arcflow_calibration.scales import PromptSet, Range, Scales
 from arcflow_export.drift.cases import Case, Scene
-from arcflow_export.drift.layers import LayerDrift, drift_of_layers
+from arcflow_export.drift.layers import LayerDrift, drift_of_layers, measure_layers
 from arcflow_export.drift.stages import Stages, backbone_inputs
 from arcflow_export.quantize.graph import find_linears
 from arcflow_export.quantize.policy import load_policy
@@ -37,7 +37,7 @@ def local_drift(reference: Bundle, candidate: Bundle, cases: Sequence[Case]) -> 
     batches = stages.batches(text, stages.modulation(text.pooled))
     trajectory = stages.draw(batches)
     inputs = [list(backbone_inputs(batches, trajectory, step)) for step in range(len(trajectory.heads))]
-    return drift_of_layers(reference, candidate, "backbone", inputs)
+    return drift_of_layers(candidate, "backbone", measure_layers(reference, candidate, "backbone", inputs))
 
 
 def make_fp8(source: Path, out: Path, cases: Sequence[Case], policy: str = "flux") -> Path:

@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from arcflow_distill.evaluate.statistics import Interval
+from arcflow_export.blocks import BlockEngine
 from arcflow_export.drift import folder as drift_folder
 from arcflow_export.drift import gate, sensitivity
 from arcflow_export.drift.cases import Case, read_cases
 from arcflow_export.drift.comparable import check_comparable, same_parts
 from arcflow_export.drift.compare import Pictures, Plan, compare
-from arcflow_export.drift.graphs import block_of, leave_out, linears, opened, quantized_layers
+from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import gmsd, mean, psnr_db, relative_error
 from arcflow_export.drift.sensitivity import Effect, Unit
@@ -195,8 +196,7 @@ def test_all_layers_left_out_is_the_reference(fp8, reference):
     leave_out(model, quantized_layers(model), weights)
     assert not [n for n in model.graph if "Quantize" in n.op_type]
     assert not [v for v in model.graph.initializers if "scale" in v]
-    with opened(candidate, "backbone", model) as run:
-        heads = run(batches[0].inputs(0, trajectory.latents[0][batches[0].rows]))
+    heads = BlockEngine("backbone", model).run(batches[0].inputs(0, trajectory.latents[0][batches[0].rows]))
     np.testing.assert_allclose(heads["means"], trajectory.heads[0]["means"][batches[0].rows], rtol=1e-5, atol=1e-5)
 
 
@@ -238,11 +238,8 @@ def test_local_error_is_that_of_the_rounded_product(fp8, reference):
     source.name = "activation"
     model.graph.outputs.clear()
     model.graph.outputs.append(source)
-    spec = original.manifest.parts["backbone"].outputs[0]
-    with opened(
-        original, "backbone", model, (dataclasses.replace(spec, name="activation", shape=("B", "N", 256)),)
-    ) as run:
-        inputs = [run(batch.inputs(s, trajectory.latents[s]))["activation"] for s in range(2)]
+    engine = BlockEngine("backbone", model)
+    inputs = [engine.run(batch.inputs(s, trajectory.latents[s]))["activation"] for s in range(2)]
 
     constants = load_graph(candidate, "backbone").graph.initializers
     scale, weight_scale, codes, weight = (
@@ -424,7 +421,7 @@ def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     bundle = Bundle.open(bundles(family))
     arguments = bundle, bundle, CASES, scene(bundle, 32, 64), Plan("test", "test", OPEN)
     once, _ = compare(*arguments)
-    monkeypatch.setattr("arcflow_export.drift.compare.same_parts", lambda *_: set())
+    monkeypatch.setattr("arcflow_export.drift.compare_cases.same_parts", lambda *_: set())
     report, pictures = compare(*arguments)
     assert once == report
     values = {m.name: m.interval.value for m in report.measures}

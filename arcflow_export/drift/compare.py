@@ -1,17 +1,15 @@
-"""Compare a bundle with its reference: two bundles and cases -> `Report`, and the pictures of both.
+"""Compare a bundle with its reference: two bundles and cases -> `Report`, and the pictures to show.
 
-Each part is given the reference's own inputs, so that an error shows in the part that makes it; then both draw from the
-same noise by themselves.
+The cases are compared some at a time, as many as fit in a fixed amount of memory: see `compare_cases.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +17,30 @@ import numpy as np
 from arcflow_distill.evaluate.statistics import Interval
 from arcflow_runtime.bundle import Bundle
 
+from ..blocks import BlockEngine
 from ..emulate import load_graph
 from ..errors import ExportError
 from . import gate
 from .cases import Case, Scene
-from .comparable import check_comparable, same_parts
+from .comparable import check_comparable
+from .compare_cases import CaseErrors, EndToEnd, Progress, compare_cases
 from .graphs import quantized_layers
 from .judged import Judged, check_judge, judge_pictures
 from .layers import LayerDrift, drift_of_layers
-from .measures import gmsd, mean, psnr_db, relative_error
-from .report import GROUPS, Measure, Report
+from .measures import mean
+from .report import GROUPS, Measure, Report, shown_places
 from .sensitivity import PROMPTS, Kind, Sensitivity, measure_sensitivity
-from .stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict_all
+from .stages import Stages
 from .thresholds import Thresholds
 
-#: Called as the stage named goes on, with how much of it is done and its total.
-Progress = Callable[[str, int, int], None]
+#: What may be kept of the cases that are compared together: heads, text states and what passes between pieces.
+KEPT_BYTES = 1 << 30
 _PACKAGES = ("arcflow", "onnxruntime", "onnx", "onnx-ir", "numpy")
-_RELATIVE, _DB, _PLAIN = "relative RMS error", "dB", "0 is equal"
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What both sides drew: prompts, and [n, H, W, 3] uint8."""
+    """What both sides drew of some of the prompts, spread over all: [n, H, W, 3] uint8."""
 
     prompts: tuple[str, ...]
     reference: np.ndarray
@@ -50,13 +49,18 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Plan:
-    """Names of the prompts and the policy, its limits, and what to measure beyond the parts."""
+    """Names of the prompts and the policy, its limits, and what to measure beyond the parts.
+
+    `engines` draws the candidate end to end, and `backend` is the name of what runs them; None: the graphs are run.
+    """
 
     prompts: str
     policy: str
     limits: Thresholds
     judge: Path | None = None
     sensitivity: Kind = "none"
+    engines: EndToEnd | None = None
+    backend: str | None = None
 
 
 def compare(
@@ -69,8 +73,7 @@ def compare(
 ) -> tuple[Report, Pictures]:
     """Measure the drift of `candidate` from `reference` and hold it against the thresholds.
 
-    Memory: one part at a time, in float32 where it is bfloat16, and the reference's heads and latents of all cases.
-    What both bundles have in the same files is run once.
+    Memory: the weights of one part, or one piece of a large part, in float32, its activations, and `KEPT_BYTES`.
 
     Args:
         candidate: the bundle to check.
@@ -95,44 +98,27 @@ def compare(
             )
     if plan.judge is not None:
         check_judge(cases, scene)
-    ours, theirs = (Stages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
-    same = same_parts(candidate, reference)
-    measures: list[Measure] = []
+    parts = [part for part, names in quantized.items() if names]
+    together = max(KEPT_BYTES // case_bytes(reference, scene), 1)
+    found: CaseErrors | None = None
+    for start in range(0, len(cases), together):
+        some = cases[start : start + together]
+        named = partial(_named, progress, start, len(some), len(cases))
+        more = compare_cases(candidate, reference, some, scene, parts, plan.engines, named)
+        wanted = [i - start for i in _wanted(cases, plan) if start <= i < start + len(some)]
+        more.reference, more.candidate = more.reference[wanted], more.candidate[wanted]
+        found = more if found is None else _joined(found, more)
+    assert found is not None
 
-    progress("text", 0, 2)
-    text = theirs.encode()
-    progress("text", 1, 2)
-    own_text = text if {p for p in reference.manifest.parts if p.startswith("text_encoder")} <= same else ours.encode()
-    progress("text", 2, 2)
-    measures += _text(cases, own_text, text)
-    modulation = theirs.modulation(text.pooled)
-    given, own = ours.modulation(text.pooled), ours.modulation(own_text.pooled)
-    measures.append(_modulation(cases, text, given, modulation))
-
-    batches = theirs.batches(text, modulation)
-    alike = own_text is text and np.array_equal(own, modulation)
-    own_batches = batches if alike else ours.batches(own_text, own)
-    steps = scene.num_inference_steps
-    trajectory = theirs.draw(batches, _counter(progress, "reference", steps * len(batches)))
-    final, found = _backbone(ours, batches, own_batches, trajectory, progress)
-    measures += found
-
-    layers: list[LayerDrift] = []
-    for part, names in quantized.items():
-        if names:
-            layers += _layers(reference, candidate, part, text, batches, trajectory, progress)
-
-    progress("pictures", 0, 3)
-    drawn = theirs.decode(trajectory.latents[-1])
-    progress("pictures", 1, 3)
-    given_pictures = drawn if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
-    progress("pictures", 2, 3)
-    own_pictures = ours.decode(final)
-    progress("pictures", 3, 3)
-    measures += _pictures(drawn, given_pictures, own_pictures)
-    shown = Pictures(tuple(c.prompt for c in cases), drawn, own_pictures)
-    judged = None if plan.judge is None else judge_pictures(plan.judge, cases, shown.reference, shown.candidate)
-    sensitivity = _sensitivity(reference, candidate, cases, scene, text, layers, plan, progress)
+    measures = [Measure(q.group, q.what, q.unit, mean(values), q.step) for q, values in found.values.items()]
+    layers = [d for part in parts for d in drift_of_layers(candidate, part, found.layers[part])]
+    judged = None
+    places = shown_places(len(cases))
+    if plan.judge is not None:
+        judged = judge_pictures(plan.judge, cases, found.reference, found.candidate)
+        found.reference, found.candidate = found.reference[places], found.candidate[places]
+    shown = Pictures(tuple(cases[i].prompt for i in places), found.reference, found.candidate)
+    sensitivity = _sensitivity(reference, candidate, cases, scene, layers, plan, progress)
     report = Report(
         settings=_settings(candidate, reference, cases, scene, plan),
         versions={package: version(package) for package in _PACKAGES},
@@ -147,82 +133,44 @@ def compare(
     return report, shown
 
 
-def _text(cases: Sequence[Case], got: Text, reference: Text) -> list[Measure]:
-    def errors(name: str) -> list[np.ndarray]:
-        pairs = [
-            (getattr(got.embeddings[c.prompt], name), getattr(reference.embeddings[c.prompt], name)) for c in cases
-        ]
-        return [relative_error(a, b) for a, b in pairs if b is not None]
-
-    found: list[Measure] = []
-    for what, name in (("text states", "states"), ("pooled text", "pooled")):
-        if values := errors(name):
-            found.append(Measure("parts", what, _RELATIVE, mean(np.concatenate(values))))
-    return found
-
-
-def _modulation(cases: Sequence[Case], text: Text, got: np.ndarray, reference: np.ndarray) -> Measure:
-    """[S, U, M] twice; of all steps together."""
-    place = {p: i for i, p in enumerate(text.embeddings)}
-    rows = [place[c.prompt] if reference.shape[1] > 1 else 0 for c in cases]
-    values = relative_error(np.moveaxis(got, 1, 0), np.moveaxis(reference, 1, 0))[rows]
-    return Measure("parts", "modulation", _RELATIVE, mean(values))
+def case_bytes(reference: Bundle, scene: Scene) -> int:
+    """About how many bytes are kept of one case while it is compared: both sides' heads and text states, pictures, and
+    what passes between the pieces of a large backbone, for two runs of it.
+    """
+    m, spec = reference.manifest, reference.manifest.parts["backbone"]
+    k = m.latents
+    side = k.patch_size * k.vae_scale_factor
+    tokens = (scene.height_px // side) * (scene.width_px // side)
+    channels = k.channels * k.patch_size**2
+    heads = tokens * (k.num_gaussians * channels + (2 * k.num_gaussians - 1) * k.logweights_channels)
+    states = next(s for s in spec.inputs if s.name == "encoder_hidden_states").shape[-1]
+    text = scene.max_sequence_length * int(states)
+    sizes = {"batch": 1, "image_tokens": tokens, "text_tokens": scene.max_sequence_length}
+    passed = BlockEngine("backbone", load_graph(reference, "backbone")).kept_bytes(sizes)
+    pictures = 2 * 3 * scene.height_px * scene.width_px
+    return 4 * ((scene.num_inference_steps + 2) * heads + 2 * text) + 2 * passed + pictures
 
 
-def _backbone(
-    stages: Stages, given: list[Batch], own: list[Batch], reference: Trajectory, progress: Progress
-) -> tuple[np.ndarray, list[Measure]]:
-    """The candidate's backbone on the reference's inputs and by itself: its final latents [n, N, C], and measures."""
-    heads, ends = [], []
-    count = _counter(progress, "candidate", 2 * stages.scene.num_inference_steps)
-    x = reference.latents[0]
-    with stages.use_backbone() as run:
-        for step, (sigma, sigma_next) in enumerate(pairwise(stages.sigmas)):
-            found = predict_all(run, given, step, reference.latents[step])
-            count()
-            for name in HEADS:
-                values = relative_error(found[name], reference.heads[step][name])
-                heads.append(Measure("parts", name, _RELATIVE, mean(values), step))
-            if step or own is not given:  # otherwise it begins with the reference's inputs
-                found = predict_all(run, own, step, x)
-            x = advance(x, found, float(sigma), float(sigma_next))
-            count()
-            values = relative_error(x, reference.latents[step + 1])
-            ends.append(Measure("end to end", "latents", _RELATIVE, mean(values), step))
-    return x, heads + ends
+def _named(progress: Progress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:
+    """Report a stage; where not all cases are compared together with the cases that it is for."""
+    some = "" if count == total else f", prompts {start + 1} to {start + count} of {total}"
+    progress(f"{stage}{some}", done, end)
 
 
-def _layers(
-    reference: Bundle,
-    candidate: Bundle,
-    part: str,
-    text: Text,
-    batches: list[Batch],
-    trajectory: Trajectory,
-    progress: Progress,
-) -> list[LayerDrift]:
-    """Local errors of a part's layers on the reference's inputs."""
-    if part == "backbone":
-        steps = len(trajectory.heads)
-        inputs = [list(backbone_inputs(batches, trajectory, step)) for step in range(steps)]
-    elif part in ("text_encoder", "text_encoder_2"):
-        inputs = [[{"input_ids": tokens.ids[part]} for tokens in text.tokens.values()]]
-    else:
-        raise ExportError(
-            f"{candidate.root}: {part} has quantised layers, which can be measured in the backbone and text encoders "
-            "only; leave it out of the policy"
-        )
-    count = _counter(progress, f"layers of {part}", sum(map(len, inputs)))
-    return drift_of_layers(reference, candidate, part, list(inputs), count)
+def _wanted(cases: Sequence[Case], plan: Plan) -> list[int]:
+    """Whose pictures are kept: all for the judge, and those that the report shows."""
+    return list(range(len(cases))) if plan.judge is not None else shown_places(len(cases))
 
 
-def _pictures(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> list[Measure]:
-    """The decoder on the reference's latents, and whole pictures."""
-    return [
-        Measure("parts", "VAE image", _RELATIVE, mean(relative_error(given, reference.astype(np.float64)))),
-        Measure("end to end", "PSNR", _DB, mean(psnr_db(own, reference))),
-        Measure("end to end", "GMSD", _PLAIN, mean(gmsd(own, reference))),
-    ]
+def _joined(a: CaseErrors, b: CaseErrors) -> CaseErrors:
+    for part, errors in a.layers.items():
+        errors.extend(b.layers[part])
+    return CaseErrors(
+        {q: np.concatenate([values, b.values[q]]) for q, values in a.values.items()},
+        a.layers,
+        np.concatenate([a.reference, b.reference]),
+        np.concatenate([a.candidate, b.candidate]),
+    )
 
 
 def _sensitivity(
@@ -230,18 +178,16 @@ def _sensitivity(
     candidate: Bundle,
     cases: Sequence[Case],
     scene: Scene,
-    text: Text,
     layers: Sequence[LayerDrift],
     plan: Plan,
     progress: Progress,
 ) -> Sensitivity | None:
-    """On some of the cases, spread over all; their text is encoded already."""
+    """On some of the cases, spread over all."""
     if plan.sensitivity == "none" or not any(d.part == "backbone" for d in layers):
         return None
     some = list(cases[:: -(-len(cases) // PROMPTS)])
     stages = Stages(reference, some, scene, candidate.manifest.reference_dtype)
-    kept = {c.prompt: text.embeddings[c.prompt] for c in some}
-    encoded = dataclasses.replace(text, embeddings=kept)
+    encoded = stages.encode()
     batches = stages.batches(encoded, stages.modulation(encoded.pooled))
     trajectory = stages.draw(batches)
     return measure_sensitivity(
@@ -288,18 +234,6 @@ def _settings(
         "count": len(cases),
         "seed": cases[0].seed,
         "judge": plan.judge is not None,
+        "backend": plan.backend,
         **dataclasses.asdict(scene),
     }
-
-
-def _counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
-    """A function to call `total` times."""
-    done = 0
-    progress(stage, 0, total)
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        progress(stage, done, total)
-
-    return count

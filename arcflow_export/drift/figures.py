@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .layers import LayerDrift
 from .thresholds import Thresholds
 
-#: Columns of the contact sheet, and by how much differences are amplified.
-COLUMNS, AMPLIFIED = 8, 8
+#: By how much differences are amplified.
+AMPLIFIED = 8
 #: Sizes in pixels: a picture's longer side, gaps, margins, the rows' labels and the captions.
 SIDE, GAP, MARGIN, LABEL, CAPTION = 128, 8, 24, 112, 76
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
@@ -55,11 +55,10 @@ def contact_sheet(prompts: Sequence[str], reference: np.ndarray, candidate: np.n
     """Three rows: the reference, the candidate, and their difference amplified; a column per prompt.
 
     Args:
-        prompts: [n]; pictures spread over all of them are shown.
+        prompts: [n].
         reference: [n, H, W, 3] uint8.
         candidate: likewise.
     """
-    shown = list(range(0, len(prompts), -(-len(prompts) // COLUMNS)))
     difference = np.abs(candidate.astype(np.int16) - reference) * AMPLIFIED
     rows = {
         "reference": reference,
@@ -69,17 +68,17 @@ def contact_sheet(prompts: Sequence[str], reference: np.ndarray, candidate: np.n
     h, w = reference.shape[1:3]
     scale = SIDE / max(h, w)
     size = (round(w * scale), round(h * scale))
-    width = 2 * MARGIN + LABEL + len(shown) * (size[0] + GAP) - GAP
+    width = 2 * MARGIN + LABEL + len(prompts) * (size[0] + GAP) - GAP
     sheet = Image.new("RGB", (width, 2 * MARGIN + CAPTION + len(rows) * (size[1] + GAP) - GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, i in enumerate(shown):
+    for column, prompt in enumerate(prompts):
         x = MARGIN + LABEL + column * (size[0] + GAP)
-        lines = textwrap.wrap(prompts[i], _SHOWN_CHARACTERS)[:_LINES]
+        lines = textwrap.wrap(prompt, _SHOWN_CHARACTERS)[:_LINES]
         draw.multiline_text((x, MARGIN), "\n".join(lines), _INK, _font(11), spacing=3)
         for row, pictures in enumerate(rows.values()):
             method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
             sheet.paste(
-                Image.fromarray(pictures[i]).resize(size, method), (x, MARGIN + CAPTION + row * (size[1] + GAP))
+                Image.fromarray(pictures[column]).resize(size, method), (x, MARGIN + CAPTION + row * (size[1] + GAP))
             )
     for row, label in enumerate(rows):
         y = MARGIN + CAPTION + row * (size[1] + GAP) + size[1] / 2

@@ -1,23 +1,14 @@
-"""A part's graph -> its linears by name, the same graph with some of them unquantised, and a run of it."""
+"""A part's graph -> its linears by name, and the same graph with some of them unquantised."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-
-from arcflow_runtime.bundle import Bundle, TensorSpec
-from arcflow_runtime.parts import Parts, Run
-
-from ..emulate import EmulatedBackend, widened
 
 #: The largest number of E4M3.
 E4M3_MAX = 448.0
@@ -92,42 +83,25 @@ def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, Li
             activation = cast.outputs[0]
         constant = weights[name].weight.const_value
         assert constant is not None
-        array = constant.numpy().astype(dtype.numpy())
         node.replace_input_with(0, activation)
-        node.replace_input_with(1, add_initializer(graph, f"{name}.weight.unquantized", array))
+        node.replace_input_with(1, add_initializer(graph, f"{name}.weight.unquantized", _cast_later(constant, dtype)))
     common.RemoveUnusedNodesPass()(model)
     return model
 
 
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """A constant of the graph."""
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.initializers[name] = value
     return value
 
 
-@contextmanager
-def opened(bundle: Bundle, part: str, model: ir.Model, outputs: tuple[TensorSpec, ...] | None = None) -> Iterator[Run]:
-    """Run an edited graph in place of the bundle's, on the CPU; bfloat16 is emulated.
-
-    Args:
-        bundle: whose part it is.
-        part: its name.
-        model: the graph.
-        outputs: where the edited graph has others than the part.
-    """
-    spec = bundle.manifest.parts[part]
-    with tempfile.TemporaryDirectory() as folder:
-        ir.save(model, Path(folder) / spec.graph, external_data=spec.weights)
-        edited = dataclasses.replace(spec, outputs=spec.outputs if outputs is None else outputs)
-        manifest = dataclasses.replace(bundle.manifest, parts={**bundle.manifest.parts, part: edited})
-        parts = Parts(widened(Bundle(Path(folder), manifest)), EmulatedBackend(), keep=True)
-        try:
-            with parts.use(part) as run:
-                yield run
-        finally:
-            parts.close()
+def _cast_later(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
+    """The tensor in another dtype, read and cast when its values are asked for."""
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(lambda: ir.tensor(tensor.numpy().astype(dtype.numpy())), dtype=dtype, shape=shape)
 
 
 def _linear(node: ir.Node) -> Linear | None:

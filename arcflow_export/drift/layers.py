@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
-from arcflow_runtime.bundle import Bundle, TensorSpec
+from arcflow_runtime.bundle import Bundle
 
+from ..blocks import BlockEngine
 from ..emulate import load_graph
-from .graphs import E4M3_MAX, Linear, add_initializer, linears, opened, quantized_layers
+from .graphs import E4M3_MAX, Linear, add_initializer, linears
 from .measures import root_ratio
 from .thresholds import Thresholds, times
 
@@ -73,14 +74,31 @@ class LayerDrift:
         return f"its largest input is {largest:.3g} of what its input scale can hold: look at the weight's scale"
 
 
-def drift_of_layers(
+@dataclass
+class LayerErrors:
+    """What was measured of a part's quantised linears, by name and step: the relative RMS error of the output for every
+    input, [n] each, and the largest |input| of all.
+    """
+
+    errors: dict[str, list[np.ndarray]]
+    largest: dict[str, list[float]]
+
+    def extend(self, more: LayerErrors) -> None:
+        """Add what was measured on more inputs."""
+        for name, steps in self.errors.items():
+            steps[:] = [np.concatenate(pair) for pair in zip(steps, more.errors[name], strict=True)]
+            largest = self.largest[name]
+            largest[:] = [max(pair) for pair in zip(largest, more.largest[name], strict=True)]
+
+
+def measure_layers(
     reference: Bundle,
     candidate: Bundle,
     part: str,
-    inputs: list[Iterable[Mapping[str, np.ndarray]]],
+    inputs: Sequence[Sequence[Mapping[str, np.ndarray]]],
     progress: Callable[[], None] = lambda: None,
-) -> list[LayerDrift]:
-    """The local error of every quantised linear of a part, in the graph's order.
+) -> LayerErrors:
+    """Measure every quantised linear of a part on the reference's inputs, one linear after the other.
 
     Args:
         reference: the unquantised bundle.
@@ -89,29 +107,37 @@ def drift_of_layers(
         inputs: for each step the part's inputs in the reference's run, batch by batch.
         progress: called after each batch.
     """
-    layers = quantized_layers(load_graph(candidate, part))
-    if not layers:
-        return []
-    model = load_graph(reference, part)
     theirs = linears(load_graph(candidate, part))
+    layers = [name for name, linear in theirs.items() if linear.quantized]
+    model = load_graph(reference, part)
     _probe(model, theirs, layers)
-    outputs = tuple(TensorSpec(f"{name}:{i}", "float32", ("B",)) for i, name in _outputs(layers))
-    errors: dict[str, list[float]] = {name: [] for name in layers}
-    largest: dict[str, list[float]] = {name: [] for name in layers}
-    with opened(reference, part, model, outputs) as run:
+    result = LayerErrors({name: [] for name in layers}, {name: [] for name in layers})
+    with closing(BlockEngine(part, model)) as engine:
         for step in inputs:
-            found: dict[str, list[np.ndarray]] = {spec.name: [] for spec in outputs}
-            for batch in step:
-                for name, array in run(batch).items():
+            found: dict[str, list[np.ndarray]] = {f"{name}:{i}": [] for name in layers for i in range(3)}
+            for outputs in engine.run_all(step):
+                for name, array in outputs.items():
                     found[name].append(array)
                 progress()
             for name in layers:
-                error, energy, reach = (np.concatenate(found[f"{name}:{i}"]) for i in range(3))
-                errors[name].append(float(root_ratio(error, energy).mean()))
-                largest[name].append(float(reach.max()))
+                error, energy, largest = (np.concatenate(found[f"{name}:{i}"]) for i in range(3))
+                result.errors[name].append(root_ratio(error, energy))
+                result.largest[name].append(float(largest.max()))
+    return result
+
+
+def drift_of_layers(candidate: Bundle, part: str, found: LayerErrors) -> list[LayerDrift]:
+    """The drift of a part's quantised linears, in the graph's order."""
+    theirs = linears(load_graph(candidate, part))
     return [
-        LayerDrift(part, name, tuple(errors[name]), _reach(largest[name], theirs[name].scale), _owner(theirs[name]))
-        for name in layers
+        LayerDrift(
+            part,
+            name,
+            tuple(float(step.mean()) for step in errors),
+            _reach(found.largest[name], theirs[name].scale),
+            _owner(theirs[name]),
+        )
+        for name, errors in found.errors.items()
     ]
 
 
@@ -125,73 +151,72 @@ def _owner(linear: Linear) -> str | None:
     return None if linear.scale_name is None else linear.scale_name.removesuffix(".input_scale")
 
 
-def _outputs(layers: list[str]) -> list[tuple[int, str]]:
-    return [(i, name) for name in layers for i in range(3)]
-
-
 def _probe(model: ir.Model, candidate: Mapping[str, Linear], layers: list[str]) -> None:
     """Give the reference's graph other outputs: per quantised linear and image the squared error, the squared output
     and the largest |input|, the candidate's linear being grafted onto the reference's activation.
+
+    What is added stands behind the reference's linear, so that nothing of one linear is kept while the next one runs.
     """
     graph, own = model.graph, linears(model)
     graph.outputs.clear()
     known: dict[ir.Value, ir.Value] = {}
-    axes = add_initializer(graph, "drift.axes", np.array([1], np.int64))
+    axes = add_initializer(graph, "drift.axes", ir.tensor(np.array([1], np.int64)))
     for name in layers:
         theirs, ours = candidate[name], own[name]
+        graft = _Graft(graph, known)
         if theirs.source not in known:
-            known[theirs.source] = _cast(graph, ours.source, theirs.source.dtype)
-        output = _cast(graph, _graft(graph, theirs.node.outputs[0], known), ir.DataType.FLOAT)
-        reference = _cast(graph, ours.node.outputs[0], ir.DataType.FLOAT)
-        difference = _node(graph, "Sub", [output, reference])
+            known[theirs.source] = graft.cast(ours.source, theirs.source.dtype)
+        output = graft.cast(graft.copy(theirs.node.outputs[0]), ir.DataType.FLOAT)
+        reference = graft.cast(ours.node.outputs[0], ir.DataType.FLOAT)
+        difference = graft.node("Sub", [output, reference])
         for i, value in enumerate((difference, reference)):
-            square = _node(graph, "Flatten", [_node(graph, "Mul", [value, value])])
-            _output(graph, f"{name}:{i}", _node(graph, "ReduceSum", [square, axes], keepdims=0))
-        size = _node(graph, "Flatten", [_node(graph, "Abs", [_cast(graph, ours.source, ir.DataType.FLOAT)])])
-        _output(graph, f"{name}:2", _node(graph, "ReduceMax", [size, axes], keepdims=0))
-    common.RemoveUnusedNodesPass()(model)
+            square = graft.node("Flatten", [graft.node("Mul", [value, value])])
+            _output(graph, f"{name}:{i}", graft.node("ReduceSum", [square, axes], keepdims=0))
+        size = graft.node("Flatten", [graft.node("Abs", [graft.cast(ours.source, ir.DataType.FLOAT)])])
+        _output(graph, f"{name}:2", graft.node("ReduceMax", [size, axes], keepdims=0))
+        graph.insert_after(ours.node, graft.nodes)
+    graph.sort()
 
 
-def _graft(graph: ir.Graph, value: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
-    """Copy what computes `value` in another graph to the end of this one, down to values that are known here."""
-    if value in known:
-        return known[value]
-    if value.is_initializer():
-        assert value.const_value is not None
-        tensor = value.const_value
-        copy = ir.Value(
-            name=f"candidate.{value.name}",
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        assert copy.name is not None
-        graph.initializers[copy.name] = copy
-    else:
-        node = value.producer()
-        assert node is not None and len(node.outputs) == 1, "a linear's Q/DQ nodes have one output"
-        inputs = [None if v is None else _graft(graph, v, known) for v in node.inputs]
-        new = ir.node(node.op_type, inputs, attributes={k: a.value for k, a in node.attributes.items()})
-        graph.append(new)
-        copy = new.outputs[0]
-        copy.type = value.type
-    known[value] = copy
-    return copy
+class _Graft:
+    """Nodes to put in one place of a graph; `known` maps values of another graph to this one's."""
 
+    def __init__(self, graph: ir.Graph, known: dict[ir.Value, ir.Value]) -> None:
+        self._graph, self._known = graph, known
+        self.nodes: list[ir.Node] = []
 
-def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-    if dtype is None or value.dtype == dtype:
-        return value
-    cast = _node(graph, "Cast", [value], to=dtype)
-    cast.dtype = dtype
-    return cast
+    def copy(self, value: ir.Value) -> ir.Value:
+        """Copy what computes `value` in the other graph, down to values that are known here."""
+        if value in self._known:
+            return self._known[value]
+        if value.is_initializer():
+            assert value.const_value is not None
+            copy = add_initializer(self._graph, f"candidate.{value.name}", value.const_value)
+        else:
+            node = value.producer()
+            assert node is not None and len(node.outputs) == 1, "a linear's Q/DQ nodes have one output"
+            inputs = [None if v is None else self.copy(v) for v in node.inputs]
+            new = ir.node(node.op_type, inputs, attributes={k: a.value for k, a in node.attributes.items()})
+            self.nodes.append(new)
+            copy = new.outputs[0]
+            copy.type = value.type
+        self._known[value] = copy
+        return copy
 
+    def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """The value in `dtype`; itself where it is that already."""
+        if dtype is None or value.dtype == dtype:
+            return value
+        cast = self.node("Cast", [value], to=dtype)
+        cast.dtype = dtype
+        return cast
 
-def _node(graph: ir.Graph, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
-    node = ir.node(op, inputs, attributes=attributes or None)
-    graph.append(node)
-    node.outputs[0].dtype = ir.DataType.FLOAT
-    return node.outputs[0]
+    def node(self, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        """What a new node gives, in float32."""
+        node = ir.node(op, inputs, attributes=attributes or None)
+        self.nodes.append(node)
+        node.outputs[0].dtype = ir.DataType.FLOAT
+        return node.outputs[0]
 
 
 def _output(graph: ir.Graph, name: str, value: ir.Value) -> None:

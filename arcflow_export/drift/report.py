@@ -23,6 +23,15 @@ FORMAT, VERSION = "arcflow-drift", 1
 GROUPS = ("parts", "end to end")
 
 
+#: Most prompts whose pictures the contact sheet shows.
+COLUMNS = 8
+
+
+def shown_places(count: int) -> list[int]:
+    """Which of `count` cases the contact sheet shows: some spread over all."""
+    return list(range(0, count, -(-count // COLUMNS)))
+
+
 @dataclass(frozen=True)
 class Measure:
     """One quantity, mean over prompts; `group` is of `GROUPS`."""

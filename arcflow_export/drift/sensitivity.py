@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -11,11 +12,12 @@ import numpy as np
 
 from arcflow_runtime.bundle import Bundle
 
+from ..blocks import BlockEngine
 from ..emulate import load_graph
-from .graphs import block_of, leave_out, linears, opened, quantized_layers
+from .graphs import block_of, leave_out, linears, quantized_layers
 from .layers import LayerDrift
 from .measures import psnr_db, relative_error
-from .stages import Batch, Stages, Trajectory, advance, predict_all
+from .stages import Batch, Stages, Trajectory, advance, predict
 from .thresholds import Thresholds, times
 
 Kind = Literal["none", "blocks", "layers"]
@@ -89,12 +91,12 @@ class _Experiment:
         reference = self._trajectory
         heads: list[float] = []
         x = reference.latents[0]
-        with opened(self._candidate, PART, model) as run:
+        with closing(BlockEngine(PART, model)) as engine:
             for step, (sigma, sigma_next) in enumerate(pairwise(self._stages.sigmas)):
-                given = predict_all(run, self._batches, step, reference.latents[step])
+                asked = [(self._batches, reference.latents[step])] + ([(self._batches, x)] if step else [])
+                given, *own = predict(engine.run_all, step, asked)
                 heads.append(float(relative_error(given["means"], reference.heads[step]["means"]).mean()))
-                own = given if step == 0 else predict_all(run, self._batches, step, x)
-                x = advance(x, own, float(sigma), float(sigma_next))
+                x = advance(x, own[0] if own else given, float(sigma), float(sigma_next))
         latents = float(relative_error(x, reference.latents[-1]).mean())
         return Effect(max(heads), latents, self._psnr(x) if pictures else None)
 

@@ -12,16 +12,16 @@ import numpy as np
 
 from arcflow_runtime.bundle import Bundle, DType
 from arcflow_runtime.condition import Conditioner
-from arcflow_runtime.decode import decode_latents
 from arcflow_runtime.encode import encode_prompts
 from arcflow_runtime.noise import draw_latents
-from arcflow_runtime.parts import Parts, Run
+from arcflow_runtime.parts import Parts, RunAll
 from arcflow_runtime.rotary import image_rotary, text_rotary
 from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
 from arcflow_runtime.text import Embeddings, PromptTokenizer, Tokens
 from arcflow_runtime.update import update
 
-from ..emulate import EmulatedBackend, widened
+from ..blocks import EmulatedBackend
+from ..emulate import widened
 from .cases import Case, Scene
 
 HEADS = ("means", "logweights", "loggammas")
@@ -143,48 +143,60 @@ class Stages:
 
     def draw(self, batches: list[Batch], progress: Callable[[], None] = lambda: None) -> Trajectory:
         """Run every step; `progress` is called after each batch and step."""
-        with self._parts.use("backbone") as run:
-            return walk(run, batches, self.noise(), self.sigmas, progress)
+        with self.use_backbone() as run_all:
+            return walk(run_all, batches, self.noise(), self.sigmas, progress)
 
-    def use_backbone(self) -> AbstractContextManager[Run]:
+    def use_backbone(self) -> AbstractContextManager[RunAll]:
         """A function that runs the bundle's backbone, for the length of a block."""
-        return self._parts.use("backbone")
+        return self._parts.use_all("backbone")
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """[n, N, C] -> pictures [n, H, W, 3] uint8."""
-        h, w = self.scene.height_px, self.scene.width_px
-        rows = list(range(len(latents)))
-        chunks = _chunks(rows, self._size())
-        return np.concatenate([decode_latents(self._parts, latents[chunk], h, w) for chunk in chunks])
+        chunks = _chunks(list(range(len(latents))), self._size())
+        grids = [{"latents": latents[chunk].reshape(len(chunk), *self.grid, -1)} for chunk in chunks]
+        with self._parts.use_all("vae_decoder") as run_all:
+            return np.concatenate([outputs["images"] for outputs in run_all(grids)])
 
     def _size(self) -> int:
         return max(min(_BATCH_TOKENS // (self.grid[0] * self.grid[1]), self.manifest.ranges.batch.max), 1)
 
 
 def walk(
-    run: Run, batches: list[Batch], noise: np.ndarray, sigmas: np.ndarray, progress: Callable[[], None] = lambda: None
+    run_all: RunAll,
+    batches: list[Batch],
+    noise: np.ndarray,
+    sigmas: np.ndarray,
+    progress: Callable[[], None] = lambda: None,
 ) -> Trajectory:
     """The steps from `noise` [n, N, C], one backbone run per batch and step."""
     latents, heads = [noise], []
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        found: list[tuple[list[int], Heads]] = []
-        for batch in batches:
-            found.append((batch.rows, predict(run, batch, step, latents[-1][batch.rows])))
-            progress()
-        heads.append(_gathered(found))
-        latents.append(advance(latents[-1], heads[-1], float(sigma), float(sigma_next)))
+        (found,) = predict(run_all, step, [(batches, latents[-1])], progress)
+        heads.append(found)
+        latents.append(advance(latents[-1], found, float(sigma), float(sigma_next)))
     return Trajectory(latents, heads)
 
 
-def predict(run: Run, batch: Batch, step: int, latents: np.ndarray) -> Heads:
-    """The heads of a batch at a step, float32."""
-    outputs = run(batch.inputs(step, latents))
-    return {name: outputs[name].astype(np.float32, copy=False) for name in HEADS}
+def predict(
+    run_all: RunAll,
+    step: int,
+    asked: Sequence[tuple[list[Batch], np.ndarray]],
+    progress: Callable[[], None] = lambda: None,
+) -> list[Heads]:
+    """The heads of all cases at a step, float32, for each of several sets of batches and latents [n, N, C].
 
-
-def predict_all(run: Run, batches: list[Batch], step: int, latents: np.ndarray) -> Heads:
-    """The heads of all cases at a step, given latents [n, N, C]."""
-    return _gathered([(b.rows, predict(run, b, step, latents[b.rows])) for b in batches])
+    All sets together, so that a backbone which is not all in memory is read once.
+    """
+    inputs = [batch.inputs(step, latents[batch.rows]) for batches, latents in asked for batch in batches]
+    outputs = run_all(inputs)
+    found = []
+    for batches, _ in asked:
+        parts = []
+        for batch, given in zip(batches, outputs, strict=False):
+            parts.append((batch.rows, {name: given[name].astype(np.float32, copy=False) for name in HEADS}))
+            progress()
+        found.append(_gathered(parts))
+    return found
 
 
 def advance(latents: np.ndarray, heads: Heads, sigma: float, sigma_next: float) -> np.ndarray:

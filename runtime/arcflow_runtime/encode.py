@@ -37,8 +37,9 @@ def encode_prompts(parts: Parts, manifest: Manifest, prompts: Mapping[str, Token
 def _run(parts: Parts, part: str, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
     if not prompts:
         return {}
-    with parts.use(part) as run:
-        return {p: _frozen(run({"input_ids": tokens.ids[part]})[output]) for p, tokens in prompts.items()}
+    with parts.use_all(part) as run_all:
+        found = run_all([{"input_ids": tokens.ids[part]} for tokens in prompts.values()])
+        return {p: _frozen(outputs[output]) for p, outputs in zip(prompts, found, strict=True)}
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -11,10 +11,12 @@ import numpy as np
 
 from .bundle import Bundle, Part
 from .dtypes import cast
-from .engines.base import Backend, Engine
+from .engines.base import Backend, Engine, StreamedEngine
 from .errors import EngineError
 
-Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+Inputs = Mapping[str, np.ndarray]
+Run = Callable[[Inputs], dict[str, np.ndarray]]
+RunAll = Callable[[Sequence[Inputs]], Iterator[dict[str, np.ndarray]]]
 
 
 class Parts:
@@ -56,6 +58,17 @@ class Parts:
         if self.keep:
             return nullcontext(partial(_run, self._kept(part), spec))
         return self._run_once(part, spec)
+
+    @contextmanager
+    def use_all(self, part: str) -> Iterator[RunAll]:
+        """Give a function that runs `part` on several sets of inputs; see `use` and `StreamedEngine.run_all`.
+
+        Raises:
+            EngineError: the part cannot be opened, or the parts were closed.
+        """
+        spec = self._bundle.manifest.parts[part]
+        with self.borrow(part) as engine:
+            yield partial(_run_all, engine, spec)
 
     def borrow(self, part: str) -> AbstractContextManager[Engine]:
         """Give the engine itself, as `use` does.
@@ -100,5 +113,15 @@ class Parts:
             raise EngineError("this pipeline is closed; load it again with Pipeline.load")
 
 
-def _run(engine: Engine, part: Part, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return engine.run({spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs})
+def _run(engine: Engine, part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
+    return engine.run(_cast(part, inputs))
+
+
+def _run_all(engine: Engine, part: Part, batches: Sequence[Inputs]) -> Iterator[dict[str, np.ndarray]]:
+    if isinstance(engine, StreamedEngine):
+        return engine.run_all([_cast(part, inputs) for inputs in batches])
+    return (_run(engine, part, inputs) for inputs in batches)
+
+
+def _cast(part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
+    return {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}

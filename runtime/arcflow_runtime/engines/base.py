@@ -6,7 +6,7 @@ where its backend can keep that on a device: noise and text states -> latents an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -42,6 +42,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory. Calling it twice is allowed; running afterwards is an error."""
+        ...
+
+
+@runtime_checkable
+class StreamedEngine(Protocol):
+    """An engine whose weights are not all in memory: it reads them once for any number of inputs."""
+
+    def run_all(self, batches: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        """Run the graph on several sets of inputs; give each one's outputs in turn. See `Engine.run`."""
         ...
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -19,6 +20,14 @@ from .base import LayerTime
 _LOG_ERRORS_ONLY = 3
 # What ONNX Runtime appends to a node's name for the time of its kernel.
 _KERNEL = "_kernel_time"
+
+
+class _Named(Protocol):
+    """An input or output of a graph."""
+
+    @property
+    def name(self) -> str | None:
+        """Its name."""
 
 
 class OnnxRuntimeEngine:
@@ -104,12 +113,12 @@ class OnnxRuntimeBackend:
         Raises:
             EngineError: the graph cannot be loaded, or its inputs or outputs are not the manifest's.
         """
-        session = open_session(bundle, part, self._options(), ["CPUExecutionProvider"])
+        session = open_session(bundle, part, session_options(self._threads), ["CPUExecutionProvider"])
         return OnnxRuntimeEngine(part, bundle.manifest.parts[part], session)
 
     def open_profiled(self, bundle: Bundle, part: str) -> OnnxRuntimeProfiledEngine:
         """Load a part so that it times its layers; see `ProfilingBackend`."""
-        folder, options = tempfile.mkdtemp(prefix="arcflow-profile-"), self._options()
+        folder, options = tempfile.mkdtemp(prefix="arcflow-profile-"), session_options(self._threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / part)
         try:
@@ -119,12 +128,15 @@ class OnnxRuntimeBackend:
             raise
         return OnnxRuntimeProfiledEngine(part, bundle.manifest.parts[part], session, Path(folder))
 
-    def _options(self) -> ort.SessionOptions:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads or 0
-        # Each part has its own threads: those of one must not spin on the cores that the next part needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return options
+
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """Options of a session on the CPU with `threads` threads (None: one per core)."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.intra_op_num_threads = threads or 0
+    # Each part has its own threads: those of one must not spin on the cores that the next part needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def open_session(
@@ -141,16 +153,24 @@ def open_session(
         session = ort.InferenceSession(str(bundle.path(spec.graph)), options, providers=providers)
     except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
         raise EngineError(f"{part}: ONNX Runtime cannot load {spec.graph}: {first_line(e)}") from e
-    for kind, said, found in (
-        ("inputs", spec.inputs, session.get_inputs()),
-        ("outputs", spec.outputs, session.get_outputs()),
-    ):
-        if {s.name for s in said} != {f.name for f in found}:
+    check_names(bundle, part, session.get_inputs(), session.get_outputs())
+    return session
+
+
+def check_names(bundle: Bundle, part: str, inputs: Iterable[_Named], outputs: Iterable[_Named]) -> None:
+    """Check that a graph's inputs and outputs are those that the manifest gives for `part`.
+
+    Raises:
+        EngineError: they are not.
+    """
+    spec = bundle.manifest.parts[part]
+    for kind, said, found in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
+        names = sorted(str(f.name) for f in found)
+        if sorted(s.name for s in said) != names:
             raise EngineError(
                 f"{part}: the {kind} of {spec.graph} must be {sorted(s.name for s in said)}, "
-                f"as in the manifest, got {sorted(f.name for f in found)}; export the bundle again"
+                f"as in the manifest, got {names}; export the bundle again"
             )
-    return session
 
 
 def create(threads: int | None) -> OnnxRuntimeBackend:

@@ -1,0 +1,216 @@
+"""Compare two bundles on some cases -> one error per case of every part, the errors of layers, and the pictures.
+
+Each part is given the reference's own inputs, so that an error shows in the part that makes it; then both draw from the
+same noise by themselves. Parts run one after the other, and what they give is kept for these cases alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+
+from arcflow_runtime.bundle import Bundle
+
+from ..errors import ExportError
+from .cases import Case, Scene
+from .comparable import same_parts
+from .layers import LayerErrors, measure_layers
+from .measures import gmsd, psnr_db, relative_error
+from .stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict
+
+#: Called as the stage named goes on, with how much of it is done and its total.
+Progress = Callable[[str, int, int], None]
+_RELATIVE, _DB, _PLAIN = "relative RMS error", "dB", "0 is equal"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is measured: `group` is of `report.GROUPS`, `step` None where there is none."""
+
+    group: str
+    what: str
+    unit: str
+    step: int | None = None
+
+
+@dataclass
+class CaseErrors:
+    """Of n cases: every quantity's value for each [n], the errors of layers by part, and both sides' pictures
+    [n, H, W, 3] uint8.
+    """
+
+    values: dict[Quantity, np.ndarray]
+    layers: dict[str, LayerErrors]
+    reference: np.ndarray
+    candidate: np.ndarray
+
+
+class EndToEnd(Protocol):
+    """Draws the cases with the candidate's engines in place of its graphs."""
+
+    def draw(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Latents [n, N, C] float32 after every step, and pictures [n, H, W, 3] uint8."""
+        ...
+
+
+def compare_cases(
+    candidate: Bundle,
+    reference: Bundle,
+    cases: Sequence[Case],
+    scene: Scene,
+    quantized: Sequence[str],
+    engines: EndToEnd | None,
+    progress: Progress,
+) -> CaseErrors:
+    """Measure some cases.
+
+    What both bundles have in the same files is run once.
+
+    Args:
+        candidate: the bundle to check.
+        reference: an unquantised bundle of the same student.
+        cases: what to draw.
+        scene: with what.
+        quantized: the candidate's parts that have quantised layers.
+        engines: what draws the candidate end to end; None draws with its graphs.
+        progress: called as the work goes on.
+    """
+    ours, theirs = (Stages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
+    same = same_parts(candidate, reference)
+    values: dict[Quantity, np.ndarray] = {}
+
+    progress("text", 0, 2)
+    text = theirs.encode()
+    progress("text", 1, 2)
+    own_text = text if {p for p in reference.manifest.parts if p.startswith("text_encoder")} <= same else ours.encode()
+    progress("text", 2, 2)
+    values |= _text(cases, own_text, text)
+    modulation = theirs.modulation(text.pooled)
+    given, own = ours.modulation(text.pooled), ours.modulation(own_text.pooled)
+    values |= _modulation(cases, text, given, modulation)
+
+    batches = theirs.batches(text, modulation)
+    alike = own_text is text and np.array_equal(own, modulation)
+    own_batches = batches if alike else ours.batches(own_text, own)
+    steps = scene.num_inference_steps
+    trajectory = theirs.draw(batches, _counter(progress, "reference", steps * len(batches)))
+    ends, heads = _backbone(ours, batches, own_batches, trajectory, engines is None, progress)
+    values |= heads
+    own_pictures = None
+    if engines is not None:
+        ends, own_pictures = engines.draw(cases)
+    for step, x in enumerate(ends):
+        errors = relative_error(x, trajectory.latents[step + 1])
+        values[Quantity("end to end", "latents", _RELATIVE, step)] = errors
+    layers = {}
+    for part in quantized:
+        inputs = _layer_inputs(part, candidate, text, batches, trajectory)
+        count = _counter(progress, f"layers of {part}", sum(map(len, inputs)))
+        layers[part] = measure_layers(reference, candidate, part, inputs, count)
+    trajectory.heads.clear()
+
+    progress("pictures", 0, 3)
+    drawn = theirs.decode(trajectory.latents[-1])
+    progress("pictures", 1, 3)
+    given_pictures = drawn if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
+    progress("pictures", 2, 3)
+    if own_pictures is None:
+        own_pictures = ours.decode(ends[-1])
+    progress("pictures", 3, 3)
+    values |= _pictures(drawn, given_pictures, own_pictures)
+    return CaseErrors(values, layers, drawn, own_pictures)
+
+
+def _text(cases: Sequence[Case], got: Text, reference: Text) -> dict[Quantity, np.ndarray]:
+    def errors(name: str) -> list[np.ndarray]:
+        pairs = [
+            (getattr(got.embeddings[c.prompt], name), getattr(reference.embeddings[c.prompt], name)) for c in cases
+        ]
+        return [relative_error(a, b) for a, b in pairs if b is not None]
+
+    return {
+        Quantity("parts", what, _RELATIVE): np.concatenate(values)
+        for what, name in (("text states", "states"), ("pooled text", "pooled"))
+        if (values := errors(name))
+    }
+
+
+def _modulation(
+    cases: Sequence[Case], text: Text, got: np.ndarray, reference: np.ndarray
+) -> dict[Quantity, np.ndarray]:
+    """[S, U, M] twice; of all steps together."""
+    place = {p: i for i, p in enumerate(text.embeddings)}
+    rows = [place[c.prompt] if reference.shape[1] > 1 else 0 for c in cases]
+    values = relative_error(np.moveaxis(got, 1, 0), np.moveaxis(reference, 1, 0))[rows]
+    return {Quantity("parts", "modulation", _RELATIVE): values}
+
+
+def _backbone(
+    stages: Stages, given: list[Batch], own: list[Batch], reference: Trajectory, end_to_end: bool, progress: Progress
+) -> tuple[list[np.ndarray], dict[Quantity, np.ndarray]]:
+    """The candidate's backbone on the reference's inputs and, where asked for, by itself.
+
+    Returns:
+        Its own latents [n, N, C] after every step, and the errors of its heads.
+    """
+    heads: dict[Quantity, np.ndarray] = {}
+    ends: list[np.ndarray] = []
+    steps = stages.scene.num_inference_steps
+    alone = [end_to_end and (step > 0 or own is not given) for step in range(steps)]
+    total = steps * len(given) + sum(alone) * len(own)
+    count = _counter(progress, "candidate", total)
+    x = reference.latents[0]
+    with stages.use_backbone() as run_all:
+        for step, (sigma, sigma_next) in enumerate(pairwise(stages.sigmas)):
+            asked = [(given, reference.latents[step])] + ([(own, x)] if alone[step] else [])
+            found, *rest = predict(run_all, step, asked, count)
+            for name in HEADS:
+                values = relative_error(found[name], reference.heads[step][name])
+                heads[Quantity("parts", name, _RELATIVE, step)] = values
+            if end_to_end:
+                x = advance(x, rest[0] if rest else found, float(sigma), float(sigma_next))
+                ends.append(x)
+    return ends, heads
+
+
+def _layer_inputs(
+    part: str, candidate: Bundle, text: Text, batches: list[Batch], trajectory: Trajectory
+) -> list[list[Mapping[str, np.ndarray]]]:
+    """What a part got in the reference's run, by step and batch."""
+    if part == "backbone":
+        return [list(backbone_inputs(batches, trajectory, step)) for step in range(len(trajectory.heads))]
+    if part in ("text_encoder", "text_encoder_2"):
+        return [[{"input_ids": tokens.ids[part]} for tokens in text.tokens.values()]]
+    raise ExportError(
+        f"{candidate.root}: {part} has quantised layers, which can be measured in the backbone and text encoders "
+        "only; leave it out of the policy"
+    )
+
+
+def _pictures(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict[Quantity, np.ndarray]:
+    """The decoder on the reference's latents, and whole pictures."""
+    return {
+        Quantity("parts", "VAE image", _RELATIVE): _one_by_one(relative_error, given, reference),
+        Quantity("end to end", "PSNR", _DB): _one_by_one(psnr_db, own, reference),
+        Quantity("end to end", "GMSD", _PLAIN): _one_by_one(gmsd, own, reference),
+    }
+
+
+def _one_by_one(
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray], got: np.ndarray, reference: np.ndarray
+) -> np.ndarray:
+    """A measure in float64 of uint8 pictures, one picture's at a time in memory."""
+    return np.concatenate(
+        [measure(a[None].astype(np.float64), b[None].astype(np.float64)) for a, b in zip(got, reference, strict=True)]
+    )
+
+
+def _counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
+    """A function to call `total` times."""
+    steps: Iterator[int] = iter(range(1, total + 1))
+    progress(stage, 0, total)
+    return lambda: progress(stage, next(steps), total)
