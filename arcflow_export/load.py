@@ -15,16 +15,14 @@ from arcflow_runtime.bundle import DType, Source
 
 from .adapter import Adapter, LoraPair, check_pair, load_adapter
 from .errors import SourceError
+from .layout import MODEL_INDEX, adapter_files, base_files, lora_files, no_model_index, read_family
 from .merge import MergedWeights, PlainWeights, WeightSource
 from .models import flux, qwen, text, vae
 from .models.layers import Part
-from .sources import HUB_PATTERNS, Location, Resolved, read_json, resolve
+from .sources import Location, Resolved, measure, read_json, resolve
 from .styles import Style, load_style
 from .tensors import TensorIndex
 
-_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-#: Of the base's own folder the index alone: beside it lies the whole model again, in its authors' format.
-_BASE_PATTERNS = ("model_index.json", *(f"{folder}/{pattern}" for folder in _FOLDERS for pattern in HUB_PATTERNS))
 _TRANSFORMERS = {"flux": FluxTransformer2DModel, "qwen-image": QwenImageTransformer2DModel}
 
 
@@ -94,25 +92,20 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
     Raises:
         SourceError: anything is missing, damaged, or does not fit; the message names it.
     """
-    base_dir = resolve(base, "base checkpoint", _BASE_PATTERNS)
-    if not (base_dir.path / "model_index.json").is_file():
-        raise SourceError(
-            f"base checkpoint: {base_dir.path} has no model_index.json; "
-            "give the directory of a whole diffusers pipeline"
-        )
-    index = read_json(base_dir.path / "model_index.json", "base checkpoint")
-    pipelines = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
-    family = pipelines.get(str(index.get("_class_name")))
-    if family is None:
-        raise SourceError(
-            f"base checkpoint: {base_dir.path / 'model_index.json'}: _class_name must be one of {sorted(pipelines)}, "
-            f"got {index.get('_class_name')!r}"
-        )
+    # A mistake in any of them is found before the first is fetched, which may take an hour.
+    measure(base, "base checkpoint", base_files)
+    measure(adapter, "adapter", adapter_files)
+    for location, _ in loras:
+        measure(location, "LoRA", lora_files)
+    base_dir = resolve(base, "base checkpoint", base_files)
+    if not (base_dir.path / MODEL_INDEX).exists():
+        raise SourceError(no_model_index("base checkpoint", base_dir.path))
+    family = read_family(base_dir.path / MODEL_INDEX, "base checkpoint")
     components = ["transformer", "vae", "text_encoder"] + (["text_encoder_2"] if family == "flux" else [])
     indexes = {c: TensorIndex.open(base_dir.path / c, f"base checkpoint, {c}") for c in components}
     config = _transformer_config(base_dir.path / "transformer" / "config.json", family)
     vae_config = read_json(base_dir.path / "vae" / "config.json", "base checkpoint")
-    adapter_dir = resolve(adapter, "adapter")
+    adapter_dir = resolve(adapter, "adapter", adapter_files)
     arc = load_adapter(adapter_dir, config, indexes["transformer"])
     if arc.family != family:
         raise SourceError(f"adapter: it is for {arc.family}, the base checkpoint is {family}")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from arcflow_runtime.outputs import check_writable
+
 from .errors import ExportError
 
 
@@ -89,17 +91,19 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Check that `out` can be written, before any work is done for it.
 
     Raises:
-        ExportError: `out` exists and may not be replaced, or its parent does not exist.
+        ExportError: `out` exists and may not be replaced, or its parent does not exist or cannot be written to.
     """
     out = out.absolute()
     if not out.parent.is_dir():
         raise ExportError(f"--out: {out.parent} is not a directory; create it first")
     if not out.exists() and not out.is_symlink():
+        check_writable(out, "--out", ExportError)
         return
     if out.is_symlink() or not (out / "manifest.json").is_file():
         raise ExportError(f"--out: {out} exists and is no bundle; it will not be overwritten")
     if not overwrite:
         raise ExportError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
+    check_writable(out, "--out", ExportError)
 
 
 def _locked(handle: int, lock: Path) -> bool:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from .adapter import LoraPair
 from .errors import SourceError
+from .layout import lora_files
 from .sources import Location, Resolved, resolve
 from .tensors import TensorIndex, TensorRef
 
@@ -76,7 +77,7 @@ def load_style(location: Location, scale: float, family: str) -> Style:
     Raises:
         SourceError: not a LoRA, a pickle, keys that no converter knows, or a component that bundles do not have.
     """
-    source = resolve(location, "LoRA")
+    source = resolve(location, "LoRA", lora_files)
     index = TensorIndex.open(source.path, "LoRA")
     file = next(iter(index.values())).path
     with safe_open(file, framework="pt") as f:

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import SourceError
-from .sources import read_json
+from .shards import PICKLES, pick_weights
+from .sources import check_present
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: What `TensorIndex.digest` reads of a file at most: 64 MiB.
 _SAMPLES, _SAMPLE_BYTES = 4096, 16 << 10
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -137,35 +137,8 @@ def uncache(path: Path) -> None:
 def _files(path: Path, what: str) -> list[Path]:
     if not path.is_dir():
         raise SourceError(f"{what}: {path} is not a directory")
-    indexes = sorted(p for p in path.glob("*.safetensors.index.json"))
-    if indexes:
-        weight_map = read_json(indexes[0], what).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError(f"{what}: {indexes[0]} has no 'weight_map'")
-        names = sorted({str(v) for v in weight_map.values()})
-        for name in names:
-            if Path(name).name != name:
-                raise SourceError(f"{what}: {indexes[0]} names {name!r}, which leaves its directory")
-            if not (path / name).is_file():
-                raise SourceError(f"{what}: {path / name} is missing, but {indexes[0].name} lists it")
-        return [path / n for n in names]
-    single = sorted(path.glob("*.safetensors"))
-    if not single:
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            raise SourceError(
-                f"{what}: {path} holds only pickles ({', '.join(pickles)}), which can run code when read; "
-                "convert them to safetensors first"
-            )
-        raise SourceError(f"{what}: {path} holds no .safetensors file")
-    if len(single) > 1:
-        names = [p.name for p in single]
-        # diffusers' variants (model.fp16.safetensors) lie beside the plain file, which is the one to use.
-        plain = [p for p in single if p.name.count(".") == 1]
-        if len(plain) != 1:
-            raise SourceError(f"{what}: {path} holds {names} and no index; which one to use is unclear")
-        single = plain
-    return single
+    names = {p.name for p in path.iterdir()}
+    return [path / name for name in pick_weights(names, path.joinpath, path, what).files]
 
 
 def _read_header(path: Path) -> bytes:
@@ -185,7 +158,8 @@ def _sample(path: Path) -> Iterator[bytes]:
 
 def _check_file(path: Path, what: str) -> None:
     """Name the usual ways a file is bad before the parser's own message."""
-    if path.suffix in _PICKLES:
+    check_present(path, what)
+    if path.suffix in PICKLES:
         raise SourceError(f"{what}: {path} is a pickle, which can run code when read; convert it to safetensors")
     size = path.stat().st_size
     with path.open("rb") as f:

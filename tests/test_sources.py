@@ -1,167 +1,203 @@
-"""Directories and hub ids: what is fetched, and what is said when it cannot be."""
+"""Directories and hub ids: what is wanted of each kind of checkpoint, and what is said of a name that is neither.
+
+`test_hub` has what is said when the hub refuses or breaks off.
+"""
 
 from __future__ import annotations
 
+import json
 import time
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 
 from arcflow_export.errors import SourceError
-from arcflow_export.load import load_student
-from arcflow_export.sources import Location, read_json, resolve
+from arcflow_export.layout import BASES, adapter_files, base_files, lora_files
+from arcflow_export.sources import Listing, Location, check_present, measure, read_json, resolve
 
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that answers with an empty snapshot and records the call; `raises` makes it fail."""
-    record = SimpleNamespace(calls=[], snapshot=tmp_path / "c0ffee", raises=None)
-    record.snapshot.mkdir()
-
-    def snapshot_download(name, **options):
-        record.calls.append((name, options))
-        if record.raises:
-            raise record.raises
-        return str(record.snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return record
-
-
-def fails(message, *arguments, **options):
-    with pytest.raises(SourceError) as error:
-        resolve(Location(*arguments, **options), "adapter")
-    assert str(error.value) == message
-
-
-def http_error(kind):
-    response = SimpleNamespace(headers={}, status_code=404, request=None)
-    return kind("404 Client Error", response=response)
-
-
-def test_directory(tmp_path):
-    (tmp_path / "a" / "sub").mkdir(parents=True)
-    found = resolve(Location(str(tmp_path / "a")), "adapter")
-    assert (found.name, found.path, found.revision) == ("a", tmp_path / "a", None)
-    assert resolve(Location(str(tmp_path / "a"), "sub"), "adapter").path == tmp_path / "a" / "sub"
-    fails(f"adapter: {tmp_path / 'a'} has no subfolder 'bus'", str(tmp_path / "a"), "bus")
-
-
-@pytest.mark.parametrize("name", ["nowhere", "./no/where", "owner/na me", "a/b/c", "loras/missing.safetensors", "-a/b"])
-def test_names_that_are_no_hub_ids(hub, name):
-    fails(
-        f"adapter: {name!r} is no file or directory here, nor a hub id of the form 'owner/name'; check the spelling",
-        name,
-    )
-    assert hub.calls == []
-
-
-def test_empty_name():
-    fails("adapter: the name is empty; give a directory or a hub id of the form 'owner/name'", "")
-
-
-def test_hub_with_subfolder_and_revision(hub):
-    (hub.snapshot / "two").mkdir()
-    found = resolve(Location("owner/name", "two", "v1"), "adapter")
-    assert (found.name, found.path, found.revision) == ("owner/name/two", hub.snapshot / "two", "c0ffee")
-    [(name, options)] = hub.calls
-    assert name == "owner/name"
-    assert options == {
-        "revision": "v1",
-        "allow_patterns": ["two/*.safetensors", "two/*.json", "two/*.txt", "two/*.model"],
-        "ignore_patterns": None,
-        "local_files_only": False,
-    }
-
-
-def test_subfolder_that_the_hub_does_not_have(hub):
-    fails("adapter: owner/name on the hub has no subfolder 'tow'", "owner/name", "tow")
-
-
-REPOSITORY = [
-    "README.md",
-    "ae.safetensors",
-    "flux1-dev.safetensors",
+FLUX = [
     "model_index.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
     "text_encoder/model.safetensors",
-    "text_encoder/pytorch_model.bin",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model-00002-of-00002.safetensors",
+    "text_encoder_2/model.safetensors.index.json",
     "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer_2/special_tokens_map.json",
     "tokenizer_2/spiece.model",
+    "tokenizer_2/tokenizer.json",
+    "tokenizer_2/tokenizer_config.json",
+    "transformer/config.json",
     "transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
+    "transformer/diffusion_pytorch_model-00002-of-00003.safetensors",
+    "transformer/diffusion_pytorch_model-00003-of-00003.safetensors",
     "transformer/diffusion_pytorch_model.safetensors.index.json",
-    "vae/diffusion_pytorch_model.bin",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+]
+#: What lies beside them in FLUX.1-dev's repository.
+BESIDE = [".gitattributes", "LICENSE.md", "README.md", "ae.safetensors", "dev_grid.jpg", "flux1-dev.safetensors"]
+QWEN = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/generation_config.json",
+    *(f"text_encoder/model-0000{i}-of-00004.safetensors" for i in range(1, 5)),
+    "text_encoder/model.safetensors.index.json",
+    "tokenizer/added_tokens.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "transformer/config.json",
+    *(f"transformer/diffusion_pytorch_model-0000{i}-of-00009.safetensors" for i in range(1, 10)),
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
 ]
 
 
-def downloaded(options):
-    patterns = {k: options[k] for k in ("allow_patterns", "ignore_patterns")}
-    return list(filter_repo_objects(REPOSITORY, **patterns))
+@pytest.fixture
+def listing(tmp_path):
+    """A function (names, pipeline, what) -> listing of a repository whose indexes list the shards beside them."""
+
+    def make(names, pipeline="FluxPipeline", what="base checkpoint"):
+        def read(name):
+            folder = name.rpartition("/")[0]
+            shards = [n.removeprefix(f"{folder}/") for n in names if n.startswith(f"{folder}/") and "-of-" in n]
+            index = {"_class_name": pipeline, "weight_map": {f"w{i}": shard for i, shard in enumerate(shards)}}
+            path = tmp_path / name.replace("/", "-")
+            path.write_text(json.dumps(index))
+            return path
+
+        return Listing(what, "owner/name", frozenset(names), read)
+
+    return make
 
 
-def test_base_is_fetched_without_pickles_and_without_the_authors_own_files(hub):
-    """FLUX.1-dev's root holds the model a second time, 24 GB of it."""
-    with pytest.raises(SourceError, match=r"has no model_index\.json"):
-        load_student(Location("owner/flux", offline=True), Location("owner/adapter"), [])
-    [(_, options)] = hub.calls
-    assert options["local_files_only"] is True
-    assert downloaded(options) == [
-        "model_index.json",
-        "text_encoder/config.json",
-        "text_encoder/model.safetensors",
-        "tokenizer/merges.txt",
-        "tokenizer_2/spiece.model",
-        "transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
-        "transformer/diffusion_pytorch_model.safetensors.index.json",
-    ]
+def refused(choose, listing):
+    with pytest.raises(SourceError) as error:
+        choose(listing)
+    return str(error.value)
 
 
-def test_adapter_at_the_root_is_fetched_without_subfolders(hub):
-    resolve(Location("owner/name"), "adapter")
-    [(_, options)] = hub.calls
-    assert downloaded(options) == ["ae.safetensors", "flux1-dev.safetensors", "model_index.json"]
+def fails(message, *arguments, **options):
+    for find in (resolve, measure):
+        with pytest.raises(SourceError) as error:
+            find(Location(*arguments, **options), "adapter", adapter_files)
+        assert str(error.value) == message
 
 
-def test_gated(hub):
-    hub.raises = http_error(huggingface_hub.errors.GatedRepoError)
-    fails("adapter: owner/name is gated; accept its licence on the hub and log in with `hf auth login`", "owner/name")
+def test_of_flux_every_stage_gets_its_files_and_nothing_else_is_fetched(listing):
+    assert sorted(base_files(listing([*FLUX, *BESIDE]))) == FLUX
 
 
-def test_no_such_revision(hub):
-    hub.raises = http_error(huggingface_hub.errors.RevisionNotFoundError)
-    fails("adapter: owner/name has no revision 'v9'", "owner/name", revision="v9")
+def test_of_qwen_image_likewise(listing):
+    names = [*QWEN, "README.md", "tokenizer/chat_template.jinja"]
+    assert sorted(base_files(listing(names, "QwenImagePipeline"))) == QWEN
 
 
-def test_no_such_repository(hub):
-    hub.raises = http_error(huggingface_hub.errors.RepositoryNotFoundError)
-    fails(
-        "adapter: 'owner/name' is neither a directory here nor a repository on the hub; "
-        "check the spelling, or log in with `hf auth login` if it is private",
-        "owner/name",
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+        "transformer/diffusion_pytorch_model.fp16.safetensors.index.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "text_encoder/openvino_model.safetensors",
+        "text_encoder_2/model.safetensors.index.fp16.json",
+        "vae/sub/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_weights_are_fetched_once(listing, copy):
+    assert sorted(base_files(listing([*FLUX, copy]))) == FLUX
+
+
+def test_every_folder_of_the_table_is_fetched():
+    """A folder that is added to the table must be in the lists above too."""
+    for family, names in (("flux", FLUX), ("qwen-image", QWEN)):
+        assert {f.name for f in BASES[family]} == {n.split("/")[0] for n in names if "/" in n}
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ([], "holds no diffusion_pytorch_model.safetensors"),
+        (["ae.safetensors"], "holds no diffusion_pytorch_model.safetensors"),
+        (
+            ["diffusion_pytorch_model.fp16.safetensors"],
+            "holds the weights only as the variant 'fp16' (diffusion_pytorch_model.fp16.safetensors); "
+            "give a checkpoint that was saved without a variant",
+        ),
+        (
+            ["diffusion_pytorch_model.bin"],
+            "holds only pickles (diffusion_pytorch_model.bin), which can run code when read; "
+            "convert them to safetensors first",
+        ),
+    ],
+)
+def test_a_base_without_usable_weights_is_refused_before_anything_large_is_fetched(listing, replaced, message):
+    names = [*(n for n in FLUX if n != "vae/diffusion_pytorch_model.safetensors"), *(f"vae/{n}" for n in replaced)]
+    assert refused(base_files, listing(names)) == f"base checkpoint: owner/name/vae {message}"
+
+
+def test_a_base_that_is_no_supported_pipeline(listing, tmp_path):
+    assert refused(base_files, listing(FLUX[1:])) == (
+        "base checkpoint: owner/name has no model_index.json; give the directory of a whole diffusers pipeline"
+    )
+    assert refused(base_files, listing(FLUX, "SanaPipeline")) == (
+        f"base checkpoint: {tmp_path / 'model_index.json'}: _class_name must be one of "
+        "['FluxPipeline', 'QwenImagePipeline'], got 'SanaPipeline'"
     )
 
 
-def test_hub_that_cannot_be_reached(hub):
-    hub.raises = ConnectionError("Name or service not known\nmore")
-    fails(
-        "adapter: 'owner/name' is no directory here and the hub could not be reached (Name or service not known); "
-        "check the path or the network",
-        "owner/name",
+def test_adapter(listing):
+    names = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "other/config.json", "other/x.bin"]
+    assert adapter_files(listing(names)) == names[:2]
+    assert refused(adapter_files, listing(["README.md", "b/config.json", "a/config.json"], what="adapter")) == (
+        "adapter: owner/name has no config.json; give --adapter-subfolder, one of a, b"
+    )
+    assert refused(adapter_files, listing(["README.md"], what="adapter")) == (
+        "adapter: owner/name has no config.json; is this an ArcFlow adapter?"
     )
 
 
-def test_offline_and_not_in_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    fails(
-        "adapter: 'no-such-owner/name' is no directory here and not in the hub's cache at revision 'v1'; "
-        "check the spelling, or leave out --offline to fetch it",
-        "no-such-owner/name",
-        revision="v1",
-        offline=True,
+def test_lora(listing):
+    assert lora_files(listing(["README.md", "style.v1.safetensors", "old/x.safetensors"])) == ["style.v1.safetensors"]
+    assert refused(lora_files, listing(["a.safetensors", "b.safetensors"], what="LoRA")) == (
+        "LoRA: owner/name holds ['a.safetensors', 'b.safetensors'] and no index; which one to use is unclear"
     )
+    assert refused(lora_files, listing(["a.bin"], what="LoRA")) == (
+        "LoRA: owner/name holds only pickles (a.bin), which can run code when read; convert them to safetensors first"
+    )
+
+
+def test_directory(tmp_path):
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    found = resolve(Location(str(tmp_path / "a")), "adapter", adapter_files)
+    assert (found.name, found.path, found.revision) == ("a", tmp_path / "a", None)
+    sub = Location(str(tmp_path / "a"), "sub")
+    assert resolve(sub, "adapter", adapter_files).path == tmp_path / "a" / "sub"
+    assert measure(sub, "adapter", adapter_files).bytes == 0
+    fails(f"adapter: {tmp_path / 'a'} has no subfolder 'bus'", str(tmp_path / "a"), "bus")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "owner/na me", "a/b/c", "loras/missing.safetensors", "-a/b"])
+def test_names_that_are_no_hub_ids(name):
+    fails(
+        f"adapter: {name!r} is no file or directory here, nor a hub id of the form 'owner/name'; check the spelling",
+        name,
+    )
+
+
+def test_empty_name():
+    fails("adapter: the name is empty; give a directory or a hub id of the form 'owner/name'", "")
 
 
 def test_real_client_without_a_network_gives_up_soon(tmp_path, monkeypatch):
@@ -169,9 +205,24 @@ def test_real_client_without_a_network_gives_up_soon(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     started = time.monotonic()
-    with pytest.raises(SourceError, match=r"^adapter: 'owner/name' is no directory here and the hub could not be"):
-        resolve(Location("owner/name"), "adapter")
+    fails(
+        "adapter: 'owner/name' is no directory here and the hub could not be reached "
+        "([Errno 111] Connection refused); check the path or the network",
+        "owner/name",
+    )
     assert time.monotonic() - started < 30
+
+
+def test_link_to_a_missing_file(tmp_path):
+    """As in a hub's cache whose blobs were removed by hand."""
+    path = tmp_path / "config.json"
+    path.symlink_to("../blobs/c0ffee")
+    with pytest.raises(SourceError) as error:
+        check_present(path, "vae")
+    assert str(error.value) == (
+        f"vae: {path} is a link to ../blobs/c0ffee, which is missing; "
+        "give the hub id without --offline to download it again"
+    )
 
 
 def test_json(tmp_path):

@@ -161,3 +161,48 @@ def test_digest_samples_large_files(tmp_path, monkeypatch):
         save_file({"w": torch.full((1000,), value)}, tmp_path / "model.safetensors")
         digests.append(TensorIndex.open(tmp_path / "model.safetensors", "vae").digest())
     assert digests[0] != digests[1]
+
+
+def index_of(folder, name, shard, value):
+    save_file({"w": torch.full((1,), value)}, folder / shard)
+    (folder / name).write_text(json.dumps({"weight_map": {"w": shard}}))
+
+
+@pytest.mark.parametrize(
+    "variant", ["model.fp16.safetensors.index.json", "model.safetensors.index.fp16.json", "model.a.safetensors"]
+)
+def test_of_several_indexes_the_plain_one_is_read(tmp_path, variant):
+    """A variant's index comes first by name."""
+    index_of(tmp_path, "model.safetensors.index.json", "model-00001-of-00001.safetensors", 1.0)
+    index_of(tmp_path, variant, "model.fp16-00001-of-00001.safetensors", 2.0)
+    assert TensorIndex.open(tmp_path, "vae")["w"].read() == 1
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model-00001-of-00001.safetensors").rename(tmp_path / "model.safetensors")
+    assert TensorIndex.open(tmp_path, "vae")["w"].read() == 1
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_shards_of_a_variant_alone(tmp_path, name):
+    index_of(tmp_path, name, "model.fp16-00001-of-00002.safetensors", 2.0)
+    save_file({"v": torch.ones(1)}, tmp_path / "model.fp16-00002-of-00002.safetensors")
+    fails(
+        tmp_path,
+        f"vae: {{p}} holds the weights only as the variant 'fp16' ({name}); "
+        "give a checkpoint that was saved without a variant",
+    )
+
+
+def test_two_plain_indexes(shards):
+    (shards / "n.safetensors.index.json").write_text("{}")
+    fails(
+        shards, "vae: {p} holds ['m.safetensors.index.json', 'n.safetensors.index.json']; which one to use is unclear"
+    )
+
+
+def test_link_to_a_missing_file(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/c0ffee")
+    fails(
+        tmp_path,
+        "vae: {p}/model.safetensors is a link to ../../blobs/c0ffee, which is missing; "
+        "give the hub id without --offline to download it again",
+    )

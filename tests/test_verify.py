@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
+from arcflow_export.drift.comparable import check_student
+from arcflow_export.errors import ExportError
+from arcflow_export.tensors import TensorIndex
 from arcflow_export.verify import FLOAT32_BOUND, IMAGE_BOUND
 from arcflow_runtime import cli
-from tests.checkpoints import ADAPTER_FILE, write_adapter
-from tests.conftest import GOLDEN
+from arcflow_runtime.bundle import Bundle, Source
+from tests.checkpoints import ADAPTER_FILE, make_style, write_adapter
+from tests.conftest import GOLDEN, golden_student
+from tests.fake_bundle import edit_manifest, make_bundle
 
 BASE, ADAPTER = GOLDEN / "flux-tiny" / "base", GOLDEN / "flux-tiny" / "adapter"
 
@@ -24,6 +31,18 @@ def verify(bundle, *arguments, adapter=ADAPTER):
 @pytest.fixture
 def float32(bundles):
     return bundles("flux-tiny", opset=23, steps=(2, 4))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Compares with other weights than the bundle's, so that it is the numbers that must tell them apart."""
+    monkeypatch.setattr("arcflow_export.drift.comparable.check_student", lambda *_: None)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Whatever is refused is refused before anything is loaded."""
+    monkeypatch.setattr("arcflow_export.verify.verify_bundle", lambda *_: pytest.fail("it must not be run"))
 
 
 def test_float32(float32, capsys):
@@ -55,7 +74,7 @@ def test_bfloat16(command_run, capsys):
         ("time_text_embed.timestep_embedder.linear_1.lora_A.weight", {"step 1 means"}),
     ],
 )
-def test_a_bundle_of_another_adapter(float32, tmp_path, capsys, key, wrong):
+def test_a_bundle_of_another_adapter(unchecked, float32, tmp_path, capsys, key, wrong):
     adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")
     tensors = load_file(ADAPTER / ADAPTER_FILE)
     [name] = [k for k in tensors if k.endswith(key)]
@@ -69,7 +88,7 @@ def test_a_bundle_of_another_adapter(float32, tmp_path, capsys, key, wrong):
     assert not failed & {"text states", "pooled text", "vae image"}, "these do not depend on the adapter"
 
 
-def test_a_bfloat16_bundle_of_another_adapter(command_run, tmp_path, capsys):
+def test_a_bfloat16_bundle_of_another_adapter(unchecked, command_run, tmp_path, capsys):
     """One LoRA half as strong again moves the heads by more than rounding can."""
     adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")
     tensors = load_file(ADAPTER / ADAPTER_FILE)
@@ -82,7 +101,7 @@ def test_a_bfloat16_bundle_of_another_adapter(command_run, tmp_path, capsys):
     assert not failed & {"text states", "pooled text", "vae image"}, "these do not depend on the adapter"
 
 
-def test_failures_are_marked(float32, tmp_path, capsys):
+def test_failures_are_marked(unchecked, float32, tmp_path, capsys):
     adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")
     tensors = load_file(ADAPTER / ADAPTER_FILE)
     tensors["proj_out_loggamma.bias"] += 0.01
@@ -92,6 +111,81 @@ def test_failures_are_marked(float32, tmp_path, capsys):
     failed = [line.split()[1:4] for line in lines if line.endswith("  FAILED")]
     assert {("step", "0", "loggammas"), ("step", "1", "loggammas")} <= set(map(tuple, failed))
     assert lines[-1] == f"{12 - len(failed)} of 12 within bounds, {len(failed)} FAILED"
+
+
+def test_another_student_is_named(nothing_runs, float32, tmp_path, capsys):
+    """By the digests in the manifest, before anything is loaded; names alone would not tell them apart."""
+    made = Bundle.open(float32).manifest.provenance
+    other = shutil.copytree(ADAPTER, tmp_path / "adapter")
+    tensors = load_file(ADAPTER / ADAPTER_FILE)
+    tensors["proj_out_loggamma.bias"] += 0.01
+    write_adapter(other, tensors)
+    given = golden_student("flux-tiny").sources
+    assert verify(float32, adapter=other) == 1
+    changed = TensorIndex.open(other, "adapter").digest()
+    differs = f"adapter adapter (sha256 {made.adapter.sha256[:12]}), not from adapter (sha256 {changed[:12]})"
+    advice = "give the base, adapter and LoRAs it was made from"
+    assert capsys.readouterr().err == f"arcflow verify: error: {float32} was made from {differs}; {advice}\n"
+
+    style = make_style(tmp_path / "style.safetensors", {"transformer.transformer_blocks.0.attn.to_q": (64, 64)})
+    assert verify(float32, "--lora", f"{style}:0.5", adapter=other) == 1
+    digest = TensorIndex.open(style, "LoRA").digest()
+    lora = f"style.safetensors (sha256 {digest[:12]}, scale 0.5)"
+    assert capsys.readouterr().err == (
+        f"arcflow verify: error: {float32} was made from {differs}; from no LoRA, not from LoRA {lora}; {advice}\n"
+    )
+    assert made.base == given[0] and made.loras == ()
+
+
+def test_scale_of_a_lora_and_the_base_are_compared(float32):
+    bundle = Bundle.open(float32)
+    m = bundle.manifest
+    lora = Source("style", None, "ab" * 32, 1.0)
+    made = dataclasses.replace(m.provenance, loras=(lora,))
+    bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(m, provenance=made))
+    check_student(bundle, (made.base, made.adapter, (lora,)))
+    check_student(bundle, (dataclasses.replace(made.base, name="elsewhere"), made.adapter, (lora,)))
+    for given, message in (
+        (
+            (made.base, made.adapter, (dataclasses.replace(lora, scale=0.5),)),
+            "LoRA style (sha256 abababababab, scale 1), not from LoRA style (sha256 abababababab, scale 0.5)",
+        ),
+        ((made.base, made.adapter, ()), "LoRA style (sha256 abababababab, scale 1), not from no LoRA"),
+        (
+            (Source("other", None, "cd" * 32), made.adapter, (lora,)),
+            f"base base (sha256 {made.base.sha256[:12]}), not from other (sha256 cdcdcdcdcdcd)",
+        ),
+    ):
+        with pytest.raises(ExportError) as error:
+            check_student(bundle, given)
+        assert str(error.value) == (
+            f"{float32} was made from {message}; give the base, adapter and LoRAs it was made from"
+        )
+
+
+def test_a_quantised_bundle_is_pointed_to_the_gate(nothing_runs, tmp_path, capsys):
+    bundle = make_bundle(tmp_path / "bundle")
+    digest = "0" * 64
+    layers = {"format": "fp8_e4m3", "layers": ["a"], "policy": digest, "scales": digest}
+    edit_manifest(bundle, parts__backbone__quantization=layers)
+    assert verify(bundle) == 2
+    assert capsys.readouterr().err == (
+        f"arcflow verify: error: {bundle} is quantised (backbone) and cannot be compared with torch; compare it with "
+        f"the bundle it was made from: arcflow verify {bundle} --against BUNDLE\n"
+    )
+
+
+@pytest.mark.parametrize(("largest", "size"), [(64, (64, 64)), (1024, (64, 96))])
+def test_default_sizes_are_sizes_of_the_bundle(tmp_path, monkeypatch, largest, size):
+    bundle = make_bundle(tmp_path / "bundle")
+    edit_manifest(bundle, ranges__height_px__max=largest, ranges__width_px__max=largest)
+    m = Bundle.open(bundle).manifest
+    student = SimpleNamespace(family=m.family, sources=(m.provenance.base, m.provenance.adapter, ()))
+    monkeypatch.setattr("arcflow_export.commands.verify.open_student", lambda _: student)
+    cases = []
+    monkeypatch.setattr("arcflow_export.verify.verify_bundle", lambda b, s, wanted, p: cases.extend(wanted) or [])
+    assert cli.main(["verify", str(bundle), "--base", "x", "--adapter", "y"]) == 0
+    assert {(case.height, case.width) for case in cases} == {size}
 
 
 def test_bad_requests(float32, capsys):

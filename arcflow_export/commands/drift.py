@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arcflow_runtime.errors import RequestError
+from arcflow_runtime.outputs import check_file
+
+from ..errors import ExportError
+
+if TYPE_CHECKING:
+    from ..drift.compare import Pictures
+    from ..drift.report import Report
 
 #: Prompts without and with a judge: of 256 pairs a drop of two points is two standard errors, of 1,024 four
 LIMIT, LIMIT_WITH_JUDGE = 32, 1024
@@ -47,8 +56,13 @@ def run_drift(args: argparse.Namespace) -> int:
 
     from ..drift.cases import Scene, read_cases
     from ..drift.comparable import check_comparable
+    from ..drift.folder import check_report
     from ..quantize.policy import DEFAULT_PRESETS, load_policy
 
+    if args.report is not None:
+        check_report(args.report)
+    if args.json not in (None, "-"):
+        check_file(Path(args.json), "--json", ExportError)
     candidate, reference = Bundle.open(args.bundle), Bundle.open(args.against)
     check_comparable(candidate, reference)
     preset = _SHAPES if args.judge else DEFAULT_PRESETS[candidate.manifest.family]
@@ -75,11 +89,8 @@ def run_drift(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..drift.compare import Plan, compare
-    from ..drift.folder import as_json, check_report, write_json, write_report
     from .sources import quiet_libraries
 
-    if args.report is not None:
-        check_report(args.report)
     quiet_libraries()
     cases = read_cases(name, limit, args.seed)
     bars: dict[str, tqdm] = {}
@@ -94,12 +105,27 @@ def run_drift(args: argparse.Namespace) -> int:
 
     plan = Plan(Path(name).name, policy.name, policy.thresholds, args.judge, args.sensitivity)
     report, pictures = compare(candidate, reference, cases, scenes[0], plan, progress)
-    if args.report is not None:
-        write_report(args.report, report, pictures)
-    if args.json == "-":
-        print(as_json(report), end="")
-    else:
-        if args.json is not None:
-            write_json(Path(args.json), report)
-        print(report.summary())
+    _keep(args, report, pictures)
     return 0 if report.passed else 1
+
+
+def _keep(args: argparse.Namespace, report: Report, pictures: Pictures) -> None:
+    """Write the files and print the result, which is printed whatever happens to the files."""
+    from ..drift.folder import as_json, write_json, write_report
+
+    files: dict[str, Callable[[], None]] = {}
+    if args.report is not None:
+        files[f"--report: {args.report}"] = lambda: write_report(args.report, report, pictures)
+    if args.json not in (None, "-"):
+        files[f"--json: {args.json}"] = lambda: write_json(Path(args.json), report)
+    failed = []
+    try:
+        for name, write in files.items():
+            try:
+                write()
+            except OSError as e:
+                failed.append(f"{name} could not be written ({e.strerror or e})")
+    finally:
+        print(as_json(report) if args.json == "-" else f"{report.summary()}\n", end="")
+    if failed:
+        raise ExportError(f"{'; '.join(failed)}; what was printed is all that is kept of the comparison")

@@ -29,13 +29,22 @@ def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True)
 
 
 def quiet_libraries() -> None:
-    """Silence the chatter of transformers and diffusers; their errors are exceptions."""
+    """Silence the chatter of transformers, diffusers and the hub's client; their errors are exceptions.
+
+    The hub's own bars stay, which transformers would switch off with its own: a download can take an hour.
+    """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
 
     for module in (diffusers_logging, transformers_logging):
         module.set_verbosity_error()
         module.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
 
 
 def open_student(args: argparse.Namespace) -> Student:

@@ -1,10 +1,10 @@
 """Compare a bundle with the torch student it was made from, or --against another bundle, per part and end to end.
 
-With --base and --adapter: the torch side shares nothing with the bundle: diffusers' transformer, LoRA unmerged, its
-own update. Every quantity is compared with torch in float32: a float32 part must agree to 1e-4, one in bfloat16 or
-float16 may be as far as twice what torch is in that precision, itself run several times with other roundings. float16
-parts are checked for overflow. Both models are loaded whole, so this is for students that fit in memory. Exit code 1
-if anything disagrees.
+With --base and --adapter, those that the bundle was made from: the torch side shares nothing with the bundle:
+diffusers' transformer, LoRA unmerged, its own update. Every quantity is compared with torch in float32: a float32 part
+must agree to 1e-4, one in bfloat16 or float16 may be as far as twice what torch is in that precision, itself run
+several times with other roundings. float16 parts are checked for overflow. Both models are loaded whole, so this is
+for students that fit in memory. Exit code 1 if anything disagrees.
 
 With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, FP8 with its own
 rounding. Errors are reported per part on the reference's inputs, end to end, and for every quantised layer. Exit code
@@ -25,6 +25,8 @@ from .drift import add_drift_arguments, run_drift
 from .sources import add_source_arguments, open_student, quiet_libraries
 
 if TYPE_CHECKING:
+    from arcflow_runtime.bundle import Range
+
     from ..verify import Row
 
 HEIGHT_PX, WIDTH_PX = 64, 96
@@ -39,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", default=[], help="repeatable; two are built in; see --prompts for --against"
     )
-    against = "with --against what the bundle draws"
-    parser.add_argument("--height", type=int, help=f"in pixels; default: {HEIGHT_PX}, {against}")
-    parser.add_argument("--width", type=int, help=f"in pixels; default: {WIDTH_PX}, {against}")
+    against = "or the nearest that the bundle has; with --against what it draws"
+    parser.add_argument("--height", type=int, help=f"in pixels; default: {HEIGHT_PX} {against}")
+    parser.add_argument("--width", type=int, help=f"in pixels; default: {WIDTH_PX} {against}")
     parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="print JSON instead of tables; with --against into FILE"
@@ -73,12 +75,20 @@ def _run_torch(args: argparse.Namespace) -> int:
     from arcflow_runtime.request import check_request
 
     bundle = Bundle.open(args.bundle)
+    if quantised := [name for name, part in bundle.manifest.parts.items() if part.quantization is not None]:
+        raise RequestError(
+            f"{args.bundle} is quantised ({', '.join(quantised)}) and cannot be compared with torch; compare it with "
+            f"the bundle it was made from: arcflow verify {args.bundle} --against BUNDLE"
+        )
     prompts = tuple(args.prompt) or PROMPTS
-    height, width = args.height or HEIGHT_PX, args.width or WIDTH_PX
+    ranges = bundle.manifest.ranges
+    height = args.height if args.height is not None else _nearest(HEIGHT_PX, ranges.height_px)
+    width = args.width if args.width is not None else _nearest(WIDTH_PX, ranges.width_px)
     request = check_request(bundle.manifest, prompts, height, width, args.steps, None, 42, 1, None, "latents")
     quiet_libraries()
     from tqdm import tqdm
 
+    from ..drift.comparable import check_student
     from ..verify import Case, as_dict, verify_bundle
 
     student = open_student(args)
@@ -87,6 +97,7 @@ def _run_torch(args: argparse.Namespace) -> int:
             f"{args.bundle} is a {bundle.manifest.family} bundle, the student given is {student.family}; "
             "give the base and adapter it was made from"
         )
+    check_student(bundle, student.sources)
     cases = [Case(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
     with tqdm(total=len(cases) + 1, disable=None) as bar:
 
@@ -109,6 +120,10 @@ def _run_torch(args: argparse.Namespace) -> int:
         if overflowing := [r for r in failed if r.node]:
             print(_advice(overflowing, layers))
     return 1 if failed else 0
+
+
+def _nearest(size_px: int, allowed: Range) -> int:
+    return min(max(size_px, allowed.min), allowed.max)
 
 
 def _advice(overflowing: list[Row], layers: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Whether two bundles can be compared, and in what they are the same: two manifests -> an error, notes or parts."""
+"""Whether two bundles, or a bundle and a student, can be compared: their sources -> an error, notes or equal parts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from arcflow_runtime.bundle import Bundle, FileEntry, Manifest, Source
 
 from ..errors import ExportError
 
+#: Base, adapter and LoRAs of a student, as provenance records them.
+Sources = tuple[Source, Source, tuple[Source, ...]]
 #: Keys of the manifest that must be equal: with them the same request means the same picture.
 _KEYS = ("family", "latents", "schedule", "rotary", "text", "guidance")
 
@@ -44,6 +46,28 @@ def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
     return (f"Timesteps, guidance and rotary tables of both are rounded as the candidate's, to {c.reference_dtype}.",)
 
 
+def check_student(bundle: Bundle, sources: Sources) -> None:
+    """Refuse a bundle that was made from other weights than a student's.
+
+    Args:
+        bundle: an opened bundle.
+        sources: base, adapter and LoRAs, as `Student.sources` gives them.
+
+    Raises:
+        ExportError: names every one of base, adapter and LoRAs that differs.
+    """
+    made = bundle.manifest.provenance
+    base, adapter, loras = sources
+    pairs = [("base", made.base, base), ("adapter", made.adapter, adapter)]
+    wrong = [f"{what} {_named(mine)}, not from {_named(given)}" for what, mine, given in pairs if _differ(mine, given)]
+    if len(made.loras) != len(loras) or any(map(_differ, made.loras, loras)):
+        wrong.append(f"{_listed(made.loras)}, not from {_listed(loras)}")
+    if wrong:
+        raise ExportError(
+            f"{bundle.root} was made from {'; from '.join(wrong)}; give the base, adapter and LoRAs it was made from"
+        )
+
+
 def same_parts(candidate: Bundle, reference: Bundle) -> set[str]:
     """The parts that both bundles have in the same files: they compute the same, so one of each needs to be run."""
     c, r = candidate.manifest, reference.manifest
@@ -76,12 +100,21 @@ def _differences(c: Manifest, r: Manifest) -> Iterator[str]:
 
 
 def _source(what: str, ours: Source, theirs: Source) -> Iterator[str]:
-    if (ours.sha256, ours.scale) != (theirs.sha256, theirs.scale):
-        shown = [
-            f"{s.name} (sha256 {s.sha256[:12]}{'' if s.scale is None else f', scale {s.scale:g}'})"
-            for s in (ours, theirs)
-        ]
-        yield f"{what} {shown[0]} and {shown[1]}"
+    if _differ(ours, theirs):
+        yield f"{what} {_named(ours)} and {_named(theirs)}"
+
+
+def _differ(ours: Source, theirs: Source) -> bool:
+    return (ours.sha256, ours.scale) != (theirs.sha256, theirs.scale)
+
+
+def _named(source: Source) -> str:
+    scale = "" if source.scale is None else f", scale {source.scale:g}"
+    return f"{source.name} (sha256 {source.sha256[:12]}{scale})"
+
+
+def _listed(loras: tuple[Source, ...]) -> str:
+    return f"LoRA {', '.join(map(_named, loras))}" if loras else "no LoRA"
 
 
 def _short(value: object) -> str:

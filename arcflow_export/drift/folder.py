@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from arcflow_runtime.outputs import check_writable
+
 from ..errors import ExportError
 from ..staging import whole_directory, whole_file
 from .compare import Pictures
@@ -17,13 +19,14 @@ def check_report(out: Path) -> None:
     """Check that a report can be written as `out`, before any work is done for it.
 
     Raises:
-        ExportError: it exists and is no report, or its parent does not exist.
+        ExportError: it exists and is no report, or its parent does not exist or cannot be written to.
     """
     out = out.absolute()
     if not out.parent.is_dir():
         raise ExportError(f"--report: {out.parent} is not a directory; create it first")
     if out.is_symlink() or (out.exists() and not (out / _JSON).is_file()):
         raise ExportError(f"--report: {out} exists and is no drift report; it will not be overwritten")
+    check_writable(out, "--report", ExportError)
 
 
 def write_report(out: Path, report: Report, pictures: Pictures) -> None:

@@ -48,8 +48,6 @@ _TARGETS = {
         ".timestep_embedder.linear_2",
     ),
 }
-#: What a distillation reads of a base checkpoint.
-BASE_FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _PIPELINES = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
 
 

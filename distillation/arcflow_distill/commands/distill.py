@@ -53,14 +53,13 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out, args.overwrite)
 
     from arcflow_export.commands.sources import quiet_libraries
-    from arcflow_export.sources import HUB_PATTERNS, Location, resolve
+    from arcflow_export.layout import base_files
+    from arcflow_export.sources import Location, resolve
 
     quiet_libraries()
-    from ..networks import BASE_FOLDERS
     from ..trainer import distill
 
-    patterns = ("model_index.json", *(f"{folder}/{pattern}" for folder in BASE_FOLDERS for pattern in HUB_PATTERNS))
-    base = resolve(Location(args.base, None, args.base_revision, args.offline), "base checkpoint", patterns)
+    base = resolve(Location(args.base, None, args.base_revision, args.offline), "base checkpoint", base_files)
     provenance = {"command": shlex.join(["arcflow", *sys.argv[1:]]), "base": base.name, "base_revision": base.revision}
     out = distill(
         config,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..engines import BACKENDS, DEFAULT_BACKEND
 from ..errors import RequestError
+from ..outputs import check_writable
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--runs must be at least 1 and --warmup at least 0, got {args.runs} and {args.warmup}")
     if args.json is not None and not args.json.parent.is_dir():
         raise RequestError(f"--json must be in a directory that exists, got {str(args.json)!r}")
+    if args.json is not None:
+        check_writable(args.json, "--json")
     from tqdm import trange
 
     from ..pipeline import Pipeline

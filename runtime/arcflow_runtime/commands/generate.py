@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..engines import BACKENDS, DEFAULT_BACKEND
 from ..errors import RequestError
+from ..outputs import check_writable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,6 +91,7 @@ def _check_out(out: Path) -> None:
         raise RequestError(f"--out must be in a directory that exists, got {str(out)!r}; make {out.parent} first")
     if out.is_dir():
         raise RequestError(f"--out must be a file, got the directory {str(out)!r}")
+    check_writable(out, "--out")
 
 
 def _draw(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:

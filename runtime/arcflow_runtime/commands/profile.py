@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines import BACKENDS, DEFAULT_BACKEND, open_backend
 from ..errors import EngineError, RequestError
+from ..outputs import check_writable
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--top must be at least 1, got {args.top}")
     if args.trace is not None and not args.trace.absolute().parent.is_dir():
         raise RequestError(f"--trace must be in a directory that exists, got {str(args.trace)!r}")
+    if args.trace is not None:
+        check_writable(args.trace, "--trace")
     from ..bundle import Bundle
 
     layers = profile(Bundle.open(args.bundle), args)
