@@ -117,9 +117,10 @@ def network_bytes(
     activations = batch * _TORCH_VALUES * item * max(p.activation for n, p in parts.items() if n != "vae_decoder")
     if not stays_on_disk(weights, free_bytes):
         return weights + activations, 0
-    largest = 4 * max(p.parameters // max(p.tensors, 1) for p in parts.values())
+    # One weight is in memory at a time, and the stored tensor beside it where it is cast.
+    largest = max(p.largest for p in parts.values()) * (item if item == 2 else item + 2)
     transformer = 2 * (parts["backbone"].parameters + parts["conditioner"].parameters)
-    return adapter_bytes * item // 2 + 8 * largest + activations, base_bytes + (steps - 1) * transformer
+    return adapter_bytes * item // 2 + largest + activations, base_bytes + (steps - 1) * transformer
 
 
 def calibrate_cost(

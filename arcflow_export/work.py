@@ -30,13 +30,15 @@ _SCORE_TOKENS = 2048
 class PartWork:
     """One part, and one call of it for one image.
 
-    `weight_bytes` in the bundle, `tensors` the number of its weights, `flops` of the call, `activation` the elements of
-    its largest value but for the scores of attention, `precision` the dtype of its arithmetic.
+    `weight_bytes` in the bundle, `tensors` the number of its weights, `largest` the elements of the largest, `flops` of
+    the call, `activation` the elements of its largest value but for the scores of attention, `precision` the dtype of
+    its arithmetic.
     """
 
     parameters: int
     weight_bytes: int
     tensors: int
+    largest: int
     flops: int
     activation: int
     precision: str
@@ -68,6 +70,7 @@ def part_work(part: Part, sizes: Sizes) -> PartWork:
         sum(prod(p.shape) for p in params),
         sum(prod(p.shape) * p.dtype.itemsize for p in params),
         len(params),
+        max(prod(p.shape) for p in params),
         int(counter.get_total_flops()),
         largest.elements,
         str(part.precision).removeprefix("torch."),
@@ -83,6 +86,7 @@ def bundle_work(bundle: Bundle, part: str, sizes: Sizes) -> PartWork:
         spec.parameters,
         bundle.manifest.files[spec.weights].bytes,
         len(graph.initializers),
+        max(v.const_value.size for v in graph.initializers.values() if v.const_value is not None),
         graph_flops(graph, sizes),
         max(_product(dims) for dims in values if not _scores(dims)),
         spec.precision,

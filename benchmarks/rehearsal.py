@@ -2,7 +2,7 @@
 
 In DIR, which needs 75 GB: a checkpoint of `fullsize.py`, then export, calibration (one prompt, 256 px, bfloat16),
 quantisation, the drift gate (one prompt, 256 px) and the backbone's engine for sm89. What a later stage does not need is
-deleted. Beside each figure stands what `arcflow plan` said just before. Stopped at any time, the same command goes on;
+deleted. Beside each figure stands what `arcflow plan` says with the machine's speeds just before the stage. Stopped at any time, the same command goes on;
 `--until STAGE` stops after one. Criteria: at most 20 GiB in every stage; time within a factor of 1.5 of the plan,
 memory within 1.2.
 """
@@ -10,6 +10,7 @@ memory within 1.2.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +23,11 @@ from typing import Any
 
 from export_fullsize import MeasureError, drop_cache
 from machine import describe as describe_machine
+
+from arcflow_export.machine import Machine, measure
+from arcflow_export.pipeline.forecast import forecast
+from arcflow_export.pipeline.stages import Job
+from arcflow_export.pipeline.students import load_student_file
 
 MAX_RESIDENT_BYTES = 20 << 30
 TIME_FACTOR, MEMORY_FACTOR = 1.5, 1.2
@@ -103,18 +109,12 @@ def _read_bytes(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
 
-def planned(folder: Path, name: str) -> dict[str, Any]:
-    """What `arcflow plan` says of a stage now."""
+def planned(folder: Path, name: str, machine: Machine) -> dict[str, Any]:
+    """What `arcflow plan` says of a stage on a machine of these speeds."""
     student = folder / "student.toml"
     student.write_text(_STUDENT, encoding="utf-8")
-    command = [sys.executable, "-m", "arcflow_runtime.cli", "plan", str(student), "--backend", "tensorrt-rtx",
-               "--target", "sm89", "--out", str(folder), "--json"]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, text=True)
-    if done.returncode:
-        raise MeasureError(f"arcflow plan ended with exit code {done.returncode}")
-    plan = json.loads(done.stdout)
-    stage: dict[str, Any] = next(s for s in plan["stages"] if s["stage"] == name)
-    return stage | {"speeds": plan["machine"]}
+    job = Job(load_student_file(str(student)), folder, "fp8", "tensorrt-rtx", "sm89")
+    return dataclasses.asdict(next(cost for cost in forecast(job, machine) if cost.stage == name))
 
 
 def clear(folder: Path, name: str) -> None:
@@ -139,17 +139,19 @@ def rehearse(folder: Path, until: str) -> dict[str, Any]:
         subprocess.run(make, check=True)
     for name, arguments in commands(folder).items():
         if name not in result["stages"]:
-            plan = planned(folder, name)
+            speeds = measure(folder)
             drop_cache([f for f in folder.rglob("*") if f.is_file()])
             load = os.getloadavg()
             ran = run_stage(name, arguments, folder / f"{name}.log")
-            result["stages"][name] = ran | {"planned": plan, "load_average_before": load}
+            result["stages"][name] = ran | {"speeds": dataclasses.asdict(speeds), "load_average_before": load}
             clear(folder, name)
             result["machine"] = describe_machine()
             with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as f:
                 json.dump(result, f, indent=2)
             os.replace(f.name, record)
-        print(describe(name, result["stages"][name]), flush=True)
+        row = result["stages"][name]
+        row["planned"] = planned(folder, name, Machine(**row["speeds"]))
+        print(describe(name, row), flush=True)
         if name == until:
             break
     return result

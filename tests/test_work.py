@@ -76,8 +76,8 @@ def test_durations(seconds, text):
 
 def test_a_gate_of_twice_the_prompts_takes_as_much_longer_and_no_more_memory():
     """By hand: two steps run the reference twice, the candidate three times, and the layers' reference twice again."""
-    backbone = PartWork(10**9, 4 * 10**9, 100, 10**12, 1000, "float32")
-    other = PartWork(1, 4, 1, 0, 1, "float32")
+    backbone = PartWork(10**9, 4 * 10**9, 100, 10**7, 10**12, 1000, "float32")
+    other = PartWork(1, 4, 1, 1, 0, 1, "float32")
     parts = {"text_encoder": other, "backbone": backbone, "vae_decoder": other}
 
     def cost(cases, **changes):

@@ -91,7 +91,7 @@ def _cost(plan: Plan, machine: Machine) -> Cost:
     for p in plan.parts:
         spec = plan.bundle.manifest.parts[p.name]
         size = files[spec.weights].bytes
-        parts[p.name] = PartWork(spec.parameters, size, len(p.linears), 0, 0, spec.precision)
+        parts[p.name] = PartWork(spec.parameters, size, len(p.linears), 0, 0, 0, spec.precision)
         if p.chosen:
             chosen[p.name] = sum(p.linears[name].parameters for name in p.chosen)
     unchanged = sum(f.bytes for f in files.values()) - sum(parts[name].weight_bytes for name in chosen)
