@@ -6,59 +6,42 @@ OUT ?= out
 MODEL ?= shapes
 BACKEND ?= onnxruntime
 
-# A preset names the weights, its usual precision, options of export, calibration and the drift gate, and what the demo
-# draws.
-BASE_shapes := models/shapes/teacher
-ADAPTER_shapes := models/shapes/adapter
-PRECISION_shapes := fp32
-EXPORT_shapes := --max-px 64 --max-sequence-length 12
-CALIBRATE_shapes := --prompts shapes --sizes 64x64 --max-sequence-length 12 --batch 8
-POLICY_shapes := shapes
-VERIFY_shapes := --judge models/shapes/judge
+# What `arcflow compile` takes: a student of its own (flux, qwen), one of these two, or a student file.
+STUDENT_shapes := models/shapes/student.toml
+STUDENT_tiny := tests/golden/flux-tiny/student.toml
+STUDENT := $(or $(STUDENT_$(MODEL)),$(MODEL))
+# Empty for the student's own.
+PRECISION ?=
+# What TensorRT-RTX builds for, such as sm89 or sm89,sm120; empty for the GPU here.
+TARGET ?=
+# A policy of arcflow quantize, a preset or a file; empty for the student's own.
+POLICY ?=
+# Scales of an earlier calibration; made if the file is not there. Empty for $(OUT)/NAME-scales.json.
+SCALES ?=
+# GATE= leaves the drift gate out.
+GATE ?= 1
+# Prompts of calibration and gate, and the size of their images as HEIGHTxWIDTH; empty for the student's own.
+LIMIT ?=
+SIZE ?=
+COMPILE = $(BIN)/arcflow compile $(STUDENT) --backend $(BACKEND) --out $(OUT) $(addprefix --precision ,$(PRECISION)) \
+	$(addprefix --target ,$(TARGET)) $(addprefix --policy ,$(POLICY)) $(addprefix --scales ,$(SCALES)) \
+	$(addprefix --limit ,$(LIMIT)) $(addprefix --size ,$(SIZE)) $(if $(GATE),,--no-gate)
+
+# What the demo draws; on this CPU, in float32 unless PRECISION says otherwise.
+NAME = $(if $(wildcard $(STUDENT)),$(shell sed -n 's/^name *= *"\(.*\)"/\1/p' $(STUDENT)),$(MODEL))
+PROMPTS := "a large red circle on a blue background"
 PROMPTS_shapes := "a large red circle on the left, blue background" "a small yellow heart on a black background" \
 	"a large green triangle" "a purple cross at the top, white background"
-BASE_tiny := tests/golden/flux-tiny/base
-ADAPTER_tiny := tests/golden/flux-tiny/adapter
-PRECISION_tiny := fp32
-CALIBRATE_tiny := --prompts shapes --sizes 64x64 --max-sequence-length 64 --limit 16
-VERIFY_tiny := --prompts shapes --limit 8 --height 64 --width 64
 SIZE_tiny := --height 64 --width 64
-BASE_flux := black-forest-labs/FLUX.1-dev
-ADAPTER_flux := ymyy307/ArcFlow --adapter-subfolder arcflow-flux-2steps
-PRECISION_flux := bf16
-CALIBRATE_flux := --dtype bfloat16
-BASE_qwen := Qwen/Qwen-Image
-ADAPTER_qwen := ymyy307/ArcFlow --adapter-subfolder arcflow-qwen-2steps
-PRECISION_qwen := bf16
-CALIBRATE_qwen := --dtype bfloat16
-PRECISION ?= $(PRECISION_$(MODEL))
-# FP8 is made from the bundle in another precision; ONNX Runtime has no bfloat16 on a CPU.
-UNQUANTISED_fp8 := $(if $(filter onnxruntime,$(BACKEND)),fp32,bf16)
-UNQUANTISED := $(or $(UNQUANTISED_$(PRECISION)),$(PRECISION))
-DTYPE_fp32 := float32
-DTYPE_bf16 := bfloat16
-DTYPE_fp16 := float16
-BUNDLE := $(OUT)/$(MODEL)-$(PRECISION)
-EXPORTED := $(OUT)/$(MODEL)-$(UNQUANTISED)
-SCALES ?= $(OUT)/$(MODEL)-scales.json
-# The gate runs both bundles on this CPU in float32, whatever their size; GATE= leaves it out where memory is short.
-GATE ?= 1
-PROMPTS_$(MODEL) ?= "a large red circle on a blue background"
 
-# TARGET is what TensorRT-RTX builds for, such as sm89 or sm89,sm120; empty for the GPU here.
-TARGET ?=
-# A policy of arcflow quantize, a preset or a file; empty for the model's own.
-POLICY ?= $(POLICY_$(MODEL))
-# TensorRT has no float32 kernel for attention as one operator.
-OPSET_fp32 := $(if $(filter tensorrt%,$(BACKEND)),--opset 20)
-
-.PHONY: help setup demo engine shapes test cpp-test lint format clean
+.PHONY: help setup demo engine shapes test check cpp-test lint format clean
 help:
 	@echo "make demo     export the shapes student and draw four prompts on this CPU  [PROMPT=...]"
 	@echo "make test     run the tests, those of the C++ library too"
+	@echo "make check    run the slow tests: students from a stand-in of the hub to engines, in minutes"
 	@echo "make cpp-test build, install and test the C++ library, with sanitizers too, and fuzz its reader"
 	@echo "make cpp-tsan the C++ library's own threads under ThreadSanitizer"
-	@echo "make engine   MODEL=shapes|tiny|flux|qwen [PRECISION=fp32|bf16|fp16|fp8] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
+	@echo "make engine   MODEL=shapes|tiny|flux|qwen|FILE.toml [PRECISION=fp32|bf16|fp16|fp8] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
 	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
 	@echo "make lint     ruff and mypy"
 
@@ -72,31 +55,13 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runt
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"
 	@touch $@
 
+demo: PRECISION := $(or $(PRECISION),fp32)
 demo: engine
-	$(BIN)/arcflow generate $(BUNDLE) $(if $(PROMPT),"$(PROMPT)",$(PROMPTS_$(MODEL))) $(SIZE_$(MODEL)) \
-		--seed 42 --sheet --out $(OUT)/demo.png
+	$(BIN)/arcflow generate $(OUT)/$(NAME)-$(PRECISION) $(if $(PROMPT),"$(PROMPT)",$(or $(PROMPTS_$(MODEL)),$(PROMPTS))) \
+		$(SIZE_$(MODEL)) --seed 42 --sheet --out $(OUT)/demo.png
 
-SOURCE = --base $(BASE_$(MODEL)) --adapter $(ADAPTER_$(MODEL))
-engine: check-preset setup
-	@mkdir -p $(OUT)
-	$(BIN)/arcflow export $(SOURCE) --dtype $(DTYPE_$(UNQUANTISED)) $(OPSET_$(UNQUANTISED)) $(EXPORT_$(MODEL)) \
-		--out $(EXPORTED) --overwrite
-	$(if $(filter fp8,$(PRECISION)),$(quantise))
-	$(if $(filter tensorrt%,$(BACKEND)),$(BIN)/arcflow build $(BUNDLE) --backend $(BACKEND) $(addprefix --target ,$(TARGET)))
-
-# Scales are kept: calibration is the longest stage, and those of another student are refused.
-define quantise
-test -e $(SCALES) || $(BIN)/arcflow calibrate $(SOURCE) $(CALIBRATE_$(MODEL)) --out $(SCALES)
-	$(BIN)/arcflow quantize $(EXPORTED) --scales $(SCALES) $(addprefix --policy ,$(POLICY)) --out $(BUNDLE) --overwrite
-	$(if $(GATE),$(BIN)/arcflow verify $(BUNDLE) --against $(EXPORTED) $(VERIFY_$(MODEL)) $(addprefix --policy ,$(POLICY)) \
-		--report $(OUT)/$(MODEL)-drift,@echo "the drift gate was left out; arcflow verify $(BUNDLE) --against $(EXPORTED)")
-endef
-
-.PHONY: check-preset
-check-preset:
-	$(if $(BASE_$(MODEL)),,$(error MODEL must be shapes, tiny, flux or qwen, got '$(MODEL)'))
-	$(if $(DTYPE_$(UNQUANTISED)),,$(error PRECISION must be fp32, bf16, fp16 or fp8, got '$(PRECISION)'))
-	$(if $(filter onnxruntime tensorrt-rtx tensorrt,$(BACKEND)),,$(error BACKEND must be onnxruntime, tensorrt-rtx or tensorrt, got '$(BACKEND)'))
+engine: setup
+	$(COMPILE)
 
 shapes: setup
 	@mkdir -p $(OUT)
@@ -107,6 +72,9 @@ WORKERS ?= 2
 test: setup
 	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
 	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+
+check: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses $(WORKERS)
 
 # The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
 # static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under

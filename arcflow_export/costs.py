@@ -18,8 +18,10 @@ from .memory import stays_on_disk
 from .work import PartWork
 
 GIB = 1 << 30
-#: Resident memory of a process that has imported what export, calibration and the gate need.
+#: Resident memory of a process that has imported what export and the gate need.
 _IMPORTED_BYTES = 7 * GIB // 10
+#: Of one that has imported torch and diffusers alone.
+_TORCH_BYTES = 9 * GIB // 20
 #: Seconds that such a process takes to start, on a machine that does `_STEPS` simple statements a second.
 _START_S, _STEPS = 9.0, 50e6
 
@@ -30,7 +32,7 @@ _TRACE_S = 0.05
 _ELEMENTS = 1.2e9
 #: Values of the largest size that are in memory at once: in the gate what a node takes and gives, and both rounded; in
 #: torch what a calibrator compares as well.
-_VALUES, _TORCH_VALUES = 4, 6
+_VALUES, _TORCH_VALUES = 4, 3
 #: How much longer a network takes than its products alone: norms, activations, rotations; in the gate every result is
 #: rounded too.
 _TORCH, _EMULATED = 1.25, 1.4
@@ -86,16 +88,30 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def export_cost(parts: Mapping[str, PartWork], source_bytes: int, merged_flops: float, machine: Machine) -> Cost:
-    """Tracing without weights, then every weight read, merged and written once, a block at a time."""
+def export_cost(
+    parts: Mapping[str, PartWork], base_bytes: int, adapter_bytes: int, width: int, machine: Machine
+) -> Cost:
+    """Tracing without weights, then every weight read, merged and written once, a block at a time.
+
+    Args:
+        parts: what is written.
+        base_bytes: of the base's weights.
+        adapter_bytes: of the adapter's and LoRAs', which are taken to be bfloat16.
+        width: of the transformer. B A of a LoRA of rank r takes 2 r in out operations for r (in + out) parameters, and
+            in out / (in + out) is about 0.8 of the width in both networks.
+        machine: measured.
+    """
+    merged_flops = adapter_bytes / 2 * 2 * 0.8 * width
     written = sum(p.weight_bytes for p in parts.values())
     elements = sum(p.parameters for p in parts.values())
-    moving = source_bytes / machine.read + written / machine.write + written / machine.hash
-    tracing = _TRACE_S * sum(p.tensors for p in parts.values())
-    seconds = _start(machine, _START_S + tracing) + moving + merged_flops / machine.float32_flops + elements / _ELEMENTS
-    # Besides what is imported: graphs without weights, and a few blocks of the largest weights in float32.
     tensors = sum(p.tensors for p in parts.values())
-    return Cost("export", seconds, _IMPORTED_BYTES + tensors * 250_000 + (192 << 20), written)
+    # One thread reads and merges while another writes and hashes.
+    merging = (base_bytes + adapter_bytes) / machine.read
+    merging += merged_flops / machine.float32_flops + elements / _ELEMENTS
+    writing = written / machine.write + written / machine.hash
+    seconds = _start(machine, _START_S + _TRACE_S * tensors) + max(merging, writing)
+    # Besides what is imported: graphs without weights, and a few blocks of the largest weights in float32.
+    return Cost("export", seconds, _IMPORTED_BYTES + tensors * 300_000 + (192 << 20), written)
 
 
 def network_bytes(
@@ -148,7 +164,7 @@ def calibrate_cost(
     speed = machine.bfloat16_flops if dtype == "bfloat16" else machine.float32_flops
     seconds = _start(machine, 2 * _START_S) + _TORCH * flops / speed + read_bytes / machine.read
     smaller = "give --limit, --batch 1 or smaller --sizes"
-    return Cost("calibrate", seconds, _IMPORTED_BYTES + memory_bytes, 10 << 20, smaller)
+    return Cost("calibrate", seconds, _TORCH_BYTES + memory_bytes, 10 << 20, smaller)
 
 
 def quantize_cost(
@@ -170,6 +186,27 @@ def quantize_cost(
     seconds = _start(machine, _START_S) + read / machine.read + written / machine.write + 2 * read / machine.hash
     seconds += 4 * elements / _ELEMENTS
     return Cost("quantize", seconds, _IMPORTED_BYTES + (384 << 20), written)
+
+
+def verify_cost(
+    parts: Mapping[str, PartWork],
+    cases: int,
+    steps: int,
+    roundings: int,
+    base_bytes: int,
+    adapter_bytes: int,
+    machine: Machine,
+) -> Cost:
+    """The bundle twice, the student in torch three times in float32 and twice for every rounding of its precision."""
+    text = sum(p.flops for name, p in parts.items() if name.startswith("text_encoder"))
+    flops = cases * (text + steps * parts["backbone"].flops + parts["vae_decoder"].flops)
+    memory, read = network_bytes(parts, base_bytes, adapter_bytes, "float32", 1, steps, machine.free_memory_bytes)
+    seconds = _start(machine, 2 * _START_S) + flops * (2 * _EMULATED + 3 * _TORCH) / machine.float32_flops
+    seconds += 2 * roundings * _TORCH * flops / machine.bfloat16_flops
+    seconds += cases * (3 + 2 * roundings) * read / machine.read
+    small = (min(4 * p.parameters, PIECE_BYTES) for p in parts.values())
+    memory = _IMPORTED_BYTES + (1 + (roundings > 0)) * memory + 2 * sum(small)
+    return Cost("verify", seconds, memory, 0, "give fewer --prompt, or --height and --width of smaller images")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,18 @@ class Student:
     styles: tuple[Style, ...]
     transformer: MergedWeights
     indexes: dict[str, TensorIndex] = field(repr=False)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base's weights in its files."""
+        return sum(ref.num_bytes for index in self.indexes.values() for ref in index.values())
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter's and LoRAs' weights in their files."""
+        pairs = [pair for style in self.styles for found in style.pairs.values() for pair in found.values()]
+        loras = sum(pair.a.num_bytes + pair.b.num_bytes for pair in pairs)
+        return loras + sum(ref.num_bytes for ref in self.adapter.index.values())
 
     def source(self, part: str) -> WeightSource:
         """Where the weights of part `part` come from."""
@@ -76,12 +88,15 @@ class Student:
     def outline(self) -> Outline:
         """What its configs say."""
         k, p = self.adapter.num_gaussians, self.adapter.logweights_channels
-        return Outline(self.family, self.base.path, self.config, self.vae_config, k, p)
+        return Outline(self.family, self.base.path, self.config, self.vae_config, k, p, self.indexes)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a student's configs say of it: family, networks' sizes, K modes and P sub-pixels; `folder` is the base's."""
+    """What a student's configs say of it: family, networks' sizes, K modes and P sub-pixels.
+
+    `folder` is the base's; `keys` has the names of its tensors by component, none where its weights are not there.
+    """
 
     family: str
     folder: Path
@@ -89,6 +104,12 @@ class Outline:
     vae_config: dict[str, Any]
     num_gaussians: int
     logweights_channels: int
+    keys: Mapping[str, Collection[str]]
+
+    @property
+    def width(self) -> int:
+        """Of the transformer."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
         """See `Student.parts`."""
@@ -96,13 +117,13 @@ class Outline:
         folder, k, p = self.folder, self.num_gaussians, self.logweights_channels
         if self.family == "flux":
             return [
-                text.clip(folder / "text_encoder", of("text_encoder")),
-                text.t5(folder / "text_encoder_2", of("text_encoder_2")),
+                text.clip(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
+                text.t5(folder / "text_encoder_2", of("text_encoder_2"), self.keys.get("text_encoder_2", ())),
                 *flux.build(self.config, k, p, of("conditioner"), of("backbone")),
                 vae.decoder(self.vae_config, self.family, of("vae_decoder")),
             ]
         return [
-            text.qwen(folder / "text_encoder", of("text_encoder")),
+            text.qwen(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
             *qwen.build(self.config, k, p, of("conditioner"), of("backbone")),
             vae.decoder(self.vae_config, self.family, of("vae_decoder")),
         ]
@@ -121,7 +142,7 @@ def read_outline(base: Location, adapter: Location) -> Outline:
     config = _transformer_config(folder / "transformer" / "config.json", family)
     vae_config = read_json(folder / "vae" / "config.json", "base checkpoint")
     k, p = read_modes(resolve(adapter, "adapter", adapter_files, weights=False))
-    return Outline(family, folder, config, vae_config, k, p)
+    return Outline(family, folder, config, vae_config, k, p, {})
 
 
 def load_student(base: Location, adapter: Location, loras: list[tuple[Location, float]]) -> Student:

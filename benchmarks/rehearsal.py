@@ -1,10 +1,10 @@
 """FLUX.1-dev at full size with random weights, every stage of `arcflow compile` in turn -> what each takes.
 
 In DIR, which needs 75 GB: a checkpoint of `fullsize.py`, then export, calibration (one prompt, 256 px, bfloat16),
-quantisation, the drift gate (one prompt, 256 px) and the backbone's engine for sm89. What a later stage does not need is
-deleted. Beside each figure stands what `arcflow plan` says with the machine's speeds just before the stage. Stopped at any time, the same command goes on;
-`--until STAGE` stops after one. Criteria: at most 20 GiB in every stage; time within a factor of 1.5 of the plan,
-memory within 1.2.
+quantisation, the drift gate (one prompt, 256 px) and the backbone's engine for sm89. What a later stage does not need
+is deleted. Beside each figure stands what `arcflow plan` says with the machine's speeds just before the stage. Stopped
+at any time, the same command goes on; `--until STAGE` stops after one. Criteria: at most 20 GiB in every stage; time
+within a factor of 1.5 of the plan, memory within 1.2.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from export_fullsize import MeasureError, drop_cache
 from machine import describe as describe_machine
 
+from arcflow_export.commands.sources import quiet_libraries
 from arcflow_export.machine import Machine, measure
 from arcflow_export.pipeline.forecast import forecast
 from arcflow_export.pipeline.stages import Job
@@ -118,10 +119,15 @@ def planned(folder: Path, name: str, machine: Machine) -> dict[str, Any]:
 
 
 def clear(folder: Path, name: str) -> None:
-    """Delete what no later stage needs: the checkpoint's weights after calibration, the exported bundle after the gate."""
+    """Free what no later stage needs: the checkpoint's weights after calibration, the original after the gate.
+
+    Of the weights holes of the same size are left, which the plan's sums are made of.
+    """
     if name == "calibrate":
         for file in (folder / "checkpoint").rglob("*.safetensors"):
-            file.unlink()
+            size = file.stat().st_size
+            os.truncate(file, 0)
+            os.truncate(file, size)
     if name == "verify":
         shutil.rmtree(folder / "bf16", ignore_errors=True)
 
@@ -186,6 +192,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=_HERE / "results" / "rehearsal_flux.json", metavar="FILE")
     args = parser.parse_args()
     try:
+        quiet_libraries()
         if not args.folder.is_dir():
             raise MeasureError(f"--folder: {args.folder} is not a directory; create it first")
         result = rehearse(args.folder.absolute(), args.until)

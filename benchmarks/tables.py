@@ -53,6 +53,32 @@ def quantize_table() -> str:
     return "\n".join([*rows, "", f"{_machine(r)} Load average before: {load}."])
 
 
+def rehearsal_table() -> str:
+    """Every stage of a full-size student beside what was planned for it."""
+    r = _read("rehearsal_flux")
+    rows = [
+        "| stage | what | planned | took | CPU | planned | peak resident | read from disk |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    what = {
+        "export": "bfloat16, 33.7 GB written",
+        "calibrate": "1 prompt, 256 px, bfloat16, weights from disk",
+        "quantize": "25.1 GB written",
+        "verify": "1 prompt, 256 px, piece by piece, every quantised linear",
+        "build": "TensorRT-RTX, the backbone's engine for sm89",
+    }
+    for name, s in r["stages"].items():
+        plan = s["planned"]
+        rows.append(
+            f"| {name} | {what[name]} | {plan['seconds']:.0f} s | {s['wall_s']:.0f} s "
+            f"| {s['user_s'] + s['system_s']:.0f} s | {plan['memory_bytes'] / 2**30:.2f} GiB "
+            f"| {s['peak_resident_bytes'] / 2**30:.2f} GiB | {s['read_bytes'] / 1e9:.1f} GB |"
+        )
+    loads = [s["load_average_before"][0] for s in r["stages"].values()]
+    note = f"Load average before the stages: {', '.join(f'{load:.1f}' for load in loads)}."
+    return "\n".join([*rows, "", f"{_machine(r)} {note}"])
+
+
 def cpu_table() -> str:
     """This runtime beside PyTorch, one row per workload."""
     data = _read("cpu_vs_torch")
@@ -147,6 +173,7 @@ def main() -> int:
         README: {
             "export": export_table,
             "quantize": quantize_table,
+            "rehearsal": rehearsal_table,
             "cpu": cpu_table,
             "host": host_table,
             "arcs": arcs_table,

@@ -12,18 +12,22 @@ import json
 import shlex
 import sys
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
+from .announce import add_anyway, announce
 from .bars import Bars
 from .sources import add_source_arguments, open_student, quiet_libraries
 
 if TYPE_CHECKING:
     from arcflow_runtime.bundle import DType
 
+    from ..costs import Cost
     from ..export import Plan
     from ..load import Student
+    from ..machine import Machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="largest number of text tokens, and the default; default: %(default)s",
     )
+    add_anyway(parser)
     group.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
     group.add_argument("--json", action="store_true", help="print the plan or result as JSON")
 
@@ -115,13 +120,36 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"dry run: {plan.bytes:,} bytes of weights would be written to {args.out}")
         return 0
+    announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     with Bars() as bars:
         out = export_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
+    from arcflow_runtime.bundle import Bundle
+
+    from ..runs_on import runs_on
+
+    found = runs_on(Bundle.open(out))
     if args.json:
-        print(json.dumps(_as_dict(plan) | {"out": str(out), "stages": bars.stages}, indent=2))
-    else:
-        print(f'wrote {out}; draw with: arcflow generate {out} "a prompt" --out picture.png')
+        result = {"out": str(out), "runs_on": dataclasses.asdict(found), "stages": bars.stages}
+        print(json.dumps(_as_dict(plan) | result, indent=2))
+        return 0
+    following = (
+        f'draw with: arcflow generate {out} "a prompt" --out picture.png'
+        if found.onnxruntime
+        else f"build engines with: arcflow build {out} --backend tensorrt-rtx --target sm89"
+    )
+    print(f"wrote {out}; {following}\n{found.sentence()}")
     return 0
+
+
+def _cost(plan: Plan, machine: Machine) -> Cost:
+    from ..costs import export_cost
+    from ..work import PartWork
+
+    student = plan.student
+    parts = {
+        p.part.name: PartWork(p.parameters, p.bytes, len(p.params), 0, 0, 0, str(p.part.precision)) for p in plan.parts
+    }
+    return export_cost(parts, student.base_bytes, student.adapter_bytes, student.outline.width, machine)
 
 
 def _steps(text: str) -> tuple[int, ...]:

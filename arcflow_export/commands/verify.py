@@ -3,8 +3,8 @@
 With --base and --adapter, those that the bundle was made from: the torch side shares nothing with the bundle:
 diffusers' transformer, LoRA unmerged, its own update. Every quantity is compared with torch in float32: a float32 part
 must agree to 1e-4, one in bfloat16 or float16 may be as far as twice what torch is in that precision, itself run
-several times with other roundings. float16 parts are checked for overflow. Both models are loaded whole, so this is
-for students that fit in memory. Exit code 1 if anything disagrees.
+several times with other roundings. float16 parts are checked for overflow. Weights that do not fit in memory are read
+from disk as they are used. Exit code 1 if anything disagrees.
 
 With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, FP8 with its own
 rounding. Errors are reported per part on the reference's inputs, end to end, and for every quantised layer. Exit code
@@ -15,18 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_runtime.errors import RequestError
 
 from ..errors import SourceError
+from .announce import announce
 from .drift import add_drift_arguments, run_drift
 from .sources import add_source_arguments, open_student, quiet_libraries
 
 if TYPE_CHECKING:
-    from arcflow_runtime.bundle import Range
+    from arcflow_runtime.bundle import Bundle, Range
+    from arcflow_runtime.request import Request
 
+    from ..costs import Cost
+    from ..load import Student
+    from ..machine import Machine
     from ..verify import Row
 
 HEIGHT_PX, WIDTH_PX = 64, 96
@@ -98,6 +104,7 @@ def _run_torch(args: argparse.Namespace) -> int:
             "give the base and adapter it was made from"
         )
     check_student(bundle, student.sources)
+    announce(partial(_cost, bundle, student, request, len(prompts)), Path.cwd(), args.anyway)
     cases = [Case(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
     with tqdm(total=len(cases) + 1, disable=None) as bar:
 
@@ -120,6 +127,18 @@ def _run_torch(args: argparse.Namespace) -> int:
         if overflowing := [r for r in failed if r.node]:
             print(_advice(overflowing, layers))
     return 1 if failed else 0
+
+
+def _cost(bundle: Bundle, student: Student, request: Request, cases: int, machine: Machine) -> Cost:
+    from ..costs import verify_cost
+    from ..verify import RUNS
+    from ..work import call_sizes, part_work
+
+    steps = request.num_inference_steps
+    sizes = call_sizes(request.height_px, request.width_px, bundle.manifest.text.max_sequence_length, steps)
+    parts = {part.name: part_work(part, sizes) for part in student.parts(bundle.manifest.dtype)}
+    reduced = any(part.precision != "float32" for part in bundle.manifest.parts.values())
+    return verify_cost(parts, cases, steps, RUNS if reduced else 0, student.base_bytes, student.adapter_bytes, machine)
 
 
 def _nearest(size_px: int, allowed: Range) -> int:

@@ -7,6 +7,7 @@ gives T5 no mask.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from arcflow_runtime.bundle import DType, TensorSpec
 
 from ..errors import SourceError
 from ..sources import read_json
-from ..tensors import TensorIndex
 from .layers import Constant, Part, RMSNorm, replace_linears
 
 CLIP_TOKENS = 77
@@ -129,8 +129,13 @@ def _replace_norms(module: nn.Module) -> None:
             _replace_norms(child)
 
 
-def clip(folder: Path, dtype: DType) -> Part:
+def clip(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     """FLUX's first text encoder, from its component folder.
+
+    Args:
+        folder: has its config.
+        dtype: of the part.
+        keys: names of the checkpoint's tensors; none where only sizes matter.
 
     Raises:
         SourceError: the folder does not hold a CLIP text model.
@@ -140,7 +145,6 @@ def clip(folder: Path, dtype: DType) -> Part:
         model = ClipText(CLIPTextModel(config))
     replace_linears(model)
     model.to(getattr(torch, dtype)).requires_grad_(False).eval()
-    keys = TensorIndex.open(folder, "text_encoder")
     prefix = "text_model." if any(k.startswith("text_model.") for k in keys) else ""
     return Part(
         "text_encoder",
@@ -152,7 +156,7 @@ def clip(folder: Path, dtype: DType) -> Part:
     )
 
 
-def t5(folder: Path, dtype: DType) -> Part:
+def t5(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     """FLUX's second text encoder, from its component folder.
 
     In float16 the feed-forward output projections stay in float32, as transformers keeps them: they overflow.
@@ -170,7 +174,6 @@ def t5(folder: Path, dtype: DType) -> Part:
         for name, module in model.named_modules():
             if name.endswith(".wo"):
                 module.float()
-    keys = TensorIndex.open(folder, "text_encoder_2")
 
     def rename(name: str) -> str:
         if name == "shared.weight":
@@ -187,7 +190,7 @@ def t5(folder: Path, dtype: DType) -> Part:
     )
 
 
-def qwen(folder: Path, dtype: DType) -> Part:
+def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     """Qwen-Image's text encoder (the language model of Qwen2.5-VL), from its component folder.
 
     Raises:
@@ -200,16 +203,15 @@ def qwen(folder: Path, dtype: DType) -> Part:
     _replace_norms(model)
     replace_linears(model)
     model.to(getattr(torch, dtype)).requires_grad_(False).eval()
-    keys = TensorIndex.open(folder, "text_encoder")
     # Three generations of transformers wrote three prefixes.
     prefixes = [p for p in ("model.language_model.", "language_model.model.", "model.") if f"{p}norm.weight" in keys]
-    if not prefixes:
+    if keys and not prefixes:
         raise SourceError(f"text_encoder: {folder} has no Qwen2.5-VL language model weights")
     return Part(
         "text_encoder",
         model,
         (TensorSpec("input_ids", "int64", ("batch", "text_tokens")),),
         (TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config.hidden_size)),),
-        lambda name: prefixes[0] + name,
+        lambda name: (prefixes or [""])[0] + name,
         getattr(torch, dtype),
     )

@@ -14,6 +14,9 @@ from .errors import ArcFlowError, RequestError
 
 #: Each module has a docstring for its help, `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
+    "compile": "arcflow_export.commands.compile",
+    "plan": "arcflow_export.commands.plan",
+    "download": "arcflow_export.commands.download",
     "export": "arcflow_export.commands.export",
     "calibrate": "arcflow_calibration.commands.calibrate",
     "generate": "arcflow_runtime.commands.generate",
@@ -81,6 +84,16 @@ def _run(name: str, argv: list[str]) -> int:
         if debug:
             raise
         return _fail(name, str(e), FAILED)
+
+
+def check_usage(argv: Sequence[str]) -> None:
+    """Parse the arguments of one subcommand, `argv[0]`, without running it.
+
+    Raises:
+        SystemExit: they are wrong; what is wrong was printed.
+    """
+    name, *rest = argv
+    _parser(name, importlib.import_module(COMMANDS[name])).parse_strictly(rest)
 
 
 def _parser(name: str, module: ModuleType) -> _Parser:

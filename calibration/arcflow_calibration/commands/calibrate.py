@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arcflow_export.commands.announce import announce
 from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
 from arcflow_runtime.errors import RequestError
 
@@ -21,6 +23,10 @@ from ..prompts import PRESETS, Prompts, read_prompts
 from ..summary import as_dict, summarise, table
 
 if TYPE_CHECKING:
+    from arcflow_export.costs import Cost
+    from arcflow_export.load import Student
+    from arcflow_export.machine import Machine
+
     from ..scales import Scales
 
 
@@ -99,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     )
     check_out(args.out, args.overwrite)
     student = open_student(args)
+    # A student that cannot fit is refused by `plan_memory`, which knows its files.
+    announce(partial(_cost, student, settings, len(prompts.texts)), args.out.absolute().parent, anyway=True)
     try:
         scales = calibrate(
             student, prompts, settings, args.out, args.overwrite, lambda message: print(message, file=sys.stderr)
@@ -108,6 +116,19 @@ def run(args: argparse.Namespace) -> int:
         raise
     _report(args, scales)
     return 0
+
+
+def _cost(student: Student, settings: Settings, prompts: int, machine: Machine) -> Cost:
+    from arcflow_export.costs import calibrate_cost, network_bytes
+    from arcflow_export.work import call_sizes, part_work
+
+    height, width = max(settings.sizes, key=lambda size: size[0] * size[1])
+    steps, batch, dtype = settings.num_inference_steps, settings.batch, settings.dtype
+    sizes = call_sizes(height, width, settings.max_sequence_length, steps)
+    parts = {part.name: part_work(part, sizes) for part in student.parts(dtype)}
+    free = machine.free_memory_bytes
+    memory, read = network_bytes(parts, student.base_bytes, student.adapter_bytes, dtype, batch, steps, free)
+    return calibrate_cost(parts, prompts, steps, dtype, -(-prompts // batch) * read, memory, machine)
 
 
 def _report(args: argparse.Namespace, scales: Scales) -> None:

@@ -13,8 +13,9 @@ from .library import LIBRARIES, this_platform
 from .record import EngineKey, part_key_fields
 from .shapes import Size, make_profiles
 
-_FIRST_WITH_BFLOAT16 = 80
-_FIRST_WITH_FP8 = 89
+#: The first compute capabilities, times ten, with these dtypes.
+FIRST_WITH_BFLOAT16 = 80
+FIRST_WITH_FP8 = 89
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ def plan_builds(
 def _check_precision(bundle: Bundle, part: str, target: str) -> None:
     spec = bundle.manifest.parts[part]
     capability = int(target.removeprefix("sm"))
-    if spec.quantization is not None and capability < _FIRST_WITH_FP8:
+    if spec.quantization is not None and capability < FIRST_WITH_FP8:
         raise EngineError(
-            f"{part} is in FP8, which {target} does not have; build for sm{_FIRST_WITH_FP8} or newer, or the bundle "
+            f"{part} is in FP8, which {target} does not have; build for sm{FIRST_WITH_FP8} or newer, or the bundle "
             "that this one was quantised from"
         )
-    if spec.precision == "bfloat16" and capability < _FIRST_WITH_BFLOAT16:
+    if spec.precision == "bfloat16" and capability < FIRST_WITH_BFLOAT16:
         raise EngineError(
             f"{part} is in bfloat16, which {target} does not have; export the bundle with --dtype float16"
         )

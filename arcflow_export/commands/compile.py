@@ -1,0 +1,125 @@
+"""Compile a student: download, export, calibrate, quantise, verify and build, whatever of it is still to be done.
+
+STUDENT is flux, qwen, or a TOML file that names the base, the adapter and the options of each stage. Every stage is a
+process of its own. Stopped at any time, the same command goes on, and does no finished stage again; one whose inputs
+or options changed is done anew. A plan is printed first, and what each stage took at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..pipeline.stages import Job
+
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_job_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--json", action="store_true", help="print the plan, and what each stage took, as JSON")
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what says what to compile, which `arcflow plan` takes too."""
+    parser.add_argument("student", metavar="STUDENT", help="flux, qwen or a .toml file")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: the student's")
+    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
+    parser.add_argument("--target", metavar="SM[,SM...]", help="as of arcflow build (default: the GPU here)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="FOLDER",
+        help="for NAME-PRECISION, NAME-scales.json and NAME-drift; default: %(default)s",
+    )
+    group = parser.add_argument_group("FP8")
+    group.add_argument("--policy", metavar="NAME|FILE", help="which layers are quantised, and the gate's thresholds")
+    group.add_argument("--scales", type=Path, metavar="FILE", help="of an earlier calibration; made if it is not there")
+    group.add_argument("--no-gate", action="store_true", help="leave the drift gate out")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="of calibration; default: the GPU if torch has one")
+    group.add_argument("--limit", type=int, metavar="N", help="prompts of calibration and of the gate")
+    group.add_argument("--size", type=_size, metavar="HEIGHTxWIDTH", help="images of calibration and gate, in pixels")
+    parser.add_argument("--offline", action="store_true", help="use the hub's cache only")
+    parser.add_argument("--anyway", action="store_true", help="start even if a stage does not fit in memory or on disk")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile."""
+    from ..pipeline.check import check_job
+    from ..pipeline.run import Run
+
+    job = read_job(args)
+    check_job(job)
+
+    def say(text: str) -> None:
+        if not args.json:
+            print(text, flush=True)
+
+    task, code = Run(job, say, args.json), 0
+    if args.dry_run:
+        task.plan(job_arguments(args))
+    else:
+        code = task.compile(job_arguments(args))
+    if args.json:
+        print(json.dumps(task.as_dict() | {"exit_code": code}, indent=2))
+    return code
+
+
+def read_job(args: argparse.Namespace) -> Job:
+    """What the options of `add_job_arguments` say.
+
+    Raises:
+        RequestError: an option is out of range.
+        SourceError: the student file is missing or wrong.
+    """
+    from arcflow_runtime.errors import RequestError
+
+    from ..pipeline.stages import Job
+    from ..pipeline.students import load_student_file
+
+    if args.limit is not None and args.limit < 1:
+        raise RequestError(f"--limit must be at least 1, got {args.limit}")
+    student = load_student_file(args.student)
+    return Job(
+        student,
+        args.out,
+        args.precision or student.precision,
+        args.backend,
+        args.target,
+        args.policy,
+        args.scales,
+        not args.no_gate,
+        args.offline,
+        args.device,
+        args.limit,
+        args.size,
+        args.anyway,
+    )
+
+
+def job_arguments(args: argparse.Namespace) -> list[str]:
+    """The options that `read_job` reads, as words again."""
+    words = [args.student, "--backend", args.backend, "--out", str(args.out)]
+    for name in ("precision", "target", "policy", "scales", "device", "limit"):
+        if (value := getattr(args, name)) is not None:
+            words += [f"--{name}", str(value)]
+    if args.size is not None:
+        words += ["--size", "x".join(map(str, args.size))]
+    return words + [f"--{n}" for n in ("no-gate", "offline", "anyway") if getattr(args, n.replace("-", "_"))]
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(n) for n in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 1024x1024, got {text!r}") from None
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        raise argparse.ArgumentTypeError(f"sides must be positive multiples of 16, got {text!r}")
+    return height, width

@@ -1,0 +1,78 @@
+"""Download a student's base, adapter and LoRAs from the hub into its cache: exactly what the later stages read.
+
+What is in the cache is not fetched again, and a file whose transfer was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .sources import add_source_arguments
+
+if TYPE_CHECKING:
+    from ..sources import Choose, Location
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_source_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print where everything is, and the commits, as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Download and print where everything is."""
+    from huggingface_hub.utils import logging
+
+    from ..sources import measure, resolve
+
+    logging.set_verbosity_error()
+    wanted = _wanted(args)
+    # A mistake in any of them is found before the first is fetched, which may take an hour.
+    sizes = [measure(location, what, choose) for what, location, choose in wanted]
+    rows = []
+    for (what, location, choose), size in zip(wanted, sizes, strict=True):
+        if size.files:
+            here = f", of which {size.cached_bytes / 1e9:.2f} GB are here already" if size.cached_bytes else ""
+            print(f"{what}: {size.name}, {size.bytes / 1e9:.2f} GB{here}", file=sys.stderr)
+        found = resolve(location, what, choose)
+        rows.append(
+            {
+                "what": what,
+                "name": found.name,
+                "revision": found.revision,
+                "path": str(found.path),
+                "bytes": size.bytes,
+                "fetched_bytes": size.bytes - size.cached_bytes,
+            }
+        )
+    if args.json:
+        print(json.dumps({"checkpoints": rows}, indent=2))
+    else:
+        for row in rows:
+            commit = f" at {row['revision']}" if row["revision"] else ""
+            print(f"{row['what']}: {row['name']}{commit}: {row['path']}")
+    return 0
+
+
+def _wanted(args: argparse.Namespace) -> list[tuple[str, Location, Choose]]:
+    from arcflow_runtime.errors import RequestError
+
+    from ..layout import adapter_files, base_files, lora_files
+    from ..sources import Location
+
+    wanted: list[tuple[str, Any, Any]] = [
+        ("base checkpoint", Location(args.base, args.base_subfolder, args.base_revision, args.offline), base_files),
+        ("adapter", Location(args.adapter, args.adapter_subfolder, args.adapter_revision, args.offline), adapter_files),
+    ]
+    if args.lora:
+        from ..styles import parse_lora  # it imports torch
+
+        try:
+            names = [parse_lora(text)[0] for text in args.lora]
+        except ValueError as e:
+            raise RequestError(str(e)) from None
+        wanted += [("LoRA", Location(name, offline=args.offline), lora_files) for name in names]
+    return wanted

@@ -1,0 +1,63 @@
+"""A job -> an error before the first stage, where a later one would fail after hours."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from arcflow_runtime.cli import check_usage
+from arcflow_runtime.errors import EngineError, RequestError
+
+from ..errors import ExportError
+from .stages import CALIBRATE, Job, plan_stages
+
+#: Modules that only some stages need, and what to install for them.
+_NEEDED = (("torch", "arcflow[export]", None), ("modelopt", "arcflow[calibrate]", CALIBRATE))
+
+
+def check_job(job: Job) -> None:
+    """Check every stage's options, the policy, the target, and that what the stages need is installed.
+
+    Raises:
+        RequestError: an option of a stage, or --target, is wrong.
+        QuantizeError: there is no such policy.
+        EngineError, ExportError: a library is missing.
+    """
+    stages = plan_stages(job, {})
+    for stage in stages:
+        check_usage(stage.command)
+    for module, package, name in _NEEDED:
+        if find_spec(module) is None and (name is None or any(s.name == name for s in stages)):
+            raise ExportError(f"needs {module}, which is not installed; run: pip install '{package}'")
+    if job.precision == "fp8" and (policy := job.policy or job.student.policy) is not None:
+        from ..quantize.policy import load_policy
+
+        load_policy(policy)
+    if job.backend != "onnxruntime":
+        _check_target(job)
+
+
+def _check_target(job: Job) -> None:
+    from arcflow_runtime.trt.gpu import find_gpu
+    from arcflow_runtime.trt.library import LIBRARIES
+    from arcflow_runtime.trt.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
+
+    library, gpu = LIBRARIES[job.backend], find_gpu()
+    if find_spec(library.module) is None:
+        raise EngineError(f"{library.name} is not installed; run: pip install '{library.package}'")
+    if gpu is None and not library.ahead_of_time:
+        raise EngineError(
+            f"{job.backend} builds on the GPU that it builds for, and the CUDA driver finds none here; "
+            "build there, or with --backend tensorrt-rtx, which needs none"
+        )
+    if job.target is None and gpu is None:
+        raise RequestError("--target must be given where there is no GPU, such as --target sm89")
+    targets = [t.strip() for t in job.target.split(",")] if job.target is not None else [gpu.target] if gpu else []
+    for target in targets:
+        if library.ahead_of_time:
+            library.check_target(target)
+        elif gpu is not None and target != gpu.target:
+            raise RequestError(f"--target must be {gpu.target} for {job.backend} on this {gpu.name}, got {target!r}")
+        capability = int(target.removeprefix("sm"))
+        least = {"fp8": FIRST_WITH_FP8, "bf16": FIRST_WITH_BFLOAT16}.get(job.precision, 0)
+        if capability < least:
+            raise RequestError(f"--precision {job.precision} must be built for sm{least} or newer, got {target}")

@@ -1,0 +1,148 @@
+"""What the stages of a job will take: its student's configs, the stages' own options and the machine -> a cost each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from arcflow_runtime.cli import COMMANDS
+
+from ..costs import Cost, Gate, build_cost, calibrate_cost, export_cost, gate_cost, network_bytes, quantize_cost
+from ..layout import adapter_files, base_files, lora_files
+from ..load import Outline, read_outline
+from ..machine import Machine
+from ..options import Options
+from ..sources import Location, measure
+from ..work import PartWork, call_sizes, part_work
+from .stages import BUILD, CALIBRATE, DOWNLOAD, EXPORT, QUANTIZE, VERIFY, Job, Stage, plan_stages
+from .students import Checkpoint
+
+#: Of a baked conditioner no weights are written.
+_BAKED = "qwen-image"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Bytes of the weights of base and adapter, and what of them is still to be downloaded."""
+
+    base_bytes: int
+    adapter_bytes: int
+    missing_bytes: int
+
+
+def forecast(job: Job, machine: Machine) -> list[Cost]:
+    """The cost of every stage, as if none was done.
+
+    Fetches the configs of checkpoints on the hub, and no weights.
+
+    Raises:
+        SourceError: a checkpoint is missing or wrong.
+    """
+    outline = read_outline(_location(job.student.base, job.offline), _location(job.student.adapter, job.offline))
+    sources = _measure(job)
+    return [_cost(stage, job, outline, sources, machine) for stage in plan_stages(job, {})]
+
+
+def _cost(stage: Stage, job: Job, outline: Outline, sources: Sources, machine: Machine) -> Cost:
+    if stage.name == DOWNLOAD:
+        return Cost(DOWNLOAD, None, 0, sources.missing_bytes)
+    export = _options(EXPORT, next(s for s in plan_stages(job, {}) if s.name == EXPORT))
+    options = Options(dtype=export.dtype)
+    text, px = export.max_sequence_length, min(1024, export.max_px)
+
+    def works(height: int, width: int, tokens: int, steps: int) -> dict[str, PartWork]:
+        sizes = call_sizes(height, width, tokens, steps)
+        return {part.name: part_work(part, sizes) for part in outline.parts(options.part_dtype)}
+
+    if stage.name == EXPORT:
+        parts = _shipped(works(px, px, text, 2), outline)
+        return export_cost(parts, sources.base_bytes, sources.adapter_bytes, outline.width, machine)
+    if stage.name == CALIBRATE:
+        return _calibrate(_options(CALIBRATE, stage), works, sources, machine)
+    parts = _shipped(works(px, px, text, 2), outline)
+    quantized = {"backbone": parts["backbone"].parameters}
+    if stage.name == QUANTIZE:
+        unchanged = sum(p.weight_bytes for name, p in parts.items() if name not in quantized)
+        return quantize_cost(parts, quantized, unchanged, machine)
+    if stage.name == VERIFY:
+        return _gate(_options(VERIFY, stage), works, px, text, machine)
+    assert stage.name == BUILD
+    if job.precision == "fp8":
+        backbone = parts["backbone"]
+        parts["backbone"] = PartWork(**(vars(backbone) | {"weight_bytes": backbone.parameters}))
+    if (chosen := _options(BUILD, stage).parts) is not None:
+        parts = {name: parts[name] for name in chosen.split(",") if name in parts}
+    return build_cost(parts, len((job.target or "here").split(",")), machine)
+
+
+def _calibrate(
+    args: argparse.Namespace,
+    works: Callable[[int, int, int, int], dict[str, PartWork]],
+    sources: Sources,
+    machine: Machine,
+) -> Cost:
+    from arcflow_calibration.prompts import read_prompts
+
+    prompts = len(read_prompts(args.prompts, args.limit).texts)
+    height, width = max(args.sizes, key=lambda size: size[0] * size[1])
+    parts = works(height, width, args.max_sequence_length, args.num_inference_steps)
+    batches = -(-prompts // args.batch)
+    steps = args.num_inference_steps
+    memory, read = network_bytes(
+        parts, sources.base_bytes, sources.adapter_bytes, args.dtype, args.batch, steps, machine.free_memory_bytes
+    )
+    return calibrate_cost(parts, prompts, steps, args.dtype, read * batches, memory, machine)
+
+
+def _gate(
+    args: argparse.Namespace,
+    works: Callable[[int, int, int, int], dict[str, PartWork]],
+    px: int,
+    text: int,
+    machine: Machine,
+) -> Cost:
+    from ..commands.drift import LIMIT, LIMIT_WITH_JUDGE
+
+    cases = args.limit or (LIMIT_WITH_JUDGE if args.judge else LIMIT)
+    steps = args.steps or 2
+    parts = works(args.height or px, args.width or px, text, steps)
+    heads = 4 * (args.height or px) * (args.width or px) // 256 * 1200 * (steps + 2)
+    gate = Gate(cases, steps, False, False, 1.0, kept_bytes=min(cases * heads, 1 << 30))
+    return gate_cost(parts, gate, machine)
+
+
+def _shipped(parts: dict[str, PartWork], outline: Outline) -> dict[str, PartWork]:
+    return {n: p for n, p in parts.items() if not (n == "conditioner" and outline.family == _BAKED)}
+
+
+def _measure(job: Job) -> Sources:
+    base = _bytes(job.student.base, "base checkpoint", base_files, job.offline)
+    adapter = _bytes(job.student.adapter, "adapter", adapter_files, job.offline)
+    loras = [_bytes(lora, "LoRA", lora_files, job.offline) for lora in job.student.loras]
+    missing = base[1] + adapter[1] + sum(m for _, m in loras)
+    return Sources(base[0], adapter[0] + sum(n for n, _ in loras), missing)
+
+
+def _bytes(checkpoint: Checkpoint, what: str, choose: Callable[..., list[str]], offline: bool) -> tuple[int, int]:
+    """Bytes of a checkpoint's weights, and of what is to be downloaded."""
+    if checkpoint.path is not None:
+        folder = checkpoint.path / (checkpoint.subfolder or "")
+        files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
+        return sum(f.stat().st_size for f in files), 0
+    found = measure(_location(checkpoint, offline), what, choose)
+    return found.bytes, found.bytes - found.cached_bytes
+
+
+def _location(checkpoint: Checkpoint, offline: bool) -> Location:
+    name = checkpoint.name if checkpoint.path is None else str(checkpoint.path)
+    return Location(name, checkpoint.subfolder, checkpoint.revision, offline)
+
+
+def _options(name: str, stage: Stage) -> argparse.Namespace:
+    """A stage's own reading of its options, defaults included."""
+    module = importlib.import_module(COMMANDS[name])
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    module.add_arguments(parser)
+    return parser.parse_intermixed_args(stage.command[1:])

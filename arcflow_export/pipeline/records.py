@@ -1,0 +1,121 @@
+"""`.NAME.stages.json`, what earlier runs of `arcflow compile` did, and `.NAME.lock`, which keeps two runs apart.
+
+The file is specified in `docs/compile.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from arcflow_runtime.errors import BundleError
+from arcflow_runtime.parse import parse, read_json
+
+from ..errors import ExportError
+from ..staging import whole_file
+
+FORMAT, VERSION = "arcflow-stages", 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stage's last run.
+
+    `key` is that of the stage's arguments and of what it read. While it runs, `before` is the identity of the output
+    that it will replace, null for none. Once it has ended, `output` is the identity of what it wrote.
+    """
+
+    stage: str
+    key: str
+    state: Literal["running", "done", "failed"]
+    before: str | None = None
+    output: str | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass
+class Records:
+    """The file: each output's record by the output's name, and the hub's commits by id and revision."""
+
+    path: Path
+    outputs: dict[str, Record] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> Records:
+        """Read the file; no records where there is none.
+
+        Raises:
+            ExportError: it is damaged, of another version, or has an unknown key.
+        """
+        if not path.exists():
+            return Records(path)
+        again = "remove it to begin anew"
+        try:
+            data = read_json(path.read_bytes())
+        except (ValueError, RecursionError) as e:
+            raise ExportError(f"{path} is not valid JSON ({e}); {again}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ExportError(f"{path}: 'format' must be {FORMAT!r}; {again}")
+        if data.get("version") != VERSION:
+            raise ExportError(f"{path}: version must be {VERSION}, got {data.get('version')!r}; {again}")
+        try:
+            file: _File = parse(_File, data, str(path))
+        except BundleError as e:
+            raise ExportError(f"{e}; {again}") from None
+        return Records(path, dict(file.outputs), dict(file.commits))
+
+    def put(self, name: str, record: Record) -> None:
+        """Set one record and write the file."""
+        self.outputs[name] = record
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        outputs = {name: dataclasses.asdict(record) for name, record in self.outputs.items()}
+        data = {"format": FORMAT, "version": VERSION, "commits": self.commits, "outputs": outputs}
+        with whole_file(self.path) as partial:
+            partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _File:
+    format: str
+    version: int
+    commits: Mapping[str, str]
+    outputs: Mapping[str, Record]
+
+
+@contextmanager
+def only_run(path: Path, waits: Callable[[], None]) -> Iterator[int]:
+    """Hold the lock file `path`, waiting until it is free; `waits` is called first if it is not.
+
+    Yields the descriptor that holds it: the lock lasts until every process that inherited it has ended. The file stays,
+    since a lock on a removed file excludes nobody.
+
+    Raises:
+        ExportError: the file system has no locks.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as e:
+            if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            raise ExportError(f"--out: the file system of {path.parent} has no locks; give a folder on another") from e
+        yield handle
+    finally:
+        os.close(handle)

@@ -1,0 +1,228 @@
+"""A student file and the options of `arcflow compile` -> the stages in order, each with its command and its key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from arcflow_runtime.bundle import ENGINES
+
+from .identity import Output, digest, identify, version
+from .students import FILE_OPTIONS, Checkpoint, Precision, StudentFile
+
+Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+DOWNLOAD, EXPORT, CALIBRATE, QUANTIZE, VERIFY, BUILD = "download", "export", "calibrate", "quantize", "verify", "build"
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+#: Packages whose version changes what a stage writes.
+_PACKAGES = {
+    EXPORT: ("arcflow", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript"),
+    CALIBRATE: ("arcflow", "torch", "diffusers", "transformers", "peft", "nvidia-modelopt"),
+    QUANTIZE: ("arcflow", "onnx", "onnx-ir", "ml_dtypes"),
+    VERIFY: ("arcflow", "numpy", "onnxruntime", "ml_dtypes"),
+    BUILD: ("arcflow",),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile: the options of `arcflow compile`, checked.
+
+    `scales` is a file of scales of one's own, None for the one in `out`; `size` is (height, width) in pixels of the
+    images that calibration and the gate draw; None leaves a default to the stage. `anyway` starts stages that do not
+    fit in the memory or on the disk.
+    """
+
+    student: StudentFile
+    out: Path
+    precision: Precision
+    backend: Backend = "onnxruntime"
+    target: str | None = None
+    policy: str | None = None
+    scales: Path | None = None
+    gate: bool = True
+    offline: bool = False
+    device: str | None = None
+    limit: int | None = None
+    size: tuple[int, int] | None = None
+    anyway: bool = False
+
+    def bundle(self, precision: str) -> Output:
+        """The bundle of one precision."""
+        return Output(self.out / f"{self.student.name}-{precision}", "bundle")
+
+    @property
+    def exported(self) -> Output:
+        """The bundle that is exported: FP8 is made from another, and ONNX Runtime has no bfloat16 on a CPU."""
+        if self.precision != "fp8":
+            return self.bundle(self.precision)
+        return self.bundle("fp32" if self.backend == "onnxruntime" else "bf16")
+
+    @property
+    def result(self) -> Output:
+        """The bundle to run."""
+        return self.bundle(self.precision)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file or folder that a stage reads, as a word of its command; `output` where an earlier stage writes it."""
+
+    path: Path
+    output: Output | None = None
+    suffix: str = ""
+
+    def identity(self) -> str | None:
+        """None where it is not there."""
+        if self.output is not None:
+            return self.output.identity()
+        return identify(self.path) if self.path.exists() else None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One subprocess `arcflow NAME ...`.
+
+    `words` are its arguments, `target` those that do not change its output, such as where it is; `facts` are further
+    things that its output depends on. `folder` is what it writes into, where that is no output of its own. `record`
+    names it among the records.
+    """
+
+    name: str
+    words: tuple[str | Input, ...]
+    target: tuple[str, ...] = ()
+    output: Output | None = None
+    facts: tuple[str, ...] = ()
+    record: str = ""
+    folder: Path | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """Its whole argument list."""
+        words = [f"{w.path}{w.suffix}" if isinstance(w, Input) else w for w in self.words]
+        return [self.name, *words, *self.target]
+
+    @property
+    def inputs(self) -> list[Input]:
+        """What it reads."""
+        return [w for w in self.words if isinstance(w, Input)]
+
+    def key(self) -> str | None:
+        """SHA-256 of its arguments, of what it reads and of its packages' versions; None while an input is missing."""
+        words: list[object] = []
+        for word in self.words:
+            if isinstance(word, Input):
+                if (identity := word.identity()) is None:
+                    return None
+                words.append([identity, word.suffix])
+            else:
+                words.append(word)
+        return digest([self.name, words, self.facts, [[p, version(p)] for p in _PACKAGES.get(self.name, ())]])
+
+
+def plan_stages(job: Job, commits: Mapping[str, str]) -> list[Stage]:
+    """The stages of a job in the order in which they run.
+
+    Args:
+        job: what to compile.
+        commits: the hub's commits as far as they are known, by `commit_name`.
+    """
+    student, exported, bundle = job.student, job.exported, job.result
+    remote = [c for c in student.checkpoints if c.path is None]
+    sources = _sources(student, commits)
+    loras = tuple(commits.get(commit_name(c), "unknown") for c in student.loras if c.path is None)
+    stages = []
+    if remote:
+        stages.append(Stage(DOWNLOAD, (*sources, *(["--offline"] if job.offline else []), "--json")))
+        sources = (*sources, "--offline")  # every stage uses the files of the download
+    opset = ["--opset", "20"] if exported == job.bundle("fp32") and job.backend != "onnxruntime" else []
+    words = (*sources, "--dtype", _DTYPES[exported.path.name.rpartition("-")[2]], *opset, *_files(student.export))
+    stages.append(_writing(job, EXPORT, words, exported, ("--out", str(exported.path), "--overwrite"), loras))
+    if job.precision == "fp8":
+        stages += _quantise(job, sources, loras)
+    if job.backend != "onnxruntime":
+        words = (
+            Input(bundle.path, bundle),
+            "--backend",
+            job.backend,
+            *_option("--target", job.target),
+            *_files(student.build),
+        )
+        record = f"{bundle.path.name}/{ENGINES} {job.backend} {job.target or 'here'}"
+        stages.append(Stage(BUILD, words, _anyway(job), record=record, folder=bundle.path / ENGINES))
+    return stages
+
+
+def commit_name(checkpoint: Checkpoint) -> str:
+    """How the records call a checkpoint on the hub: ID, or ID@REVISION."""
+    return f"{checkpoint.name}@{checkpoint.revision}" if checkpoint.revision else checkpoint.name
+
+
+def _quantise(job: Job, sources: Iterable[str | Input], loras: tuple[str, ...]) -> list[Stage]:
+    exported, bundle, student = job.exported, job.result, job.student
+    scales = Output(job.scales or job.out / f"{student.name}-scales.json", "scales")
+    report = Output(job.out / f"{student.name}-drift", "report")
+    policy = tuple(_policy(job.policy if job.policy is not None else student.policy))
+    limit = _option("--limit", job.limit)
+    height, width = job.size or (None, None)
+    sizes = ["--sizes", f"{height}x{width}"] if job.size else []
+    device = _option("--device", job.device)
+    words = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
+    stages = [_writing(job, CALIBRATE, words, scales, ("--out", str(scales.path), "--overwrite"), loras)]
+    given = Input(exported.path, exported)
+    words = (given, "--scales", Input(scales.path, scales), *policy)
+    target = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
+    stages.append(_writing(job, QUANTIZE, words, bundle, target))
+    if job.gate:
+        words = (Input(bundle.path, bundle), "--against", given, *_files(student.verify), *limit)
+        words = (*words, *_option("--height", height), *_option("--width", width), *policy)
+        stages.append(_writing(job, VERIFY, words, report, ("--report", str(report.path), *_anyway(job))))
+    return stages
+
+
+def _writing(
+    job: Job,
+    name: str,
+    words: Iterable[str | Input],
+    output: Output,
+    target: tuple[str, ...],
+    facts: tuple[str, ...] = (),
+) -> Stage:
+    path = output.path.absolute()
+    record = path.name if path.parent == job.out.absolute() else str(path)
+    return Stage(name, tuple(words), target, output, facts, record)
+
+
+def _sources(student: StudentFile, commits: Mapping[str, str]) -> tuple[str | Input, ...]:
+    """The options that name the student; a checkpoint on the hub by its commit, once that is known."""
+    words: list[str | Input] = []
+    for name, checkpoint in (("base", student.base), ("adapter", student.adapter)):
+        words += [f"--{name}", checkpoint.name if checkpoint.path is None else Input(checkpoint.path)]
+        words += _option(f"--{name}-subfolder", checkpoint.subfolder)
+        if checkpoint.path is None:
+            words += _option(f"--{name}-revision", commits.get(commit_name(checkpoint), checkpoint.revision))
+    for lora in student.loras:
+        suffix = f":{lora.scale:g}"
+        words += ["--lora", lora.name + suffix if lora.path is None else Input(lora.path, suffix=suffix)]
+    return tuple(words)
+
+
+def _files(words: tuple[str, ...]) -> list[str | Input]:
+    """A student file's options, with the files that they name as inputs."""
+    named = [i + 1 for i, word in enumerate(words[:-1]) if word in FILE_OPTIONS]
+    return [Input(Path(w)) if i in named and Path(w).is_absolute() else w for i, w in enumerate(words)]
+
+
+def _policy(policy: str | None) -> list[str | Input]:
+    if policy is None:
+        return []
+    return ["--policy", Input(Path(policy)) if policy.endswith(".toml") else policy]
+
+
+def _anyway(job: Job) -> tuple[str, ...]:
+    return ("--anyway",) if job.anyway else ()
+
+
+def _option(name: str, value: object) -> list[str]:
+    return [] if value is None else [name, str(value)]

@@ -1,0 +1,203 @@
+"""A preset or TOML file -> what `arcflow compile` needs to know of a student: its weights and its stages' options."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from arcflow_runtime.errors import BundleError
+from arcflow_runtime.parse import parse
+
+from ..errors import SourceError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+#: Options of stages whose value is a file, or a folder; a relative one counts from the student file's folder.
+FILE_OPTIONS = ("--prompts", "--scales", "--judge")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Command-line options of each stage, beside those that `arcflow compile` gives it."""
+
+    export: str = ""
+    calibrate: str = ""
+    verify: str = ""
+    build: str = ""
+
+
+_NO_ARGUMENTS = Arguments()
+
+
+@dataclass(frozen=True)
+class _File:
+    """The keys of a student file."""
+
+    name: str
+    base: str
+    adapter: str
+    base_subfolder: str | None = None
+    base_revision: str | None = None
+    adapter_subfolder: str | None = None
+    adapter_revision: str | None = None
+    loras: tuple[str, ...] = ()
+    precision: Precision = "bf16"
+    policy: str | None = None
+    arguments: Arguments = _NO_ARGUMENTS
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base, adapter or LoRA: `path` where it is on this machine, None for the hub id `name`."""
+
+    name: str
+    path: Path | None
+    subfolder: str | None = None
+    revision: str | None = None
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class StudentFile:
+    """A student file, with the paths in it made absolute and its options split into words."""
+
+    name: str
+    base: Checkpoint
+    adapter: Checkpoint
+    loras: tuple[Checkpoint, ...]
+    precision: Precision
+    policy: str | None
+    export: tuple[str, ...]
+    calibrate: tuple[str, ...]
+    verify: tuple[str, ...]
+    build: tuple[str, ...]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Base, adapter and LoRAs."""
+        return (self.base, self.adapter, *self.loras)
+
+
+def presets() -> list[str]:
+    """Names of the students that come with the package."""
+    return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
+
+
+def load_student_file(name_or_path: str) -> StudentFile:
+    """Read a preset by its bare name, or a TOML file.
+
+    A path in the file counts from the file's folder where something is there, else from the working directory; what is
+    in neither is a hub id.
+
+    Raises:
+        SourceError: there is no such preset or file, it is not TOML, or a key is unknown, missing or of another type.
+    """
+    known, path = presets(), Path(name_or_path)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise SourceError(f"{path} does not exist; the presets are {', '.join(known)}")
+        folder, data = path.absolute().parent, path.read_bytes()
+    elif name_or_path in known:
+        folder, data = Path.cwd(), (_folder() / f"{name_or_path}.toml").read_bytes()
+    else:
+        raise SourceError(
+            f"{name_or_path!r} is neither a preset nor a .toml file{_suggest(name_or_path, known)}; "
+            f"the presets are {', '.join(known)}"
+        )
+    try:
+        decoded = tomllib.loads(data.decode())
+    except ValueError as e:  # TOMLDecodeError and UnicodeDecodeError are both
+        raise SourceError(f"{name_or_path}: not valid TOML ({e})") from None
+    return _resolve(_parse(decoded, name_or_path), folder, name_or_path)
+
+
+def _parse(decoded: dict[str, Any], where: str) -> _File:
+    arguments = decoded.get("arguments")
+    for table, kind, prefix in ((decoded, _File, ""), (arguments, Arguments, "arguments: ")):
+        known = [f.name for f in fields(kind)]
+        for key in table if isinstance(table, dict) else ():
+            if key not in known:
+                hint = _suggest(key, known)
+                raise SourceError(f"{where}: {prefix}unknown key {key!r}{hint}; the keys are {', '.join(known)}")
+    try:
+        file: _File = parse(_File, decoded, where)
+    except BundleError as e:
+        raise SourceError(str(e)) from None
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", file.name):
+        raise SourceError(
+            f"{where}: name must be letters, digits, '.', '_' and '-', as files are named after it, got {file.name!r}"
+        )
+    return file
+
+
+def _resolve(file: _File, folder: Path, where: str) -> StudentFile:
+    policy = file.policy
+    if policy is not None and policy.endswith(".toml"):
+        policy = str(_found(policy, folder) or policy)
+    return StudentFile(
+        file.name,
+        Checkpoint(file.base, _found(file.base, folder), file.base_subfolder, file.base_revision),
+        Checkpoint(file.adapter, _found(file.adapter, folder), file.adapter_subfolder, file.adapter_revision),
+        tuple(_lora(text, folder, where) for text in file.loras),
+        file.precision,
+        policy,
+        _words(file.arguments.export, folder, f"{where}: arguments: export"),
+        _words(file.arguments.calibrate, folder, f"{where}: arguments: calibrate"),
+        _words(file.arguments.verify, folder, f"{where}: arguments: verify"),
+        _words(file.arguments.build, folder, f"{where}: arguments: build"),
+    )
+
+
+def _lora(text: str, folder: Path, where: str) -> Checkpoint:
+    name, colon, scale = text.rpartition(":")
+    if not colon or _found(text, folder) is not None:  # a colon may belong to the path
+        return Checkpoint(text, _found(text, folder), scale=1.0)
+    try:
+        return Checkpoint(name, _found(name, folder), scale=float(scale))
+    except ValueError:
+        raise SourceError(f"{where}: loras must be PATH or PATH:SCALE with a number for SCALE, got {text!r}") from None
+
+
+def _words(text: str, folder: Path, where: str) -> tuple[str, ...]:
+    """A stage's options, with the files that they name as absolute paths."""
+    try:
+        words = shlex.split(text)
+    except ValueError as e:
+        raise SourceError(f"{where}: {e} in {text!r}") from None
+    split = [part for word in words for part in _split(word)]
+    for i, option in enumerate(split[:-1]):
+        if option in FILE_OPTIONS and (path := folder / split[i + 1]).exists():
+            split[i + 1] = str(path)
+    return tuple(split)
+
+
+def _split(word: str) -> Sequence[str]:
+    """`--option=value` as two words, for options that name files."""
+    option, equals, value = word.partition("=")
+    return (option, value) if equals and option in FILE_OPTIONS else (word,)
+
+
+def _found(name: str, folder: Path) -> Path | None:
+    """Where something of this name is on this machine."""
+    path = Path(name).expanduser()
+    return next((p.absolute() for p in (folder / path, path) if name and p.exists()), None)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _folder() -> Any:
+    return files("arcflow_export") / "pipeline" / "students"

@@ -1,0 +1,101 @@
+"""`arcflow compile` in a folder of its own, with stages that are quick and say what they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arcflow_export.pipeline import process
+from arcflow_runtime import cli
+
+HERE = Path(__file__).parent
+STAGES = ("export", "calibrate", "quantize", "verify", "build")
+FP8 = ("--precision", "fp8", "--backend", "tensorrt-rtx", "--target", "sm89")
+STUDENT = """
+name = "some"
+base = "base"
+adapter = "adapter"
+
+[arguments]
+calibrate = "--prompts prompts.txt"
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a student, and the fake stages in place of the real ones."""
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    (tmp_path / "student.toml").write_text(STUDENT)
+    (tmp_path / "fake").mkdir()
+    monkeypatch.setenv("FAKE", str(tmp_path / "fake"))
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(HERE / "fake_stage.py")))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def compile_(*arguments):
+    return cli.main(["compile", "student.toml", *FP8, *arguments])
+
+
+def log(what="start"):
+    """The stages that did `what` since the last call."""
+    path = Path("fake/log")
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.write_text("")
+    return [line.split()[1] for line in lines if line.split()[0] == what]
+
+
+def records():
+    return json.loads(Path("out/.some.stages.json").read_text())
+
+
+def start(place, *arguments, **environment):
+    """The command as a process of its own."""
+    command = [sys.executable, str(HERE / "fake_compile.py"), "student.toml", *FP8, *arguments]
+    environment = os.environ | environment | {"PYTHONPATH": str(HERE.parent)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def reached(what, stage):
+    """Wait until a stage logs `what`; returns its process id."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for line in Path("fake/log").read_text().splitlines() if Path("fake/log").exists() else ():
+            if line.split()[:2] == [what, stage]:
+                return int(line.split()[2])
+        time.sleep(0.01)
+    raise AssertionError(f"{stage} did not come to {what}")
+
+
+def said(run):
+    """The next line on stderr; none after a minute."""
+    ready, _, _ = select.select([run.stderr], [], [], 60)
+    return run.stderr.readline() if ready else ""
+
+
+def files():
+    return sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
+
+
+#: Every file of a finished run.
+WHOLE = [
+    ".some.lock",
+    ".some.stages.json",
+    "some-bf16/manifest.json",
+    "some-bf16/weights",
+    "some-drift/drift.json",
+    "some-fp8/engines/engine",
+    "some-fp8/manifest.json",
+    "some-fp8/weights",
+    "some-scales.json",
+]

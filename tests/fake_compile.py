@@ -1,0 +1,28 @@
+"""`arcflow compile` with `tests/fake_stage.py` for its stages: killed at $FAKE_KILL, "put STAGE" or "replace STAGE"."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from arcflow_export import staging
+from arcflow_export.pipeline import process
+from arcflow_export.pipeline.records import Records
+from arcflow_runtime import cli
+
+process.COMMAND = (sys.executable, str(Path(__file__).with_name("fake_stage.py")))
+point, _, stage = os.environ.get("FAKE_KILL", "").partition(" ")
+put, replace = Records.put, os.replace
+
+
+def killed_before_it_puts(self, name, record):
+    if record.stage == stage and record.state == "done":
+        if point == "put":
+            os.kill(os.getpid(), signal.SIGKILL)
+        staging.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    put(self, name, record)
+
+
+if point:
+    Records.put = killed_before_it_puts
+sys.exit(cli.main(["compile", *sys.argv[1:]]))
