@@ -13,9 +13,11 @@ from dataclasses import replace
 import fake_tensorrt
 import numpy as np
 import pytest
+from fake_bundle import list_files, write_manifest
 from host_device import HostDevice
+from small_graph import edit_graph, set_external
 
-from arcflow_runtime import EngineError, Pipeline, RequestError, cli
+from arcflow_runtime import BundleError, EngineError, Pipeline, RequestError, cli
 from arcflow_runtime.bundle import Bundle, Range
 from arcflow_runtime.engines import open_backend
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
@@ -124,6 +126,18 @@ def test_stripped_engines_get_the_bundles_weights_before_they_run(root, pipeline
     fake_tensorrt.state.refit_errors = ["no such initializer"]
     with pytest.raises(EngineError, match=r"text_encoder.safetensors does not fit the engine: no such initializer$"):
         pipeline(root)
+
+
+def test_weights_from_elsewhere_are_not_filled_in(root, pipeline):
+    manifest = Bundle.open(root).manifest
+    edit_graph(root / "text_encoder.onnx", set_external("location", "../secret"))
+    write_manifest(root, replace(manifest, files=list_files(root)))
+    build(root, flags=("REFIT_IDENTICAL", "STRIP_PLAN"))
+    with pytest.raises(
+        BundleError, match=r"must lie in the part's weights text_encoder\.safetensors, got '\.\./secret'"
+    ):
+        pipeline(root)
+    assert fake_tensorrt.state.refits == []
 
 
 def test_streamed_weights_are_not_captured(root, pipeline, caplog):

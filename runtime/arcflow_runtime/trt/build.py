@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from ..bundle import Bundle
 from ..errors import EngineError
+from ..external_data import checked_graph
 from .gpu import find_gpu
 from .library import Library
 from .shapes import Profile
@@ -80,6 +81,7 @@ def build_engine(
         Seconds that parsing and building took.
 
     Raises:
+        BundleError: the graph's external data is not in the part's weights file.
         EngineError: the graph cannot be parsed or built; the message names the part and the nodes.
     """
     build = _Build(library, library.load(), bundle, part)
@@ -110,7 +112,7 @@ class _Build:
         builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
-        graph = self._bundle.path(self._spec.graph)
+        graph = checked_graph(self._bundle, self._part)
         # From its path: external weights lie beside it.
         if not parser.parse_from_file(str(graph)):
             raise EngineError(self._parser_errors(parser, graph))
