@@ -215,3 +215,26 @@ def test_progress_counts_the_bytes_hashed(root):
     bundle = Bundle.open(root, "full", seen.append)
     assert sum(seen) == sum(e.bytes for e in bundle.manifest.files.values())
     assert sha256_file(root / "backbone.onnx") == bundle.manifest.files["backbone.onnx"].sha256
+
+
+def test_a_relative_path_outlives_a_change_of_directory(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    bundle = Bundle.open(root.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert bundle.root == root
+    bundle.check_file("backbone.onnx", "full")
+    bundle.check_unchanged()
+
+
+def test_a_bundle_that_was_replaced(root):
+    bundle = Bundle.open(root)
+    bundle.check_unchanged()
+    message = f"^{re.escape(str(root))} was replaced or removed since it was opened; load it again$"
+    edit_manifest(root, provenance__created="2026-01-02T00:00:00Z")
+    with pytest.raises(BundleError, match=message):
+        bundle.check_unchanged()
+    Bundle.open(root).check_unchanged()
+    (root / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=message):
+        bundle.check_unchanged()

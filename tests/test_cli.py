@@ -148,7 +148,8 @@ def test_failed_stage(root, capsys, monkeypatch):
 def test_no_bundle(root, capsys):
     assert cli.main(["generate", "nowhere", "x"]) == 1
     assert capsys.readouterr().err == (
-        "arcflow generate: error: nowhere is not a directory; give the directory that `arcflow export --out` wrote\n"
+        f"arcflow generate: error: {Path.cwd() / 'nowhere'} is not a directory; "
+        "give the directory that `arcflow export --out` wrote\n"
     )
 
 

@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 
 from .bundle import Bundle, Check
+from .calls import Calls
 from .condition import Conditioner
 from .decode import check_pictures, decode_latents, to_float, to_pil
 from .denoise import Group, StepCallback, check_finite, denoise, draw, join
 from .encode import encode_prompts
 from .engines import DEFAULT_BACKEND, open_backend
 from .engines.base import Backend, Denoiser, DenoisingBackend, Drawing
-from .errors import RequestError
+from .errors import BundleError, RequestError
 from .noise import GROUP, draw_latents, streams
 from .parts import Parts
 from .request import OutputType, Request, check_request
@@ -55,10 +56,11 @@ class Pipeline:
 
         Raises:
             EngineError: the backend cannot run the bundle or open a part.
-            BundleError: a tokenizer or the modulation table cannot be read.
+            BundleError: a tokenizer or the modulation table cannot be read, or the bundle was replaced meanwhile.
         """
         backend.check(bundle)
         self.bundle = bundle
+        self._calls = Calls()
         self._tokenizer = PromptTokenizer(bundle)
         self._cache = EmbeddingCache()
         self._conditioner = Conditioner(bundle)
@@ -70,6 +72,11 @@ class Pipeline:
         # What a device draws of the noise is whole groups of numbers.
         if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
             self._denoiser = backend.open_denoiser(bundle, self._parts)
+        try:
+            bundle.check_unchanged()
+        except BundleError:
+            self.close()
+            raise
 
     @staticmethod
     def load(
@@ -128,8 +135,9 @@ class Pipeline:
                 read-only; what it returns is ignored.
 
         Raises:
-            RequestError: an argument is wrong; nothing was run.
+            RequestError: an argument is wrong; nothing was run. Or the call comes from this pipeline's own callback.
             EngineError: an engine failed, or the latents are not finite.
+            BundleError: `low_memory` is on and the bundle was replaced since it was loaded.
         """
         started = time.perf_counter()
         request = check_request(
@@ -145,11 +153,12 @@ class Pipeline:
             output_type,
         )
         watch = Stopwatch()
-        embeddings, warnings = self._encode(request, watch)
-        for warning in warnings:
-            _log.warning(warning)
-        latents, pixels = self._denoise(request, embeddings, watch, callback_on_step_end)
-        images = self._decode(request, latents, pixels, watch)
+        with self._calls.enter("a pipeline"):
+            embeddings, warnings = self._encode(request, watch)
+            for warning in warnings:
+                _log.warning(warning)
+            latents, pixels = self._denoise(request, embeddings, watch, callback_on_step_end)
+            images = self._decode(request, latents, pixels, watch)
         timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
         return PipelineOutput(images, request.seed, warnings, timings)
 
@@ -302,6 +311,7 @@ class Pipeline:
         ]
         if self._denoiser is None:
             return
+        self._calls.check("warm_up()")
         # The largest first: what grows with the shape is then made once.
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
@@ -314,7 +324,12 @@ class Pipeline:
         self._cache.clear()
 
     def close(self) -> None:
-        """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed."""
+        """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed.
+
+        Raises:
+            RequestError: it is called by this pipeline's own callback.
+        """
+        self._calls.check("close()")
         if self._denoiser is not None:
             self._denoiser.close()
         self._parts.close()
