@@ -161,6 +161,11 @@ def test_options_that_are_wrong(cpp_library, cpp_bundles):
     cases = [
         ({"backend": b"tensorflow"}, ENGINE_ERROR, r"^backend must be one of openvino.*, got 'tensorflow'$"),
         ({"threads": -1}, REQUEST_ERROR, "^threads must be at least 1, got -1; leave it out to use every core$"),
+        (
+            {"threads": 100_000},
+            REQUEST_ERROR,
+            r"^threads must be at most \d+, one per core of this machine, got 100000; leave it out to use every core$",
+        ),
     ]
     for options, status, message in cases:
         with pytest.raises(embed.ArcFlowError, match=message) as e:

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -66,3 +67,10 @@ def test_bfloat16_is_refused_before_anything_is_loaded(tmp_path):
 def test_threads():
     with pytest.raises(RequestError, match=r"^threads must be at least 1, got 0; leave it out to use every core$"):
         open_backend("onnxruntime", threads=0)
+    cores = os.cpu_count()
+    open_backend("onnxruntime", threads=cores)
+    message = (
+        f"threads must be at most {cores}, one per core of this machine, got 100000; leave it out to use every core"
+    )
+    with pytest.raises(RequestError, match=f"^{message}$"):
+        open_backend("onnxruntime", threads=100_000)

@@ -23,6 +23,7 @@ from arcflow_runtime.engines import open_backend
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 from arcflow_runtime.engines.tensorrt import TensorRTBackend
 from arcflow_runtime.gpu.tensorrt import Options
+from arcflow_runtime.noise import draw_latents
 from arcflow_runtime.trt import library, store
 from arcflow_runtime.trt.gpu import Gpu
 from arcflow_runtime.trt.record import EngineKey, part_key_fields
@@ -106,6 +107,16 @@ def test_pictures(root, pipeline, name):
         assert {c.dynamic_shapes_kernel_specialization_strategy for c in fake_tensorrt.state.configs} == {eager}
         disabled = fake_tensorrt.CudaGraphStrategy.DISABLED
         assert {c.cuda_graph_strategy for c in fake_tensorrt.state.configs} == {disabled}
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_noise_that_is_given(root, pipeline, low_memory):
+    """The device draws its noise itself; a caller's takes the engines' way one by one."""
+    build(root)
+    pipe = pipeline(root, low_memory=low_memory)
+    noise = draw_latents(1, 1, 16, 4, 4, 2)
+    drawn = pipe("a red circle", **(SIZE | {"seed": None, "latents": noise})).images
+    np.testing.assert_allclose(drawn, expected(root), rtol=0, atol=2e-5)
 
 
 def test_low_memory(root, pipeline):

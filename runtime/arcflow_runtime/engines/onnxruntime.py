@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,12 @@ class OnnxRuntimeBackend:
     def __init__(self, threads: int | None) -> None:
         if threads is not None and threads < 1:
             raise RequestError(f"threads must be at least 1, got {threads}; leave it out to use every core")
+        cores = os.cpu_count() or 1
+        if threads is not None and threads > cores:
+            raise RequestError(
+                f"threads must be at most {cores}, one per core of this machine, got {threads}; "
+                "leave it out to use every core"
+            )
         self._threads = threads
 
     def check(self, bundle: Bundle) -> None:
@@ -182,7 +189,7 @@ def create(threads: int | None) -> OnnxRuntimeBackend:
     """The backend, with `threads` CPU threads per engine (None: one per core).
 
     Raises:
-        RequestError: `threads` is below 1.
+        RequestError: `threads` is below 1 or above the number of cores.
     """
     return OnnxRuntimeBackend(threads)
 
