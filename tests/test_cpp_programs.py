@@ -48,7 +48,7 @@ def test_the_c_example_draws(cpp_build, cpp_bundles, cpp_pipes, tmp_path):
     done = subprocess.run([cpp_build / "example_draw", "nowhere", "x", out], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         1,
-        "nowhere is not a directory; give the directory that `arcflow export --out` wrote\n",
+        f"{Path.cwd() / 'nowhere'} is not a directory; give the directory that `arcflow export --out` wrote\n",
     )
 
 
