@@ -85,6 +85,16 @@ def load_adapter(source: Resolved, base_config: dict[str, Any], base: TensorInde
     return Adapter(family, k, p, full, loras, index, source)
 
 
+def read_modes(source: Resolved) -> tuple[int, int]:
+    """K modes and P sub-pixels of an adapter, from its config.
+
+    Raises:
+        SourceError: the config is missing or has none.
+    """
+    config = read_json(source.path / "config.json", "adapter")
+    return _positive(config, "num_gaussians", source), _positive(config, "logweights_channels", source)
+
+
 def _check_config(config: dict[str, Any], base_config: dict[str, Any], source: Resolved) -> str:
     name, base_name = config.get("_class_name"), base_config.get("_class_name")
     if name not in CLASSES:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
 import numpy as np
@@ -140,22 +140,32 @@ def cut(graph: ir.Graph, piece_bytes: int) -> tuple[Piece, ...]:
     A single node may have more weights than that. No piece ends between a quantised linear and its Q or DQ.
     """
     nodes = list(graph)
-    weights = [{v for v in node.inputs if v is not None and v.is_initializer()} for node in nodes]
     handed = _handed_on(graph, nodes)
-    ends: list[int] = []
-    start, best, held = 0, 0, set[ir.Value]()
-    for i, own in enumerate(weights):
-        if i > start and _weight_bytes(held | own) > piece_bytes:
-            best = best if best > start else i
-            ends.append(best)
-            start, held = best, set().union(*weights[best:i])
-            best = 0
-        held |= own
-        # Among places of equal cost the last: pieces are as large as they may be.
-        late = _weight_bytes(held) * 2 > piece_bytes
-        if i + 1 < len(nodes) and late and (best <= start or handed[i + 1] <= handed[best]):
-            best = i + 1
-    return tuple(_piece(graph, nodes[a:b]) for a, b in zip([0, *ends], [*ends, len(nodes)], strict=True))
+    ends = [0]
+    while ends[-1] < len(nodes):
+        ends.append(_end(nodes, handed, ends[-1], piece_bytes))
+    return tuple(_piece(graph, nodes[a:b]) for a, b in pairwise(ends))
+
+
+def _end(nodes: Sequence[ir.Node], handed: Sequence[float], start: int, piece_bytes: int) -> int:
+    """Where the piece that begins at `start` ends: where least is handed on, in the second half of what it may hold."""
+    open_places: list[int] = []
+    late: list[int] = []
+    seen: set[ir.Value] = set()
+    held = 0
+    for i in range(start, len(nodes)):
+        new = {v for v in nodes[i].inputs if v is not None and v.is_initializer()} - seen
+        seen |= new
+        held += _weight_bytes(new)
+        if held > piece_bytes and open_places:
+            return min(late or open_places[-1:], key=lambda place: (handed[place], -place))
+        if handed[i + 1] < inf:
+            open_places.append(i + 1)
+            if 2 * held > piece_bytes:
+                late.append(i + 1)
+            if held > piece_bytes:
+                return i + 1
+    return len(nodes)
 
 
 def _handed_on(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[float]:

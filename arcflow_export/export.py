@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
@@ -265,7 +264,7 @@ def _provenance(student: Student, command: str) -> b.Provenance:
     base, adapter, loras = student.sources
     return b.Provenance(
         command=command,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=b.timestamp(),
         tools=tools,
         base=base,
         adapter=adapter,

@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 
 from arcflow_runtime.bundle import DType, Source
 
-from .adapter import Adapter, LoraPair, check_pair, load_adapter
+from .adapter import Adapter, LoraPair, check_pair, load_adapter, read_modes
 from .errors import SourceError
 from .layout import MODEL_INDEX, adapter_files, base_files, lora_files, no_model_index, read_family
 from .merge import MergedWeights, PlainWeights, WeightSource
@@ -70,8 +70,30 @@ class Student:
         Args:
             dtype: of all parts, or a function from a part's name to its dtype.
         """
+        return self.outline.parts(dtype)
+
+    @property
+    def outline(self) -> Outline:
+        """What its configs say."""
+        k, p = self.adapter.num_gaussians, self.adapter.logweights_channels
+        return Outline(self.family, self.base.path, self.config, self.vae_config, k, p)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a student's configs say of it: family, networks' sizes, K modes and P sub-pixels; `folder` is the base's."""
+
+    family: str
+    folder: Path
+    config: dict[str, Any]
+    vae_config: dict[str, Any]
+    num_gaussians: int
+    logweights_channels: int
+
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+        """See `Student.parts`."""
         of = dtype if callable(dtype) else lambda _: dtype
-        folder, k, p = self.base.path, self.adapter.num_gaussians, self.adapter.logweights_channels
+        folder, k, p = self.folder, self.num_gaussians, self.logweights_channels
         if self.family == "flux":
             return [
                 text.clip(folder / "text_encoder", of("text_encoder")),
@@ -84,6 +106,22 @@ class Student:
             *qwen.build(self.config, k, p, of("conditioner"), of("backbone")),
             vae.decoder(self.vae_config, self.family, of("vae_decoder")),
         ]
+
+
+def read_outline(base: Location, adapter: Location) -> Outline:
+    """Read a student's configs, fetched if need be, without its weights.
+
+    Raises:
+        SourceError: anything is missing or damaged; the message names it.
+    """
+    folder = resolve(base, "base checkpoint", base_files, weights=False).path
+    if not (folder / MODEL_INDEX).exists():
+        raise SourceError(no_model_index("base checkpoint", folder))
+    family = read_family(folder / MODEL_INDEX, "base checkpoint")
+    config = _transformer_config(folder / "transformer" / "config.json", family)
+    vae_config = read_json(folder / "vae" / "config.json", "base checkpoint")
+    k, p = read_modes(resolve(adapter, "adapter", adapter_files, weights=False))
+    return Outline(family, folder, config, vae_config, k, p)
 
 
 def load_student(base: Location, adapter: Location, loras: list[tuple[Location, float]]) -> Student:

@@ -1,7 +1,8 @@
 """A base checkpoint and an adapter -> the student in torch, run the reference's way: the independent check.
 
 diffusers' own transformer with peft's unmerged LoRA, the three heads on its last hidden state, and the closed-form
-update in torch. It shares no weight, graph or runtime code with the bundle.
+update in torch. It shares no weight, graph or runtime code with the bundle. Weights that do not fit in memory stay in
+the checkpoint's files; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, QwenImagePipeline
-from safetensors.torch import load_file
 from torch import nn
 
 from .adapter import HEADS
+from .assemble import assemble
 from .cast import cast_conditioner, cast_linears, keep_float32
 from .load import Student
-from .models.student import Heads
+from .memory import free_bytes, stays_on_disk, weight_bytes
 from .options import PARTS
 
 SHIFT = 3.2
@@ -34,7 +34,7 @@ class Drawing:
 
 
 class TorchStudent:
-    """The student in torch; loads the whole model, so it is for models that fit in memory."""
+    """The student in torch; `on_disk` says whether its base is read from disk as it is used."""
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class TorchStudent:
         reference_dtype: torch.dtype | None = None,
         device: str = "cpu",
         float32_layers: Mapping[str, Iterable[str]] | None = None,
+        offload: bool | None = None,
     ):
         """Load base, adapter and LoRAs.
 
@@ -54,19 +55,16 @@ class TorchStudent:
                 the reference ran in it; None is the backbone's dtype.
             device: where to run.
             float32_layers: linears to keep in float32, by part; layer names as in the graphs.
+            offload: read the weights of transformer and text encoders from disk whenever they are used, so that one
+                layer's are in memory at a time; None is where all of them together do not fit in the free memory.
         """
         dtypes = dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
         dtype, conditioner = dtypes["backbone"], dtypes["conditioner"]
         kept = {part: list(layers) for part, layers in (float32_layers or {}).items()}
         self.family, self.dtype, self.vae_dtype, self.device = student.family, dtype, dtypes["vae_decoder"], device
-        pipeline = FluxPipeline if student.family == "flux" else QwenImagePipeline
-        components = {"transformer": dtype, "vae": self.vae_dtype, "default": dtype}
-        components |= {part: dtypes[part] for part in ("text_encoder", "text_encoder_2") if part in dtypes}
-        self.pipe = pipeline.from_pretrained(student.base.path, dtype=components, use_safetensors=True)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.on_disk = stays_on_disk(weight_bytes(student, dtypes), free_bytes(device)) if offload is None else offload
+        self.pipe, self.heads = assemble(student, dtypes, device, self.on_disk)
         self.transformer = self.pipe.transformer
-        self.heads = _attach(self.transformer, student, dtype)
-        _merge_text_loras(self.pipe.text_encoder, student)
         if kept.get("backbone") or kept.get("conditioner") or conditioner != dtype:
             cast_linears(self.transformer)
             cast_linears(self.heads)
@@ -79,8 +77,6 @@ class TorchStudent:
         self.transformer.time_text_embed = self.conditioning
         if student.family == "flux":
             self.transformer.pos_embed = _Rounded(self.transformer.pos_embed, reference)
-        self.pipe.to(device)
-        self.heads.to(device)
 
     def _keep_float32(self, part: str, layers: list[str], dtype: torch.dtype) -> None:
         if part in ("backbone", "conditioner"):
@@ -95,13 +91,25 @@ class TorchStudent:
     @torch.inference_mode()
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text states [1, T, D], and CLIP's pooled projection [1, Dp] for FLUX (None for Qwen)."""
+        return self.encode_batch([prompt], max_sequence_length)[0]
+
+    @torch.inference_mode()
+    def encode_batch(
+        self, prompts: list[str], max_sequence_length: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """`encode` of several prompts; FLUX's go through the encoders together, as one batch.
+
+        Qwen-Image's go one by one: its prompts have lengths of their own, and in a batch they would be padded.
+        """
         if self.family == "flux":
             states, pooled, _ = self.pipe.encode_prompt(
-                prompt, prompt_2=None, device=self.device, max_sequence_length=max_sequence_length
+                prompts, prompt_2=None, device=self.device, max_sequence_length=max_sequence_length
             )
-            return states, pooled
-        out = self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=max_sequence_length)
-        return out[0], None
+            return list(zip(states.split(1), pooled.split(1), strict=True))
+        return [
+            (self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=max_sequence_length)[0], None)
+            for prompt in prompts
+        ]
 
     @torch.inference_mode()
     def predict(
@@ -277,47 +285,3 @@ class _Rounded(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(t.to(self.dtype).float() for t in self.inner(ids))
-
-
-def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
-    """Give a base transformer the adapter: full tensors, heads, and LoRA kept unmerged as the reference does."""
-    adapter = student.adapter
-    state = {k.removeprefix("transformer."): v for k, v in load_file(_file(student)).items()}
-    heads = Heads(
-        transformer.inner_dim, transformer.config.in_channels, adapter.num_gaussians, adapter.logweights_channels
-    )
-    heads.load_state_dict({k: v for k, v in state.items() if k.split(".")[0] in HEADS})
-    full = {k: v.to(dtype) for k, v in state.items() if "lora" not in k and k.split(".")[0] not in HEADS}
-    _, unexpected = transformer.load_state_dict(full, strict=False)
-    assert not unexpected, unexpected
-    transformer.proj_out = nn.Identity()  # the heads take its input
-    lora = {k: v.to(dtype) for k, v in state.items() if "lora" in k}
-    names, scales = [], []
-    if lora:
-        transformer.load_lora_adapter(lora, prefix=None, adapter_name="arcflow")
-        names.append("arcflow")
-        scales.append(1.0)
-    for i, style in enumerate(student.styles):
-        factors = {}
-        for module, pair in style.pairs.get("transformer", {}).items():
-            factors[f"{module}.lora_A.weight"] = pair.a.read().to(dtype)
-            factors[f"{module}.lora_B.weight"] = (pair.b.read().float() * pair.scale).to(dtype)
-        if factors:
-            transformer.load_lora_adapter(factors, prefix=None, adapter_name=f"style{i}")
-            names.append(f"style{i}")
-            scales.append(1.0)
-    if len(names) > 1:
-        transformer.set_adapters(names, scales)
-    return heads.to(dtype).eval()
-
-
-def _merge_text_loras(encoder: nn.Module, student: Student) -> None:
-    for style in student.styles:
-        for module, pair in style.pairs.get("text_encoder", {}).items():
-            weight = encoder.get_submodule(module.removeprefix("text_model.")).get_parameter("weight")
-            with torch.no_grad():
-                weight.add_(pair.scale * pair.b.read().double() @ pair.a.read().double())
-
-
-def _file(student: Student) -> Any:
-    return next(iter(student.adapter.index.values())).path

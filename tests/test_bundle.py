@@ -4,7 +4,7 @@ import re
 import pytest
 from fake_bundle import edit_manifest, make_bundle
 
-from arcflow_runtime.bundle import FAST_HASH_BYTES, MANIFEST, Bundle, sha256_file
+from arcflow_runtime.bundle import FAST_HASH_BYTES, MANIFEST, Bundle, sha256_file, timestamp
 from arcflow_runtime.errors import BundleError
 
 
@@ -238,3 +238,11 @@ def test_a_bundle_that_was_replaced(root):
     (root / MANIFEST).unlink()
     with pytest.raises(BundleError, match=message):
         bundle.check_unchanged()
+
+
+def test_source_date_epoch_is_when_a_bundle_was_made(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert timestamp() == "1970-01-02T00:00:00+00:00"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(BundleError, match=r"^SOURCE_DATE_EPOCH must be seconds since 1970, got 'yesterday'$"):
+        timestamp()

@@ -26,7 +26,6 @@ from tests.conftest import GOLDEN, golden_student
 pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
 
 from arcflow_calibration import calibrate as module
-from arcflow_calibration import memory
 from arcflow_calibration.calibrate import calibrate
 from arcflow_calibration.errors import CalibrationError
 from arcflow_calibration.options import Settings
@@ -355,27 +354,6 @@ def test_ctrl_c_says_what_was_kept(stopped, tmp_path, capsys, monkeypatch):
 def test_guidance_of_a_student_that_takes_none(tmp_path):
     with pytest.raises(CalibrationError, match="this student takes none; leave it out"):
         run("qwen-tiny", tmp_path / "scales.json", guidance_scale=4.0)
-
-
-def test_a_student_that_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_free_bytes", lambda: 1000)
-    with pytest.raises(
-        CalibrationError, match=r"GiB of memory in float32, 0.0 GiB are free; --dtype bfloat16 halves it"
-    ):
-        run("flux-tiny", tmp_path / "scales.json")
-    assert not list(tmp_path.iterdir())
-
-
-def test_weight_bytes():
-    """Every weight of the base's five networks and the adapter, counted from the files' own headers."""
-    student = golden_student("flux-tiny")
-    files = [
-        *(GOLDEN / "flux-tiny").glob("*/*/*.safetensors"),
-        *(GOLDEN / "flux-tiny" / "adapter").glob("*.safetensors"),
-    ]
-    values = sum(t.numel() for f in files for t in load_file(f).values())
-    assert memory.weight_bytes(student, Settings()) == 4 * values
-    assert memory.weight_bytes(student, Settings(dtype="bfloat16")) == 2 * values
 
 
 def test_a_histogram_that_grows(tmp_path):

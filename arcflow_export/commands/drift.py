@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arcflow_runtime.engines import BACKENDS
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.outputs import check_file
 
 from ..errors import ExportError
+from .announce import add_anyway, announce
 
 if TYPE_CHECKING:
     from ..drift.compare import Pictures
@@ -25,6 +29,7 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that go with --against."""
     group = parser.add_argument_group("against another bundle")
     group.add_argument("--against", type=Path, metavar="BUNDLE", help="an unquantised bundle of the same student")
+    add_anyway(parser)
     group.add_argument("--report", type=Path, metavar="DIR", help="write tables, plot and contact sheet there")
     group.add_argument(
         "--prompts",
@@ -40,6 +45,11 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="NAME|FILE",
         help=f"preset or .toml whose [thresholds] to enforce; default: the family's preset, with --judge {_SHAPES}",
+    )
+    group.add_argument(
+        "--backend",
+        choices=sorted(BACKENDS),
+        help="draw the bundle's own images with its engines on this machine; default: its graphs on the CPU",
     )
     group.add_argument(
         "--sensitivity",
@@ -88,7 +98,10 @@ def run_drift(args: argparse.Namespace) -> int:
     limit = args.limit if args.limit is not None else (LIMIT_WITH_JUDGE if args.judge else LIMIT)
     from tqdm import tqdm
 
+    from ..costs import gate_cost
     from ..drift.compare import Plan, compare
+    from ..drift.cost import gate_work
+    from ..drift.engines import Engines
     from .sources import quiet_libraries
 
     quiet_libraries()
@@ -103,8 +116,14 @@ def run_drift(args: argparse.Namespace) -> int:
         if done == total:
             bar.close()
 
-    plan = Plan(Path(name).name, policy.name, policy.thresholds, args.judge, args.sensitivity)
-    report, pictures = compare(candidate, reference, cases, scenes[0], plan, progress)
+    parts, gate = gate_work(candidate, reference, scenes[0], len(cases), args.backend is None)
+    folder = Path.cwd() if args.report is None else args.report.absolute().parent
+    announce(lambda machine: gate_cost(parts, gate, machine), folder, args.anyway)
+    plan = Plan(Path(name).name, policy.name, policy.thresholds, args.judge, args.sensitivity, backend=args.backend)
+    engines = None if args.backend is None else Engines(candidate, args.backend, scenes[0])
+    with nullcontext() if engines is None else closing(engines):
+        plan = dataclasses.replace(plan, engines=engines)
+        report, pictures = compare(candidate, reference, cases, scenes[0], plan, progress)
     _keep(args, report, pictures)
     return 0 if report.passed else 1
 

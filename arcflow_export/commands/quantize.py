@@ -11,16 +11,21 @@ import dataclasses
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import QuantizeError
+from .announce import add_anyway, announce
 from .bars import Bars
 
 if TYPE_CHECKING:
     from arcflow_runtime.bundle import Bundle
 
+    from ..costs import Cost
+    from ..machine import Machine
     from ..quantize.coverage import Coverage
+    from ..quantize.quantize import Plan
 
 _SHOWN = 8
 
@@ -34,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
     parser.add_argument("--height", type=int, metavar="PX", help="to count FLOPs for (default: the bundle's)")
     parser.add_argument("--width", type=int, metavar="PX", help="to count FLOPs for (default: the bundle's)")
+    add_anyway(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -59,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     policy = load_policy(args.policy or DEFAULT_PRESETS[m.family])
     plan = plan_quantization(bundle, Scales.load(args.scales), policy)
+    announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     size = (request.height_px, request.width_px)
     rows = [cover_part(m, p.name, p.linears, p.chosen, *size) for p in plan.parts]
     with Bars() as bars:
@@ -73,6 +80,22 @@ def run(args: argparse.Namespace) -> int:
         print(_table(rows, bundle, quantized))
         print(f"wrote {out}")
     return 0
+
+
+def _cost(plan: Plan, machine: Machine) -> Cost:
+    from ..costs import quantize_cost
+    from ..work import PartWork
+
+    files = plan.bundle.manifest.files
+    parts, chosen = {}, {}
+    for p in plan.parts:
+        spec = plan.bundle.manifest.parts[p.name]
+        size = files[spec.weights].bytes
+        parts[p.name] = PartWork(spec.parameters, size, len(p.linears), 0, 0, 0, spec.precision)
+        if p.chosen:
+            chosen[p.name] = sum(p.linears[name].parameters for name in p.chosen)
+    unchanged = sum(f.bytes for f in files.values()) - sum(parts[name].weight_bytes for name in chosen)
+    return quantize_cost(parts, chosen, unchanged, machine)
 
 
 def _bytes(before: Bundle, after: Bundle, part: str) -> dict[str, int]:

@@ -99,7 +99,7 @@ def compare(
     if plan.judge is not None:
         check_judge(cases, scene)
     parts = [part for part, names in quantized.items() if names]
-    together = max(KEPT_BYTES // case_bytes(reference, scene), 1)
+    together = max(KEPT_BYTES // _case_bytes(reference, scene), 1)
     found: CaseErrors | None = None
     for start in range(0, len(cases), together):
         some = cases[start : start + together]
@@ -133,7 +133,13 @@ def compare(
     return report, shown
 
 
-def case_bytes(reference: Bundle, scene: Scene) -> int:
+def kept_bytes(reference: Bundle, scene: Scene, cases: int) -> int:
+    """About how many bytes are kept of the cases that are compared together."""
+    one = _case_bytes(reference, scene)
+    return max(min(one * cases, KEPT_BYTES), one)
+
+
+def _case_bytes(reference: Bundle, scene: Scene) -> int:
     """About how many bytes are kept of one case while it is compared: both sides' heads and text states, pictures, and
     what passes between the pieces of a large backbone, for two runs of it.
     """

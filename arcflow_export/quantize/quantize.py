@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -136,7 +135,7 @@ def quantize_bundle(
         provenance = dataclasses.replace(
             m.provenance,
             command=f"{m.provenance.command} && {command}",
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=b.timestamp(),
             tools=dict(m.provenance.tools) | {n: metadata.version(n) for n in ("arcflow", "torch", "onnx-ir")},
         )
         manifest = dataclasses.replace(m, parts=parts, files=files, provenance=provenance)

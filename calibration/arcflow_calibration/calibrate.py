@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,18 +13,26 @@ from arcflow_export.student import TorchStudent
 
 from .collect import Collector, describe, draw, guidance, plan_batches
 from .errors import CalibrationError
-from .memory import check_memory
+from .memory import plan_memory
 from .options import PARTS, Settings
 from .prompts import Prompts
 from .scales import Scales
 from .state import check_out, check_state, held, load_state, save_state, settings_of, state_path
 
 
-def calibrate(student: Student, prompts: Prompts, settings: Settings, out: Path, overwrite: bool = False) -> Scales:
+def calibrate(
+    student: Student,
+    prompts: Prompts,
+    settings: Settings,
+    out: Path,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Scales:
     """Collect the ranges and write them to `out`.
 
     After every batch the state is beside `out`. A later call with the same settings and weights continues it, and its
-    result is that of a run that was not stopped, bit for bit.
+    result is that of a run that was not stopped, bit for bit. A student that does not fit in memory is read from disk
+    as it is used; the result is the same, bit for bit.
 
     Args:
         student: from `load_student`.
@@ -31,9 +40,10 @@ def calibrate(student: Student, prompts: Prompts, settings: Settings, out: Path,
         settings: what to collect and how.
         out: the file of scales.
         overwrite: replace `out`, and begin anew where a stopped run had other settings.
+        progress: is told if weights are read from disk, and what that costs.
 
     Raises:
-        CalibrationError: `out` exists; a part is not known; the student does not fit in memory; a stopped run's
+        CalibrationError: `out` exists; a part is not known; not even one layer fits in memory; a stopped run's
             settings or weights differ; an activation is NaN or Inf.
     """
     if unknown := [part for part in settings.parts if part not in PARTS[student.family]]:
@@ -52,8 +62,11 @@ def calibrate(student: Student, prompts: Prompts, settings: Settings, out: Path,
                 if not overwrite:
                     raise
                 state.unlink()
-        check_memory(student, settings)
-        scales = _collect(student, prompts, settings, guidance_scale, state, identity)
+        on_disk, message = plan_memory(student, settings)
+        if message:
+            progress(message)
+        drawn = TorchStudent(student, getattr(torch, settings.dtype), device=settings.device, offload=on_disk)
+        scales = _collect(student, drawn, prompts, settings, guidance_scale, state, identity)
         scales.save(out)
         state.unlink(missing_ok=True)
     return scales
@@ -61,13 +74,13 @@ def calibrate(student: Student, prompts: Prompts, settings: Settings, out: Path,
 
 def _collect(
     student: Student,
+    drawn: TorchStudent,
     prompts: Prompts,
     settings: Settings,
     guidance_scale: float | None,
     state: Path,
     identity: dict[str, object],
 ) -> Scales:
-    drawn = TorchStudent(student, getattr(torch, settings.dtype), device=settings.device)
     collector = Collector(student, drawn, settings)
     batches = plan_batches(prompts, settings)
     done = load_state(state, collector, identity) if state.exists() else 0

@@ -181,7 +181,7 @@ def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
 @torch.inference_mode()
 def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale: float | None, on: Collector) -> None:
     """Draw a batch without decoding it, while `on` collects; a text encoder sees each prompt once."""
-    encoded = [student.encode(text, settings.max_sequence_length) for _, text in batch.prompts]
+    encoded = student.encode_batch([text for _, text in batch.prompts], settings.max_sequence_length)
     if STEPPED not in on.parts:
         return
     channels = student.transformer.config.in_channels // 4

@@ -1,62 +1,88 @@
-"""Whether a student fits: its weights' bytes against the memory that is free, before anything is loaded."""
+"""A student and settings -> whether its weights stay on disk, and what that costs, before anything is loaded."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from arcflow_export.load import Student
+from arcflow_export.memory import GIB, added_bytes, free_bytes, stays_on_disk, weight_bytes
+from arcflow_export.options import PARTS
 
 from .errors import CalibrationError
 from .options import Settings
 
-_GIB = 1 << 30
+#: Values of the transformer's width that one token needs at once: in a single block of FLUX the input and output, the
+#: MLP before and after its activation (4 each), q, k, v before and after the rotation (6), the concatenated input of
+#: the last linear (5), its absolute value for the calibrator (5).
+_WIDTHS = 26
+#: Of Qwen-Image's text encoder only the language model is used, up to its hidden states.
+_UNUSED = ("visual.", "model.visual.", "lm_head.")
 
 
-def check_memory(student: Student, settings: Settings) -> None:
-    """Check that the weights fit in memory, and in the GPU's where it is used; activations come on top.
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a calibration: all `weights`; the `least` memory it can do with; what is `read` from disk otherwise.
+
+    `read` is per network call, `read_text` per batch of prompts.
+    """
+
+    weights: int
+    least: int
+    read: int
+    read_text: int
+
+
+def plan_memory(student: Student, settings: Settings) -> tuple[bool, str | None]:
+    """Whether the base's weights stay on disk, and a sentence that says why and what it costs, for the user.
 
     Raises:
-        CalibrationError: says how much is needed, how much is free, and what to do.
+        CalibrationError: not even one layer's weights fit at a time; says how much is needed and free, and what to do.
     """
-    needed = weight_bytes(student, settings)
-    _compare(needed, _free_bytes(), "memory", settings)
-    if settings.device.startswith("cuda"):
-        _compare(needed, torch.cuda.mem_get_info()[0], "GPU memory", settings)
-
-
-def weight_bytes(student: Student, settings: Settings) -> int:
-    """Bytes of every weight of base, adapter and LoRAs in the settings' dtype."""
-    size = getattr(torch, settings.dtype).itemsize
-    loras = sum(p.a.numel + p.b.numel for s in student.styles for pairs in s.pairs.values() for p in pairs.values())
-    base = sum(ref.numel for index in student.indexes.values() for ref in index.values())
-    return size * (base + student.adapter.parameters + loras)
-
-
-def _compare(needed: int, free: int, what: str, settings: Settings) -> None:
-    if needed <= free:
-        return
-    smaller = "--dtype bfloat16 halves it; or " if settings.dtype == "float32" else ""
-    raise CalibrationError(
-        f"the student's weights need {needed / _GIB:.1f} GiB of {what} in {settings.dtype}, {free / _GIB:.1f} GiB are "
-        f"free; {smaller}calibrate where they fit: scales.json is small and is used on any machine"
+    footprint, free = measure(student, settings), free_bytes(settings.device)
+    if not stays_on_disk(footprint.weights, free):
+        return False, None
+    if footprint.least > free:
+        smaller = "--dtype bfloat16 or " if settings.dtype == "float32" else ""
+        raise CalibrationError(
+            f"calibration needs at least {_gib(footprint.least)} of memory in {settings.dtype}, even with one layer in "
+            f"memory at a time, {_gib(free)} are free; give {smaller}smaller --sizes or --batch, or calibrate on a "
+            "machine with more: scales.json is small and is used on any machine"
+        )
+    return True, (
+        f"the student's weights need {_gib(footprint.weights)} of memory in {settings.dtype}, {_gib(free)} are free: "
+        f"they are read from disk as they are used, {_gib(footprint.read)} per network call and "
+        f"{_gib(footprint.read_text)} per batch of prompts"
     )
 
 
-def _free_bytes() -> int:
-    """What the system, and the container's limit where there is one, leave free."""
-    import psutil
+def measure(student: Student, settings: Settings) -> Footprint:
+    """The bytes of a calibration, from the files' headers and the settings alone."""
+    dtype = getattr(torch, settings.dtype)
+    dtypes = dict.fromkeys(PARTS, dtype)
+    vae = sum(ref.numel for ref in student.indexes["vae"].values()) * dtype.itemsize
+    streamed = [
+        ref
+        for name, index in student.indexes.items()
+        if name != "vae"
+        for key, ref in index.items()
+        if not key.startswith(_UNUSED)
+    ]
+    # The stored tensor is mapped while it is cast.
+    largest = max(ref.numel * (dtype.itemsize + ref.dtype.itemsize) for ref in streamed)
+    config = student.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    tokens = max(h // 16 * (w // 16) for h, w in settings.sizes) + settings.max_sequence_length
+    activations = settings.batch * tokens * width * _WIDTHS * dtype.itemsize
+    read = sum(ref.num_bytes for ref in student.indexes["transformer"].values())
+    return Footprint(
+        weights=weight_bytes(student, dtypes),
+        least=added_bytes(student, dtypes) + vae + largest + activations,
+        read=read,
+        read_text=sum(ref.num_bytes for ref in streamed) - read,
+    )
 
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return min(free, int(limit.read_text()) - int(used.read_text()) + _reclaimable())
-    except (OSError, ValueError):  # another system, or no limit
-        return free
 
-
-def _reclaimable() -> int:
-    """Bytes of the container's page cache, which count as used and are given up on demand."""
-    stat = Path("/sys/fs/cgroup/memory.stat").read_text().split()
-    return int(stat[stat.index("inactive_file") + 1]) + int(stat[stat.index("active_file") + 1])
+def _gib(value: int) -> str:
+    return f"{value / GIB:.1f} GiB"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
@@ -293,6 +295,20 @@ class Bundle:
             raise BundleError(
                 f"{path} does not match its SHA-256 in {MANIFEST}; it was edited or damaged, export or copy it again"
             )
+
+
+def timestamp() -> str:
+    """Now in UTC, for `Provenance.created`; SOURCE_DATE_EPOCH in its place, so that equal runs give equal bundles.
+
+    Raises:
+        BundleError: SOURCE_DATE_EPOCH is not a whole number of seconds since 1970.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        when = datetime.now(timezone.utc) if epoch is None else datetime.fromtimestamp(int(epoch), timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise BundleError(f"SOURCE_DATE_EPOCH must be seconds since 1970, got {epoch!r}") from None
+    return when.isoformat(timespec="seconds")
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out, args.overwrite)
     student = open_student(args)
     try:
-        scales = calibrate(student, prompts, settings, args.out, args.overwrite)
+        scales = calibrate(
+            student, prompts, settings, args.out, args.overwrite, lambda message: print(message, file=sys.stderr)
+        )
     except KeyboardInterrupt:
         _say_where_it_is(args.out)
         raise
@@ -117,8 +120,6 @@ def _report(args: argparse.Namespace, scales: Scales) -> None:
 
 
 def _say_where_it_is(out: Path) -> None:
-    import sys
-
     from ..state import state_path
 
     if state_path(out).exists():

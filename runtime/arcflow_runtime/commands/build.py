@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino")
 MAX_OPTIMIZATION_LEVEL = 5
+#: A build that takes longer is announced.
+_SHORT_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     builder.add_argument(
         "--strip-weights", action="store_true", help="leave weights out; they are filled in from the bundle at load"
     )
+    parser.add_argument("--anyway", action="store_true", help="build even if the memory that it needs is not free")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     with locked_store(bundle):
         for job in jobs:
-            row = _build_one(bundle, LIBRARIES[args.backend], job, settings)
+            row = _build_one(bundle, LIBRARIES[args.backend], job, settings, args.anyway)
             rows.append(row)
             if not args.json:
                 print(_line(row), flush=True)
@@ -101,15 +105,22 @@ def _build_tokenizers(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build_one(bundle: Bundle, library: Library, job: Job, settings: Settings) -> dict[str, Any]:
+def _build_one(bundle: Bundle, library: Library, job: Job, settings: Settings, anyway: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
     from ..trt.build import Progress, build_engine
+    from ..trt.cost import GIB, available_bytes, builder_bytes, builder_seconds, check_memory
     from ..trt.store import find_built, write_engine
 
     found, changed = find_built(bundle, job.key)
     if found is not None:
         return _row(job, found, reused=True, changed=[])
+    weights = bundle.manifest.files[bundle.manifest.parts[job.part].weights].bytes
+    if not anyway:
+        check_memory(job.part, weights, available_bytes())
+    needed, seconds = builder_bytes(weights) / GIB, builder_seconds(weights)
+    if seconds > _SHORT_S:
+        print(f"{job.part}: about {seconds / 60:.0f} min, {needed:.1f} GiB of memory", file=sys.stderr)
     _check_files(bundle, job.part)
     with tqdm(desc=f"{job.part} {job.target}", unit="step", disable=None, leave=False) as bar:
 

@@ -1,0 +1,59 @@
+"""A quantised bundle's engines -> its own pictures and latents, for the part of the gate that runs end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.pipeline import Pipeline
+
+from .cases import Case, Scene
+
+
+class Engines:
+    """The candidate in the runtime, one image at a time."""
+
+    def __init__(self, bundle: Bundle, backend: str, scene: Scene) -> None:
+        """Open the engines.
+
+        Args:
+            bundle: the candidate.
+            backend: a key of `arcflow_runtime.engines.BACKENDS`.
+            scene: what every case is drawn with.
+
+        Raises:
+            EngineError: the backend cannot run the bundle here, such as for want of a GPU or of engines.
+        """
+        self._pipeline = Pipeline.load(bundle.root, backend=backend)
+        self._scene = scene
+
+    def draw(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
+        s, rows = self._scene, []
+        images = []
+        for case in cases:
+            steps: list[np.ndarray] = []
+            out = self._pipeline(
+                case.prompt,
+                s.height_px,
+                s.width_px,
+                s.num_inference_steps,
+                s.guidance_scale,
+                case.seed,
+                max_sequence_length=s.max_sequence_length,
+                callback_on_step_end=partial(_keep, steps),
+            )
+            rows.append(steps)
+            images.append(np.asarray(out.images[0]))
+        return [np.concatenate(step) for step in zip(*rows, strict=True)], np.stack(images)
+
+    def close(self) -> None:
+        """Free the engines."""
+        self._pipeline.close()
+
+
+def _keep(steps: list[np.ndarray], _: int, latents: np.ndarray) -> None:
+    steps.append(latents.copy())
