@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from arcflow_runtime.bundle import Bundle, Part, TensorSpec
 from arcflow_runtime.dtypes import to_float32
-from arcflow_runtime.errors import EngineError
+from arcflow_runtime.external_data import checked_graph
 
 #: Operators that only move values, so that their results need no rounding.
 MOVES = {
@@ -42,24 +42,18 @@ _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 def load_graph(bundle: Bundle, part: str) -> ir.Model:
     """The part's graph; its weights stay in their file until they are used.
 
-    onnx-ir refuses a weights file with several hard links, as tools that save space by linking equal files make. So the
-    path is checked here: it must be the part's own file (B8), which `Bundle.open` found inside the bundle.
+    onnx-ir refuses a weights file with several hard links, as tools that save space by linking equal files make. So its
+    path is given whole, after the check of rule B8.
 
     Raises:
-        EngineError: a tensor lies in another file.
+        BundleError: a tensor lies in another file.
     """
-    spec = bundle.manifest.parts[part]
-    graph, weights = bundle.path(spec.graph), bundle.path(spec.weights)
-    model = ir.load(graph)
+    weights = bundle.path(bundle.manifest.parts[part].weights)
+    model = ir.load(checked_graph(bundle, part))
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        if graph.parent / tensor.location != weights:
-            raise EngineError(
-                f"{part}: {tensor.name!r} must lie in {spec.weights}, got {str(tensor.location)!r}; "
-                "export the bundle again"
-            )
         value.const_value = ir.ExternalTensor(
             weights, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=""
         )

@@ -16,11 +16,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from fake_bundle import edit_manifest, list_files
+from attention_graph import attention_bundle, attention_profile
+from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.bundle import Range
-from arcflow_runtime.trt.build import _fix_static_axes
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.trt.build import Settings, _fix_static_axes, build_engine
 from arcflow_runtime.trt.library import LIBRARIES, this_platform
 from arcflow_runtime.trt.shapes import make_profiles, parse_sizes
 from arcflow_runtime.trt.store import Host, find_engine
@@ -235,6 +237,23 @@ def test_an_interrupted_build_leaves_nothing(bundle, sent, code):
     assert process.wait() == code, process.stderr.read()
     process.stderr.close()
     assert "engines" not in os.listdir(bundle)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_attention_without_a_kernel_says_what_to_do(tmp_path, precision):
+    root = make_bundle(tmp_path / "bundle")
+    library = LIBRARIES["tensorrt-rtx"]
+    bundle = attention_bundle(root, 8, precision)
+    with pytest.raises(EngineError) as error:
+        build_engine(library, bundle, "p", "sm89", (attention_profile(8),), Settings(), io.BytesIO())
+    assert str(error.value).splitlines()[0] == (
+        "p: tensorrt-rtx cannot build an engine of a graph at opset 23: its Attention operator has no kernel for heads "
+        "of this size; export with --opset 20, which writes attention as separate operators:"
+    )
+    out = io.BytesIO()
+    bundle = attention_bundle(root, 32, precision)
+    build_engine(library, bundle, "p", "sm89", (attention_profile(32),), Settings(), out)
+    assert out.tell() > 0
 
 
 def test_the_library_knows_the_targets():

@@ -217,6 +217,29 @@ def test_progress_counts_the_bytes_hashed(root):
     assert sha256_file(root / "backbone.onnx") == bundle.manifest.files["backbone.onnx"].sha256
 
 
+def test_a_relative_path_outlives_a_change_of_directory(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    bundle = Bundle.open(root.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert bundle.root == root
+    bundle.check_file("backbone.onnx", "full")
+    bundle.check_unchanged()
+
+
+def test_a_bundle_that_was_replaced(root):
+    bundle = Bundle.open(root)
+    bundle.check_unchanged()
+    message = f"^{re.escape(str(root))} was replaced or removed since it was opened; load it again$"
+    edit_manifest(root, provenance__created="2026-01-02T00:00:00Z")
+    with pytest.raises(BundleError, match=message):
+        bundle.check_unchanged()
+    Bundle.open(root).check_unchanged()
+    (root / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=message):
+        bundle.check_unchanged()
+
+
 def test_source_date_epoch_is_when_a_bundle_was_made(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert timestamp() == "1970-01-02T00:00:00+00:00"

@@ -8,8 +8,10 @@ import pytest
 from fake_bundle import FakeBackend, edit_manifest, make_bundle
 from PIL import Image
 
-from arcflow_runtime import cli, engines
+from arcflow_runtime import cli, engines, installing
 from arcflow_runtime.errors import EngineError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,8 @@ def test_missing_and_bad_arguments(root, capsys):
     assert cli.main(["generate", root]) == 2
     assert generate(root, "--steps", "two") == 2
     assert "argument --steps: invalid int value: 'two'" in capsys.readouterr().err
+    assert generate(root, "--seed", "1,x") == 2
+    assert "argument --seed: must be an integer, or several as in 1,2,3, got '1,x'" in capsys.readouterr().err
 
 
 def test_generate(root, capsys):
@@ -88,11 +92,31 @@ def test_generate_several_as_json(root, capsys):
     assert generate(root, "second", "--num-images", "2", "--json", "--seed", "1") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == [f"image-{i}.png" for i in range(4)]
-    assert result["seed"] == 1
+    assert result["seed"] == [1, 2, 3, 4]
     assert result["warnings"] == []
     assert result["timings_ms"]["total"] > 0
     with Image.open("image-2.png") as image:
-        assert image.text == {"prompt": "second", "seed": "1", "steps": "2", "batch_index": "2"}
+        assert image.text == {"prompt": "second", "seed": "3", "steps": "2"}
+
+
+@pytest.mark.parametrize("seeds", ["7", "7,-8,9,2000000000000", None])
+def test_what_a_png_records_draws_it_again_alone(root, capsys, seeds):
+    assert generate(root, "second", "--num-images", "2", *([f"--seed={seeds}"] if seeds else [])) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    recorded = []
+    for i in range(4):
+        with Image.open(f"image-{i}.png") as image:
+            text, pixels = image.text, image.tobytes()
+        recorded.append(text["seed"])
+        command = ["generate", root, text["prompt"], "--backend", "fake", "--height", "32", "--width", "48"]
+        again = [f"--seed={text['seed']}", "--steps", text["steps"], "--out", "again.png"]
+        assert cli.main([*command, *again]) == 0
+        with Image.open("again.png") as image:
+            assert image.tobytes() == pixels
+            assert image.text == text
+    assert printed.startswith(f"seed {','.join(recorded)}, ")
+    assert recorded == {"7": ["7", "8", "9", "10"], None: recorded}.get(seeds, (seeds or "").split(","))
+    assert len(set(recorded)) == 4
 
 
 def test_generate_a_sheet(root, capsys):
@@ -100,6 +124,7 @@ def test_generate_a_sheet(root, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "x.png"
     with Image.open("x.png") as image:
         assert image.text["prompt"] == "a prompt\na prompt\nsecond\nsecond"
+        assert image.text["seed"] == "1,2,3,4"
         assert image.width > 4 * 48
     assert os.listdir() == ["x.png"]
 
@@ -126,6 +151,8 @@ def test_a_picture_is_replaced_whole_or_not_at_all(root, monkeypatch, capsys):
         (["--height", "40"], "height must be a multiple of 16, got 40; the nearest is 32"),
         (["--steps", "0"], "num_inference_steps must be between 1 and 1000, got 0"),
         (["--num-images", "0"], "num_images_per_prompt must be at least 1, got 0"),
+        (["--seed", "1,2"], "seed must be an integer or a list of one per image, 1, got a list of 2"),
+        (["--seed", str(2**64)], f"seed[0] must be between {-(2**63)} and {2**64 - 1}, got {2**64}"),
     ],
 )
 def test_bad_usage(root, capsys, arguments, message):
@@ -148,7 +175,8 @@ def test_failed_stage(root, capsys, monkeypatch):
 def test_no_bundle(root, capsys):
     assert cli.main(["generate", "nowhere", "x"]) == 1
     assert capsys.readouterr().err == (
-        "arcflow generate: error: nowhere is not a directory; give the directory that `arcflow export --out` wrote\n"
+        f"arcflow generate: error: {Path.cwd() / 'nowhere'} is not a directory; "
+        "give the directory that `arcflow export --out` wrote\n"
     )
 
 
@@ -162,20 +190,37 @@ def test_interrupt(root, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "package"),
+    ("module", "extra"),
     [
-        ("arcflow_export.commands.nothing", "arcflow[export]"),
-        ("arcflow_calibration.commands.nothing", "arcflow[calibrate]"),
-        ("arcflow_distill.commands.nothing", "arcflow[distill]"),
-        ("no_engine", "arcflow"),
+        ("arcflow_export.commands.nothing", "[export]"),
+        ("arcflow_calibration.commands.nothing", "[calibrate]"),
+        ("arcflow_distill.commands.nothing", "[distill]"),
+        ("no_engine", ""),
     ],
 )
-def test_a_package_that_is_not_installed(capsys, monkeypatch, module, package):
+def test_a_package_that_is_not_installed(capsys, monkeypatch, module, extra):
     monkeypatch.setitem(cli.COMMANDS, "verify", module)
-    assert cli.main(["verify"]) == 1
+    for checkout, package in ((CHECKOUT, f"-e '{CHECKOUT}{extra}'"), (Path("/nowhere"), f"'arcflow{extra}'")):
+        monkeypatch.setattr(installing, "_CHECKOUT", checkout)
+        assert cli.main(["verify"]) == 1
+        assert capsys.readouterr().err == (
+            f"arcflow verify: error: needs {module}, which is not installed; run: pip install {package}\n"
+        )
+
+
+def test_openvino_is_not_installed(root, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    assert cli.main(["build", root, "--backend", "openvino"]) == 1
     assert capsys.readouterr().err == (
-        f"arcflow verify: error: needs {module}, which is not installed; run: pip install '{package}'\n"
+        "arcflow build: error: needs openvino_tokenizers, which is not installed; "
+        f"run: pip install -e '{CHECKOUT}[openvino]'\n"
     )
+
+
+def test_every_extra_that_is_named_exists():
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    for extra in {*installing._EXTRA_OF_MODULE.values(), *installing._EXTRA_OF_PACKAGE.values()}:
+        assert f"\n{extra} = [\n" in text
 
 
 def test_inspect(root, capsys):

@@ -152,7 +152,7 @@ def test_the_last_error_is_of_its_thread_and_its_call(cpp_library):
     assert cpp_library.arcflow_open(b"nowhere", None, byref(out)) == BUNDLE_ERROR
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(cpp_library.arcflow_last_error).result() == b""
-    assert cpp_library.arcflow_last_error().startswith(b"nowhere is not a directory")
+    assert cpp_library.arcflow_last_error().startswith(f"{Path.cwd() / 'nowhere'} is not a directory".encode())
     assert cpp_library.arcflow_noise(1, 1, (c_float * 1)()) == 0
     assert cpp_library.arcflow_last_error() == b""
 
@@ -161,6 +161,11 @@ def test_options_that_are_wrong(cpp_library, cpp_bundles):
     cases = [
         ({"backend": b"tensorflow"}, ENGINE_ERROR, r"^backend must be one of openvino.*, got 'tensorflow'$"),
         ({"threads": -1}, REQUEST_ERROR, "^threads must be at least 1, got -1; leave it out to use every core$"),
+        (
+            {"threads": 100_000},
+            REQUEST_ERROR,
+            r"^threads must be at most \d+, one per core of this machine, got 100000; leave it out to use every core$",
+        ),
     ]
     for options, status, message in cases:
         with pytest.raises(embed.ArcFlowError, match=message) as e:

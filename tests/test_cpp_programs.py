@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_the_c_example_draws(cpp_build, cpp_bundles, cpp_pipes, tmp_path):
     done = subprocess.run([cpp_build / "example_draw", "nowhere", "x", out], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         1,
-        "nowhere is not a directory; give the directory that `arcflow export --out` wrote\n",
+        f"{Path.cwd() / 'nowhere'} is not a directory; give the directory that `arcflow export --out` wrote\n",
     )
 
 
@@ -105,12 +106,15 @@ def test_the_http_service(server, cpp_pipes):
     assert (status, headers["Content-Type"], headers["X-Seed"]) == (200, "image/png", str(2**64 - 1))
     expected = cpp_pipes("shapes").draw([prompt], seeds=[2**64 - 1], height=48).pixels[0]
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(body))), expected)
+    # A negative seed, as Python takes it, is the same bits.
+    negative = post(url, json.dumps({"prompt": prompt, "seed": -1, "height": 48}).encode())
+    assert (negative[0], negative[1], negative[2]["X-Seed"]) == (200, body, str(2**64 - 1))
     wrong = {
         b"{": 'the body must be a JSON object such as {"prompt": "a red circle"}',
         b"{}": "prompt is missing",
         b'{"prompt": 3}': "prompt must be a string",
         b'{"prompt": "x", "sampler": 1}': "unknown key 'sampler'; it must be prompt, seed, height, width or steps",
-        b'{"prompt": "x", "seed": -1}': f"seed must be an integer from 0 to {2**64 - 1}",
+        b'{"prompt": "x", "seed": 1.5}': "seed must be an integer from -2**63 to 2**64 - 1",
         b'{"prompt": "x", "height": 2.5}': f"height must be an integer from 0 to {2**31 - 1}",
         b'{"prompt": "x", "width": 40}': "width must be a multiple of 16, got 40; the nearest is 32",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_char_p, c_int32, c_size_t, c_void_p
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_bundle import edit_manifest
 
 from tests.conftest import FAMILIES
-from tests.cpp import CLOSED, PROMPTS, REQUEST_ERROR, embed
+from tests.cpp import BUNDLE_ERROR, CLOSED, PROMPTS, REQUEST_ERROR, embed
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -21,6 +23,29 @@ def test_low_memory_draws_the_same(cpp_library, cpp_bundles, cpp_pipes, name):
     for _ in range(2):  # the second finds its text in the cache
         ours, theirs = (pipe.draw(PROMPTS, height=32, width=32, seeds=[3]) for pipe in (lean, cpp_pipes(name)))
         np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+    lean.close()
+
+
+def test_low_memory_refuses_a_bundle_that_was_replaced(cpp_library, cpp_bundles, tmp_path):
+    root = shutil.copytree(cpp_bundles("flux-tiny"), tmp_path / "bundle")
+    lean, kept = (embed.Pipeline(cpp_library, root, low_memory=low) for low in (1, 0))
+    lean.draw(["x"], height=32, width=32)
+    edit_manifest(root, provenance__created="2026-01-02T00:00:00Z")
+    with pytest.raises(embed.ArcFlowError) as error:
+        lean.draw(["x"], height=32, width=32)
+    assert str(error.value) == f"{root} was replaced or removed since it was opened; load it again"
+    assert error.value.status == BUNDLE_ERROR
+    kept.draw(["x"], height=32, width=32)
+    for pipe in (lean, kept):
+        pipe.close()
+
+
+def test_a_relative_path_outlives_a_change_of_directory(cpp_library, cpp_bundles, tmp_path, monkeypatch):
+    root = cpp_bundles("flux-tiny")
+    monkeypatch.chdir(root.parent)
+    lean = embed.Pipeline(cpp_library, root.name, low_memory=1)
+    monkeypatch.chdir(tmp_path)
+    assert lean.draw(["x"], height=32, width=32).pixels is not None
     lean.close()
 
 

@@ -24,11 +24,11 @@ from arcflow_distill.prompts import Encoder, collate, read_prompts
 from arcflow_distill.trainer import Distillation, distill, learning_rate, teacher_ratio
 from arcflow_export.load import load_student
 from arcflow_export.sources import Location
-from arcflow_export.staging import whole_directory
 from arcflow_export.student import TorchStudent
 from arcflow_export.verify import Case, verify_bundle
 from arcflow_runtime import cli
 from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.files import whole_directory
 from tests.checkpoints import GOLDEN_SIZES, adapter_config
 from tests.conftest import GOLDEN, export
 

@@ -33,7 +33,7 @@ from arcflow_export.errors import ExportError
 from arcflow_export.quantize.policy import load_policy
 from arcflow_runtime import cli
 from arcflow_runtime.bundle import Bundle, Latents, Source
-from arcflow_runtime.errors import EngineError, RequestError
+from arcflow_runtime.errors import BundleError, RequestError
 from tests.conftest import GOLDEN, SHAPES, SHAPES_OPTIONS
 from tests.quantized import edit_backbone, local_drift, make_fp8, scene
 
@@ -218,7 +218,8 @@ def test_weights_outside_the_parts_own_file_are_refused(reference, tmp_path):
             if entry.key == "location":
                 entry.value = "vae_decoder.safetensors"
     onnx.save(model, root / "backbone.onnx")
-    with pytest.raises(EngineError, match=r"must lie in backbone\.safetensors, got 'vae_decoder\.safetensors'"):
+    message = r"must lie in the part's weights backbone\.safetensors, got 'vae_decoder\.safetensors'"
+    with pytest.raises(BundleError, match=message):
         load_graph(dataclasses.replace(Bundle.open(reference), root=root), "backbone")
 
 

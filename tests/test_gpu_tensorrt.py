@@ -13,14 +13,17 @@ from dataclasses import replace
 import fake_tensorrt
 import numpy as np
 import pytest
+from fake_bundle import list_files, write_manifest
 from host_device import HostDevice
+from small_graph import edit_graph, set_external
 
-from arcflow_runtime import EngineError, Pipeline, RequestError, cli
+from arcflow_runtime import BundleError, EngineError, Pipeline, RequestError, cli
 from arcflow_runtime.bundle import Bundle, Range
 from arcflow_runtime.engines import open_backend
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 from arcflow_runtime.engines.tensorrt import TensorRTBackend
 from arcflow_runtime.gpu.tensorrt import Options
+from arcflow_runtime.noise import draw_latents
 from arcflow_runtime.trt import library, store
 from arcflow_runtime.trt.gpu import Gpu
 from arcflow_runtime.trt.record import EngineKey, part_key_fields
@@ -106,6 +109,16 @@ def test_pictures(root, pipeline, name):
         assert {c.cuda_graph_strategy for c in fake_tensorrt.state.configs} == {disabled}
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_noise_that_is_given(root, pipeline, low_memory):
+    """The device draws its noise itself; a caller's takes the engines' way one by one."""
+    build(root)
+    pipe = pipeline(root, low_memory=low_memory)
+    noise = draw_latents(1, 1, 16, 4, 4, 2)
+    drawn = pipe("a red circle", **(SIZE | {"seed": None, "latents": noise})).images
+    np.testing.assert_allclose(drawn, expected(root), rtol=0, atol=2e-5)
+
+
 def test_low_memory(root, pipeline):
     build(root)
     pipe = pipeline(root, low_memory=True)
@@ -124,6 +137,18 @@ def test_stripped_engines_get_the_bundles_weights_before_they_run(root, pipeline
     fake_tensorrt.state.refit_errors = ["no such initializer"]
     with pytest.raises(EngineError, match=r"text_encoder.safetensors does not fit the engine: no such initializer$"):
         pipeline(root)
+
+
+def test_weights_from_elsewhere_are_not_filled_in(root, pipeline):
+    manifest = Bundle.open(root).manifest
+    edit_graph(root / "text_encoder.onnx", set_external("location", "../secret"))
+    write_manifest(root, replace(manifest, files=list_files(root)))
+    build(root, flags=("REFIT_IDENTICAL", "STRIP_PLAN"))
+    with pytest.raises(
+        BundleError, match=r"must lie in the part's weights text_encoder\.safetensors, got '\.\./secret'"
+    ):
+        pipeline(root)
+    assert fake_tensorrt.state.refits == []
 
 
 def test_streamed_weights_are_not_captured(root, pipeline, caplog):

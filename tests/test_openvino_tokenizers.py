@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.openvino import graph
+from arcflow_runtime.openvino import build, graph
 from arcflow_runtime.openvino.probes import different_prompts, probe_prompts
 from arcflow_runtime.openvino.record import read_record
 
@@ -189,6 +191,55 @@ def test_other_ids_are_refused_and_nothing_is_left(bundle, capsys, monkeypatch):
     assert "OpenVINO would give other ids than the tokenizers library for" in err
     assert "'A Large RED Circle on the left, a blue s...'" in err
     assert not (bundle / "openvino").exists()
+
+
+def disk_error(number):
+    """OpenVINO says the same of every failed write; what the operating system says decides."""
+    import openvino
+
+    def save_model(model, path, **options):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    def check_space(folder):
+        if number:
+            raise OSError(number, os.strerror(number))
+
+    return {(openvino, "save_model"): save_model, (build, "_check_space"): check_space}
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk of {folder} is full; the unfinished tokenizers were removed"),
+        (errno.EDQUOT, "the disk of {folder} is full; the unfinished tokenizers were removed"),
+        (0, "{folder}/.partial/tokenizer.xml cannot be written: basic_ios::clear: iostream error"),
+    ],
+)
+def test_a_model_that_cannot_be_written(bundle, capsys, monkeypatch, number, message):
+    for (module, name), value in disk_error(number).items():
+        monkeypatch.setattr(module, name, value)
+    assert run(bundle) == 1
+    folder = bundle / "openvino"
+    assert capsys.readouterr().err == f"arcflow build: error: {message.format(folder=folder)}\n"
+    assert not folder.exists()
+
+
+def test_a_disk_that_is_really_full(tmp_path, capsys):
+    """Models of 61 KB, with their record, on a disk with less."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        bundle = make_bundle(disk / "bundle", "flux")
+        assert run(bundle) == 1
+        folder = bundle / "openvino"
+        assert capsys.readouterr().err == (
+            f"arcflow build: error: the disk of {folder} is full; the unfinished tokenizers were removed\n"
+        )
+        assert not folder.exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_byte_without_a_token_is_refused():

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import subprocess
 import sys
 import threading
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_bundle import MODULATION, FakeBackend, make_bundle
+from fake_bundle import MODULATION, FakeBackend, edit_manifest, make_bundle
 
-from arcflow_runtime import EngineError, Pipeline, RequestError
+from arcflow_runtime import BundleError, EngineError, Pipeline, RequestError
 from arcflow_runtime.bundle import Bundle
 from arcflow_runtime.noise import draw_latents
 
@@ -187,6 +188,99 @@ def test_close(flux_root):
         assert pipe.backend.opened == set()
         with pytest.raises(EngineError, match=r"^this pipeline is closed; load it again with Pipeline\.load$"):
             pipe("x", height=16, width=16)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_callback_cannot_call_its_own_pipeline(flux_root, low_memory):
+    """With `low_memory`, it would wait for the backbone that waits for it."""
+    pipe, other = open_fake(flux_root, low_memory), open_fake(flux_root)
+    sentence = (
+        "{} must not be called by callback_on_step_end on the pipeline that called it; "
+        "call it after the pipeline has returned, or use another pipeline"
+    )
+    said = []
+
+    def callback(step, x):
+        for call in (lambda: latents(pipe, "x"), pipe.close):
+            with pytest.raises(RequestError) as error:
+                call()
+            said.append(str(error.value))
+        latents(other, "x")
+
+    def run():
+        latents(pipe, "x", num_inference_steps=1, callback_on_step_end=callback)
+        latents(pipe, "x")
+        pipe.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "a call within a call waits for ever"
+    assert said == [sentence.format("a pipeline"), sentence.format("close()")]
+
+
+def test_a_callback_that_fails_leaves_the_pipeline_usable(flux_root):
+    pipe = open_fake(flux_root, low_memory=True)
+    with pytest.raises(ZeroDivisionError):
+        latents(pipe, "x", callback_on_step_end=lambda i, x: 1 / 0)
+    assert latents(pipe, "x").shape == (1, 6, 64)
+    pipe.close()
+
+
+def test_a_bundle_that_is_replaced_while_it_is_open(tmp_path):
+    """With `low_memory`, parts of the new bundle would run with modulation and tokens of the old one."""
+    root = make_bundle(tmp_path / "bundle")
+    lean, kept = open_fake(root, low_memory=True), open_fake(root)
+    drawn = latents(lean, "x", seed=1)
+    shutil.rmtree(root)
+    edit_manifest(make_bundle(root), provenance__created="2026-01-02T00:00:00Z")
+    opened = len(lean.backend.opens)
+    with pytest.raises(BundleError) as error:
+        latents(lean, "x", seed=1)
+    assert len(lean.backend.opens) == opened, "the new bundle's parts are not read"
+    assert str(error.value) == f"{root} was replaced or removed since it was opened; load it again"
+    np.testing.assert_array_equal(latents(kept, "x", seed=1), drawn)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded(tmp_path):
+    root = make_bundle(tmp_path / "bundle")
+
+    class Slow(FakeBackend):
+        """Another bundle takes the place while the decoder is read."""
+
+        def open(self, bundle, part):
+            if part == "vae_decoder":
+                edit_manifest(root, provenance__command=f"export {len(self.runs)}")
+            return super().open(bundle, part)
+
+    backend = Slow()
+    with pytest.raises(BundleError, match=r" was replaced or removed since it was opened; load it again$"):
+        Pipeline(Bundle.open(root), backend)
+    assert backend.opened == set()
+    lean = Pipeline(Bundle.open(root), backend, low_memory=True)
+    with pytest.raises(BundleError, match=r" was replaced or removed since it was opened; load it again$"):
+        lean("x", height=16, width=16)
+    assert "backbone" in [part for part, _ in backend.runs]
+    assert "vae_decoder" not in [part for part, _ in backend.runs]
+    assert backend.opened == set()
+
+
+def test_a_relative_path_outlives_a_change_of_directory(tmp_path, monkeypatch):
+    """ONNX Runtime is given the path of each part when it is opened."""
+    monkeypatch.chdir(tmp_path)
+    make_bundle(tmp_path / "bundle")
+    opened = []
+
+    class Paths(FakeBackend):
+        def open(self, bundle, part):
+            opened.append(bundle.path(bundle.manifest.parts[part].graph).is_file())
+            return super().open(bundle, part)
+
+    pipe = Pipeline(Bundle.open("bundle"), Paths(), low_memory=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    latents(pipe, "x")
+    assert opened == [True] * 4
 
 
 def test_a_part_that_cannot_be_opened_closes_the_others(flux_root):

@@ -71,6 +71,7 @@ GOOD = {"prompt": "x", "height": 32, "width": 32}
             "ask for fewer images at a time",
         ),
         ({"max_sequence_length": 65}, "max_sequence_length must be between 1 and 64, got 65"),
+        ({"prompt": None}, "prompt must be a string or a list of strings, got None"),
         ({"output_type": "pt"}, "output_type must be one of ['pil', 'numpy', 'latents'], got 'pt'"),
     ],
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from arcflow_runtime.files import whole_directory, whole_file
 from arcflow_runtime.outputs import check_writable
 
 from ..errors import ExportError
-from ..staging import whole_directory, whole_file
 from .compare import Pictures
 from .report import Report
 

@@ -16,6 +16,7 @@ import torch
 from arcflow_calibration.scales import Scales
 from arcflow_runtime import bundle as b
 from arcflow_runtime.errors import BundleError
+from arcflow_runtime.external_data import checked_graph
 
 from ..errors import QuantizeError
 from ..export import Progress, Silent
@@ -87,7 +88,7 @@ def plan_quantization(bundle: b.Bundle, scales: Scales, policy: Policy) -> Plan:
     scales.check_belongs(m)
     parts = []
     for name, part in m.parts.items():
-        model = ir.load(bundle.path(part.graph))
+        model = ir.load(checked_graph(bundle, name))
         if is_quantized(model):
             raise QuantizeError(f"{bundle.path(part.graph)} has Q or DQ that the manifest does not name")
         linears = find_linears(model)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from arcflow_export.staging import whole_file
 from arcflow_runtime.bundle import Family, Manifest, Source, seal
 from arcflow_runtime.errors import BundleError
+from arcflow_runtime.files import whole_file
 from arcflow_runtime.parse import parse
 
 from .errors import CalibrationError

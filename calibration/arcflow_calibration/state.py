@@ -7,7 +7,6 @@ layers' names, and how many batches are done.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from arcflow_export.load import Student
-from arcflow_export.staging import whole_file
+from arcflow_runtime.files import hidden, locked, whole_file
 
 from .collect import Collector, Layer, guidance, tools
 from .errors import CalibrationError
@@ -55,18 +54,11 @@ def held(out: Path) -> Iterator[None]:
     """Keep others from calibrating for the same `out`.
 
     Raises:
-        CalibrationError: another run does.
+        CalibrationError: another run does, or the file system has no locks.
     """
-    lock = out.with_name(f".{out.name}.lock")
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CalibrationError(f"--out: another run is writing {out}; wait for it or give another name") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    busy = f"another run is writing {out}; wait for it or give another name"
+    with locked(hidden(out, "lock"), lambda text: CalibrationError(f"--out: {text}"), busy):
+        yield
 
 
 def settings_of(student: Student, prompts: Prompts, settings: Settings) -> dict[str, Any]:

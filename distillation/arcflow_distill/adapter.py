@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from arcflow_export.adapter import CLASSES, SUB_PIXELS
-from arcflow_export.staging import whole_directory
+from arcflow_runtime.files import whole_directory
 
 from .folders import ADAPTER_FILES
 

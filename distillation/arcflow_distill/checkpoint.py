@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from arcflow_export.staging import whole_file
+from arcflow_runtime.files import whole_file
 
 from .ema import Ema
 from .errors import DistillError

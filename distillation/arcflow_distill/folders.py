@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from arcflow_runtime.files import locked
 
 from .errors import DistillError
 
@@ -37,15 +38,12 @@ def training_folder(folder: Path, resume: bool, overwrite: bool, keep: bool) -> 
     the block ends without an error.
 
     Raises:
-        DistillError: another run has the folder, or a stopped run's checkpoint is there and neither `resume` nor
-            `overwrite` says what to do with it.
+        DistillError: another run has the folder, its file system has no locks, or a stopped run's checkpoint is there
+            and neither `resume` nor `overwrite` says what to do with it.
     """
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DistillError(f"--out: another run is using {folder}; wait for it or give another name") from None
+    busy = f"another run is using {folder}; wait for it or give another name"
+    # The lock goes with its folder.
+    with locked(folder / "lock", lambda text: DistillError(f"--out: {text}"), busy, remove=False):
         state = folder / "state.safetensors"
         if state.exists() and not resume and not overwrite:
             raise DistillError(f"{folder} holds a stopped run; --resume continues it, --overwrite begins anew")

@@ -204,26 +204,30 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its directory and its checked manifest."""
+    """An opened bundle: its directory and its checked manifest.
+
+    `manifest_sha256` is that of the file which was read; None for a bundle that was not read from a directory.
+    """
 
     root: Path
     manifest: Manifest = field(repr=False)
+    manifest_sha256: str | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def open(root: str | Path, check: Check = "fast", progress: Callable[[int], None] | None = None) -> Bundle:
         """Read and check the bundle in directory `root`.
 
         Args:
-            root: the bundle's directory.
+            root: the bundle's directory; made absolute, so that a later change of the working directory does no harm.
             check: "fast" compares every size and hashes files up to 64 MiB; "full" hashes every file.
             progress: called with the number of bytes hashed since the last call.
 
         Raises:
             BundleError: the directory is no bundle, of another version, damaged, or a path leaves it.
         """
-        root = Path(root)
-        manifest = _read_manifest(root)
-        bundle = Bundle(root, manifest)
+        root = Path(root).absolute()
+        manifest, digest = _read_manifest(root)
+        bundle = Bundle(root, manifest, digest)
         check_values(manifest, str(root / MANIFEST))
         bundle._check_references()
         bundle._check_files(check, progress or (lambda _: None))
@@ -234,6 +238,22 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.root / MANIFEST}: {name!r} is used but not listed under 'files'")
         return self.root / name
+
+    def check_unchanged(self) -> None:
+        """Check that the directory still holds the bundle that was opened, and not one written in its place.
+
+        Raises:
+            BundleError: its manifest is another one, or gone.
+        """
+        if self.manifest_sha256 is None:
+            return
+        path = self.root / MANIFEST
+        try:
+            unchanged = sha256_file(path) == self.manifest_sha256
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise BundleError(f"{self.root} was replaced or removed since it was opened; load it again")
 
     def _check_references(self) -> None:
         m = self.manifest
@@ -311,7 +331,8 @@ def _check_name(name: str, root: Path) -> None:
             raise BundleError(f"{root / MANIFEST}: file {name!r} must not be in {folder}/, which is for built {what}")
 
 
-def _read_manifest(root: Path) -> Manifest:
+def _read_manifest(root: Path) -> tuple[Manifest, str]:
+    """The manifest, and the SHA-256 of its file."""
     path = root / MANIFEST
     if not root.is_dir():
         raise BundleError(f"{root} is not a directory; give the directory that `arcflow export --out` wrote")
@@ -320,7 +341,8 @@ def _read_manifest(root: Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; it is not a manifest")
     try:
-        data = read_json(path.read_bytes())
+        text = path.read_bytes()
+        data = read_json(text)
     except (ValueError, RecursionError) as e:
         raise BundleError(f"{path} is not valid JSON ({e}); export the bundle again") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -333,7 +355,7 @@ def _read_manifest(root: Path) -> Manifest:
     manifest: Manifest = parse(Manifest, data, str(path))
     if digest != seal(data):
         raise BundleError(f"{path} does not match its own digest; it was edited, export the bundle again")
-    return manifest
+    return manifest, hashlib.sha256(text).hexdigest()
 
 
 def seal(data: Mapping[str, object]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from .errors import ArcFlowError, RequestError
+from .installing import install_command
 
 #: Each module has a docstring for its help, `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
@@ -75,7 +76,8 @@ def _run(name: str, argv: list[str]) -> int:
     except ModuleNotFoundError as e:
         if debug or (e.name or "").startswith("arcflow_runtime"):
             raise
-        return _fail(name, f"needs {e.name}, which is not installed; run: pip install '{_package(name)}'", FAILED)
+        command = install_command(_package(name), e.name or "")
+        return _fail(name, f"needs {e.name}, which is not installed; run: {command}", FAILED)
     except RequestError as e:
         if debug:
             raise
@@ -114,16 +116,14 @@ def _overview() -> str:
         try:
             summary = (importlib.import_module(path).__doc__ or "").strip().splitlines()[0]
         except ModuleNotFoundError:
-            summary = f"(not installed: pip install '{_package(name)}')"
+            summary = f"(not installed: {install_command(_package(name))})"
         lines.append(f"  {name:14}{summary}")
     return "\n".join([*lines, "", "`arcflow COMMAND --help` explains one."])
 
 
 def _package(name: str) -> str:
-    """What to install for a command."""
-    package = COMMANDS[name].split(".")[0]
-    extras = {"arcflow_export": "export", "arcflow_calibration": "calibrate", "arcflow_distill": "distill"}
-    return f"arcflow[{extras[package]}]" if package in extras else "arcflow"
+    """The package that a command is in."""
+    return COMMANDS[name].split(".")[0]
 
 
 def _suggest(word: str, known: Sequence[str] | dict[str, str]) -> str:

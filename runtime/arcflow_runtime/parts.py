@@ -53,6 +53,7 @@ class Parts:
 
         Raises:
             EngineError: the part cannot be opened, or the parts were closed.
+            BundleError: parts do not stay open, and the bundle was replaced since it was opened.
         """
         spec = self._bundle.manifest.parts[part]
         if self.keep:
@@ -95,8 +96,11 @@ class Parts:
     def _opened(self, part: str) -> Iterator[Engine]:
         with self._lock:
             self._check_open()
+            self._bundle.check_unchanged()
             engine = self._backend.open(self._bundle, part)
             try:
+                # Again, for a bundle that was replaced while the part was read.
+                self._bundle.check_unchanged()
                 yield engine
             finally:
                 engine.close()

@@ -14,16 +14,18 @@ import numpy as np
 from PIL import Image
 
 from .bundle import Bundle, Check
+from .calls import Calls
 from .condition import Conditioner
 from .decode import check_pictures, decode_latents, to_float, to_pil
 from .denoise import Group, StepCallback, check_finite, denoise, draw, join
+from .diffusers_arguments import check_callback, refuse_others
 from .encode import encode_prompts
 from .engines import DEFAULT_BACKEND, open_backend
 from .engines.base import Backend, Denoiser, DenoisingBackend, Drawing
-from .errors import RequestError
+from .errors import BundleError, RequestError
 from .noise import GROUP, draw_latents, streams
 from .parts import Parts
-from .request import OutputType, Request, check_request
+from .request import Request, check_request
 from .rotary import image_rotary, text_rotary
 from .schedule import conditioning_guidance, sigmas, timesteps_of
 from .stopwatch import Stopwatch
@@ -37,12 +39,12 @@ class PipelineOutput:
     """What one call made.
 
     `images` is a list of B PIL pictures, [B, H, W, 3] float32 in [0, 1] ("numpy") or [B, N, 64] float32
-    ("latents"). `seed` draws the same noise again when passed back. `timings_ms` has the wall time of every
-    stage and "total".
+    ("latents"). `seed` draws the same noise again when passed back; None where the caller gave the noise. `timings_ms`
+    has the wall time of every stage and "total".
     """
 
     images: list[Image.Image] | np.ndarray
-    seed: int | tuple[int, ...]
+    seed: int | tuple[int, ...] | None
     warnings: tuple[str, ...]
     timings_ms: Mapping[str, float]
 
@@ -55,10 +57,11 @@ class Pipeline:
 
         Raises:
             EngineError: the backend cannot run the bundle or open a part.
-            BundleError: a tokenizer or the modulation table cannot be read.
+            BundleError: a tokenizer or the modulation table cannot be read, or the bundle was replaced meanwhile.
         """
         backend.check(bundle)
         self.bundle = bundle
+        self._calls = Calls()
         self._tokenizer = PromptTokenizer(bundle)
         self._cache = EmbeddingCache()
         self._conditioner = Conditioner(bundle)
@@ -70,6 +73,11 @@ class Pipeline:
         # What a device draws of the noise is whole groups of numbers.
         if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
             self._denoiser = backend.open_denoiser(bundle, self._parts)
+        try:
+            bundle.check_unchanged()
+        except BundleError:
+            self.close()
+            raise
 
     @staticmethod
     def load(
@@ -86,10 +94,13 @@ class Pipeline:
             backend: what runs the graphs, a key of `engines.BACKENDS`.
             low_memory: open each part only while it is used, one at a time.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
-            threads: CPU threads per engine; None lets the engine choose.
+            threads: CPU threads per engine, at most one per core; None lets the engine choose.
+
+        A process that forks must load after the fork: an engine's threads do not exist in the child, which would wait
+        for them for ever.
 
         Raises:
-            BundleError: the bundle is missing, damaged or of another version.
+            BundleError: the bundle is missing, damaged or of another version, or was replaced while it was loaded.
             EngineError: the backend is unknown or cannot run the bundle.
             RequestError: `check` or `threads` is out of range.
         """
@@ -100,7 +111,7 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -108,8 +119,14 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
-        output_type: OutputType = "pil",
+        output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        *,
+        generator: object = None,
+        latents: object = None,
+        prompt_embeds: object = None,
+        pooled_prompt_embeds: object = None,
+        **others: object,
     ) -> PipelineOutput:
         """Draw pictures.
 
@@ -119,19 +136,28 @@ class Pipeline:
             width: likewise.
             num_inference_steps: network calls; None is the bundle's (2).
             guidance_scale: for a student with guidance, 3.5 where None; others ignore it and warn.
-            seed: an int draws the noise of the whole batch in one call, a list of B ints one image each; None
-                takes a random seed, given back in the output.
+            seed: an int draws the noise of the whole batch in one call, a list of B ints one image each, so that each
+                can be drawn again by itself; None takes a random one for each image, given back in the output.
             num_images_per_prompt: pictures per prompt.
             max_sequence_length: largest number of text tokens; None is the bundle's.
-            output_type: "pil", "numpy" or "latents".
+            output_type: "pil", "numpy" or "np", "latents" or "latent".
             callback_on_step_end: called after each step with its index and the latents, [B, N, 64] float32,
-                read-only; what it returns is ignored.
+                read-only; what it returns is ignored. It must not call this pipeline.
+            generator: in place of `seed`, a `torch.Generator` of the CPU or a list of B. Its initial seed is read, so
+                that numbers drawn from it before do not count.
+            latents: in place of `seed`, the noise itself, [B, N, 64], packed as diffusers packs it.
+            prompt_embeds: in place of `prompt`, text states [P, T, Dt] of P prompts, without padding for Qwen-Image.
+            pooled_prompt_embeds: with it for FLUX, CLIP's pooled vectors [P, Dp].
+            others: diffusers' other arguments, which are refused unless they are None.
 
         Raises:
-            RequestError: an argument is wrong; nothing was run.
+            RequestError: an argument is wrong; nothing was run. Or the call comes from this pipeline's own callback.
             EngineError: an engine failed, or the latents are not finite.
+            BundleError: `low_memory` is on and the bundle was replaced since it was loaded.
         """
         started = time.perf_counter()
+        refuse_others(others)
+        check_callback(callback_on_step_end)
         request = check_request(
             self.bundle.manifest,
             prompt,
@@ -143,13 +169,18 @@ class Pipeline:
             num_images_per_prompt,
             max_sequence_length,
             output_type,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
         )
         watch = Stopwatch()
-        embeddings, warnings = self._encode(request, watch)
-        for warning in warnings:
-            _log.warning(warning)
-        latents, pixels = self._denoise(request, embeddings, watch, callback_on_step_end)
-        images = self._decode(request, latents, pixels, watch)
+        with self._calls.enter("a pipeline"):
+            embeddings, warnings = self._encode(request, watch)
+            for warning in warnings:
+                _log.warning(warning)
+            latents, pixels = self._denoise(request, embeddings, watch, callback_on_step_end)
+            images = self._decode(request, latents, pixels, watch)
         timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
         return PipelineOutput(images, request.seed, warnings, timings)
 
@@ -158,6 +189,8 @@ class Pipeline:
 
         A prompt whose embeddings are kept is neither tokenised nor encoded.
         """
+        if request.embeddings is not None:
+            return dict(request.embeddings), request.warnings
         length = request.max_sequence_length
         embeddings = {p: self._cache.get(p, length) for p in request.prompts}
         unknown = [p for p, e in embeddings.items() if e is None]
@@ -181,8 +214,10 @@ class Pipeline:
         m = self.bundle.manifest
         grid = self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
-        modulation = self._modulation(request, embeddings, watch) if self._denoiser is None else None
-        noise = self._noise(request, watch) if self._denoiser is None else None
+        # A denoiser draws the noise on its device.
+        denoiser = self._denoiser if request.latents is None else None
+        modulation = self._modulation(request, embeddings, watch) if denoiser is None else None
+        noise = self._noise(request, watch) if denoiser is None else None
         with watch("rotary"):
             rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
             groups = self._groups(request, embeddings, grid)
@@ -190,13 +225,16 @@ class Pipeline:
         if modulation is not None and noise is not None:
             with self._parts.use("backbone") as run:
                 latents = denoise(run, groups, noise, modulation, rotary, schedule, watch, callback)
-        elif self._denoiser is not None:
-            latents, pixels = draw(self._denoiser, self._drawings(request, groups), watch, callback)
+        elif denoiser is not None:
+            latents, pixels = draw(denoiser, self._drawings(request, groups), watch, callback)
         check_finite(latents, m.parts["backbone"].precision)
         return latents, pixels
 
     def _noise(self, request: Request, watch: Stopwatch) -> np.ndarray:
         """[B, N, 64] float32."""
+        if request.seed is None:
+            assert request.latents is not None, "check_request gives one of them"
+            return request.latents
         latents, grid = self.bundle.manifest.latents, self._grid(request)
         p = latents.patch_size
         with watch("noise"):
@@ -222,6 +260,7 @@ class Pipeline:
         schedule = sigmas(request.num_inference_steps, m.schedule)
         timesteps, guidance = self._conditioning(request)
         numbers = m.latents.channels * m.latents.patch_size**2 * grid[0] * grid[1]
+        assert request.seed is not None, "noise that is given is not drawn"
         sources = streams(request.seed, request.batch, numbers)
         return [
             (
@@ -302,6 +341,7 @@ class Pipeline:
         ]
         if self._denoiser is None:
             return
+        self._calls.check("warm_up()")
         # The largest first: what grows with the shape is then made once.
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
@@ -314,7 +354,12 @@ class Pipeline:
         self._cache.clear()
 
     def close(self) -> None:
-        """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed."""
+        """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed.
+
+        Raises:
+            RequestError: it is called by this pipeline's own callback.
+        """
+        self._calls.check("close()")
         if self._denoiser is not None:
             self._denoiser.close()
         self._parts.close()

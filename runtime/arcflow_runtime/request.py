@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
 from .bundle import Manifest, Range
+from .diffusers_arguments import OUTPUT_TYPES, embeddings_of, latents_of, one_of, seed_of
 from .errors import RequestError
 from .noise import MAX_SEED, MIN_SEED
+from .text import Embeddings
 
 OutputType = Literal["pil", "numpy", "latents"]
 _OUTPUT_TYPES = get_args(OutputType)
@@ -24,7 +28,11 @@ MAX_GUIDANCE_SCALE = 65.0
 
 @dataclass(frozen=True)
 class Request:
-    """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, prompt by prompt."""
+    """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, prompt by prompt.
+
+    `seed` is None where the caller gives the noise, `latents` [B, N, C] float32. `embeddings` are by prompt; where the
+    caller gives them, `prompts` are only their names.
+    """
 
     prompts: tuple[str, ...]
     num_images_per_prompt: int
@@ -32,10 +40,12 @@ class Request:
     width_px: int
     num_inference_steps: int
     guidance_scale: float | None
-    seed: int | tuple[int, ...]
+    seed: int | tuple[int, ...] | None
     max_sequence_length: int
     output_type: OutputType
     warnings: tuple[str, ...]
+    latents: np.ndarray | None = None
+    embeddings: Mapping[str, Embeddings] | None = None
 
     @property
     def batch(self) -> int:
@@ -45,7 +55,7 @@ class Request:
 
 def check_request(
     manifest: Manifest,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None,
     height: int | None,
     width: int | None,
     num_inference_steps: int | None,
@@ -54,13 +64,26 @@ def check_request(
     num_images_per_prompt: int,
     max_sequence_length: int | None,
     output_type: str,
+    *,
+    generator: object = None,
+    latents: object = None,
+    prompt_embeds: object = None,
+    pooled_prompt_embeds: object = None,
 ) -> Request:
     """Check every argument and fill in the bundle's defaults; arguments as for `Pipeline.__call__`.
 
     Raises:
         RequestError: an argument is of the wrong type or out of the bundle's range.
     """
-    prompts = _prompts(prompt)
+    one_of({"seed": seed, "generator": generator, "latents": latents}, "each of them decides the noise")
+    one_of({"prompt": prompt, "prompt_embeds": prompt_embeds}, "each of them is the text")
+    embeddings = None
+    if prompt_embeds is not None or pooled_prompt_embeds is not None:
+        if prompt_embeds is None:
+            raise RequestError("pooled_prompt_embeds must be given with prompt_embeds, in place of a prompt")
+        given = embeddings_of(manifest, prompt_embeds, pooled_prompt_embeds)
+        embeddings = {f"prompt_embeds[{i}]": e for i, e in enumerate(given)}
+    prompts = _prompts(prompt) if embeddings is None else tuple(embeddings)
     images_each = _integer("num_images_per_prompt", num_images_per_prompt, 1, None)
     batch = len(prompts) * images_each
     _check_batch(manifest.ranges.batch, len(prompts), images_each)
@@ -71,17 +94,25 @@ def check_request(
         warnings.append("num_inference_steps 1 gives a blurry picture; use 2 or more")
     if guidance_scale is not None and not manifest.guidance:
         warnings.append(f"this student takes no guidance; guidance_scale {guidance_scale!r} was ignored")
+    height_px = _size("height", height, manifest.ranges.height_px, manifest)
+    width_px = _size("width", width, manifest.ranges.width_px, manifest)
+    if latents is not None:
+        space = manifest.latents
+        tokens = height_px * width_px // (space.vae_scale_factor * space.patch_size) ** 2
+        latents = latents_of(latents, (batch, tokens, space.channels * space.patch_size**2))
     return Request(
         prompts=prompts,
         num_images_per_prompt=images_each,
-        height_px=_size("height", height, manifest.ranges.height_px, manifest),
-        width_px=_size("width", width, manifest.ranges.width_px, manifest),
+        height_px=height_px,
+        width_px=width_px,
         num_inference_steps=steps,
         guidance_scale=guidance if manifest.guidance else None,
-        seed=_seed(seed, batch),
+        seed=None if latents is not None else _seed(seed if generator is None else seed_of(generator), batch),
         max_sequence_length=_max_sequence_length(max_sequence_length, manifest),
         output_type=_output_type(output_type),
         warnings=tuple(warnings),
+        latents=latents,
+        embeddings=embeddings,
     )
 
 
@@ -168,7 +199,8 @@ def _guidance(value: float | None) -> float:
 
 def _seed(value: int | Sequence[int] | None, batch: int) -> int | tuple[int, ...]:
     if value is None:
-        return secrets.randbits(32)
+        drawn = tuple(secrets.randbits(32) for _ in range(batch))
+        return drawn if batch > 1 else drawn[0]
     if not isinstance(value, (list, tuple)):
         try:
             return _integer("seed", value, MIN_SEED, MAX_SEED)
@@ -185,6 +217,7 @@ def _max_sequence_length(value: int | None, manifest: Manifest) -> int:
 
 
 def _output_type(value: str) -> OutputType:
+    value = OUTPUT_TYPES.get(value, value) if isinstance(value, str) else value
     if value not in _OUTPUT_TYPES:
         raise RequestError(f"output_type must be one of {list(_OUTPUT_TYPES)}, got {value!r}")
     return value  # type: ignore[return-value]

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arcflow_export.staging import whole_directory
 from arcflow_export.student import SHIFT
 from arcflow_runtime.errors import RequestError
+from arcflow_runtime.files import whole_directory
 
 from ..errors import DistillError
 from ..shapes.judge import STEPS, Judge, judge_rates, train_judge

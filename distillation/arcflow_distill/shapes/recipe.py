@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arcflow_export.staging import whole_directory, whole_file
+from arcflow_runtime.files import whole_directory, whole_file
 
 from ..config import load_config
 from ..errors import DistillError

@@ -1,7 +1,8 @@
 """Draw pictures from prompts with a bundle.
 
 Several prompts, or --num-images above 1, write NAME-0.png, NAME-1.png and so on, or with --sheet one PNG of them
-all, each with its prompt beneath. Each PNG records its prompt, seed and number of steps.
+all, each with its prompt beneath. Each PNG records its prompt, seed and number of steps: the same prompt, size and
+steps with that seed draw the picture again, alone or in any batch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 1024, or nearest)")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: likewise)")
     parser.add_argument("--steps", type=int, help="network calls (default: the bundle's)")
-    parser.add_argument("--seed", type=int, help="seed of the whole batch (default: a random one, printed)")
+    parser.add_argument(
+        "--seed",
+        type=_seeds,
+        metavar="N[,N...]",
+        help="of the first picture, the others count up from it; or one for each (default: random ones, printed)",
+    )
     parser.add_argument("--guidance-scale", type=float, help="FLUX's guidance (default: 3.5)")
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
     parser.add_argument("--sheet", action="store_true", help="write one PNG of all pictures with their prompts")
@@ -62,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
         images, prompts = [make_sheet(images, prompts)], ["\n".join(prompts)]
     paths = _paths(args.out, len(images))
-    for i, (path, image, prompt) in enumerate(zip(paths, images, prompts, strict=True)):
-        text = {"prompt": prompt, "seed": str(output.seed), "steps": str(steps)}
-        _write_png(path, image, text | ({"batch_index": str(i)} if len(paths) > 1 else {}))
+    seeds = [str(seed) for seed in (output.seed if isinstance(output.seed, tuple) else (output.seed,))]
+    recorded = [",".join(seeds)] if args.sheet else seeds
+    for path, image, prompt, seed in zip(paths, images, prompts, recorded, strict=True):
+        _write_png(path, image, {"prompt": prompt, "seed": seed, "steps": str(steps)})
     if args.json:
         print(
             json.dumps(
@@ -80,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for path in paths:
             print(path)
-        print(f"seed {output.seed}, {output.timings_ms['total'] / 1e3:.2f} s")
+        print(f"seed {','.join(seeds)}, {output.timings_ms['total'] / 1e3:.2f} s")
     return 0
 
 
@@ -105,11 +112,25 @@ def _draw(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
             width=args.width,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance_scale,
-            seed=args.seed,
+            seed=_one_each(args.seed, len(args.prompt) * args.num_images),
             num_images_per_prompt=args.num_images,
             max_sequence_length=args.max_sequence_length,
             callback_on_step_end=lambda step, latents: bar.update(),
         )
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, or several as in 1,2,3, got {text!r}") from None
+
+
+def _one_each(seeds: list[int] | None, images: int) -> list[int] | None:
+    """One seed for each picture, so that each can be drawn again by itself; a single one counts up."""
+    if seeds is None or len(seeds) > 1:
+        return seeds
+    return [seeds[0] + i for i in range(max(images, 1))]
 
 
 def _paths(out: Path, count: int) -> list[Path]:

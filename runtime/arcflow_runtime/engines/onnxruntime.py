@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import onnxruntime as ort
 
 from ..bundle import Bundle, Part
 from ..errors import EngineError, RequestError
+from ..external_data import checked_graph
 from .base import LayerTime
 
 # Warnings of the optimiser about dynamic shapes mean nothing to a user; errors come as exceptions.
@@ -91,6 +93,12 @@ class OnnxRuntimeBackend:
     def __init__(self, threads: int | None) -> None:
         if threads is not None and threads < 1:
             raise RequestError(f"threads must be at least 1, got {threads}; leave it out to use every core")
+        cores = os.cpu_count() or 1
+        if threads is not None and threads > cores:
+            raise RequestError(
+                f"threads must be at most {cores}, one per core of this machine, got {threads}; "
+                "leave it out to use every core"
+            )
         self._threads = threads
 
     def check(self, bundle: Bundle) -> None:
@@ -145,12 +153,16 @@ def open_session(
     """Load a part's graph with these providers; its external weights are read from beside it.
 
     Raises:
+        BundleError: the graph's external data is not in the part's weights file.
         EngineError: the graph cannot be loaded, or its inputs or outputs are not the manifest's.
     """
     spec = bundle.manifest.parts[part]
+    graph = checked_graph(bundle, part)
     options.log_severity_level = _LOG_ERRORS_ONLY
+    # A file name that ends in .ort would be read in another format than the one checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        session = ort.InferenceSession(str(bundle.path(spec.graph)), options, providers=providers)
+        session = ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
         raise EngineError(f"{part}: ONNX Runtime cannot load {spec.graph}: {first_line(e)}") from e
     check_names(bundle, part, session.get_inputs(), session.get_outputs())
@@ -177,7 +189,7 @@ def create(threads: int | None) -> OnnxRuntimeBackend:
     """The backend, with `threads` CPU threads per engine (None: one per core).
 
     Raises:
-        RequestError: `threads` is below 1.
+        RequestError: `threads` is below 1 or above the number of cores.
     """
     return OnnxRuntimeBackend(threads)
 

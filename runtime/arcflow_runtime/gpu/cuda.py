@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError
+from ..installing import install_command
 from .device import CaptureError, Device, Event, Graph, Kernels, Memory, OutOfMemory, PinnedMemory, Stream
 from .kernels import load_kernels
 
-#: What a user installs for it.
-PACKAGE = "arcflow[gpu]"
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
@@ -31,7 +30,8 @@ def open_device() -> Device:
     try:
         import cuda.core
     except ImportError as e:
-        raise EngineError(f"running on a GPU needs cuda-core; run: pip install '{PACKAGE}' ({e})") from None
+        command = install_command("arcflow_runtime", "cuda")
+        raise EngineError(f"running on a GPU needs cuda-core; run: {command} ({e})") from None
     try:
         device = cuda.core.Device(0)
         device.set_current()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import EngineError
+from ..files import locked, whole_file
 from .kernels import cache_folder
 
 _log = logging.getLogger("arcflow")
@@ -44,18 +45,13 @@ class RuntimeCacheFile:
         digest = hashlib.sha256(data).hexdigest()
         if digest == self._written:
             return
-        import fcntl
-
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
-                try:
-                    partial.write_bytes(data)
-                    os.replace(partial, self.path)
-                finally:
-                    partial.unlink(missing_ok=True)
-        except OSError as e:
-            _log.warning("what TensorRT-RTX compiled cannot be kept in %s: %s", self.path.parent, e.strerror)
+            # The C++ library takes the same lock, and does not look whether its file was removed.
+            lock = self.path.with_suffix(".lock")
+            with locked(lock, EngineError, wait=True, remove=False), whole_file(self.path) as partial:
+                partial.write_bytes(data)
+        except (OSError, EngineError) as e:
+            reason = e.strerror if isinstance(e, OSError) else e
+            _log.warning("what TensorRT-RTX compiled cannot be kept in %s: %s", self.path.parent, reason)
         self._written = digest

@@ -14,6 +14,7 @@ from typing import Any
 from ..bundle import Bundle, DType
 from ..engines.base import LayerTime
 from ..errors import EngineError
+from ..external_data import checked_graph
 from ..trt.library import Library
 from ..trt.shapes import Profile
 from ..trt.store import BuiltEngine
@@ -53,6 +54,7 @@ class TensorRTEngine:
         """Load the engine, and its weights from the bundle if it has none; the caller holds the lane.
 
         Raises:
+            BundleError: the weights are to come from outside the part's weights file.
             EngineError: the library cannot load it, or it is not of the part that its record names.
         """
         key = built.record.key
@@ -61,12 +63,13 @@ class TensorRTEngine:
         self._trt = library.load()
         self._logger = _make_logger(self._trt)
         self._flags = key.flags
+        graph = checked_graph(bundle, self.part) if "STRIP_PLAN" in self._flags else None
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._deserialize(built)
         self._profiler = _make_profiler(self._trt) if options.profile else None
         self._check_tensors()
-        if "STRIP_PLAN" in self._flags:
-            self._refit()
+        if graph is not None:
+            self._refit(graph)
         if "WEIGHT_STREAMING" in self._flags:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._cache_file: RuntimeCacheFile | None = None
@@ -157,13 +160,13 @@ class TensorRTEngine:
                 "build the engine again with `arcflow build`"
             )
 
-    def _refit(self) -> None:
+    def _refit(self, graph: Path) -> None:
         """Fill in the weights from the part's graph and weights files (E6)."""
         spec = self._bundle.manifest.parts[self.part]
         refitter = self._trt.Refitter(self._engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
         # From the graph's path: its external weights lie beside it.
-        if not parser.refit_from_file(str(self._bundle.path(spec.graph))):
+        if not parser.refit_from_file(str(graph)):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise self.error(f"{spec.weights} does not fit the engine: {'; '.join(errors[:_SHOWN_ERRORS])}")
         if missing := refitter.get_missing_weights():

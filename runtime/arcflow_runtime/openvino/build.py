@@ -7,12 +7,9 @@ does not name is removed.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle import OPENVINO, Bundle, sha256_file
 from ..errors import BundleError, EngineError
+from ..files import is_full, locked_folder
 from .record import RECORD, BuiltTokenizer, ModelFile, Record, read_record
 
 if TYPE_CHECKING:
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
 #: Raised when a change here makes other models of the same tokenizer.json.
 CONVERTER = 1
 _PARTIAL = ".partial"
+# More than a stream's buffer: what a failed write of OpenVINO's leaves free is less.
+_PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def build_tokenizers(bundle: Bundle) -> list[BuiltRow]:
     from openvino import get_version
 
     versions = {"openvino": get_version(), "openvino_tokenizers": openvino_tokenizers.__version__}
-    with _locked(bundle) as folder:
+    busy = f"another build is writing tokenizers of {bundle.root}; wait for it"
+    with locked_folder(bundle.root / OPENVINO, busy, "tokenizers") as folder:
         found, damage = _read(bundle)
         partial = folder / _PARTIAL
         rows, built = [], {}
@@ -71,7 +72,7 @@ def build_tokenizers(bundle: Bundle) -> list[BuiltRow]:
                 created = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 _commit(folder, Record(built, CONVERTER, created=created, **versions))
         except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(e):
                 raise EngineError(f"the disk of {folder} is full; the unfinished tokenizers were removed") from e
             raise
         finally:
@@ -119,8 +120,12 @@ def _build_one(bundle: Bundle, name: str, partial: Path) -> BuiltTokenizer:
     tokenizer.no_truncation()
     model = build_graph(json.loads(text), str(path))
     graph, weights = partial / f"{name}.xml", partial / f"{name}.bin"
-    # Scores of a unigram model stay as they are.
-    ov.save_model(model, graph, compress_to_fp16=False)
+    try:
+        # Scores of a unigram model stay as they are.
+        ov.save_model(model, graph, compress_to_fp16=False)
+    except RuntimeError as e:  # what OpenVINO raises for everything, a full disk too
+        _check_space(partial)
+        raise EngineError(f"{graph} cannot be written: {str(e).strip().splitlines()[-1]}") from e
     prefix, suffix = _special_ids(tokenizer)
     _verify(path, tokenizer, _compile(graph), prefix, suffix)
     return BuiltTokenizer(
@@ -130,6 +135,16 @@ def _build_one(bundle: Bundle, name: str, partial: Path) -> BuiltTokenizer:
         prefix=tuple(prefix),
         suffix=tuple(suffix),
     )
+
+
+def _check_space(folder: Path) -> None:
+    """Raise the operating system's error if the disk has no room for a small file."""
+    probe = folder / ".space"
+    try:
+        with probe.open("wb") as f:
+            f.write(bytes(_PROBE_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _compile(graph: Path) -> Any:
@@ -189,31 +204,6 @@ def _commit(folder: Path, record: Record) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, folder / RECORD)
-
-
-@contextmanager
-def _locked(bundle: Bundle) -> Iterator[Path]:
-    """Hold the bundle's `openvino` folder for writing; it is removed again if it stays empty."""
-    import fcntl
-
-    folder = bundle.root / OPENVINO
-    try:
-        folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as e:
-        raise EngineError(f"{folder} cannot be written: {e.strerror}; tokenizers are kept in their bundle") from e
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise EngineError(f"another build is writing tokenizers of {bundle.root}; wait for it") from None
-        try:
-            yield folder
-        finally:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-    finally:
-        os.close(handle)
 
 
 def _clean(folder: Path) -> None:

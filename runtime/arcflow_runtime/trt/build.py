@@ -13,12 +13,14 @@ from typing import Any, BinaryIO
 
 from ..bundle import Bundle
 from ..errors import EngineError
+from ..external_data import checked_graph
 from .gpu import find_gpu
 from .library import Library
 from .shapes import Profile
 
 _SHOWN_ERRORS = 5
-#: From this opset on, graphs have attention as one operator, for which the libraries have no float32 kernels.
+#: From this opset on, graphs have attention as one operator, for which the libraries have no float32 kernels and, at
+#: least up to TensorRT-RTX 1.7, none for heads below 16.
 _FUSED_ATTENTION_OPSET = 23
 
 
@@ -80,6 +82,7 @@ def build_engine(
         Seconds that parsing and building took.
 
     Raises:
+        BundleError: the graph's external data is not in the part's weights file.
         EngineError: the graph cannot be parsed or built; the message names the part and the nodes.
     """
     build = _Build(library, library.load(), bundle, part)
@@ -110,7 +113,7 @@ class _Build:
         builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
-        graph = self._bundle.path(self._spec.graph)
+        graph = checked_graph(self._bundle, self._part)
         # From its path: external weights lie beside it.
         if not parser.parse_from_file(str(graph)):
             raise EngineError(self._parser_errors(parser, graph))
@@ -179,12 +182,17 @@ class _Build:
     def _build_error(self, settings: Settings) -> str:
         text = f"{self._part}: {self._library.name} cannot build an engine"
         opset = self._bundle.manifest.opset
-        float32 = self._spec.precision == "float32" and opset >= _FUSED_ATTENTION_OPSET
-        if float32 and any("Attention" in e for e in self._logger.errors):
-            text += (
-                f" of a float32 graph at opset {opset}, whose Attention operator has no float32 kernels; "
-                "export with --opset 20, or with --dtype bfloat16 or float16"
-            )
+        if opset >= _FUSED_ATTENTION_OPSET and any("Attention" in e for e in self._logger.errors):
+            if self._spec.precision == "float32":
+                text += (
+                    f" of a float32 graph at opset {opset}, whose Attention operator has no float32 kernels; "
+                    "export with --opset 20, or with --dtype bfloat16 or float16"
+                )
+            else:
+                text += (
+                    f" of a graph at opset {opset}: its Attention operator has no kernel for heads of this size; "
+                    "export with --opset 20, which writes attention as separate operators"
+                )
         if settings.strip_weights and find_gpu() is None:
             text += " without its weights where there is no GPU; leave out --strip-weights"
         return text + self._said()

@@ -6,7 +6,6 @@ place, then the engine that it replaced is removed.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import BinaryIO
 
 from ..bundle import ENGINES, FAST_HASH_BYTES, Bundle, Check, sha256_file
 from ..errors import EngineError
+from ..files import is_full, locked_folder
 from .gpu import find_gpu
 from .library import LIBRARIES, this_platform
 from .record import EngineKey, EngineRecord, engine_name, part_key_fields, read_record
@@ -152,31 +152,10 @@ def locked_store(bundle: Bundle) -> Iterator[None]:
     Raises:
         EngineError: another build holds them, or the folder cannot be written.
     """
-    import fcntl
-
     folder = bundle.root / ENGINES
-    lock = folder / ".lock"
-    try:
-        folder.mkdir(exist_ok=True)
-        handle = lock.open("w")
-    except OSError as e:
-        raise EngineError(f"{folder} cannot be written: {e.strerror}; engines are kept beside their bundle") from e
-    with handle:
-        try:
-            fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed it since it was opened here; a lock on a removed file excludes nobody.
-            held = os.fstat(handle.fileno()).st_ino == lock.stat().st_ino
-        except OSError:
-            held = False
-        if not held:
-            raise EngineError(f"another build is writing engines of {bundle.root}; wait for it")
-        try:
-            _remove_orphans(bundle)
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+    with locked_folder(folder, f"another build is writing engines of {bundle.root}; wait for it", "engines"):
+        _remove_orphans(bundle)
+        yield
 
 
 def write_engine(
@@ -217,7 +196,7 @@ def write_engine(
             os.fsync(f.fileno())
         os.replace(partial, folder / f"{name}.json")
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(e):
             raise EngineError(f"the disk of {folder} is full; the unfinished engine was removed") from e
         raise
     finally:

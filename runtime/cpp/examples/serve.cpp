@@ -76,6 +76,13 @@ template <class Int> Int integer(const std::string &key, const nlohmann::json &v
     throw BadRequest(key + " must be an integer from 0 to " + std::to_string(std::numeric_limits<Int>::max()));
 }
 
+// As Python takes it: a negative one stands for the same bits.
+std::uint64_t seed_of(const nlohmann::json &value) {
+    if (value.is_number_integer() && !value.is_number_unsigned()) return static_cast<std::uint64_t>(value.get<int64_t>());
+    if (value.is_number_unsigned()) return value.get<std::uint64_t>();
+    throw BadRequest("seed must be an integer from -2**63 to 2**64 - 1");
+}
+
 arcflow::Request parse(const std::string &body) {
     const nlohmann::json json = nlohmann::json::parse(body, nullptr, false);
     if (!json.is_object()) throw BadRequest("the body must be a JSON object such as {\"prompt\": \"a red circle\"}");
@@ -83,7 +90,7 @@ arcflow::Request parse(const std::string &body) {
     for (const auto &[key, value] : json.items()) {
         if (key == "prompt" && value.is_string()) request.prompts = {value.get<std::string>()};
         else if (key == "prompt") throw BadRequest("prompt must be a string");
-        else if (key == "seed") request.seeds = {integer<std::uint64_t>(key, value)};
+        else if (key == "seed") request.seeds = {seed_of(value)};
         else if (key == "height") request.height = integer<int>(key, value);
         else if (key == "width") request.width = integer<int>(key, value);
         else if (key == "steps") request.steps = integer<int>(key, value);

@@ -69,9 +69,13 @@ void check_file(const Bundle &bundle, const fs::path &canonical_root, const std:
 
 }  // namespace
 
-Bundle Bundle::open(const fs::path &root, bool full) {
+Bundle Bundle::open(const fs::path &given, bool full) {
+    std::error_code unknown;
+    fs::path root = fs::absolute(given, unknown);
+    if (unknown) root = given;  // where the working directory is gone
     const fs::path path = root / manifest_name;
-    Bundle bundle{root, parse_manifest(read_manifest(root, path), path.string())};
+    const std::string text = read_manifest(root, path);
+    Bundle bundle{root, parse_manifest(text, path.string()), sha256(text)};
     try {
         const fs::path canonical_root = fs::canonical(root);
         for (const auto &[name, entry] : bundle.manifest.files) check_file(bundle, canonical_root, name, full);
@@ -79,6 +83,16 @@ Bundle Bundle::open(const fs::path &root, bool full) {
         throw bundle_error(root.string() + " cannot be read (" + e.what() + "); check its permissions");
     }
     return bundle;
+}
+
+void Bundle::check_unchanged() const {
+    if (manifest_sha256.empty()) return;
+    bool unchanged = false;
+    try {
+        unchanged = sha256(read_manifest(root, root / manifest_name)) == manifest_sha256;
+    } catch (const Error &) {  // it is gone
+    }
+    if (!unchanged) throw bundle_error(root.string() + " was replaced or removed since it was opened; load it again");
 }
 
 fs::path Bundle::path(const std::string &name) const {

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -177,6 +178,10 @@ arcflow::LoadOptions load_options(const arcflow_options *given) {
     if (options.threads < 0)
         throw request_error("threads must be at least 1, got " + std::to_string(options.threads) +
                             "; leave it out to use every core");
+    const unsigned cores = std::thread::hardware_concurrency();  // 0 where unknown
+    if (cores > 0 && options.threads > static_cast<int64_t>(cores))
+        throw request_error("threads must be at most " + std::to_string(cores) + ", one per core of this machine, got " +
+                            std::to_string(options.threads) + "; leave it out to use every core");
     return {options.backend == nullptr ? "" : options.backend, options.threads, options.low_memory != 0,
             options.full_check != 0};
 }

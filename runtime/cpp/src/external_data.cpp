@@ -18,8 +18,10 @@ constexpr int max_nesting = 16;
 class Check {
 public:
     Check(std::filesystem::path graph, const Bundle &bundle, const Part &part)
-        : where_(std::move(graph)), folder_(std::filesystem::path(part.graph).parent_path()),
-          weights_(std::filesystem::path(part.weights).lexically_normal()),
+        : where_(std::move(graph)), weights_(part.weights),
+          location_(std::filesystem::path("/" + part.weights)
+                        .lexically_relative(std::filesystem::path("/" + part.graph).parent_path())
+                        .string()),
           weights_bytes_(bundle.manifest.files.at(part.weights).bytes) {}
 
     void model(std::string_view bytes) const {
@@ -32,6 +34,8 @@ public:
                 each_field(f.bytes, [&](const ProtobufField &inner) {
                     if (inner.number == 7) {
                         node(inner.bytes, 0);
+                    } else if (inner.number == 11) {  // attribute_proto: an attribute with its default value
+                        attribute(inner.bytes, 0);
                     }
                 });
             }
@@ -90,11 +94,18 @@ private:
         each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 8) {
                 name = f.bytes;
+            } else if (f.number == 14) {  // data_location: 1 is EXTERNAL
+                external = external || f.value == 1;
             } else if (f.number == 13) {  // external_data: one key with its value
                 external = true;
                 std::string_view key, value;
-                each_field(f.bytes,
-                           [&](const ProtobufField &entry) { (entry.number == 1 ? key : value) = entry.bytes; });
+                each_field(f.bytes, [&](const ProtobufField &entry) {
+                    if (entry.number == 1) {
+                        key = entry.bytes;
+                    } else if (entry.number == 2) {
+                        value = entry.bytes;
+                    }
+                });
                 if (key == "location") {
                     location(name, value);
                     located = true;
@@ -110,16 +121,15 @@ private:
         }
         if (external && (offset > weights_bytes_ || length > weights_bytes_ - offset)) {
             throw wrong("external data of tensor '" + name + "' must lie within the " + std::to_string(weights_bytes_) +
-                        " bytes of " + weights_.string() + ", got bytes " + std::to_string(offset) + " to " +
+                        " bytes of " + weights_ + ", got bytes " + std::to_string(offset) + " to " +
                         std::to_string(offset) + " + " + std::to_string(length));
         }
     }
 
     void location(const std::string &name, std::string_view value) const {
-        const bool relative = !value.empty() && value.find('\0') == value.npos && value.find('\\') == value.npos &&
-                              std::filesystem::path(value).is_relative();
-        if (!relative || (folder_ / value).lexically_normal() != weights_) {
-            throw wrong("external data of tensor '" + name + "' must lie in the part's weights " + weights_.string() +
+        // Compared as text: a '..' after a link would lead elsewhere.
+        if (value != location_ && value != "./" + location_) {
+            throw wrong("external data of tensor '" + name + "' must lie in the part's weights " + weights_ +
                         ", got '" + std::string(value) + "'");
         }
     }
@@ -139,7 +149,8 @@ private:
         return bundle_error(where_.string() + ": " + what + "; export the bundle again");
     }
 
-    std::filesystem::path where_, folder_, weights_;
+    std::filesystem::path where_;
+    std::string weights_, location_;
     uint64_t weights_bytes_;
 };
 

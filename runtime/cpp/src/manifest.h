@@ -98,10 +98,14 @@ Manifest parse_manifest(std::string_view text, const std::string &where);
 
 // An opened bundle: every size and, up to 64 MiB or with `full`, every SHA-256 compared (B6).
 struct Bundle {
-    std::filesystem::path root;
+    std::filesystem::path root;  // absolute, so that a later change of the working directory does no harm
     Manifest manifest;
+    std::string manifest_sha256 = {};  // of the file that was read; empty where none was
 
     static Bundle open(const std::filesystem::path &root, bool full);
+
+    // Throws Error where the directory no longer holds the bundle that was opened, but perhaps one written in its place.
+    void check_unchanged() const;
 
     // The path of a file that the manifest lists.
     std::filesystem::path path(const std::string &name) const;

@@ -63,7 +63,10 @@ std::pair<std::string, Initializer> read_tensor(std::string_view bytes) {
         } else if (f.number == 13) {  // external_data, whose numbers were checked
             tensor.is_external = true;
             std::string_view key, value;
-            each_field(f.bytes, [&](const ProtobufField &entry) { (entry.number == 1 ? key : value) = entry.bytes; });
+            each_field(f.bytes, [&](const ProtobufField &entry) {
+                if (entry.number == 1) key = entry.bytes;
+                if (entry.number == 2) value = entry.bytes;
+            });
             uint64_t number = 0;
             std::from_chars(value.data(), value.data() + value.size(), number);
             if (key == "offset") tensor.offset = number;

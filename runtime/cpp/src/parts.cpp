@@ -10,12 +10,16 @@ namespace arcflow {
 Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep)
     : bundle_(bundle), backend_(std::move(backend)), keep_(keep) {
     backend_->check(bundle_);
-    if (!keep_) return;
+    if (!keep_) {
+        bundle_.check_unchanged();
+        return;
+    }
     for (const auto &[name, part] : bundle_.manifest.parts) engines_[name] = backend_->open(bundle_, name);
     // What a device draws of the noise is whole groups of numbers.
     const Latents &latents = bundle_.manifest.latents;
     if (latents.channels * latents.patch_size * latents.patch_size % noise_group == 0)
         denoiser_ = backend_->open_denoiser(bundle_);
+    bundle_.check_unchanged();
 }
 
 Parts::Use Parts::use(const std::string &part) {
@@ -27,7 +31,9 @@ Parts::Use Parts::use(const std::string &part) {
         use.engine_ = engines_.at(part).get();
     } else {
         use.alone_ = std::unique_lock(alone_);
+        bundle_.check_unchanged();
         use.opened_ = backend_->open(bundle_, part);
+        bundle_.check_unchanged();  // it may have been replaced while the part was read
         use.engine_ = use.opened_.get();
     }
     return use;

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <filesystem>
+#include <string>
 #include <thread>
 
 #include "check.h"
@@ -73,7 +75,8 @@ void throws(const arcflow::Pipeline &pipe) {
     CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) ==
           "prompts and tokens must not both be given; give one of them");
     CHECK(thrown<arcflow::Error>([] { arcflow::Pipeline("nowhere"); }) ==
-          "nowhere is not a directory; give the directory that `arcflow export --out` wrote");
+          std::filesystem::absolute("nowhere").string() +
+              " is not a directory; give the directory that `arcflow export --out` wrote");
 }
 
 void calls_back(const arcflow::Pipeline &pipe) {
