@@ -20,8 +20,8 @@ class RunsOn:
         """For the end of an export."""
         if not self.onnxruntime and not self.tensorrt:
             return (
-                "runs on: neither ONNX Runtime on a CPU, which has no bfloat16, nor TensorRT, which has no attention in "
-                "float32 as one operator; export with --opset 20 for TensorRT, or all parts in float32 for a CPU"
+                "runs on: neither ONNX Runtime on a CPU, which has no bfloat16, nor TensorRT, which has no attention "
+                "in float32 as one operator; export with --opset 20 for TensorRT, or all parts in float32 for a CPU"
             )
         if not self.onnxruntime:
             return (

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from arcflow_runtime.bundle import ENGINES, MANIFEST, OPENVINO, sha256_file
+from arcflow_runtime.files import hidden, locked
+
+from ..errors import ExportError
 
 REPORT = "drift.json"
 
@@ -53,24 +56,11 @@ class Output:
 
     def clear_leftovers(self) -> None:
         """Remove what a process left beside it that was killed between the rename and its end."""
-        names = {s: self.path.with_name(f".{self.path.name}.{s}") for s in ("lock", "partial", "old")}
-        try:
-            handle = os.open(names["lock"], os.O_RDWR)
-        except FileNotFoundError:
-            handle = None
-        try:
-            if handle is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(ExportError), locked(hidden(self.path, "lock"), ExportError):  # another that writes it clears it
             for name in ("partial", "old"):
-                shutil.rmtree(names[name], ignore_errors=True)
-            names["lock"].unlink(missing_ok=True)
+                shutil.rmtree(hidden(self.path, name), ignore_errors=True)
             if self.kind == "scales":
                 self.path.with_name(f"{self.path.name}.state.safetensors").unlink(missing_ok=True)
-        except BlockingIOError:
-            return  # somebody else is writing it, and clears it away
-        finally:
-            if handle is not None:
-                os.close(handle)
 
 
 def identify(path: Path) -> str:

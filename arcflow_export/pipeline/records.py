@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from arcflow_runtime.errors import BundleError
+from arcflow_runtime.files import whole_file
 from arcflow_runtime.parse import parse, read_json
 
 from ..errors import ExportError
-from ..staging import whole_file
 
 FORMAT, VERSION = "arcflow-stages", 1
 
