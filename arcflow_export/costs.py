@@ -183,8 +183,10 @@ def quantize_cost(
         parts[name].weight_bytes - elements * (_ITEM[parts[name].precision] - 1) for name, elements in chosen.items()
     )
     elements = sum(chosen.values())
-    seconds = _start(machine, _START_S) + read / machine.read + written / machine.write + 2 * read / machine.hash
-    seconds += 4 * elements / _ELEMENTS
+    hashed = sum(parts[name].weight_bytes for name in chosen) + written - unchanged_bytes
+    # Ranges and codes are worked out while the kernel writes what is done.
+    working = read / machine.read + hashed / machine.hash + 4 * elements / _ELEMENTS
+    seconds = _start(machine, _START_S) + max(working, written / machine.write)
     return Cost("quantize", seconds, _IMPORTED_BYTES + (384 << 20), written)
 
 

@@ -75,7 +75,10 @@ def test_the_walk_on_a_cpu(walk, capsys):
         "runs on: ONNX Runtime on a CPU, and TensorRT, from engines that arcflow build makes\n"
         in capsys.readouterr().out
     )
-    assert sorted(p.name for p in walk.folder.iterdir()) == ["circle.png", "drift", "fp32", "fp8", "scales.json"]
+    again, second = (Image.open(walk.folder / f"{name}.png") for name in ("again", "image-1"))
+    assert again.tobytes() == second.tobytes()
+    found = sorted(p.name for p in walk.folder.iterdir())
+    assert found == ["again.png", "circle.png", "drift", "fp32", "fp8", "image-0.png", "image-1.png", "scales.json"]
 
 
 def test_the_walk_to_engines(walk):
