@@ -23,7 +23,7 @@ _IMPORTED_BYTES = 7 * GIB // 10
 #: Of one that has imported torch and diffusers alone.
 _TORCH_BYTES = 9 * GIB // 20
 #: Seconds that such a process takes to start, on a machine that does `_STEPS` simple statements a second.
-_START_S, _STEPS = 9.0, 50e6
+_START_S, _STEPS = 12.0, 33e6
 
 
 #: Seconds to trace and convert what belongs to one parameter tensor: about four operators of a graph.

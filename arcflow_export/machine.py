@@ -41,7 +41,7 @@ class Machine:
 def typical(folder: Path) -> Machine:
     """What is free here, and speeds of two cores of a server, where a measurement would take longer than the work."""
     free_disk = shutil.disk_usage(folder).free
-    return Machine(free_bytes(), free_disk, 150e9, 300e9, 1.5e9, 0.8e9, 1.8e9, 50e6)
+    return Machine(free_bytes(), free_disk, 150e9, 300e9, 1.5e9, 0.8e9, 1.8e9, 33e6)
 
 
 def measure(folder: Path) -> Machine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -63,7 +64,15 @@ def start(place, *arguments, **environment):
     """The command as a process of its own."""
     command = [sys.executable, str(HERE / "fake_compile.py"), "student.toml", *FP8, *arguments]
     environment = os.environ | environment | {"PYTHONPATH": str(HERE.parent)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where this process ignores Ctrl-C, as in the background of a shell, its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def reached(what, stage):

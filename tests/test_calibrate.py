@@ -21,6 +21,7 @@ from torch import nn
 from arcflow_export.student import TorchStudent
 from arcflow_runtime import cli
 from arcflow_runtime.bundle import Bundle
+from tests.announced import after_announcement
 from tests.conftest import GOLDEN, golden_student
 
 pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
@@ -262,7 +263,7 @@ def command(folder, *more):
 )
 def test_a_state_of_other_settings_is_refused(stopped, capsys, options, difference):
     assert command(stopped, *options) == 1
-    assert capsys.readouterr().err == (
+    assert after_announcement(capsys.readouterr().err) == (
         f"arcflow calibrate: error: {stopped / 'scales.json.state.safetensors'} holds a stopped run with other "
         f"settings: {difference}. Give the same ones to continue it, or --overwrite to begin anew\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
+from tests.announced import after_announcement
 from tests.conftest import GOLDEN, golden_student
 
 pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
@@ -63,7 +64,7 @@ def test_a_student_that_does_not_fit(tmp_path, capsys, monkeypatch):
     ) in capsys.readouterr().err
     monkeypatch.setattr(memory, "free_bytes", lambda device: footprint.least - 1)
     assert command(tmp_path, "--overwrite") == 1
-    assert capsys.readouterr().err == (
+    assert after_announcement(capsys.readouterr().err) == (
         f"arcflow calibrate: error: calibration needs at least {footprint.least} B of memory in float32, even with one "
         f"layer in memory at a time, {footprint.least - 1} B are free; give --dtype bfloat16 or smaller --sizes or "
         "--batch, or calibrate on a machine with more: scales.json is small and is used on any machine\n"

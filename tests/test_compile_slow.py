@@ -23,7 +23,14 @@ SMALL = ("--limit", "2", "--size", "64x64")
 
 def start(*arguments, **environment):
     command = [sys.executable, "-m", "arcflow_runtime.cli", "compile", *map(str, arguments)]
-    return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Where this process ignores Ctrl-C, as in the background of a shell, its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def compile_(*arguments, **environment):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import arcflow_export.export
 from arcflow_export.errors import SourceError
 from arcflow_runtime import cli
+from tests.announced import after_announcement
 from tests.checkpoints import Sizes, make_adapter, make_base, write_adapter
 from tests.conftest import GOLDEN
 
@@ -43,7 +44,7 @@ class Workplace:
         assert cli.main(["export", *sources, "--out", str(out), *options]) == 1
         captured = capsys.readouterr()
         places = {"a": self.adapter, "b": self.base, "o": self.outside}
-        assert captured.err == f"arcflow export: error: {message.format(**places)}\n"
+        assert after_announcement(captured.err) == f"arcflow export: error: {message.format(**places)}\n"
         assert os.listdir(self.outside) == []
 
 
@@ -214,7 +215,7 @@ def test_interrupt(qwen, capsys, monkeypatch):
     monkeypatch.setattr(arcflow_export.export, "_bake", interrupt)
     out = str(qwen.outside / "bundle")
     assert cli.main(["export", "--base", str(qwen.base), "--adapter", str(qwen.adapter), "--out", out]) == 130
-    assert capsys.readouterr().err == "arcflow export: interrupted\n"
+    assert after_announcement(capsys.readouterr().err) == "arcflow export: interrupted\n"
     assert os.listdir(qwen.outside) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 import time
 from collections import namedtuple
 from types import SimpleNamespace
@@ -250,8 +251,10 @@ def test_a_connection_that_is_lost_for_a_moment_is_not_noticed(hub, monkeypatch)
 def test_other_transfers_stop_when_one_fails(hub, monkeypatch):
     """Ctrl-C and a broken transfer must not wait for hours until other files are whole."""
     stopped = []
+    started = threading.Barrier(3)
 
     def get(url, file, *, tqdm_class, **_):
+        started.wait(60)
         if "00001" in url:
             raise ConnectionError("cable pulled")
         with tqdm_class(total=1) as bar:

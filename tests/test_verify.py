@@ -182,6 +182,7 @@ def test_default_sizes_are_sizes_of_the_bundle(tmp_path, monkeypatch, largest, s
     m = Bundle.open(bundle).manifest
     student = SimpleNamespace(family=m.family, sources=(m.provenance.base, m.provenance.adapter, ()))
     monkeypatch.setattr("arcflow_export.commands.verify.open_student", lambda _: student)
+    monkeypatch.setattr("arcflow_export.commands.verify.announce", lambda *_: None)
     cases = []
     monkeypatch.setattr("arcflow_export.verify.verify_bundle", lambda b, s, wanted, p: cases.extend(wanted) or [])
     assert cli.main(["verify", str(bundle), "--base", "x", "--adapter", "y"]) == 0

@@ -9,7 +9,7 @@ from ..errors import EngineError
 GIB = 1 << 30
 #: The builder holds the graph's weights, its own copy and the engine at once.
 _MEMORY_PER_BYTE, _LIBRARY_BYTES = 2.25, GIB // 2
-_SECONDS_PER_BYTE, _START_S = 21e-9, 3.0
+_SECONDS_PER_BYTE, _START_S = 12.5e-9, 3.0
 
 
 def builder_bytes(weight_bytes: int) -> int:
