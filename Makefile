@@ -73,8 +73,9 @@ test: setup
 	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
 	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
+# CHECK names some of the slow tests, as pytest's -k does.
 check: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses $(WORKERS) $(addprefix -k ,$(CHECK))
 
 # The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
 # static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
