@@ -106,7 +106,7 @@ class Run:
 
     def _ask(self, arguments: Sequence[str]) -> None:
         """Fill in what `arcflow plan` says; without it the table has no figures."""
-        ended = run_process(["plan", *arguments, "--json"], self.lock, subprocess.PIPE, subprocess.DEVNULL)
+        ended = run_process(["plan", *arguments, "--json"], self.lock, subprocess.PIPE)
         try:
             found = json.loads(ended.output)
             figures = {stage["stage"]: stage for stage in found["stages"]}
