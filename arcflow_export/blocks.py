@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnx_ir.convenience as convenience
 import onnx_ir.passes.common as common
 import onnxruntime as ort
+from tqdm import tqdm
 
 from arcflow_runtime.bundle import Bundle
 from arcflow_runtime.engines.base import Engine
@@ -69,7 +70,8 @@ class BlockEngine:
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Run the graph; see `Engine.run`."""
-        return next(self.run_all([inputs]))
+        (outputs,) = self.run_all([inputs])
+        return outputs
 
     def run_all(self, batches: Sequence[Arrays]) -> Iterator[dict[str, np.ndarray]]:
         """Run the graph on several sets of inputs; every piece is opened once. See `StreamedEngine.run_all`."""
@@ -81,7 +83,7 @@ class BlockEngine:
             return
         states = [dict(batch) for batch in batches]
         sizes = _largest([bind(self._model.graph.inputs, batch) for batch in batches])
-        for i, piece in enumerate(self.pieces):
+        for i, piece in enumerate(tqdm(self.pieces, desc=self._part, unit="piece", leave=False, disable=None)):
             last = i == len(self.pieces) - 1
             needed = {str(v.name) for later in self.pieces[i + 1 :] for v in later.inputs} | self._outputs
             session = self._session(piece, sizes, resident=False)
