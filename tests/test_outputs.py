@@ -100,6 +100,7 @@ def test_file(tmp_path):
         (["verify", "{bundle}", "--against", "{bundle}", "--json", "/proc/x.png"], "--json"),
         (["quantize", "{bundle}", "--scales", "none", "--out", "/proc/x.png"], "--out"),
         (["export", "--base", "none", "--adapter", "none", "--out", "/proc/x.png"], "--out"),
+        (["calibrate", "--base", "none", "--adapter", "none", "--out", "/proc/x.png"], "--out"),
     ],
 )
 def test_commands_name_the_option_before_any_work(tmp_path, capsys, arguments, option):

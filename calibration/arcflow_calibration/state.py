@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from arcflow_export.load import Student
 from arcflow_runtime.files import hidden, locked, whole_file
+from arcflow_runtime.outputs import check_writable
 
 from .collect import Collector, Layer, guidance, tools
 from .errors import CalibrationError
@@ -39,7 +40,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Check that `out` can be written, before any work is done for it.
 
     Raises:
-        CalibrationError: `out` exists and may not be replaced, or its folder does not exist.
+        CalibrationError: `out` exists and may not be replaced, or its folder does not exist or cannot be written to.
     """
     if not out.absolute().parent.is_dir():
         raise CalibrationError(f"--out: {out.absolute().parent} is not a directory; create it first")
@@ -47,6 +48,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise CalibrationError(f"--out: {out} is a directory; give a file's name such as scales.json")
     if out.exists() and not overwrite:
         raise CalibrationError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
+    check_writable(out, "--out", CalibrationError)
 
 
 @contextmanager
