@@ -39,8 +39,7 @@ __device__ __forceinline__ void twist(const unsigned int *state, unsigned int *n
         const int last = k + 2 * APART;
         if (last >= WORDS) continue;
         /* Behind the last word is the first of the next state, which another thread makes. */
-        const unsigned int behind =
-            last + 1 < WORDS ? state[last + 1] : twisted(state[0], state[1], state[MIDDLE]);
+        const unsigned int behind = last + 1 < WORDS ? state[last + 1] : twisted(state[0], state[1], state[MIDDLE]);
         next[last] = twisted(state[last], behind, word);
     }
 }
@@ -89,9 +88,8 @@ template <class In> __device__ __forceinline__ void draw(const Arguments &a) {
 
 /* arcflow_noise_<type of the engine's input> */
 #define ARCFLOW_NOISE(IN, IN_TYPE) \
-    extern "C" __global__ void __launch_bounds__(arcflow_random::THREADS) \
-        arcflow_noise_##IN(const long long *streams, float *latents, void *input, int channels, int height, int width, \
-                           int patch) { \
+    extern "C" __global__ void __launch_bounds__(arcflow_random::THREADS) arcflow_noise_##IN( \
+        const long long *streams, float *latents, void *input, int channels, int height, int width, int patch) { \
         arcflow_random::draw<arcflow_update::IN_TYPE>({streams, latents, input, channels, height, width, patch}); \
     }
 

@@ -32,8 +32,8 @@ ARCFLOW_BOTH float sum(float a, float b) {
 #endif
 }
 
-/* a * b + c with one rounding. The product is exact in float64, so on a CPU only the sum is rounded: twice, which changes
- * the result in about one of 2^29 cases, and is fast without hardware for it. */
+/* a * b + c with one rounding. The product is exact in float64, so on a CPU only the sum is rounded: twice, which
+ * changes the result in about one of 2^29 cases, and is fast without hardware for it. */
 ARCFLOW_BOTH float fused(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
     return fmaf(a, b, c);

@@ -29,7 +29,7 @@ struct Sizes {
 // d * w_k * phi(loggamma_k * d) of one token: logweights [K, P], loggammas [K-1, P] -> out [K, P]. `weights` has room
 // for K numbers.
 inline void coefficients(const float *logweights, const float *loggammas, const Sizes &n, double step, double *weights,
-                  float *out) {
+                         float *out) {
     for (size_t p = 0; p < n.sub_pixels; ++p) {
         double largest = logweights[p];
         for (size_t k = 1; k < n.modes; ++k) {
@@ -52,9 +52,8 @@ inline void coefficients(const float *logweights, const float *loggammas, const 
 // One mode's coefficients [P] repeated over the channels: c*P + p has coefficient p.
 inline void tile(const float *coefficients, const Sizes &n, float *row) {
     std::copy(coefficients, coefficients + n.sub_pixels, row);
-    for (size_t done = n.sub_pixels; done < n.channels; done *= 2) {
+    for (size_t done = n.sub_pixels; done < n.channels; done *= 2)
         std::memcpy(row + done, row, std::min(done, n.channels - done) * sizeof(float));
-    }
 }
 
 // latents[c] -= sum_k coefficients[k, c % P] * means[k, c] of one token. `row` and `sum` have room for C numbers.

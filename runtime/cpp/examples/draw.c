@@ -31,10 +31,8 @@ int main(int argc, char **argv) {
     int code = 1;
     if (arcflow_open(argv[1], NULL, &pipe) || arcflow_draw(pipe, &request, &result))
         fprintf(stderr, "%s\n", arcflow_last_error());
-    else if (!write_ppm(argv[3], result))
-        perror(argv[3]);
-    else
-        code = 0;
+    else if (!write_ppm(argv[3], result)) perror(argv[3]);
+    else code = 0;
     arcflow_result_free(result);
     arcflow_close(pipe);
     return code;

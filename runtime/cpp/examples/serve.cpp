@@ -5,8 +5,8 @@
 // POST /generate takes a JSON object of `prompt`, and if wanted `seed`, `height`, `width` and `steps`, and gives a PNG
 // with the seed in X-Seed; GET /healthz says "ok". Errors are JSON: 400 for the request, 503 where too many wait or the
 // pipeline is closed, 500 for the rest. SIGTERM and SIGINT finish the requests that run, then stop.
-#include <arcflow/arcflow.hpp>
 #include <httplib.h>
+#include <arcflow/arcflow.hpp>
 #include <nlohmann/json.hpp>
 
 #include <signal.h>
@@ -78,7 +78,8 @@ template <class Int> Int integer(const std::string &key, const nlohmann::json &v
 
 // As Python takes it: a negative one stands for the same bits.
 std::uint64_t seed_of(const nlohmann::json &value) {
-    if (value.is_number_integer() && !value.is_number_unsigned()) return static_cast<std::uint64_t>(value.get<int64_t>());
+    if (value.is_number_integer() && !value.is_number_unsigned())
+        return static_cast<std::uint64_t>(value.get<int64_t>());
     if (value.is_number_unsigned()) return value.get<std::uint64_t>();
     throw BadRequest("seed must be an integer from -2**63 to 2**64 - 1");
 }
@@ -87,7 +88,7 @@ arcflow::Request parse(const std::string &body) {
     const nlohmann::json json = nlohmann::json::parse(body, nullptr, false);
     if (!json.is_object()) throw BadRequest("the body must be a JSON object such as {\"prompt\": \"a red circle\"}");
     arcflow::Request request;
-    for (const auto &[key, value] : json.items()) {
+    for (const auto &[key, value] : json.items())
         if (key == "prompt" && value.is_string()) request.prompts = {value.get<std::string>()};
         else if (key == "prompt") throw BadRequest("prompt must be a string");
         else if (key == "seed") request.seeds = {seed_of(value)};
@@ -95,7 +96,6 @@ arcflow::Request parse(const std::string &body) {
         else if (key == "width") request.width = integer<int>(key, value);
         else if (key == "steps") request.steps = integer<int>(key, value);
         else throw BadRequest("unknown key '" + key + "'; it must be prompt, seed, height, width or steps");
-    }
     if (request.prompts.empty()) throw BadRequest("prompt is missing");
     return request;
 }
@@ -108,10 +108,13 @@ void fail(httplib::Response &response, int status, const std::string &text) {
 
 int http_status(arcflow_status status) {
     switch (status) {
-    case ARCFLOW_REQUEST_ERROR: return 400;
-    case ARCFLOW_CLOSED:
-    case ARCFLOW_OUT_OF_MEMORY: return 503;
-    default: return 500;
+        case ARCFLOW_REQUEST_ERROR:
+            return 400;
+        case ARCFLOW_CLOSED:
+        case ARCFLOW_OUT_OF_MEMORY:
+            return 503;
+        default:
+            return 500;
     }
 }
 
@@ -184,7 +187,7 @@ void serve(const Arguments &arguments) {
         generate(pipe, gate, asked, response);
     });
 
-    const int port = arguments.port == 0 ? server.bind_to_any_port(arguments.host)
+    const int port = arguments.port == 0                                   ? server.bind_to_any_port(arguments.host)
                      : server.bind_to_port(arguments.host, arguments.port) ? arguments.port
                                                                            : -1;
     if (port < 0)
@@ -197,7 +200,7 @@ void serve(const Arguments &arguments) {
         sigwait(&stops, &signal);
         server.stop();
     });
-    server.listen_after_bind();  // returns when the requests that run are done
+    server.listen_after_bind();                      // returns when the requests that run are done
     pthread_kill(stopper.native_handle(), SIGTERM);  // where it was not a signal that ended it
     stopper.join();
 }

@@ -25,9 +25,8 @@ constexpr const char *known[] = {
 
 std::string joined_names() {
     std::string joined;
-    for (const char *const *name = known; *name != nullptr; ++name) {
+    for (const char *const *name = known; *name != nullptr; ++name)
         joined += (joined.empty() ? "" : ",") + std::string(*name);
-    }
     return joined;
 }
 
@@ -41,14 +40,10 @@ const char *backend_names() {
 std::unique_ptr<Backend> make_backend(const std::string &name, [[maybe_unused]] int threads) {
     [[maybe_unused]] const std::string wanted = name.empty() && known[0] != nullptr ? known[0] : name;
 #ifdef ARCFLOW_WITH_OPENVINO
-    if (wanted == "openvino") {
-        return make_openvino_backend(threads);
-    }
+    if (wanted == "openvino") return make_openvino_backend(threads);
 #endif
 #ifdef ARCFLOW_WITH_TENSORRT
-    if (wanted == "tensorrt" || wanted == "tensorrt-rtx") {
-        return make_trt_backend(wanted == "tensorrt-rtx");
-    }
+    if (wanted == "tensorrt" || wanted == "tensorrt-rtx") return make_trt_backend(wanted == "tensorrt-rtx");
 #endif
     if (known[0] == nullptr) {
         throw engine_error("this library was built without engines; build it with -DARCFLOW_OPENVINO=ON or "

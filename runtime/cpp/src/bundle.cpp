@@ -18,9 +18,8 @@ constexpr uint64_t fast_hash_bytes = uint64_t{64} << 20;
 
 std::string read_manifest(const fs::path &root, const fs::path &path) {
     std::error_code ignored;  // what cannot be looked at is not there
-    if (!fs::is_directory(root, ignored)) {
+    if (!fs::is_directory(root, ignored))
         throw bundle_error(root.string() + " is not a directory; give the directory that `arcflow export --out` wrote");
-    }
     if (!fs::is_regular_file(path, ignored)) {
         throw bundle_error(root.string() + " has no " + manifest_name +
                            ", so it is not a bundle; make one with `arcflow export`");
@@ -50,12 +49,10 @@ void check_file(const Bundle &bundle, const fs::path &canonical_root, const std:
     const FileEntry &entry = bundle.manifest.files.at(name);
     const fs::path path = bundle.path(name);
     std::error_code ignored;
-    if (!fs::is_regular_file(path, ignored)) {
+    if (!fs::is_regular_file(path, ignored))
         throw bundle_error(path.string() + " is missing; was the bundle moved in part? Copy the whole directory again");
-    }
-    if (!is_inside(path, canonical_root)) {
+    if (!is_inside(path, canonical_root))
         throw bundle_error(path.string() + " is a link that leaves the bundle; copy the file into it");
-    }
     const uint64_t size = fs::file_size(path);
     if (size != entry.bytes) {
         throw bundle_error(path.string() + " must have " + std::to_string(entry.bytes) + " bytes, got " +

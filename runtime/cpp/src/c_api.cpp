@@ -161,7 +161,8 @@ template <class Struct> Struct versioned(const Struct &given, Struct out, size_t
     const auto *bytes = reinterpret_cast<const unsigned char *>(&given);
     const auto *known = bytes + std::min(size, sizeof(Struct));
     if (std::any_of(known, bytes + size, [](unsigned char byte) { return byte != 0; }))
-        throw request_error(std::string(name) + " sets what this library, version " ARCFLOW_VERSION ", does not know; " +
+        throw request_error(std::string(name) +
+                            " sets what this library, version " ARCFLOW_VERSION ", does not know; " +
                             "install the version that the program was compiled with");
     std::memcpy(&out, &given, std::min(size, sizeof(Struct)));
     out.struct_size = sizeof(Struct);
@@ -180,8 +181,9 @@ arcflow::LoadOptions load_options(const arcflow_options *given) {
                             "; leave it out to use every core");
     const unsigned cores = std::thread::hardware_concurrency();  // 0 where unknown
     if (cores > 0 && options.threads > static_cast<int64_t>(cores))
-        throw request_error("threads must be at most " + std::to_string(cores) + ", one per core of this machine, got " +
-                            std::to_string(options.threads) + "; leave it out to use every core");
+        throw request_error("threads must be at most " + std::to_string(cores) +
+                            ", one per core of this machine, got " + std::to_string(options.threads) +
+                            "; leave it out to use every core");
     return {options.backend == nullptr ? "" : options.backend, options.threads, options.low_memory != 0,
             options.full_check != 0};
 }

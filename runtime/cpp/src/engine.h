@@ -20,7 +20,8 @@ class Engine {
 public:
     virtual ~Engine() = default;
 
-    // One tensor per input of the part, of the manifest's dtype; gives one per output. Throws Error that names the part.
+    // One tensor per input of the part, of the manifest's dtype; gives one per output. Throws Error that names the
+    // part.
     virtual Tensors run(const Tensors &inputs) = 0;
 };
 
@@ -54,9 +55,9 @@ struct Denoised {
     std::vector<std::pair<std::string, double>> stages_ms;
 };
 
-// Noise, the backbone of every step, the updates between and the decoder without a return to the host, for backends that have
-// a way to run them at one go. `run` may be called from several threads at once. It has no step callback: a request
-// with one is run through Backend::open's engines, which gives the same latents.
+// Noise, the backbone of every step, the updates between and the decoder without a return to the host, for backends
+// that have a way to run them at one go. `run` may be called from several threads at once. It has no step callback: a
+// request with one is run through Backend::open's engines, which gives the same latents.
 class Denoiser {
 public:
     virtual ~Denoiser() = default;

@@ -18,7 +18,8 @@ constexpr int max_nesting = 16;
 class Check {
 public:
     Check(std::filesystem::path graph, const Bundle &bundle, const Part &part)
-        : where_(std::move(graph)), weights_(part.weights),
+        : where_(std::move(graph)),
+          weights_(part.weights),
           location_(std::filesystem::path("/" + part.weights)
                         .lexically_relative(std::filesystem::path("/" + part.graph).parent_path())
                         .string()),
@@ -32,11 +33,9 @@ public:
                 each_field(f.bytes, [&](const ProtobufField &inner) { graph(inner.bytes, 0); });
             } else if (f.number == 25) {  // functions
                 each_field(f.bytes, [&](const ProtobufField &inner) {
-                    if (inner.number == 7) {
-                        node(inner.bytes, 0);
-                    } else if (inner.number == 11) {  // attribute_proto: an attribute with its default value
+                    if (inner.number == 7) node(inner.bytes, 0);
+                    else if (inner.number == 11)  // attribute_proto: an attribute with its default value
                         attribute(inner.bytes, 0);
-                    }
                 });
             }
         });
@@ -44,45 +43,37 @@ public:
 
 private:
     void graph(std::string_view bytes, int depth) const {
-        if (depth > max_nesting) {
-            throw std::out_of_range("depth");
-        }
+        if (depth > max_nesting) throw std::out_of_range("depth");
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 1) {
-                node(f.bytes, depth);
-            } else if (f.number == 5) {  // initializer
+            if (f.number == 1) node(f.bytes, depth);
+            else if (f.number == 5)  // initializer
                 tensor(f.bytes);
-            } else if (f.number == 15) {  // sparse_initializer
+            else if (f.number == 15)  // sparse_initializer
                 sparse(f.bytes);
-            }
         });
     }
 
     void node(std::string_view bytes, int depth) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 5) {
-                attribute(f.bytes, depth);
-            }
+            if (f.number == 5) attribute(f.bytes, depth);
         });
     }
 
     void attribute(std::string_view bytes, int depth) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 5 || f.number == 10) {  // t, tensors
+            if (f.number == 5 || f.number == 10)  // t, tensors
                 tensor(f.bytes);
-            } else if (f.number == 22 || f.number == 23) {  // sparse_tensor, sparse_tensors
+            else if (f.number == 22 || f.number == 23)  // sparse_tensor, sparse_tensors
                 sparse(f.bytes);
-            } else if (f.number == 6 || f.number == 11) {  // g, graphs
+            else if (f.number == 6 || f.number == 11)  // g, graphs
                 graph(f.bytes, depth + 1);
-            }
         });
     }
 
     void sparse(std::string_view bytes) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 1 || f.number == 2) {  // values, indices
+            if (f.number == 1 || f.number == 2)  // values, indices
                 tensor(f.bytes);
-            }
         });
     }
 
@@ -100,11 +91,8 @@ private:
                 external = true;
                 std::string_view key, value;
                 each_field(f.bytes, [&](const ProtobufField &entry) {
-                    if (entry.number == 1) {
-                        key = entry.bytes;
-                    } else if (entry.number == 2) {
-                        value = entry.bytes;
-                    }
+                    if (entry.number == 1) key = entry.bytes;
+                    else if (entry.number == 2) value = entry.bytes;
                 });
                 if (key == "location") {
                     location(name, value);
@@ -116,9 +104,7 @@ private:
                 }
             }
         });
-        if (external && !located) {
-            throw wrong("tensor '" + name + "' has external data without a location");
-        }
+        if (external && !located) throw wrong("tensor '" + name + "' has external data without a location");
         if (external && (offset > weights_bytes_ || length > weights_bytes_ - offset)) {
             throw wrong("external data of tensor '" + name + "' must lie within the " + std::to_string(weights_bytes_) +
                         " bytes of " + weights_ + ", got bytes " + std::to_string(offset) + " to " +

@@ -79,17 +79,14 @@ void write_repr(const Json &value, std::string &out) {
 Json read_json(std::string_view text, const std::string &where) {
     std::vector<std::set<std::string>> open;  // the keys seen in each object that is open
     const auto watch = [&](int depth, Json::parse_event_t event, Json &parsed) {
-        if (depth > max_depth) {
+        if (depth > max_depth)
             throw bundle_error(where + " is nested deeper than " + std::to_string(max_depth) + "; it is not ours");
-        }
         if (event == Json::parse_event_t::object_start) open.emplace_back();
         if (event == Json::parse_event_t::object_end) open.pop_back();
         if (event == Json::parse_event_t::key) {
             const auto &key = parsed.get_ref<const std::string &>();
-            if (!open.back().insert(key).second) {
-                throw bundle_error(where + ": an object has the key " + repr(key) +
-                                   " twice; export the bundle again");
-            }
+            if (!open.back().insert(key).second)
+                throw bundle_error(where + ": an object has the key " + repr(key) + " twice; export the bundle again");
         }
         return true;
     };
@@ -141,9 +138,8 @@ std::string Place::text(const char *type) const {
 
 std::string Place::one_of(std::initializer_list<const char *> options) const {
     if (value_.is_string()) {
-        for (const char *option : options) {
+        for (const char *option : options)
             if (value_.get_ref<const std::string &>() == option) return option;
-        }
     }
     check(false, "must be one of " + repr(std::vector<std::string>(options.begin(), options.end())));
     return "";
@@ -154,16 +150,14 @@ void Place::keys(std::initializer_list<const char *> required, std::initializer_
     std::set<std::string> known(required.begin(), required.end());
     known.insert(optional.begin(), optional.end());
     std::vector<std::string> unknown, missing;
-    for (const auto &entry : value_.items()) {
+    for (const auto &entry : value_.items())
         if (known.count(entry.key()) == 0) unknown.push_back(entry.key());
-    }
     if (!unknown.empty()) {
         throw bundle_error(where_ + ": unknown keys " + repr_json(unknown) + "; known are " +
                            repr(std::vector<std::string>(known.begin(), known.end())));
     }
-    for (const std::string &key : std::set<std::string>(required.begin(), required.end())) {
+    for (const std::string &key : std::set<std::string>(required.begin(), required.end()))
         if (!value_.contains(key)) missing.push_back(key);
-    }
     if (!missing.empty()) throw bundle_error(where_ + ": missing keys " + repr(missing));
 }
 

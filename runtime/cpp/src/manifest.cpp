@@ -17,9 +17,8 @@ constexpr int64_t version = 1;
 
 DType parse_dtype(const Place &place) {
     const std::string name = place.one_of({"float32", "float16", "bfloat16", "int64", "uint8"});
-    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::int64}) {
+    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::int64})
         if (name == name_of(dtype)) return dtype;
-    }
     return DType::uint8;
 }
 
@@ -38,11 +37,8 @@ TensorSpec parse_tensor(const Place &place) {
     place.keys({"name", "dtype", "shape"});
     TensorSpec spec{place["name"].text(), parse_dtype(place["dtype"]), {}};
     place["shape"].each_item([&](const Place &item) {
-        if (item.is_text()) {
-            spec.shape.emplace_back(item.text());
-        } else {
-            spec.shape.emplace_back(item.integer("int | str"));
-        }
+        if (item.is_text()) spec.shape.emplace_back(item.text());
+        else spec.shape.emplace_back(item.integer("int | str"));
     });
     return spec;
 }
@@ -137,9 +133,8 @@ void check_provenance(const Place &place) {
 }
 
 void check_format(const Json &json, const std::string &where) {
-    if (!json.is_object() || !json.contains("format") || json["format"] != format) {
+    if (!json.is_object() || !json.contains("format") || json["format"] != format)
         throw bundle_error(where + ": 'format' must be '" + format + "'; this is not an ArcFlow bundle");
-    }
     const auto found = json.find("version");
     const Json got = found == json.end() ? Json() : *found;
     if (!got.is_number_integer() || got != version) {
@@ -165,13 +160,11 @@ Manifest parse_keys(const Json &json, const std::string &where) {
     m.rotary = parse_rotary(place["rotary"]);
     m.text = parse_text(place["text"]);
     m.ranges = parse_ranges(place["ranges"]);
-    place["parts"].each_entry([&](const std::string &name, const Place &part) {
-        m.parts.emplace(name, parse_part(part));
-    });
+    place["parts"].each_entry(
+        [&](const std::string &name, const Place &part) { m.parts.emplace(name, parse_part(part)); });
     m.modulation = parse_modulation(place["modulation"]);
-    place["tokenizers"].each_entry([&](const std::string &name, const Place &file) {
-        m.tokenizers.emplace(name, file.text());
-    });
+    place["tokenizers"].each_entry(
+        [&](const std::string &name, const Place &file) { m.tokenizers.emplace(name, file.text()); });
     place["files"].each_entry([&](const std::string &name, const Place &file) {
         file.keys({"bytes", "sha256"});
         m.files.emplace(name, FileEntry{static_cast<uint64_t>(file["bytes"].integer()), file["sha256"].text()});
@@ -186,9 +179,8 @@ void check_references(const Manifest &m, const std::string &where) {
     if (m.family == Family::flux) need.insert("text_encoder_2");
     if (!m.modulation) need.insert("conditioner");
     std::vector<std::string> missing;
-    for (const std::string &part : need) {
+    for (const std::string &part : need)
         if (m.parts.count(part) == 0) missing.push_back(part);
-    }
     if (!missing.empty()) {
         throw bundle_error(where + ": a " + (m.family == Family::flux ? "flux" : "qwen-image") +
                            " bundle must have parts " + repr(std::vector<std::string>(need.begin(), need.end())) +
@@ -198,11 +190,9 @@ void check_references(const Manifest &m, const std::string &where) {
     for (const auto &[name, part] : m.parts) used.insert(used.end(), {part.graph, part.weights});
     for (const auto &[name, file] : m.tokenizers) used.push_back(file);
     if (m.modulation) used.push_back(m.modulation->file);
-    for (const std::string &file : used) {
-        if (m.files.count(file) == 0) {
+    for (const std::string &file : used)
+        if (m.files.count(file) == 0)
             throw bundle_error(where + ": " + repr(file) + " is used but not listed under 'files'");
-        }
-    }
 }
 
 // B4: a name cannot lead out of the directory.
@@ -224,9 +214,8 @@ void check_name(std::string_view name, const std::string &where) {
         throw bundle_error(where + ": file name " + repr(name) +
                            " leaves the bundle or has characters it may not have");
     }
-    if (name == "engines" || name.substr(0, 8) == "engines/") {
+    if (name == "engines" || name.substr(0, 8) == "engines/")
         throw bundle_error(where + ": file " + repr(name) + " must not be in engines/, which is for built engines");
-    }
 }
 
 }  // namespace
@@ -242,9 +231,8 @@ Manifest parse_manifest(std::string_view text, const std::string &where) {
     const Json digest = found == json.end() ? Json() : *found;
     json.erase("digest");
     Manifest manifest = parse_keys(json, where);
-    if (!digest.is_string() || digest != sha256(canonical(json))) {
+    if (!digest.is_string() || digest != sha256(canonical(json)))
         throw bundle_error(where + " does not match its own digest; it was edited, export the bundle again");
-    }
     check_values(manifest, where);
     check_references(manifest, where);
     for (const auto &[name, entry] : manifest.files) check_name(name, where);

@@ -104,7 +104,8 @@ struct Bundle {
 
     static Bundle open(const std::filesystem::path &root, bool full);
 
-    // Throws Error where the directory no longer holds the bundle that was opened, but perhaps one written in its place.
+    // Throws Error where the directory no longer holds the bundle that was opened, but perhaps one written in its
+    // place.
     void check_unchanged() const;
 
     // The path of a file that the manifest lists.

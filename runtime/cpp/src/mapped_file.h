@@ -20,7 +20,7 @@ public:
     // A file that must have as many bytes, not none. Throws Error(ENGINE_ERROR).
     MappedFile(const std::filesystem::path &path, uint64_t size) : bytes(static_cast<size_t>(size)) {
         const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        struct stat status {};
+        struct stat status{};
         const bool fits = file >= 0 && fstat(file, &status) == 0 && static_cast<uint64_t>(status.st_size) == size;
         void *found = fits ? mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file, 0) : MAP_FAILED;
         if (file >= 0) ::close(file);

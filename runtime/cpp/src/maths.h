@@ -1,4 +1,5 @@
-// What the host computes: noise, schedule, conditioning, rotary tables, update. docs/bundle.md, "What a reader computes".
+// What the host computes: noise, schedule, conditioning, rotary tables, update. docs/bundle.md, "What a reader
+// computes".
 #pragma once
 
 #include <cstdint>

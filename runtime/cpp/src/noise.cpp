@@ -31,10 +31,9 @@ void randn(uint64_t seed, size_t count, float *out) { arcflow_random::randn(seed
 
 std::vector<NoiseStream> noise_streams(const std::vector<uint64_t> &seeds, int64_t batch, int64_t numbers) {
     std::vector<NoiseStream> streams;
-    for (int64_t i = 0; i < batch; ++i) {
+    for (int64_t i = 0; i < batch; ++i)
         if (seeds.size() == 1) streams.push_back({static_cast<uint32_t>(seeds[0]), i * numbers});
         else streams.push_back({static_cast<uint32_t>(seeds.at(static_cast<size_t>(i))), 0});
-    }
     return streams;
 }
 
@@ -54,9 +53,8 @@ Tensor draw_latents(const std::vector<uint64_t> &seeds, int64_t batch, const Lat
     const auto each = static_cast<size_t>(noise.count()) / seeds.size();
     for (size_t i = 0; i < seeds.size(); ++i) randn(seeds[i], each, noise.as<float>() + i * each);
     const int64_t image = batch == 0 ? 0 : noise.count() / batch;
-    for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t b = 0; b < batch; ++b)
         pack(noise.as<float>() + b * image, latents, height, width, tokens.as<float>() + b * image);
-    }
     return tokens;
 }
 

@@ -17,29 +17,28 @@ constexpr uint64_t max_graph_bytes = uint64_t{256} << 20;
 // Of one element, by TensorProto.DataType; 0 for types that no graph of a bundle has.
 uint64_t size_of_type(int64_t type) {
     switch (type) {
-    case 2:   // UINT8
-    case 3:   // INT8
-    case 9:   // BOOL
-    case 17:  // FLOAT8E4M3FN
-        return 1;
-    case 10:  // FLOAT16
-    case 16:  // BFLOAT16
-        return 2;
-    case 1:  // FLOAT
-    case 6:  // INT32
-        return 4;
-    case 7:   // INT64
-    case 11:  // DOUBLE
-        return 8;
-    default:
-        return 0;
+        case 2:   // UINT8
+        case 3:   // INT8
+        case 9:   // BOOL
+        case 17:  // FLOAT8E4M3FN
+            return 1;
+        case 10:  // FLOAT16
+        case 16:  // BFLOAT16
+            return 2;
+        case 1:  // FLOAT
+        case 6:  // INT32
+            return 4;
+        case 7:   // INT64
+        case 11:  // DOUBLE
+            return 8;
+        default:
+            return 0;
     }
 }
 
 void multiply(int64_t &count, uint64_t size) {
-    if (size > INT64_MAX || __builtin_mul_overflow(count, static_cast<int64_t>(size), &count)) {
+    if (size > INT64_MAX || __builtin_mul_overflow(count, static_cast<int64_t>(size), &count))
         throw std::out_of_range("dims");
-    }
 }
 
 std::pair<std::string, Initializer> read_tensor(std::string_view bytes) {
@@ -82,18 +81,18 @@ std::optional<ProtobufField> ProtobufMessage::next() {
     if (rest_.empty()) return std::nullopt;
     const uint64_t tag = varint();
     switch (tag & 7) {
-    case 0:
-        return ProtobufField{tag >> 3, {}, varint()};
-    case 1:
-        take(8);
-        return ProtobufField{tag >> 3, {}, 0};
-    case 2:
-        return ProtobufField{tag >> 3, take(varint()), 0};
-    case 5:
-        take(4);
-        return ProtobufField{tag >> 3, {}, 0};
-    default:  // groups, which onnx.proto has none of
-        throw std::out_of_range("wire type");
+        case 0:
+            return ProtobufField{tag >> 3, {}, varint()};
+        case 1:
+            take(8);
+            return ProtobufField{tag >> 3, {}, 0};
+        case 2:
+            return ProtobufField{tag >> 3, take(varint()), 0};
+        case 5:
+            take(4);
+            return ProtobufField{tag >> 3, {}, 0};
+        default:  // groups, which onnx.proto has none of
+            throw std::out_of_range("wire type");
     }
 }
 
@@ -130,9 +129,8 @@ std::string read_graph(const std::filesystem::path &path) {
     }
     std::string bytes(static_cast<size_t>(size), '\0');
     file.seekg(0);
-    if (!file.read(bytes.data(), static_cast<std::streamsize>(size))) {
+    if (!file.read(bytes.data(), static_cast<std::streamsize>(size)))
         throw bundle_error(path.string() + " cannot be read");
-    }
     return bytes;
 }
 

@@ -19,16 +19,16 @@ namespace {
 
 ov::element::Type type_of(DType dtype) {
     switch (dtype) {
-    case DType::float32:
-        return ov::element::f32;
-    case DType::float16:
-        return ov::element::f16;
-    case DType::bfloat16:
-        return ov::element::bf16;
-    case DType::int64:
-        return ov::element::i64;
-    case DType::uint8:
-        return ov::element::u8;
+        case DType::float32:
+            return ov::element::f32;
+        case DType::float16:
+            return ov::element::f16;
+        case DType::bfloat16:
+            return ov::element::bf16;
+        case DType::int64:
+            return ov::element::i64;
+        case DType::uint8:
+            return ov::element::u8;
     }
     throw engine_error("a dtype that OpenVINO has not");
 }
@@ -45,12 +45,9 @@ ov::Tensor wrap(const Tensor &tensor) {
 Tensor copy_out(const ov::Tensor &found, const TensorSpec &spec) {
     const ov::Shape shape = found.get_shape();
     Tensor tensor(spec.dtype, std::vector<int64_t>(shape.begin(), shape.end()));
-    if (found.get_byte_size() != tensor.data.size()) {
+    if (found.get_byte_size() != tensor.data.size())
         throw engine_error("output " + spec.name + " has " + std::to_string(found.get_byte_size()) + " bytes");
-    }
-    if (!tensor.data.empty()) {
-        std::memcpy(tensor.data.data(), found.data(), tensor.data.size());
-    }
+    if (!tensor.data.empty()) std::memcpy(tensor.data.data(), found.data(), tensor.data.size());
     return tensor;
 }
 
@@ -58,17 +55,13 @@ Tensor copy_out(const ov::Tensor &found, const TensorSpec &spec) {
 std::string listed(std::vector<std::string> names) {
     std::sort(names.begin(), names.end());
     std::string text;
-    for (const std::string &name : names) {
-        text += (text.empty() ? "'" : ", '") + name + "'";
-    }
+    for (const std::string &name : names) text += (text.empty() ? "'" : ", '") + name + "'";
     return "[" + text + "]";
 }
 
 std::vector<std::string> names_of(const std::vector<TensorSpec> &specs) {
     std::vector<std::string> names;
-    for (const TensorSpec &spec : specs) {
-        names.push_back(spec.name);
-    }
+    for (const TensorSpec &spec : specs) names.push_back(spec.name);
     return names;
 }
 
@@ -78,22 +71,17 @@ public:
         : name_(std::move(name)), part_(std::move(part)), model_(std::move(model)) {}
 
     Tensors run(const Tensors &inputs) override {
-        for (const TensorSpec &spec : part_.inputs) {
-            if (inputs.find(spec.name) == inputs.end()) {
+        for (const TensorSpec &spec : part_.inputs)
+            if (inputs.find(spec.name) == inputs.end())
                 throw engine_error(name_ + ": input " + spec.name + " is missing");
-            }
-        }
         try {
             // A request that failed is not used again.
             ov::InferRequest request = requests_.take([&] { return model_.create_infer_request(); });
             Tensors outputs;
-            for (const TensorSpec &spec : part_.inputs) {
-                request.set_tensor(spec.name, wrap(inputs.at(spec.name)));
-            }
+            for (const TensorSpec &spec : part_.inputs) request.set_tensor(spec.name, wrap(inputs.at(spec.name)));
             request.infer();
-            for (const TensorSpec &spec : part_.outputs) {
+            for (const TensorSpec &spec : part_.outputs)
                 outputs.emplace(spec.name, copy_out(request.get_tensor(spec.name), spec));
-            }
             requests_.give_back(std::move(request));
             return outputs;
         } catch (const ov::Exception &e) {
@@ -104,9 +92,7 @@ public:
 private:
     static std::string described(const Tensors &inputs) {
         std::string text;
-        for (const auto &[name, tensor] : inputs) {
-            text += (text.empty() ? "" : ", ") + name + ": " + tensor.describe();
-        }
+        for (const auto &[name, tensor] : inputs) text += (text.empty() ? "" : ", ") + name + ": " + tensor.describe();
         return "{" + text + "}";
     }
 
@@ -154,9 +140,7 @@ private:
             // Each part has its own threads: pinned ones of all parts would share the first cores.
             ov::hint::enable_cpu_pinning(false),
         };
-        if (threads_ > 0) {
-            map.emplace(ov::inference_num_threads(threads_));
-        }
+        if (threads_ > 0) map.emplace(ov::inference_num_threads(threads_));
         return map;
     }
 

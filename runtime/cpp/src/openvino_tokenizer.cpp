@@ -1,8 +1,8 @@
 // Tokenizers as models of openvino-tokenizers, in the bundle's folder `openvino` (O1... in docs/bundle.md).
 #include "tokenizer.h"
 
-#include <cstdlib>
 #include <dlfcn.h>
+#include <cstdlib>
 #include <fstream>
 #include <mutex>
 
@@ -33,9 +33,8 @@ Error damaged(const std::string &what) {
 // The folder of the libopenvino that this process uses.
 fs::path openvino_folder() {
     Dl_info info{};
-    if (dladdr(reinterpret_cast<const void *>(&ov::get_openvino_version), &info) == 0 || info.dli_fname == nullptr) {
+    if (dladdr(reinterpret_cast<const void *>(&ov::get_openvino_version), &info) == 0 || info.dli_fname == nullptr)
         return {};
-    }
     std::error_code ignored;
     return fs::absolute(info.dli_fname, ignored).parent_path();
 }
@@ -61,9 +60,7 @@ fs::path find_library() {
     std::string tried;
     for (const fs::path &place : places) {
         std::error_code ignored;
-        if (fs::is_regular_file(place, ignored)) {
-            return place;
-        }
+        if (fs::is_regular_file(place, ignored)) return place;
         tried += (tried.empty() ? "" : ", ") + place.string();
     }
     throw engine_error(std::string(library_name) + " was not found (tried " + tried +
@@ -96,17 +93,10 @@ bool is_utf8(const std::string &text) {
     for (size_t i = 0; i < text.size();) {
         const unsigned lead = byte(i);
         const size_t more = lead < 0x80 ? 0 : lead >= 0xc2 && lead < 0xe0 ? 1 : (lead & 0xf0) == 0xe0 ? 2 : 3;
-        if (more == 3 && (lead < 0xf0 || lead > 0xf4)) {
-            return false;
-        }
-        if (text.size() - i <= more) {
-            return false;
-        }
-        for (size_t k = 1; k <= more; ++k) {
-            if ((byte(i + k) & 0xc0) != 0x80) {
-                return false;
-            }
-        }
+        if (more == 3 && (lead < 0xf0 || lead > 0xf4)) return false;
+        if (text.size() - i <= more) return false;
+        for (size_t k = 1; k <= more; ++k)
+            if ((byte(i + k) & 0xc0) != 0x80) return false;
         if ((lead == 0xe0 && byte(i + 1) < 0xa0) || (lead == 0xed && byte(i + 1) > 0x9f) ||
             (lead == 0xf0 && byte(i + 1) < 0x90) || (lead == 0xf4 && byte(i + 1) > 0x8f)) {
             return false;
@@ -122,9 +112,7 @@ public:
         : name_(std::move(name)), model_(std::move(model)), request_(model_.create_infer_request()) {}
 
     std::vector<int64_t> ids(const std::string &text) override {
-        if (!is_utf8(text)) {
-            throw request_error("a prompt must be UTF-8");
-        }
+        if (!is_utf8(text)) throw request_error("a prompt must be UTF-8");
         // One at a time: some operations set themselves up at their first call, without a lock.
         const std::lock_guard<std::mutex> lock(mutex_);
         try {
@@ -159,22 +147,18 @@ ModelFile read_file(const Place &place, const fs::path &folder) {
     const std::string name = place["file"].text();
     const bool plain = !name.empty() && name != "." && name != ".." && name.find('/') == name.npos &&
                        name.find('\\') == name.npos && name.find('\0') == name.npos;
-    if (!plain) {
-        throw damaged(place.where() + ": file '" + name + "' must lie beside its record");
-    }
+    if (!plain) throw damaged(place.where() + ": file '" + name + "' must lie beside its record");
     const ModelFile file{folder / name, static_cast<uint64_t>(place["bytes"].integer()), place["sha256"].text()};
     std::error_code error;
-    if (fs::symlink_status(file.path, error).type() != fs::file_type::regular) {
+    if (fs::symlink_status(file.path, error).type() != fs::file_type::regular)
         throw damaged(file.path.string() + " is missing");
-    }
     const auto size = fs::file_size(file.path, error);
     if (error || size != file.bytes) {
         throw damaged(file.path.string() + " must have " + std::to_string(file.bytes) + " bytes, got " +
                       std::to_string(size) + "; it was cut or swapped");
     }
-    if (sha256_file(file.path) != file.sha256) {
+    if (sha256_file(file.path) != file.sha256)
         throw damaged(file.path.string() + " does not match its SHA-256; it was edited or swapped");
-    }
     return file;
 }
 
@@ -193,27 +177,23 @@ std::string read_text(const fs::path &path) {
     }
     std::ifstream file(path, std::ios::binary);
     std::string text(static_cast<size_t>(size), '\0');
-    if (!file.read(text.data(), static_cast<std::streamsize>(size))) {
-        throw damaged(path.string() + " cannot be read");
-    }
+    if (!file.read(text.data(), static_cast<std::streamsize>(size))) throw damaged(path.string() + " cannot be read");
     return text;
 }
 
 // The record, its format, version and digest checked (O2).
 Json read_record(const fs::path &path) {
     Json record = read_json(read_text(path), path.string());
-    if (!record.is_object() || record.value("format", Json()) != format) {
+    if (!record.is_object() || record.value("format", Json()) != format)
         throw damaged(path.string() + ": 'format' must be '" + format + "'; this is not a record of tokenizers");
-    }
     if (record.value("version", Json()) != version) {
         throw damaged(path.string() + ": version must be " + std::to_string(version) + ", got " +
                       record.value("version", Json()).dump());
     }
     const Json digest = record.value("digest", Json());
     record.erase("digest");
-    if (digest != sha256(canonical(record))) {
+    if (digest != sha256(canonical(record)))
         throw damaged(path.string() + " does not match its own digest; it was edited");
-    }
     return record;
 }
 
@@ -224,18 +204,13 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
     const fs::path folder = bundle.root / folder_name;
     const fs::path path = folder / record_name;
     std::error_code error;
-    if (!fs::exists(fs::symlink_status(path, error))) {
-        return tokenizers;
-    }
-    if (fs::is_symlink(folder, error) || fs::is_symlink(path, error)) {
+    if (!fs::exists(fs::symlink_status(path, error))) return tokenizers;
+    if (fs::is_symlink(folder, error) || fs::is_symlink(path, error))
         throw damaged(path.string() + " must be a file of the bundle, not a link");
-    }
     const Json json = read_record(path);
     const Place record(json, path.string());
     record.keys({"format", "version", "tokenizers", "converter", "openvino", "openvino_tokenizers", "created"});
-    for (const char *text : {"openvino", "openvino_tokenizers", "created"}) {
-        record[text].text();
-    }
+    for (const char *text : {"openvino", "openvino_tokenizers", "created"}) record[text].text();
     record["converter"].integer();
 
     ov::Core *core = nullptr;
@@ -267,7 +242,7 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
             }
             auto tokenizer = std::make_unique<OpenVinoTokenizer>(
                 name, core->compile_model(model, "CPU", ov::inference_num_threads(1), ov::num_streams(1),
-                                         ov::hint::enable_cpu_pinning(false)));
+                                          ov::hint::enable_cpu_pinning(false)));
             tokenizer->prefix = prefix;
             tokenizer->suffix = suffix;
             tokenizers.emplace(name, std::move(tokenizer));
@@ -276,11 +251,8 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
                                "; run `arcflow build BUNDLE --backend openvino` again, with this version of OpenVINO");
         }
     });
-    for (const auto &[name, file] : bundle.manifest.tokenizers) {
-        if (tokenizers.find(name) == tokenizers.end()) {
-            throw damaged(path.string() + ": " + name + " was not built");
-        }
-    }
+    for (const auto &[name, file] : bundle.manifest.tokenizers)
+        if (tokenizers.find(name) == tokenizers.end()) throw damaged(path.string() + ": " + name + " was not built");
     return tokenizers;
 }
 

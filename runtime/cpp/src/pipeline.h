@@ -74,7 +74,7 @@ private:
     PromptTokenizer tokenizer_;
     EmbeddingCache cache_;
     Recent<std::array<int64_t, 3>, Tensor> rotaries_;  // by height and width in tokens, and text tokens or 0
-    const std::map<int64_t, Tensor> table_;  // baked modulation [n, M] float32 by step count n
+    const std::map<int64_t, Tensor> table_;            // baked modulation [n, M] float32 by step count n
     Parts parts_;
 };
 

@@ -18,9 +18,8 @@ std::string repr_number(Float value) {
     const size_t e = text.find('e');
     const std::string sign = text[0] == '-' ? "-" : "";
     std::string digits;
-    for (const char c : text.substr(0, e)) {
+    for (const char c : text.substr(0, e))
         if (c >= '0' && c <= '9') digits += c;
-    }
     const int exponent = std::stoi(text.substr(e + 1));
     if (exponent < -4 || exponent >= 16) {
         const std::string fraction = digits.size() > 1 ? "." + digits.substr(1) : "";

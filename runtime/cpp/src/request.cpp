@@ -20,8 +20,8 @@ std::string text_of(int64_t value) { return std::to_string(value); }
 
 int64_t integer(const std::string &name, int64_t value, int64_t low, std::optional<int64_t> high) {
     if (value < low || (high && value > *high)) {
-        const std::string bounds = high ? "between " + text_of(low) + " and " + text_of(*high)
-                                        : "at least " + text_of(low);
+        const std::string bounds =
+            high ? "between " + text_of(low) + " and " + text_of(*high) : "at least " + text_of(low);
         throw request_error(name + " must be " + bounds + ", got " + text_of(value));
     }
     return value;
@@ -46,11 +46,12 @@ int64_t check_batch(const Range &allowed, size_t prompts, int64_t images_each) {
 size_t character_bytes(const unsigned char *text) {
     const unsigned char first = text[0];
     if (first < 0x80) return 1;
-    const size_t bytes = first >= 0xC2 && first <= 0xDF ? 2 : first >= 0xE0 && first <= 0xEF ? 3
-                         : first >= 0xF0 && first <= 0xF4 ? 4 : 0;
-    for (size_t i = 1; i < bytes; ++i) {
+    const size_t bytes = first >= 0xC2 && first <= 0xDF   ? 2
+                         : first >= 0xE0 && first <= 0xEF ? 3
+                         : first >= 0xF0 && first <= 0xF4 ? 4
+                                                          : 0;
+    for (size_t i = 1; i < bytes; ++i)
         if ((text[i] & 0xC0) != 0x80) return 0;  // also at the text's end
-    }
     if ((first == 0xE0 && text[1] < 0xA0) || (first == 0xED && text[1] > 0x9F) || (first == 0xF0 && text[1] < 0x90) ||
         (first == 0xF4 && text[1] > 0x8F)) {
         return 0;
@@ -88,9 +89,8 @@ std::vector<int64_t> check_ids(const int64_t *ids, size_t count, const std::stri
     }
     if (!ids && count > 0) throw request_error(name + " must point to " + std::to_string(count) + " ids, got NULL");
     std::vector<int64_t> copied;
-    for (size_t i = 0; i < count; ++i) {
+    for (size_t i = 0; i < count; ++i)
         copied.push_back(integer(name + "[" + std::to_string(i) + "]", ids[i], 0, max_token_id));
-    }
     return copied;
 }
 
@@ -148,9 +148,8 @@ int64_t check_steps(int64_t value, const Manifest &m) {
 
 float check_guidance(float value) {
     if (value < 0) return default_guidance_scale;
-    if (!(value <= max_guidance_scale)) {
+    if (!(value <= max_guidance_scale))
         throw request_error("guidance_scale must be between 0 and 65, got " + repr_float32(value));
-    }
     return value;
 }
 
@@ -173,27 +172,22 @@ Request check_request(const arcflow_request &request, const Manifest &m) {
         throw request_error(std::string("a request must have either prompts or tokens, got ") +
                             (request.prompts ? "both" : "neither"));
     }
-    if (request.prompt_count == 0) {
+    if (request.prompt_count == 0)
         throw request_error("prompt must hold at least one string, got an empty list; '' is allowed as a prompt");
-    }
     Request checked{};
     const int64_t images_each = request.num_images_per_prompt == 0 ? 1 : request.num_images_per_prompt;
     checked.images_per_prompt = integer("num_images_per_prompt", images_each, 1, std::nullopt);
     const int64_t batch = check_batch(m.ranges.batch, request.prompt_count, checked.images_per_prompt);
     const int64_t limit = m.text.max_sequence_length;
-    checked.max_sequence_length =
-        request.max_sequence_length == 0 ? limit
-                                         : integer("max_sequence_length", request.max_sequence_length, 1, limit);
-    if (request.prompts) {
-        checked.prompts = check_prompts(request);
-    } else {
-        checked.tokens = check_tokens(request, m, checked.max_sequence_length);
-    }
+    checked.max_sequence_length = request.max_sequence_length == 0
+                                      ? limit
+                                      : integer("max_sequence_length", request.max_sequence_length, 1, limit);
+    if (request.prompts) checked.prompts = check_prompts(request);
+    else checked.tokens = check_tokens(request, m, checked.max_sequence_length);
     checked.steps = check_steps(request.num_inference_steps, m);
     const float guidance = check_guidance(request.guidance_scale);
-    if (checked.steps == 1) {
+    if (checked.steps == 1)
         checked.warnings.emplace_back("num_inference_steps 1 gives a blurry picture; use 2 or more");
-    }
     if (m.guidance) {
         checked.guidance_scale = guidance;
     } else if (!(request.guidance_scale < 0)) {

@@ -45,9 +45,8 @@ Tensor table(const Manifest &m, int64_t tokens, PositionOf position_of) {
 Tensor image_rotary(const Manifest &manifest, int64_t height, int64_t width) {
     const bool centred = manifest.family == Family::qwen_image;
     const int64_t top = centred ? height - height / 2 : 0, left = centred ? width - width / 2 : 0;
-    return table(manifest, height * width, [=](int64_t token) {
-        return Position{0, token / width - top, token % width - left};
-    });
+    return table(manifest, height * width,
+                 [=](int64_t token) { return Position{0, token / width - top, token % width - left}; });
 }
 
 // FLUX's text has no positions. Qwen-Image's token j stands at max(h//2, w//2) + j on all axes.

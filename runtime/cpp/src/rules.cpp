@@ -22,9 +22,8 @@ public:
     explicit Rules(const std::string &where) : where_(where) {}
 
     void check(bool ok, const std::string &key, const std::string &must, const std::string &got) const {
-        if (!ok) {
+        if (!ok)
             throw bundle_error(where_ + ": " + key + " must be " + must + ", got " + got + "; export the bundle again");
-        }
     }
 
     void between(int64_t low, int64_t value, int64_t high, const std::string &key) const {
@@ -72,9 +71,8 @@ void check_quantization(const Rules &rules, const std::string &part, const Quant
     const std::string key = "parts." + part + ": quantization";
     rules.check(!q.layers.empty(), key + ": layers", "at least one, or no quantization", "[]");
     std::set<std::string> once, twice;
-    for (const std::string &layer : q.layers) {
+    for (const std::string &layer : q.layers)
         if (!once.insert(layer).second) twice.insert(layer);
-    }
     rules.check(twice.empty(), key + ": layers", "named once each",
                 repr(std::vector<std::string>(twice.begin(), twice.end())));
     rules.check(is_sha256(q.policy), key + ": policy", "a SHA-256", repr(q.policy));
@@ -111,9 +109,8 @@ void check_values(const Manifest &m, const std::string &where) {
     check_range(rules, m.ranges.height_px, "ranges: height_px", token_px);
     check_range(rules, m.ranges.width_px, "ranges: width_px", token_px);
     check_text(rules, m);
-    for (const auto &[name, part] : m.parts) {
+    for (const auto &[name, part] : m.parts)
         if (part.quantization) check_quantization(rules, name, *part.quantization);
-    }
     if (m.modulation && m.parts.count("conditioner") == 0) {
         const std::vector<int64_t> &baked = m.modulation->num_inference_steps;
         rules.check(std::find(baked.begin(), baked.end(), s.num_inference_steps) != baked.end(),

@@ -53,16 +53,14 @@ SafetensorsEntry parse_entry(const Place &place) {
     std::vector<uint64_t> offsets;
     place["data_offsets"].each_item(
         [&](const Place &item) { offsets.push_back(static_cast<uint64_t>(item.integer())); });
-    if (offsets.size() != 2 || offsets[0] > offsets[1]) {
+    if (offsets.size() != 2 || offsets[0] > offsets[1])
         throw bundle_error(place.where() + ": data_offsets must be a begin and an end after it");
-    }
     entry.begin = offsets[0];
     entry.end = offsets[1];
     uint64_t bytes = type->bytes;
     bool fits = true;
-    for (const int64_t size : entry.shape) {
+    for (const int64_t size : entry.shape)
         fits = fits && !__builtin_mul_overflow(bytes, static_cast<uint64_t>(size), &bytes);
-    }
     if (!fits || bytes != entry.end - entry.begin) {
         throw bundle_error(place.where() + ": data_offsets must span the bytes that shape and dtype take, got " +
                            std::to_string(entry.end - entry.begin) + " for " + entry.dtype + repr(entry.shape));
@@ -103,11 +101,8 @@ std::map<std::string, SafetensorsEntry> parse_safetensors_header(std::string_vie
     const Json json = read_json(header, where);
     std::map<std::string, SafetensorsEntry> entries;
     Place(json, where).each_entry([&](const std::string &name, const Place &place) {
-        if (name == "__metadata__") {
-            place.each_entry([](const std::string &, const Place &value) { value.text(); });
-        } else {
-            entries.emplace(name, parse_entry(place));
-        }
+        if (name == "__metadata__") place.each_entry([](const std::string &, const Place &value) { value.text(); });
+        else entries.emplace(name, parse_entry(place));
     });
     std::vector<const SafetensorsEntry *> in_order;
     for (const auto &[name, entry] : entries) in_order.push_back(&entry);

@@ -41,11 +41,16 @@ void convert_all(const Tensor &from, Tensor &to, Convert convert) {
 
 size_t size_of(DType dtype) {
     switch (dtype) {
-        case DType::float32: return 4;
-        case DType::float16: return 2;
-        case DType::bfloat16: return 2;
-        case DType::int64: return 8;
-        case DType::uint8: return 1;
+        case DType::float32:
+            return 4;
+        case DType::float16:
+            return 2;
+        case DType::bfloat16:
+            return 2;
+        case DType::int64:
+            return 8;
+        case DType::uint8:
+            return 1;
     }
     throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's dtype is none of the known ones");
 }
@@ -54,11 +59,16 @@ bool is_float(DType dtype) { return dtype == DType::float32 || dtype == DType::f
 
 const char *name_of(DType dtype) {
     switch (dtype) {
-        case DType::float32: return "float32";
-        case DType::float16: return "float16";
-        case DType::bfloat16: return "bfloat16";
-        case DType::int64: return "int64";
-        case DType::uint8: return "uint8";
+        case DType::float32:
+            return "float32";
+        case DType::float16:
+            return "float16";
+        case DType::bfloat16:
+            return "bfloat16";
+        case DType::int64:
+            return "int64";
+        case DType::uint8:
+            return "uint8";
     }
     throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's dtype is none of the known ones");
 }
@@ -67,9 +77,7 @@ Tensor::Tensor(DType dtype_, std::vector<int64_t> shape_) : dtype(dtype_), shape
     int64_t bytes = static_cast<int64_t>(size_of(dtype));
     bool fits = true;
     for (const int64_t size : shape) {
-        if (size < 0) {
-            throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's sizes must be at least 0, got " + text_of(shape));
-        }
+        if (size < 0) throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's sizes must be at least 0, got " + text_of(shape));
         fits = fits && multiply(bytes, size);
     }
     if (!fits) throw Error(ARCFLOW_OUT_OF_MEMORY, "a tensor of shape " + text_of(shape) + " does not fit in memory");
@@ -83,8 +91,8 @@ std::string Tensor::describe() const { return name_of(dtype) + text_of(shape); }
 Tensor cast(Tensor tensor, DType dtype) {
     if (tensor.dtype == dtype) return tensor;
     if (!is_float(tensor.dtype) || !is_float(dtype)) {
-        throw Error(ARCFLOW_INTERNAL_ERROR, tensor.describe() + " cannot be cast to " + name_of(dtype) +
-                                                "; only float types are cast");
+        throw Error(ARCFLOW_INTERNAL_ERROR,
+                    tensor.describe() + " cannot be cast to " + name_of(dtype) + "; only float types are cast");
     }
     Tensor out(dtype, tensor.shape);
     if (tensor.dtype == DType::float32) {
@@ -92,14 +100,12 @@ Tensor cast(Tensor tensor, DType dtype) {
         if (dtype == DType::bfloat16) convert_all<float, uint16_t>(tensor, out, to_bfloat16);
     } else if (tensor.dtype == DType::float16) {
         if (dtype == DType::float32) convert_all<uint16_t, float>(tensor, out, from_half);
-        if (dtype == DType::bfloat16) {
+        if (dtype == DType::bfloat16)
             convert_all<uint16_t, uint16_t>(tensor, out, [](uint16_t x) { return to_bfloat16(from_half(x)); });
-        }
     } else {
         if (dtype == DType::float32) convert_all<uint16_t, float>(tensor, out, from_bfloat16);
-        if (dtype == DType::float16) {
+        if (dtype == DType::float16)
             convert_all<uint16_t, uint16_t>(tensor, out, [](uint16_t x) { return to_half(from_bfloat16(x)); });
-        }
     }
     return out;
 }
@@ -138,10 +144,14 @@ float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits)
 
 float round_to(float value, DType dtype) {
     switch (dtype) {
-        case DType::float32: return value;
-        case DType::float16: return from_half(to_half(value));
-        case DType::bfloat16: return from_bfloat16(to_bfloat16(value));
-        default: throw Error(ARCFLOW_INTERNAL_ERROR, std::string("numbers cannot be rounded to ") + name_of(dtype));
+        case DType::float32:
+            return value;
+        case DType::float16:
+            return from_half(to_half(value));
+        case DType::bfloat16:
+            return from_bfloat16(to_bfloat16(value));
+        default:
+            throw Error(ARCFLOW_INTERNAL_ERROR, std::string("numbers cannot be rounded to ") + name_of(dtype));
     }
 }
 

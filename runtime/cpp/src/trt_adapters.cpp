@@ -35,16 +35,14 @@ public:
 
     WeightSpec spec(const std::string &name) override {
         const nv::Weights wanted = refitter_->getWeightsPrototype(name.c_str());
-        for (const auto &[theirs, ours] : weight_types) {
+        for (const auto &[theirs, ours] : weight_types)
             if (theirs == wanted.type) return {ours, wanted.count};
-        }
         return {0, wanted.count};
     }
 
     bool set(const std::string &name, const WeightSpec &spec, const void *data) override {
-        for (const auto &[theirs, ours] : weight_types) {
+        for (const auto &[theirs, ours] : weight_types)
             if (ours == spec.type) return refitter_->setNamedWeights(name.c_str(), {theirs, data, spec.count});
-        }
         return false;
     }
 

@@ -66,9 +66,8 @@ struct Driver {
         }
         const auto find = [&](auto &function, const char *name) {
             function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
-            if (function == nullptr && missing.empty()) {
+            if (function == nullptr && missing.empty())
                 missing = std::string("the CUDA driver has no ") + name + "; update it";
-            }
         };
 #define ARCFLOW_FIND(name) find(api.name, #name)
         ARCFLOW_FIND(cuInit);
@@ -127,9 +126,8 @@ std::string describe(int error) {
 void check(int result, const std::string &what) {
     if (result == success) return;
     const std::string text = "CUDA cannot " + what + ": " + describe(result);
-    if (result == out_of_memory) {
+    if (result == out_of_memory)
         throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; ask for smaller pictures or fewer of them, or use low_memory");
-    }
     throw engine_error(text);
 }
 
@@ -178,9 +176,7 @@ Device::Device() : gpu(first_gpu()), device_(find_first().device), context_(null
 
 Device::~Device() { api().cuDevicePrimaryCtxRelease_v2(device_); }
 
-Current::Current(const Device &device) {
-    check(api().cuCtxPushCurrent_v2(device.context_), "use " + device.gpu.name);
-}
+Current::Current(const Device &device) { check(api().cuCtxPushCurrent_v2(device.context_), "use " + device.gpu.name); }
 
 Current::~Current() {
     Handle context;

@@ -119,8 +119,8 @@ private:
         for (const TensorSpec &spec : part_.inputs) {
             const auto given = inputs.find(spec.name);
             if (given == inputs.end() || given->second.dtype != spec.dtype) {
-                throw Error(ARCFLOW_INTERNAL_ERROR, name_ + ": input " + spec.name + " must be in " +
-                                                        name_of(spec.dtype));
+                throw Error(ARCFLOW_INTERNAL_ERROR,
+                            name_ + ": input " + spec.name + " must be in " + name_of(spec.dtype));
             }
         }
         const Shapes shapes = shapes_of(inputs);
@@ -161,19 +161,16 @@ Shapes shapes_of(const Tensors &tensors) {
 }
 
 const TensorSpec &spec_of(const std::vector<TensorSpec> &specs, const std::string &name, const std::string &part) {
-    for (const TensorSpec &spec : specs) {
+    for (const TensorSpec &spec : specs)
         if (spec.name == name) return spec;
-    }
     throw bundle_error(part + " has no " + name + ", which B9 (docs/bundle.md) demands; export the bundle again");
 }
 
 size_t bytes_of(const std::vector<int64_t> &shape, DType dtype, const std::string &what) {
     size_t bytes = size_of(dtype);
-    for (const int64_t size : shape) {
-        if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) {
+    for (const int64_t size : shape)
+        if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes))
             throw engine_error(what + " has a shape that its inputs do not tell; build the engine again");
-        }
-    }
     return bytes;
 }
 

@@ -25,13 +25,11 @@ struct Nvrtc {
 
     Nvrtc() {
         void *library = nullptr;
-        for (const char *name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}) {
+        for (const char *name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"})
             if (library == nullptr) library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-        }
         if (library == nullptr) {
-            throw engine_error(
-                "the kernels are compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
-                "run runtime/kernels/build.py before this library is built");
+            throw engine_error("the kernels are compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
+                               "run runtime/kernels/build.py before this library is built");
         }
         const auto find = [&](auto &function, const char *name) {
             function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
@@ -71,8 +69,8 @@ std::string compile_with_nvrtc(const char *source, const std::string &target) {
     }
     if (program != nullptr) nvrtc.nvrtcDestroyProgram(&program);
     if (result != 0) {
-        throw engine_error("NVRTC cannot compile the kernels for " + target + " (error " +
-                           std::to_string(result) + "): " + log.c_str());
+        throw engine_error("NVRTC cannot compile the kernels for " + target + " (error " + std::to_string(result) +
+                           "): " + log.c_str());
     }
     return cubin;
 }
@@ -116,9 +114,18 @@ void Kernels::update(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffe
     const UpdateGeometry geometry = update_geometry(shape);
     long long tokens = shape.tokens;
     int32_t modes = shape.modes, channels = shape.channels, sub_pixels = shape.sub_pixels;
-    void *arguments[] = {&buffers.means, &buffers.logweights, &buffers.loggammas, &buffers.latents,
-                         &buffers.next,  &buffers.input,      &buffers.sigmas,    &tokens,
-                         &step,          &modes,              &channels,          &sub_pixels};
+    void *arguments[] = {&buffers.means,
+                         &buffers.logweights,
+                         &buffers.loggammas,
+                         &buffers.latents,
+                         &buffers.next,
+                         &buffers.input,
+                         &buffers.sigmas,
+                         &tokens,
+                         &step,
+                         &modes,
+                         &channels,
+                         &sub_pixels};
     cuda::launch(updates_.at({shape.heads, shape.engine_input}), geometry.grid, geometry.block, geometry.shared_bytes,
                  stream.handle, arguments);
 }

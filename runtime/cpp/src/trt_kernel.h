@@ -1,5 +1,5 @@
-// The kernels (runtime/kernels: update.cu and noise.cu), embedded in the library: a fatbin where one was made before the
-// build, or their source, which NVRTC compiles when it is loaded.
+// The kernels (runtime/kernels: update.cu and noise.cu), embedded in the library: a fatbin where one was made before
+// the build, or their source, which NVRTC compiles when it is loaded.
 #pragma once
 
 #include <cstdint>

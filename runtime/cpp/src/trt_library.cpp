@@ -42,17 +42,14 @@ void *open_first(TrtFlavour flavour, int major, std::string &opened) {
 
 template <class Function> Function *find(void *library, const std::string &file, const char *name) {
     void *found = dlsym(library, name);
-    if (found == nullptr) {
+    if (found == nullptr)
         throw engine_error(file + " has no function " + name + ", so it is not TensorRT's library; name the right one");
-    }
     return reinterpret_cast<Function *>(found);
 }
 
 }  // namespace
 
-const char *name_of(TrtFlavour flavour) {
-    return flavour == TrtFlavour::tensorrt_rtx ? "tensorrt-rtx" : "tensorrt";
-}
+const char *name_of(TrtFlavour flavour) { return flavour == TrtFlavour::tensorrt_rtx ? "tensorrt-rtx" : "tensorrt"; }
 
 std::string TrtVersion::text() const {
     return std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(patch) + "." +

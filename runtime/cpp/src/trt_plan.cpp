@@ -25,9 +25,8 @@ PlanTypes::PlanTypes(const Part &backbone) {
     image_rotary = input("image_rotary");
     text_rotary = input("text_rotary");
     heads = output("means");
-    if (output("logweights") != heads || output("loggammas") != heads) {
+    if (output("logweights") != heads || output("loggammas") != heads)
         throw engine_error("backbone: means, logweights and loggammas must be in one dtype; export the bundle again");
-    }
 }
 
 PlanShape::PlanShape(const DenoiseInputs &inputs, const Latents &latents)
@@ -38,9 +37,8 @@ PlanShape::PlanShape(const DenoiseInputs &inputs, const Latents &latents)
       width(inputs.width_px / (latents.patch_size * latents.vae_scale_factor)),
       steps(inputs.sigmas.size() - 1),
       decode(inputs.decode) {
-    for (const TextGroup &group : inputs.groups) {
+    for (const TextGroup &group : inputs.groups)
         groups.emplace_back(static_cast<int64_t>(group.images.size()), group.states.shape[1]);
-    }
 }
 
 bool PlanShape::operator==(const PlanShape &other) const {
@@ -86,9 +84,8 @@ Plan::Plan(PlanShape shape_, const DenoiseInputs &inputs, const PlanTypes &types
            TrtSession &backbone, TrtSession &decoder, cuda::Stream &stream)
     : shape(std::move(shape_)), types_(types), latents_(latents) {
     lay_out(inputs);
-    for (size_t g = 0; g < shape.groups.size(); ++g) {
+    for (size_t g = 0; g < shape.groups.size(); ++g)
         groups_[g].context = backbone.context(group_shapes(g, inputs), stream);
-    }
     if (shape.decode) {
         decoder_ = decoder.context({{"latents", {shape.batch, shape.height, shape.width, shape.channels}}}, stream);
         pixel_shape_ = decoder_->shape("images");
@@ -122,19 +119,15 @@ void Plan::fill(const DenoiseInputs &inputs) {
             for (size_t i = 0; i < given.prompts.size(); ++i) {
                 const size_t prompt = prompts > 1 ? static_cast<size_t>(given.prompts[i]) : 0;
                 const size_t from = step * static_cast<size_t>(prompts) + prompt;
-                std::memcpy(host_->data + group.modulation[step] + i * row, modulation.data.data() + from * row,
-                            row);
+                std::memcpy(host_->data + group.modulation[step] + i * row, modulation.data.data() + from * row, row);
             }
         }
     }
 }
 
 void Plan::run(cuda::Stream &stream, Kernels &kernels) {
-    if (graph_) {
-        graph_->launch(stream.handle);
-    } else {
-        enqueue(stream, kernels);
-    }
+    if (graph_) graph_->launch(stream.handle);
+    else enqueue(stream, kernels);
 }
 
 std::string Plan::capture(cuda::Stream &stream, Kernels &kernels) {
@@ -189,9 +182,8 @@ void Plan::lay_out(const DenoiseInputs &inputs) {
         const Shapes shapes = group_shapes(g, inputs);
         groups_[g].states = layout_.add(count(shapes.at("encoder_hidden_states"), types_.states));
         groups_[g].rotary = layout_.add(count(shapes.at("text_rotary"), types_.text_rotary));
-        for (size_t step = 0; step < shape.steps; ++step) {
+        for (size_t step = 0; step < shape.steps; ++step)
             groups_[g].modulation.push_back(layout_.add(count(shapes.at("modulation"), types_.modulation)));
-        }
     }
     fed_bytes_ = layout_.bytes();
     state_ = layout_.add(latent_bytes_);
@@ -266,9 +258,9 @@ void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
                                      types_.latents};
             const bool last = step + 1 == shape.steps;  // after which no backbone reads its input
             kernels.update(stream, update,
-                          {address(group.means), address(group.logweights), address(group.loggammas),
-                           address(state), address(state), last ? 0 : address(group.input), address(sigmas_)},
-                          static_cast<int32_t>(step));
+                           {address(group.means), address(group.logweights), address(group.loggammas), address(state),
+                            address(state), last ? 0 : address(group.input), address(sigmas_)},
+                           static_cast<int32_t>(step));
             mark(stream, "update");
             state += static_cast<size_t>(tokens * shape.channels) * sizeof(float);
         }

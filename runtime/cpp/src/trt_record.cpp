@@ -63,9 +63,8 @@ EngineKey parse_key(const Place &place) {
     key.precision = place["precision"].one_of({"float32", "float16", "bfloat16", "int64", "uint8"});
     place["profiles"].each_item([&](const Place &item) {
         auto &profile = key.profiles.emplace_back();
-        item.each_entry([&](const std::string &name, const Place &shapes) {
-            profile.emplace(name, parse_shapes(shapes));
-        });
+        item.each_entry(
+            [&](const std::string &name, const Place &shapes) { profile.emplace(name, parse_shapes(shapes)); });
     });
     place["flags"].each_item([&](const Place &item) { key.flags.push_back(item.text()); });
     key.optimization_level = optional_integer(place["optimization_level"]);
@@ -94,9 +93,8 @@ EngineRecord parse_record(const Json &json, const std::string &where) {
 // Errors of the bundle's reader say what to do with a bundle; an engine is built again.
 std::string as_engines(std::string text) {
     const std::string advice = "; export the bundle again";
-    if (text.size() >= advice.size() && text.compare(text.size() - advice.size(), advice.size(), advice) == 0) {
+    if (text.size() >= advice.size() && text.compare(text.size() - advice.size(), advice.size(), advice) == 0)
         text.resize(text.size() - advice.size());
-    }
     return text + "; " + again;
 }
 
@@ -114,9 +112,8 @@ std::vector<Candidate> read_records(const Bundle &bundle) {
     const fs::path folder = bundle.root / "engines";
     std::vector<fs::path> paths;
     std::error_code none;
-    for (fs::directory_iterator entry(folder, none), end; !none && entry != end; entry.increment(none)) {
+    for (fs::directory_iterator entry(folder, none), end; !none && entry != end; entry.increment(none))
         if (entry->path().extension() == ".json") paths.push_back(entry->path());
-    }
     std::sort(paths.begin(), paths.end());
     std::vector<Candidate> found;
     for (const fs::path &path : paths) found.push_back({path, read_record(path)});
@@ -128,9 +125,8 @@ std::vector<Candidate> read_records(const Bundle &bundle) {
 bool keep(std::vector<Candidate> &candidates, const std::string &wanted,
           const std::function<std::string(const EngineKey &)> &of) {
     std::vector<Candidate> fitting;
-    for (const Candidate &c : candidates) {
+    for (const Candidate &c : candidates)
         if (of(c.record.key) == wanted) fitting.push_back(c);
-    }
     if (fitting.empty()) return false;
     candidates = std::move(fitting);
     return true;
@@ -157,9 +153,8 @@ EngineRecord read_record(const fs::path &path) {
         if (e.status != ARCFLOW_BUNDLE_ERROR) throw;
         throw engine_error(as_engines(e.what()));
     }
-    if (!json.is_object() || !json.contains("format") || json["format"] != format) {
+    if (!json.is_object() || !json.contains("format") || json["format"] != format)
         throw engine_error(where + ": 'format' must be '" + format + "'; this is not an engine's record, remove it");
-    }
     const Json got = json.contains("version") ? json["version"] : Json();
     if (!got.is_number_integer() || got != version) {
         throw engine_error(where + ": version must be " + std::to_string(version) + ", got " + repr_json(got) + "; " +
@@ -173,22 +168,19 @@ EngineRecord read_record(const fs::path &path) {
     } catch (const Error &e) {
         throw engine_error(as_engines(e.what()));
     }
-    if (!digest.is_string() || digest != sha256(canonical(json))) {
+    if (!digest.is_string() || digest != sha256(canonical(json)))
         throw engine_error(where + " does not match its own digest; it was edited, " + again);
-    }
     // A name with a NUL would be cut where it is opened.
     const bool beside = record.file.find_first_of(std::string("/\0", 2)) == std::string::npos;
-    if (!beside || record.file.empty() || record.file == "." || record.file == "..") {
+    if (!beside || record.file.empty() || record.file == "." || record.file == "..")
         throw engine_error(where + ": file " + repr(record.file) + " must lie beside its record; " + again);
-    }
     return record;
 }
 
 BuiltEngine find_engine(const Bundle &bundle, const std::string &part, const Host &host) {
     std::vector<Candidate> found;
-    for (Candidate &c : read_records(bundle)) {
+    for (Candidate &c : read_records(bundle))
         if (c.record.key.part == part) found.push_back(std::move(c));
-    }
     const std::string build = build_advice(bundle, part, host);
     if (found.empty()) throw engine_error(bundle.root.string() + " has no engine for " + part + "; " + build);
     struct Field {
@@ -233,17 +225,15 @@ void check_engine(const BuiltEngine &engine, bool full) {
                              " for " + record.key.target + ",";
     const std::string build = "build it again with `arcflow build`";
     std::error_code none;
-    if (fs::is_symlink(engine.path, none) || !fs::is_regular_file(engine.path, none)) {
+    if (fs::is_symlink(engine.path, none) || !fs::is_regular_file(engine.path, none))
         throw engine_error(what + " is missing; " + build);
-    }
     const uint64_t size = fs::file_size(engine.path, none);
     if (none || size != record.bytes) {
         throw engine_error(what + " must have " + std::to_string(record.bytes) + " bytes, got " + std::to_string(size) +
                            "; it was cut or swapped, " + build);
     }
-    if ((full || size <= fast_hash_bytes) && sha256_file(engine.path) != record.sha256) {
+    if ((full || size <= fast_hash_bytes) && sha256_file(engine.path) != record.sha256)
         throw engine_error(what + " does not match its SHA-256; it was edited or swapped, " + build);
-    }
 }
 
 }  // namespace arcflow

@@ -54,9 +54,8 @@ private:
     const std::byte *external(const std::string &name, const Initializer &tensor) const {
         const auto size = tensor.size();
         const uint64_t rest = file_.bytes - tensor.offset;  // the offset was checked
-        if (!size || *size > rest || tensor.bytes.value_or(*size) != *size) {
+        if (!size || *size > rest || tensor.bytes.value_or(*size) != *size)
             throw damaged(name, tensor, tensor.bytes.value_or(rest));
-        }
         return file_.data + tensor.offset;
     }
 
@@ -100,9 +99,8 @@ void refit(TrtRefitter &refitter, const Bundle &bundle, const std::string &part)
         throw engine_error(part + ": " + file + " lacks weights of the engine, such as '" + missing.front() + "'" +
                            advice);
     }
-    if (!refitter.refit()) {
+    if (!refitter.refit())
         throw engine_error(part + ": the weights of " + file + " cannot be filled in" + refitter.said());
-    }
 }
 
 }  // namespace arcflow

@@ -12,11 +12,16 @@ namespace {
 
 nv::DataType data_type(DType dtype) {
     switch (dtype) {
-        case DType::float32: return nv::DataType::kFLOAT;
-        case DType::float16: return nv::DataType::kHALF;
-        case DType::bfloat16: return nv::DataType::kBF16;
-        case DType::int64: return nv::DataType::kINT64;
-        case DType::uint8: return nv::DataType::kUINT8;
+        case DType::float32:
+            return nv::DataType::kFLOAT;
+        case DType::float16:
+            return nv::DataType::kHALF;
+        case DType::bfloat16:
+            return nv::DataType::kBF16;
+        case DType::int64:
+            return nv::DataType::kINT64;
+        case DType::uint8:
+            return nv::DataType::kUINT8;
     }
     throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's dtype is none of the known ones");
 }

@@ -76,9 +76,8 @@ int replace(const fs::path &path, std::string_view data) {
     partial += "." + std::to_string(getpid()) + ".partial";
     const File lock(::open(lock_path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, rights));
     if (lock.number < 0) return errno;
-    while (flock(lock.number, LOCK_EX) != 0) {
+    while (flock(lock.number, LOCK_EX) != 0)
         if (errno != EINTR) return errno;
-    }
     int error = write_whole(partial, data);
     if (error == 0 && std::rename(partial.c_str(), path.c_str()) != 0) error = errno;
     if (error != 0) ::unlink(partial.c_str());

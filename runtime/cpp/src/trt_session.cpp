@@ -92,9 +92,8 @@ public:
             std::shared_ptr<TrtLogger> logger)
         : part_(std::move(part)), engine_(std::move(engine)), cache_(std::move(cache)), logger_(std::move(logger)) {
         streams_weights_ = engine_->getStreamableWeightsSize() > 0;
-        if (streams_weights_ && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget())) {
+        if (streams_weights_ && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget()))
             throw engine_error(part_ + ": no memory is left to stream weights through" + logger_->take());
-        }
     }
 
     ~Session() override {

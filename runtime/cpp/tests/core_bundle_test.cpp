@@ -44,9 +44,8 @@ void test_manifests() {
 // B1 and B3; the digest is over everything, and format and version come before any other key.
 void test_seal() {
     const auto parse = [](const std::string &text) { return [text] { arcflow::parse_manifest(text, where); }; };
-    for (const char *text : {"[]", "{}", "{\"format\": \"other\"}", "{\"format\": 1, \"version\": 2}"}) {
+    for (const char *text : {"[]", "{}", "{\"format\": \"other\"}", "{\"format\": 1, \"version\": 2}"})
         fails(parse(text), "manifest.json: 'format' must be 'arcflow-bundle'; this is not an ArcFlow bundle");
-    }
     const std::string format = "{\"format\": \"arcflow-bundle\", \"unknown\": 1";
     fails(parse(format + "}"), "version must be 1, got None; export the bundle again");
     fails(parse(format + ", \"version\": 2}"), "version must be 1, got 2; update arcflow");

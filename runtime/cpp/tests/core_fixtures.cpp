@@ -109,4 +109,3 @@ std::string sealed(Json m) {
 }
 
 arcflow::Manifest parsed(const Json &m) { return arcflow::parse_manifest(sealed(m), where); }
-

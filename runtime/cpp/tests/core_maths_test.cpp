@@ -121,9 +121,8 @@ void test_update(DType dtype, int64_t modes, int64_t channels, int64_t sub_pixel
     for (int64_t i = 0; i < latents.count(); ++i) {
         const int64_t token = i / channels, c = i % channels, p = c % sub_pixels;
         double sum = 0, velocity = 0, size = 0;
-        for (int64_t k = 0; k < modes; ++k) {
+        for (int64_t k = 0; k < modes; ++k)
             sum += std::exp(w[static_cast<size_t>((token * modes + k) * sub_pixels + p)]);
-        }
         for (int64_t k = 0; k < modes; ++k) {
             const double gamma = k == 0 ? 0 : g[static_cast<size_t>((token * (modes - 1) + k - 1) * sub_pixels + p)];
             const double z = gamma * step, phi = z == 0 ? 1 : std::expm1(z) / z;
@@ -149,11 +148,8 @@ void test_updates() {
     fails([&] { arcflow::update(latents, means, weights, weights, 1, 0); },
           "backbone: loggammas must be float32[1, 2, 2, 4] in a float type, got float32[1, 2, 3, 4]; export the bundle "
           "again");
-    fails(
-        [&] {
-            arcflow::update(latents, Tensor(DType::int64, {1, 2, 3, 8}), weights, gammas, 1, 0);
-        },
-        "backbone: means must be float32[1, 2, 3, 8] in a float type, got int64[1, 2, 3, 8]");
+    fails([&] { arcflow::update(latents, Tensor(DType::int64, {1, 2, 3, 8}), weights, gammas, 1, 0); },
+          "backbone: means must be float32[1, 2, 3, 8] in a float type, got int64[1, 2, 3, 8]");
     fails([&] { arcflow::update(latents, means, means, gammas, 1, 0); }, "loggammas must be float32[1, 2, 2, 8]");
     Tensor broken = weights;
     broken.as<float>()[5] = std::numeric_limits<float>::quiet_NaN();

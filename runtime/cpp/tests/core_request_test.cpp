@@ -24,19 +24,15 @@ void test_request() {
         fails([&] { arcflow::check_request(changed, m); }, text);
     };
     using R = arcflow_request;
-    fail(
-        f, [](R &x) { x.prompts = nullptr; }, "a request must have either prompts or tokens, got neither");
-    fail(
-        f, [](R &x) { x.prompt_count = 0; }, "prompt must hold at least one string, got an empty list; '' is allowed");
-    fail(
-        f, [](R &x) { x.num_images_per_prompt = -1; }, "num_images_per_prompt must be at least 1, got -1");
+    fail(f, [](R &x) { x.prompts = nullptr; }, "a request must have either prompts or tokens, got neither");
+    fail(f, [](R &x) { x.prompt_count = 0; }, "prompt must hold at least one string, got an empty list; '' is allowed");
+    fail(f, [](R &x) { x.num_images_per_prompt = -1; }, "num_images_per_prompt must be at least 1, got -1");
     fail(
         f, [](R &x) { x.num_images_per_prompt = 3; },
         "prompts times num_images_per_prompt must be between 1 and 4 for this bundle, got 2 * 3 = 6; ask for fewer "
         "images "
         "at a time");
-    fail(
-        f, [](R &x) { x.prompt_count = SIZE_MAX; }, "for this bundle, got 18446744073709551615 * 1");
+    fail(f, [](R &x) { x.prompt_count = SIZE_MAX; }, "for this bundle, got 18446744073709551615 * 1");
     fail(
         f,
         [](R &x) {
@@ -44,30 +40,22 @@ void test_request() {
             x.num_images_per_prompt = INT32_MAX;
         },
         " * 2147483647; ask for fewer");
-    fail(
-        f, [](R &x) { x.height = -16; }, "height must be at least 1, got -16");
-    fail(
-        f, [](R &x) { x.height = 40; }, "height must be a multiple of 16, got 40; the nearest is 32");
-    fail(
-        f, [](R &x) { x.width = 56; }, "width must be a multiple of 16, got 56; the nearest is 64");
-    fail(
-        f, [](R &x) { x.width = 1; }, "width must be a multiple of 16, got 1; the nearest is 16");
+    fail(f, [](R &x) { x.height = -16; }, "height must be at least 1, got -16");
+    fail(f, [](R &x) { x.height = 40; }, "height must be a multiple of 16, got 40; the nearest is 32");
+    fail(f, [](R &x) { x.width = 56; }, "width must be a multiple of 16, got 56; the nearest is 64");
+    fail(f, [](R &x) { x.width = 1; }, "width must be a multiple of 16, got 1; the nearest is 16");
     fail(
         f, [](R &x) { x.width = 16; },
         "width must be between 32 and 2048 for this bundle, got 16; export a bundle with");
-    fail(
-        f, [](R &x) { x.num_inference_steps = 1001; }, "num_inference_steps must be between 1 and 1000, got 1001");
+    fail(f, [](R &x) { x.num_inference_steps = 1001; }, "num_inference_steps must be between 1 and 1000, got 1001");
     fail(
         q, [](R &x) { x.num_inference_steps = 3; },
         "num_inference_steps must be one of those baked into this bundle, [2, 4], got 3; export with --steps 3, or "
         "with "
         "--keep-conditioner for any step count");
-    fail(
-        f, [](R &x) { x.max_sequence_length = 65; }, "max_sequence_length must be between 1 and 64, got 65");
-    fail(
-        f, [](R &x) { x.guidance_scale = 65.5f; }, "guidance_scale must be between 0 and 65, got 65.5");
-    fail(
-        f, [](R &x) { x.guidance_scale = std::nanf(""); }, "guidance_scale must be between 0 and 65, got nan");
+    fail(f, [](R &x) { x.max_sequence_length = 65; }, "max_sequence_length must be between 1 and 64, got 65");
+    fail(f, [](R &x) { x.guidance_scale = 65.5f; }, "guidance_scale must be between 0 and 65, got 65.5");
+    fail(f, [](R &x) { x.guidance_scale = std::nanf(""); }, "guidance_scale must be between 0 and 65, got nan");
     const uint64_t seeds[] = {1, 2, 3};
     fail(
         f,
@@ -76,8 +64,7 @@ void test_request() {
             x.seed_count = 3;
         },
         "seed must be an integer or a list of one per image, 2, got a list of 3");
-    fail(
-        f, [&](R &x) { x.seed_count = 3; }, "seeds must point to 3 numbers, got NULL");
+    fail(f, [&](R &x) { x.seed_count = 3; }, "seeds must point to 3 numbers, got NULL");
     const std::pair<const char *, int> bad_texts[] = {
         {"ab\xff", 2}, {"\xc3", 0}, {"a\xed\xa0\x80", 1}, {"\xc0\x80", 0}, {"\xf4\x90\x80\x80", 0}, {"\xe2\x82", 0}};
     for (const auto &[text, position] : bad_texts) {
@@ -87,8 +74,7 @@ void test_request() {
             "prompt must be valid Unicode, got a byte that is no UTF-8 at position " + std::to_string(position));
     }
     const char *missing[] = {"a", nullptr};
-    fail(
-        f, [&](R &x) { x.prompts = missing; }, "prompt must be a string or a list of strings, got NULL as prompt 1");
+    fail(f, [&](R &x) { x.prompts = missing; }, "prompt must be a string or a list of strings, got NULL as prompt 1");
 
     arcflow_request one = given;
     one.prompt_count = 1;

@@ -36,9 +36,8 @@ double defined(uint16_t bits, int mantissa_bits, int bias) {
     const int exponent_bits = 15 - mantissa_bits, exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
     const int mantissa = bits & ((1 << mantissa_bits) - 1);
     const double sign = bits & 0x8000 ? -1 : 1;
-    if (exponent == (1 << exponent_bits) - 1) {
+    if (exponent == (1 << exponent_bits) - 1)
         return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
-    }
     const int scale = std::max(exponent, 1) - bias - mantissa_bits;
     return sign * std::ldexp(mantissa + (exponent ? 1 << mantissa_bits : 0), scale);
 }

@@ -48,9 +48,8 @@ void print(const std::vector<T> &values) {
 void print(const arcflow::Tensor &tensor) { print(tensor.data.data(), tensor.data.size()); }
 
 arcflow::DType dtype_of(const std::string &name) {
-    for (const auto dtype : {arcflow::DType::float32, arcflow::DType::float16, arcflow::DType::bfloat16}) {
+    for (const auto dtype : {arcflow::DType::float32, arcflow::DType::float16, arcflow::DType::bfloat16})
         if (name == arcflow::name_of(dtype)) return dtype;
-    }
     throw arcflow::request_error("unknown dtype " + name);
 }
 

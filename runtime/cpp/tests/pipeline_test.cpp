@@ -205,8 +205,8 @@ void groups_by_text_length(const char *qwen) {
     Log log;
     const auto pipe = open(qwen, log);
     draw(*pipe, {{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}}, 1, false);
-    CHECK((log.runs == Names{"text_encoder", "text_encoder", "text_encoder", "backbone", "backbone", "backbone",
-                             "backbone"}));
+    CHECK((log.runs ==
+           Names{"text_encoder", "text_encoder", "text_encoder", "backbone", "backbone", "backbone", "backbone"}));
     const auto runs = log.of("backbone");
     CHECK((runs[0].at("latents").shape == Shape{2, 6, 64}) && (runs[1].at("latents").shape == Shape{1, 6, 64}));
     // The template's first three states are dropped.

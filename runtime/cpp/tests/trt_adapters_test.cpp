@@ -112,10 +112,11 @@ void test_a_refitter() {
         static_cast<nv::ILogger *>(logger)->log(nv::ILogger::Severity::kERROR, "not refittable");
         return nullptr;
     };
-    const std::string said = thrown<Error>(
-        [&] { make_trt_refitter(library, engine, "backbone", std::make_shared<TrtLogger>()); });
-    CHECK(said == std::string("backbone: ") + name_of(trt_flavour) + " cannot fill in the engine's weights: not "
-                                                                     "refittable; build it again with `arcflow build`");
+    const std::string said =
+        thrown<Error>([&] { make_trt_refitter(library, engine, "backbone", std::make_shared<TrtLogger>()); });
+    CHECK(said == std::string("backbone: ") + name_of(trt_flavour) +
+                      " cannot fill in the engine's weights: not "
+                      "refittable; build it again with `arcflow build`");
 }
 
 #ifdef TRT_MAJOR_RTX

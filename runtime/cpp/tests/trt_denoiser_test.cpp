@@ -185,9 +185,8 @@ void test_an_engine_on_host_tensors() {
         for (auto &[name, tensor] : wanted) at[name] = tensor.data.data();
         backbone(shapes_of(in), at, DType::float16);
         CHECK(out.size() == 3);
-        for (const auto &[name, tensor] : out) {
+        for (const auto &[name, tensor] : out)
             CHECK(tensor.shape == wanted.at(name).shape && tensor.data == wanted.at(name).data);
-        }
     }
     CHECK(session->contexts == 2);  // one per shape
 }

@@ -86,13 +86,10 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
     const int64_t batch = latents[0], tokens = latents[1], text = shapes.at("encoder_hidden_states")[1];
     for (int64_t b = 0; b < batch; ++b) {
         float told = 0;
-        for (int64_t i = 0; i < text * TEXT; ++i) {
+        for (int64_t i = 0; i < text * TEXT; ++i)
             told += read(dtype, at.at("encoder_hidden_states"), b * text * TEXT + i);
-        }
         for (int64_t i = 0; i < text * 2 * HALF_HEAD; ++i) told += read(DType::float32, at.at("text_rotary"), i);
-        for (int64_t i = 0; i < M; ++i) {
-            told += static_cast<float>(i + 1) * read(dtype, at.at("modulation"), b * M + i);
-        }
+        for (int64_t i = 0; i < M; ++i) told += static_cast<float>(i + 1) * read(dtype, at.at("modulation"), b * M + i);
         for (int64_t n = 0; n < tokens; ++n) {
             const int64_t token = b * tokens + n;
             const float here = told * 0.01f + read(DType::float32, at.at("image_rotary"), n * HALF_HEAD);
@@ -105,9 +102,7 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
                 for (int64_t p = 0; p < P; ++p) {
                     const float x = read(dtype, at.at("latents"), token * C + p);
                     write(dtype, at.at("logweights"), (token * K + k) * P + p, x * static_cast<float>(k) + here);
-                    if (k > 0) {
-                        write(dtype, at.at("loggammas"), (token * (K - 1) + k - 1) * P + p, here - x);
-                    }
+                    if (k > 0) write(dtype, at.at("loggammas"), (token * (K - 1) + k - 1) * P + p, here - x);
                 }
             }
         }
@@ -152,8 +147,8 @@ Tensor random_tensor(uint64_t seed, std::vector<int64_t> shape) {
 DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector<double> sigmas) {
     DenoiseInputs in;
     in.shape = {3, 6, C};
-    in.streams = noise_streams(seed % 2 ? std::vector<uint64_t>{seed} : std::vector<uint64_t>{seed, 9, seed << 40 | 7}, 3,
-                               6 * C);
+    in.streams = noise_streams(seed % 2 ? std::vector<uint64_t>{seed} : std::vector<uint64_t>{seed, 9, seed << 40 | 7},
+                               3, 6 * C);
     const auto table = [&](uint64_t more, int64_t tokens) {
         return std::make_shared<const Tensor>(random_tensor(seed + more, {2, tokens, HALF_HEAD}));
     };

@@ -119,8 +119,8 @@ Bytes graph() {
            inside("shape", int64, {1}, shape) + inside("unused", float32, {1}, scale);
 }
 std::map<std::string, WeightSpec> engine() {
-    return {{"a", {float32, 6}}, {"b", {bfloat16, 4}}, {"c", {float16, 3}}, {"scale", {float32, 1}},
-            {"shape", {int64, 1}}};
+    return {
+        {"a", {float32, 6}}, {"b", {bfloat16, 4}}, {"c", {float16, 3}}, {"scale", {float32, 1}}, {"shape", {int64, 1}}};
 }
 
 int open_files() {
@@ -207,8 +207,8 @@ void test_weights_that_do_not_fit() {
          "backbone: weight 'a' must have a type that a bundle may have, got 4 bytes of type 8 in backbone.onnx; export "
          "the bundle again");
     // Of the end of the file there are 16 bytes, without a length and with one.
-    const Bytes rest = field(5, head("a", float32, {6}) + entry("location", "backbone.safetensors") +
-                                    entry("offset", "48"));
+    const Bytes rest =
+        field(5, head("a", float32, {6}) + entry("location", "backbone.safetensors") + entry("offset", "48"));
     same(error_with(rest, one), "backbone: weight 'a' must have 24 bytes, got 16 bytes of type 1 in "
                                 "backbone.safetensors; export the bundle again");
     CHECK(error_with(outside("a", float32, {2, 3}, 48, 24), one).find("must lie within the 64 bytes") !=
@@ -242,8 +242,7 @@ void test_a_library_that_refuses() {
          "backbone: weight 'c' of backbone.safetensors does not fit the engine: it said so" + again);
     FakeRefitter lacking(engine());
     lacking.still_missing = {"x", "y"};
-    same(error_of(files, lacking),
-         "backbone: backbone.safetensors lacks weights of the engine, such as 'x'" + again);
+    same(error_of(files, lacking), "backbone: backbone.safetensors lacks weights of the engine, such as 'x'" + again);
     CHECK(refusing.filled.empty() && lacking.filled.empty());
     FakeRefitter failing(engine());
     failing.fails = true;

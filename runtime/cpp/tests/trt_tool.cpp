@@ -15,13 +15,13 @@
 #include <vector>
 
 #include "error.h"
+#include "kernels_embedded.h"
 #include "sha256.h"
 #include "trt_kernel.h"
 #include "trt_library.h"
 #include "trt_record.h"
 #include "trt_refit.h"
 #include "trt_runtime_cache.h"
-#include "kernels_embedded.h"
 
 namespace {
 
@@ -100,8 +100,8 @@ void run(const std::vector<std::string> &a) {
         std::fwrite(arcflow::compile_with_nvrtc(kernels_source, a.at(1)).data(), 1, 4, stdout);
     } else if (a.at(0) == "geometry") {
         const auto heads = a.at(4) == "float32" ? arcflow::DType::float32 : arcflow::DType::float16;
-        const arcflow::UpdateGeometry g = arcflow::update_geometry(
-            {std::stoll(a.at(1)), std::stoi(a.at(2)), 64, std::stoi(a.at(3)), heads, heads});
+        const arcflow::UpdateGeometry g =
+            arcflow::update_geometry({std::stoll(a.at(1)), std::stoi(a.at(2)), 64, std::stoi(a.at(3)), heads, heads});
         std::printf("%u %u %u\n", g.grid, g.block, g.shared_bytes);
     } else {
         throw std::invalid_argument(a.at(0));

@@ -65,7 +65,7 @@ void throws(const arcflow::Pipeline &pipe) {
     CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == "height must be at least 1, got 0");
     request = circle();
     request.guidance_scale = -1.0f;
-    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == 
+    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) ==
           "guidance_scale must not be negative; leave it out for the default");
     request = circle();
     request.prompts = {std::string("a\0b", 3)};

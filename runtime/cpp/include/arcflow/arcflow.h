@@ -81,7 +81,8 @@ typedef struct arcflow_options {
 ARCFLOW_API const char *arcflow_backends(void);
 
 /* Check and load the bundle in a directory; `options` may be NULL. Free with arcflow_close. */
-ARCFLOW_API arcflow_status arcflow_open(const char *bundle, const arcflow_options *options, arcflow_pipeline **pipeline);
+ARCFLOW_API arcflow_status arcflow_open(const char *bundle, const arcflow_options *options,
+                                        arcflow_pipeline **pipeline);
 
 /* Wait for calls in progress and free the pipeline; NULL, and closing twice, are allowed. */
 ARCFLOW_API void arcflow_close(arcflow_pipeline *pipeline);

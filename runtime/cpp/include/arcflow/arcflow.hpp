@@ -112,7 +112,8 @@ public:
     View<std::uint8_t> image(int index) const {
         if (index < 0 || index >= batch() || pixels().empty())
             throw Error(ARCFLOW_REQUEST_ERROR, ("there is no image " + std::to_string(index) + " of " +
-                                                std::to_string(pixels().empty() ? 0 : batch())).c_str());
+                                                std::to_string(pixels().empty() ? 0 : batch()))
+                                                   .c_str());
         return {pixels().data() + static_cast<std::size_t>(index) * image_size(), image_size()};
     }
     // [batch, tokens, channels].

@@ -82,8 +82,8 @@ void update(const std::string &heads, const std::string &input, const Arguments 
         for (int k = 0; k < a.modes; ++k) top = fmaxf(top, logit(k));
         for (int k = 0; k < a.modes; ++k) {
             const long long gamma = (token * (a.modes - 1) + k - 1) * a.sub_pixels + p;
-            const auto mode = arcflow_update::mode_of(
-                logit(k), top, k > 0 ? load(heads, at<void>(a.loggammas), gamma) : 0, step);
+            const auto mode =
+                arcflow_update::mode_of(logit(k), top, k > 0 ? load(heads, at<void>(a.loggammas), gamma) : 0, step);
             const long long mean = (token * a.modes + k) * a.channels + i % a.channels;
             total += mode.weight;
             mixed = fmaf(mode.share, load(heads, at<void>(a.means), mean), mixed);
@@ -104,8 +104,8 @@ public:
 
     float next() {
         const size_t count = words_.size(), i = place_++ % count;
-        words_[i] = arcflow_random::twisted(words_[i], words_[(i + 1) % count],
-                                           words_[(i + arcflow_random::MIDDLE) % count]);
+        words_[i] =
+            arcflow_random::twisted(words_[i], words_[(i + 1) % count], words_[(i + arcflow_random::MIDDLE) % count]);
         return arcflow_random::uniform(words_[i]);
     }
 
@@ -298,8 +298,8 @@ int cuModuleGetFunction(void **function, void *, const char *name) {
     }
     return invalid;
 }
-int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *stream,
-                   void **given, void **) {
+int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                   void *stream, void **given, void **) {
     const std::string name = *static_cast<std::string *>(function);
     const auto address = [&](size_t i) { return *static_cast<Address *>(given[i]); };
     const auto number = [&](size_t i) { return *static_cast<int *>(given[i]); };
@@ -310,8 +310,9 @@ int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned, 
     }
     const std::string types = name.substr(std::strlen("arcflow_update_"));
     const size_t middle = types.find('_');
-    const Arguments a{address(0), address(1), address(2), address(3), address(4), address(5), address(6),
-                      *static_cast<long long *>(given[7]), number(8), number(9), number(10), number(11)};
+    const Arguments a{address(0), address(1), address(2), address(3),
+                      address(4), address(5), address(6), *static_cast<long long *>(given[7]),
+                      number(8),  number(9),  number(10), number(11)};
     return enqueue(stream, update_ms, [=] { update(types.substr(0, middle), types.substr(middle + 1), a); });
 }
 }

@@ -43,8 +43,7 @@ inline arcflow::Tensors fake_outputs(const arcflow::Manifest &m, const std::stri
     } else {
         const std::vector<int64_t> &shape = inputs.at("latents").shape;
         Tensor images(DType::uint8, {shape[0], shape[1] * 16, shape[2] * 16, 3});
-        for (int64_t i = 0; i < images.count(); ++i)
-            images.as<uint8_t>()[i] = static_cast<uint8_t>(i * colour_step);
+        for (int64_t i = 0; i < images.count(); ++i) images.as<uint8_t>()[i] = static_cast<uint8_t>(i * colour_step);
         out["images"] = std::move(images);
     }
     return out;
