@@ -97,7 +97,7 @@ def cpp_draw(
     pipe = embed.Pipeline(embed.load(str(library)), bundle, threads=threads)
 
     def draw() -> dict[str, float]:
-        timings: dict[str, float] = pipe.draw([prompt()], seeds=[1], height=size_px, width=size_px).timings_ms
+        timings: dict[str, float] = pipe.generate([prompt()], seeds=[1], height=size_px, width=size_px).timings_ms
         return timings
 
     return draw

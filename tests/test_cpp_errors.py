@@ -42,7 +42,7 @@ def test_wrong_arguments_have_pythons_sentences(cpp_pipes, python_pipes):
             python_pipes(name)("x", **given)
         seeds = given.pop("seed", [1])
         with pytest.raises(embed.ArcFlowError) as ours:
-            cpp_pipes(name).draw(["x"], seeds=seeds, **given)
+            cpp_pipes(name).generate(["x"], seeds=seeds, **given)
         assert ours.value.status == REQUEST_ERROR
         assert str(ours.value) == str(theirs.value)
 
@@ -59,29 +59,29 @@ def test_wrong_pointers(cpp_library, cpp_bundles, cpp_pipes):
     assert out.value is None
     fails(cpp_library.arcflow_open(b"x", None, None), REQUEST_ERROR, "^pipeline must not be NULL$")
     request = embed.Request(struct_size=size, guidance_scale=-1, height=32, width=32)
-    draw = cpp_library.arcflow_draw
-    fails(draw(None, byref(request), byref(out)), REQUEST_ERROR, "^pipeline must not be NULL$")
-    fails(draw(flux.handle, None, byref(out)), REQUEST_ERROR, "^request must not be NULL$")
-    fails(draw(flux.handle, byref(request), None), REQUEST_ERROR, "^result must not be NULL$")
+    generate = cpp_library.arcflow_generate
+    fails(generate(None, byref(request), byref(out)), REQUEST_ERROR, "^pipeline must not be NULL$")
+    fails(generate(flux.handle, None, byref(out)), REQUEST_ERROR, "^request must not be NULL$")
+    fails(generate(flux.handle, byref(request), None), REQUEST_ERROR, "^result must not be NULL$")
     for stale in (0xDEADBEEF, 2**63, 1 << 20):
-        fails(draw(c_void_p(stale), byref(request), byref(out)), CLOSED, "^pipeline was closed, or is no pipeline")
+        fails(generate(c_void_p(stale), byref(request), byref(out)), CLOSED, "^pipeline was closed, or is no pipeline")
     cpp_library.arcflow_close(c_void_p(0xDEADBEEF))
-    fails(draw(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "prompt")  # neither prompts nor tokens
+    fails(generate(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "prompt")  # neither prompts nor tokens
     request.prompt_count = 1
-    fails(draw(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "prompt")
+    fails(generate(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "prompt")
     request.prompts = (c_char_p * 1)(None)
-    fails(draw(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "prompt")
+    fails(generate(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "prompt")
     request.prompts = (c_char_p * 1)(b"\xff\xfe")
-    fails(draw(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "UTF-8")
+    fails(generate(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "UTF-8")
     request.prompts, request.seed_count = (c_char_p * 1)(b"x"), 1
-    fails(draw(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "seed")
+    fails(generate(flux.handle, byref(request), byref(out)), REQUEST_ERROR, "seed")
     fails(cpp_library.arcflow_noise(1, 5, None), REQUEST_ERROR, "^noise must not be NULL$")
     assert out.value is None
 
 
 def test_both_prompts_and_tokens(cpp_pipes):
     with pytest.raises(embed.ArcFlowError, match="tokens") as e:
-        cpp_pipes("flux-tiny").draw(["x"], tokens=[([1], [1])])
+        cpp_pipes("flux-tiny").generate(["x"], tokens=[([1], [1])])
     assert e.value.status == REQUEST_ERROR
 
 
@@ -99,7 +99,7 @@ def test_both_prompts_and_tokens(cpp_pipes):
 )
 def test_wrong_tokens(cpp_pipes, name, tokens):
     with pytest.raises(embed.ArcFlowError) as e:
-        cpp_pipes(name).draw(tokens=[tokens], height=32, width=32)
+        cpp_pipes(name).generate(tokens=[tokens], height=32, width=32)
     assert e.value.status == REQUEST_ERROR, e.value
     assert "ids" in str(e.value) or "tokens" in str(e.value)
 
@@ -108,7 +108,7 @@ def test_ids_beyond_the_vocabulary_do_no_harm(cpp_pipes):
     """Whether refused or taken for nothing, nothing outside the embedding is read."""
     for ids in (10**6, 2**62):
         with contextlib.suppress(embed.ArcFlowError):
-            cpp_pipes("flux-tiny").draw(tokens=[([ids], [ids])], height=32, width=32)
+            cpp_pipes("flux-tiny").generate(tokens=[([ids], [ids])], height=32, width=32)
 
 
 def test_versions_of_the_structs(cpp_library, cpp_pipes):
@@ -123,21 +123,21 @@ def test_versions_of_the_structs(cpp_library, cpp_pipes):
     request.prompts, request.prompt_count = (c_char_p * 1)(b"x"), 1
     out = c_void_p()
 
-    def draw():
-        return cpp_library.arcflow_draw(pipe.handle, byref(request), byref(out))
+    def generate():
+        return cpp_library.arcflow_generate(pipe.handle, byref(request), byref(out))
 
     request.struct_size = ctypes.sizeof(Newer)
-    assert draw() == 0
+    assert generate() == 0
     cpp_library.arcflow_result_free(out)
     newer.extra = 1
-    assert draw() == REQUEST_ERROR
+    assert generate() == REQUEST_ERROR
     assert cpp_library.arcflow_last_error().decode() == (
         f"request sets what this library, version {cpp_library.arcflow_version().decode()}, does not know; "
         "install the version that the program was compiled with"
     )
     for wrong in (0, 8, size - 16, 1 << 20):
         request.struct_size = wrong
-        assert draw() == REQUEST_ERROR
+        assert generate() == REQUEST_ERROR
         assert (
             f"request.struct_size must be the struct's size, {size} or a little more, got {wrong}; begin with its"
             in (cpp_library.arcflow_last_error().decode())
@@ -225,7 +225,7 @@ def reseal(root: Path, file: str) -> None:
 
 
 def test_a_full_check_hashes_large_files(cpp_library, copy):
-    assert embed.Pipeline(cpp_library, copy, full_check=1).draw(["x"], height=32, width=32).pixels is not None
+    assert embed.Pipeline(cpp_library, copy, full_check=1).generate(["x"], height=32, width=32).pixels is not None
 
 
 def test_a_manifest_that_lies_about_a_dtype(cpp_library, copy):
@@ -234,22 +234,22 @@ def test_a_manifest_that_lies_about_a_dtype(cpp_library, copy):
     part["outputs"][0]["dtype"] = "float32"
     edit_manifest(copy, parts=manifest["parts"])
     with pytest.raises(embed.ArcFlowError) as e:
-        embed.Pipeline(cpp_library, copy).draw(["x"], height=32, width=32)
+        embed.Pipeline(cpp_library, copy).generate(["x"], height=32, width=32)
     assert e.value.status in (BUNDLE_ERROR, ENGINE_ERROR)
 
 
-def test_without_tokenizers_only_ids_can_be_drawn(cpp_library, bundles, copy, cpp_pipes, cpp_bundles):
+def test_without_tokenizers_only_token_ids_work(cpp_library, bundles, copy, cpp_pipes, cpp_bundles):
     shutil.rmtree(copy / "openvino")
     pipe = embed.Pipeline(cpp_library, copy)
     with pytest.raises(embed.ArcFlowError) as e:
-        pipe.draw(["a red circle"], height=32, width=32)
+        pipe.generate(["a red circle"], height=32, width=32)
     assert e.value.status == BUNDLE_ERROR
     assert str(e.value) == (
         f"{copy}: this library needs 'tokenizer' in a form of its own to read prompts; "
         f"run `arcflow build {copy} --backend openvino`, or give token ids"
     )
-    ours = pipe.draw(tokens=[ids_of(copy, "a red circle")], height=32, width=32, seeds=[1])
-    theirs = cpp_pipes("flux-tiny").draw(["a red circle"], height=32, width=32, seeds=[1])
+    ours = pipe.generate(tokens=[ids_of(copy, "a red circle")], height=32, width=32, seeds=[1])
+    theirs = cpp_pipes("flux-tiny").generate(["a red circle"], height=32, width=32, seeds=[1])
     np.testing.assert_array_equal(ours.pixels, theirs.pixels)
 
 
@@ -260,7 +260,7 @@ def test_without_tokenizers_only_ids_can_be_drawn(cpp_library, bundles, copy, cp
         (lambda p: p.write_text("no library"), "OpenVINO cannot load {}: "),
     ],
 )
-def test_without_the_library_of_tokenizers_only_ids_can_be_drawn(
+def test_without_the_library_of_tokenizers_only_token_ids_work(
     cpp_library, copy, cpp_pipes, tmp_path, monkeypatch, make, message
 ):
     path = tmp_path / "libopenvino_tokenizers.so"
@@ -269,13 +269,13 @@ def test_without_the_library_of_tokenizers_only_ids_can_be_drawn(
     pipe = embed.Pipeline(cpp_library, copy)
     for _ in range(2):
         with pytest.raises(embed.ArcFlowError) as e:
-            pipe.draw(["a red circle"], height=32, width=32)
+            pipe.generate(["a red circle"], height=32, width=32)
         assert e.value.status == ENGINE_ERROR
         assert str(e.value).startswith("tokenizer: " + message.format(path))
         assert "; pip install openvino-tokenizers of OpenVINO's version" in str(e.value)
         assert str(e.value).endswith(", or give token ids")
-    ours = pipe.draw(tokens=[ids_of(copy, "a red circle")], height=32, width=32, seeds=[1])
-    theirs = cpp_pipes("flux-tiny").draw(["a red circle"], height=32, width=32, seeds=[1])
+    ours = pipe.generate(tokens=[ids_of(copy, "a red circle")], height=32, width=32, seeds=[1])
+    theirs = cpp_pipes("flux-tiny").generate(["a red circle"], height=32, width=32, seeds=[1])
     np.testing.assert_array_equal(ours.pixels, theirs.pixels)
     # What is wrong with the bundle is told at once all the same.
     record = copy / "openvino" / "tokenizers.json"
@@ -296,7 +296,7 @@ def test_latents_that_are_not_finite(cpp_library, copy):
         match=r"^backbone: latents of images \[0, 1\] must be finite, got NaN or Inf; "
         r"check the checkpoint and adapter with `arcflow verify`$",
     ) as e:
-        pipe.draw(["x"], height=32, width=32, num_images_per_prompt=2)
+        pipe.generate(["x"], height=32, width=32, num_images_per_prompt=2)
     assert e.value.status == ENGINE_ERROR
 
 

@@ -41,19 +41,19 @@ def test_only_the_abi_is_exported(cpp_build):
     assert {line.split()[-1].partition("@")[0] for line in lines} == set(embed.FUNCTIONS)
 
 
-def test_the_c_example_draws(cpp_build, cpp_bundles, cpp_pipes, tmp_path):
+def test_the_c_example(cpp_build, cpp_bundles, cpp_pipes, tmp_path):
     prompt, out = "a large red circle on the left, blue background", tmp_path / "out.ppm"
-    run([cpp_build / "example_draw", cpp_bundles("shapes"), prompt, out, "42"])
+    run([cpp_build / "example_generate", cpp_bundles("shapes"), prompt, out, "42"])
     image = np.asarray(Image.open(out))
-    np.testing.assert_array_equal(image, cpp_pipes("shapes").draw([prompt], seeds=[42]).pixels[0])
-    done = subprocess.run([cpp_build / "example_draw", "nowhere", "x", out], capture_output=True, text=True)
+    np.testing.assert_array_equal(image, cpp_pipes("shapes").generate([prompt], seeds=[42]).pixels[0])
+    done = subprocess.run([cpp_build / "example_generate", "nowhere", "x", out], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         1,
         f"{Path.cwd() / 'nowhere'} is not a directory; give the directory that `arcflow export --out` wrote\n",
     )
 
 
-def test_the_python_example_draws(cpp_build, cpp_bundles, tmp_path):
+def test_the_python_example(cpp_build, cpp_bundles, tmp_path):
     out = tmp_path / "out.ppm"
     command = [sys.executable, CPP / "examples" / "embed.py", cpp_bundles("shapes"), "a yellow heart", out]
     run(command, env=os.environ | {"ARCFLOW_LIBRARY": str(library_of(cpp_build))})
@@ -104,7 +104,7 @@ def test_the_http_service(server, cpp_pipes):
     prompt = "a small yellow heart on a black background"
     status, body, headers = post(url, json.dumps({"prompt": prompt, "seed": 2**64 - 1, "height": 48}).encode())
     assert (status, headers["Content-Type"], headers["X-Seed"]) == (200, "image/png", str(2**64 - 1))
-    expected = cpp_pipes("shapes").draw([prompt], seeds=[2**64 - 1], height=48).pixels[0]
+    expected = cpp_pipes("shapes").generate([prompt], seeds=[2**64 - 1], height=48).pixels[0]
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(body))), expected)
     # A negative seed, as Python takes it, is the same bits.
     negative = post(url, json.dumps({"prompt": prompt, "seed": -1, "height": 48}).encode())

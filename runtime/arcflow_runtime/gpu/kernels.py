@@ -2,7 +2,8 @@
 
 The source lies in `runtime/kernels/` and is packaged beside this module. A fatbin that `runtime/kernels/build.py` left
 there is used where it was made from this very source for this GPU; otherwise NVRTC compiles the source, once per
-machine: the result is kept in a cache. `update.cu` and `noise.cu` tell what they take and how they are launched.
+machine: the result is kept in a cache. `update.cu` and `noise.cu` tell what they take, `geometry.h` how they are
+launched.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("arcflow")
 
-#: Threads of a block, tried in turn until its shared memory fits.
-_BLOCKS = (128, 64, 32)
-_MAX_SHARED_BYTES = 48 << 10
-_LANES = {"float32": 16, "float16": 8, "bfloat16": 8}
 _DIGEST_BYTES = 32
-#: Files of the one program, in order.
-SOURCES = ("update_math.h", "update.cu", "noise_math.h", "noise.cu")
-#: Of the noise: `noise.cu` says why.
-NOISE_THREADS, NOISE_SHARED_BYTES = 320, 2 * 624 * 4
+#: The file that includes all others.
+MAIN = "noise.cu"
+_INCLUDE = re.compile(r'^#include "(.*)"\n', re.MULTILINE)
+_DEFINE = re.compile(r"^#define ARCFLOW_(\w+) (\d+)\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -133,9 +130,10 @@ class Kernels:
         """
         from cuda.core import LaunchConfig, launch
 
+        n = launch_constants()
         launch(
             stream,
-            LaunchConfig(grid=shape.images, block=NOISE_THREADS, shmem_size=NOISE_SHARED_BYTES),
+            LaunchConfig(grid=shape.images, block=n["NOISE_THREADS"], shmem_size=n["NOISE_SHARED_BYTES"]),
             self.kernel(f"arcflow_noise_{shape.engine_input}"),
             *(streams, latents, engine_input),
             *(np.int32(n) for n in (shape.channels, shape.height, shape.width, shape.patch)),
@@ -173,6 +171,17 @@ def kernel_name(heads: DType, engine_input: DType) -> str:
     return f"arcflow_update_{heads}_{engine_input}"
 
 
+@cache
+def launch_constants() -> dict[str, int]:
+    """The integers of `geometry.h` by name, without the prefix ARCFLOW_.
+
+    Raises:
+        EngineError: the kernels' source was left out of the installation.
+    """
+    text = (kernels_folder() / "geometry.h").read_text(encoding="utf-8")
+    return {name: int(value) for name, value in _DEFINE.findall(text)}
+
+
 @lru_cache(maxsize=64)
 def geometry(shape: UpdateShape) -> tuple[int, int, int]:
     """How `update.cu` wants to be launched: blocks, threads per block, bytes of dynamic shared memory.
@@ -180,16 +189,20 @@ def geometry(shape: UpdateShape) -> tuple[int, int, int]:
     Raises:
         EngineError: a token's modes do not fit in shared memory.
     """
-    lanes = _LANES[shape.heads]
+    n = launch_constants()
+    lanes = n["UPDATE_LANES_32_BIT" if shape.heads == "float32" else "UPDATE_LANES_16_BIT"]
     token_bytes = (2 * shape.modes + 1) * shape.sub_pixels * 4
-    for threads in _BLOCKS:
+    threads = n["UPDATE_THREADS"]
+    while threads >= n["UPDATE_MIN_THREADS"]:
         tokens = threads // lanes
-        shared = 16 + tokens * token_bytes
-        if shared <= _MAX_SHARED_BYTES:
+        shared = n["UPDATE_BLOCK_BYTES"] + tokens * token_bytes
+        if shared <= n["MAX_SHARED_BYTES"]:
             return -(-shape.tokens // tokens), threads, shared
+        threads //= 2
+    most = (n["MAX_SHARED_BYTES"] - n["UPDATE_BLOCK_BYTES"]) * lanes // n["UPDATE_MIN_THREADS"]
     raise EngineError(
-        f"the update kernel takes at most {(_MAX_SHARED_BYTES - 16) * lanes // _BLOCKS[-1]} bytes per token for its "
-        f"modes, got {token_bytes} for {shape.modes} modes of {shape.sub_pixels} sub-pixels"
+        f"the update kernel takes at most {most} bytes per token for its modes, got {token_bytes} for {shape.modes} "
+        f"modes of {shape.sub_pixels} sub-pixels"
     )
 
 
@@ -207,9 +220,17 @@ def kernels_folder() -> Path:
 
 
 def source() -> str:
-    """The kernels as one text without includes, as NVRTC takes it."""
-    texts = ((kernels_folder() / name).read_text(encoding="utf-8") for name in SOURCES)
-    return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
+    """The kernels as one text for NVRTC: each file that `MAIN` includes stands once, before the file that includes it."""
+    folder, seen = kernels_folder(), set()
+
+    def expand(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (folder / name).read_text(encoding="utf-8")
+        return "".join(map(expand, _INCLUDE.findall(text))) + _INCLUDE.sub("", text)
+
+    return expand(MAIN)
 
 
 def find_fatbin(arch: str) -> bytes | None:

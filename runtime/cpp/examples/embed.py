@@ -65,7 +65,7 @@ FUNCTIONS = {
     "arcflow_backends": (c_char_p, []),
     "arcflow_open": (c_int32, [c_char_p, POINTER(Options), POINTER(c_void_p)]),
     "arcflow_close": (None, [c_void_p]),
-    "arcflow_draw": (c_int32, [c_void_p, POINTER(Request), POINTER(c_void_p)]),
+    "arcflow_generate": (c_int32, [c_void_p, POINTER(Request), POINTER(c_void_p)]),
     "arcflow_result_free": (None, [c_void_p]),
     "arcflow_result_batch": (c_int32, [c_void_p]),
     "arcflow_result_height": (c_int32, [c_void_p]),
@@ -101,7 +101,7 @@ class ArcFlowError(Exception):
         self.status = status
 
 
-class Drawing:
+class Images:
     """What one call made, copied: `pixels` [B, H, W, 3] uint8 or None, `latents` [B, N, C] float32, and the rest."""
 
     def __init__(self, library: ctypes.CDLL, result: c_void_p) -> None:
@@ -126,8 +126,8 @@ class Pipeline:
         given = Options(struct_size=ctypes.sizeof(Options), **options)
         self._check(library.arcflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))
 
-    def draw(self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, **fields):
-        """A `Drawing` of prompts, or of tokens: per prompt one list of ids, or a pair of them.
+    def generate(self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, **fields):
+        """A `Images` of prompts, or of tokens: per prompt one list of ids, or a pair of them.
 
         `on_step(step, latents)` may return something true to stop; the other fields are those of arcflow_request.
         """
@@ -150,9 +150,9 @@ class Pipeline:
                 lambda _, step, x, n: int(on_step(step, np.ctypeslib.as_array(x, (n,)).copy()) or 0)
             )
         result = c_void_p()
-        self._check(self._library.arcflow_draw(self.handle, byref(request), byref(result)))
+        self._check(self._library.arcflow_generate(self.handle, byref(request), byref(result)))
         try:
-            return Drawing(self._library, result)
+            return Images(self._library, result)
         finally:
             self._library.arcflow_result_free(result)
 
@@ -171,11 +171,11 @@ def main() -> int:
         print("usage: embed.py BUNDLE PROMPT OUT.ppm", file=sys.stderr)
         return 2
     pipe = Pipeline(load(), sys.argv[1])
-    drawing = pipe.draw([sys.argv[2]])
+    images = pipe.generate([sys.argv[2]])
     pipe.close()
-    _, height, width, _ = drawing.pixels.shape
+    _, height, width, _ = images.pixels.shape
     with open(sys.argv[3], "wb") as file:
-        file.write(b"P6\n%d %d\n255\n" % (width, height) + drawing.pixels.tobytes())
+        file.write(b"P6\n%d %d\n255\n" % (width, height) + images.pixels.tobytes())
     return 0
 
 

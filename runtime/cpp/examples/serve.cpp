@@ -1,6 +1,6 @@
 // An HTTP service: serve BUNDLE [--host H] [--port N] [--workers N] [--queue N] [--threads N]
 //
-//     curl -d '{"prompt": "a large red circle", "seed": 42}' localhost:8080/generate > picture.png
+//     curl -d '{"prompt": "a large red circle", "seed": 42}' localhost:8080/generate > image.png
 //
 // POST /generate takes a JSON object of `prompt`, and if wanted `seed`, `height`, `width` and `steps`, and gives a PNG
 // with the seed in X-Seed; GET /healthz says "ok". Errors are JSON: 400 for the request, 503 where too many wait or the
@@ -126,7 +126,7 @@ void generate(const arcflow::Pipeline &pipe, Gate &gate, const httplib::Request 
             return fail(response, 503, "too many requests are waiting; try again later");
         }
         const Inside inside{gate};
-        const arcflow::Result result = pipe.draw(request);
+        const arcflow::Result result = pipe.generate(request);
         response.set_header("X-Seed", std::to_string(result.seeds()[0]));
         response.set_content(png::encode(result.pixels().data(), result.width(), result.height()), "image/png");
     } catch (const BadRequest &e) {
@@ -173,7 +173,7 @@ void serve(const Arguments &arguments) {
     Gate gate(arguments.workers, arguments.queue);
 
     httplib::Server server;
-    // Each request has a thread, so that one too many, or a look at the health, need not wait for a picture.
+    // Each request has a thread, so that one too many, or a look at the health, need not wait for a image.
     const auto threads = static_cast<std::size_t>(arguments.workers + arguments.queue + 2);
     server.new_task_queue = [threads] { return new httplib::ThreadPool(threads); };
     server.set_keep_alive_max_count(1);

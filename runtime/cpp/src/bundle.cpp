@@ -1,10 +1,12 @@
+// Opens a bundle: checks the manifest and the files that it lists.
 #include <algorithm>
 #include <cstdio>
 #include <memory>
 
+#include "constants.h"
 #include "error.h"
+#include "json_text.h"
 #include "manifest.h"
-#include "repr.h"
 #include "rules.h"
 #include "sha256.h"
 
@@ -13,11 +15,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char *manifest_name = "manifest.json";
-constexpr uint64_t fast_hash_bytes = uint64_t{64} << 20;
-
 std::string read_manifest(const fs::path &root, const fs::path &path) {
-    std::error_code ignored;  // what cannot be looked at is not there
+    std::error_code ignored;  // an entry that cannot be examined counts as absent
     if (!fs::is_directory(root, ignored))
         throw bundle_error(root.string() + " is not a directory; give the directory that `arcflow export --out` wrote");
     if (!fs::is_regular_file(path, ignored)) {
@@ -27,7 +26,7 @@ std::string read_manifest(const fs::path &root, const fs::path &path) {
     const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(path.c_str(), "rb"), std::fclose);
     std::string text, block(size_t{64} << 10, '\0');
     if (file) {
-        // One byte too many is enough for parse_manifest to refuse it.
+        // One byte above the limit is enough for parse_manifest to refuse the text.
         while (text.size() <= max_manifest_bytes) {
             const size_t count = std::fread(block.data(), 1, block.size(), file.get());
             if (count == 0) break;
@@ -38,13 +37,13 @@ std::string read_manifest(const fs::path &root, const fs::path &path) {
     return text;
 }
 
-// Whether links lead to a place inside `root`, which has none.
+// True if `path`, with all links followed, lies inside `root`, whose own path has no links.
 bool is_inside(const fs::path &path, const fs::path &root) {
     const fs::path target = fs::canonical(path);
     return std::mismatch(root.begin(), root.end(), target.begin(), target.end()).first == root.end();
 }
 
-// B4 and B6 of one file.
+// Check rules B4 and B6 for one file.
 void check_file(const Bundle &bundle, const fs::path &canonical_root, const std::string &name, bool full) {
     const FileEntry &entry = bundle.manifest.files.at(name);
     const fs::path path = bundle.path(name);
@@ -69,7 +68,7 @@ void check_file(const Bundle &bundle, const fs::path &canonical_root, const std:
 Bundle Bundle::open(const fs::path &given, bool full) {
     std::error_code unknown;
     fs::path root = fs::absolute(given, unknown);
-    if (unknown) root = given;  // where the working directory is gone
+    if (unknown) root = given;  // the working directory no longer exists
     const fs::path path = root / manifest_name;
     const std::string text = read_manifest(root, path);
     Bundle bundle{root, parse_manifest(text, path.string()), sha256(text)};
@@ -87,15 +86,15 @@ void Bundle::check_unchanged() const {
     bool unchanged = false;
     try {
         unchanged = sha256(read_manifest(root, root / manifest_name)) == manifest_sha256;
-    } catch (const Error &) {  // it is gone
+    } catch (const Error &) {  // it was removed
     }
     if (!unchanged) throw bundle_error(root.string() + " was replaced or removed since it was opened; load it again");
 }
 
 fs::path Bundle::path(const std::string &name) const {
     if (manifest.files.count(name) == 0) {
-        throw bundle_error((root / manifest_name).string() + ": " + repr(name) +
-                           " is used but not listed under 'files'");
+        throw bundle_error((root / manifest_name).string() + ": " + json_text(name) +
+                           " is used but not listed under \"files\"");
     }
     return root / name;
 }

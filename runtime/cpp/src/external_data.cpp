@@ -1,4 +1,4 @@
-// The walk over every tensor of a graph, wherever it is.
+// Checks where the tensors of an ONNX graph keep their data, by reading the graph's protobuf.
 #include "external_data.h"
 
 #include <charconv>
@@ -7,12 +7,13 @@
 #include <string_view>
 
 #include "error.h"
+#include "json_text.h"
 #include "onnx_graph.h"
 
 namespace arcflow {
 namespace {
 
-// Of graphs within attributes of nodes (If, Loop) within graphs; exported graphs have none.
+// How deep graphs may nest inside attributes of nodes such as If and Loop. Exported graphs do not nest.
 constexpr int max_nesting = 16;
 
 class Check {
@@ -104,19 +105,19 @@ private:
                 }
             }
         });
-        if (external && !located) throw wrong("tensor '" + name + "' has external data without a location");
+        if (external && !located) throw wrong("tensor " + json_text(name) + " has external data without a location");
         if (external && (offset > weights_bytes_ || length > weights_bytes_ - offset)) {
-            throw wrong("external data of tensor '" + name + "' must lie within the " + std::to_string(weights_bytes_) +
-                        " bytes of " + weights_ + ", got bytes " + std::to_string(offset) + " to " +
-                        std::to_string(offset) + " + " + std::to_string(length));
+            throw wrong("external data of tensor " + json_text(name) + " must lie within the " +
+                        std::to_string(weights_bytes_) + " bytes of " + weights_ + ", got bytes " +
+                        std::to_string(offset) + " to " + std::to_string(offset) + " + " + std::to_string(length));
         }
     }
 
     void location(const std::string &name, std::string_view value) const {
-        // Compared as text: a '..' after a link would lead elsewhere.
+        // Compared as text, because ".." after a link would lead to another folder.
         if (value != location_ && value != "./" + location_) {
-            throw wrong("external data of tensor '" + name + "' must lie in the part's weights " + weights_ +
-                        ", got '" + std::string(value) + "'");
+            throw wrong("external data of tensor " + json_text(name) + " must lie in the part's weights " + weights_ +
+                        ", got " + json_text(value));
         }
     }
 
@@ -125,8 +126,8 @@ private:
         const char *end = value.data() + value.size();
         const auto [stop, error] = std::from_chars(value.data(), end, parsed);
         if (error != std::errc() || stop != end) {
-            throw wrong("external data of tensor '" + name + "': " + std::string(key) +
-                        " must be a number of bytes, got '" + std::string(value) + "'");
+            throw wrong("external data of tensor " + json_text(name) + ": " + std::string(key) +
+                        " must be a number of bytes, got " + json_text(value));
         }
         return parsed;
     }

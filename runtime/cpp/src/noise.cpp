@@ -1,4 +1,4 @@
-// The noise of pictures; see runtime/kernels/noise_host.h, and arcflow_runtime/noise.py, whose bits these are.
+// Noise of a batch: seeds -> packed latents. The generator is in runtime/kernels/noise_host.h.
 #include "noise_host.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace arcflow {
 namespace {
 
-// [C, h, w] -> [(h/p)*(w/p), C*p*p], channel c*p*p + p*dy + dx.
+// Pack one image: [C, h, w] -> [(h/p)*(w/p), C*p*p], where channel c*p*p + p*dy + dx holds channel c of pixel (dy, dx).
 void pack(const float *image, const Latents &latents, int64_t height, int64_t width, float *tokens) {
     const int64_t p = latents.patch_size, channels = latents.channels;
     for (int64_t y = 0; y < height; y += p) {
@@ -37,7 +37,7 @@ std::vector<NoiseStream> noise_streams(const std::vector<uint64_t> &seeds, int64
     return streams;
 }
 
-Tensor draw_latents(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
+Tensor packed_noise(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
                     int64_t width) {
     const int64_t p = latents.patch_size;
     if (seeds.size() != 1 && static_cast<int64_t>(seeds.size()) != batch) {

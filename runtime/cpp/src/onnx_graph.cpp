@@ -1,3 +1,4 @@
+// Reads the constants of an ONNX graph from its protobuf.
 #include "onnx_graph.h"
 
 #include <charconv>
@@ -5,16 +6,14 @@
 #include <stdexcept>
 #include <utility>
 
+#include "constants.h"
 #include "error.h"
 #include "external_data.h"
 
 namespace arcflow {
 namespace {
 
-// Weights lie outside the graph, so a graph has kilobytes for each layer.
-constexpr uint64_t max_graph_bytes = uint64_t{256} << 20;
-
-// Of one element, by TensorProto.DataType; 0 for types that no graph of a bundle has.
+// Bytes of one element of a TensorProto.DataType; 0 for types that a bundle's graphs do not have.
 uint64_t size_of_type(int64_t type) {
     switch (type) {
         case 2:   // UINT8
@@ -45,7 +44,7 @@ std::pair<std::string, Initializer> read_tensor(std::string_view bytes) {
     std::string name;
     Initializer tensor;
     each_field(bytes, [&](const ProtobufField &f) {
-        if (f.number == 1) {  // dims, one by one or packed
+        if (f.number == 1) {  // dims, each in its own field or packed into one
             if (f.bytes.data() == nullptr) {
                 multiply(tensor.count, f.value);
             } else {
@@ -59,7 +58,7 @@ std::pair<std::string, Initializer> read_tensor(std::string_view bytes) {
         } else if (f.number == 9) {
             tensor.raw = f.bytes;
             tensor.is_raw = true;
-        } else if (f.number == 13) {  // external_data, whose numbers were checked
+        } else if (f.number == 13) {  // external_data; check_external_data has checked its numbers
             tensor.is_external = true;
             std::string_view key, value;
             each_field(f.bytes, [&](const ProtobufField &entry) {
@@ -91,7 +90,7 @@ std::optional<ProtobufField> ProtobufMessage::next() {
         case 5:
             take(4);
             return ProtobufField{tag >> 3, {}, 0};
-        default:  // groups, which onnx.proto has none of
+        default:  // groups, which onnx.proto does not use
             throw std::out_of_range("wire type");
     }
 }

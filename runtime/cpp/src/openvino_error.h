@@ -1,4 +1,4 @@
-// What an exception of OpenVINO says, in one line.
+// Shortens an OpenVINO exception to one line.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace arcflow {
 
-// The line that says what was wrong. OpenVINO's texts begin with lines that name its own source files and checks.
+// The line that says what is wrong. OpenVINO's texts begin with lines that name its own source files and checks.
 inline std::string useful_line(const std::exception &error) {
     const std::string text = error.what();
     std::string first, useful;

@@ -1,3 +1,4 @@
+// Computes SHA-256 with libcrypto.
 #include "sha256.h"
 
 #include <openssl/evp.h>

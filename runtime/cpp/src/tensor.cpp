@@ -1,3 +1,4 @@
+// Host tensors, and conversions between float32, float16 and bfloat16.
 #include "tensor.h"
 
 #include <cstring>
@@ -20,7 +21,7 @@ float float_of(uint32_t bits) {
     return value;
 }
 
-// Multiplies in place; false where the product is above 2**63 - 1. Both are at least 0.
+// Multiply in place; both are at least 0. False if the product exceeds int64.
 bool multiply(int64_t &product, int64_t factor) { return !__builtin_mul_overflow(product, factor, &product); }
 
 std::string text_of(const std::vector<int64_t> &shape) {
@@ -29,7 +30,7 @@ std::string text_of(const std::vector<int64_t> &shape) {
     return text + "]";
 }
 
-// Applies `convert` to each element: From[count] -> To[count].
+// Apply `convert` to each element: From[count] -> To[count].
 template <class From, class To, class Convert>
 void convert_all(const Tensor &from, Tensor &to, Convert convert) {
     const From *in = from.as<From>();
@@ -118,10 +119,12 @@ uint16_t to_half(float value) {
     } else if (magnitude >= 0x477FF000u) {
         half = 0x7C00u;  // 65520 and above round to infinity
     } else if (magnitude < 0x38800000u) {
-        // Below 2**-14 halves are multiples of 2**-24, the place of float32 numbers in [0.5, 1): adding 0.5 rounds.
+        // Below 2^-14, halves are multiples of 2^-24, which is the spacing of float32 numbers in [0.5, 1): adding 0.5
+        // rounds to such a multiple.
         half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     } else {
-        // Just under half of the last place kept, plus one on odd to break ties towards even; then the new bias.
+        // Add just under half of the last kept bit, or half if that bit is odd: this rounds to nearest, ties to even.
+        // Then change the exponent's bias.
         half = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
     }
     return static_cast<uint16_t>(sign | half);

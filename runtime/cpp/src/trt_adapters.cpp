@@ -1,4 +1,4 @@
-// TensorRT's refitter and TensorRT-RTX's runtime cache behind interfaces of ours.
+// Adapts TensorRT's refitter and TensorRT-RTX's runtime cache to the library's interfaces.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -9,7 +9,7 @@
 namespace arcflow {
 namespace {
 
-// Types of weights as onnx.proto numbers them.
+// TensorRT's types of weights, and their numbers in onnx.proto.
 constexpr std::pair<nv::DataType, int64_t> weight_types[] = {
     {nv::DataType::kFLOAT, 1}, {nv::DataType::kUINT8, 2}, {nv::DataType::kINT8, 3},
     {nv::DataType::kINT32, 6}, {nv::DataType::kINT64, 7}, {nv::DataType::kBOOL, 9},
@@ -55,7 +55,7 @@ public:
     std::string said() override { return logger_->take(); }
 
 private:
-    // Their number first, with no place for names.
+    // TensorRT returns the number of names; called with room for them it fills them in.
     template <class Get> static std::vector<std::string> names(Get get) {
         std::vector<const char *> found(static_cast<size_t>(std::max(get(0, nullptr), 0)));
         if (!found.empty()) get(static_cast<int32_t>(found.size()), found.data());
@@ -74,7 +74,7 @@ public:
 
     bool take(std::string_view data) override {
         const bool fits = cache_->deserialize(data.data(), data.size());
-        if (!fits) logger_->take();  // it is no error of what follows
+        if (!fits) logger_->take();  // forget TensorRT's message, so that a later error does not repeat it
         return fits;
     }
 

@@ -1,3 +1,4 @@
+// Lays out, enqueues and captures the GPU's work for one request shape.
 #include "trt_plan.h"
 
 #include <algorithm>
@@ -168,7 +169,7 @@ Shapes Plan::group_shapes(size_t g, const DenoiseInputs &inputs) const {
             {"text_rotary", inputs.groups[g].rotary->shape}};
 }
 
-// First what the host feeds, in the same places of the pinned and the device's memory.
+// Lay out the device's memory. First come the inputs that the host writes, at the same offsets as in pinned memory.
 void Plan::lay_out(const DenoiseInputs &inputs) {
     groups_.resize(shape.groups.size());
     const auto count = [](const std::vector<int64_t> &sizes, DType dtype) {
@@ -212,7 +213,7 @@ void Plan::bind() {
     decoder_->bind("images", address(pixels_));
 }
 
-// Contexts run one after the other, so they share what memory the largest needs.
+// Contexts run one after the other, so all share one scratch memory of the largest size.
 void Plan::use_scratch() {
     std::vector<TrtContext *> contexts;
     for (Group &group : groups_) contexts.push_back(group.context.get());
@@ -231,13 +232,13 @@ void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
     size_t streams = streams_, noise = state_;
     for (size_t g = 0; g < groups_.size(); ++g) {
         const int64_t images = shape.groups[g].first, patch = latents_.patch_size;
-        const NoiseShape drawn{static_cast<int32_t>(images),
-                               static_cast<int32_t>(latents_.channels),
-                               static_cast<int32_t>(shape.height * patch),
-                               static_cast<int32_t>(shape.width * patch),
-                               static_cast<int32_t>(patch),
-                               types_.latents};
-        kernels.noise(stream, drawn, address(streams), address(noise), address(groups_[g].input));
+        const NoiseShape noise_shape{static_cast<int32_t>(images),
+                                     static_cast<int32_t>(latents_.channels),
+                                     static_cast<int32_t>(shape.height * patch),
+                                     static_cast<int32_t>(shape.width * patch),
+                                     static_cast<int32_t>(patch),
+                                     types_.latents};
+        kernels.noise(stream, noise_shape, address(streams), address(noise), address(groups_[g].input));
         streams += static_cast<size_t>(images) * 2 * sizeof(int64_t);
         noise += static_cast<size_t>(images * shape.tokens * shape.channels) * sizeof(float);
     }
@@ -256,7 +257,7 @@ void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
                                      static_cast<int32_t>(latents_.logweights_channels),
                                      types_.heads,
                                      types_.latents};
-            const bool last = step + 1 == shape.steps;  // after which no backbone reads its input
+            const bool last = step + 1 == shape.steps;  // no backbone call follows that would read the input
             kernels.update(stream, update,
                            {address(group.means), address(group.logweights), address(group.loggammas), address(state),
                             address(state), last ? 0 : address(group.input), address(sigmas_)},
@@ -274,7 +275,7 @@ void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
     mark(stream, "copy");
 }
 
-// `stage` ends here.
+// Mark the end of `stage`.
 void Plan::mark(cuda::Stream &stream, const char *stage) {
     if (marks_.size() == events_.size()) events_.push_back(std::make_unique<cuda::Event>());
     stream.record(*events_[marks_.size()]);
@@ -298,7 +299,7 @@ void Plan::put(size_t offset, const Tensor &tensor, DType dtype) {
     std::memcpy(host_->data + offset, tensor.data.data(), tensor.data.size());
 }
 
-// Images that lie group by group -> the request's order.
+// Copy images from group order to the request's order.
 void Plan::scatter(const std::byte *from, const DenoiseInputs &inputs, Tensor &to) const {
     const size_t image_bytes = to.data.size() / static_cast<size_t>(shape.batch);
     for (const TextGroup &group : inputs.groups) {

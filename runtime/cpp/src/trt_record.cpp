@@ -1,3 +1,4 @@
+// Reads the records of built engines, and selects and checks the engine for this machine.
 #include "trt_record.h"
 
 #include <sys/utsname.h>
@@ -9,9 +10,10 @@
 #include <iterator>
 #include <set>
 
+#include "constants.h"
 #include "error.h"
 #include "json.h"
-#include "repr.h"
+#include "json_text.h"
 #include "sha256.h"
 
 namespace arcflow {
@@ -19,10 +21,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char *format = "arcflow-engine";
-constexpr int64_t version = 1;
-constexpr uint64_t max_record_bytes = uint64_t{1} << 20;
-constexpr uint64_t fast_hash_bytes = uint64_t{64} << 20;
 constexpr const char *again = "build the engine again with `arcflow build`";
 
 std::string read_text(const fs::path &path) {
@@ -50,7 +48,7 @@ ProfileShapes parse_shapes(const Place &place) {
 }
 
 std::optional<int64_t> optional_integer(const Place &place) {
-    return place.is_null() ? std::nullopt : std::optional(place.integer("int | None"));
+    return place.is_null() ? std::nullopt : std::optional(place.integer("an integer of at least 0, or null"));
 }
 
 EngineKey parse_key(const Place &place) {
@@ -72,7 +70,7 @@ EngineKey parse_key(const Place &place) {
     key.builder = place["builder"].text();
     key.builder_version = place["builder_version"].text();
     key.target = place["target"].text();
-    if (!place["gpu"].is_null()) key.gpu = place["gpu"].text("str | None");
+    if (!place["gpu"].is_null()) key.gpu = place["gpu"].text("a string or null");
     key.platform = place["platform"].text();
     return key;
 }
@@ -90,14 +88,6 @@ EngineRecord parse_record(const Json &json, const std::string &where) {
     return record;
 }
 
-// Errors of the bundle's reader say what to do with a bundle; an engine is built again.
-std::string as_engines(std::string text) {
-    const std::string advice = "; export the bundle again";
-    if (text.size() >= advice.size() && text.compare(text.size() - advice.size(), advice.size(), advice) == 0)
-        text.resize(text.size() - advice.size());
-    return text + "; " + again;
-}
-
 std::string build_advice(const Bundle &bundle, const std::string &part, const Host &host) {
     const std::string target = host.builder == "tensorrt" ? "" : " --target " + host.target;
     return "run: arcflow build " + bundle.root.string() + " --backend " + host.builder + target + " --parts " + part;
@@ -109,7 +99,7 @@ struct Candidate {
 };
 
 std::vector<Candidate> read_records(const Bundle &bundle) {
-    const fs::path folder = bundle.root / "engines";
+    const fs::path folder = bundle.root / engines_folder;
     std::vector<fs::path> paths;
     std::error_code none;
     for (fs::directory_iterator entry(folder, none), end; !none && entry != end; entry.increment(none))
@@ -120,8 +110,7 @@ std::vector<Candidate> read_records(const Bundle &bundle) {
     return found;
 }
 
-// Keep the candidates for which `of` gives `wanted`; where none does, the old ones are left in place and false
-// returned.
+// Keep the candidates whose `of` equals `wanted` and return true; if there are none, change nothing and return false.
 bool keep(std::vector<Candidate> &candidates, const std::string &wanted,
           const std::function<std::string(const EngineKey &)> &of) {
     std::vector<Candidate> fitting;
@@ -132,7 +121,7 @@ bool keep(std::vector<Candidate> &candidates, const std::string &wanted,
     return true;
 }
 
-std::string gpu_text(const std::optional<std::string> &gpu) { return gpu ? *gpu : "None"; }
+std::string gpu_text(const std::optional<std::string> &gpu) { return gpu ? *gpu : "none"; }
 
 }  // namespace
 
@@ -146,34 +135,33 @@ std::string this_platform() {
 
 EngineRecord read_record(const fs::path &path) {
     const std::string where = path.string();
-    Json json;
-    try {
-        json = read_json(read_text(path), where);
-    } catch (const Error &e) {
-        if (e.status != ARCFLOW_BUNDLE_ERROR) throw;
-        throw engine_error(as_engines(e.what()));
-    }
-    if (!json.is_object() || !json.contains("format") || json["format"] != format)
-        throw engine_error(where + ": 'format' must be '" + format + "'; this is not an engine's record, remove it");
-    const Json got = json.contains("version") ? json["version"] : Json();
-    if (!got.is_number_integer() || got != version) {
-        throw engine_error(where + ": version must be " + std::to_string(version) + ", got " + repr_json(got) + "; " +
-                           again);
-    }
-    const Json digest = json.contains("digest") ? json["digest"] : Json();
-    json.erase("digest");
+    const std::string text = read_text(path);
+    Json json, digest;
     EngineRecord record;
     try {
+        json = read_json(text, where);
+        if (!json.is_object() || json.value("format", Json()) != engine_format) {
+            throw engine_error(where + ": format must be " + json_text(engine_format) +
+                               "; this is not an engine's record, remove it");
+        }
+        const Json version = json.value("version", Json());
+        if (!version.is_number_integer() || version != engine_version) {
+            throw engine_error(where + ": version must be " + std::to_string(engine_version) + ", got " +
+                               message_text(version) + "; " + again);
+        }
+        digest = json.value("digest", Json());
+        json.erase("digest");
         record = parse_record(json, where);
-    } catch (const Error &e) {
-        throw engine_error(as_engines(e.what()));
+    } catch (const FormatError &e) {
+        throw engine_error(std::string(e.what()) + "; " + again);
     }
     if (!digest.is_string() || digest != sha256(canonical(json)))
         throw engine_error(where + " does not match its own digest; it was edited, " + again);
-    // A name with a NUL would be cut where it is opened.
+    // A NUL would cut the name when the file is opened.
     const bool beside = record.file.find_first_of(std::string("/\0", 2)) == std::string::npos;
     if (!beside || record.file.empty() || record.file == "." || record.file == "..")
-        throw engine_error(where + ": file " + repr(record.file) + " must lie beside its record; " + again);
+        throw engine_error(where + ": file must be a name without a folder, got " + json_text(record.file) + "; " +
+                           again);
     return record;
 }
 

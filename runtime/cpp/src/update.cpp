@@ -1,4 +1,4 @@
-// The closed-form ArcFlow step on tensors of any float type; see runtime/kernels/update_host.h.
+// The closed-form ArcFlow step on tensors of any float dtype; runtime/kernels/update_host.h has the formula.
 #include "update_host.h"
 
 #include <string>
@@ -12,7 +12,7 @@ namespace {
 
 using arcflow_update::Sizes;
 
-// The `count` numbers from `first` on as float32: in place, or converted into `scratch`.
+// `count` values from index `first` as float32: a pointer into the tensor, or into `scratch` after conversion.
 const float *as_floats(const Tensor &tensor, size_t first, size_t count, float *scratch) {
     if (tensor.dtype == DType::float32) return tensor.as<float>() + first;
     const uint16_t *bits = tensor.as<uint16_t>() + first;

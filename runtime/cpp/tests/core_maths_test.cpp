@@ -36,7 +36,7 @@ void test_noise() {
         CHECK(arcflow::sha256({reinterpret_cast<const char *>(noise.data()), 4 * c.count}) == c.sha256);
     }
     const arcflow::Latents latents{3, 2, 8, 16, 4};
-    const Tensor packed = arcflow::draw_latents({5}, 2, latents, 4, 6);
+    const Tensor packed = arcflow::packed_noise({5}, 2, latents, 4, 6);
     CHECK(packed.describe() == "float32[2, 6, 12]");
     std::vector<float> noise(2 * 3 * 4 * 6);
     arcflow::randn(5, noise.size(), noise.data());
@@ -47,11 +47,11 @@ void test_noise() {
                     const size_t token = y / 2 * 3 + x / 2, channel = c * 4 + y % 2 * 2 + x % 2;
                     CHECK(packed.as<float>()[(b * 6 + token) * 12 + channel] == noise[((b * 3 + c) * 4 + y) * 6 + x]);
                 }
-    const Tensor each = arcflow::draw_latents({5, 6}, 2, latents, 4, 6),
-                 alone = arcflow::draw_latents({6}, 1, latents, 4, 6);
+    const Tensor each = arcflow::packed_noise({5, 6}, 2, latents, 4, 6),
+                 alone = arcflow::packed_noise({6}, 1, latents, 4, 6);
     CHECK(std::equal(alone.data.begin(), alone.data.end(), each.data.begin() + 4 * 6 * 12));
-    fails([&] { arcflow::draw_latents({1, 2}, 3, latents, 4, 6); }, "one seed or one per image, 3, got 2");
-    fails([&] { arcflow::draw_latents({1}, 1, latents, 3, 6); }, "latent sizes must be multiples of 2, got 3 x 6");
+    fails([&] { arcflow::packed_noise({1, 2}, 3, latents, 4, 6); }, "one seed or one per image, 3, got 2");
+    fails([&] { arcflow::packed_noise({1}, 1, latents, 3, 6); }, "latent sizes must be multiples of 2, got 3 x 6");
 }
 
 void test_schedule() {

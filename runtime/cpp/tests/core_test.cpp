@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "repr.h"
+#include "json_text.h"
 #include "sha256.h"
 #include "tensor.h"
 
@@ -86,11 +86,13 @@ void test_tensors() {
     fails([] { Tensor(DType::float32, {-1}); }, "at least 0, got [-1]");
 }
 
-// The texts are those of Python's repr and json.dumps.
+// Numbers and canonical text as Python's json.dumps writes them.
 void test_texts() {
-    CHECK(arcflow::repr(3.2) == "3.2" && arcflow::repr(10000.0) == "10000.0" && arcflow::repr(1e-6) == "1e-06");
-    CHECK(arcflow::repr(1e16) == "1e+16" && arcflow::repr(-0.0) == "-0.0" && arcflow::repr(-2.5e-300) == "-2.5e-300");
-    CHECK(arcflow::repr_float32(3.2f) == "3.2" && arcflow::repr("it's\n") == "\"it's\\n\"");
+    CHECK(arcflow::json_text(3.2) == "3.2" && arcflow::json_text(10000.0) == "10000.0" &&
+          arcflow::json_text(1e-6) == "1e-06");
+    CHECK(arcflow::json_text(1e16) == "1e+16" && arcflow::json_text(-0.0) == "-0.0" &&
+          arcflow::json_text(-2.5e-300) == "-2.5e-300");
+    CHECK(arcflow::json_text(3.2f) == "3.2" && arcflow::json_text("it's\n") == "\"it's\\n\"");
     const std::string text =
         "{\"a/\": {\"b\": 1, \"a\": -2.5}, \"\": 0, \"\\u00e9\\u007f\\\"\\\\\\n\\u0001\\ud83d\\ude00\": "
         "[1e-06, 1e16, 3.2, 10000.0, 1e15, 123456789012345680.0, 0.0001, 0.00001, -0.0, 5e-324, "
@@ -106,9 +108,9 @@ void test_json() {
     const auto read = [](const std::string &text) { return [text] { arcflow::read_json(text, where); }; };
     const auto nested = [](size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
     arcflow::canonical(arcflow::read_json(nested(65), where));
-    fails(read(nested(66)), "manifest.json is nested deeper than 64");
-    fails(read(std::string(10 << 20, '[')), "manifest.json is nested deeper than 64");
-    fails(read("{\"a\": {\"b\": 1, \"b\": 2}}"), "manifest.json: an object has the key 'b' twice");
+    fails(read(nested(66)), "manifest.json must not be nested deeper than 64 levels");
+    fails(read(std::string(10 << 20, '[')), "manifest.json must not be nested deeper than 64 levels");
+    fails(read("{\"a\": {\"b\": 1, \"b\": 2}}"), "manifest.json: an object has the key \"b\" twice");
     arcflow::read_json("[{\"a\": {\"a\": 1}}, {\"a\": 2}]", where);
     for (const char *bad : {"", "{", "[1,]", "{} {}", "nan", "[NaN]", "[Infinity]", "[1e400]", "'a'", "[01]",
                             "\"\x80\"", "\"\\ud800\"", "\"\n\"", "// {}"}) {

@@ -12,7 +12,7 @@ inline arcflow::Tensor noise_of(const arcflow::DenoiseInputs &in, const arcflow:
         // A batch of one seed, whose last image is this one.
         const int64_t before = in.streams[i].first / numbers;
         const arcflow::Tensor batch =
-            arcflow::draw_latents({in.streams[i].seed}, before + 1, latents, in.height_px / latents.vae_scale_factor,
+            arcflow::packed_noise({in.streams[i].seed}, before + 1, latents, in.height_px / latents.vae_scale_factor,
                                   in.width_px / latents.vae_scale_factor);
         std::memcpy(noise.as<float>() + static_cast<int64_t>(i) * numbers, batch.as<float>() + before * numbers,
                     static_cast<std::size_t>(numbers) * sizeof(float));

@@ -65,9 +65,9 @@ void write_bundle(const std::filesystem::path &root) {
     write(root / "manifest.json", sealed(m));
 }
 
-// One picture of a prompt of this id; gives the status.
-arcflow_status draw(arcflow_pipeline *pipeline, int64_t id, arcflow_result **result, int32_t height = 32,
-                    arcflow_step_callback on_step = nullptr, void *user = nullptr) {
+// One image of a prompt of this id; gives the status.
+arcflow_status generate(arcflow_pipeline *pipeline, int64_t id, arcflow_result **result, int32_t height = 32,
+                        arcflow_step_callback on_step = nullptr, void *user = nullptr) {
     const arcflow_tokens tokens{&id, 1, &id, 1};
     const uint64_t seed = static_cast<uint64_t>(id);
     arcflow_request request = ARCFLOW_REQUEST_INIT;
@@ -79,7 +79,7 @@ arcflow_status draw(arcflow_pipeline *pipeline, int64_t id, arcflow_result **res
     request.seed_count = 1;
     request.on_step = on_step;
     request.user = user;
-    return arcflow_draw(pipeline, &request, result);
+    return arcflow_generate(pipeline, &request, result);
 }
 
 std::vector<float> latents_of(const arcflow_result *result) {
@@ -103,13 +103,13 @@ void on_threads(int count, const std::function<void(int)> &work) {
 }
 
 // More prompts than the cache keeps; each thread also meets an error of its own.
-void draws_and_errors(const std::string &root, bool low_memory) {
+void generates_and_errors(const std::string &root, bool low_memory) {
     constexpr int callers = 6, prompts = 20;
     arcflow_pipeline *pipeline = open(root, low_memory);
     std::vector<std::vector<float>> alone;
     for (int id = 0; id < prompts; ++id) {
         arcflow_result *result = nullptr;
-        CHECK(draw(pipeline, id, &result) == ARCFLOW_OK);
+        CHECK(generate(pipeline, id, &result) == ARCFLOW_OK);
         alone.push_back(latents_of(result));
         arcflow_result_free(result);
     }
@@ -117,11 +117,11 @@ void draws_and_errors(const std::string &root, bool low_memory) {
         for (int i = 0; i < 2 * prompts; ++i) {
             const int id = (i + 3 * caller) % prompts, height = 33 + caller;
             arcflow_result *result = nullptr;
-            CHECK(draw(pipeline, id, &result) == ARCFLOW_OK);
+            CHECK(generate(pipeline, id, &result) == ARCFLOW_OK);
             CHECK(latents_of(result) == alone[static_cast<std::size_t>(id)]);
             arcflow_result_free(result);
-            CHECK(draw(pipeline, id, &result, height) == ARCFLOW_REQUEST_ERROR);
-            const std::string expected = "height must be a multiple of 16, got " + std::to_string(height) + ";";
+            CHECK(generate(pipeline, id, &result, height) == ARCFLOW_REQUEST_ERROR);
+            const std::string expected = "request.height must be a multiple of 16, got " + std::to_string(height) + ";";
             CHECK(std::string(arcflow_last_error()).rfind(expected, 0) == 0);
         }
     });
@@ -132,17 +132,17 @@ void draws_and_errors(const std::string &root, bool low_memory) {
 void closes_while_busy(const std::string &root) {
     for (int round = 0; round < 6; ++round) {
         arcflow_pipeline *pipeline = open(root);
-        std::atomic<int> drawn{0};
+        std::atomic<int> generated{0};
         on_threads(6, [&](int caller) {
             if (caller < 2) {
-                while (drawn < 4 + round) std::this_thread::yield();
+                while (generated < 4 + round) std::this_thread::yield();
                 arcflow_close(pipeline);
                 return;
             }
             arcflow_result *result = nullptr;
-            while (draw(pipeline, caller, &result) == ARCFLOW_OK) {
+            while (generate(pipeline, caller, &result) == ARCFLOW_OK) {
                 arcflow_result_free(result);
-                ++drawn;
+                ++generated;
             }
             CHECK(std::string(arcflow_last_error()).rfind("pipeline was closed", 0) == 0);
         });
@@ -153,7 +153,7 @@ void closes_while_busy(const std::string &root) {
                 return 0;
             };
             arcflow_result *result = nullptr;
-            const arcflow_status status = draw(pipeline, caller, &result, 32, close, pipeline);
+            const arcflow_status status = generate(pipeline, caller, &result, 32, close, pipeline);
             CHECK(status == ARCFLOW_OK || status == ARCFLOW_CLOSED);
             arcflow_result_free(result);
         });
@@ -166,7 +166,7 @@ void results_wander(const std::string &root) {
     arcflow_result *results[callers] = {};
     on_threads(callers, [&](int caller) {
         arcflow_pipeline *pipeline = open(root);
-        CHECK(draw(pipeline, caller, &results[caller]) == ARCFLOW_OK);
+        CHECK(generate(pipeline, caller, &results[caller]) == ARCFLOW_OK);
         arcflow_close(pipeline);
     });
     on_threads(2 * callers, [&](int caller) {
@@ -189,7 +189,7 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
 int main() {
     const Folder folder;
     write_bundle(folder.path());
-    for (const bool low_memory : {false, true}) draws_and_errors(folder.path().string(), low_memory);
+    for (const bool low_memory : {false, true}) generates_and_errors(folder.path().string(), low_memory);
     closes_while_busy(folder.path().string());
     results_wander(folder.path().string());
     std::puts("ok");

@@ -181,35 +181,36 @@ void test_weights_that_do_not_fit() {
     auto wanted = engine();
     wanted["d"] = {float32, 1};
     same(error_with(graph(), wanted),
-         "backbone: backbone.onnx lacks weights of the engine, such as 'd'; build it again with `arcflow build`, "
+         "backbone: backbone.onnx lacks weights of the engine, such as \"d\"; build it again with `arcflow build`, "
          "without --strip-weights");
     wanted = engine();
     wanted["a"].count = 5;
     same(error_with(graph(), wanted),
-         "backbone: weight 'a' must have 5 values of ONNX's type 1, got 6 of type 1 in backbone.onnx" + again);
+         "backbone: weight \"a\" must have 5 values of ONNX's type 1, got 6 of type 1 in backbone.onnx" + again);
     wanted = engine();
     wanted["b"].type = float16;
     same(error_with(graph(), wanted),
-         "backbone: weight 'b' must have 4 values of ONNX's type 10, got 4 of type 16 in backbone.onnx" + again);
+         "backbone: weight \"b\" must have 4 values of ONNX's type 10, got 4 of type 16 in backbone.onnx" + again);
     wanted["b"].type = 0;  // one that the library has and ONNX does not
     CHECK(error_with(graph(), wanted).find("of ONNX's type 0, got") != std::string::npos);
 
     const std::map<std::string, WeightSpec> one = {{"a", {float32, 6}}};
     same(error_with(outside("a", float32, {2, 3}, 8, 20), one),
-         "backbone: weight 'a' must have 24 bytes, got 20 bytes of type 1 in backbone.safetensors; export the bundle "
+         "backbone: weight \"a\" must have 24 bytes, got 20 bytes of type 1 in backbone.safetensors; export the bundle "
          "again");
     same(error_with(inside("a", float32, {2, 3}, scale), one),
-         "backbone: weight 'a' must have 24 bytes, got 4 bytes of type 1 in backbone.onnx; export the bundle again");
+         "backbone: weight \"a\" must have 24 bytes, got 4 bytes of type 1 in backbone.onnx; export the bundle again");
     // Values that are not raw bytes: float_data.
     same(error_with(field(5, head("a", float32, {6}) + field(4, Bytes(24, 'x'))), one),
-         "backbone: weight 'a' must have 24 bytes, got 0 bytes of type 1 in backbone.onnx; export the bundle again");
+         "backbone: weight \"a\" must have 24 bytes, got 0 bytes of type 1 in backbone.onnx; export the bundle again");
     same(error_with(inside("a", 8, {6}, scale), {{"a", {8, 6}}}),
-         "backbone: weight 'a' must have a type that a bundle may have, got 4 bytes of type 8 in backbone.onnx; export "
+         "backbone: weight \"a\" must have a type that a bundle may have, got 4 bytes of type 8 in backbone.onnx; "
+         "export "
          "the bundle again");
     // Of the end of the file there are 16 bytes, without a length and with one.
     const Bytes rest =
         field(5, head("a", float32, {6}) + entry("location", "backbone.safetensors") + entry("offset", "48"));
-    same(error_with(rest, one), "backbone: weight 'a' must have 24 bytes, got 16 bytes of type 1 in "
+    same(error_with(rest, one), "backbone: weight \"a\" must have 24 bytes, got 16 bytes of type 1 in "
                                 "backbone.safetensors; export the bundle again");
     CHECK(error_with(outside("a", float32, {2, 3}, 48, 24), one).find("must lie within the 64 bytes") !=
           std::string::npos);
@@ -239,10 +240,10 @@ void test_a_library_that_refuses() {
     FakeRefitter refusing(engine());
     refusing.refused = "c";
     same(error_of(files, refusing),
-         "backbone: weight 'c' of backbone.safetensors does not fit the engine: it said so" + again);
+         "backbone: weight \"c\" of backbone.safetensors does not fit the engine: it said so" + again);
     FakeRefitter lacking(engine());
     lacking.still_missing = {"x", "y"};
-    same(error_of(files, lacking), "backbone: backbone.safetensors lacks weights of the engine, such as 'x'" + again);
+    same(error_of(files, lacking), "backbone: backbone.safetensors lacks weights of the engine, such as \"x\"" + again);
     CHECK(refusing.filled.empty() && lacking.filled.empty());
     FakeRefitter failing(engine());
     failing.fails = true;

@@ -128,19 +128,19 @@ void noise(const std::string &type, long long images, const NoiseArguments &a) {
         Uniforms uniforms(at<long long>(a.streams)[2 * image]);
         for (long long i = 0; i < first; ++i) uniforms.next();
         for (long long i = 0; i < numbers; i += group) {
-            float drawn[group];
-            for (float &x : drawn) x = uniforms.next();
+            float values[group];
+            for (float &x : values) x = uniforms.next();
             for (int j = 0; j < group / 2; ++j) {
-                const auto two = arcflow_random::box_muller(drawn[j], drawn[j + group / 2]);
-                drawn[j] = two.first;
-                drawn[j + group / 2] = two.second;
+                const auto two = arcflow_random::box_muller(values[j], values[j + group / 2]);
+                values[j] = two.first;
+                values[j + group / 2] = two.second;
             }
             for (int j = 0; j < group; ++j) {
                 const long long c = (i + j) / area, y = (i + j) % area / a.width, x = (i + j) % a.width;
                 const long long token = y / p * (a.width / p) + x / p;
                 const long long place = image * numbers + (token * a.channels + c) * p * p + y % p * p + x % p;
-                reinterpret_cast<float *>(a.latents)[place] = drawn[j];
-                if (a.input != 0) store(type, reinterpret_cast<void *>(a.input), place, drawn[j]);
+                reinterpret_cast<float *>(a.latents)[place] = values[j];
+                if (a.input != 0) store(type, reinterpret_cast<void *>(a.input), place, values[j]);
             }
         }
     }

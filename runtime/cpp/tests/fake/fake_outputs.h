@@ -12,7 +12,7 @@ inline arcflow::Tensor filled(arcflow::DType dtype, const std::vector<int64_t> &
     return arcflow::cast(std::move(tensor), dtype);
 }
 
-// Text states that are the ids, modulation that counts rows, heads of a constant velocity `mean`, and pictures whose
+// Text states that are the ids, modulation that counts rows, heads of a constant velocity `mean`, and images whose
 // bytes differ by `colour_step` from each to the next.
 inline arcflow::Tensors fake_outputs(const arcflow::Manifest &m, const std::string &part,
                                      const arcflow::Tensors &inputs, float mean, uint8_t colour_step) {
