@@ -1,8 +1,9 @@
-"""The C++ library through its C ABI: against the reference's numbers, and against the Python pipeline."""
+"""The C++ library through its C API, against the reference implementation's numbers and the Python pipeline."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 from ctypes import c_float
 
 import numpy as np
@@ -51,7 +52,7 @@ REQUESTS = [
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=["one", "batch", "twice", "four-steps"])
 @pytest.mark.parametrize("name", [*FAMILIES, "shapes"])
-def test_same_picture_as_in_python(cpp_pipes, python_pipes, name, request_):
+def test_same_images_as_in_python(cpp_pipes, python_pipes, name, request_):
     given = {"height": 64, "width": 48, "seeds": [11]} | request_
     ours = cpp_pipes(name).generate(**given)
     given["prompt"], seeds = given.pop("prompts"), given.pop("seeds")
@@ -61,7 +62,7 @@ def test_same_picture_as_in_python(cpp_pipes, python_pipes, name, request_):
     pixels = np.stack([np.asarray(image) for image in theirs.images])
     assert np.abs(ours.pixels.astype(int) - pixels).max() <= 1
     assert ours.seeds == seeds
-    assert ours.warnings == list(theirs.warnings)
+    assert ours.warnings == [] == list(theirs.warnings)
     assert ours.timings_ms.keys() == theirs.timings_ms.keys() | {"engines"}
 
 
@@ -82,7 +83,7 @@ def test_noise_of_torchs_negative_seeds(cpp_library):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_batch_is_its_pictures_one_by_one(cpp_pipes, name):
+def test_an_image_does_not_depend_on_its_batch(cpp_pipes, name):
     size = {"height": 64, "width": 48}
     together = cpp_pipes(name).generate(PROMPTS, seeds=[1, 2, 3, 4, 5, 6], num_images_per_prompt=2, **size)
     for i, prompt in enumerate(p for p in PROMPTS for _ in range(2)):
@@ -96,7 +97,9 @@ def test_defaults(cpp_pipes):
     images = cpp_pipes("shapes").generate(["a large red circle"])
     assert images.pixels.shape == (1, 64, 64, 3)
     [seed] = images.seeds
-    np.testing.assert_array_equal(cpp_pipes("shapes").generate(["a large red circle"], seeds=[seed]).pixels, images.pixels)
+    np.testing.assert_array_equal(
+        cpp_pipes("shapes").generate(["a large red circle"], seeds=[seed]).pixels, images.pixels
+    )
     assert cpp_pipes("shapes").generate(["a large red circle"]).seeds != [seed]
     latents = cpp_pipes("shapes").generate(["a large red circle"], seeds=[seed], skip_decode=1)
     assert latents.pixels is None and "decode" not in latents.timings_ms
@@ -111,17 +114,38 @@ def test_timings(cpp_pipes):
     assert timings["engines"] <= sum(timings[s] for s in stages) <= timings["total"]
 
 
-def test_warnings(cpp_pipes, python_pipes):
-    long = 'it\'s a "very"\tlong\n \\prompt with \x7f é ' + "word " * 600
-    for name in FAMILIES:
-        theirs = python_pipes(name)([long, "x"], 32, 32, num_inference_steps=2, seed=1, output_type="latents")
-        ours = cpp_pipes(name).generate([long, "x"], height=32, width=32, seeds=[1], skip_decode=1)
-        assert len(ours.warnings) == (2 if name == "flux-tiny" else 1)
-        assert ours.warnings == list(theirs.warnings)
-        close(ours.latents, theirs.images)
-        again = cpp_pipes(name).generate([long], height=32, width=32, seeds=[1], skip_decode=1)
-        assert again.warnings == ours.warnings  # though its tokens are kept
+LONG = 'it\'s a "very"\tlong\n \\prompt with \x7f é ' + "word " * 600
+CUT = 'prompt "it\'s a \\"very\\"\\tlong\\n \\\\prompt with \\u007f é wor..." was cut for '
+
+
+@pytest.mark.parametrize(
+    ("name", "readers"), [("flux-tiny", ["CLIP (text_encoder): 75", "T5 (text_encoder_2): 511"]), ("qwen-tiny", [""])]
+)
+def test_warnings_of_prompts_that_are_cut(cpp_pipes, python_pipes, name, readers):
+    theirs = python_pipes(name)([LONG, "x"], 32, 32, num_inference_steps=2, seed=1, output_type="latents")
+    ours = cpp_pipes(name).generate([LONG, "x"], height=32, width=32, seeds=[1], skip_decode=1)
+    close(ours.latents, theirs.images)
+    # One warning for each text encoder; both runtimes keep as many tokens.
+    assert len(ours.warnings) == len(theirs.warnings) == len(readers)
+    for our, their, reader in zip(ours.warnings, theirs.warnings, readers, strict=True):
+        assert our.startswith(CUT + (reader or "the text encoder: 512"))
+        assert re.findall(r"\d+ of \d+", our) == re.findall(r"\d+ of \d+", their)
+    again = cpp_pipes(name).generate([LONG], height=32, width=32, seeds=[1], skip_decode=1)
+    assert again.warnings == ours.warnings  # also when its tokens come from the cache
+
+
+def test_warnings(cpp_pipes):
     images = cpp_pipes("qwen-tiny").generate(["x"], height=32, width=32, guidance_scale=2.5)
-    assert images.warnings == ["this student takes no guidance; guidance_scale 2.5 was ignored"]
+    assert images.warnings == ["this student takes no guidance; request.guidance_scale 2.5 was ignored"]
     images = cpp_pipes("flux-tiny").generate(["x"], height=32, width=32, num_inference_steps=1)
-    assert images.warnings == ["num_inference_steps 1 gives a blurry picture; use 2 or more"]
+    assert images.warnings == ["request.num_inference_steps is 1, which gives a blurry image; use 2 or more"]
+
+
+def test_random_seeds_reproduce_each_image(cpp_pipes):
+    images = cpp_pipes("flux-tiny").generate(["x"], height=32, width=32, num_images_per_prompt=2)
+    first, second = images.seeds
+    assert first != second
+    for image, seed in zip(images.pixels, images.seeds, strict=True):
+        alone = cpp_pipes("flux-tiny").generate(["x"], height=32, width=32, seeds=[seed])
+        # As in test_an_image_does_not_depend_on_its_batch, but in 8 bits.
+        assert np.abs(alone.pixels[0].astype(int) - image).max() <= 1

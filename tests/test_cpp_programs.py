@@ -113,10 +113,11 @@ def test_the_http_service(server, cpp_pipes):
         b"{": 'the body must be a JSON object such as {"prompt": "a red circle"}',
         b"{}": "prompt is missing",
         b'{"prompt": 3}': "prompt must be a string",
-        b'{"prompt": "x", "sampler": 1}': "unknown key 'sampler'; it must be prompt, seed, height, width or steps",
+        b'{"prompt": "x", "sampler": 1}': "unknown key 'sampler'; it must be prompt, seed, height, width or "
+        "num_inference_steps",
         b'{"prompt": "x", "seed": 1.5}': "seed must be an integer from -2**63 to 2**64 - 1",
         b'{"prompt": "x", "height": 2.5}': f"height must be an integer from 0 to {2**31 - 1}",
-        b'{"prompt": "x", "width": 40}': "width must be a multiple of 16, got 40; the nearest is 32",
+        b'{"prompt": "x", "width": 40}': "request.width must be a multiple of 16, got 40; the nearest is 32",
     }
     for body, message in wrong.items():
         assert post(url, body)[:2] == (400, json.dumps({"error": message}, separators=(",", ":")).encode()), body
@@ -125,7 +126,7 @@ def test_the_http_service(server, cpp_pipes):
 
 def test_the_http_service_turns_away_what_it_cannot_queue_and_stops_gracefully(server):
     process, url = server
-    long = json.dumps({"prompt": "x", "seed": 1, "steps": 200}).encode()
+    long = json.dumps({"prompt": "x", "seed": 1, "num_inference_steps": 200}).encode()
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(post, url, long) for _ in range(8)]
         # Two run and one waits; the others are answered at once.

@@ -50,6 +50,15 @@ void test_noise() {
     const Tensor each = arcflow::packed_noise({5, 6}, 2, latents, 4, 6),
                  alone = arcflow::packed_noise({6}, 1, latents, 4, 6);
     CHECK(std::equal(alone.data.begin(), alone.data.end(), each.data.begin() + 4 * 6 * 12));
+    // Image i of a batch with one seed begins behind the numbers of the images before it; of 64 bits 32 count.
+    const auto same = [](const std::vector<arcflow::NoiseStream> &found,
+                         const std::vector<std::pair<uint32_t, int64_t>> &expected) {
+        return std::equal(found.begin(), found.end(), expected.begin(), expected.end(),
+                          [](const auto &a, const auto &b) { return a.seed == b.first && a.first == b.second; });
+    };
+    CHECK(same(arcflow::noise_streams({5}, 3, 96), {{5, 0}, {5, 96}, {5, 192}}));
+    CHECK(same(arcflow::noise_streams({5, uint64_t{1} << 32 | 7, 5}, 3, 96), {{5, 0}, {7, 0}, {5, 0}}));
+    CHECK(same(arcflow::noise_streams({9}, 1, 96), {{9, 0}}));
     fails([&] { arcflow::packed_noise({1, 2}, 3, latents, 4, 6); }, "one seed or one per image, 3, got 2");
     fails([&] { arcflow::packed_noise({1}, 1, latents, 3, 6); }, "latent sizes must be multiples of 2, got 3 x 6");
 }
