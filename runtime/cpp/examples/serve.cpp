@@ -2,10 +2,10 @@
 //
 //     curl -d '{"prompt": "a large red circle", "seed": 42}' localhost:8080/generate > image.png
 //
-// POST /generate takes a JSON object with `prompt` and, optionally, `seed`, `height`, `width` and `num_inference_steps`,
-// and returns a PNG, with the seed in the header X-Seed. GET /healthz returns "ok". Errors are JSON objects: 400 for a
-// wrong request, 503 if too many requests wait or the pipeline is closed, 500 otherwise. On SIGTERM and SIGINT the
-// service finishes the running requests, then stops.
+// POST /generate takes a JSON object with `prompt` and, optionally, `seed`, `height`, `width` and
+// `num_inference_steps`, and returns a PNG, with the seed in the header X-Seed. GET /healthz returns "ok". Errors are
+// JSON objects: 400 for a wrong request, 503 if too many requests wait or the pipeline is closed, 500 otherwise. On
+// SIGTERM and SIGINT the service finishes the running requests, then stops.
 #include <httplib.h>
 #include <arcflow/arcflow.hpp>
 #include <nlohmann/json.hpp>
@@ -96,8 +96,10 @@ arcflow::Request parse(const std::string &body) {
         else if (key == "height") request.height = integer<int>(key, value);
         else if (key == "width") request.width = integer<int>(key, value);
         else if (key == "num_inference_steps") request.num_inference_steps = integer<int>(key, value);
-        else throw BadRequest("unknown key '" + key + "'; it must be prompt, seed, height, width or "
-                                  "num_inference_steps");
+        else
+            throw BadRequest("unknown key '" + key +
+                             "'; it must be prompt, seed, height, width or "
+                             "num_inference_steps");
     if (request.prompts.empty()) throw BadRequest("prompt is missing");
     return request;
 }

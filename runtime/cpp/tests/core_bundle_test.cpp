@@ -1,4 +1,5 @@
-// Manifests, bundles on disk and safetensors: the valid are read, and each kind of damage is refused by name.
+// Tests of manifests, bundles on disk and safetensors files: valid ones are read, and each kind of damage is refused
+// with a message that names it.
 #include "constants.h"
 #include "core_test.h"
 #include "json_text.h"
@@ -13,7 +14,7 @@ using arcflow::Json;
 
 const std::string digits = std::string(64, '0');
 
-// `m` with the value at a JSON pointer replaced is refused with "manifest.json" and this text.
+// Check that `m`, with the value at a JSON pointer replaced, is refused with "manifest.json" and this text.
 void refused(Json m, const char *pointer, const Json &value, const std::string &text) {
     m[Json::json_pointer(pointer)] = value;
     fails([&] { parsed(m); }, where + text);
@@ -33,7 +34,7 @@ void test_manifests() {
     const arcflow::Manifest q = parsed(qwen_manifest());
     CHECK(q.text.templ == "user: {}" && q.text.drop_tokens == 3 && !q.text.clip_tokens);
     CHECK(q.modulation->num_inference_steps == (std::vector<int64_t>{2, 4}));
-    Json whole = flux_manifest();  // whole numbers and left-out defaults are allowed
+    Json whole = flux_manifest();  // whole numbers for floats, and absent optional keys
     whole["schedule"]["shift"] = 3;
     whole.erase("modulation");
     whole["provenance"].erase("loras");
@@ -41,7 +42,7 @@ void test_manifests() {
     CHECK(parsed(whole).schedule.shift == 3.0);
 }
 
-// B1 and B3; the digest is over everything, and format and version come before any other key.
+// B1 and B3. Format and version are checked before any other key; the digest covers all keys.
 void test_seal() {
     const auto parse = [](const std::string &text) { return [text] { arcflow::parse_manifest(text, where); }; };
     for (const char *text : {"[]", "{}", "{\"format\": \"other\"}", "{\"format\": 1, \"version\": 2}"})
@@ -65,7 +66,7 @@ void test_seal() {
           "is larger than 16777216 bytes; it is not a manifest");
 }
 
-// B2: unknown and missing keys and wrong types, with the place in the message.
+// B2: unknown keys, missing keys and wrong types; the message names the place.
 void test_types() {
     const Json m = flux_manifest();
     refused(m, "/surprise", 1,
@@ -112,11 +113,11 @@ void test_types() {
         less.erase(key);
         if (key == "modulation") continue;
         const bool first = key == "format" || key == "version";
-        fails([&] { parsed(less); }, first ? key : "manifest.json: missing keys ['" + key + "']");
+        fails([&] { parsed(less); }, first ? key : "manifest.json: missing keys [\"" + key + "\"]");
     }
 }
 
-// Values, B4, B5 and B7.
+// Values, and rules B4, B5 and B7.
 void test_rules() {
     const Json m = flux_manifest();
     const std::string again = "; export the bundle again";
@@ -181,7 +182,7 @@ void test_rules() {
     }
 }
 
-// B4 and B6 on disk.
+// Rules B4 and B6, on files.
 void test_bundles() {
     const Folder folder;
     const fs::path root = folder.path() / "bundle", file = root / "backbone.onnx";

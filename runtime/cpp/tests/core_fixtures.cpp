@@ -1,4 +1,4 @@
-// What core_test.h declares.
+// Implements core_test.h.
 #include "core_test.h"
 
 #include <fstream>

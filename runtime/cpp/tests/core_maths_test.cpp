@@ -1,4 +1,4 @@
-// Noise, schedule, rotary tables and update, against torch and float64.
+// Tests of noise, schedule, rotary tables and update against torch and float64.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -79,7 +79,7 @@ void test_schedule() {
     fails([&] { arcflow::sigmas(0, schedule); }, "num_inference_steps must be at least 1, got 0; the default is 2");
 }
 
-// A rotation by the angle of its position: cosine and sine to one place of numbers below 1.
+// Each pair of numbers is cosine and sine of the position's angle, to half an ulp of numbers below 1.
 void test_rotary() {
     const arcflow::Manifest q = parsed(qwen_manifest());
     const Tensor image = arcflow::image_rotary(q, 3, 4), text = arcflow::text_rotary(q, 3, 4, 2);
@@ -109,7 +109,7 @@ Tensor random(std::mt19937 &generator, std::vector<int64_t> shape, float spread)
     return tensor;
 }
 
-// One step in `dtype` heads against float64, P sub-pixels.
+// Compare one step, with heads in `dtype` and P = `sub_pixels`, with float64.
 void test_update(DType dtype, int64_t modes, int64_t channels, int64_t sub_pixels) {
     std::mt19937 generator(1);
     const Tensor start = random(generator, {2, 3, channels}, 4);
@@ -141,7 +141,7 @@ void test_update(DType dtype, int64_t modes, int64_t channels, int64_t sub_pixel
             size += std::abs(term);
         }
         const double expected = x[static_cast<size_t>(i)] - velocity;
-        // Half a place, 2**-24, of each term for its coefficient, product and up to K sums, and of the result.
+        // Half an ulp, 2^-24, of each term for its coefficient, its product and up to K sums, and of the result.
         const double bound = 0x1p-24 * ((static_cast<double>(modes) + 2) * size + std::abs(expected));
         CHECK(std::abs(static_cast<double>(latents.as<float>()[i]) - expected) <= bound);
     }

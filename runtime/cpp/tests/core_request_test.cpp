@@ -1,4 +1,4 @@
-// Requests of the C ABI: defaults, and every rule.
+// Tests of requests: defaults, and the message of each rule.
 #include <cmath>
 #include <cstddef>
 #include <limits>

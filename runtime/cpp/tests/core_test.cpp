@@ -1,5 +1,5 @@
-// The core against facts that do not come from it: published vectors, torch's numbers, IEEE 754's definition, and
-// float64. Comparisons with the Python runtime are in tests/test_cpp_core.py.
+// Tests of the core against facts from elsewhere: published test vectors, torch's numbers, IEEE 754 and float64.
+// tests/test_cpp_core.py compares it with the Python runtime.
 #include "core_test.h"
 
 #include <cmath>
@@ -31,7 +31,7 @@ void test_sha256() {
     fails([&] { arcflow::sha256_file(folder.path() / "none"); }, "none cannot be read; check its permissions");
 }
 
-// The value of 16 bits by the definition of IEEE 754's formats, in float64: exponent bits and bias are the format's.
+// The value of a 16-bit float by the definition of IEEE 754, in float64; `bias` is the exponent's.
 double defined(uint16_t bits, int mantissa_bits, int bias) {
     const int exponent_bits = 15 - mantissa_bits, exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
     const int mantissa = bits & ((1 << mantissa_bits) - 1);
@@ -42,8 +42,8 @@ double defined(uint16_t bits, int mantissa_bits, int bias) {
     return sign * std::ldexp(mantissa + (exponent ? 1 << mantissa_bits : 0), scale);
 }
 
-// Every value of the format is read right and written back; what lies between two neighbours goes to the nearer, and
-// half way to the even one.
+// Every value survives a round trip, and each number between two neighbours goes to the nearer one, halfway to the even
+// one.
 void test_rounding(uint16_t (*to)(float), float (*from)(uint16_t), int mantissa_bits, int bias) {
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
         const auto narrow = static_cast<uint16_t>(bits);
@@ -54,7 +54,7 @@ void test_rounding(uint16_t (*to)(float), float (*from)(uint16_t), int mantissa_
         }
         CHECK(static_cast<double>(from(narrow)) == value && to(from(narrow)) == narrow);
         CHECK(std::signbit(from(narrow)) == ((narrow & 0x8000) != 0));
-        // The neighbour further from zero; beyond the largest number the format's next one would be there.
+        // The neighbour away from zero; behind the largest number, where the format's next would be.
         if (std::isinf(value)) continue;
         const auto next = static_cast<uint16_t>(narrow + 1);
         double after = defined(next, mantissa_bits, bias);
@@ -103,7 +103,7 @@ void test_texts() {
           "1.7976931348623157e+308,-1,18446744073709551615,100000,1e+22,1e+23,0.1,true,false,null,{},[]]}");
 }
 
-// Hostile JSON: refused in time and without a deep stack.
+// Hostile JSON is refused quickly and without deep recursion.
 void test_json() {
     const auto read = [](const std::string &text) { return [text] { arcflow::read_json(text, where); }; };
     const auto nested = [](size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };

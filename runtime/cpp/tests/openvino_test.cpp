@@ -23,14 +23,14 @@ void expect(bool ok, const std::string &what) {
     }
 }
 
-// Sizes of the dimensions that vary, the same for every name of one input set.
+// The size that each named dimension gets.
 int64_t size_of_dimension(const arcflow::Dimension &dimension) {
     if (const auto *fixed = std::get_if<int64_t>(&dimension)) return *fixed;
     const std::string &name = std::get<std::string>(dimension);
     return name == "batch" ? 2 : name == "steps" ? 3 : 4;
 }
 
-// Numbers between -1 and 1 from a linear congruence, or small ids.
+// Fill a tensor with numbers between -1 and 1 from a linear congruential generator, or with small ids.
 arcflow::Tensor filled(const arcflow::TensorSpec &spec, uint32_t seed) {
     std::vector<int64_t> shape;
     for (const arcflow::Dimension &dimension : spec.shape) shape.push_back(size_of_dimension(dimension));

@@ -1,5 +1,5 @@
-// The pipeline with an engine that records what it is asked: pipeline_test FLUX QWEN HALF, three bundles of
-// tests/fake_bundle.py, of which QWEN has baked modulation and HALF is FLUX in float16. Token ids stand for prompts.
+// Tests of the pipeline with engines that record their inputs: pipeline_test FLUX QWEN HALF, three bundles of
+// tests/fake_bundle.py. QWEN has baked modulation; HALF is FLUX in float16. Requests use token ids.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -19,14 +19,14 @@ using arcflow::DType;
 using arcflow::Tensor;
 using arcflow::Tensors;
 
-// What the engines of one test were asked, and how they answer.
+// What the engines were asked, and how they answer.
 struct Log {
     std::vector<std::string> opens, runs;
     std::vector<Tensors> inputs;  // of each run
     std::set<std::string> open;
     std::size_t most_open = 0;
     float mean = 0.5f;
-    uint8_t colour_step = 1;  // from each pixel to the next
+    uint8_t colour_step = 1;  // difference from each byte to the next
     std::function<void(const std::string &, Tensors &)> spoil;
     bool has_denoiser = false;
     std::vector<arcflow::DenoiseInputs> denoised;
@@ -68,7 +68,7 @@ private:
 const std::vector<std::pair<std::string, double>> device_ms = {
     {"copy", 1e-6}, {"backbone", 4e-6}, {"update", 2e-6}, {"decode", 3e-6}};
 
-// Moves the noise by the same constant velocity as the engine does.
+// Changes the noise by the same constant velocity as FakeEngine.
 class FakeDenoiser : public arcflow::Denoiser {
 public:
     FakeDenoiser(Log &log, const arcflow::Latents &latents) : log_(log), latents_(latents) {}
@@ -149,7 +149,7 @@ void runs_in_order(const char *flux) {
     generate(*pipe, {{7}, {8}, {7}});
     CHECK((log.runs == Names{"text_encoder", "text_encoder", "text_encoder_2", "text_encoder_2", "conditioner",
                              "backbone", "backbone", "vae_decoder"}));
-    // Ids are padded: CLIP's to 77, T5's to max_sequence_length.
+    // CLIP's ids are padded to 77, T5's to max_sequence_length.
     CHECK((log.inputs[0].at("input_ids").shape == Shape{1, 77}));
     CHECK((log.of("text_encoder_2")[0].at("input_ids").shape == Shape{1, 4}));
 }
@@ -163,7 +163,7 @@ void conditions_once_for_distinct_prompts(const char *flux) {
     CHECK((floats(seen.at("guidance")) == std::vector<float>{3500, 3500}));
     CHECK((seen.at("pooled_projections").shape == Shape{2, 6}));
     CHECK(floats(seen.at("pooled_projections"))[6] == 8);
-    // The row of step s and prompt u is 2 s + u.
+    // Step s and prompt u have row 2 s + u.
     const auto first = floats(log.of("backbone")[0].at("modulation"));
     const auto second = floats(log.of("backbone")[1].at("modulation"));
     const std::vector<float> expected{0, 0, 1, 1};
@@ -181,7 +181,7 @@ void caches_sixteen_prompts(const char *flux) {
     generate(*pipe, {{16}}, 1, false);
     generate(*pipe, {{1}}, 1, false);
     CHECK(log.of("text_encoder").size() == 17);
-    generate(*pipe, {{0}}, 1, false);  // drops 2, since 1 was used again
+    generate(*pipe, {{0}}, 1, false);  // drops 2, because 1 was used since
     CHECK(log.of("text_encoder").size() == 18);
     generate(*pipe, {{1}}, 1, false);
     CHECK(log.of("text_encoder").size() == 18);
@@ -209,13 +209,13 @@ void groups_by_text_length(const char *qwen) {
            Names{"text_encoder", "text_encoder", "text_encoder", "backbone", "backbone", "backbone", "backbone"}));
     const auto runs = log.of("backbone");
     CHECK((runs[0].at("latents").shape == Shape{2, 6, 64}) && (runs[1].at("latents").shape == Shape{1, 6, 64}));
-    // The template's first three states are dropped.
+    // The states of the template's first three tokens are dropped.
     CHECK((runs[0].at("encoder_hidden_states").shape == Shape{2, 1, 8}));
     CHECK(floats(runs[0].at("encoder_hidden_states")).front() == 4);
     CHECK(floats(runs[0].at("encoder_hidden_states")).back() == 7);
     CHECK(floats(runs[1].at("encoder_hidden_states")).front() == 5);
     CHECK((runs[1].at("text_rotary").shape == Shape{2, 2, 16}));
-    // Baked, and the same for every prompt.
+    // The baked modulation, equal for all prompts.
     CHECK((runs[0].at("modulation").shape == Shape{2, 5}) && floats(runs[0].at("modulation")).front() == 2);
 }
 
@@ -227,7 +227,7 @@ void updates_and_scatters(const char *qwen) {
     const Tensor noise = generate(*pipe, prompts, 1, false).latents;
     log.mean = 0.5f;
     const Tensor moved = generate(*pipe, prompts, 1, false).latents;
-    // A constant velocity of 0.5 moves every number by -0.5 from sigma 1 to 0.
+    // A constant velocity of 0.5 from sigma 1 to 0 changes every number by -0.5.
     for (int64_t i = 0; i < noise.count(); ++i)
         CHECK(std::abs(noise.as<float>()[i] - 0.5f - moved.as<float>()[i]) < 1e-6f * 4);
 }
@@ -292,13 +292,13 @@ void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half
     CHECK(seen.sigmas.size() == 3 && seen.groups.size() == 2 && seen.decode);
     CHECK((seen.groups[0].images == Shape{0, 2}) && (seen.groups[0].prompts == Shape{0, 2}));
     CHECK((seen.groups[1].images == Shape{1}) && (seen.groups[1].states.shape == Shape{1, 2, 8}));
-    // The same latents as step by step, to the rounding of the update.
+    // The same latents as step by step, up to the update's rounding.
     const arcflow::Images stepped = generate(*open(qwen, other), prompts);
     CHECK(images.pixels.data == stepped.pixels.data);
     for (int64_t i = 0; i < stepped.latents.count(); ++i)
         CHECK(std::abs(images.latents.as<float>()[i] - stepped.latents.as<float>()[i]) < 1e-6f * 4);
 
-    // Stages are the device's, and what is left of the call's time is the host's.
+    // Stages have the device's times, and "stage" is the rest of the call.
     std::map<std::string, double> ms(images.timings_ms.begin(), images.timings_ms.end());
     for (const auto &[stage, expected] : device_ms) CHECK(ms.at(stage) == expected);
     CHECK(ms.at("engines") > 7e-6 && ms.at("stage") > 0);
@@ -306,7 +306,7 @@ void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half
     for (const auto &[stage, time] : ms) sum += stage == "engines" || stage == "total" ? 0 : time;
     CHECK(sum <= ms.at("total"));
 
-    // A callback sees every step, and low memory has no two parts open.
+    // With a callback or low memory the steps run one by one.
     generate(*pipe, {{1, 2, 3, 4}}, 1, false, [](void *, int32_t, const float *, size_t) { return 0; });
     CHECK(log.of("backbone").size() == 2 && log.denoised.size() == 1);
     generate(*open(qwen, log, true), {{1, 2, 3, 4}}, 1, false);

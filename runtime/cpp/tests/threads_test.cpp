@@ -1,5 +1,5 @@
-// What callers on several threads share, through the C ABI and with engines that compute nothing, for ThreadSanitizer
-// (make cpp-tsan): pipelines, results, the embedding cache, the last error, closing while others draw, and the pool.
+// Tests of everything that callers in several threads share, through the C API with engines that compute nothing:
+// pipelines, results, caches, the last error, closing, and the pool. `make cpp-tsan` runs it under ThreadSanitizer.
 #include <atomic>
 #include <filesystem>
 #include <functional>
@@ -17,7 +17,7 @@ namespace {
 using arcflow::Json;
 using arcflow::Tensors;
 
-// Answers with its own memory, which the pool must give to one caller at a time.
+// Returns tensors from its pool, which must give each to one caller at a time.
 class FakeEngine : public arcflow::Engine {
 public:
     FakeEngine(const arcflow::Manifest &manifest, std::string part) : manifest_(manifest), part_(std::move(part)) {}
@@ -50,7 +50,7 @@ Json specs(const std::vector<std::pair<const char *, const char *>> &tensors) {
     return list;
 }
 
-// A FLUX bundle whose parts take what the pipeline gives them.
+// Write a FLUX bundle whose parts take the pipeline's inputs.
 void write_bundle(const std::filesystem::path &root) {
     Json m = flux_manifest();
     m["parts"]["text_encoder"]["inputs"] = m["parts"]["text_encoder_2"]["inputs"] = specs({{"input_ids", "int64"}});
@@ -65,7 +65,7 @@ void write_bundle(const std::filesystem::path &root) {
     write(root / "manifest.json", sealed(m));
 }
 
-// One image of a prompt of this id; gives the status.
+// Generate one image of the token id `id`; returns the status.
 arcflow_status generate(arcflow_pipeline *pipeline, int64_t id, arcflow_result **result, int32_t height = 32,
                         arcflow_step_callback on_step = nullptr, void *user = nullptr) {
     const arcflow_tokens tokens{&id, 1, &id, 1};
@@ -102,7 +102,7 @@ void on_threads(int count, const std::function<void(int)> &work) {
     for (std::thread &thread : threads) thread.join();
 }
 
-// More prompts than the cache keeps; each thread also meets an error of its own.
+// Uses more prompts than the cache holds; each thread also makes an error of its own.
 void generates_and_errors(const std::string &root, bool low_memory) {
     constexpr int callers = 6, prompts = 20;
     arcflow_pipeline *pipeline = open(root, low_memory);
@@ -128,7 +128,7 @@ void generates_and_errors(const std::string &root, bool low_memory) {
     arcflow_close(pipeline);
 }
 
-// Two threads close what four draw with, a callback closes it from within, or nobody does.
+// Two threads close a pipeline that four others use; then four callbacks close their own pipeline.
 void closes_while_busy(const std::string &root) {
     for (int round = 0; round < 6; ++round) {
         arcflow_pipeline *pipeline = open(root);
@@ -160,7 +160,7 @@ void closes_while_busy(const std::string &root) {
     }
 }
 
-// Each thread has a pipeline; its result is read and freed by the next, whose own pipeline is gone.
+// Results are read and freed by other threads after their pipelines are closed.
 void results_wander(const std::string &root) {
     constexpr int callers = 4;
     arcflow_result *results[callers] = {};

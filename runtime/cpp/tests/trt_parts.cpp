@@ -1,3 +1,4 @@
+// Implements trt_parts.h: fake engines, and the expected result on the host.
 #include "trt_parts.h"
 
 #include <cmath>
@@ -21,7 +22,7 @@ void write(DType dtype, std::byte *to, int64_t i, float x) {
     else reinterpret_cast<uint16_t *>(to)[i] = dtype == DType::float16 ? to_half(x) : to_bfloat16(x);
 }
 
-// One context of a fake engine; its outputs have the shapes of the parts above, one pixel per token for the decoder.
+// A context of a fake engine; the decoder makes one pixel per token.
 class Context : public TrtContext {
 public:
     Context(std::string part, DType dtype, Shapes shapes, cuda::Stream &stream, bool capturable)
@@ -51,7 +52,7 @@ public:
     void enqueue() override {
         CHECK(at_.size() == shapes_.size() && scratch_ != nullptr);
         std::memset(scratch_, 1, scratch_bytes());
-        // The addresses of now, as a captured engine has them.
+        // Keeps the addresses of this call, as a captured engine does.
         struct Call {
             Context *context;
             std::map<std::string, std::byte *> at;
@@ -76,7 +77,7 @@ private:
     bool capturable_;
     std::byte *scratch_ = nullptr;
     std::map<std::string, std::byte *> at_;
-    std::vector<std::shared_ptr<void>> calls_;  // a graph may run them as long as the context lives
+    std::vector<std::shared_ptr<void>> calls_;  // graphs may run them during the context's lifetime
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The C++ wrapper: wrapper_test BUNDLE, that of the shapes student. Compiled without RTTI.
+// Tests of arcflow.hpp: wrapper_test BUNDLE, with a bundle of the shapes student. Compiled without RTTI.
 #include <arcflow/arcflow.hpp>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// libcuda.so.1 for tests without a GPU: device memory is the host's, a stream's work is done at once or captured, and
-// the kernels are loops over the arithmetic of update_math.h and noise_math.h.
+// A libcuda.so.1 for tests without a GPU. Device memory is host memory; work in a stream runs at once or is captured;
+// the kernels are loops over update_math.h and noise_math.h.
 #include <array>
 #include <cmath>
 #include <cstdlib>
@@ -23,7 +23,7 @@ struct Stream {
     Work captured;
 };
 
-// A time of the fake device's clock, which each kind of work moves on by as much.
+// A time on the fake device's clock, which each kind of work advances by a fixed amount.
 struct Event {
     bool recorded = false;
     double ms = 0;
@@ -61,7 +61,7 @@ void store(const std::string &type, void *to, long long i, float x) {
     }
 }
 
-// The kernel's arguments in the order of update.cu.
+// The update kernel's arguments, in the order of update.cu.
 struct Arguments {
     Address means, logweights, loggammas, latents, next, input, sigmas;
     long long tokens;
@@ -94,7 +94,7 @@ void update(const std::string &heads, const std::string &input, const Arguments 
     }
 }
 
-// The uniforms of a generator, one after the other.
+// Gives the uniforms of an MT19937 generator one by one.
 class Uniforms {
 public:
     explicit Uniforms(long long seed) {
@@ -114,7 +114,7 @@ private:
     size_t place_ = 0;
 };
 
-// The arguments in the order of noise.cu.
+// The noise kernel's arguments, in the order of noise.cu.
 struct NoiseArguments {
     Address streams, latents, input;
     int channels, height, width, patch;
@@ -150,7 +150,7 @@ void noise(const std::string &type, long long images, const NoiseArguments &a) {
 
 extern "C" {
 
-// For the tests: work of other code in a stream, what is allocated, and how graphs are made.
+// Functions for the tests: enqueue work, count allocations, events and launches, and refuse captures.
 void fake_enqueue(void *stream, void (*work)(void *), void *user) {
     enqueue(stream, engine_ms, [=] { work(user); });
 }
@@ -189,9 +189,9 @@ int cuGetErrorString(int, const char **text) {
     return 0;
 }
 int cuMemAlloc_v2(Address *address, size_t bytes) {
-    // The sanitizers see a write behind it only if it is no larger than asked for.
+    // Exactly as large as asked for, up to the alignment, so that the sanitizers see a write behind it.
     void *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-    std::memset(memory, 0xff, bytes);  // NaN in every float type
+    std::memset(memory, 0xff, bytes);  // NaN in every float dtype
     *address = reinterpret_cast<Address>(memory);
     ++live_allocations;
     return 0;
@@ -268,7 +268,7 @@ int cuEventDestroy_v2(void *event) {
 }
 int cuEventRecordWithFlags(void *event, void *stream, unsigned flags) {
     auto *e = static_cast<Event *>(event);
-    // What is captured without the flag cannot be asked for its time, and the flag is for captures.
+    // An event recorded in a capture without this flag has no time; outside a capture the flag is an error.
     if (static_cast<Stream *>(stream)->capturing != (flags == 1)) return invalid;
     return enqueue(stream, 0, [=] {
         e->recorded = true;
