@@ -207,9 +207,10 @@ float step_channel(const float *means, const float *logweights, const float *log
 // step_channel over [rows, modes] means and logweights, [rows, modes - 1] loggammas, [rows] latents.
 void step_channels(const float *means, const float *logweights, const float *loggammas, const float *latents,
                    float *out, double sigma, double next, long long rows, int modes) {
-    for (long long i = 0; i < rows; ++i)
+    for (long long i = 0; i < rows; ++i) {
         out[i] = step_channel(means + i * modes, logweights + i * modes, loggammas + i * (modes - 1), latents[i], sigma,
                               next, modes);
+    }
 }
 
 void widen_float16(const unsigned short *in, float *out, long long count) {

@@ -145,8 +145,8 @@ def test_update(core, tmp_path, dtype):
     sigma, end = 1.0, 0.7619047619047619
     ours = core("update", tmp_path / "heads", sigma, repr(end)).reshape(latents.shape)
     theirs = update(latents, means, logweights, loggammas, sigma, sigma, end)
-    # Each side is within half a place per coefficient, product and sum, K + 2 times, of the sum of the terms' sizes,
-    # and half a place of the result, so both together are within twice that of each other.
+    # Each side is within half an ulp per coefficient, product and sum, K + 2 times, of the sum of the terms' sizes,
+    # and half an ulp of the result, so both together are within twice that of each other.
     size = update(np.zeros_like(latents), -np.abs(means), logweights, loggammas, sigma, sigma, end)
     bound = 2 * PLACE * ((k + 2) * size + np.abs(theirs)) * (1 + 1e-5)
     assert (np.abs(ours - theirs) <= bound).all()

@@ -130,7 +130,7 @@ def test_both_prompts_and_tokens(cpp_pipes):
             "ids_2 must have between 1 and 512 token ids, special tokens included, got 513",
         ),
         ("flux-tiny", ([-1], [1]), "ids[0] must be between 0 and 2147483647, got -1"),
-        # The template's 34 first tokens and none more; 512 after them at most.
+        # The template has 34 tokens before the prompt; 1 to 512 must follow.
         ("qwen-tiny", [1] * 34, "ids must have between 35 and 546 token ids, special tokens included, got 34"),
         ("qwen-tiny", [1] * 547, "ids must have between 35 and 546 token ids, special tokens included, got 547"),
         ("qwen-tiny", [], "ids must have between 35 and 546 token ids, special tokens included, got 0"),
@@ -293,7 +293,7 @@ def test_damaged_bundles(cpp_library, copy, damage, message):
 
 
 def reseal(root: Path, file: str) -> None:
-    """Take a changed file into the manifest."""
+    """Update the manifest for a changed file."""
     data = json.loads((root / MANIFEST).read_text())["files"]
     data[file] = {"bytes": (root / file).stat().st_size, "sha256": sha256_file(root / file)}
     edit_manifest(root, files=data)
@@ -376,7 +376,7 @@ def test_latents_that_are_not_finite(cpp_library, copy):
 
 
 def _rewrite(root: Path, file: str, tensors: dict[str, np.ndarray]) -> None:
-    """Change tensors in place, so that the byte ranges that a graph names stay."""
+    """Change tensors in place; graphs name byte ranges of the file, which must stay."""
     path = root / file
     data = bytearray(path.read_bytes())
     header_bytes = int.from_bytes(data[:8], "little")

@@ -92,7 +92,7 @@ def test_parts_give_what_onnxruntime_gives(tool, bundles, family, part):
 
 
 def edited(source: Path, out: Path, change) -> Path:
-    """A copy of a bundle whose text encoder's graph went through `change`, in a manifest that fits it."""
+    """A copy of a bundle in which `change` edited the text encoder's graph; the manifest is updated."""
     shutil.copytree(source, out)
     manifest = Bundle.open(source).manifest
     edit_graph(out / manifest.parts["text_encoder"].graph, change)

@@ -1,4 +1,4 @@
-"""Programs on the C++ library: the examples, the wrapper, and tests that are written in C++."""
+"""Programs that use the C++ library: its examples, and tests that are written in C++."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_python_example(cpp_build, cpp_bundles, tmp_path):
 
 
 def test_the_pipeline_with_engines_that_record(cpp_build, tmp_path):
-    """pipeline_test.cpp, on bundles whose graphs are empty files."""
+    """Run pipeline_test.cpp on bundles whose graphs are not real."""
     roots = [
         make_bundle(tmp_path / "flux"),
         make_bundle(tmp_path / "qwen", "qwen-image", baked=(2, 4)),
@@ -106,7 +106,7 @@ def test_the_http_service(server, cpp_pipes):
     assert (status, headers["Content-Type"], headers["X-Seed"]) == (200, "image/png", str(2**64 - 1))
     expected = cpp_pipes("shapes").generate([prompt], seeds=[2**64 - 1], height=48).pixels[0]
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(body))), expected)
-    # A negative seed, as Python takes it, is the same bits.
+    # A negative seed means its two's complement, as in Python.
     negative = post(url, json.dumps({"prompt": prompt, "seed": -1, "height": 48}).encode())
     assert (negative[0], negative[1], negative[2]["X-Seed"]) == (200, body, str(2**64 - 1))
     wrong = {

@@ -1,4 +1,4 @@
-"""Memory, threads and lifetimes of the C++ library's objects, through its C ABI."""
+"""Memory, threads and lifetimes of the C++ library's objects, through its C API."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_a_callback_that_stops_or_meddles(cpp_library, cpp_bundles):
 
     assert pipe.generate(["x"], **size, on_step=generate_inside).pixels is not None
     assert {str(e) for e in met} == {
-        "arcflow_generate must not be called by on_step on the pipeline that called it; "
-        "generate after it has returned, or with another pipeline"
+        "arcflow_generate must not be called by on_step on the pipeline that called it; call it after on_step has "
+        "returned, or on another pipeline"
     }
     assert pipe.generate(["x"], **size, on_step=lambda step, x: pipe.close()).pixels is not None
     with pytest.raises(embed.ArcFlowError) as e:
@@ -138,7 +138,7 @@ def test_a_callback_that_stops_or_meddles(cpp_library, cpp_bundles):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_reopening_keeps_no_machine_code(cpp_library, cpp_bundles):
-    """OpenVINO kept some of every core that had the tokenizers' extension."""
+    """Each ov::Core with the tokenizers' extension leaks machine code, so the library must not make new ones."""
 
     def executable_bytes() -> int:
         lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]

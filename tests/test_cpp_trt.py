@@ -308,8 +308,8 @@ def test_the_launch_of_the_released_students(tool):
     assert tool("geometry", 4096, 16, 4, "float16") == (0, "256 128 8464")
     # 16 threads a token, and half as many tokens in a block.
     assert tool("geometry", 4096, 16, 4, "float32") == (0, "512 128 4240")
-    # 5 KiB for each token: 16 or 8 tokens do not fit in 48 KiB, 4 do.
-    assert tool("geometry", 9, 160, 4, "float16") == (0, "3 32 20560")
+    # 401 * 4 floats for each token: 16 or 8 tokens do not fit in 48 KiB, 4 do.
+    assert tool("geometry", 9, 200, 4, "float16") == (0, "3 32 25680")
 
 
 def test_both_refuse_too_many_modes(tool):
@@ -339,7 +339,7 @@ def test_the_embedded_source_compiles_without_a_driver(tool):
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """libarcflow with TensorRT's or TensorRT-RTX's engines, and which of the two."""
+    """A libarcflow built with the TensorRT backend, and which flavour it is for."""
     root = os.environ.get("TRT_ROOT")
     if not root:
         pytest.skip("set TRT_ROOT to a TensorRT or TensorRT-RTX SDK to build its engines")
@@ -353,7 +353,7 @@ def library(tmp_path_factory):
 
 
 def open_bundle(library, root, backend):
-    """arcflow_open's status and error, in a process of its own."""
+    """Status and error of arcflow_open, called in a process of its own."""
     code = (
         "import ctypes, sys\n"
         "class Options(ctypes.Structure):\n"

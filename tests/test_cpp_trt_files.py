@@ -30,7 +30,7 @@ def tool(trt_tool):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_those_of_the_graph(tool, bundles, family):
-    # Every tensor of constants of every part, byte for byte as the onnx package reads it.
+    # Every constant of every part, byte for byte as the onnx package reads it.
     bundle = Bundle.open(bundles(family, steps=(2, 4)))
     for part, spec in bundle.manifest.parts.items():
         model = onnx.load(bundle.path(spec.graph))
@@ -44,7 +44,7 @@ def test_weights_are_those_of_the_graph(tool, bundles, family):
         assert dict(line.rsplit(" ", 1) for line in said.splitlines()) == expected
 
 
-# What TensorRT-RTX compiled.
+# The cache of TensorRT-RTX.
 
 _KEY = ("a" * 64, "1.7.1.116", "13.1", "NVIDIA GeForce RTX 5090")
 

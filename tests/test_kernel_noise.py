@@ -1,4 +1,4 @@
-"""The noise kernel: its arithmetic and its threads on a CPU, and on a GPU itself, beside the Python runtime.
+"""The noise kernel against the Python runtime: arithmetic and threads on a CPU, and the kernel itself on a GPU.
 
 On a CPU both emulate a fused multiply-add in float64, which rounds twice; a GPU has the operation, so a number of its
 may differ in the last place about once in 2**29 operations, of which a number takes some 16.

@@ -1,4 +1,4 @@
-"""The update kernel: its arithmetic and its threads on a CPU, and on a GPU itself.
+"""The update kernel against float64: arithmetic and threads on a CPU, and the kernel itself on a GPU.
 
 The bound of `exact` is derived there. It holds on a CPU, whose expf and expm1f are within 1 unit in the last place, and
 on a GPU, where they are within 2 and 1 (CUDA C++ Programming Guide, "Mathematical Functions").
@@ -88,7 +88,7 @@ def one(kernel_host, logweights, loggammas, means, d=1.0):
 
 
 def test_a_small_weight_meets_a_large_integral(kernel_host):
-    # exp(-100) is no float32, and exp(120) neither; their product exp(20) / 120 is.
+    # Neither exp(-100) nor exp(120) fits in float32; their product divided by 120 does.
     found = one(kernel_host, [0, -100], [120], [0, 1])
     assert abs(found - np.exp(20.0) / 120) <= 48 * EPS * np.exp(20.0) / 120
 
@@ -140,7 +140,7 @@ def test_low_halves_of_sums_count(kernel_host, logweights, loggamma, d):
 )
 def test_what_is_not_finite_stays_so(kernel_host, logweights, loggammas, means, expected):
     found = one(kernel_host, logweights, loggammas, means)
-    # As the Python runtime has it.
+    # The Python runtime gives the same.
     shape = (1, 1, len(logweights), 1)
     arrays = [np.array(x, np.float32).reshape(s) for x, s in ((means, shape), (logweights, shape))]
     gammas = np.array(loggammas, np.float32).reshape(1, 1, -1, 1)

@@ -96,10 +96,11 @@ arcflow::Request parse(const std::string &body) {
         else if (key == "height") request.height = integer<int>(key, value);
         else if (key == "width") request.width = integer<int>(key, value);
         else if (key == "num_inference_steps") request.num_inference_steps = integer<int>(key, value);
-        else
+        else {
             throw BadRequest("unknown key '" + key +
                              "'; it must be prompt, seed, height, width or "
                              "num_inference_steps");
+        }
     if (request.prompts.empty()) throw BadRequest("prompt is missing");
     return request;
 }
@@ -194,9 +195,10 @@ void serve(const Arguments &arguments) {
     const int port = arguments.port == 0                                   ? server.bind_to_any_port(arguments.host)
                      : server.bind_to_port(arguments.host, arguments.port) ? arguments.port
                                                                            : -1;
-    if (port < 0)
+    if (port < 0) {
         throw std::runtime_error("cannot listen on " + arguments.host + ":" + std::to_string(arguments.port) +
                                  "; is the port taken?");
+    }
     std::printf("listening on http://%s:%d\n", arguments.host.c_str(), port);
     std::fflush(stdout);
     std::thread stopper([&] {

@@ -58,9 +58,11 @@ private:
     class Call {
     public:
         explicit Call(Shared &shared) : shared_(shared) {
-            if (shared.in_this_thread())
-                throw request_error("arcflow_generate must not be called by on_step on the pipeline that called it; "
-                                    "draw after it has returned, or with another pipeline");
+            if (shared.in_this_thread()) {
+                throw request_error(
+                    "arcflow_generate must not be called by on_step on the pipeline that called it; call "
+                    "it after on_step has returned, or on another pipeline");
+            }
             in_progress().reserve(in_progress().size() + 1);
             const std::lock_guard lock(shared.lock_);
             if (shared.closed_) throw closed();
@@ -155,15 +157,17 @@ void check_not_null(const void *pointer, const char *name) {
 template <class Struct> Struct versioned(const Struct &given, Struct out, size_t oldest, const char *name) {
     constexpr size_t largest = 4096;
     const size_t size = given.struct_size;
-    if (size < oldest || size > largest)
+    if (size < oldest || size > largest) {
         throw request_error(std::string(name) + ".struct_size must be the struct's size, " + std::to_string(oldest) +
                             " or a little more, got " + std::to_string(size) + "; begin with its INIT macro");
+    }
     const auto *bytes = reinterpret_cast<const unsigned char *>(&given);
     const auto *known = bytes + std::min(size, sizeof(Struct));
-    if (std::any_of(known, bytes + size, [](unsigned char byte) { return byte != 0; }))
+    if (std::any_of(known, bytes + size, [](unsigned char byte) { return byte != 0; })) {
         throw request_error(std::string(name) +
                             " sets what this library, version " ARCFLOW_VERSION ", does not know; " +
                             "install the version that the program was compiled with");
+    }
     std::memcpy(&out, &given, std::min(size, sizeof(Struct)));
     out.struct_size = sizeof(Struct);
     return out;
@@ -176,14 +180,16 @@ constexpr size_t oldest_request = offsetof(arcflow_request, user) + sizeof(arcfl
 arcflow::LoadOptions load_options(const arcflow_options *given) {
     if (given == nullptr) return {};
     const arcflow_options options = versioned(*given, ARCFLOW_OPTIONS_INIT, oldest_options, "options");
-    if (options.threads < 0)
+    if (options.threads < 0) {
         throw request_error("options.threads must be at least 0, got " + std::to_string(options.threads) +
                             "; 0 uses every core");
+    }
     const unsigned cores = std::thread::hardware_concurrency();  // 0 if unknown
-    if (cores > 0 && options.threads > static_cast<int64_t>(cores))
+    if (cores > 0 && options.threads > static_cast<int64_t>(cores)) {
         throw request_error("options.threads must be at most " + std::to_string(cores) +
                             ", one per core of this machine, got " + std::to_string(options.threads) +
                             "; 0 uses every core");
+    }
     return {options.backend == nullptr ? "" : options.backend, options.threads, options.low_memory != 0,
             options.full_check != 0};
 }

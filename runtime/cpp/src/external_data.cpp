@@ -35,8 +35,7 @@ public:
             } else if (f.number == 25) {  // functions
                 each_field(f.bytes, [&](const ProtobufField &inner) {
                     if (inner.number == 7) node(inner.bytes, 0);
-                    else if (inner.number == 11)  // attribute_proto: an attribute with its default value
-                        attribute(inner.bytes, 0);
+                    else if (inner.number == 11) attribute(inner.bytes, 0);  // attribute_proto
                 });
             }
         });
@@ -47,10 +46,8 @@ private:
         if (depth > max_nesting) throw std::out_of_range("depth");
         each_field(bytes, [&](const ProtobufField &f) {
             if (f.number == 1) node(f.bytes, depth);
-            else if (f.number == 5)  // initializer
-                tensor(f.bytes);
-            else if (f.number == 15)  // sparse_initializer
-                sparse(f.bytes);
+            else if (f.number == 5) tensor(f.bytes);   // initializer
+            else if (f.number == 15) sparse(f.bytes);  // sparse_initializer
         });
     }
 
@@ -62,19 +59,15 @@ private:
 
     void attribute(std::string_view bytes, int depth) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 5 || f.number == 10)  // t, tensors
-                tensor(f.bytes);
-            else if (f.number == 22 || f.number == 23)  // sparse_tensor, sparse_tensors
-                sparse(f.bytes);
-            else if (f.number == 6 || f.number == 11)  // g, graphs
-                graph(f.bytes, depth + 1);
+            if (f.number == 5 || f.number == 10) tensor(f.bytes);                 // t, tensors
+            else if (f.number == 22 || f.number == 23) sparse(f.bytes);           // sparse_tensor, sparse_tensors
+            else if (f.number == 6 || f.number == 11) graph(f.bytes, depth + 1);  // g, graphs
         });
     }
 
     void sparse(std::string_view bytes) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 1 || f.number == 2)  // values, indices
-                tensor(f.bytes);
+            if (f.number == 1 || f.number == 2) tensor(f.bytes);  // values, indices
         });
     }
 
@@ -123,9 +116,8 @@ private:
 
     uint64_t number(const std::string &name, std::string_view key, std::string_view value) const {
         uint64_t parsed = 0;
-        const char *end = value.data() + value.size();
-        const auto [stop, error] = std::from_chars(value.data(), end, parsed);
-        if (error != std::errc() || stop != end) {
+        const auto [stop, error] = std::from_chars(value.data(), value.data() + value.size(), parsed);
+        if (error != std::errc() || stop != value.data() + value.size()) {
             throw wrong("external data of tensor " + json_text(name) + ": " + std::string(key) +
                         " must be a number of bytes, got " + json_text(value));
         }

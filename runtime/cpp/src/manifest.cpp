@@ -213,9 +213,10 @@ void check_name(std::string_view name, const std::string &where) {
         throw bundle_error(where + ": file name " + json_text(name) +
                            " leaves the bundle or has characters it may not have");
     }
-    if (name == "engines" || name.substr(0, 8) == "engines/")
+    if (name == "engines" || name.substr(0, 8) == "engines/") {
         throw bundle_error(where + ": file " + json_text(name) +
                            " must not be in engines/, which is for built engines");
+    }
 }
 
 }  // namespace

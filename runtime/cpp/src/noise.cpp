@@ -41,8 +41,8 @@ Tensor packed_noise(const std::vector<uint64_t> &seeds, int64_t batch, const Lat
                     int64_t width) {
     const int64_t p = latents.patch_size;
     if (seeds.size() != 1 && static_cast<int64_t>(seeds.size()) != batch) {
-        throw Error(ARCFLOW_INTERNAL_ERROR, "noise must be drawn with one seed or one per image, " +
-                                                std::to_string(batch) + ", got " + std::to_string(seeds.size()));
+        throw Error(ARCFLOW_INTERNAL_ERROR, "noise needs one seed, or one per image, " + std::to_string(batch) +
+                                                ", got " + std::to_string(seeds.size()));
     }
     if (height < 1 || width < 1 || height % p != 0 || width % p != 0) {
         throw Error(ARCFLOW_INTERNAL_ERROR, "latent sizes must be multiples of " + std::to_string(p) + ", got " +

@@ -183,9 +183,10 @@ std::string read_text(const fs::path &path) {
 // Read the record and check its format, version and digest (O2).
 Json read_record(const fs::path &path) {
     Json record = read_json(read_text(path), path.string());
-    if (!record.is_object() || record.value("format", Json()) != tokenizers_format)
+    if (!record.is_object() || record.value("format", Json()) != tokenizers_format) {
         throw damaged(path.string() + ": format must be " + json_text(tokenizers_format) +
                       "; this is not a record of tokenizers");
+    }
     if (record.value("version", Json()) != tokenizers_version) {
         throw damaged(path.string() + ": version must be " + std::to_string(tokenizers_version) + ", got " +
                       message_text(record.value("version", Json())));

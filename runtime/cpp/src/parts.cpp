@@ -26,9 +26,10 @@ Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep)
 
 Parts::Use Parts::use(const std::string &part) {
     const auto found = bundle_.manifest.parts.find(part);
-    if (found == bundle_.manifest.parts.end())
+    if (found == bundle_.manifest.parts.end()) {
         throw bundle_error(bundle_.root.u8string() + ": the bundle has no part " + json_text(part) +
                            "; export it again");
+    }
     Use use(found->first, found->second);
     if (keep_) {
         use.engine_ = engines_.at(part).get();

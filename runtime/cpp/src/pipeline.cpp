@@ -31,9 +31,10 @@ Tensor gather(const Tensor &tensor, const std::vector<int64_t> &places) {
     shape[0] = static_cast<int64_t>(places.size());
     Tensor out(tensor.dtype, shape);
     const std::size_t bytes = bytes_of_row(tensor);
-    for (std::size_t i = 0; i < places.size(); ++i)
+    for (std::size_t i = 0; i < places.size(); ++i) {
         std::memcpy(out.data.data() + i * bytes, tensor.data.data() + static_cast<std::size_t>(places[i]) * bytes,
                     bytes);
+    }
     return out;
 }
 
@@ -51,9 +52,10 @@ Tensor join(const std::vector<const Tensor *> &tensors, const std::string &what)
     Tensor out(tensors.front()->dtype, shape);
     const std::size_t bytes = bytes_of_row(out);
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-        if (tensors[i]->dtype != out.dtype || tensors[i]->shape != tensors.front()->shape)
+        if (tensors[i]->dtype != out.dtype || tensors[i]->shape != tensors.front()->shape) {
             throw engine_error(what + " must have one shape for all prompts, got " + tensors.front()->describe() +
                                " and " + tensors[i]->describe() + "; export the bundle again");
+        }
         std::memcpy(out.data.data() + i * bytes, tensors[i]->data.data(), bytes);
     }
     return out;
@@ -199,10 +201,11 @@ std::vector<Tensor> Pipeline::run_encoder(const std::string &part, const std::st
         if (expected.size() == 3 && bundle_.manifest.text.drop_tokens > 0) {
             // Drop the states of the template's first tokens: [1, T, Dt] -> [1, kept, Dt].
             const int64_t kept = tensor.shape[1] - bundle_.manifest.text.drop_tokens;
-            if (kept < 1)
+            if (kept < 1) {
                 throw request_error("request.tokens must hold more than the template's first " +
                                     std::to_string(bundle_.manifest.text.drop_tokens) + " ids, got " +
                                     std::to_string(ids.size()) + "; give the whole template");
+            }
             const std::size_t bytes = tensor.data.size() / ids.size() * static_cast<std::size_t>(kept);
             tensor.data.erase(tensor.data.begin(), tensor.data.end() - static_cast<std::ptrdiff_t>(bytes));
             tensor.shape[1] = kept;
@@ -317,9 +320,10 @@ Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs,
         rest -= ms;
     }
     watch.add("stage", std::max(rest, 0.0));
-    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.shape)
+    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.shape) {
         throw engine_error("backbone: latents must be " + Tensor(DType::float32, inputs.shape).describe() + ", got " +
                            made.latents.describe());
+    }
     if (inputs.decode) check_pixels(made.pixels, {inputs.shape[0], inputs.height_px, inputs.width_px, 3});
     return made;
 }
@@ -369,9 +373,10 @@ Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, 
         if (request.on_step == nullptr) continue;
         const int answer = request.on_step(request.user, static_cast<int32_t>(step), latents.as<float>(),
                                            static_cast<std::size_t>(latents.count()));
-        if (answer != 0)
+        if (answer != 0) {
             throw request_error("on_step stopped the call after step " + std::to_string(step) + " by returning " +
                                 std::to_string(answer) + "; return 0 to go on");
+        }
     }
     return latents;
 }

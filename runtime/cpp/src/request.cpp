@@ -86,6 +86,7 @@ std::vector<int64_t> check_ids(const int64_t *ids, size_t count, const std::stri
     }
     if (!ids && count > 0) throw request_error(name + " must point to " + std::to_string(count) + " ids, got NULL");
     std::vector<int64_t> copied;
+    copied.reserve(count);
     for (size_t i = 0; i < count; ++i)
         copied.push_back(integer(name + "[" + std::to_string(i) + "]", ids[i], 0, max_token_id));
     return copied;
@@ -97,7 +98,7 @@ std::vector<TokenIds> check_tokens(const arcflow_request &request, const Manifes
         const arcflow_tokens &given = request.tokens[i];
         const std::string name = "request.tokens[" + std::to_string(i) + "].ids";
         if (m.family == Family::flux) {
-            tokens.push_back({check_ids(given.ids, given.count, name, 1, *m.text.clip_tokens),
+            tokens.push_back({check_ids(given.ids, given.count, name, 1, m.text.clip_tokens.value()),
                               check_ids(given.ids_2, given.count_2, name + "_2", 1, max_sequence_length)});
         } else {
             // The template's first tokens are dropped, and at least one token must remain.

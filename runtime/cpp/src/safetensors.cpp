@@ -78,9 +78,10 @@ void read_bytes(std::ifstream &file, char *bytes, uint64_t count, const std::str
 // Read the header's text and leave `file` at the first byte after it.
 std::string read_header(std::ifstream &file, uint64_t file_bytes, const std::string &where) {
     std::array<unsigned char, prefix_bytes> prefix{};
-    if (file_bytes < prefix.size())
+    if (file_bytes < prefix.size()) {
         throw bundle_error(where + " must have a header, got " + std::to_string(file_bytes) +
                            " bytes; it is not a safetensors file");
+    }
     read_bytes(file, reinterpret_cast<char *>(prefix.data()), prefix.size(), where);
     uint64_t size = 0;
     for (size_t i = 0; i < prefix.size(); ++i) size |= uint64_t{prefix[i]} << (8 * i);

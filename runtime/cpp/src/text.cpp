@@ -81,10 +81,11 @@ std::vector<int64_t> PromptTokenizer::encode(const std::string &tokenizer, const
                                              int64_t hidden, const std::string &prompt, const char *reader,
                                              std::vector<std::string> &warnings) const {
     const auto found = tokenizers_.find(tokenizer);
-    if (found == tokenizers_.end())
+    if (found == tokenizers_.end()) {
         throw bundle_error(bundle_.root.u8string() + ": the bundle has no OpenVINO tokenizer for " +
                            json_text(tokenizer) + ", which prompts need; run `arcflow build " +
                            bundle_.root.u8string() + " --backend openvino`, or give token ids");
+    }
     const Tokenizer &special = *found->second;
     std::vector<int64_t> ids = found->second->ids(text);
     const auto total = static_cast<int64_t>(ids.size());

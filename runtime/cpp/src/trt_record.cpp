@@ -159,9 +159,10 @@ EngineRecord read_record(const fs::path &path) {
         throw engine_error(where + " does not match its own digest; it was edited, " + again);
     // A NUL would cut the name when the file is opened.
     const bool beside = record.file.find_first_of(std::string("/\0", 2)) == std::string::npos;
-    if (!beside || record.file.empty() || record.file == "." || record.file == "..")
+    if (!beside || record.file.empty() || record.file == "." || record.file == "..") {
         throw engine_error(where + ": file must be a name without a folder, got " + json_text(record.file) + "; " +
                            again);
+    }
     return record;
 }
 

@@ -59,7 +59,7 @@ void test_noise() {
     CHECK(same(arcflow::noise_streams({5}, 3, 96), {{5, 0}, {5, 96}, {5, 192}}));
     CHECK(same(arcflow::noise_streams({5, uint64_t{1} << 32 | 7, 5}, 3, 96), {{5, 0}, {7, 0}, {5, 0}}));
     CHECK(same(arcflow::noise_streams({9}, 1, 96), {{9, 0}}));
-    fails([&] { arcflow::packed_noise({1, 2}, 3, latents, 4, 6); }, "one seed or one per image, 3, got 2");
+    fails([&] { arcflow::packed_noise({1, 2}, 3, latents, 4, 6); }, "noise needs one seed, or one per image, 3, got 2");
     fails([&] { arcflow::packed_noise({1}, 1, latents, 3, 6); }, "latent sizes must be multiples of 2, got 3 x 6");
 }
 
