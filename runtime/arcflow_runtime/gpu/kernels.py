@@ -220,7 +220,7 @@ def kernels_folder() -> Path:
 
 
 def source() -> str:
-    """The kernels as one text for NVRTC: each file that `MAIN` includes stands once, before the file that includes it."""
+    """The kernels as one text for NVRTC: each file that `MAIN` includes, once, before the file that includes it."""
     folder, seen = kernels_folder(), set()
 
     def expand(name: str) -> str:

@@ -102,7 +102,7 @@ class ArcFlowError(Exception):
 
 
 class Images:
-    """A copy of one result: `pixels` [B, H, W, 3] uint8 or None, `latents` [B, N, C] float32, seeds, warnings, times."""
+    """A copy of one result: `pixels` [B, H, W, 3] uint8 or None, `latents` [B, N, C] float32, and what else it has."""
 
     def __init__(self, library: ctypes.CDLL, result: c_void_p) -> None:
         batch, height, width = (getattr(library, f"arcflow_result_{n}")(result) for n in ("batch", "height", "width"))

@@ -264,6 +264,26 @@ void refuses_bad_images(const char *flux, const char *half) {
     CHECK(generate(*open(flux, flat), {{7}}).pixels.count() == 32 * 48 * 3);
 }
 
+// An error names the one image of a batch that is bad, also if it is not the first.
+void names_the_bad_image(const char *half) {
+    const auto fill_second = [](Tensor &tensor, std::byte value) {
+        std::fill(tensor.data.begin() + static_cast<std::ptrdiff_t>(tensor.data.size() / 2), tensor.data.end(), value);
+    };
+    Log log;
+    log.spoil = [&](const std::string &part, Tensors &out) {
+        if (part == "backbone") fill_second(out.at("means"), std::byte{0xff});  // NaN
+    };
+    CHECK(thrown<arcflow::Error>([&] {
+              generate(*open(half, log), {{7}}, 2);
+          }).rfind("backbone: latents of images [1] must be finite", 0) == 0);
+    log.spoil = [&](const std::string &part, Tensors &out) {
+        if (part == "vae_decoder") fill_second(out.at("images"), std::byte{9});
+    };
+    CHECK(thrown<arcflow::Error>([&] {
+              generate(*open(half, log), {{7}}, 2);
+          }).rfind("vae_decoder: images [1] must have more than one colour", 0) == 0);
+}
+
 void refuses_outputs_that_do_not_fit(const char *flux) {
     Log log;
     const auto pipe = open(flux, log);
@@ -336,6 +356,7 @@ int main(int argc, char **argv) {
     updates_and_scatters(qwen);
     casts_to_each_parts_dtype(half);
     refuses_bad_images(flux, half);
+    names_the_bad_image(half);
     refuses_outputs_that_do_not_fit(flux);
     denoises_at_one_go_where_the_backend_can(qwen, half);
     std::puts("ok");

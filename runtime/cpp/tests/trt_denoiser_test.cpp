@@ -204,6 +204,65 @@ void test_an_engine_on_host_tensors() {
     CHECK(session->contexts == 2);  // one per shape
 }
 
+// 19 timesteps go through an engine for 8 in three runs, and each row of the modulation is its own timestep's.
+void test_a_conditioner_in_pieces() {
+    const auto device = std::make_shared<const cuda::Device>();
+    Part part{};
+    part.inputs = {{"timesteps", DType::float32, {}}, {"pooled_projections", DType::float32, {}}};
+    part.outputs = {{"modulation", DType::float32, {}}};
+    const auto session = std::make_shared<Session>("conditioner", DType::float32, true);
+    const auto engine = make_trt_engine(device, session, "conditioner", part);
+    Tensors in;
+    in["timesteps"] = Tensor(DType::float32, {19});
+    for (int i = 0; i < 19; ++i) in["timesteps"].as<float>()[i] = static_cast<float>(i);
+    in["pooled_projections"] = Tensor(DType::float32, {2, 1});
+    in["pooled_projections"].as<float>()[1] = 1;
+    const Tensors out = engine->run(in);
+    const Tensor &modulation = out.at("modulation");
+    CHECK(modulation.describe() == "float32[19, 2, 5]");
+    for (int64_t i = 0; i < modulation.count(); ++i) {
+        const auto expected = static_cast<float>(i / 10 + 100 * (i / 5 % 2)) + static_cast<float>(i % 5) / 8;
+        CHECK(modulation.as<float>()[i] == expected);
+    }
+}
+
+// Requests that differ in one part of their shape only get plans of their own.
+void test_shapes_that_differ_in_one_part() {
+    Setup s(DType::float32);
+    const DenoiseInputs base = inputs_of(1, 1, true);
+    DenoiseInputs latents_only = base, turned = base, longer_text = base;
+    latents_only.decode = false;
+    turned.height_px = 48;
+    turned.width_px = 32;
+    longer_text.groups[1].states = random_tensor(2, {1, 9, TEXT});
+    longer_text.groups[1].rotary = std::make_shared<const Tensor>(random_tensor(3, {2, 9, HALF_HEAD}));
+    for (int repeat = 0; repeat < 2; ++repeat) {
+        for (const DenoiseInputs *in :
+             std::vector<const DenoiseInputs *>{&base, &latents_only, &turned, &longer_text}) {
+            const Denoised ours = s.denoiser->run(*in), host = expected(*in, DType::float32);
+            CHECK(largest_difference(ours.latents, host.latents) <= 1e-5f);
+            CHECK(ours.pixels.shape == (in->decode ? host.pixels.shape : std::vector<int64_t>{}));
+        }
+    }
+    CHECK(s.backbone->contexts == 4 * 2 && s.decoder->contexts == 3);
+}
+
+// The plan that was unused for longest makes room: after shapes 1, 2, 3, 4, again 1, and 5, shape 1 still has its plan.
+void test_the_oldest_plan_makes_room() {
+    Setup s(DType::float32);
+    const auto contexts_after = [&](size_t steps) {
+        std::vector<double> sigmas;
+        for (size_t i = 0; i <= steps; ++i) sigmas.push_back(1 - static_cast<double>(i) / static_cast<double>(steps));
+        s.denoiser->run(inputs_of(1, 1, false, sigmas));
+        return s.backbone->contexts;
+    };
+    for (size_t steps = 1; steps <= 4; ++steps) CHECK(contexts_after(steps) == static_cast<int>(2 * steps));
+    CHECK(contexts_after(1) == 8);
+    CHECK(contexts_after(5) == 10);
+    CHECK(contexts_after(1) == 10);
+    CHECK(contexts_after(2) == 12);
+}
+
 }  // namespace
 
 int main() {
@@ -216,6 +275,9 @@ int main() {
     test_threads();
     test_inputs_that_do_not_fit();
     test_an_engine_on_host_tensors();
+    test_a_conditioner_in_pieces();
+    test_the_oldest_plan_makes_room();
+    test_shapes_that_differ_in_one_part();
     std::puts("ok");
     return 0;
 }

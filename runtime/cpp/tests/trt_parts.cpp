@@ -27,6 +27,10 @@ class Context : public TrtContext {
 public:
     Context(std::string part, DType dtype, Shapes shapes, cuda::Stream &stream, bool capturable)
         : part_(std::move(part)), dtype_(dtype), shapes_(std::move(shapes)), stream_(stream), capturable_(capturable) {
+        if (part_ == "conditioner") {
+            shapes_["modulation"] = {shapes_.at("timesteps")[0], shapes_.at("pooled_projections")[0], M};
+            return;
+        }
         const std::vector<int64_t> &s = shapes_.at("latents");
         if (part_ == "vae_decoder") {
             shapes_["images"] = {s[0], s[1], s[2], 3};
@@ -63,7 +67,8 @@ public:
             stream_.handle,
             [](void *user) {
                 const auto *c = static_cast<Call *>(user);
-                if (c->context->part_ == "vae_decoder") decoder(c->context->shapes_, c->at);
+                if (c->context->part_ == "conditioner") conditioner(c->context->shapes_, c->at);
+                else if (c->context->part_ == "vae_decoder") decoder(c->context->shapes_, c->at);
                 else backbone(c->context->shapes_, c->at, c->context->dtype_);
             },
             call.get());
@@ -107,6 +112,16 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
                 }
             }
         }
+    }
+}
+
+void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at) {
+    const int64_t steps = shapes.at("timesteps")[0], prompts = shapes.at("pooled_projections")[0];
+    for (int64_t i = 0; i < steps * prompts * M; ++i) {
+        const int64_t step = i / (prompts * M), prompt = i / M % prompts;
+        const float timestep = read(DType::float32, at.at("timesteps"), step);
+        const float pooled = read(DType::float32, at.at("pooled_projections"), prompt);
+        write(DType::float32, at.at("modulation"), i, timestep + 100 * pooled + static_cast<float>(i % M) / 8);
     }
 }
 

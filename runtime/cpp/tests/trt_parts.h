@@ -38,10 +38,13 @@ template <class Function> Function *driver(const char *name) {
 // Heads that depend on every input of each image: latents, text, modulation and rotary tables.
 void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype);
 
+// modulation[s, u, m] = timesteps[s] + 100 * pooled_projections[u, 0] + m / 8.
+void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at);
+
 // One pixel per token.
 void decoder(const Shapes &shapes, const std::map<std::string, std::byte *> &at);
 
-// A session for one of these parts.
+// A session for one of these parts; a conditioner takes at most 8 timesteps.
 class Session : public TrtSession {
 public:
     Session(std::string part, DType dtype, bool capturable)
