@@ -42,6 +42,12 @@ def test_golden_cases(cpp_pipes, cpp_bundles, name, index, form):
 
 # The Python pipeline -------------------------------------------------------------------------------------------------
 
+
+def kept_tokens(warnings) -> list[str]:
+    """What warnings of prompts that were cut have in common in both runtimes: how many tokens were kept of how many."""
+    return [re.findall(r"\d+ of \d+", warning)[-1] for warning in warnings]
+
+
 REQUESTS = [
     {"prompts": PROMPTS[:1]},
     {"prompts": PROMPTS, "num_images_per_prompt": 2, "seeds": [1, 2, 3, 4, 5, 2**64 - 6]},
@@ -62,7 +68,7 @@ def test_same_images_as_in_python(cpp_pipes, python_pipes, name, request_):
     pixels = np.stack([np.asarray(image) for image in theirs.images])
     assert np.abs(ours.pixels.astype(int) - pixels).max() <= 1
     assert ours.seeds == seeds
-    assert ours.warnings == [] == list(theirs.warnings)
+    assert kept_tokens(ours.warnings) == kept_tokens(theirs.warnings)
     assert ours.timings_ms.keys() == theirs.timings_ms.keys() | {"engines"}
 
 
@@ -129,7 +135,7 @@ def test_warnings_of_prompts_that_are_cut(cpp_pipes, python_pipes, name, readers
     assert len(ours.warnings) == len(theirs.warnings) == len(readers)
     for our, their, reader in zip(ours.warnings, theirs.warnings, readers, strict=True):
         assert our.startswith(CUT + (reader or "the text encoder: 512"))
-        assert re.findall(r"\d+ of \d+", our) == re.findall(r"\d+ of \d+", their)
+        assert kept_tokens([our]) == kept_tokens([their])
     again = cpp_pipes(name).generate([LONG], height=32, width=32, seeds=[1], skip_decode=1)
     assert again.warnings == ours.warnings  # also when its tokens come from the cache
 

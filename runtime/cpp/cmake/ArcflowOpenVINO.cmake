@@ -11,6 +11,11 @@ target_sources(arcflow_engines PRIVATE src/openvino_backend.cpp src/openvino_tok
 target_compile_definitions(arcflow_engines PUBLIC ARCFLOW_WITH_OPENVINO)
 target_link_libraries(arcflow_engines PUBLIC openvino::runtime)
 target_link_libraries(arcflow PRIVATE openvino::runtime)
+# OpenVINO's headers put __FILE__ into messages; no folder of this machine should be in the library.
+get_target_property(openvino_headers openvino::runtime INTERFACE_INCLUDE_DIRECTORIES)
+foreach(folder IN LISTS openvino_headers)
+    target_compile_options(arcflow_engines PRIVATE -fmacro-prefix-map=${folder}/=)
+endforeach()
 
 # An installed library that has OpenVINO beside it must not look in folders of this machine.
 if(ARCFLOW_OPENVINO_TOKENIZERS AND NOT ARCFLOW_INSTALL_OPENVINO)

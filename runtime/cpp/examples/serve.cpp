@@ -179,7 +179,7 @@ void serve(const Arguments &arguments) {
 
     httplib::Server server;
     // There is a thread for each request, so that a refusal or a health check need not wait for an image.
-    const auto threads = static_cast<std::size_t>(arguments.workers + arguments.queue + 2);
+    const auto threads = static_cast<std::size_t>(arguments.workers) + static_cast<std::size_t>(arguments.queue) + 2;
     server.new_task_queue = [threads] { return new httplib::ThreadPool(threads); };
     server.set_keep_alive_max_count(1);
     server.set_read_timeout(5);

@@ -44,7 +44,7 @@ ov::Tensor wrap(const Tensor &tensor) {
 }
 
 Tensor copy_out(const ov::Tensor &found, const TensorSpec &spec) {
-    const ov::Shape shape = found.get_shape();
+    const ov::Shape &shape = found.get_shape();
     Tensor tensor(spec.dtype, std::vector<int64_t>(shape.begin(), shape.end()));
     if (found.get_byte_size() != tensor.data.size())
         throw engine_error("output " + spec.name + " has " + std::to_string(found.get_byte_size()) + " bytes");

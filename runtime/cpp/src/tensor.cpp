@@ -45,7 +45,6 @@ size_t size_of(DType dtype) {
         case DType::float32:
             return 4;
         case DType::float16:
-            return 2;
         case DType::bfloat16:
             return 2;
         case DType::int64:

@@ -64,11 +64,12 @@ std::string compile_with_nvrtc(const char *source, const std::string &target) {
     if (result != 0 && program != nullptr && nvrtc.nvrtcGetProgramLogSize(program, &size) == 0) {
         log.resize(size);
         nvrtc.nvrtcGetProgramLog(program, log.data());
+        while (!log.empty() && log.back() == '\0') log.pop_back();
     }
     if (program != nullptr) nvrtc.nvrtcDestroyProgram(&program);
     if (result != 0) {
         throw engine_error("NVRTC cannot compile the kernels for " + target + " (error " + std::to_string(result) +
-                           "): " + log.c_str());
+                           "): " + log);
     }
     return cubin;
 }

@@ -88,7 +88,7 @@ int replace(const fs::path &path, std::string_view data) {
 }  // namespace
 
 std::optional<fs::path> cache_folder() {
-    if (const std::string named = environment("ARCFLOW_CACHE"); !named.empty()) return named;
+    if (std::string named = environment("ARCFLOW_CACHE"); !named.empty()) return named;
     if (const std::string named = environment("XDG_CACHE_HOME"); !named.empty()) return fs::path(named) / "arcflow";
     const std::optional<fs::path> of_user = home();
     return of_user ? std::optional(*of_user / ".cache" / "arcflow") : std::nullopt;

@@ -41,7 +41,7 @@ int enqueue(void *stream, double ms, std::function<void()> done) {
         now_ms += ms;
         done();
     };
-    if (s->capturing) s->captured.push_back(std::move(work));
+    if (s->capturing) s->captured.emplace_back(std::move(work));
     else work();
     return 0;
 }
