@@ -21,13 +21,14 @@ import torch
 from fake_bundle import edit_manifest, make_bundle
 from safetensors.torch import save_file
 
-from arcflow_runtime.bundle import MANIFEST, Bundle, Schedule
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import MANIFEST, Schedule
 from arcflow_runtime.errors import BundleError
-from arcflow_runtime.noise import draw_latents, randn
-from arcflow_runtime.rotary import image_rotary, text_rotary
-from arcflow_runtime.rounding import round_to
-from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
-from arcflow_runtime.update import update
+from arcflow_runtime.maths.dtypes import round_to
+from arcflow_runtime.maths.noise import draw_latents, randn
+from arcflow_runtime.maths.rotary import image_rotary, text_rotary
+from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from arcflow_runtime.maths.update import update
 
 CPP = Path(__file__).parent.parent / "runtime" / "cpp"
 FLOATS = ("float32", "bfloat16", "float16")

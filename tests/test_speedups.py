@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from arcflow_runtime.speedups import compiled
+from arcflow_runtime.maths.speedups import compiled
 
 needs_compiled = pytest.mark.skipif(compiled is None, reason="the runtime was installed without a C++ compiler")
 

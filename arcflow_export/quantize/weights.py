@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import QuantizeError
-from ..merge import BLOCK_BYTES, PlainWeights
-from ..tensors import DTYPES, TensorIndex, uncache
-from .fp8 import encode
+from arcflow_export.checkpoint.merge import BLOCK_BYTES, PlainWeights
+from arcflow_export.checkpoint.tensors import DTYPES, TensorIndex, uncache
+from arcflow_export.errors import QuantizeError
+from arcflow_export.quantize.fp8 import encode
 
 _SUFFIX = ".weight"
 #: As in `write.py`: what was read leaves the page cache after about this many bytes.
