@@ -51,9 +51,9 @@ def test_memory_that_cannot_be_written_is_refused():
 def test_the_runtime_works_without_it():
     code = """
 import sys
-sys.modules["arcflow_runtime._speedups"] = None
+sys.modules["arcflow_runtime.maths._speedups"] = None
 import numpy as np
-from arcflow_runtime import noise, speedups, update
+from arcflow_runtime.maths import noise, speedups, update
 assert speedups.compiled is noise.compiled is update.compiled is None
 assert noise.randn(1, (16,)).shape == (16,)
 """

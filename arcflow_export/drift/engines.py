@@ -20,7 +20,7 @@ class Engines:
 
         Args:
             bundle: the candidate.
-            backend: a key of `arcflow_runtime.engines.BACKENDS`.
+            backend: a key of `arcflow_runtime.backends.BACKENDS`.
             scene: what every case is drawn with.
 
         Raises:

@@ -10,7 +10,7 @@ from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.scales import PromptSet
 
 _FOLDER = Path(__file__).parent / "prompt_sets"
-#: Their provenance is in `prompts/README.md`.
+#: Their provenance is in `prompt_sets/README.md`.
 PRESETS = ("general", "shapes")
 
 

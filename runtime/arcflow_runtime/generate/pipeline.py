@@ -92,7 +92,7 @@ class Pipeline:
 
         Args:
             bundle: the directory that `arcflow export` wrote.
-            backend: what runs the graphs, a key of `engines.BACKENDS`.
+            backend: what runs the graphs, a key of `backends.BACKENDS`.
             low_memory: open each part only while it is used, one at a time.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.

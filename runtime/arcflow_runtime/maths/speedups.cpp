@@ -1,4 +1,4 @@
-// Noise and update compiled, for arcflow_runtime/noise.py and update.py, which compute the same with numpy where this
+// Noise and update compiled, for arcflow_runtime/maths/noise.py and update.py, which compute the same with numpy where this
 // module was not built. Arrays come as buffers, C-contiguous and float32; sizes are checked against them.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -1,1 +1,1 @@
-"""Build a bundle's tokenizers as OpenVINO models, for readers without the tokenizers library (`docs/bundle.md`, O1...)."""
+"""Build a bundle's tokenizers as OpenVINO models, for readers without the tokenizers library."""
