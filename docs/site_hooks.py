@@ -48,9 +48,9 @@ def _help_texts() -> str:
 def _arcflow(*arguments: str) -> str:
     command = [sys.executable, "-m", "arcflow_runtime.cli", *arguments]
     return subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"}
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "100"}
     ).stdout
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
