@@ -49,7 +49,7 @@ help:
 # diffusers take nearly twice as long to import.
 unexport PYTHONDONTWRITEBYTECODE
 setup: $(VENV)/.installed
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/speedups.cpp $(wildcard runtime/kernels/*.h)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/maths/speedups.cpp $(wildcard runtime/kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"

@@ -7,8 +7,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "arcflow_runtime._speedups",
-            ["runtime/arcflow_runtime/speedups.cpp"],
+            "arcflow_runtime.maths._speedups",
+            ["runtime/arcflow_runtime/maths/speedups.cpp"],
             include_dirs=["runtime/kernels"],
             depends=sorted(str(p) for p in Path("runtime/kernels").glob("*.h")),
             # Products and sums are rounded as numpy and torch round them.

@@ -13,3 +13,7 @@ class ExportError(ArcFlowError):
 
 class QuantizeError(ArcFlowError):
     """A bundle cannot be quantised: its policy, its scales or the bundle itself does not fit; the message names it."""
+
+
+class CalibrationError(ArcFlowError):
+    """A calibration cannot start or go on, or a file of scales is damaged or of another student."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arcflow_runtime.bundle import DType
+from arcflow_runtime.disk.manifest import DType
 
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 #: What people write for them.

@@ -21,16 +21,15 @@ import numpy as np
 from machine import describe
 from tqdm import tqdm
 
-from arcflow_distill.evaluate.cases import GROUPS, Cases, draw_cases, real_pictures
 from arcflow_distill.evaluate.options import STUDENT_STEPS
-from arcflow_distill.evaluate.samplers import Drawn, EulerSampler, Sampler, Teacher, draw_all
-from arcflow_distill.evaluate.scores import to_tensor
-from arcflow_distill.evaluate.statistics import frechet, moments
+from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, Teacher, generate_all
 from arcflow_distill.evaluate.students import AdapterSampler
-from arcflow_distill.shapes.judge import Judge
 from arcflow_distill.shapes.loop import cores, environment
-from arcflow_distill.shapes.scenes import ATTRIBUTES
 from arcflow_export.commands.sources import quiet_libraries
+from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_pictures
+from arcflow_export.images.judge import Judge, to_tensor
+from arcflow_export.images.scenes import ATTRIBUTES
+from arcflow_export.images.statistics import frechet, moments
 
 KINDS = {"arcs": 16, "linear": 1}
 REFERENCE_STEPS, EULER_STEPS = 50, (4, 2)
@@ -62,7 +61,7 @@ def distil(model: Path, work: Path, seed: int, iterations: int) -> None:
             raise SystemExit(f"a distillation failed; see {log.name}")
 
 
-def score(cases: Cases, drawn: Drawn, reference: Drawn, judge: Judge, real: np.ndarray) -> dict[str, Any]:
+def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, real: np.ndarray) -> dict[str, Any]:
     """Shares, latent error and Frechet distance: of all prompts, by group, and by how many attributes are open."""
     reading = judge.read(to_tensor(drawn.pictures))
     named, right = reading.named(cases.words).numpy(), reading.right(cases.words).numpy()
@@ -113,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in range(args.seeds):
         for kind in KINDS:
             samplers[f"{kind}-{seed}"] = AdapterSampler(args.model / "teacher", args.work / f"{kind}-{seed}")
-    reference = draw_all(EulerSampler(teacher, REFERENCE_STEPS), cases.captions, cases.seeds)
+    reference = generate_all(EulerSampler(teacher, REFERENCE_STEPS), cases.captions, cases.seeds)
     results = {"teacher-50": score(cases, reference, reference, judge, real)}
     for name, sampler in tqdm(samplers.items(), "drawing"):
-        drawn = draw_all(sampler, cases.captions, cases.seeds)
+        drawn = generate_all(sampler, cases.captions, cases.seeds)
         results[name] = score(cases, drawn, reference, judge, real)
     machine = describe()
     print(f"{machine['cpu']}, {machine['cores']} cores; {args.count} prompts, {STUDENT_STEPS} steps")

@@ -27,12 +27,12 @@ from machine import describe
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from arcflow_export.checkpoint.sources import Location
 from arcflow_export.commands.sources import quiet_libraries
-from arcflow_export.export import export_bundle, plan_export
-from arcflow_export.load import Student, load_student
+from arcflow_export.export.export import export_bundle, plan_export
 from arcflow_export.options import Options
-from arcflow_export.sources import Location
-from arcflow_export.student import TorchStudent
+from arcflow_export.student.load import Student, load_student
+from arcflow_export.student.reference import TorchStudent
 from arcflow_runtime import Pipeline
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
@@ -106,7 +106,7 @@ def measure(workload: Workload, student: Student, bundle: Path) -> dict[str, Any
         return np.asarray(pipe(PROMPT, px, px, seed=1, max_sequence_length=length, output_type="numpy").images)
 
     def theirs() -> np.ndarray:
-        return reference.draw(PROMPT, px, px, seed=1, max_sequence_length=length).images.numpy()
+        return reference.generate(PROMPT, px, px, seed=1, max_sequence_length=length).images.numpy()
 
     difference = float(np.abs(ours() - theirs()).max())
     times: dict[str, list[float]] = {"arcflow": [], "torch": []}

@@ -26,7 +26,8 @@ from machine import describe
 from soak import load_embed
 from tqdm import trange
 
-from arcflow_runtime import Pipeline, noise, update
+from arcflow_runtime import Pipeline
+from arcflow_runtime.maths import noise, update
 
 PROMPT = "a large red circle on a blue background"
 #: Numbers behind the prompt, where each picture has a new one.

@@ -25,18 +25,20 @@ from fullsize import random_chunks
 from fullsize_models import LOGWEIGHTS_CHANNELS, NUM_GAUSSIANS, components
 from machine import describe as describe_machine
 
-from arcflow_calibration.scales import PromptSet, Range, Scales
-from arcflow_export.export import export_bundle, plan_export
-from arcflow_export.load import load_student
+from arcflow_export.checkpoint.sources import Location
+from arcflow_export.export.export import export_bundle, plan_export
+from arcflow_export.export.write import attach, initializer_name, write_weights
+from arcflow_export.formats.policy import load_policy, select
+from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.graph.trace import trace
 from arcflow_export.models.flux import build
 from arcflow_export.models.layers import parameters
 from arcflow_export.options import Options
 from arcflow_export.quantize.graph import find_linears
-from arcflow_export.quantize.policy import load_policy, select
-from arcflow_export.sources import Location
-from arcflow_export.trace import trace
-from arcflow_export.write import attach, initializer_name, write_weights
-from arcflow_runtime import bundle as b
+from arcflow_export.student.load import load_student
+from arcflow_runtime.disk import manifest as b
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.files import sha256_file
 
 MAX_RESIDENT_BYTES = 6 << 30
 BLOCKS = (19, 38)
@@ -63,10 +65,10 @@ class RandomWeights:
         """Nothing was read."""
 
 
-def make_bundle(root: Path, blocks: tuple[int, int]) -> b.Bundle:
+def make_bundle(root: Path, blocks: tuple[int, int]) -> Bundle:
     """Write the bundle; see the module's docstring."""
     student = load_student(Location(str(_GOLDEN / "base")), Location(str(_GOLDEN / "adapter")), [])
-    m = b.Bundle.open(export_bundle(plan_export(student, Options("bfloat16")), root, "benchmark")).manifest
+    m = Bundle.open(export_bundle(plan_export(student, Options("bfloat16")), root, "benchmark")).manifest
     (config,) = (c.config for c in components("flux") if c.folder == "transformer")
     config = {**config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
     built = build(config, NUM_GAUSSIANS, LOGWEIGHTS_CHANNELS, "bfloat16", "bfloat16")
@@ -81,13 +83,13 @@ def make_bundle(root: Path, blocks: tuple[int, int]) -> b.Bundle:
     ir.save(model, graph)
     count = sum(math.prod(p.shape) for p in live if p.key is not None)
     spec = dataclasses.replace(m.parts["backbone"], parameters=count, inputs=part.inputs, outputs=part.outputs)
-    files = {weights.name: entry, graph.name: b.FileEntry(graph.stat().st_size, b.sha256_file(graph))}
+    files = {weights.name: entry, graph.name: b.FileEntry(graph.stat().st_size, sha256_file(graph))}
     m = dataclasses.replace(m, parts={**m.parts, "backbone": spec}, files={**m.files, **files})
     (root / b.MANIFEST).write_text(m.to_json(), encoding="utf-8")
-    return b.Bundle.open(root)
+    return Bundle.open(root)
 
 
-def make_scales(bundle: b.Bundle) -> Scales:
+def make_scales(bundle: Bundle) -> Scales:
     """Ranges between 1 and 64 for everything that the preset selects."""
     linears = find_linears(ir.load(bundle.path("backbone.onnx")))
     layers = select(load_policy("flux").parts["backbone"], "backbone", list(linears))

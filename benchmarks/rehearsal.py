@@ -25,7 +25,7 @@ from export_fullsize import MeasureError, drop_cache
 from machine import describe as describe_machine
 
 from arcflow_export.commands.sources import quiet_libraries
-from arcflow_export.machine import Machine, measure
+from arcflow_export.costs.machine import Machine, measure
 from arcflow_export.pipeline.forecast import forecast
 from arcflow_export.pipeline.stages import Job
 from arcflow_export.pipeline.students import load_student_file

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from machine import describe
 
-from arcflow_runtime.bundle import DType
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.errors import ArcFlowError
 from arcflow_runtime.gpu.kernels import UpdateShape, load_kernels
-from arcflow_runtime.trt.gpu import find_gpu
 
 #: Tokens of one picture of 512, 1024 and 1536 pixels, and of four of 1024.
 TOKENS = (1024, 4096, 9216, 16384)

@@ -10,8 +10,9 @@ from fake_bundle import list_files
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
-from arcflow_runtime.bundle import Bundle, Part, TensorSpec
-from arcflow_runtime.trt.shapes import Profile, Shapes
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.engine_record import Profile, Shapes
+from arcflow_runtime.disk.manifest import Part, TensorSpec
 
 HEADS, TOKENS = 4, 16
 

@@ -19,8 +19,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from arcflow_export.load import Student, load_student
-from arcflow_export.sources import Location
+from arcflow_export.checkpoint.sources import Location
+from arcflow_export.student.load import Student, load_student
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTER_FILE = "diffusion_pytorch_model.safetensors"

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from arcflow_export.export import export_bundle, plan_export
-from arcflow_export.load import Student, load_student
+from arcflow_export.checkpoint.sources import Location
+from arcflow_export.export.export import export_bundle, plan_export
 from arcflow_export.options import Options
-from arcflow_export.sources import Location
-from arcflow_runtime import Pipeline, cli, noise, speedups, update
+from arcflow_export.student.load import Student, load_student
+from arcflow_runtime import Pipeline, cli
+from arcflow_runtime.maths import noise, speedups, update
 from tests.cpp import build_library, configure_cpp, embed, library_of
 from tests.kernel_source import build_host, open_gpu
 from tests.traces import Traces
@@ -60,7 +61,7 @@ def traces(request, tmp_path_factory):
     cache = getattr(request.config, "cache", None)
     kept = Traces(cache.mkdir("traces") if cache else tmp_path_factory.mktemp("traces"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("arcflow_export.trace._convert", kept.convert)
+        patch.setattr("arcflow_export.graph.trace._convert", kept.convert)
         # torch reads the source of its converters again for each program: a second a part.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield

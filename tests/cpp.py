@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 
 CPP = Path(__file__).parent.parent / "runtime" / "cpp"
 REQUEST_ERROR, BUNDLE_ERROR, ENGINE_ERROR, CLOSED = 1, 2, 3, 4

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from arcflow_runtime import bundle as b
+from arcflow_runtime.disk import manifest as b
 
 GOLDEN = Path(__file__).parent / "golden"
 K, P, C, TEXT, POOLED, MODULATION = 3, 4, 16, 8, 6, 5

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from arcflow_export import staging
+from arcflow_export.export import staging
 from arcflow_export.pipeline import process
 from arcflow_export.pipeline.records import Records
 from arcflow_runtime import cli

@@ -11,13 +11,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from arcflow_calibration.scales import PromptSet, Range, Scales
-from arcflow_export.emulate import emulate
+from arcflow_export.emulate.emulate import emulate
+from arcflow_export.formats.policy import load_policy
+from arcflow_export.formats.scales import PromptSet, Range, Scales
 from arcflow_export.quantize.graph import find_linears
-from arcflow_export.quantize.policy import load_policy
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime import Bundle
-from arcflow_runtime.rotary import image_rotary, text_rotary
+from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 
 GRID, TEXT_TOKENS = (4, 4), 7
 

@@ -15,15 +15,15 @@ import time
 import numpy as np
 import onnxruntime as ort
 
-from arcflow_runtime.dtypes import NUMPY, cast, to_float32
 from arcflow_runtime.engines.onnxruntime import open_session
 from arcflow_runtime.gpu.denoiser import DeviceDenoiser
 from arcflow_runtime.gpu.device import ALIGNMENT, CaptureError, OutOfMemory
 from arcflow_runtime.gpu.host import HostEngine
 from arcflow_runtime.gpu.lane import Lane
-from arcflow_runtime.gpu.ort import OrtEngine
-from arcflow_runtime.noise import pack, randn
-from arcflow_runtime.update import update
+from arcflow_runtime.gpu.onnxruntime import OrtEngine
+from arcflow_runtime.maths.dtypes import NUMPY, cast, to_float32
+from arcflow_runtime.maths.noise import pack, randn
+from arcflow_runtime.maths.update import update
 
 
 def at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

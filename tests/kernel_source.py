@@ -78,7 +78,7 @@ class Guarded:
 def open_gpu():
     """A device, a stream and the kernels, or skip."""
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    from arcflow_runtime.trt.gpu import find_gpu
+    from arcflow_runtime.engines.gpus import find_gpu
 
     if find_gpu() is None:
         pytest.skip("the CUDA driver finds no GPU here")

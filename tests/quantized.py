@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_calibration.scales import PromptSet, Range, Scales
 from arcflow_export.drift.cases import Case, Scene
 from arcflow_export.drift.layers import LayerDrift, drift_of_layers, measure_layers
 from arcflow_export.drift.stages import Stages, backbone_inputs
+from arcflow_export.formats.policy import load_policy
+from arcflow_export.formats.scales import PromptSet, Range, Scales
 from arcflow_export.quantize.graph import find_linears
-from arcflow_export.quantize.policy import load_policy
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 from tests.fake_bundle import list_files, write_manifest
 
 #: Of a first quantisation, whose layers' inputs are then measured.
@@ -35,7 +35,7 @@ def local_drift(reference: Bundle, candidate: Bundle, cases: Sequence[Case]) -> 
     stages = Stages(reference, cases, scene(reference), candidate.manifest.reference_dtype)
     text = stages.encode()
     batches = stages.batches(text, stages.modulation(text.pooled))
-    trajectory = stages.draw(batches)
+    trajectory = stages.generate(batches)
     inputs = [list(backbone_inputs(batches, trajectory, step)) for step in range(len(trajectory.heads))]
     return drift_of_layers(candidate, "backbone", measure_layers(reference, candidate, "backbone", inputs))
 

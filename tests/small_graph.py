@@ -11,7 +11,8 @@ from fake_bundle import list_files
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
-from arcflow_runtime.bundle import Bundle, Part, TensorSpec
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import Part, TensorSpec
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

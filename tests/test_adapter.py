@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from arcflow_export.checkpoint.sources import Location
 from arcflow_export.errors import SourceError
-from arcflow_export.load import load_student
-from arcflow_export.sources import Location
+from arcflow_export.student.load import load_student
 from tests.checkpoints import ADAPTER_FILE, Sizes, make_student, open_student, write_adapter
 from tests.conftest import GOLDEN, golden_student
 

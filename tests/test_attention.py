@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from arcflow_export import attention
-from arcflow_export.attention import plan_rows, split_rows
-from arcflow_export.blocks import BlockEngine
-from arcflow_export.emulate import load_graph, widened
-from arcflow_runtime.bundle import Bundle
+from arcflow_export.emulate import attention
+from arcflow_export.emulate.attention import plan_rows, split_rows
+from arcflow_export.emulate.blocks import BlockEngine
+from arcflow_export.emulate.emulate import load_graph, widened
+from arcflow_runtime.disk.bundle import Bundle
 from tests.test_blocks import ROUNDING
 
 #: Image tokens, latents of the decoder and text tokens: enough rows for several pieces, and not a multiple of them.

@@ -6,12 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from arcflow_export import blocks
-from arcflow_export.blocks import BlockEngine, EmulatedBackend, cut
 from arcflow_export.drift.cases import Case
-from arcflow_export.emulate import load_graph, widened
-from arcflow_export.sizes import bind
-from arcflow_runtime.bundle import Bundle
+from arcflow_export.emulate import blocks
+from arcflow_export.emulate.blocks import BlockEngine, EmulatedBackend, cut
+from arcflow_export.emulate.emulate import load_graph, widened
+from arcflow_export.emulate.sizes import bind
+from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.errors import EngineError
 from tests.quantized import make_fp8
 

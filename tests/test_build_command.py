@@ -11,9 +11,9 @@ import pytest
 from fake_bundle import make_bundle
 
 from arcflow_runtime import Bundle, cli
+from arcflow_runtime.build import build, plan
+from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.trt import build, plan
-from arcflow_runtime.trt.gpu import Gpu
 
 RTX = ["--backend", "tensorrt-rtx", "--target", "sm89"]
 PARTS = ["text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder"]
@@ -134,7 +134,7 @@ def test_a_stopped_build_leaves_nothing(root, builder, capsys, error, code, mess
 
 def test_a_part_that_was_damaged_is_not_built(root, builder, capsys, monkeypatch):
     # Larger than what every load hashes, so that only the build finds it.
-    monkeypatch.setattr("arcflow_runtime.bundle.FAST_HASH_BYTES", 4)
+    monkeypatch.setattr("arcflow_runtime.disk.bundle.FAST_HASH_BYTES", 4)
     path = os.path.join(root, "backbone.safetensors")
     with open(path, "r+b") as f:
         f.write(b"W")

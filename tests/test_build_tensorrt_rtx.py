@@ -20,12 +20,12 @@ from attention_graph import attention_bundle, attention_profile
 from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.bundle import Range
+from arcflow_runtime.build.build import Settings, _fix_static_axes, build_engine
+from arcflow_runtime.build.profiles import make_profiles, parse_sizes
+from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.engines.store import Host, find_engine
+from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.trt.build import Settings, _fix_static_axes, build_engine
-from arcflow_runtime.trt.library import LIBRARIES, this_platform
-from arcflow_runtime.trt.shapes import make_profiles, parse_sizes
-from arcflow_runtime.trt.store import Host, find_engine
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'", exc_type=ImportError
@@ -192,7 +192,7 @@ def test_float32_needs_opset_20(bundles, tmp_path):
 
 
 def test_weights_cannot_be_stripped_without_a_gpu(bundle):
-    from arcflow_runtime.trt.gpu import find_gpu
+    from arcflow_runtime.engines.gpus import find_gpu
 
     if find_gpu() is not None:
         pytest.skip("there is a GPU here")

@@ -4,7 +4,9 @@ import re
 import pytest
 from fake_bundle import edit_manifest, make_bundle
 
-from arcflow_runtime.bundle import FAST_HASH_BYTES, MANIFEST, Bundle, sha256_file, timestamp
+from arcflow_runtime.disk.bundle import FAST_HASH_BYTES, Bundle, timestamp
+from arcflow_runtime.disk.files import sha256_file
+from arcflow_runtime.disk.manifest import MANIFEST
 from arcflow_runtime.errors import BundleError
 
 

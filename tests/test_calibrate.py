@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from arcflow_export.student import TorchStudent
+from arcflow_export.student.reference import TorchStudent
 from arcflow_runtime import cli
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 from tests.announced import after_announcement
 from tests.conftest import GOLDEN, golden_student
 
@@ -28,11 +28,11 @@ pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
 
 from arcflow_calibration import calibrate as module
 from arcflow_calibration.calibrate import calibrate
-from arcflow_calibration.errors import CalibrationError
 from arcflow_calibration.options import Settings
-from arcflow_calibration.prompts import Prompts
 from arcflow_calibration.ranges import BINS, make_calibrator
-from arcflow_calibration.scales import Scales
+from arcflow_export.errors import CalibrationError
+from arcflow_export.formats.prompts import Prompts
+from arcflow_export.formats.scales import Scales
 
 TEXTS = ("a red circle", "portrait of an old sailor, oil painting, detailed", "two cats")
 PROMPTS = Prompts("test", TEXTS)
@@ -64,7 +64,7 @@ class Recorded:
         for i, text in enumerate(TEXTS):
             height, width = SIZES[i % len(SIZES)]
             self.step = 0
-            student.draw(text, height, width, 2, 5 + i, max_sequence_length=24, on_step=self._advance)
+            student.generate(text, height, width, 2, 5 + i, max_sequence_length=24, on_step=self._advance)
 
     def _advance(self, step: int) -> None:
         self.step = step + 1

@@ -11,11 +11,12 @@ import sys
 import pytest
 from fake_bundle import make_bundle
 
-from arcflow_calibration.errors import CalibrationError
-from arcflow_calibration.prompts import PRESETS, read_prompts
-from arcflow_calibration.scales import PromptSet, Range, Scales
 from arcflow_calibration.summary import as_dict, summarise, table
-from arcflow_runtime.bundle import Bundle, Source, seal
+from arcflow_export.errors import CalibrationError
+from arcflow_export.formats.prompts import PRESETS, read_prompts
+from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import Source, seal
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -79,7 +80,7 @@ def test_amax_is_the_largest_of_the_steps(path):
 
 
 def test_reading_needs_neither_torch_nor_modelopt():
-    code = "import sys, arcflow_calibration.scales as s; sys.exit(bool({'torch', 'modelopt'} & sys.modules.keys()))"
+    code = "import sys, arcflow_export.formats.scales as s; sys.exit(bool({'torch', 'modelopt'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

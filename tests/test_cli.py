@@ -8,7 +8,7 @@ import pytest
 from fake_bundle import FakeBackend, edit_manifest, make_bundle
 from PIL import Image
 
-from arcflow_runtime import cli, engines, installing
+from arcflow_runtime import backends, cli, installing
 from arcflow_runtime.errors import EngineError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ def module_root(tmp_path_factory):
 
 @pytest.fixture
 def root(module_root, monkeypatch, tmp_path):
-    monkeypatch.setitem(engines.BACKENDS, "fake", "fake_bundle")
+    monkeypatch.setitem(backends.BACKENDS, "fake", "fake_bundle")
     monkeypatch.chdir(tmp_path)
     return str(module_root)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 from tests.conftest import GOLDEN
 from tests.hub import Hub, release
 

@@ -9,7 +9,7 @@ from ctypes import c_float
 import numpy as np
 import pytest
 
-from arcflow_runtime.noise import randn
+from arcflow_runtime.maths.noise import randn
 from tests.conftest import FAMILIES
 from tests.cpp import PROMPTS, close, ids_of
 from tests.test_golden import CASES, golden

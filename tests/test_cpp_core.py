@@ -23,14 +23,15 @@ import torch
 from fake_bundle import edit_manifest, make_bundle
 from safetensors.torch import save_file
 
-from arcflow_runtime import bundle
-from arcflow_runtime.bundle import MANIFEST, Bundle, Schedule
+from arcflow_runtime.disk import manifest
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import MANIFEST, Schedule
 from arcflow_runtime.errors import BundleError
-from arcflow_runtime.noise import draw_latents, randn
-from arcflow_runtime.rotary import image_rotary, text_rotary
-from arcflow_runtime.rounding import round_to
-from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
-from arcflow_runtime.update import update
+from arcflow_runtime.maths.dtypes import round_to
+from arcflow_runtime.maths.noise import draw_latents, randn
+from arcflow_runtime.maths.rotary import image_rotary, text_rotary
+from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from arcflow_runtime.maths.update import update
 
 CPP = Path(__file__).parent.parent / "runtime" / "cpp"
 FLOATS = ("float32", "bfloat16", "float16")
@@ -300,19 +301,19 @@ def test_damaged_bundles(both, tmp_path):
 
 #: The classes of Python's manifest by their place in it.
 CLASSES = {
-    "": bundle.Manifest,
-    "schedule": bundle.Schedule,
-    "latents": bundle.Latents,
-    "rotary": bundle.Rotary,
-    "text": bundle.Text,
-    "ranges": bundle.Ranges,
-    "ranges__batch": bundle.Range,
-    "parts__backbone": bundle.Part,
-    "parts__backbone__quantization": bundle.Quantization,
-    "modulation": bundle.ModulationTable,
-    "files__backbone.onnx": bundle.FileEntry,
-    "provenance": bundle.Provenance,
-    "provenance__base": bundle.Source,
+    "": manifest.Manifest,
+    "schedule": manifest.Schedule,
+    "latents": manifest.Latents,
+    "rotary": manifest.Rotary,
+    "text": manifest.Text,
+    "ranges": manifest.Ranges,
+    "ranges__batch": manifest.Range,
+    "parts__backbone": manifest.Part,
+    "parts__backbone__quantization": manifest.Quantization,
+    "modulation": manifest.ModulationTable,
+    "files__backbone.onnx": manifest.FileEntry,
+    "provenance": manifest.Provenance,
+    "provenance__base": manifest.Source,
 }
 
 

@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from arcflow_runtime import ArcFlowError
-from arcflow_runtime.bundle import MANIFEST, Bundle, sha256_file
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.files import sha256_file
+from arcflow_runtime.disk.manifest import MANIFEST
 from tests.cpp import BUNDLE_ERROR, CLOSED, ENGINE_ERROR, REQUEST_ERROR, embed, ids_of
 from tests.fake_bundle import edit_manifest
 

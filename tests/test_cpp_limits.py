@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_runtime import bundle, external_data, noise, request, schedule, sealed, text
+from arcflow_runtime.disk import bundle, engine_record, external_data, manifest, sealed, tokenizer_record
+from arcflow_runtime.generate import request, text
 from arcflow_runtime.gpu import kernels, runtime_cache
-from arcflow_runtime.openvino import record as tokenizers
-from arcflow_runtime.trt import record as engines
+from arcflow_runtime.maths import noise, schedule
 
 HEADER = Path(__file__).parent.parent / "runtime" / "cpp" / "src" / "constants.h"
 PYTHON = {
-    "bundle_format": bundle.FORMAT,
-    "bundle_version": bundle.VERSION,
-    "manifest_name": bundle.MANIFEST,
+    "bundle_format": manifest.FORMAT,
+    "bundle_version": manifest.VERSION,
+    "manifest_name": manifest.MANIFEST,
     "max_manifest_bytes": bundle.MAX_MANIFEST_BYTES,
     "fast_hash_bytes": bundle.FAST_HASH_BYTES,
     "max_graph_bytes": external_data.MAX_GRAPH_BYTES,
     "max_record_bytes": sealed.MAX_RECORD_BYTES,
-    "engines_folder": bundle.ENGINES,
-    "engine_format": engines.FORMAT,
-    "engine_version": engines.VERSION,
-    "tokenizers_folder": bundle.OPENVINO,
-    "tokenizers_record": tokenizers.RECORD,
-    "tokenizers_format": tokenizers.FORMAT,
-    "tokenizers_version": tokenizers.VERSION,
+    "engines_folder": manifest.ENGINES,
+    "engine_format": engine_record.FORMAT,
+    "engine_version": engine_record.VERSION,
+    "tokenizers_folder": manifest.OPENVINO,
+    "tokenizers_record": tokenizer_record.RECORD,
+    "tokenizers_format": tokenizer_record.FORMAT,
+    "tokenizers_version": tokenizer_record.VERSION,
     "max_runtime_cache_bytes": runtime_cache.MAX_BYTES,
     "default_size_px": request.DEFAULT_SIZE_PX,
     "default_guidance_scale": request.DEFAULT_GUIDANCE_SCALE,

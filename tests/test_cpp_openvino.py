@@ -22,10 +22,10 @@ from small_graph import ELSEWHERE, edit_graph
 from tokenizers import Tokenizer
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.bundle import TensorSpec
-from arcflow_runtime.engines import open_backend
-from arcflow_runtime.openvino.probes import probe_prompts
-from arcflow_runtime.openvino.record import read_record
+from arcflow_runtime.backends import open_backend
+from arcflow_runtime.build.tokenizers.probes import probe_prompts
+from arcflow_runtime.disk.manifest import TensorSpec
+from arcflow_runtime.disk.tokenizer_record import read_record
 from tests.conftest import FAMILIES
 
 BOUND = (512 * 60) ** 0.5 * 2**-24

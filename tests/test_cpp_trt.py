@@ -20,13 +20,13 @@ from fake_bundle import make_bundle
 from test_engine_store import HOST, make_key, put
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.bundle import seal
+from arcflow_runtime.disk.manifest import seal
+from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.store import Host, find_engine
+from arcflow_runtime.engines.tensorrt_library import this_platform
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu import kernels
 from arcflow_runtime.gpu.kernels import UpdateShape, geometry
-from arcflow_runtime.trt.gpu import find_gpu
-from arcflow_runtime.trt.library import this_platform
-from arcflow_runtime.trt.store import Host, find_engine
 from tests.cpp import configure_cpp
 
 ENGINE_ERROR = "3"

@@ -11,8 +11,8 @@ import torch
 from fake_bundle import POOLED, TEXT, FakeBackend, make_bundle
 
 from arcflow_runtime import Pipeline, RequestError
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.noise import draw_latents
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.maths.noise import draw_latents
 
 GOOD = {"prompt": "x", "height": 32, "width": 48}
 NOISE = draw_latents(5, 1, 16, 4, 6, 2)  # [1, 6, 64]

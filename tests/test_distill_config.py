@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from arcflow_distill.config import Config, load_config, make_config, parse_setting, presets
 from arcflow_distill.errors import ConfigError
+from arcflow_distill.train.config import Config, load_config, make_config, parse_setting, presets
 from arcflow_runtime import cli
 
 

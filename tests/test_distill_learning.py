@@ -7,9 +7,9 @@ import itertools
 import torch
 from torch import nn
 
-from arcflow_distill.networks import make_heads
-from arcflow_distill.policy import Policy, warp
-from arcflow_distill.trajectory import Mixing, walk_segment
+from arcflow_distill.train.networks import make_heads
+from arcflow_distill.train.policy import Policy, warp
+from arcflow_distill.train.trajectory import Mixing, walk_segment
 
 #: Spread of the data in each of a token's channels; noise has spread 1.
 SPREAD = torch.tensor([0.05, 0.3, 0.6, 2.0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.networks import (
+from arcflow_distill.train.networks import (
     BIAS_NOISE,
     Canvas,
     Student,
@@ -19,8 +19,8 @@ from arcflow_distill.networks import (
     lora_targets,
     make_heads,
 )
-from arcflow_distill.policy import Policy, warp
-from arcflow_distill.prompts import Text
+from arcflow_distill.train.policy import Policy, warp
+from arcflow_distill.train.prompts import Text
 from tests.checkpoints import Sizes, make_base
 from tests.checkpoints import lora_targets as released_targets
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from arcflow_distill.policy import Policy, phi, warp
-from arcflow_distill.trajectory import Mixing, intervals, walk_segment
-from arcflow_export.student import integrate
+from arcflow_distill.train.policy import Policy, phi, warp
+from arcflow_distill.train.trajectory import Mixing, intervals, walk_segment
+from arcflow_export.student.reference import integrate
 
 
 def random_heads(batch=2, tokens=3, modes=4, channels=8, seed=0, requires_grad=False):

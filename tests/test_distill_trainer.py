@@ -12,23 +12,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import arcflow_distill.adapter
-from arcflow_distill.checkpoint import read_facts
-from arcflow_distill.config import Config
-from arcflow_distill.ema import Ema, decay
+import arcflow_distill.train.adapter
 from arcflow_distill.errors import DistillError
-from arcflow_distill.folders import check_out, training_folder
-from arcflow_distill.networks import Canvas
-from arcflow_distill.policy import Policy, warp
-from arcflow_distill.prompts import Encoder, collate, read_prompts
-from arcflow_distill.trainer import Distillation, distill, learning_rate, teacher_ratio
-from arcflow_export.load import load_student
-from arcflow_export.sources import Location
-from arcflow_export.student import TorchStudent
-from arcflow_export.verify import Case, verify_bundle
+from arcflow_distill.train.checkpoint import read_facts
+from arcflow_distill.train.config import Config
+from arcflow_distill.train.ema import Ema, decay
+from arcflow_distill.train.folders import check_out, training_folder
+from arcflow_distill.train.networks import Canvas
+from arcflow_distill.train.policy import Policy, warp
+from arcflow_distill.train.prompts import Encoder, collate, read_prompts
+from arcflow_distill.train.trainer import Distillation, distill, learning_rate, teacher_ratio
+from arcflow_export.checkpoint.sources import Location
+from arcflow_export.student.load import load_student
+from arcflow_export.student.reference import TorchStudent
+from arcflow_export.verify.verify import Case, verify_bundle
 from arcflow_runtime import cli
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.files import whole_directory
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.files import whole_directory
 from tests.checkpoints import GOLDEN_SIZES, adapter_config
 from tests.conftest import GOLDEN, export
 
@@ -114,7 +114,7 @@ def test_the_student_that_was_trained_is_the_one_that_draws(made, tmp_path):
     """The adapter through the exporter's torch student draws what the trained network draws."""
     base, adapter, sizes = made
     other = TorchStudent(open_student(base, adapter))
-    drawing = other.draw(PROMPT, 32, 48, seed=3, max_sequence_length=16)
+    drawing = other.generate(PROMPT, 32, 48, seed=3, max_sequence_length=16)
     run = Distillation(config(tmp_path, modes=sizes.modes), base, _accelerator())
     for name, tensor in load_file(adapter / "diffusion_pytorch_model.safetensors").items():
         run.trained[name].data.copy_(tensor)
@@ -243,7 +243,7 @@ def test_an_interrupted_write_leaves_nothing(flux, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(arcflow_distill.adapter, "save_file", save)
+    monkeypatch.setattr(arcflow_distill.train.adapter, "save_file", save)
     with pytest.raises(OSError, match="disk full"):
         distill(config(tmp_path, iterations=1), flux, tmp_path / "out", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.training", "prompts.txt"]

@@ -15,10 +15,8 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from arcflow_distill.evaluate.statistics import Interval
-from arcflow_export.blocks import BlockEngine
-from arcflow_export.drift import folder as drift_folder
 from arcflow_export.drift import gate, sensitivity
+from arcflow_export.drift import write_report as drift_folder
 from arcflow_export.drift.cases import Case, read_cases
 from arcflow_export.drift.comparable import check_comparable, same_parts
 from arcflow_export.drift.compare import Pictures, Plan, compare
@@ -27,12 +25,15 @@ from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import gmsd, mean, psnr_db, relative_error
 from arcflow_export.drift.sensitivity import Effect, Unit
 from arcflow_export.drift.stages import Stages
-from arcflow_export.drift.thresholds import Thresholds
-from arcflow_export.emulate import load_graph
+from arcflow_export.emulate.blocks import BlockEngine
+from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.errors import ExportError
-from arcflow_export.quantize.policy import load_policy
+from arcflow_export.formats.policy import load_policy
+from arcflow_export.formats.thresholds import Thresholds
+from arcflow_export.images.statistics import Interval
 from arcflow_runtime import cli
-from arcflow_runtime.bundle import Bundle, Latents, Source
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import Latents, Source
 from arcflow_runtime.errors import BundleError, RequestError
 from tests.conftest import GOLDEN, SHAPES, SHAPES_OPTIONS
 from tests.quantized import edit_backbone, local_drift, make_fp8, scene
@@ -190,7 +191,7 @@ def test_all_layers_left_out_is_the_reference(fp8, reference):
     stages = stages_of(original)
     text = stages.encode()
     batches = stages.batches(text, stages.modulation(text.pooled))
-    trajectory = stages.draw(batches)
+    trajectory = stages.generate(batches)
     weights = linears(load_graph(original, "backbone"))
     model = load_graph(candidate, "backbone")
     leave_out(model, quantized_layers(model), weights)
@@ -233,7 +234,7 @@ def test_local_error_is_that_of_the_rounded_product(fp8, reference):
     stages = stages_of(original)
     text = stages.encode()
     (batch,) = stages.batches(text, stages.modulation(text.pooled))
-    trajectory = stages.draw([batch])
+    trajectory = stages.generate([batch])
     model = load_graph(original, "backbone")
     source = linears(model)[name].source
     source.name = "activation"

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arcflow_runtime.dtypes import cast, item_bytes, to_float32
+from arcflow_runtime.maths.dtypes import cast, item_bytes, to_float32
 
 # every bfloat16, halfway points between them, their neighbours, and what float32 has beyond
 _UPPER = (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None]

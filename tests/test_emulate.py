@@ -9,7 +9,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from arcflow_export.emulate import emulate
+from arcflow_export.emulate.emulate import emulate
 
 BF16 = TensorProto.BFLOAT16
 

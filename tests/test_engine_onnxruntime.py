@@ -7,8 +7,8 @@ import pytest
 from fake_bundle import edit_manifest, make_bundle
 from small_graph import WEIGHT, bundle_with, edit_graph, write_graph
 
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.engines import open_backend
+from arcflow_runtime.backends import open_backend
+from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.errors import EngineError, RequestError
 
 

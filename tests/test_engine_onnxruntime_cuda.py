@@ -9,12 +9,14 @@ import pytest
 from host_device import HostDevice, at
 
 from arcflow_runtime import EngineError, Pipeline, RequestError
-from arcflow_runtime.bundle import Bundle, Part, TensorSpec
-from arcflow_runtime.dtypes import cast, to_float32
-from arcflow_runtime.engines import onnxruntime_cuda, open_backend
-from arcflow_runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaBackend
-from arcflow_runtime.gpu.ort import OrtArrayEngine
-from arcflow_runtime.trt.gpu import Gpu
+from arcflow_runtime.backends import open_backend
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import Part, TensorSpec
+from arcflow_runtime.engines.gpus import Gpu
+from arcflow_runtime.gpu import onnxruntime_backend as onnxruntime_cuda
+from arcflow_runtime.gpu.onnxruntime import OrtArrayEngine
+from arcflow_runtime.gpu.onnxruntime_backend import OnnxRuntimeCudaBackend
+from arcflow_runtime.maths.dtypes import cast, to_float32
 
 without_provider = pytest.mark.skipif(
     "CUDAExecutionProvider" in ort.get_available_providers(), reason="the CUDA provider is installed"

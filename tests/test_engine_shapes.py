@@ -6,9 +6,10 @@ import pytest
 from fake_bundle import edit_manifest, make_bundle
 
 from arcflow_runtime import Bundle
-from arcflow_runtime.bundle import Range
+from arcflow_runtime.build.profiles import Size, make_profiles, parse_batch, parse_sizes
+from arcflow_runtime.disk.engine_record import Shapes
+from arcflow_runtime.disk.manifest import Range
 from arcflow_runtime.errors import BundleError, RequestError
-from arcflow_runtime.trt.shapes import Shapes, Size, make_profiles, parse_batch, parse_sizes
 
 ONE = Range(1, 1)
 

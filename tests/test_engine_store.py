@@ -13,13 +13,13 @@ import pytest
 from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime import bundle as b
+from arcflow_runtime.disk import manifest as b
+from arcflow_runtime.disk.engine_record import EngineKey, Shapes, part_key_fields, read_record
+from arcflow_runtime.engines import gpus as gpu
+from arcflow_runtime.engines import store
+from arcflow_runtime.engines.gpus import Gpu, find_gpu
+from arcflow_runtime.engines.store import Host, find_built, find_engine, locked_store, this_host, write_engine
 from arcflow_runtime.errors import BundleError, EngineError
-from arcflow_runtime.trt import gpu, store
-from arcflow_runtime.trt.gpu import Gpu, find_gpu
-from arcflow_runtime.trt.record import EngineKey, part_key_fields, read_record
-from arcflow_runtime.trt.shapes import Shapes
-from arcflow_runtime.trt.store import Host, find_built, find_engine, locked_store, this_host, write_engine
 
 HOST = Host("tensorrt-rtx", "1.7.1", "sm89", None, "linux-x86_64")
 PROFILE = {"latents": Shapes((1, 1), (1, 2), (2, 4))}

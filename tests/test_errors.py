@@ -11,7 +11,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-import arcflow_export.export
+import arcflow_export.export.export
 from arcflow_export.errors import SourceError
 from arcflow_runtime import cli
 from tests.announced import after_announcement
@@ -204,7 +204,7 @@ def test_full_disk(qwen, capsys, monkeypatch):
         (folder / "modulation.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(arcflow_export.export, "_bake", fill)
+    monkeypatch.setattr(arcflow_export.export.export, "_bake", fill)
     qwen.fails(capsys, "the disk of {o} is full; nothing was left behind")
 
 
@@ -212,7 +212,7 @@ def test_interrupt(qwen, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arcflow_export.export, "_bake", interrupt)
+    monkeypatch.setattr(arcflow_export.export.export, "_bake", interrupt)
     out = str(qwen.outside / "bundle")
     assert cli.main(["export", "--base", str(qwen.base), "--adapter", str(qwen.adapter), "--out", out]) == 130
     assert after_announcement(capsys.readouterr().err) == "arcflow export: interrupted\n"
@@ -223,7 +223,7 @@ def test_a_stage_that_fails_names_itself(qwen, capsys, monkeypatch):
     def convert(part, opset):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr("arcflow_export.trace._convert", convert)
+    monkeypatch.setattr("arcflow_export.graph.trace._convert", convert)
     qwen.fails(capsys, "text_encoder: conversion to ONNX failed: RuntimeError: no such operator")
 
 

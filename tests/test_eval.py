@@ -11,11 +11,15 @@ import torch
 from PIL import Image
 
 from arcflow_distill.evaluate import paths, run
-from arcflow_distill.evaluate.cases import draw_cases, real_pictures
 from arcflow_distill.evaluate.options import Options
-from arcflow_distill.evaluate.samplers import EulerSampler, Teacher, draw_all
+from arcflow_distill.evaluate.samplers import EulerSampler, Teacher, generate_all
 from arcflow_distill.evaluate.sheet import CAPTION, GAP, HEADING, MARGIN, TITLE, Section, contact_sheet
-from arcflow_distill.evaluate.statistics import (
+from arcflow_distill.evaluate.students import AdapterSampler, BundleSampler, Call
+from arcflow_export.errors import SourceError
+from arcflow_export.images.cases import draw_cases, real_pictures
+from arcflow_export.images.judge import Judge
+from arcflow_export.images.scenes import HELD_OUT
+from arcflow_export.images.statistics import (
     frechet,
     frechet_replicates,
     mean_interval,
@@ -23,13 +27,9 @@ from arcflow_distill.evaluate.statistics import (
     normal_interval,
     resample,
 )
-from arcflow_distill.evaluate.students import AdapterSampler, BundleSampler, Call
-from arcflow_distill.shapes.judge import Judge
-from arcflow_distill.shapes.scenes import HELD_OUT
-from arcflow_export.errors import SourceError
 from arcflow_runtime import cli
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.update import update
+from arcflow_runtime.maths.update import update
 from tests.checkpoints import GOLDEN
 
 FLUX = GOLDEN / "flux-tiny"
@@ -139,16 +139,16 @@ def test_euler_with_one_step_is_the_velocity_at_the_noise(teacher):
 
 def test_batches_do_not_change_a_picture(teacher):
     sampler = EulerSampler(teacher, 2)
-    whole, done = draw_all(sampler, CAPTIONS, SEEDS), []
+    whole, done = generate_all(sampler, CAPTIONS, SEEDS), []
     sampler.batch = 2
-    parts = draw_all(sampler, CAPTIONS, SEEDS, lambda *progress: done.append(progress))
+    parts = generate_all(sampler, CAPTIONS, SEEDS, lambda *progress: done.append(progress))
     assert done == [(2, 3), (3, 3)]
     np.testing.assert_allclose(parts.latents, whole.latents, atol=1e-4)
 
 
 def test_a_bundle_and_its_adapter_draw_the_same(bundles):
     bundle, adapter = BundleSampler(bundles("flux-tiny")), AdapterSampler(FLUX / "base", FLUX / "adapter")
-    ours, theirs = bundle.draw(CAPTIONS, SEEDS), adapter.draw(CAPTIONS, SEEDS)
+    ours, theirs = bundle.generate(CAPTIONS, SEEDS), adapter.generate(CAPTIONS, SEEDS)
     # `arcflow verify`'s bound for float32, and one step of rounding to 8 bits.
     np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-4 * np.abs(theirs.latents).max())
     assert np.abs(ours.pictures.astype(int) - theirs.pictures).max() <= 1

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from arcflow_export.sources import Location
-from arcflow_export.student import TorchStudent
+from arcflow_export.checkpoint.sources import Location
+from arcflow_export.student.reference import TorchStudent
 from arcflow_runtime import Pipeline
 from tests.checkpoints import Sizes, make_adapter, make_base, make_style, open_student
 from tests.conftest import export
@@ -124,7 +124,7 @@ def compare(built: Built, arguments: dict) -> np.ndarray:
     # One seed draws the whole batch in one call.
     noise = torch.randn(len(batch), 16, height // 8, width // 8, generator=torch.Generator().manual_seed(5))
     for i, prompt in enumerate(batch):
-        drawing = built.student.draw(
+        drawing = built.student.generate(
             prompt,
             height,
             width,
@@ -159,5 +159,5 @@ def test_a_stacked_lora_changes_the_picture(get):
     latents = compare(built, arguments)
     noise = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(5))
     assert built.plain is not None
-    without = built.plain.draw(PROMPTS[0], 32, 32, max_sequence_length=32, noise=noise[:1]).steps[-1]
+    without = built.plain.generate(PROMPTS[0], 32, 32, max_sequence_length=32, noise=noise[:1]).steps[-1]
     assert np.abs(latents[0] - without[0].numpy()).max() > 0.01 * np.abs(latents[0]).max()

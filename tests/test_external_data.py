@@ -7,12 +7,12 @@ import pytest
 from fake_bundle import make_bundle
 from small_graph import ELSEWHERE, WEIGHT, bundle_with, edit_graph, set_external, write_graph
 
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.engines import open_backend
+from arcflow_runtime.backends import open_backend
+from arcflow_runtime.build.build import Settings, build_engine
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.external_data import checked_graph
+from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 from arcflow_runtime.errors import BundleError
-from arcflow_runtime.external_data import checked_graph
-from arcflow_runtime.trt.build import Settings, build_engine
-from arcflow_runtime.trt.library import LIBRARIES
 
 
 @pytest.fixture

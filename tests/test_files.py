@@ -13,18 +13,17 @@ import pytest
 from fake_bundle import make_bundle
 from safetensors.numpy import save_file
 
-from arcflow_calibration.errors import CalibrationError
 from arcflow_calibration.state import held
 from arcflow_distill.errors import DistillError
-from arcflow_distill.folders import training_folder
-from arcflow_export.errors import ExportError
-from arcflow_export.staging import staged
-from arcflow_runtime import files
-from arcflow_runtime.bundle import Bundle
+from arcflow_distill.train.folders import training_folder
+from arcflow_export.errors import CalibrationError, ExportError
+from arcflow_export.export.staging import staged
+from arcflow_runtime.disk import files
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.files import locked, locked_folder, whole_directory, whole_file
+from arcflow_runtime.engines.store import locked_store
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.files import locked, locked_folder, whole_directory, whole_file
 from arcflow_runtime.gpu.runtime_cache import RuntimeCacheFile
-from arcflow_runtime.trt.store import locked_store
 
 NO_LOCKS = "cannot be locked (Function not implemented): its file system has no locks; use a folder on another"
 
@@ -89,7 +88,7 @@ def test_a_folder_that_stays_empty_is_removed(tmp_path):
 
 def _tokenizers(bundle):
     pytest.importorskip("openvino_tokenizers")
-    from arcflow_runtime.openvino.build import build_tokenizers
+    from arcflow_runtime.build.tokenizers.build import build_tokenizers
 
     build_tokenizers(bundle)
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from arcflow_runtime import Pipeline
-from arcflow_runtime.noise import draw_latents
+from arcflow_runtime.maths.noise import draw_latents
 from tests.conftest import FAMILIES, GOLDEN
 
 CASES = [(f, i) for f in FAMILIES for i in range(3)]

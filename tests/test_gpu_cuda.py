@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from arcflow_runtime import EngineError, Pipeline
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.engines import open_backend
+from arcflow_runtime.backends import open_backend
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 from arcflow_runtime.gpu.cuda import open_device
-from arcflow_runtime.trt.gpu import find_gpu
 
 GPU = find_gpu()
 needs_gpu = pytest.mark.skipif(GPU is None, reason="needs an NVIDIA GPU; the CUDA driver finds none here")

@@ -15,7 +15,7 @@ import pytest
 from host_device import HostBackend, HostContext, HostDevice
 
 from arcflow_runtime import EngineError, Pipeline, RequestError
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 
 # Two runs of one float32 graph with another batch differ in summation order: a few units of 2^-24 per layer.

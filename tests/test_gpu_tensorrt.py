@@ -18,17 +18,19 @@ from host_device import HostDevice
 from small_graph import edit_graph, set_external
 
 from arcflow_runtime import BundleError, EngineError, Pipeline, RequestError, cli
-from arcflow_runtime.bundle import Bundle, Range
-from arcflow_runtime.engines import open_backend
+from arcflow_runtime.backends import open_backend
+from arcflow_runtime.build.profiles import make_profiles, parse_sizes
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
+from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.engines import store
+from arcflow_runtime.engines import tensorrt_library as library
+from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
-from arcflow_runtime.engines.tensorrt import TensorRTBackend
+from arcflow_runtime.engines.store import locked_store, write_engine
 from arcflow_runtime.gpu.tensorrt import Options
-from arcflow_runtime.noise import draw_latents
-from arcflow_runtime.trt import library, store
-from arcflow_runtime.trt.gpu import Gpu
-from arcflow_runtime.trt.record import EngineKey, part_key_fields
-from arcflow_runtime.trt.shapes import make_profiles, parse_sizes
-from arcflow_runtime.trt.store import locked_store, write_engine
+from arcflow_runtime.gpu.tensorrt_backend import TensorRTBackend
+from arcflow_runtime.maths.noise import draw_latents
 
 SIZE = {"height": 32, "width": 32, "seed": 1, "output_type": "latents", "max_sequence_length": 16}
 
@@ -45,7 +47,7 @@ def machine(monkeypatch):
     fake_tensorrt.reset()
     changed = {n: replace(x, module="fake_tensorrt") for n, x in library.LIBRARIES.items()}
     changed["tensorrt"] = replace(changed["tensorrt"], major=1)
-    for module in (library, store, sys.modules["arcflow_runtime.engines.tensorrt"]):
+    for module in (library, store, sys.modules["arcflow_runtime.gpu.tensorrt_backend"]):
         monkeypatch.setattr(module, "LIBRARIES", changed)
     monkeypatch.setattr(store, "find_gpu", lambda: Gpu("Host 1", "sm89"))
 

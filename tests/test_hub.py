@@ -14,11 +14,11 @@ import pytest
 from huggingface_hub import close_session, constants, file_download, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled
 
+from arcflow_export.checkpoint.layout import adapter_files, base_files
+from arcflow_export.checkpoint.sources import Location, measure, resolve
 from arcflow_export.commands.sources import quiet_libraries
 from arcflow_export.errors import SourceError
-from arcflow_export.layout import adapter_files, base_files
-from arcflow_export.load import load_student
-from arcflow_export.sources import Location, measure, resolve
+from arcflow_export.student.load import load_student
 from arcflow_runtime import cli
 from tests.hub import ARCFLOW, DECOYS, FLUX, QWEN, SUBFOLDERS, Hub, release
 

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from arcflow_distill.evaluate.flaws import FLAWS, clean_pictures, flawed_pictures
-from arcflow_distill.shapes.judge import FEATURES, Judge, Reading, judge_rates, train_judge
-from arcflow_distill.shapes.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, render, sample
 from arcflow_export.errors import SourceError
+from arcflow_export.images.flaws import FLAWS, clean_pictures, flawed_pictures
+from arcflow_export.images.judge import FEATURES, Judge, Reading, judge_rates, train_judge
+from arcflow_export.images.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, render, sample
 
 
 @pytest.fixture(scope="module")

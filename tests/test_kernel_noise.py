@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arcflow_runtime.gpu.kernels import NoiseShape, launch_constants
-from arcflow_runtime.noise import _box_muller, draw_latents, streams
+from arcflow_runtime.maths.noise import _box_muller, draw_latents, streams
 from tests.kernel_source import DTYPES, STORED, Guarded, OnDevice, narrow, pointer
 
 

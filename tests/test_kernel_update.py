@@ -14,7 +14,7 @@ import pytest
 
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.kernels import UpdateShape, geometry, kernel_name
-from arcflow_runtime.update import update
+from arcflow_runtime.maths.update import update
 from tests.kernel_source import DTYPES, STORED, Guarded, OnDevice, narrow, pointer, widen
 
 EPS = 2.0**-24  # half a unit in the last place of float32

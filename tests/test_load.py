@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from arcflow_export.errors import SourceError
-from arcflow_export.export import plan_export
+from arcflow_export.export.export import plan_export
 from arcflow_export.options import Options
 from tests.checkpoints import Sizes, make_adapter, make_base, open_student
 from tests.conftest import golden_student
@@ -116,8 +116,8 @@ def test_missing_component(root):
 
 
 def test_missing_tokenizer(root, tmp_path):
-    from arcflow_export.load import tokenizer_folders
-    from arcflow_export.tokenizer import export_tokenizer
+    from arcflow_export.checkpoint.tokenizer import export_tokenizer
+    from arcflow_export.student.load import tokenizer_folders
 
     shutil.rmtree(root / "base" / "tokenizer_2")
     folder = tokenizer_folders(open_student(root))["tokenizer_2"]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
 
-from arcflow_export.lower import lower
+from arcflow_export.graph.lower import lower
 
 aten = torch.ops.aten
 #: Some of what torch.onnx has no converter for.

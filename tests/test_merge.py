@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from arcflow_export import merge
-from arcflow_export.adapter import LoraPair
+from arcflow_export.checkpoint import merge
+from arcflow_export.checkpoint.adapter import LoraPair
+from arcflow_export.checkpoint.merge import MergedWeights, PlainWeights, cast
+from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import SourceError
-from arcflow_export.merge import MergedWeights, PlainWeights, cast
-from arcflow_export.tensors import TensorIndex
 
 OUT, IN, RANK = 48, 40, 8
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.noise import draw_latents, pack, randn
+from arcflow_runtime.maths.noise import draw_latents, pack, randn
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -59,7 +59,7 @@ def test_randn_is_torch_bit_for_bit():
 
 def test_randn_covers_every_uniform_near_the_edges():
     # Uniforms 0 (log 1 = 0, angle 0) are rare in a stream, so the transform is given them.
-    from arcflow_runtime.noise import _box_muller
+    from arcflow_runtime.maths.noise import _box_muller
 
     u = np.zeros(16, np.float32)
     out = _box_muller(u)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arcflow_export import memory, student
+from arcflow_export.checkpoint.sources import Location
 from arcflow_export.errors import SourceError
-from arcflow_export.offload import DiskWeights
 from arcflow_export.options import PARTS
-from arcflow_export.sources import Location
-from arcflow_export.student import TorchStudent, pack
+from arcflow_export.student import memory
+from arcflow_export.student import reference as student
+from arcflow_export.student.offload import DiskWeights
+from arcflow_export.student.reference import TorchStudent, pack
 from tests.checkpoints import Sizes, make_adapter, make_base, make_style, open_student
 from tests.conftest import FAMILIES, golden_student
 
@@ -63,7 +64,7 @@ def assert_equal(first: TorchStudent, second: TorchStudent) -> None:
     arguments = (x, torch.tensor(0.7), states, pooled, 64, 48, 3.5)
     for mine, theirs in zip(first.predict(*arguments), second.predict(*arguments), strict=True):
         assert torch.equal(mine, theirs) and torch.isfinite(mine).all()
-    mine, theirs = (drawn.draw(PROMPT, 64, 48, 2, 5, max_sequence_length=LENGTH) for drawn in (first, second))
+    mine, theirs = (drawn.generate(PROMPT, 64, 48, 2, 5, max_sequence_length=LENGTH) for drawn in (first, second))
     assert all(torch.equal(a, b) for a, b in zip(mine.steps, theirs.steps, strict=True))
     assert torch.equal(mine.images, theirs.images)
     assert on_disk(second) == before

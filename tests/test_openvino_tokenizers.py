@@ -15,10 +15,10 @@ from fake_bundle import list_files, make_bundle, write_manifest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from arcflow_runtime import Bundle, cli
+from arcflow_runtime.build.tokenizers import build, graph
+from arcflow_runtime.build.tokenizers.probes import different_prompts, probe_prompts
+from arcflow_runtime.disk.tokenizer_record import read_record
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.openvino import build, graph
-from arcflow_runtime.openvino.probes import different_prompts, probe_prompts
-from arcflow_runtime.openvino.record import read_record
 
 pytest.importorskip("openvino_tokenizers")
 
@@ -259,7 +259,7 @@ def test_what_has_no_counterpart_is_refused():
 
 def test_needs_neither_torch_nor_transformers():
     code = (
-        "import json, sys; from arcflow_runtime.openvino.graph import build_graph;"
+        "import json, sys; from arcflow_runtime.build.tokenizers.graph import build_graph;"
         "from tokenizers import Tokenizer, models;"
         "build_graph(json.loads(Tokenizer(models.Unigram([('a', 0.0)], 0, False)).to_str()), 'x');"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"

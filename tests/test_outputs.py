@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from arcflow_export.drift.folder import check_report
+from arcflow_export.drift.write_report import check_report
 from arcflow_export.errors import ExportError
-from arcflow_export.staging import check_out
+from arcflow_export.export.staging import check_out
 from arcflow_runtime import cli
+from arcflow_runtime.disk.outputs import check_file, check_writable
 from arcflow_runtime.errors import EngineError, RequestError
-from arcflow_runtime.outputs import check_file, check_writable
 from tests.fake_bundle import make_bundle
 
 NOWHERE = "/proc/x.png cannot be written (No such file or directory); give another place"
@@ -138,8 +138,8 @@ def compared(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("arcflow_export.drift.folder.write_report", fail)
-    monkeypatch.setattr("arcflow_export.drift.folder.write_json", fail)
+    monkeypatch.setattr("arcflow_export.drift.write_report.write_report", fail)
+    monkeypatch.setattr("arcflow_export.drift.write_report.write_json", fail)
     bundle = make_bundle(tmp_path / "bundle")
     size = ["--height", "64", "--width", "64", "--limit", "1"]
     return lambda *more: cli.main(["verify", str(bundle), "--against", str(bundle), *size, *map(str, more)])

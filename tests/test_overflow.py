@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
-from arcflow_export.keep import FLOAT16_MAX
-from arcflow_export.overflow import _only_softmax, _remedy, _watch, _widened
+from arcflow_export.student.keep import FLOAT16_MAX
+from arcflow_export.verify.overflow import _only_softmax, _remedy, _watch, _widened
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.errors import EngineError
 from tests.checkpoints import open_student
@@ -72,7 +72,7 @@ def test_an_overflowing_layer_is_named_and_kept(root, capsys):
 
 def test_advice():
     from arcflow_export.commands.verify import _advice
-    from arcflow_export.verify import Row
+    from arcflow_export.verify.verify import Row
 
     row = Row(0, "backbone: reach into float16", 2.0, 1.0, "a.b", ("a.b", "c"))
     assert not row.passed

@@ -11,8 +11,8 @@ import pytest
 from fake_bundle import MODULATION, FakeBackend, edit_manifest, make_bundle
 
 from arcflow_runtime import BundleError, EngineError, Pipeline, RequestError
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.noise import draw_latents
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.maths.noise import draw_latents
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def test_the_runtime_imports_no_torch():
         "assert 'numpy' not in sys.modules\n"
         "from arcflow_runtime import Pipeline\n"
         "import arcflow_runtime.engines.onnxruntime\n"
-        "import arcflow_runtime.trt.plan, arcflow_runtime.trt.store\n"
+        "import arcflow_runtime.build.plan, arcflow_runtime.engines.store\n"
         "bad = {'torch', 'diffusers', 'transformers', 'onnx', 'scipy'} & sys.modules.keys()\n"
         "assert not bad, bad"
     )

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from arcflow_export.bake import bake_modulation
-from arcflow_export.cast import cast_linears, keep_float32
-from arcflow_export.export import plan_export
-from arcflow_export.keep import ATTENTION_INPUTS, FLOAT16_MAX
+from arcflow_export.export.bake import bake_modulation
+from arcflow_export.export.export import plan_export
 from arcflow_export.options import Options
-from arcflow_export.student import round_randomly
-from arcflow_export.verify import Case, _bound, verify_bundle
+from arcflow_export.student.cast import cast_linears, keep_float32
+from arcflow_export.student.keep import ATTENTION_INPUTS, FLOAT16_MAX
+from arcflow_export.student.reference import round_randomly
+from arcflow_export.verify.verify import Case, _bound, verify_bundle
 from arcflow_runtime import cli
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.rounding import round_to
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.maths.dtypes import round_to
 from tests.conftest import GOLDEN, golden_student
 
 FLUX = ["--base", str(GOLDEN / "flux-tiny" / "base"), "--adapter", str(GOLDEN / "flux-tiny" / "adapter")]
@@ -178,7 +178,7 @@ def test_refused(capsys, tmp_path, student, arguments, message):
 
 
 def test_scales_keep_what_comes_near_the_limit(capsys, tmp_path):
-    scales = pytest.importorskip("arcflow_calibration.scales", reason="the calibration package is not here")
+    scales = pytest.importorskip("arcflow_export.formats.scales", reason="the calibration package is not here")
     student = golden_student("flux-tiny")
     base, adapter, loras = student.sources
     limit = FLOAT16_MAX / 2

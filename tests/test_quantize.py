@@ -17,13 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from arcflow_calibration.errors import CalibrationError
-from arcflow_export.errors import QuantizeError
+from arcflow_export.errors import CalibrationError, QuantizeError
+from arcflow_export.export.write import initializer_name
+from arcflow_export.formats.policy import load_policy
 from arcflow_export.models.layers import MatMul, parameters
 from arcflow_export.quantize import quantize as quantize_module
-from arcflow_export.quantize.policy import load_policy
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
-from arcflow_export.write import initializer_name
 from arcflow_runtime import Bundle, Pipeline, cli
 from arcflow_runtime.errors import BundleError
 from tests.conftest import golden_student

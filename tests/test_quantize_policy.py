@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from arcflow_export.errors import QuantizeError
-from arcflow_export.quantize.policy import DEFAULT_PRESETS, PartPolicy, load_policy, presets, select
+from arcflow_export.formats.policy import DEFAULT_PRESETS, PartPolicy, load_policy, presets, select
 from tests.fp8 import write_policy
 
 NAMES = [

@@ -5,7 +5,7 @@ import pytest
 from fake_bundle import FakeBackend, make_bundle
 
 from arcflow_runtime import Pipeline, RequestError
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 
 
 def open_fake(root):

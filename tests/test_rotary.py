@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from arcflow_runtime.bundle import Rotary
-from arcflow_runtime.rotary import image_rotary, text_rotary
+from arcflow_runtime.disk.manifest import Rotary
+from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 
 SIZES = [(4, 4), (6, 4), (5, 7), (1, 1), (64, 48)]
 RELEASED = {"flux": Rotary(10000.0, (16, 56, 56)), "qwen-image": Rotary(10000.0, (16, 56, 56))}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from arcflow_export.runs_on import RunsOn, runs_on
-from arcflow_runtime.bundle import Bundle
+from arcflow_export.export.runs_on import RunsOn, runs_on
+from arcflow_runtime.disk.bundle import Bundle
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from arcflow_runtime.bundle import Schedule
+from arcflow_runtime.disk.manifest import Schedule
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.rounding import round_to
-from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from arcflow_runtime.maths.dtypes import round_to
+from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
 
 RELEASED = Schedule(3.2, 1.0, 2)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from arcflow_distill.shapes import scenes as sc
 from arcflow_distill.shapes.loop import Average, Muon, rate
 from arcflow_distill.shapes.teacher import Captions, pack
 from arcflow_distill.shapes.tokenizers import captions, clip_tokenizer, t5_tokenizer
 from arcflow_distill.shapes.vae import build, encode
+from arcflow_export.images import scenes as sc
 from arcflow_runtime import cli
 
 

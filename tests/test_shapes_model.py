@@ -13,14 +13,13 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
 
-from arcflow_distill.evaluate.cases import draw_cases
-from arcflow_distill.evaluate.scores import to_tensor
-from arcflow_distill.shapes.judge import Judge
-from arcflow_distill.shapes.scenes import MAX_SEQUENCE_LENGTH
 from arcflow_export.commands.verify import PROMPTS
-from arcflow_export.verify import Case, verify_bundle
+from arcflow_export.images.cases import draw_cases
+from arcflow_export.images.judge import Judge, to_tensor
+from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH
+from arcflow_export.verify.verify import Case, verify_bundle
 from arcflow_runtime import Pipeline, cli
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 from tests.conftest import SHAPES, SHAPES_OPTIONS, shapes_student
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcflow_runtime.sheet import CELL_PX, make_sheet
+from arcflow_runtime.generate.sheet import CELL_PX, make_sheet
 
 
 def picture(color: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> Image.Image:

@@ -11,9 +11,9 @@ import time
 import huggingface_hub
 import pytest
 
+from arcflow_export.checkpoint.layout import BASES, adapter_files, base_files, lora_files
+from arcflow_export.checkpoint.sources import Listing, Location, check_present, measure, read_json, resolve
 from arcflow_export.errors import SourceError
-from arcflow_export.layout import BASES, adapter_files, base_files, lora_files
-from arcflow_export.sources import Listing, Location, check_present, measure, read_json, resolve
 
 FLUX = [
     "model_index.json",

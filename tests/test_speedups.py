@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from arcflow_runtime.speedups import compiled
+from arcflow_runtime.maths.speedups import compiled
 
 needs_compiled = pytest.mark.skipif(compiled is None, reason="the runtime was installed without a C++ compiler")
 
@@ -51,9 +51,9 @@ def test_memory_that_cannot_be_written_is_refused():
 def test_the_runtime_works_without_it():
     code = """
 import sys
-sys.modules["arcflow_runtime._speedups"] = None
+sys.modules["arcflow_runtime.maths._speedups"] = None
 import numpy as np
-from arcflow_runtime import noise, speedups, update
+from arcflow_runtime.maths import noise, speedups, update
 assert speedups.compiled is noise.compiled is update.compiled is None
 assert noise.randn(1, (16,)).shape == (16,)
 """

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from arcflow_export import staging
 from arcflow_export.errors import ExportError
-from arcflow_export.export import plan_export
+from arcflow_export.export import staging
+from arcflow_export.export.export import plan_export
+from arcflow_export.export.staging import staged
+from arcflow_export.export.write import write_weights
 from arcflow_export.options import Options
-from arcflow_export.staging import staged
-from arcflow_export.write import write_weights
 from tests.conftest import GOLDEN, golden_student
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import SourceError
-from arcflow_export.tensors import TensorIndex
 
 
 @pytest.fixture
@@ -154,8 +154,8 @@ def test_digest_tells_files_apart(tmp_path):
 
 
 def test_digest_samples_large_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("arcflow_export.tensors._SAMPLES", 4)
-    monkeypatch.setattr("arcflow_export.tensors._SAMPLE_BYTES", 16)
+    monkeypatch.setattr("arcflow_export.checkpoint.tensors._SAMPLES", 4)
+    monkeypatch.setattr("arcflow_export.checkpoint.tensors._SAMPLE_BYTES", 16)
     digests = []
     for value in (0.0, 1.0):
         save_file({"w": torch.full((1000,), value)}, tmp_path / "model.safetensors")

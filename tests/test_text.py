@@ -5,9 +5,10 @@ import pytest
 from fake_bundle import GOLDEN, FakeBackend, edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Pipeline
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import BundleError
-from arcflow_runtime.text import EmbeddingCache, Embeddings, PromptTokenizer
+from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer
 
 PROMPTS = [
     "",

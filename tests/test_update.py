@@ -5,7 +5,7 @@ import pytest
 from fake_bundle import GOLDEN
 from safetensors.numpy import load_file
 
-from arcflow_runtime.update import update, velocity
+from arcflow_runtime.maths.update import update, velocity
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 

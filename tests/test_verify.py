@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
+from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.drift.comparable import check_student
 from arcflow_export.errors import ExportError
-from arcflow_export.tensors import TensorIndex
-from arcflow_export.verify import FLOAT32_BOUND, IMAGE_BOUND
+from arcflow_export.verify.verify import FLOAT32_BOUND, IMAGE_BOUND
 from arcflow_runtime import cli
-from arcflow_runtime.bundle import Bundle, Source
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import Source
 from tests.checkpoints import ADAPTER_FILE, make_style, write_adapter
 from tests.conftest import GOLDEN, golden_student
 from tests.fake_bundle import edit_manifest, make_bundle
@@ -42,7 +43,7 @@ def unchecked(monkeypatch):
 @pytest.fixture
 def nothing_runs(monkeypatch):
     """Whatever is refused is refused before anything is loaded."""
-    monkeypatch.setattr("arcflow_export.verify.verify_bundle", lambda *_: pytest.fail("it must not be run"))
+    monkeypatch.setattr("arcflow_export.verify.verify.verify_bundle", lambda *_: pytest.fail("it must not be run"))
 
 
 def test_float32(float32, capsys):
@@ -184,7 +185,9 @@ def test_default_sizes_are_sizes_of_the_bundle(tmp_path, monkeypatch, largest, s
     monkeypatch.setattr("arcflow_export.commands.verify.open_student", lambda _: student)
     monkeypatch.setattr("arcflow_export.commands.verify.announce", lambda *_: None)
     cases = []
-    monkeypatch.setattr("arcflow_export.verify.verify_bundle", lambda b, s, wanted, p: cases.extend(wanted) or [])
+    monkeypatch.setattr(
+        "arcflow_export.verify.verify.verify_bundle", lambda b, s, wanted, p: cases.extend(wanted) or []
+    )
     assert cli.main(["verify", str(bundle), "--base", "x", "--adapter", "y"]) == 0
     assert {(case.height, case.width) for case in cases} == {size}
 

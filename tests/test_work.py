@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from arcflow_export.costs import Cost, Gate, check_fits, duration, gate_cost, misfit
+from arcflow_export.costs.costs import Cost, Gate, check_fits, duration, gate_cost, misfit
+from arcflow_export.costs.machine import Machine
+from arcflow_export.costs.work import PartWork, bundle_work, call_sizes, graph_flops, part_work
 from arcflow_export.errors import ExportError
-from arcflow_export.machine import Machine
-from arcflow_export.work import PartWork, bundle_work, call_sizes, graph_flops, part_work
-from arcflow_runtime.bundle import Bundle
+from arcflow_runtime.disk.bundle import Bundle
 from tests.conftest import FAMILIES, golden_student
 
 GIB = 1 << 30

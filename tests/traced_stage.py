@@ -7,7 +7,7 @@ from pathlib import Path
 from arcflow_runtime import cli
 
 if sys.argv[1] == "export":
-    from arcflow_export import trace
+    from arcflow_export.graph import trace
     from tests.traces import Traces
 
     trace._convert = Traces(Path(os.environ["TRACES"])).convert

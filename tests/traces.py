@@ -1,4 +1,4 @@
-"""Parts' traces, kept between tests and runs: a part -> what `arcflow_export.trace._convert` makes of it.
+"""Parts' traces, kept between tests and runs: a part -> what `arcflow_export.graph.trace._convert` makes of it.
 
 Tracing takes most of an export's time, and many tests export the same parts. Passes, weights and all that follows run
 for each export. A trace is found by the part's module as pickled, its inputs and outputs, and the code that makes it.
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 import arcflow_distill
 import arcflow_export
-from arcflow_export import passes, trace
+from arcflow_export.graph import passes, trace
 from arcflow_export.models.layers import Part
 
 _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers", "transformers")

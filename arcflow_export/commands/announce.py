@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..costs import Cost
-    from ..machine import Machine
+    from arcflow_export.costs.costs import Cost
+    from arcflow_export.costs.machine import Machine
 
 #: Below this nobody waits for a measurement of the machine.
 _SHORT_S = 60.0
@@ -34,8 +34,8 @@ def announce(cost_of: Callable[[Machine], Cost], folder: Path, anyway: bool) -> 
     Raises:
         ExportError: it cannot fit.
     """
-    from ..costs import check_fits
-    from ..machine import measure, typical
+    from arcflow_export.costs.costs import check_fits
+    from arcflow_export.costs.machine import measure, typical
 
     machine = typical(folder)
     cost = cost_of(machine)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..pipeline.stages import Job
+    from arcflow_export.pipeline.stages import Job
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -52,8 +52,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile."""
-    from ..pipeline.check import check_job
-    from ..pipeline.run import Run
+    from arcflow_export.pipeline.check import check_job
+    from arcflow_export.pipeline.run import Run
 
     job = read_job(args)
     check_job(job)
@@ -79,10 +79,9 @@ def read_job(args: argparse.Namespace) -> Job:
         RequestError: an option is out of range.
         SourceError: the student file is missing or wrong.
     """
+    from arcflow_export.pipeline.stages import Job
+    from arcflow_export.pipeline.students import load_student_file
     from arcflow_runtime.errors import RequestError
-
-    from ..pipeline.stages import Job
-    from ..pipeline.students import load_student_file
 
     if args.limit is not None and args.limit < 1:
         raise RequestError(f"--limit must be at least 1, got {args.limit}")

@@ -10,10 +10,10 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .sources import add_source_arguments
+from arcflow_export.commands.sources import add_source_arguments
 
 if TYPE_CHECKING:
-    from ..sources import Choose, Location
+    from arcflow_export.checkpoint.sources import Choose, Location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Download and print where everything is."""
     from huggingface_hub.utils import logging
 
-    from ..sources import measure, resolve
+    from arcflow_export.checkpoint.sources import measure, resolve
 
     logging.set_verbosity_error()
     wanted = _wanted(args)
@@ -58,17 +58,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _wanted(args: argparse.Namespace) -> list[tuple[str, Location, Choose]]:
+    from arcflow_export.checkpoint.layout import adapter_files, base_files, lora_files
+    from arcflow_export.checkpoint.sources import Location
     from arcflow_runtime.errors import RequestError
-
-    from ..layout import adapter_files, base_files, lora_files
-    from ..sources import Location
 
     wanted: list[tuple[str, Any, Any]] = [
         ("base checkpoint", Location(args.base, args.base_subfolder, args.base_revision, args.offline), base_files),
         ("adapter", Location(args.adapter, args.adapter_subfolder, args.adapter_revision, args.offline), adapter_files),
     ]
     if args.lora:
-        from ..styles import parse_lora  # it imports torch
+        from arcflow_export.checkpoint.styles import parse_lora  # it imports torch
 
         try:
             names = [parse_lora(text)[0] for text in args.lora]

@@ -9,19 +9,17 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcflow_runtime.engines import BACKENDS
+from arcflow_export.commands.announce import add_anyway, announce
+from arcflow_export.drift.cases import LIMIT, LIMIT_WITH_JUDGE
+from arcflow_export.errors import ExportError
+from arcflow_runtime.backends import BACKENDS
+from arcflow_runtime.disk.outputs import check_file
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.outputs import check_file
-
-from ..errors import ExportError
-from .announce import add_anyway, announce
 
 if TYPE_CHECKING:
-    from ..drift.compare import Pictures
-    from ..drift.report import Report
+    from arcflow_export.drift.compare import Pictures
+    from arcflow_export.drift.report import Report
 
-#: Prompts without and with a judge: of 256 pairs a drop of two points is two standard errors, of 1,024 four
-LIMIT, LIMIT_WITH_JUDGE = 32, 1024
 _GENERAL, _SHAPES = "general", "shapes"
 
 
@@ -61,13 +59,12 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_drift(args: argparse.Namespace) -> int:
     """Compare, print and write; 1 where a threshold does not hold."""
-    from arcflow_runtime.bundle import Bundle
-    from arcflow_runtime.request import check_request
-
-    from ..drift.cases import Scene, read_cases
-    from ..drift.comparable import check_comparable
-    from ..drift.folder import check_report
-    from ..quantize.policy import DEFAULT_PRESETS, load_policy
+    from arcflow_export.drift.cases import Scene, read_cases
+    from arcflow_export.drift.comparable import check_comparable
+    from arcflow_export.drift.write_report import check_report
+    from arcflow_export.formats.policy import DEFAULT_PRESETS, load_policy
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.generate.request import check_request
 
     if args.report is not None:
         check_report(args.report)
@@ -98,11 +95,11 @@ def run_drift(args: argparse.Namespace) -> int:
     limit = args.limit if args.limit is not None else (LIMIT_WITH_JUDGE if args.judge else LIMIT)
     from tqdm import tqdm
 
-    from ..costs import gate_cost
-    from ..drift.compare import Plan, compare
-    from ..drift.cost import gate_work
-    from ..drift.engines import Engines
-    from .sources import quiet_libraries
+    from arcflow_export.commands.sources import quiet_libraries
+    from arcflow_export.costs.costs import gate_cost
+    from arcflow_export.drift.compare import Plan, compare
+    from arcflow_export.drift.cost import gate_work
+    from arcflow_export.drift.engines import Engines
 
     quiet_libraries()
     cases = read_cases(name, limit, args.seed)
@@ -130,7 +127,7 @@ def run_drift(args: argparse.Namespace) -> int:
 
 def _keep(args: argparse.Namespace, report: Report, pictures: Pictures) -> None:
     """Write the files and print the result, which is printed whatever happens to the files."""
-    from ..drift.folder import as_json, write_json, write_report
+    from arcflow_export.drift.write_report import as_json, write_json, write_report
 
     files: dict[str, Callable[[], None]] = {}
     if args.report is not None:

@@ -16,18 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
-from .announce import add_anyway, announce
-from .bars import Bars
-from .sources import add_source_arguments, open_student, quiet_libraries
+from arcflow_export.commands.announce import add_anyway, announce
+from arcflow_export.commands.bars import Bars
+from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
+from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
 
 if TYPE_CHECKING:
-    from arcflow_runtime.bundle import DType
-
-    from ..costs import Cost
-    from ..export import Plan
-    from ..load import Student
-    from ..machine import Machine
+    from arcflow_export.costs.costs import Cost
+    from arcflow_export.costs.machine import Machine
+    from arcflow_export.export.export import Plan
+    from arcflow_export.student.load import Student
+    from arcflow_runtime.disk.manifest import DType
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,13 +99,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export the bundle."""
-    from ..staging import check_out
+    from arcflow_export.export.staging import check_out
 
     options = _options(args)
     if not args.dry_run:
         check_out(args.out, args.overwrite)
     quiet_libraries()
-    from ..export import export_bundle, plan_export
+    from arcflow_export.export.export import export_bundle, plan_export
 
     student = open_student(args)
     if args.scales is not None:
@@ -123,9 +122,8 @@ def run(args: argparse.Namespace) -> int:
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     with Bars() as bars:
         out = export_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
-    from arcflow_runtime.bundle import Bundle
-
-    from ..runs_on import runs_on
+    from arcflow_export.export.runs_on import runs_on
+    from arcflow_runtime.disk.bundle import Bundle
 
     found = runs_on(Bundle.open(out))
     if args.json:
@@ -142,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cost(plan: Plan, machine: Machine) -> Cost:
-    from ..costs import export_cost
-    from ..work import PartWork
+    from arcflow_export.costs.costs import export_cost
+    from arcflow_export.costs.work import PartWork
 
     student = plan.student
     parts = {
@@ -153,7 +151,7 @@ def _cost(plan: Plan, machine: Machine) -> Cost:
 
 
 def _steps(text: str) -> tuple[int, ...]:
-    from arcflow_runtime.request import MAX_INFERENCE_STEPS
+    from arcflow_runtime.generate.request import MAX_INFERENCE_STEPS
 
     try:
         steps = tuple(dict.fromkeys(int(n) for n in text.split(",")))
@@ -224,9 +222,8 @@ def _precision(texts: list[str]) -> tuple[tuple[str, DType], ...]:
 
 def _with_measured(options: Options, scales: Path, student: Student) -> Options:
     """The options with the layers added that a file of scales shows to come near float16's limit."""
+    from arcflow_export.student.keep import measured
     from arcflow_runtime.errors import RequestError
-
-    from ..keep import measured
 
     if "float16" not in map(options.part_dtype, PARTS):
         raise RequestError("--scales: no part is in float16, so nothing can overflow; leave it out")

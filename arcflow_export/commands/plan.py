@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 
-from .compile import add_job_arguments, read_job
+from arcflow_export.commands.compile import add_job_arguments, read_job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     job = read_job(args)
-    from ..costs import misfit
-    from ..machine import measure
-    from ..pipeline.forecast import forecast
-    from .sources import quiet_libraries
+    from arcflow_export.commands.sources import quiet_libraries
+    from arcflow_export.costs.costs import misfit
+    from arcflow_export.costs.machine import measure
+    from arcflow_export.pipeline.forecast import forecast
 
     quiet_libraries()
     folder = next(p for p in (job.out.absolute(), *job.out.absolute().parents) if p.is_dir())

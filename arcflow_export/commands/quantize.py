@@ -15,17 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import QuantizeError
-from .announce import add_anyway, announce
-from .bars import Bars
+from arcflow_export.commands.announce import add_anyway, announce
+from arcflow_export.commands.bars import Bars
+from arcflow_export.errors import QuantizeError
 
 if TYPE_CHECKING:
-    from arcflow_runtime.bundle import Bundle
-
-    from ..costs import Cost
-    from ..machine import Machine
-    from ..quantize.coverage import Coverage
-    from ..quantize.quantize import Plan
+    from arcflow_export.costs.costs import Cost
+    from arcflow_export.costs.machine import Machine
+    from arcflow_export.quantize.coverage import Coverage
+    from arcflow_export.quantize.quantize import Plan
+    from arcflow_runtime.disk.bundle import Bundle
 
 _SHOWN = 8
 
@@ -45,10 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantise the bundle and print what is covered."""
-    from arcflow_runtime.bundle import Bundle
-    from arcflow_runtime.request import check_request
-
-    from ..staging import check_out
+    from arcflow_export.export.staging import check_out
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.generate.request import check_request
 
     bundle = Bundle.open(args.bundle)
     m = bundle.manifest
@@ -57,11 +55,10 @@ def run(args: argparse.Namespace) -> int:
         raise QuantizeError(f"--out: {args.out} is the bundle itself; give another name")
     check_out(args.out, args.overwrite)
 
-    from arcflow_calibration.scales import Scales
-
-    from ..quantize.coverage import cover_part
-    from ..quantize.policy import DEFAULT_PRESETS, load_policy
-    from ..quantize.quantize import plan_quantization, quantize_bundle
+    from arcflow_export.formats.policy import DEFAULT_PRESETS, load_policy
+    from arcflow_export.formats.scales import Scales
+    from arcflow_export.quantize.coverage import cover_part
+    from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 
     policy = load_policy(args.policy or DEFAULT_PRESETS[m.family])
     plan = plan_quantization(bundle, Scales.load(args.scales), policy)
@@ -83,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cost(plan: Plan, machine: Machine) -> Cost:
-    from ..costs import quantize_cost
-    from ..work import PartWork
+    from arcflow_export.costs.costs import quantize_cost
+    from arcflow_export.costs.work import PartWork
 
     files = plan.bundle.manifest.files
     parts, chosen = {}, {}

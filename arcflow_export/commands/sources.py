@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..load import Student
+    from arcflow_export.student.load import Student
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -54,11 +54,10 @@ def open_student(args: argparse.Namespace) -> Student:
         RequestError: --lora is malformed.
         SourceError: anything is missing, damaged or does not fit.
     """
+    from arcflow_export.checkpoint.sources import Location
+    from arcflow_export.checkpoint.styles import parse_lora
+    from arcflow_export.student.load import load_student
     from arcflow_runtime.errors import RequestError
-
-    from ..load import load_student
-    from ..sources import Location
-    from ..styles import parse_lora
 
     try:
         loras = [parse_lora(text) for text in args.lora]

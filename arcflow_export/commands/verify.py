@@ -19,21 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arcflow_export.commands.announce import announce
+from arcflow_export.commands.drift import add_drift_arguments, run_drift
+from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
+from arcflow_export.errors import SourceError
 from arcflow_runtime.errors import RequestError
 
-from ..errors import SourceError
-from .announce import announce
-from .drift import add_drift_arguments, run_drift
-from .sources import add_source_arguments, open_student, quiet_libraries
-
 if TYPE_CHECKING:
-    from arcflow_runtime.bundle import Bundle, Range
-    from arcflow_runtime.request import Request
-
-    from ..costs import Cost
-    from ..load import Student
-    from ..machine import Machine
-    from ..verify import Row
+    from arcflow_export.costs.costs import Cost
+    from arcflow_export.costs.machine import Machine
+    from arcflow_export.student.load import Student
+    from arcflow_export.verify.verify import Row
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.disk.manifest import Range
+    from arcflow_runtime.generate.request import Request
 
 HEIGHT_PX, WIDTH_PX = 64, 96
 PROMPTS = ("a large red circle on a blue background", "portrait of an old sailor, oil painting, detailed")
@@ -77,8 +76,8 @@ def _check_mode(args: argparse.Namespace) -> None:
 
 def _run_torch(args: argparse.Namespace) -> int:
     """Compare with the torch student."""
-    from arcflow_runtime.bundle import Bundle
-    from arcflow_runtime.request import check_request
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.generate.request import check_request
 
     bundle = Bundle.open(args.bundle)
     if quantised := [name for name, part in bundle.manifest.parts.items() if part.quantization is not None]:
@@ -94,8 +93,8 @@ def _run_torch(args: argparse.Namespace) -> int:
     quiet_libraries()
     from tqdm import tqdm
 
-    from ..drift.comparable import check_student
-    from ..verify import Case, as_dict, verify_bundle
+    from arcflow_export.drift.comparable import check_student
+    from arcflow_export.verify.verify import Case, as_dict, verify_bundle
 
     student = open_student(args)
     if student.family != bundle.manifest.family:
@@ -130,9 +129,9 @@ def _run_torch(args: argparse.Namespace) -> int:
 
 
 def _cost(bundle: Bundle, student: Student, request: Request, cases: int, machine: Machine) -> Cost:
-    from ..costs import verify_cost
-    from ..verify import RUNS
-    from ..work import call_sizes, part_work
+    from arcflow_export.costs.costs import verify_cost
+    from arcflow_export.costs.work import call_sizes, part_work
+    from arcflow_export.verify.verify import RUNS
 
     steps = request.num_inference_steps
     sizes = call_sizes(request.height_px, request.width_px, bundle.manifest.text.max_sequence_length, steps)

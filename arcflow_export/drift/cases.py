@@ -9,6 +9,8 @@ from arcflow_runtime.errors import RequestError
 
 #: Captions of shapes, the only set whose named words a judge can look for.
 SHAPES = "shapes"
+#: Prompts without and with a judge: of 256 pairs a drop of two points is two standard errors, of 1,024 four.
+LIMIT, LIMIT_WITH_JUDGE = 32, 1024
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def read_cases(name: str, limit: int, seed: int) -> tuple[Case, ...]:
 
     Args:
         name: "shapes", whose captions are drawn from `seed` and name what they show; another preset of
-            `arcflow_calibration.prompts`; or a file with one prompt per line.
+            `arcflow_export.formats.prompts`; or a file with one prompt per line.
         limit: how many.
         seed: of the noise, and of the captions of shapes.
 
@@ -49,11 +51,11 @@ def read_cases(name: str, limit: int, seed: int) -> tuple[Case, ...]:
     if not 0 <= seed < 2**32:
         raise RequestError(f"--seed must be between 0 and 2**32 - 1, got {seed}")
     if name == SHAPES:
-        from arcflow_distill.evaluate.cases import draw_cases
+        from arcflow_export.images.cases import draw_cases
 
         drawn = draw_cases(max(limit, 2), seed)
         rows = zip(drawn.captions, drawn.seeds, drawn.words, strict=True)
         return tuple(Case(caption, s, words) for caption, s, words in rows)[:limit]
-    from arcflow_calibration.prompts import read_prompts
+    from arcflow_export.formats.prompts import read_prompts
 
     return tuple(Case(text, seed + i) for i, text in enumerate(read_prompts(name, limit).texts))

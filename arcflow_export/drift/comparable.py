@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from arcflow_runtime.bundle import Bundle, FileEntry, Manifest, Source
-
-from ..errors import ExportError
+from arcflow_export.errors import ExportError
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import FileEntry, Manifest, Source
 
 #: Base, adapter and LoRAs of a student, as provenance records them.
 Sources = tuple[Source, Source, tuple[Source, ...]]

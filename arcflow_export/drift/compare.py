@@ -14,24 +14,23 @@ from pathlib import Path
 
 import numpy as np
 
-from arcflow_distill.evaluate.statistics import Interval
-from arcflow_runtime.bundle import Bundle
-
-from ..blocks import BlockEngine
-from ..emulate import load_graph
-from ..errors import ExportError
-from . import gate
-from .cases import Case, Scene
-from .comparable import check_comparable
-from .compare_cases import CaseErrors, EndToEnd, Progress, compare_cases
-from .graphs import quantized_layers
-from .judged import Judged, check_judge, judge_pictures
-from .layers import LayerDrift, drift_of_layers
-from .measures import mean
-from .report import GROUPS, Measure, Report, shown_places
-from .sensitivity import PROMPTS, Kind, Sensitivity, measure_sensitivity
-from .stages import Stages
-from .thresholds import Thresholds
+from arcflow_export.drift import gate
+from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.comparable import check_comparable
+from arcflow_export.drift.compare_cases import CaseErrors, EndToEnd, Progress, compare_cases
+from arcflow_export.drift.graphs import quantized_layers
+from arcflow_export.drift.judged import Judged, check_judge, judge_pictures
+from arcflow_export.drift.layers import LayerDrift, drift_of_layers
+from arcflow_export.drift.measures import mean
+from arcflow_export.drift.report import GROUPS, Measure, Report, shown_places
+from arcflow_export.drift.sensitivity import PROMPTS, Kind, Sensitivity, measure_sensitivity
+from arcflow_export.drift.stages import Stages
+from arcflow_export.emulate.blocks import BlockEngine
+from arcflow_export.emulate.emulate import load_graph
+from arcflow_export.errors import ExportError
+from arcflow_export.formats.thresholds import Thresholds
+from arcflow_export.images.statistics import Interval
+from arcflow_runtime.disk.bundle import Bundle
 
 #: What may be kept of the cases that are compared together: heads, text states and what passes between pieces.
 KEPT_BYTES = 1 << 30
@@ -195,7 +194,7 @@ def _sensitivity(
     stages = Stages(reference, some, scene, candidate.manifest.reference_dtype)
     encoded = stages.encode()
     batches = stages.batches(encoded, stages.modulation(encoded.pooled))
-    trajectory = stages.draw(batches)
+    trajectory = stages.generate(batches)
     return measure_sensitivity(
         reference,
         candidate,

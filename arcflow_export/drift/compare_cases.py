@@ -13,14 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
-from arcflow_runtime.bundle import Bundle
-
-from ..errors import ExportError
-from .cases import Case, Scene
-from .comparable import same_parts
-from .layers import LayerErrors, measure_layers
-from .measures import gmsd, psnr_db, relative_error
-from .stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict
+from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.comparable import same_parts
+from arcflow_export.drift.layers import LayerErrors, measure_layers
+from arcflow_export.drift.measures import gmsd, psnr_db, relative_error
+from arcflow_export.drift.stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict
+from arcflow_export.errors import ExportError
+from arcflow_runtime.disk.bundle import Bundle
 
 #: Called as the stage named goes on, with how much of it is done and its total.
 Progress = Callable[[str, int, int], None]
@@ -52,7 +51,7 @@ class CaseErrors:
 class EndToEnd(Protocol):
     """Draws the cases with the candidate's engines in place of its graphs."""
 
-    def draw(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
+    def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
         """Latents [n, N, C] float32 after every step, and pictures [n, H, W, 3] uint8."""
         ...
 
@@ -97,12 +96,12 @@ def compare_cases(
     alike = own_text is text and np.array_equal(own, modulation)
     own_batches = batches if alike else ours.batches(own_text, own)
     steps = scene.num_inference_steps
-    trajectory = theirs.draw(batches, _counter(progress, "reference", steps * len(batches)))
+    trajectory = theirs.generate(batches, _counter(progress, "reference", steps * len(batches)))
     ends, heads = _backbone(ours, batches, own_batches, trajectory, engines is None, progress)
     values |= heads
     own_pictures = None
     if engines is not None:
-        ends, own_pictures = engines.draw(cases)
+        ends, own_pictures = engines.generate(cases)
     for step, x in enumerate(ends):
         errors = relative_error(x, trajectory.latents[step + 1])
         values[Quantity("end to end", "latents", _RELATIVE, step)] = errors

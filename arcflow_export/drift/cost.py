@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from arcflow_runtime.bundle import Bundle
-
-from ..costs import Gate
-from ..emulate import load_graph
-from ..work import PartWork, bundle_work, call_sizes, node_flops
-from .cases import Scene
-from .comparable import same_parts
-from .compare import kept_bytes
-from .graphs import linears
+from arcflow_export.costs.costs import Gate
+from arcflow_export.costs.work import PartWork, bundle_work, call_sizes, node_flops
+from arcflow_export.drift.cases import Scene
+from arcflow_export.drift.comparable import same_parts
+from arcflow_export.drift.compare import kept_bytes
+from arcflow_export.drift.graphs import linears
+from arcflow_export.emulate.emulate import load_graph
+from arcflow_runtime.disk.bundle import Bundle
 
 
 def gate_work(

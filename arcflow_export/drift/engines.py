@@ -7,10 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from arcflow_runtime.bundle import Bundle
-from arcflow_runtime.pipeline import Pipeline
-
-from .cases import Case, Scene
+from arcflow_export.drift.cases import Case, Scene
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.generate.pipeline import Pipeline
 
 
 class Engines:
@@ -21,7 +20,7 @@ class Engines:
 
         Args:
             bundle: the candidate.
-            backend: a key of `arcflow_runtime.engines.BACKENDS`.
+            backend: a key of `arcflow_runtime.backends.BACKENDS`.
             scene: what every case is drawn with.
 
         Raises:
@@ -30,7 +29,7 @@ class Engines:
         self._pipeline = Pipeline.load(bundle.root, backend=backend)
         self._scene = scene
 
-    def draw(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
+    def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
         """Latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         s, rows = self._scene, []
         images = []

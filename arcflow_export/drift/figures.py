@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from .layers import LayerDrift
-from .thresholds import Thresholds
+from arcflow_export.drift.layers import LayerDrift
+from arcflow_export.formats.thresholds import Thresholds
 
 #: By how much differences are amplified.
 AMPLIFIED = 8

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arcflow_distill.evaluate.statistics import Interval
-
-from .layers import LayerDrift
-from .thresholds import Thresholds, times
+from arcflow_export.drift.layers import LayerDrift
+from arcflow_export.formats.thresholds import Thresholds, times
+from arcflow_export.images.statistics import Interval
 
 #: Layers named when a threshold is passed.
 SHOWN = 3

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from arcflow_distill.evaluate.statistics import Interval
+from arcflow_export.drift.cases import SHAPES, Case, Scene
+from arcflow_export.drift.measures import mean
+from arcflow_export.images.statistics import Interval
 from arcflow_runtime.errors import RequestError
-
-from .cases import SHAPES, Case, Scene
-from .measures import mean
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def check_judge(cases: Sequence[Case], scene: Scene) -> None:
     Raises:
         RequestError: the prompts do not say what they name, or the pictures are of another size.
     """
-    from arcflow_distill.shapes.scenes import RESOLUTION
+    from arcflow_export.images.scenes import RESOLUTION
 
     if any(case.words is None for case in cases):
         raise RequestError(f"--judge needs --prompts {SHAPES}, whose captions say what they name")
@@ -61,8 +60,7 @@ def judge_pictures(folder: Path, cases: Sequence[Case], reference: np.ndarray, c
     Raises:
         SourceError: the judge is missing or damaged.
     """
-    from arcflow_distill.evaluate.scores import to_tensor
-    from arcflow_distill.shapes.judge import Judge
+    from arcflow_export.images.judge import Judge, to_tensor
 
     judge = Judge.load(folder)
     words = [case.words or {} for case in cases]

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_runtime.bundle import Bundle
-
-from ..blocks import BlockEngine
-from ..emulate import load_graph
-from .graphs import E4M3_MAX, Linear, add_initializer, linears
-from .measures import root_ratio
-from .thresholds import Thresholds, times
+from arcflow_export.drift.graphs import E4M3_MAX, Linear, add_initializer, linears
+from arcflow_export.drift.measures import root_ratio
+from arcflow_export.emulate.blocks import BlockEngine
+from arcflow_export.emulate.emulate import load_graph
+from arcflow_export.formats.thresholds import Thresholds, times
+from arcflow_runtime.disk.bundle import Bundle
 
 #: An input beyond this many times a scale's range: percentiles and MSE clip outliers, but not most of a range.
 TOO_SMALL = 2.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from arcflow_distill.evaluate.statistics import Interval, mean_interval, resample
+from arcflow_export.images.statistics import Interval, mean_interval, resample
 
 #: Resamples of the prompts for 95 % intervals, and their seed.
 RESAMPLES, SEED = 1000, 0

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arcflow_distill.evaluate.statistics import Interval
-
-from .gate import SHOWN, Breach, ranked
-from .judged import Judged
-from .layers import LayerDrift
-from .measures import RESAMPLES
-from .sensitivity import PART as SENSITIVE
-from .sensitivity import Sensitivity
-from .thresholds import Thresholds
+from arcflow_export.drift.gate import SHOWN, Breach, ranked
+from arcflow_export.drift.judged import Judged
+from arcflow_export.drift.layers import LayerDrift
+from arcflow_export.drift.measures import RESAMPLES
+from arcflow_export.drift.sensitivity import PART as SENSITIVE
+from arcflow_export.drift.sensitivity import Sensitivity
+from arcflow_export.formats.thresholds import Thresholds
+from arcflow_export.images.statistics import Interval
 
 FORMAT, VERSION = "arcflow-drift", 1
 #: Where a measure is taken: on the reference's own inputs, or from the noise on.

@@ -10,15 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from arcflow_runtime.bundle import Bundle
-
-from ..blocks import BlockEngine
-from ..emulate import load_graph
-from .graphs import block_of, leave_out, linears, quantized_layers
-from .layers import LayerDrift
-from .measures import psnr_db, relative_error
-from .stages import Batch, Stages, Trajectory, advance, predict
-from .thresholds import Thresholds, times
+from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
+from arcflow_export.drift.layers import LayerDrift
+from arcflow_export.drift.measures import psnr_db, relative_error
+from arcflow_export.drift.stages import Batch, Stages, Trajectory, advance, predict
+from arcflow_export.emulate.blocks import BlockEngine
+from arcflow_export.emulate.emulate import load_graph
+from arcflow_export.formats.thresholds import Thresholds, times
+from arcflow_runtime.disk.bundle import Bundle
 
 Kind = Literal["none", "blocks", "layers"]
 KINDS: tuple[Kind, ...] = ("none", "blocks", "layers")

@@ -10,19 +10,20 @@ from itertools import pairwise
 
 import numpy as np
 
-from arcflow_runtime.bundle import Bundle, DType
-from arcflow_runtime.condition import Conditioner
-from arcflow_runtime.encode import encode_prompts
-from arcflow_runtime.noise import draw_latents
-from arcflow_runtime.parts import Parts, RunAll
-from arcflow_runtime.rotary import image_rotary, text_rotary
-from arcflow_runtime.schedule import conditioning_guidance, conditioning_timesteps, sigmas
-from arcflow_runtime.text import Embeddings, PromptTokenizer, Tokens
-from arcflow_runtime.update import update
-
-from ..blocks import EmulatedBackend
-from ..emulate import widened
-from .cases import Case, Scene
+from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.emulate.blocks import EmulatedBackend
+from arcflow_export.emulate.emulate import widened
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.engines.denoiser import Embeddings
+from arcflow_runtime.engines.parts import Parts, RunAll
+from arcflow_runtime.generate.condition import Conditioner
+from arcflow_runtime.generate.encode import encode_prompts
+from arcflow_runtime.generate.text import PromptTokenizer, Tokens
+from arcflow_runtime.maths.noise import draw_latents
+from arcflow_runtime.maths.rotary import image_rotary, text_rotary
+from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
+from arcflow_runtime.maths.update import update
 
 HEADS = ("means", "logweights", "loggammas")
 #: Image tokens that are run together: some pictures of shapes, one of 1024 px.
@@ -141,7 +142,7 @@ class Stages:
                 )
         return found
 
-    def draw(self, batches: list[Batch], progress: Callable[[], None] = lambda: None) -> Trajectory:
+    def generate(self, batches: list[Batch], progress: Callable[[], None] = lambda: None) -> Trajectory:
         """Run every step; `progress` is called after each batch and step."""
         with self.use_backbone() as run_all:
             return walk(run_all, batches, self.noise(), self.sigmas, progress)

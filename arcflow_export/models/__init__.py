@@ -1,1 +1,1 @@
-"""Graph-ready torch modules of every part of a bundle, built on the meta device."""
+"""The model families: how each is split in parts, and modules that trace well."""

@@ -9,10 +9,9 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from arcflow_runtime.bundle import DType, TensorSpec
-
-from .layers import Part, Sinusoid, attention, replace_linears, rotate
-from .student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
+from arcflow_export.models.layers import Part, Sinusoid, attention, replace_linears, rotate
+from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
+from arcflow_runtime.disk.manifest import DType, TensorSpec
 
 
 class _Attention:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arcflow_runtime.bundle import TensorSpec
+from arcflow_runtime.disk.manifest import TensorSpec
 
 Transform = Literal["none", "transpose", "last_frame"]
 

@@ -8,10 +8,9 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
-from arcflow_runtime.bundle import DType, TensorSpec
-
-from .layers import Part, RMSNorm, Sinusoid, attention, replace_linears, rotate
-from .student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
+from arcflow_export.models.layers import Part, RMSNorm, Sinusoid, attention, replace_linears, rotate
+from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
+from arcflow_runtime.disk.manifest import DType, TensorSpec
 
 
 class _Attention:

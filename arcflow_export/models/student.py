@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arcflow_runtime.bundle import DType, TensorSpec
-
-from .layers import Part, Slice
+from arcflow_export.models.layers import Part, Slice
+from arcflow_runtime.disk.manifest import DType, TensorSpec
 
 
 class Heads(nn.Module):

@@ -17,11 +17,10 @@ from transformers import AttentionInterface, AutoConfig, CLIPTextModel, T5Encode
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from arcflow_runtime.bundle import DType, TensorSpec
-
-from ..errors import SourceError
-from ..sources import read_json
-from .layers import Constant, Part, RMSNorm, replace_linears
+from arcflow_export.checkpoint.sources import read_json
+from arcflow_export.errors import SourceError
+from arcflow_export.models.layers import Constant, Part, RMSNorm, replace_linears
+from arcflow_runtime.disk.manifest import DType, TensorSpec
 
 CLIP_TOKENS = 77
 

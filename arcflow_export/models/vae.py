@@ -14,10 +14,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 )
 from torch import nn
 
-from arcflow_runtime.bundle import DType, TensorSpec
-
-from ..errors import SourceError
-from .layers import Constant, FrameConv, Part, replace_linears, wide_attention
+from arcflow_export.errors import SourceError
+from arcflow_export.models.layers import Constant, FrameConv, Part, replace_linears, wide_attention
+from arcflow_runtime.disk.manifest import DType, TensorSpec
 
 
 def _unpack(latents: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from arcflow_export.errors import ExportError
+from arcflow_export.pipeline.stages import CALIBRATE, Job, plan_stages
 from arcflow_runtime.cli import check_usage
 from arcflow_runtime.errors import EngineError, RequestError
-
-from ..errors import ExportError
-from .stages import CALIBRATE, Job, plan_stages
 
 #: Modules that only some stages need, and what to install for them.
 _NEEDED = (("torch", "arcflow[export]", None), ("modelopt", "arcflow[calibrate]", CALIBRATE))
@@ -29,7 +28,7 @@ def check_job(job: Job) -> None:
         if find_spec(module) is None and (name is None or any(s.name == name for s in stages)):
             raise ExportError(f"needs {module}, which is not installed; run: pip install '{package}'")
     if job.precision == "fp8" and (policy := job.policy or job.student.policy) is not None:
-        from ..quantize.policy import load_policy
+        from arcflow_export.formats.policy import load_policy
 
         load_policy(policy)
     if job.backend != "onnxruntime":
@@ -37,9 +36,9 @@ def check_job(job: Job) -> None:
 
 
 def _check_target(job: Job) -> None:
-    from arcflow_runtime.trt.gpu import find_gpu
-    from arcflow_runtime.trt.library import LIBRARIES
-    from arcflow_runtime.trt.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
+    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
+    from arcflow_runtime.engines.gpus import find_gpu
+    from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
     library, gpu = LIBRARIES[job.backend], find_gpu()
     if find_spec(library.module) is None:

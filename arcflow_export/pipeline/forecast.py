@@ -7,17 +7,25 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from arcflow_export.checkpoint.layout import adapter_files, base_files, lora_files
+from arcflow_export.checkpoint.sources import Location, measure
+from arcflow_export.costs.costs import (
+    Cost,
+    Gate,
+    build_cost,
+    calibrate_cost,
+    export_cost,
+    gate_cost,
+    network_bytes,
+    quantize_cost,
+)
+from arcflow_export.costs.machine import Machine
+from arcflow_export.costs.work import PartWork, call_sizes, part_work
+from arcflow_export.options import Options
+from arcflow_export.pipeline.stages import BUILD, CALIBRATE, DOWNLOAD, EXPORT, QUANTIZE, VERIFY, Job, Stage, plan_stages
+from arcflow_export.pipeline.students import Checkpoint
+from arcflow_export.student.load import Outline, read_outline
 from arcflow_runtime.cli import COMMANDS
-
-from ..costs import Cost, Gate, build_cost, calibrate_cost, export_cost, gate_cost, network_bytes, quantize_cost
-from ..layout import adapter_files, base_files, lora_files
-from ..load import Outline, read_outline
-from ..machine import Machine
-from ..options import Options
-from ..sources import Location, measure
-from ..work import PartWork, call_sizes, part_work
-from .stages import BUILD, CALIBRATE, DOWNLOAD, EXPORT, QUANTIZE, VERIFY, Job, Stage, plan_stages
-from .students import Checkpoint
 
 #: Of a baked conditioner no weights are written.
 _BAKED = "qwen-image"
@@ -83,7 +91,7 @@ def _calibrate(
     sources: Sources,
     machine: Machine,
 ) -> Cost:
-    from arcflow_calibration.prompts import read_prompts
+    from arcflow_export.formats.prompts import read_prompts
 
     prompts = len(read_prompts(args.prompts, args.limit).texts)
     height, width = max(args.sizes, key=lambda size: size[0] * size[1])
@@ -103,7 +111,7 @@ def _gate(
     text: int,
     machine: Machine,
 ) -> Cost:
-    from ..commands.drift import LIMIT, LIMIT_WITH_JUDGE
+    from arcflow_export.drift.cases import LIMIT, LIMIT_WITH_JUDGE
 
     cases = args.limit or (LIMIT_WITH_JUDGE if args.judge else LIMIT)
     steps = args.steps or 2

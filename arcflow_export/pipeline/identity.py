@@ -13,10 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from arcflow_runtime.bundle import ENGINES, MANIFEST, OPENVINO, sha256_file
-from arcflow_runtime.files import hidden, locked
-
-from ..errors import ExportError
+from arcflow_export.errors import ExportError
+from arcflow_runtime.disk.files import hidden, locked, sha256_file
+from arcflow_runtime.disk.manifest import ENGINES, MANIFEST, OPENVINO
 
 REPORT = "drift.json"
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from arcflow_export.errors import ExportError
+from arcflow_runtime.disk.files import whole_file
+from arcflow_runtime.disk.parse import parse, read_json
 from arcflow_runtime.errors import BundleError
-from arcflow_runtime.files import whole_file
-from arcflow_runtime.parse import parse, read_json
-
-from ..errors import ExportError
 
 FORMAT, VERSION = "arcflow-stages", 1
 

@@ -11,13 +11,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arcflow_export.errors import ExportError
+from arcflow_export.pipeline.process import Ended, run_process
+from arcflow_export.pipeline.records import Record, Records, only_run
+from arcflow_export.pipeline.stages import (
+    BUILD,
+    CALIBRATE,
+    DOWNLOAD,
+    EXPORT,
+    VERIFY,
+    Job,
+    Stage,
+    commit_name,
+    plan_stages,
+)
+from arcflow_export.pipeline.table import CHECKED, DONE, FAILED, GIVEN, RAN, TO_DO, Row, plan_table, result_table
 from arcflow_runtime.errors import RequestError
-
-from ..errors import ExportError
-from .process import Ended, run_process
-from .records import Record, Records, only_run
-from .stages import BUILD, CALIBRATE, DOWNLOAD, EXPORT, VERIFY, Job, Stage, commit_name, plan_stages
-from .table import CHECKED, DONE, FAILED, GIVEN, RAN, TO_DO, Row, plan_table, result_table
 
 _FAILED = 1
 _STDERR = 2

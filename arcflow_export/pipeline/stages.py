@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from arcflow_runtime.bundle import ENGINES
-
-from .identity import Output, digest, identify, version
-from .students import FILE_OPTIONS, Checkpoint, Precision, StudentFile
+from arcflow_export.pipeline.identity import Output, digest, identify, version
+from arcflow_export.pipeline.students import FILE_OPTIONS, Checkpoint, Precision, StudentFile
+from arcflow_runtime.disk.manifest import ENGINES
 
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 DOWNLOAD, EXPORT, CALIBRATE, QUANTIZE, VERIFY, BUILD = "download", "export", "calibrate", "quantize", "verify", "build"

@@ -12,10 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from arcflow_export.errors import SourceError
+from arcflow_runtime.disk.parse import parse
 from arcflow_runtime.errors import BundleError
-from arcflow_runtime.parse import parse
-
-from ..errors import SourceError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_runtime.bundle import Manifest, Range
-from arcflow_runtime.trt.shapes import Size, make_profiles
-
-from .graph import Linear
+from arcflow_export.quantize.graph import Linear
+from arcflow_runtime.build.profiles import Size, make_profiles
+from arcflow_runtime.disk.manifest import Manifest, Range
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,22 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from arcflow_calibration.scales import Scales
-from arcflow_runtime import bundle as b
+from arcflow_export.checkpoint.tensors import TensorIndex
+from arcflow_export.errors import QuantizeError
+from arcflow_export.export.export import Progress, Silent
+from arcflow_export.export.staging import staged
+from arcflow_export.export.write import attach, write_weights
+from arcflow_export.formats.policy import Policy, select
+from arcflow_export.formats.scales import Scales
+from arcflow_export.models.layers import Parameter
+from arcflow_export.quantize.fp8 import E4M3, make_scale
+from arcflow_export.quantize.graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
+from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
+from arcflow_runtime.disk import manifest as b
+from arcflow_runtime.disk.bundle import Bundle, timestamp
+from arcflow_runtime.disk.external_data import checked_graph
+from arcflow_runtime.disk.files import sha256_file
 from arcflow_runtime.errors import BundleError
-from arcflow_runtime.external_data import checked_graph
-
-from ..errors import QuantizeError
-from ..export import Progress, Silent
-from ..models.layers import Parameter
-from ..staging import staged
-from ..tensors import TensorIndex
-from ..write import attach, write_weights
-from .fp8 import E4M3, make_scale
-from .graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
-from .policy import Policy, select
-from .weights import QuantizedWeights, scan_weights
 
 _SHOWN = 5
 _DTYPES = {
@@ -51,7 +52,7 @@ class PlannedPart:
 class Plan:
     """A whole quantisation before anything is written."""
 
-    bundle: b.Bundle
+    bundle: Bundle
     scales: Scales
     policy: Policy
     parts: tuple[PlannedPart, ...]
@@ -68,7 +69,7 @@ class Plan:
         )
 
 
-def plan_quantization(bundle: b.Bundle, scales: Scales, policy: Policy) -> Plan:
+def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
     """Work out what becomes FP8 and check that everything for it is there; reads graphs, but no weights.
 
     Raises:
@@ -135,7 +136,7 @@ def quantize_bundle(
         provenance = dataclasses.replace(
             m.provenance,
             command=f"{m.provenance.command} && {command}",
-            created=b.timestamp(),
+            created=timestamp(),
             tools=dict(m.provenance.tools) | {n: metadata.version(n) for n in ("arcflow", "torch", "onnx-ir")},
         )
         manifest = dataclasses.replace(m, parts=parts, files=files, provenance=provenance)
@@ -183,7 +184,7 @@ def _quantize_part(
     files[spec.weights], placed = write_weights(target, params, weights, progress.advance)
     attach(result.model, target, placed)
     ir.save(result.model, graph)
-    files[spec.graph] = b.FileEntry(graph.stat().st_size, b.sha256_file(graph))
+    files[spec.graph] = b.FileEntry(graph.stat().st_size, sha256_file(graph))
     quantization = b.Quantization(plan.policy.format, planned.chosen, plan.policy.digest(), plan.scales.digest)
     return dataclasses.replace(spec, quantization=quantization)
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arcflow_export.load import Student
-from arcflow_export.student import TorchStudent
-
-from .collect import Collector, describe, draw, guidance, plan_batches
-from .errors import CalibrationError
-from .memory import plan_memory
-from .options import PARTS, Settings
-from .prompts import Prompts
-from .scales import Scales
-from .state import check_out, check_state, held, load_state, save_state, settings_of, state_path
+from arcflow_calibration.collect import Collector, describe, draw, guidance, plan_batches
+from arcflow_calibration.memory import plan_memory
+from arcflow_calibration.options import PARTS, Settings
+from arcflow_calibration.state import check_out, check_state, held, load_state, save_state, settings_of, state_path
+from arcflow_export.errors import CalibrationError
+from arcflow_export.formats.prompts import Prompts
+from arcflow_export.formats.scales import Scales
+from arcflow_export.student.load import Student
+from arcflow_export.student.reference import TorchStudent
 
 
 def calibrate(

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from arcflow_export.load import Student
+from arcflow_calibration.options import Settings
+from arcflow_calibration.ranges import Calibrator, make_calibrator
+from arcflow_export.errors import CalibrationError
+from arcflow_export.formats.prompts import Prompts
+from arcflow_export.formats.scales import STEPPED, Range, Scales
 from arcflow_export.models.layers import MatMul
-from arcflow_export.student import TorchStudent, integrate, pack, schedule
-
-from .errors import CalibrationError
-from .options import Settings
-from .prompts import Prompts
-from .ranges import Calibrator, make_calibrator
-from .scales import STEPPED, Range, Scales
+from arcflow_export.student.load import Student
+from arcflow_export.student.reference import TorchStudent, integrate, pack, schedule
 
 _GUIDANCE_SCALE = 3.5
 _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from arcflow_export.load import Student
-from arcflow_export.memory import GIB, added_bytes, free_bytes, stays_on_disk, weight_bytes
+from arcflow_calibration.options import Settings
+from arcflow_export.errors import CalibrationError
 from arcflow_export.options import PARTS
-
-from .errors import CalibrationError
-from .options import Settings
+from arcflow_export.student.load import Student
+from arcflow_export.student.memory import GIB, added_bytes, free_bytes, stays_on_disk, weight_bytes
 
 #: Values of the transformer's width that one token needs at once: in a single block of FLUX the input and output, the
 #: MLP before and after its activation (4 each), q, k, v before and after the rotation (6), the concatenated input of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .scales import STEPPED, DType, Method
+from arcflow_export.formats.scales import STEPPED, DType, Method
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import CalibrationError
-from .scales import Method
+from arcflow_export.errors import CalibrationError
+from arcflow_export.formats.scales import Method
 
 with warnings.catch_warnings():  # it remarks on any transformers newer than itself
     warnings.simplefilter("ignore", UserWarning)

@@ -18,15 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from arcflow_export.load import Student
-from arcflow_runtime.files import hidden, locked, whole_file
-from arcflow_runtime.outputs import check_writable
-
-from .collect import Collector, Layer, guidance, tools
-from .errors import CalibrationError
-from .options import Settings
-from .prompts import Prompts
-from .ranges import BINS
+from arcflow_calibration.collect import Collector, Layer, guidance, tools
+from arcflow_calibration.options import Settings
+from arcflow_calibration.ranges import BINS
+from arcflow_export.errors import CalibrationError
+from arcflow_export.formats.prompts import Prompts
+from arcflow_export.student.load import Student
+from arcflow_runtime.disk.files import hidden, locked, whole_file
+from arcflow_runtime.disk.outputs import check_writable
 
 _KEY = "calibration"
 

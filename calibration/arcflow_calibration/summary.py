@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from .scales import FP16_MAX, Range, Scales
+from arcflow_export.formats.scales import FP16_MAX, Range, Scales
 
 #: Steps that differ by more are counted: E4M3 holds 15 binades at full precision, this is one of them.
 FACTOR = 2.0

@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
-    from .errors import ArcFlowError, BundleError, EngineError, RequestError
-    from .pipeline import Pipeline, PipelineOutput
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.errors import ArcFlowError, BundleError, EngineError, RequestError
+    from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 
 __all__ = [
     "ArcFlowError",
@@ -26,17 +26,17 @@ __all__ = [
 
 # Modules are imported on first use of a name, so that the command line's --help costs no numpy import.
 _MODULES = {
-    "ArcFlowError": ".errors",
-    "Bundle": ".bundle",
-    "BundleError": ".errors",
-    "EngineError": ".errors",
-    "Pipeline": ".pipeline",
-    "PipelineOutput": ".pipeline",
-    "RequestError": ".errors",
+    "ArcFlowError": "arcflow_runtime.errors",
+    "Bundle": "arcflow_runtime.disk.bundle",
+    "BundleError": "arcflow_runtime.errors",
+    "EngineError": "arcflow_runtime.errors",
+    "Pipeline": "arcflow_runtime.generate.pipeline",
+    "PipelineOutput": "arcflow_runtime.generate.pipeline",
+    "RequestError": "arcflow_runtime.errors",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name], __name__), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .errors import ArcFlowError, RequestError
-from .installing import install_command
+from arcflow_runtime.errors import ArcFlowError, RequestError
+from arcflow_runtime.installing import install_command
 
 #: Each module has a docstring for its help, `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {

@@ -1,5 +1,5 @@
 /* The arithmetic of torch's normal numbers on a CPU: MT19937, and a Box-Muller transform of 24-bit uniforms whose
- * logarithm, sine and cosine are the Cephes polynomials (docs/bundle.md, "Noise"; arcflow_runtime/noise.py).
+ * logarithm, sine and cosine are the Cephes polynomials (docs/bundle.md, "Noise"; arcflow_runtime/maths/noise.py).
  *
  * Products and sums are rounded where torch rounds them, so a compiler must not fuse operations that are separate here.
  */

@@ -14,20 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arcflow_calibration.options import DTYPES, METHODS, PERCENTILE, Settings
+from arcflow_calibration.summary import as_dict, summarise, table
 from arcflow_export.commands.announce import announce
 from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
+from arcflow_export.formats.prompts import PRESETS, Prompts, read_prompts
 from arcflow_runtime.errors import RequestError
 
-from ..options import DTYPES, METHODS, PERCENTILE, Settings
-from ..prompts import PRESETS, Prompts, read_prompts
-from ..summary import as_dict, summarise, table
-
 if TYPE_CHECKING:
-    from arcflow_export.costs import Cost
-    from arcflow_export.load import Student
-    from arcflow_export.machine import Machine
-
-    from ..scales import Scales
+    from arcflow_export.costs.costs import Cost
+    from arcflow_export.costs.machine import Machine
+    from arcflow_export.formats.scales import Scales
+    from arcflow_export.student.load import Student
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     _check(args)
     quiet_libraries()
-    from ..calibrate import calibrate, default_device
-    from ..state import check_out
+    from arcflow_calibration.calibrate import calibrate, default_device
+    from arcflow_calibration.state import check_out
 
     settings = Settings(
         args.method,
@@ -119,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cost(student: Student, settings: Settings, prompts: int, machine: Machine) -> Cost:
-    from arcflow_export.costs import calibrate_cost, network_bytes
-    from arcflow_export.work import call_sizes, part_work
+    from arcflow_export.costs.costs import calibrate_cost, network_bytes
+    from arcflow_export.costs.work import call_sizes, part_work
 
     height, width = max(settings.sizes, key=lambda size: size[0] * size[1])
     steps, batch, dtype = settings.num_inference_steps, settings.batch, settings.dtype
@@ -141,7 +139,7 @@ def _report(args: argparse.Namespace, scales: Scales) -> None:
 
 
 def _say_where_it_is(out: Path) -> None:
-    from ..state import state_path
+    from arcflow_calibration.state import state_path
 
     if state_path(out).exists():
         print(f"kept {state_path(out)}; give the same command again to go on", file=sys.stderr)
@@ -154,7 +152,7 @@ def _prompts(args: argparse.Namespace) -> Prompts:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from arcflow_runtime.request import MAX_INFERENCE_STEPS
+    from arcflow_runtime.generate.request import MAX_INFERENCE_STEPS
 
     if not 1 <= args.num_inference_steps <= MAX_INFERENCE_STEPS:
         raise RequestError(

@@ -44,20 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Distil."""
-    from ..config import load_config, parse_setting
-    from ..folders import check_out
+    from arcflow_distill.train.config import load_config, parse_setting
+    from arcflow_distill.train.folders import check_out
 
     overrides: dict[str, Any] = dict(parse_setting(text) for text in args.set)
     overrides |= {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     config = load_config(args.config, overrides)
     check_out(args.out, args.overwrite)
 
+    from arcflow_export.checkpoint.layout import base_files
+    from arcflow_export.checkpoint.sources import Location, resolve
     from arcflow_export.commands.sources import quiet_libraries
-    from arcflow_export.layout import base_files
-    from arcflow_export.sources import Location, resolve
 
     quiet_libraries()
-    from ..trainer import distill
+    from arcflow_distill.train.trainer import distill
 
     base = resolve(Location(args.base, None, args.base_revision, args.offline), "base checkpoint", base_files)
     provenance = {"command": shlex.join(["arcflow", *sys.argv[1:]]), "base": base.name, "base_revision": base.revision}

@@ -13,9 +13,8 @@ import json
 import re
 from pathlib import Path
 
+from arcflow_distill.evaluate.options import Options
 from arcflow_runtime.errors import RequestError
-
-from ..evaluate.options import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_export.commands.sources import quiet_libraries
 
     quiet_libraries()
-    from ..evaluate.run import evaluate
+    from arcflow_distill.evaluate.run import evaluate
 
     bars: dict[str, tqdm] = {}
 

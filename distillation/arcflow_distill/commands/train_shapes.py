@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_export.commands.sources import quiet_libraries
 
     quiet_libraries()
-    from ..shapes.recipe import Recipe
+    from arcflow_distill.shapes.recipe import Recipe
 
     Recipe(args.out, args.seed, args.scale).run()
     print(f"compile with: arcflow export --base {args.out}/teacher --adapter {args.out}/adapter --out BUNDLE")

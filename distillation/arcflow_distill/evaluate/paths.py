@@ -16,11 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from arcflow_runtime.update import update
-
-from .cases import GROUPS, Cases
-from .samplers import Drawn, Teacher
-from .students import Call, StudentSampler
+from arcflow_distill.evaluate.samplers import Generated, Teacher
+from arcflow_distill.evaluate.students import Call, StudentSampler
+from arcflow_export.images.cases import GROUPS, Cases
+from arcflow_runtime.maths.update import update
 
 #: Panels, and points of each of the student's arcs.
 PANELS, ARC_POINTS = 4, 33
@@ -41,7 +40,7 @@ class Walks:
     pictures: dict[str, np.ndarray]
 
 
-def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Drawn, steps: int) -> list[Walks]:
+def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Generated, steps: int) -> list[Walks]:
     """Walk the prompts of the seen group that name the fewest attributes.
 
     Args:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import ALL, GROUPS
-from .scores import FRECHET_RESAMPLES, MEAN_RESAMPLES, SCORED, Difference, Score
-from .statistics import Interval
+from arcflow_distill.evaluate.scores import FRECHET_RESAMPLES, MEAN_RESAMPLES, SCORED, Difference, Score
+from arcflow_export.images.cases import ALL, GROUPS
+from arcflow_export.images.statistics import Interval
 
 FORMAT, VERSION = "arcflow-eval", 1
 _TITLES = {

@@ -11,21 +11,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arcflow_export.student import SHIFT
+from arcflow_distill.errors import DistillError
+from arcflow_distill.evaluate import paths
+from arcflow_distill.evaluate.options import STUDENT_STEPS, Options
+from arcflow_distill.evaluate.report import Report, SamplerReport
+from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, Teacher, generate_all
+from arcflow_distill.evaluate.scores import SCORED, Scorer
+from arcflow_distill.evaluate.sheet import Section, contact_sheet
+from arcflow_distill.evaluate.students import AdapterSampler, StudentSampler, open_target
+from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_pictures
+from arcflow_export.images.judge import STEPS, Judge, judge_rates, train_judge
+from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+from arcflow_export.student.reference import SHIFT
+from arcflow_runtime.disk.files import whole_directory
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.files import whole_directory
-
-from ..errors import DistillError
-from ..shapes.judge import STEPS, Judge, judge_rates, train_judge
-from ..shapes.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
-from . import paths
-from .cases import GROUPS, Cases, draw_cases, real_pictures
-from .options import STUDENT_STEPS, Options
-from .report import Report, SamplerReport
-from .samplers import Drawn, EulerSampler, Sampler, Teacher, draw_all
-from .scores import SCORED, Scorer
-from .sheet import Section, contact_sheet
-from .students import AdapterSampler, StudentSampler, open_target
 
 #: Rows of the contact sheet, half from each group.
 SHEET_ROWS = 10
@@ -115,12 +114,12 @@ def check_out(out: Path) -> None:
         raise DistillError(f"--out: {out} exists and is no evaluation; it will not be overwritten")
 
 
-def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> dict[str, Drawn]:
+def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> dict[str, Generated]:
     """What every sampler draws of all prompts."""
     drawn = {}
     for name, sampler in samplers.items():
         progress(name, 0, len(cases))
-        drawn[name] = draw_all(sampler, cases.captions, cases.seeds, partial(progress, name))
+        drawn[name] = generate_all(sampler, cases.captions, cases.seeds, partial(progress, name))
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""How pictures are drawn, and the teacher that draws them: captions and seeds -> `Drawn`.
+"""How pictures are drawn, and the teacher that draws them: captions and seeds -> `Generated`.
 
 Every sampler starts from the same noise, that of torch's CPU generator for each picture's own seed.
 """
@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.errors import SourceError
-from arcflow_export.sources import read_json
-from arcflow_export.student import SHIFT
-from arcflow_runtime.noise import draw_latents
-from arcflow_runtime.request import DEFAULT_GUIDANCE_SCALE
-
-from ..shapes.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+from arcflow_export.student.reference import SHIFT
+from arcflow_runtime.generate.request import DEFAULT_GUIDANCE_SCALE
+from arcflow_runtime.maths.noise import draw_latents
 
 #: Most pictures drawn at a time.
 BATCH = 64
@@ -29,7 +28,7 @@ _CHANNELS, _SCALE, _PATCH = 16, 8, 2
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """Final packed latents [B, 16, 64] float32 and pictures [B, 64, 64, 3] uint8."""
 
     latents: np.ndarray
@@ -42,23 +41,23 @@ class Sampler(Protocol):
     network_calls: int
     batch: int
 
-    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
         """Draw one picture per caption."""
         ...
 
 
-def draw_all(
+def generate_all(
     sampler: Sampler,
     captions: Sequence[str],
     seeds: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Drawn:
+) -> Generated:
     """Draw every caption in batches; `progress` gets how many pictures are done, and their total."""
     parts = []
     for i in range(0, len(captions), sampler.batch):
-        parts.append(sampler.draw(captions[i : i + sampler.batch], seeds[i : i + sampler.batch]))
+        parts.append(sampler.generate(captions[i : i + sampler.batch], seeds[i : i + sampler.batch]))
         progress(min(i + sampler.batch, len(captions)), len(captions))
-    return Drawn(np.concatenate([p.latents for p in parts]), np.concatenate([p.pictures for p in parts]))
+    return Generated(np.concatenate([p.latents for p in parts]), np.concatenate([p.pictures for p in parts]))
 
 
 class Teacher:
@@ -108,10 +107,10 @@ class EulerSampler:
     def __init__(self, teacher: Teacher, steps: int) -> None:
         self.teacher, self.network_calls, self.batch = teacher, steps, BATCH
 
-    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
         """Draw one picture per caption."""
         path, pictures = self.teacher.walk(captions, seeds, self.network_calls)
-        return Drawn(path[-1], pictures)
+        return Generated(path[-1], pictures)
 
 
 def _check_base(base: Path) -> None:

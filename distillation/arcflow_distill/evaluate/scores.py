@@ -7,10 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..shapes.judge import Judge, Reading
-from .cases import ALL, GROUPS, Cases
-from .samplers import Drawn
-from .statistics import Interval, frechet, frechet_replicates, mean_interval, moments, normal_interval, resample
+from arcflow_distill.evaluate.samplers import Generated
+from arcflow_export.images.cases import ALL, GROUPS, Cases
+from arcflow_export.images.judge import Judge, Reading, to_tensor
+from arcflow_export.images.statistics import (
+    Interval,
+    frechet,
+    frechet_replicates,
+    mean_interval,
+    moments,
+    normal_interval,
+    resample,
+)
 
 MEAN_RESAMPLES, FRECHET_RESAMPLES = 1000, 200
 #: What is scored: all prompts, and each group.
@@ -52,7 +60,7 @@ class Difference:
 class Scorer:
     """Scores samplers against one reference and one set of real pictures, with the same resamples for all."""
 
-    def __init__(self, cases: Cases, judge: Judge, real: torch.Tensor, reference: Drawn, seed: int) -> None:
+    def __init__(self, cases: Cases, judge: Judge, real: torch.Tensor, reference: Generated, seed: int) -> None:
         """Prepare.
 
         Args:
@@ -78,7 +86,7 @@ class Scorer:
         reading = self._judge.read(pictures)
         return {group: self._judged(reading, group)[0] for group in SCORED}
 
-    def score(self, name: str, drawn: Drawn) -> dict[str, Score]:
+    def score(self, name: str, drawn: Generated) -> dict[str, Score]:
         """Score a sampler's pictures; the reference itself gets no errors."""
         reading = self._judge.read(to_tensor(drawn.pictures))
         return {group: self._score(name, drawn, reading, group) for group in SCORED}
@@ -94,7 +102,7 @@ class Scorer:
             normal_interval(ours[1] - theirs[1], ours[2] - theirs[2]),
         )
 
-    def _score(self, name: str, drawn: Drawn, reading: Reading, group: str) -> Score:
+    def _score(self, name: str, drawn: Generated, reading: Reading, group: str) -> Score:
         judged, replicates = self._judged(reading, group)
         if drawn is self._reference:
             return judged
@@ -120,11 +128,6 @@ class Scorer:
         replicates = frechet_replicates(features, real, self._frechet_draws[group])
         distance = normal_interval(frechet(*moments(features), *moments(real)), replicates)
         return Score(mean_interval(named[rows], draws), mean_interval(right[rows], draws), distance), replicates
-
-
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:

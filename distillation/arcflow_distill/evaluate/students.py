@@ -12,20 +12,20 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from arcflow_distill.evaluate.options import STUDENT_STEPS
+from arcflow_distill.evaluate.samplers import BATCH, Generated, Sampler, noise, to_uint8
+from arcflow_export.checkpoint.sources import Location
 from arcflow_export.errors import SourceError
-from arcflow_export.load import load_student
-from arcflow_export.sources import Location
-from arcflow_export.student import SHIFT, TorchStudent, integrate
-from arcflow_runtime.bundle import MANIFEST, Bundle
-from arcflow_runtime.engines import DEFAULT_BACKEND, open_backend
+from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+from arcflow_export.student.load import load_student
+from arcflow_export.student.reference import SHIFT, TorchStudent, integrate
+from arcflow_runtime.backends import DEFAULT_BACKEND, open_backend
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import MANIFEST
 from arcflow_runtime.engines.base import Backend, Engine
-from arcflow_runtime.pipeline import Pipeline
-from arcflow_runtime.request import DEFAULT_GUIDANCE_SCALE
-from arcflow_runtime.schedule import sigmas
-
-from ..shapes.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
-from .options import STUDENT_STEPS
-from .samplers import BATCH, Drawn, Sampler, noise, to_uint8
+from arcflow_runtime.generate.pipeline import Pipeline
+from arcflow_runtime.generate.request import DEFAULT_GUIDANCE_SCALE
+from arcflow_runtime.maths.schedule import sigmas
 
 _HEADS = ("latents", "means", "logweights", "loggammas")
 
@@ -34,7 +34,7 @@ _HEADS = ("latents", "means", "logweights", "loggammas")
 class Call:
     """One network call of a student: packed latents [B, N, C] it got, the heads it gave and the sigmas of its step.
 
-    Heads as `arcflow_runtime.update.update` takes them: means [B, N, K, C], logweights [B, N, K, P], loggammas
+    Heads as `arcflow_runtime.maths.update.update` takes them: means [B, N, K, C], logweights [B, N, K, P], loggammas
     [B, N, K-1, P].
     """
 
@@ -69,10 +69,10 @@ class AdapterSampler:
         self.student = TorchStudent(student)
         self.network_calls, self.batch = STUDENT_STEPS, BATCH
 
-    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
         """Draw one picture per caption."""
         x, _ = self._run(captions, seeds)
-        return Drawn(x.numpy(), to_uint8(self.student.decode(x, RESOLUTION, RESOLUTION).numpy()))
+        return Generated(x.numpy(), to_uint8(self.student.decode(x, RESOLUTION, RESOLUTION).numpy()))
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
         """The network calls of drawing one picture per caption."""
@@ -111,7 +111,7 @@ class BundleSampler:
         self._pipeline = Pipeline(opened, self._recorder)
         self.network_calls, self.batch = STUDENT_STEPS, min(BATCH, opened.manifest.ranges.batch.max)
 
-    def draw(self, captions: Sequence[str], seeds: Sequence[int]) -> Drawn:
+    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
         """Draw one picture per caption."""
         steps: list[np.ndarray] = []
         out = self._pipeline(
@@ -124,13 +124,13 @@ class BundleSampler:
             output_type="numpy",
             callback_on_step_end=lambda _, latents: steps.append(latents),
         )
-        return Drawn(steps[-1], to_uint8(np.asarray(out.images)))
+        return Generated(steps[-1], to_uint8(np.asarray(out.images)))
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
         """The network calls of drawing one picture per caption."""
         with self._recorder.recording() as recorded:
             for i in range(0, len(captions), self.batch):
-                self.draw(captions[i : i + self.batch], seeds[i : i + self.batch])
+                self.generate(captions[i : i + self.batch], seeds[i : i + self.batch])
         schedule = sigmas(STUDENT_STEPS, self._pipeline.bundle.manifest.schedule)
         calls = []
         for step in range(STUDENT_STEPS):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..errors import DistillError
+from arcflow_distill.errors import DistillError
 
 
 def rate(step: int, total: int, warmup: int) -> float:

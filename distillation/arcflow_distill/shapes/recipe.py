@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arcflow_runtime.files import whole_directory, whole_file
-
-from ..config import load_config
-from ..errors import DistillError
-from ..evaluate.options import Options
-from ..evaluate.run import evaluate
-from . import judge, teacher, vae
-from .loop import cores, environment, launch
+from arcflow_distill.errors import DistillError
+from arcflow_distill.evaluate.options import Options
+from arcflow_distill.evaluate.run import evaluate
+from arcflow_distill.shapes import teacher, vae
+from arcflow_distill.shapes.loop import cores, environment, launch
+from arcflow_distill.train.config import load_config
+from arcflow_export.images import judge
+from arcflow_runtime.disk.files import whole_directory, whole_file
 
 #: Small trial runs keep at least this much of each kind.
 _LEAST = {"steps": 2, "images": 64, "samples": 512, "iterations": 2, "count": 8}

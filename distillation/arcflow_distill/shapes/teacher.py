@@ -13,10 +13,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from . import vae as vae_stage
-from .loop import Average, rate
-from .scenes import MAX_SEQUENCE_LENGTH, RESOLUTION, Scenes, caption, name_some, render, sample
-from .tokenizers import CLIP_TOKENS, captions, clip_tokenizer, t5_tokenizer
+from arcflow_distill.shapes import vae as vae_stage
+from arcflow_distill.shapes.loop import Average, rate
+from arcflow_distill.shapes.tokenizers import CLIP_TOKENS, captions, clip_tokenizer, t5_tokenizer
+from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION, Scenes, caption, name_some, render, sample
 
 SAMPLES, BATCH, LEARNING_RATE, WARMUP = 800_000, 128, 2e-3, 300
 SCENES = 40_960

@@ -8,7 +8,7 @@ from itertools import product
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from .scenes import ATTRIBUTES, MAX_SEQUENCE_LENGTH, caption
+from arcflow_export.images.scenes import ATTRIBUTES, MAX_SEQUENCE_LENGTH, caption
 
 CLIP_TOKENS = 77
 

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 from tqdm import tqdm
 
-from .loop import Average, Muon, rate
-from .scenes import RESOLUTION, WIDE, render, sample
+from arcflow_distill.shapes.loop import Average, Muon, rate
+from arcflow_export.images.scenes import RESOLUTION, WIDE, render, sample
 
 IMAGES, BATCH, WARMUP = 32_000, 16, 50
 #: Learning rates of Muon (kernels) and AdamW (the rest).

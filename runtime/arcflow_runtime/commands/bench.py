@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engines import BACKENDS, DEFAULT_BACKEND
-from ..errors import RequestError
-from ..outputs import check_writable
+from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
+from arcflow_runtime.disk.outputs import check_writable
+from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from ..pipeline import Pipeline
+    from arcflow_runtime.generate.pipeline import Pipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json, "--json")
     from tqdm import trange
 
-    from ..pipeline import Pipeline
+    from arcflow_runtime.generate.pipeline import Pipeline
 
     timings: list[dict[str, float]] = []
     with Pipeline.load(args.bundle, args.backend, threads=args.threads) as pipeline:
@@ -74,7 +74,7 @@ def describe_machine(threads: int | None) -> dict[str, str | int]:
     import numpy
     import onnxruntime
 
-    from ..trt.gpu import find_gpu
+    from arcflow_runtime.engines.gpus import find_gpu
 
     gpu = find_gpu()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import RequestError
+from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
-    from ..trt.build import Settings
-    from ..trt.library import Library
-    from ..trt.plan import Job
-    from ..trt.store import BuiltEngine
+    from arcflow_runtime.build.build import Settings
+    from arcflow_runtime.build.plan import Job
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.engines.store import BuiltEngine
+    from arcflow_runtime.engines.tensorrt_library import Library
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino")
 MAX_OPTIMIZATION_LEVEL = 5
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     """Build what is not there yet."""
     if args.backend == "openvino":
         return _build_tokenizers(args)
-    from ..bundle import Bundle
-    from ..trt.library import LIBRARIES
-    from ..trt.plan import plan_builds
-    from ..trt.shapes import parse_batch, parse_sizes
-    from ..trt.store import locked_store
+    from arcflow_runtime.build.plan import plan_builds
+    from arcflow_runtime.build.profiles import parse_batch, parse_sizes
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.engines.store import locked_store
+    from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
     settings = _settings(args)
     sizes = parse_sizes(args.resolutions) if args.resolutions is not None else ()
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build_tokenizers(args: argparse.Namespace) -> int:
-    from ..bundle import Bundle
-    from ..openvino.build import build_tokenizers
+    from arcflow_runtime.build.tokenizers.build import build_tokenizers
+    from arcflow_runtime.disk.bundle import Bundle
 
     bundle = Bundle.open(args.bundle)
     rows = build_tokenizers(bundle)
@@ -108,9 +108,9 @@ def _build_tokenizers(args: argparse.Namespace) -> int:
 def _build_one(bundle: Bundle, library: Library, job: Job, settings: Settings, anyway: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from ..trt.build import Progress, build_engine
-    from ..trt.cost import GIB, available_bytes, builder_bytes, builder_seconds, check_memory
-    from ..trt.store import find_built, write_engine
+    from arcflow_runtime.build.build import Progress, build_engine
+    from arcflow_runtime.build.cost import GIB, available_bytes, builder_bytes, builder_seconds, check_memory
+    from arcflow_runtime.engines.store import find_built, write_engine
 
     found, changed = find_built(bundle, job.key)
     if found is not None:
@@ -178,7 +178,7 @@ def _list(text: str | None) -> list[str]:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from ..trt.build import Settings
+    from arcflow_runtime.build.build import Settings
 
     level, workspace = args.optimization_level, args.workspace
     if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:

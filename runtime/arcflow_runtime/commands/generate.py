@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engines import BACKENDS, DEFAULT_BACKEND
-from ..errors import RequestError
-from ..outputs import check_writable
+from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
+from arcflow_runtime.disk.outputs import check_writable
+from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..pipeline import Pipeline, PipelineOutput
+    from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 
 # A bar appears on runs longer than this.
 _BAR_DELAY_S = 2
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw and write the pictures."""
     _check_out(args.out)
-    from ..pipeline import Pipeline
+    from arcflow_runtime.generate.pipeline import Pipeline
 
     with Pipeline.load(args.bundle, args.backend, args.low_memory, threads=args.threads) as pipeline:
         output = _draw(pipeline, args)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [args.prompt[i // args.num_images] for i in range(len(output.images))]
     images = list(output.images)
     if args.sheet:
-        from ..sheet import make_sheet
+        from arcflow_runtime.generate.sheet import make_sheet
 
         images, prompts = [make_sheet(images, prompts)], ["\n".join(prompts)]
     paths = _paths(args.out, len(images))

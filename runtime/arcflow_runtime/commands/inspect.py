@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle, Manifest, Part, TensorSpec
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.disk.manifest import Manifest, Part, TensorSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the bundle's description."""
-    from ..bundle import Bundle
+    from arcflow_runtime.disk.bundle import Bundle
 
     bundle = _open_checked(args.bundle) if args.check else Bundle.open(args.bundle)
     print(json.dumps(_describe(bundle), indent=2) if args.json else _table(bundle, args.check))
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
 def _open_checked(root: Path) -> Bundle:
     from tqdm import tqdm
 
-    from ..bundle import ENGINES, MANIFEST, Bundle
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.disk.manifest import ENGINES, MANIFEST
 
     files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in (MANIFEST, ENGINES)]
     total = sum(p.stat().st_size for p in files)
@@ -41,7 +43,7 @@ def _open_checked(root: Path) -> Bundle:
 
 
 def _sigmas(manifest: Manifest) -> list[float]:
-    from ..schedule import sigmas
+    from arcflow_runtime.maths.schedule import sigmas
 
     return [float(s) for s in sigmas(manifest.schedule.num_inference_steps, manifest.schedule)]
 
@@ -56,7 +58,7 @@ def _fp8_parameters(bundle: Bundle, part: Part) -> int:
         return 0
     from safetensors import SafetensorError, safe_open
 
-    from ..errors import BundleError
+    from arcflow_runtime.errors import BundleError
 
     path = bundle.path(part.weights)
     try:
@@ -89,10 +91,10 @@ def _describe(bundle: Bundle) -> dict[str, object]:
 
 def _engines(bundle: Bundle) -> list[dict[str, object]]:
     """What is in the bundle's engines folder: each record's key, size and `fault`, why it will not be loaded."""
-    from ..bundle import ENGINES
-    from ..errors import EngineError
-    from ..trt.record import part_key_fields, read_record
-    from ..trt.store import check_engine
+    from arcflow_runtime.disk.engine_record import part_key_fields, read_record
+    from arcflow_runtime.disk.manifest import ENGINES
+    from arcflow_runtime.engines.store import check_engine
+    from arcflow_runtime.errors import EngineError
 
     found: list[dict[str, object]] = []
     for path in sorted((bundle.root / ENGINES).glob("*.json")):

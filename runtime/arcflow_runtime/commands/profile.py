@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engines import BACKENDS, DEFAULT_BACKEND, open_backend
-from ..errors import EngineError, RequestError
-from ..outputs import check_writable
+from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND, open_backend
+from arcflow_runtime.disk.outputs import check_writable
+from arcflow_runtime.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
-    from ..engines.base import LayerTime, ProfiledEngine, ProfilingBackend
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.engines.base import LayerTime, ProfiledEngine, ProfilingBackend
 
 #: By part, the layers of every run.
 Layers = Mapping[str, "Sequence[LayerTime]"]
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--trace must be in a directory that exists, got {str(args.trace)!r}")
     if args.trace is not None:
         check_writable(args.trace, "--trace")
-    from ..bundle import Bundle
+    from arcflow_runtime.disk.bundle import Bundle
 
     layers = profile(Bundle.open(args.bundle), args)
     if args.trace is not None:
@@ -70,8 +70,8 @@ def profile(bundle: Bundle, args: argparse.Namespace) -> Layers:
         EngineError: the backend times no layers, or an engine failed.
         RequestError: an argument is out of range.
     """
-    from ..engines.base import ProfilingBackend
-    from ..pipeline import Pipeline
+    from arcflow_runtime.engines.base import ProfilingBackend
+    from arcflow_runtime.generate.pipeline import Pipeline
 
     backend = open_backend(args.backend, args.threads)
     if not isinstance(backend, ProfilingBackend):

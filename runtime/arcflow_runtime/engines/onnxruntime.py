@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
-from ..bundle import Bundle, Part
-from ..errors import EngineError, RequestError
-from ..external_data import checked_graph
-from .base import LayerTime
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.external_data import checked_graph
+from arcflow_runtime.disk.manifest import Part
+from arcflow_runtime.engines.base import LayerTime
+from arcflow_runtime.errors import EngineError, RequestError
 
 # Warnings of the optimiser about dynamic shapes mean nothing to a user; errors come as exceptions.
 _LOG_ERRORS_ONLY = 3

@@ -1,6 +1,6 @@
 """Pictures on a GPU with one host launch each: prompts' embeddings and noise -> latents and 8-bit RGB.
 
-The data's way, per group of images whose texts have one length (see `Drawing` in `engines/base.py`):
+The data's way, per group of images whose texts have one length (see `DenoiseJob` in `engines/denoiser.py`):
 
     host                               pinned memory          device
     noise, text states, pooled,  --->  staging       --copy-> latents (float32 and the backbone's dtype), states, ...

@@ -1,4 +1,4 @@
-"""The fixed memory of one plan: a `Drawing` -> staging memory, and addresses of everything on the device."""
+"""The fixed memory of one plan: a `DenoiseJob` -> staging memory, and addresses of everything on the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 import numpy as np
 
-from ..bundle import DType, Manifest
-from ..dtypes import cast
-from ..engines.base import Drawing, Drawn
-from .device import Memory, PinnedMemory
-from .engine import Shapes
-from .kernels import NoiseShape
-from .lane import Lane
-from .layout import Layout, Region, Stored
-from .shapes import DrawSize, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
+from arcflow_runtime.disk.manifest import DType, Manifest
+from arcflow_runtime.engines.denoiser import Denoised, DenoiseJob
+from arcflow_runtime.gpu.device import Memory, PinnedMemory
+from arcflow_runtime.gpu.engine import Shapes
+from arcflow_runtime.gpu.kernels import NoiseShape
+from arcflow_runtime.gpu.lane import Lane
+from arcflow_runtime.gpu.layout import Layout, Region, Stored
+from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
+from arcflow_runtime.maths.dtypes import cast
 
 #: Where the modulation comes from: run on the device, a constant of the bundle, or given with each picture.
 Modulation = Literal["conditioner", "table", "given"]
@@ -27,7 +27,7 @@ Arrays = dict[str, tuple[tuple[int, ...], Stored]]
 class PlanKey:
     """What a plan is for; a picture is drawn with the plan of its own key only."""
 
-    size: DrawSize
+    size: DenoiseShape
     pixels: bool
     modulation: Modulation
 
@@ -42,7 +42,7 @@ class Buffers:
     `latents` and `images`.
     """
 
-    def __init__(self, lane: Lane, manifest: Manifest, key: PlanKey, steps_at_once: int, drawing: Drawing) -> None:
+    def __init__(self, lane: Lane, manifest: Manifest, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> None:
         """Allocate everything and fill in the constants, for which any picture of this key does.
 
         Args:
@@ -50,7 +50,7 @@ class Buffers:
             manifest: the bundle's.
             key: what the plan is for.
             steps_at_once: timesteps that one run of the conditioner takes, at most S.
-            drawing: gives tables and schedule.
+            job: gives tables and schedule.
 
         Raises:
             OutOfDeviceMemory: there is not enough memory; nothing stays allocated.
@@ -79,7 +79,7 @@ class Buffers:
                 self._memory.append(lane.allocate(layout.nbytes, "backbone: inputs and outputs"))
             for layout in (self.staged, self.results):
                 self._pinned.append(lane.allocate_pinned(layout.nbytes, "backbone"))
-            self._upload_constants(drawing)
+            self._upload_constants(job)
         except BaseException:
             self.close()
             raise
@@ -126,22 +126,22 @@ class Buffers:
         """Where a result is in pinned memory."""
         return self._pinned[1].address + self.results[name].offset
 
-    def stage(self, drawing: Drawing, modulation: np.ndarray | None = None) -> None:
+    def stage(self, job: DenoiseJob, modulation: np.ndarray | None = None) -> None:
         """Write one picture's inputs into pinned memory.
 
         Args:
-            drawing: of this plan's key.
+            job: of this plan's key.
             modulation: [S, b, M] or [S, 1, M], where the key says that it is given.
         """
-        self._put("streams", drawing.streams)
+        self._put("streams", job.streams)
         # Embeddings are read-only: the same objects have the same values, and need not be copied again.
-        if not _same(self._texts, drawing.texts):
-            self._put_rows("states", [text.states for text in drawing.texts])
+        if not _same(self._texts, job.texts):
+            self._put_rows("states", [text.states for text in job.texts])
             if "pooled" in self.staged:
-                self._put_rows("pooled", [text.pooled for text in drawing.texts])
-            self._texts = tuple(drawing.texts)
+                self._put_rows("pooled", [text.pooled for text in job.texts])
+            self._texts = tuple(job.texts)
         if "guidance" in self.staged:
-            self._staging("guidance")[...] = drawing.guidance
+            self._staging("guidance")[...] = job.guidance
         if modulation is not None:
             self._put("modulations", modulation)
 
@@ -149,9 +149,9 @@ class Buffers:
         """A copy of the latents that were copied to the results last."""
         return self._read("latents")
 
-    def read(self) -> Drawn:
+    def read(self) -> Denoised:
         """Copies of the results."""
-        return Drawn(self._read("latents"), self._read("images") if self._key.pixels else None)
+        return Denoised(self._read("latents"), self._read("images") if self._key.pixels else None)
 
     def close(self) -> None:
         """Free everything; the stream is idle."""
@@ -207,13 +207,13 @@ class Buffers:
             arrays["images"] = (images, "uint8")
         return arrays
 
-    def _upload_constants(self, drawing: Drawing) -> None:
+    def _upload_constants(self, job: DenoiseJob) -> None:
         values: Mapping[str, np.ndarray | None] = {
-            "image_rotary": drawing.image_rotary,
-            "text_rotary": drawing.text_rotary,
-            "sigmas": drawing.sigmas,
-            "modulations": None if drawing.table is None else drawing.table[:, None],
-            **{f"timesteps.{run}": drawing.timesteps[start:] for run, start in enumerate(self.starts)},
+            "image_rotary": job.image_rotary,
+            "text_rotary": job.text_rotary,
+            "sigmas": job.sigmas,
+            "modulations": None if job.table is None else job.table[:, None],
+            **{f"timesteps.{run}": job.timesteps[start:] for run, start in enumerate(self.starts)},
         }
         pinned = self._lane.allocate_pinned(self._constant.nbytes, "backbone")
         try:

@@ -13,10 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import EngineError
-from ..installing import install_command
-from .device import CaptureError, Device, Event, Graph, Kernels, Memory, OutOfMemory, PinnedMemory, Stream
-from .kernels import load_kernels
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.device import (
+    CaptureError,
+    Device,
+    Event,
+    Graph,
+    Kernels,
+    Memory,
+    OutOfMemory,
+    PinnedMemory,
+    Stream,
+)
+from arcflow_runtime.gpu.kernels import load_kernels
+from arcflow_runtime.installing import install_command
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 

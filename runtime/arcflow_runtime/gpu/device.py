@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .kernels import NoiseShape, UpdateShape
+from arcflow_runtime.gpu.kernels import NoiseShape, UpdateShape
 
 #: Every region starts at a multiple of this, as TensorRT wants of its tensors.
 ALIGNMENT = 256

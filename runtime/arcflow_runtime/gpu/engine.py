@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-from ..engines.base import LayerTime
-from .device import Stream
+from arcflow_runtime.engines.base import LayerTime
+from arcflow_runtime.gpu.device import Stream
 
 #: An input's or output's name -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..bundle import Manifest
-from ..engines.base import LayerTime
-from ..errors import EngineError
-from .device import PinnedMemory
-from .engine import Context, DeviceEngine, Shapes, TimesLayers
-from .lane import Lane
-from .layout import Layout
-from .shapes import output_shapes
+from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.engines.base import LayerTime
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.device import PinnedMemory
+from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes, TimesLayers
+from arcflow_runtime.gpu.lane import Lane
+from arcflow_runtime.gpu.layout import Layout
+from arcflow_runtime.gpu.shapes import output_shapes
 
 # Texts of Qwen-Image have a length each; those of FLUX always the same.
 _MAX_SHAPES = 4

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle import DType
-from ..errors import EngineError
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from cuda.core import Device, Kernel, ObjectCode

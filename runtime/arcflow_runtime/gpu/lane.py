@@ -6,8 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import EngineError
-from .device import Device, Memory, OutOfMemory, PinnedMemory, Stream
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.device import Device, Memory, OutOfMemory, PinnedMemory, Stream
 
 
 class OutOfDeviceMemory(EngineError):

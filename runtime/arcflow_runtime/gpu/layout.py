@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..bundle import DType
-from ..dtypes import NUMPY, item_bytes
-from .device import ALIGNMENT
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.gpu.device import ALIGNMENT
+from arcflow_runtime.maths.dtypes import NUMPY, item_bytes
 
 #: What a region holds: a dtype of parts, or the update kernel's float64.
 Stored = DType | Literal["float64"]

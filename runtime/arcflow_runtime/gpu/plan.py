@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import cast
 
-from ..bundle import DType
-from ..engines.base import OnStep
-from ..errors import EngineError
-from .buffers import Buffers, PlanKey
-from .device import CaptureError, Event, Graph, Kernels, Stream
-from .engine import Context
-from .kernels import UpdateShape
-from .lane import Lane
-from .nvtx import named_range
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.engines.denoiser import OnStep
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.buffers import Buffers, PlanKey
+from arcflow_runtime.gpu.device import CaptureError, Event, Graph, Kernels, Stream
+from arcflow_runtime.gpu.engine import Context
+from arcflow_runtime.gpu.kernels import UpdateShape
+from arcflow_runtime.gpu.lane import Lane
+from arcflow_runtime.gpu.nvtx import named_range
 
 _HEADS = ("means", "logweights", "loggammas")
 

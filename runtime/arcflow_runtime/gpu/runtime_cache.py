@@ -11,9 +11,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import EngineError
-from ..files import locked, whole_file
-from .kernels import cache_folder
+from arcflow_runtime.disk.files import locked, whole_file
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.kernels import cache_folder
 
 _log = logging.getLogger("arcflow")
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bundle import Manifest, TensorSpec
-from ..errors import EngineError
-from .engine import Shapes
+from arcflow_runtime.disk.manifest import Manifest, TensorSpec
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.engine import Shapes
 
 
 @dataclass(frozen=True)
-class DrawSize:
+class DenoiseShape:
     """B images of `grid` (height, width) tokens with T text tokens each, drawn in S steps."""
 
     batch: int
@@ -33,7 +33,7 @@ def conditioner_inputs(manifest: Manifest, batch: int, steps: int) -> Shapes:
     return _inputs(manifest, "conditioner", axes)
 
 
-def backbone_inputs(manifest: Manifest, size: DrawSize) -> Shapes:
+def backbone_inputs(manifest: Manifest, size: DenoiseShape) -> Shapes:
     """Of one step."""
     batch, image, text = size.batch, size.image_tokens, size.text_tokens
     axes = {
@@ -46,7 +46,7 @@ def backbone_inputs(manifest: Manifest, size: DrawSize) -> Shapes:
     return _inputs(manifest, "backbone", axes)
 
 
-def decoder_inputs(manifest: Manifest, size: DrawSize) -> Shapes:
+def decoder_inputs(manifest: Manifest, size: DenoiseShape) -> Shapes:
     """Of the VAE decoder."""
     return _inputs(manifest, "vae_decoder", {"latents": (size.batch, *size.grid, None)})
 

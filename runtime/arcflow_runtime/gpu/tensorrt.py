@@ -11,18 +11,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..bundle import Bundle, DType
-from ..engines.base import LayerTime
-from ..errors import EngineError
-from ..external_data import checked_graph
-from ..trt.library import Library
-from ..trt.shapes import Profile
-from ..trt.store import BuiltEngine
-from .device import Stream
-from .engine import Shapes
-from .lane import Lane, OutOfDeviceMemory, out_of_memory
-from .runtime_cache import RuntimeCacheFile
-from .shapes import output_shapes
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.engine_record import Profile
+from arcflow_runtime.disk.external_data import checked_graph
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.engines.base import LayerTime
+from arcflow_runtime.engines.store import BuiltEngine
+from arcflow_runtime.engines.tensorrt_library import Library
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.device import Stream
+from arcflow_runtime.gpu.engine import Shapes
+from arcflow_runtime.gpu.lane import Lane, OutOfDeviceMemory, out_of_memory
+from arcflow_runtime.gpu.runtime_cache import RuntimeCacheFile
+from arcflow_runtime.gpu.shapes import output_shapes
 
 _SHOWN_ERRORS = 3
 _DTYPES: dict[DType, str] = {

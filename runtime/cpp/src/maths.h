@@ -12,7 +12,7 @@
 namespace arcflow {
 
 // Fill `out` with `count` standard normal numbers, equal bit for bit to torch.randn with a CPU generator seeded with
-// `seed`, and to arcflow_runtime/noise.py.
+// `seed`, and to arcflow_runtime/maths/noise.py.
 void randn(uint64_t seed, size_t count, float *out);
 
 // Noise as packed latents [B, N, C] float32, for images of `height` x `width` latent pixels. With one seed a single

@@ -8,8 +8,8 @@
 namespace arcflow {
 
 // Check the values that the pipeline relies on, so that no stage has to. The rules are those of
-// arcflow_runtime/rules.py, and bounds that keep products of sizes within 64 bits. Throws Error that names the key;
-// `where` is the manifest's name for errors.
+// arcflow_runtime/disk/rules.py, and bounds that keep products of sizes within 64 bits. Throws Error that names the
+// key; `where` is the manifest's name for errors.
 void check_values(const Manifest &manifest, const std::string &where);
 
 }  // namespace arcflow

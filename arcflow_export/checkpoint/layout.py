@@ -1,0 +1,120 @@
+"""What the stages read of a checkpoint: the names on the hub -> the files to download, and nothing else.
+
+Every stage reads from these lists alone: export, calibration, the comparison with torch and distillation. So the stage
+that runs first fetches what the later ones need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcflow_export.checkpoint.shards import pick_weights
+from arcflow_export.checkpoint.sources import Listing, read_json
+from arcflow_export.errors import SourceError
+
+MODEL_INDEX = "model_index.json"
+#: Pipeline class in model_index.json -> family.
+PIPELINES = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder of a base: text files, fetched where the checkpoint has them, and the stem of its weights' names."""
+
+    name: str
+    texts: tuple[str, ...] = ("config.json",)
+    stem: str | None = None
+
+
+_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+_BPE = (*_TOKENIZER, "vocab.json", "merges.txt")
+_SCHEDULER = Folder("scheduler", ("scheduler_config.json",))
+
+#: Family -> the folders of its base. Beside them a repository has pictures, pickles, other precisions and, in FLUX's
+#: root, the whole model again in its authors' format.
+BASES = {
+    "flux": (
+        _SCHEDULER,
+        Folder("tokenizer", _BPE),
+        Folder("tokenizer_2", (*_TOKENIZER, "spiece.model")),
+        Folder("text_encoder", stem="model"),
+        Folder("text_encoder_2", stem="model"),
+        Folder("transformer", stem="diffusion_pytorch_model"),
+        Folder("vae", stem="diffusion_pytorch_model"),
+    ),
+    "qwen-image": (
+        _SCHEDULER,
+        Folder("tokenizer", _BPE),
+        Folder("text_encoder", ("config.json", "generation_config.json"), "model"),
+        Folder("transformer", stem="diffusion_pytorch_model"),
+        Folder("vae", stem="diffusion_pytorch_model"),
+    ),
+}
+
+
+def base_files(listing: Listing) -> list[str]:
+    """The files of a base checkpoint: configs, tokenizers, the scheduler's settings, and one copy of the weights.
+
+    Raises:
+        SourceError: there is no model_index.json, its pipeline is not supported, or a folder has no usable weights.
+    """
+    if MODEL_INDEX not in listing.names:
+        raise SourceError(no_model_index(listing.what, listing.where))
+    family = read_family(listing.read(MODEL_INDEX), listing.what)
+    found = [MODEL_INDEX]
+    for folder in BASES[family]:
+        names = listing.within(folder.name)
+        picked = [name for name in folder.texts if name in names]
+        if folder.stem is not None:
+            picked += _weights(listing, folder.name, folder.stem)
+        found += [f"{folder.name}/{name}" for name in picked]
+    return found
+
+
+def adapter_files(listing: Listing) -> list[str]:
+    """An adapter's config and weights.
+
+    Raises:
+        SourceError: there are no weights, or several to choose from.
+    """
+    if "config.json" not in listing.names:
+        folders = sorted(n.removesuffix("/config.json") for n in listing.names if n.endswith("/config.json"))
+        hint = (
+            f"; give --adapter-subfolder, one of {', '.join(folders)}" if folders else "; is this an ArcFlow adapter?"
+        )
+        raise SourceError(f"{listing.what}: {listing.where} has no config.json{hint}")
+    return ["config.json", *_weights(listing)]
+
+
+def lora_files(listing: Listing) -> list[str]:
+    """A LoRA's weights.
+
+    Raises:
+        SourceError: there are none, or several to choose from.
+    """
+    return _weights(listing)
+
+
+def read_family(model_index: Path, what: str) -> str:
+    """The family of the pipeline that `model_index` describes.
+
+    Raises:
+        SourceError: the file cannot be read, or its pipeline is not supported.
+    """
+    name = read_json(model_index, what).get("_class_name")
+    if name not in PIPELINES:
+        raise SourceError(f"{what}: {model_index}: _class_name must be one of {sorted(PIPELINES)}, got {name!r}")
+    return PIPELINES[name]
+
+
+def no_model_index(what: str, where: object) -> str:
+    """The sentence for a base without its index."""
+    return f"{what}: {where} has no {MODEL_INDEX}; give the directory of a whole diffusers pipeline"
+
+
+def _weights(listing: Listing, folder: str = "", stem: str | None = None) -> list[str]:
+    prefix = f"{folder}/" if folder else ""
+    where = f"{listing.where}/{folder}" if folder else listing.where
+    picked = pick_weights(listing.within(folder), lambda name: listing.read(prefix + name), where, listing.what, stem)
+    return [*picked.files, *([picked.index] if picked.index else [])]

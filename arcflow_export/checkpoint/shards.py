@@ -1,0 +1,93 @@
+"""The names in a folder -> which safetensors files hold its weights, on this machine and on the hub alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcflow_export.checkpoint.sources import read_json
+from arcflow_export.errors import SourceError
+
+#: Endings of files that can run code when read.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: diffusers writes a variant's name into the index in either place, by its version.
+_VARIANT = re.compile(r".+?\.([^.]+)\.safetensors\.index\.json|.+?\.safetensors\.index\.([^.]+)\.json")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """File names within one folder: the index, None for a single file, and the files with tensors."""
+
+    index: str | None
+    files: tuple[str, ...]
+
+
+def pick_weights(
+    names: Collection[str], read: Callable[[str], Path], where: object, what: str, stem: str | None = None
+) -> Weights:
+    """Choose the plain weights; variants such as `model.fp16.safetensors` may lie beside them.
+
+    Args:
+        names: the names of the files in the folder.
+        read: gives the local path of one of them, to read an index.
+        where: the folder, for messages.
+        what: what it is, for messages.
+        stem: what the file's name must begin with, such as `diffusion_pytorch_model`; None for any.
+
+    Raises:
+        SourceError: no safetensors, a pickle instead, only a variant, several to choose from, or an index that is
+            damaged or lists a file that is not there.
+    """
+    if stem is not None:
+        names = [n for n in names if n.startswith((f"{stem}.", f"{stem}-"))]
+    indexes = sorted(n for n in names if n.endswith(".safetensors.index.json") and n.count(".") == 3)
+    if len(indexes) > 1:
+        raise SourceError(f"{what}: {where} holds {indexes}; which one to use is unclear")
+    if indexes:
+        return Weights(indexes[0], _shards(indexes[0], names, read, where, what))
+    single = sorted(n for n in names if n.endswith(".safetensors"))
+    plain = [n for n in single if n.count(".") == 1]
+    if len(plain) == 1:
+        return Weights(None, (plain[0],))
+    if len(single) == 1 and stem is None:
+        return Weights(None, (single[0],))
+    for name in sorted(names):
+        if variant := _variant(name, stem):
+            raise SourceError(
+                f"{what}: {where} holds the weights only as the variant {variant!r} ({name}); "
+                "give a checkpoint that was saved without a variant"
+            )
+    if single:
+        raise SourceError(f"{what}: {where} holds {single} and no index; which one to use is unclear")
+    if pickles := sorted(n for n in names if n.endswith(PICKLES)):
+        raise SourceError(
+            f"{what}: {where} holds only pickles ({', '.join(pickles)}), which can run code when read; "
+            "convert them to safetensors first"
+        )
+    raise SourceError(f"{what}: {where} holds no {stem or ''}.safetensors{' file' if stem is None else ''}")
+
+
+def _variant(name: str, stem: str | None) -> str | None:
+    """The variant that a file's name gives: of an index, or of a single file whose stem is known."""
+    if match := _VARIANT.fullmatch(name):
+        return match.group(1) or match.group(2)
+    if stem is not None and (match := re.fullmatch(rf"{re.escape(stem)}\.([^.]+)\.safetensors", name)):
+        return match.group(1)
+    return None
+
+
+def _shards(
+    index: str, names: Collection[str], read: Callable[[str], Path], where: object, what: str
+) -> tuple[str, ...]:
+    weight_map = read_json(read(index), what).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{what}: {where}/{index} has no 'weight_map'")
+    shards = sorted({str(v) for v in weight_map.values()})
+    for name in shards:
+        if Path(name).name != name:
+            raise SourceError(f"{what}: {where}/{index} names {name!r}, which leaves its directory")
+        if name not in names:
+            raise SourceError(f"{what}: {where}/{name} is missing, but {index} lists it")
+    return tuple(shards)

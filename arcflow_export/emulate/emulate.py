@@ -1,0 +1,142 @@
+"""A part in bfloat16 or float16 on a CPU: each operator in float32, its result rounded to the part's precision.
+
+This is what an engine with float32 accumulation computes, so it measures such a part's real error, and overflows
+where it does: ONNX Runtime has no bfloat16 kernels on a CPU, and of float16 it runs whole chains of operators in
+float32. It is for checking, not for serving: the weights are expanded to float32.
+
+What a DequantizeLinear gives is not rounded: an engine multiplies the FP8 numbers themselves and the float32 sum by
+both scales, so no dequantised number exists there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.external_data import checked_graph
+from arcflow_runtime.disk.manifest import Part, TensorSpec
+from arcflow_runtime.maths.dtypes import to_float32
+
+#: Operators that only move values, so that their results need no rounding.
+MOVES = {
+    "Concat",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+    "GatherElements",
+}
+_UNROUNDED = MOVES | {"DequantizeLinear"}
+_NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+_FLOAT = ir.TensorType(ir.DataType.FLOAT)
+
+
+def load_graph(bundle: Bundle, part: str) -> ir.Model:
+    """The part's graph; its weights stay in their file until they are used.
+
+    onnx-ir refuses a weights file with several hard links, as tools that save space by linking equal files make. So its
+    path is given whole, after the check of rule B8.
+
+    Raises:
+        BundleError: a tensor lies in another file.
+    """
+    weights = bundle.path(bundle.manifest.parts[part].weights)
+    model = ir.load(checked_graph(bundle, part))
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        value.const_value = ir.ExternalTensor(
+            weights, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=""
+        )
+    return model
+
+
+def widened(bundle: Bundle) -> Bundle:
+    """The bundle as the emulation shows it: inputs and outputs in bfloat16 and float16 are float32."""
+
+    def spec(s: TensorSpec) -> TensorSpec:
+        return dataclasses.replace(s, dtype="float32") if s.dtype in ("bfloat16", "float16") else s
+
+    def part(p: Part) -> Part:
+        return dataclasses.replace(p, inputs=tuple(map(spec, p.inputs)), outputs=tuple(map(spec, p.outputs)))
+
+    parts = {name: part(p) for name, p in bundle.manifest.parts.items()}
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, parts=parts))
+
+
+def emulate(model: ir.Model, rounded: bool = True) -> ir.Model:
+    """Rewrite a graph in place: float32 arithmetic, every result in bfloat16 or float16 rounded to its dtype.
+
+    Args:
+        model: the graph; weights in bfloat16 and float16 are expanded when they are read.
+        rounded: False leaves the rounding out, so that nothing overflows.
+    """
+    graph = model.graph
+    for value in graph.initializers.values():
+        if value.dtype in _NARROW:
+            assert value.const_value is not None
+            value.const_value, value.type = _widened(value.const_value), _FLOAT
+    nodes = list(graph)  # without the casts that are put in below
+    for value in list(graph.inputs):
+        if (dtype := value.dtype) in _NARROW:
+            value.type = _FLOAT
+            if rounded:
+                _round(graph, value, dtype, None)
+    for node in nodes:
+        to = node.attributes.get("to")
+        if node.op_type == "Cast" and to is not None and to.as_int() in _NARROW:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+        for output in node.outputs:
+            if (dtype := output.dtype) in _NARROW:
+                output.type = _FLOAT
+                if rounded and node.op_type not in _UNROUNDED:
+                    _round(graph, output, dtype, node)
+    return model
+
+
+def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, after: ir.Node | None) -> None:
+    """Round `value` to `dtype` and back before anyone reads it."""
+    narrow = ir.node("Cast", [value], attributes={"to": dtype})
+    wide = ir.node("Cast", [narrow.outputs[0]], attributes={"to": ir.DataType.FLOAT})
+    for node, index in list(value.uses()):
+        if node is not narrow:
+            node.replace_input_with(index, wide.outputs[0])
+    for i, out in enumerate(graph.outputs):
+        if out is value:
+            wide.outputs[0].name, value.name = value.name, f"{value.name}.unrounded"
+            wide.outputs[0].type, wide.outputs[0].shape = value.type, value.shape
+            graph.outputs[i] = wide.outputs[0]
+    if after is None:
+        graph.insert_before(graph[0], [narrow, wide])
+    else:
+        graph.insert_after(after, [narrow, wide])
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Unmap the file that a tensor lies in; it is mapped again when it is read again.
+
+    Pages of mapped files count as resident memory until then.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def expand() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        wide = to_float32(array.view(np.uint16) if tensor.dtype == ir.DataType.BFLOAT16 else array)
+        del array  # a mapping that is looked into cannot be closed
+        release(tensor)
+        return ir.tensor(wide, name=tensor.name)
+
+    return ir.LazyTensor(expand, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)

@@ -1,0 +1,47 @@
+"""Qwen-Image's conditioner and a schedule -> a table of modulations, so that its weights need not be shipped."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from arcflow_export.checkpoint.merge import WeightSource
+from arcflow_export.models.layers import MatMul, Part, Sinusoid
+
+
+def bake_modulation(part: Part, source: WeightSource, timesteps: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """Run a Qwen conditioner with one linear's weights in memory at a time.
+
+    Args:
+        part: the conditioner of `models.qwen.build`, still on the meta device.
+        source: the student's merged weights.
+        timesteps: what the sinusoidal embedding sees, [S] float32.
+        precision: the backbone's.
+
+    Returns:
+        Modulation [S, M] float32, holding values rounded to the part's precision, then the backbone's.
+    """
+    names = {id(m): n for n, m in part.module.named_modules()}
+
+    def linear(x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+        assert isinstance(module, MatMul)
+        name = names[id(module)]
+        key = part.rename(f"{name}.weight")
+        dtype = module.weight.dtype
+        bias = torch.cat(list(source.blocks(part.rename(f"{name}.bias"), dtype)))
+        rows, start = [], 0
+        for block in source.blocks(key, dtype):
+            rows.append(F.linear(x.to(dtype), block, bias[start : start + len(block)]))
+            start += len(block)
+        return torch.cat(rows, dim=-1)
+
+    conditioner = part.module
+    sinusoid, embedder = conditioner.get_submodule("sinusoid"), conditioner.get_submodule("timestep_embedder")
+    assert isinstance(sinusoid, Sinusoid)
+    angle = timesteps[:, None] * sinusoid.constants["freqs"][None]
+    x = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).to(part.precision)
+    x = linear(F.silu(linear(x, embedder.get_submodule("linear_1"))), embedder.get_submodule("linear_2"))
+    x = F.silu(x)
+    linears = conditioner.get_submodule("modulations.linears")
+    table = torch.cat([linear(x, module).to(part.precision) for module in linears.children()], dim=-1)
+    return table.to(precision).float()

@@ -1,0 +1,273 @@
+"""A checked student -> a bundle: trace each part, stream its weights, bake, describe, and rename into place."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import onnx_ir as ir
+import torch
+
+from arcflow_export.checkpoint.tokenizer import export_tokenizer
+from arcflow_export.export.bake import bake_modulation
+from arcflow_export.export.staging import staged
+from arcflow_export.export.write import attach, check_source, initializer_name, num_bytes, write_weights
+from arcflow_export.graph.trace import MAX_BATCH, trace
+from arcflow_export.models.layers import Parameter, Part, parameters
+from arcflow_export.models.text import CLIP_TOKENS
+from arcflow_export.options import Options
+from arcflow_export.student.keep import float32_layers, keep_float32, matching
+from arcflow_export.student.load import Student, tokenizer_folders
+from arcflow_runtime.disk import manifest as b
+from arcflow_runtime.disk.bundle import timestamp
+from arcflow_runtime.disk.files import sha256_file
+from arcflow_runtime.errors import RequestError
+from arcflow_runtime.maths.schedule import conditioning_timesteps, sigmas
+
+#: The released students' schedule: fixed shift 3.2, timestep ratio 1.
+SHIFT, TIMESTEP_RATIO = 3.2, 1.0
+#: diffusers' QwenImagePipeline: the system prompt, and how many of its tokens are dropped from the states.
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+QWEN_DROP_TOKENS = 34
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """What one part will take: its module, parameters and bytes of weights."""
+
+    part: Part
+    params: list[Parameter] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, constants left out."""
+        return sum(int(torch.Size(p.shape).numel()) for p in self.params if p.key is not None)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of weights."""
+        return sum(map(num_bytes, self.params))
+
+    @property
+    def float32_layers(self) -> tuple[str, ...]:
+        """Linears that stay in float32 although the part has another precision."""
+        return float32_layers(self.part)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole export before anything is written."""
+
+    student: Student
+    options: Options
+    parts: tuple[PlannedPart, ...]
+    baked: Part | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(p.bytes for p in self.parts)
+
+
+class Progress(Protocol):
+    """What an export reports to."""
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """A stage begins; `total_bytes` is 0 where it does not move bytes."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Bytes were written."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """Ignored."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Ignored."""
+
+
+def plan_export(student: Student, options: Options) -> Plan:
+    """Work out every part and check every tensor's name and shape; reads only headers.
+
+    Raises:
+        SourceError: a tensor is missing or has another shape than the config says.
+        RequestError: a part or a pattern of the options is not of this student.
+    """
+    described = student.parts(options.part_dtype)
+    names = [part.name for part in described]
+    for name, _ in options.precision:
+        if name not in names:
+            raise RequestError(f"--precision: a {student.family} bundle has the parts {', '.join(names)}, got {name!r}")
+    for part, layers in matching(described, options.keep_float32):
+        keep_float32(part, layers)
+    parts, baked = [], None
+    for part in described:
+        params = parameters(part)
+        check_source(params, student.source(part.name), part.name)
+        if part.name == "conditioner" and student.family == "qwen-image":
+            baked = part
+            if not options.keep_conditioner:
+                continue
+        parts.append(PlannedPart(part, params))
+    return Plan(student, options, tuple(parts), baked)
+
+
+def export_bundle(
+    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
+) -> Path:
+    """Write the bundle of `plan` to `out`, whole or not at all.
+
+    Args:
+        plan: from `plan_export`.
+        out: the bundle's directory.
+        command: recorded as provenance.
+        overwrite: replace an existing bundle when the new one is complete.
+        progress: told of every stage.
+
+    Returns:
+        `out`.
+
+    Raises:
+        SourceError: a weight is NaN or Inf or overflows the dtype.
+        ExportError: tracing failed, the disk is full, or `out` cannot be written.
+    """
+    progress = progress or Silent()
+    with staged(out, overwrite, plan.bytes) as folder:
+        files: dict[str, b.FileEntry] = {}
+        modulation = _bake(plan, folder, files, progress)
+        parts = {p.part.name: _export_part(p, plan, folder, files, progress) for p in plan.parts}
+        tokenizers, pads = _export_tokenizers(plan.student, folder, files, progress)
+        manifest = _manifest(plan, parts, tokenizers, pads, modulation, files, command)
+        path = folder / b.MANIFEST
+        with path.open("w", encoding="utf-8") as f:
+            f.write(manifest.to_json())
+            f.flush()
+            os.fsync(f.fileno())
+    return out
+
+
+def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress) -> b.ModulationTable | None:
+    if plan.baked is None:
+        return None
+    from safetensors.torch import save
+
+    progress.stage("modulation: baking", 0)
+    schedule = _schedule(plan.options)
+    tables = {}
+    for n in plan.options.steps:
+        timesteps = conditioning_timesteps(sigmas(n, schedule), "qwen-image", plan.options.reference_dtype)
+        source = plan.student.source("conditioner")
+        precision = getattr(torch, plan.options.part_dtype("backbone"))
+        tables[f"num_inference_steps_{n}"] = bake_modulation(plan.baked, source, torch.from_numpy(timesteps), precision)
+    path = folder / "modulation.safetensors"
+    path.write_bytes(save(tables))
+    files[path.name] = _entry(path)
+    return b.ModulationTable(path.name, plan.options.steps)
+
+
+def _export_part(
+    planned: PlannedPart, plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+) -> b.Part:
+    part = planned.part
+    progress.stage(f"{part.name}: tracing", 0)
+    model = trace(part, plan.options.opset)
+    live = [p for p in planned.params if initializer_name(p) in model.graph.initializers]
+    graph, weights = folder / f"{part.name}.onnx", folder / f"{part.name}.safetensors"
+    progress.stage(f"{part.name}: weights", sum(map(num_bytes, live)))
+    files[weights.name], placed = write_weights(weights, live, plan.student.source(part.name), progress.advance)
+    attach(model, weights, placed)
+    ir.save(model, graph)
+    files[graph.name] = _entry(graph)
+    count = sum(int(torch.Size(p.shape).numel()) for p in live if p.key is not None)
+    precision: b.DType = str(part.precision).removeprefix("torch.")  # type: ignore[assignment]
+    return b.Part(graph.name, weights.name, precision, count, part.inputs, part.outputs)
+
+
+def _export_tokenizers(
+    student: Student, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+) -> tuple[dict[str, str], dict[str, int | None]]:
+    progress.stage("tokenizers", 0)
+    names, pads = {}, {}
+    for name, source in tokenizer_folders(student).items():
+        path = folder / f"{name}.json"
+        pads[name] = export_tokenizer(source, path, name)
+        files[path.name] = _entry(path)
+        names[name] = path.name
+    return names, pads
+
+
+def _entry(path: Path) -> b.FileEntry:
+    return b.FileEntry(path.stat().st_size, sha256_file(path))
+
+
+def _schedule(options: Options) -> b.Schedule:
+    return b.Schedule(SHIFT, TIMESTEP_RATIO, options.steps[0])
+
+
+def _manifest(
+    plan: Plan,
+    parts: Mapping[str, b.Part],
+    tokenizers: Mapping[str, str],
+    pads: Mapping[str, int | None],
+    modulation: b.ModulationTable | None,
+    files: Mapping[str, b.FileEntry],
+    command: str,
+) -> b.Manifest:
+    student, options = plan.student, plan.options
+    flux = student.family == "flux"
+    if flux:
+        text = b.Text(
+            options.max_sequence_length,
+            clip_tokens=CLIP_TOKENS,
+            clip_pad_token_id=pads["tokenizer"],
+            t5_pad_token_id=pads["tokenizer_2"],
+        )
+    else:
+        text = b.Text(options.max_sequence_length, QWEN_TEMPLATE, QWEN_DROP_TOKENS)
+    px = b.Range(16, options.max_px)
+    config = student.config
+    return b.Manifest(
+        family=student.family,  # type: ignore[arg-type]
+        dtype=options.dtype,
+        reference_dtype=options.reference_dtype,
+        opset=options.opset,
+        guidance=flux and bool(config.get("guidance_embeds")),
+        schedule=_schedule(options),
+        latents=b.Latents(
+            config["in_channels"] // 4, 2, 8, student.adapter.num_gaussians, student.adapter.logweights_channels
+        ),
+        rotary=b.Rotary(10000.0, tuple(config["axes_dims_rope"])),
+        text=text,
+        ranges=b.Ranges(b.Range(1, MAX_BATCH), px, px),
+        parts=parts,
+        tokenizers=tokenizers,
+        files=files,
+        provenance=_provenance(student, command),
+        modulation=modulation,
+    )
+
+
+def _provenance(student: Student, command: str) -> b.Provenance:
+    tools = {n: metadata.version(n) for n in ("arcflow", "torch", "diffusers", "transformers", "onnx-ir", "onnxscript")}
+    tools["python"] = platform.python_version()
+    base, adapter, loras = student.sources
+    return b.Provenance(
+        command=command,
+        created=timestamp(),
+        tools=tools,
+        base=base,
+        adapter=adapter,
+        loras=loras,
+    )

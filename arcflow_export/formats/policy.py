@@ -1,0 +1,145 @@
+"""A preset or TOML file -> which linears of which parts are quantised, and how far the result may drift."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from arcflow_export.errors import QuantizeError
+from arcflow_export.formats.thresholds import Thresholds
+from arcflow_runtime.disk.manifest import QuantFormat, seal
+from arcflow_runtime.disk.parse import parse
+from arcflow_runtime.errors import BundleError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+#: The preset for each family of bundles.
+DEFAULT_PRESETS = {"flux": "flux", "qwen-image": "qwen-image"}
+_NEAR = 3
+_NO_THRESHOLDS = Thresholds()
+
+
+@dataclass(frozen=True)
+class PartPolicy:
+    """Glob patterns on the names of one part's linears, as in `fnmatch`: `*` matches dots too.
+
+    A linear is quantised if a pattern of `include` matches it and none of `exclude` does; nothing else decides.
+    """
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The whole of a policy file."""
+
+    name: str
+    format: QuantFormat
+    parts: Mapping[str, PartPolicy]
+    thresholds: Thresholds = _NO_THRESHOLDS
+
+    def digest(self) -> str:
+        """SHA-256 of the policy in canonical JSON, as the manifest records it."""
+        return seal(json.loads(json.dumps(dataclasses.asdict(self))))
+
+
+def presets() -> list[str]:
+    """Names of the policies that come with the package."""
+    return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
+
+
+def load_policy(name_or_path: str) -> Policy:
+    """Read a preset by its bare name, or a TOML file.
+
+    Raises:
+        QuantizeError: there is no such preset or file, it is no TOML, or a key is unknown, missing or out of range.
+    """
+    known = presets()
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise QuantizeError(f"--policy: {path} is no file; the presets are {', '.join(known)}")
+        data = path.read_bytes()
+    elif name_or_path in known:
+        data = (_folder() / f"{name_or_path}.toml").read_bytes()
+    else:
+        close = difflib.get_close_matches(name_or_path, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise QuantizeError(
+            f"--policy: {name_or_path!r} is neither a preset nor a .toml file{hint}; the presets are {', '.join(known)}"
+        )
+    try:
+        decoded = tomllib.loads(data.decode())
+    except ValueError as e:  # TOMLDecodeError and UnicodeDecodeError are both
+        raise QuantizeError(f"{name_or_path}: not valid TOML ({e})") from None
+    try:
+        policy: Policy = parse(Policy, decoded, name_or_path)
+    except BundleError as e:
+        raise QuantizeError(str(e)) from None
+    _check(policy, name_or_path)
+    return policy
+
+
+def select(policy: PartPolicy, part: str, linears: Sequence[str]) -> tuple[str, ...]:
+    """The linears that a policy quantises, in their given order.
+
+    Args:
+        policy: of this part.
+        part: its name, for messages.
+        linears: names of the part's linears.
+
+    Raises:
+        QuantizeError: a pattern matches none of them, or nothing is left; the message names near ones.
+    """
+    for key, patterns in (("include", policy.include), ("exclude", policy.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise QuantizeError(
+                    f"policy: parts.{part}.{key}: {pattern!r} matches none of the {len(linears)} linears of {part}"
+                    f"{_near(pattern, linears)}"
+                )
+    chosen = tuple(
+        name
+        for name in linears
+        if any(fnmatchcase(name, p) for p in policy.include) and not any(fnmatchcase(name, p) for p in policy.exclude)
+    )
+    if not chosen:
+        raise QuantizeError(f"policy: parts.{part} excludes every linear that it includes; leave the part out instead")
+    return chosen
+
+
+def _near(pattern: str, linears: Sequence[str]) -> str:
+    """Names close to a pattern; where it has wildcards, the blocks' numbers become one too."""
+    wild = any(c in pattern for c in "*?[")
+    names = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) if wild else name: None for name in linears}
+    close = difflib.get_close_matches(pattern, list(names), _NEAR, 0.5)
+    return f"; near it are {', '.join(map(repr, close))}" if close else ""
+
+
+def _check(policy: Policy, where: str) -> None:
+    if not policy.parts:
+        raise QuantizeError(f"{where}: parts must name at least one part, such as [parts.backbone]")
+    for part, patterns in policy.parts.items():
+        if not patterns.include:
+            raise QuantizeError(f"{where}: parts.{part}: include must have at least one pattern; or leave the part out")
+    for name, value in dataclasses.asdict(policy.thresholds).items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise QuantizeError(f"{where}: thresholds: {name} must be finite and not negative, got {value!r}")
+
+
+def _folder() -> Any:
+    return files("arcflow_export") / "formats" / "policies"

@@ -1,0 +1,222 @@
+"""The file of activation ranges, `scales.json` <-> frozen dataclasses; imports neither torch nor modelopt.
+
+The format is specified in `docs/calibration.md`; rule numbers (`S1`...) below cite it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from arcflow_export.errors import CalibrationError
+from arcflow_runtime.disk.files import whole_file
+from arcflow_runtime.disk.manifest import Family, Manifest, Source, seal
+from arcflow_runtime.disk.parse import parse
+from arcflow_runtime.errors import BundleError
+
+FORMAT = "arcflow-scales"
+VERSION = 1
+MAX_BYTES = 16 << 20
+#: The part whose activations differ from step to step; the others run once per prompt.
+STEPPED = "backbone"
+#: Largest finite number of float16.
+FP16_MAX = 65504.0
+
+Method = Literal["max", "percentile", "mse"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts calibrated on: preset or file name, SHA-256 of the prompts, each ended by a newline, and count."""
+
+    name: str
+    sha256: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Range:
+    """What one linear was seen to take and give.
+
+    `amax` is the range of |input| by the file's method and `output_amax` the largest |output|, bias and LoRA included;
+    both have one value per step for the backbone and one for a text encoder. `samples` counts the input vectors seen
+    at each step.
+    """
+
+    amax: tuple[float, ...]
+    samples: int
+    output_amax: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The whole of `scales.json`; `sizes` are (height, width) in pixels."""
+
+    base: Source
+    adapter: Source
+    loras: tuple[Source, ...]
+    family: Family
+    method: Method
+    percentile: float | None
+    prompts: PromptSet
+    num_inference_steps: int
+    sizes: tuple[tuple[int, ...], ...]
+    guidance_scale: float | None
+    seed: int
+    tools: Mapping[str, str]
+    parts: Mapping[str, Mapping[str, Range]]
+    dtype: DType = "float32"
+    max_sequence_length: int | None = None
+    format: str = FORMAT
+    version: int = VERSION
+
+    @staticmethod
+    def load(path: str | Path) -> Scales:
+        """Read and check a file of scales.
+
+        Raises:
+            CalibrationError: there is no such file, or it is no file of scales, of another version, edited, or breaks
+                a rule; the message names the place.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CalibrationError(f"{path} is no file; make one with `arcflow calibrate`")
+        if path.stat().st_size > MAX_BYTES:
+            raise CalibrationError(f"{path} is larger than {MAX_BYTES} bytes; it is no file of scales")
+        try:
+            data = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as e:
+            raise CalibrationError(f"{path} is not valid JSON ({e}); calibrate again") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CalibrationError(f"{path}: 'format' must be {FORMAT!r}; this is no file of scales")
+        version = data.get("version")
+        if version != VERSION or isinstance(version, bool):
+            what = "update arcflow" if isinstance(version, int) and version > VERSION else "calibrate again"
+            raise CalibrationError(f"{path}: version must be {VERSION}, got {version!r}; {what}")
+        digest = data.pop("digest", None)
+        try:
+            scales: Scales = parse(Scales, data, str(path))
+        except BundleError as e:
+            raise CalibrationError(f"{e}; calibrate again") from None
+        if digest != seal(data):  # S3
+            raise CalibrationError(f"{path} does not match its own digest; it was edited, calibrate again")
+        scales.check(str(path))
+        return scales
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            CalibrationError: a value breaks a rule; nothing is written.
+        """
+        path = Path(path)
+        self.check(str(path))
+        data = self._data()
+        with whole_file(path) as partial:
+            partial.write_text(_one_line_per_layer(json.dumps(data | {"digest": seal(data)}, indent=1)) + "\n", "utf-8")
+
+    @property
+    def digest(self) -> str:
+        """The seal: SHA-256 of everything in the file."""
+        return seal(self._data())
+
+    def amax(self, part: str, layer: str) -> float:
+        """The range that serves every step: the largest over the steps.
+
+        Raises:
+            CalibrationError: the part or the layer was not calibrated.
+        """
+        if part not in self.parts:
+            raise CalibrationError(
+                f"scales: {part} was not calibrated, only {', '.join(self.parts)}; calibrate with --parts {part}"
+            )
+        if layer not in self.parts[part]:
+            raise CalibrationError(f"scales: {part} has no layer {layer!r}; were they made from another student?")
+        return max(self.parts[part][layer].amax)
+
+    def check_belongs(self, manifest: Manifest) -> None:
+        """Check that a bundle was made from the student that these scales were made from (S5).
+
+        Raises:
+            CalibrationError: names every one of base, adapter and LoRAs that differs.
+        """
+        if self.family != manifest.family:
+            raise CalibrationError(f"scales: they are of a {self.family} student, the bundle is {manifest.family}")
+        theirs = manifest.provenance
+        wrong = [
+            f"{what} {_name(mine)}, the bundle {_name(other)}"
+            for what, mine, other in (("base", self.base, theirs.base), ("adapter", self.adapter, theirs.adapter))
+            if mine.sha256 != other.sha256
+        ]
+        if _loras(self.loras) != _loras(theirs.loras):
+            wrong.append(f"LoRAs {_names(self.loras)}, the bundle {_names(theirs.loras)}")
+        if wrong:
+            raise CalibrationError(
+                f"scales: they belong to another student. They were made with {'; with '.join(wrong)}. "
+                "Calibrate the bundle's own base, adapter and LoRAs"
+            )
+
+    def check(self, where: str) -> None:
+        """Check the rules beyond the types (S4).
+
+        Raises:
+            CalibrationError: names the key at `where`, what it must be and what it is.
+        """
+        for ok, key, must, got in self._rules():
+            if not ok:
+                raise CalibrationError(f"{where}: {key} must be {must}, got {got!r}; calibrate again")
+
+    def _rules(self) -> Iterator[tuple[bool, str, str, object]]:
+        p = self.percentile
+        if self.method == "percentile":
+            yield p is not None and 0 < p <= 100, "percentile", "above 0 and at most 100", p
+        else:
+            yield p is None, "percentile", f"null for method {self.method}", p
+        yield self.num_inference_steps >= 1, "num_inference_steps", "at least 1", self.num_inference_steps
+        yield self.prompts.count >= 1, "prompts: count", "at least 1", self.prompts.count
+        pairs = bool(self.sizes) and all(len(s) == 2 and min(s) > 0 and not any(v % 16 for v in s) for s in self.sizes)
+        yield pairs, "sizes", "pairs of multiples of 16", [list(s) for s in self.sizes]
+        g = self.guidance_scale
+        yield g is None or math.isfinite(g), "guidance_scale", "finite", g
+        yield bool(self.parts), "parts", "at least one", {}
+        for part, layers in self.parts.items():
+            yield bool(layers), f"parts.{part}", "at least one layer", {}
+            steps = self.num_inference_steps if part == STEPPED else 1
+            for layer, r in layers.items():
+                key = f"parts.{part}.{layer}"
+                count = f"{steps} values, one per step" if part == STEPPED else "one value"
+                yield len(r.amax) == steps, f"{key}: amax", count, list(r.amax)
+                yield all(0 < a < math.inf for a in r.amax), f"{key}: amax", "positive and finite", list(r.amax)
+                yield r.samples >= 1, f"{key}: samples", "at least 1", r.samples
+                if r.output_amax is not None:
+                    out = list(r.output_amax)
+                    yield len(out) == steps, f"{key}: output_amax", count, out
+                    yield all(0 <= a < math.inf for a in out), f"{key}: output_amax", "finite, 0 or more", out
+
+    def _data(self) -> dict[str, object]:
+        data = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {"format": data.pop("format"), "version": data.pop("version")} | data
+
+
+def _one_line_per_layer(text: str) -> str:
+    return re.sub(r'\{\s+"amax"[^{}]*\}', lambda match: " ".join(match[0].split()), text)
+
+
+def _loras(loras: tuple[Source, ...]) -> list[tuple[str, float | None]]:
+    return sorted(((s.sha256, s.scale) for s in loras), key=repr)
+
+
+def _names(loras: tuple[Source, ...]) -> str:
+    return ", ".join(_name(s) for s in loras) or "none"
+
+
+def _name(source: Source) -> str:
+    scale = "" if source.scale is None else f" x {source.scale:g}"
+    return f"{source.name!r}{scale} (sha256 {source.sha256[:12]})"

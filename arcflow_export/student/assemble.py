@@ -1,0 +1,112 @@
+"""A base checkpoint, an adapter and LoRAs -> diffusers' pipeline with all of them in it, and the three heads.
+
+The adapter's LoRA factors stay unmerged, as in the reference. Where the base stays on disk they are in memory, as are
+the heads and the tensors that the adapter replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, QwenImagePipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from arcflow_export.checkpoint.adapter import HEADS
+from arcflow_export.models.student import Heads
+from arcflow_export.student.load import Student
+from arcflow_export.student.memory import component_dtypes
+from arcflow_export.student.offload import DiskWeights, empty_components, merge, read_when_used
+
+_PIPELINES = {"flux": FluxPipeline, "qwen-image": QwenImagePipeline}
+
+
+def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, on_disk: bool) -> tuple[Any, Heads]:
+    """Load a pipeline and give it the student's adapter and LoRAs.
+
+    Args:
+        student: from `load_student`.
+        dtypes: of the weights, by the part's name in a bundle.
+        device: where to run.
+        on_disk: leave the weights of transformer and text encoders in their files until they are used.
+
+    Raises:
+        SourceError: `on_disk`, and the checkpoint lacks a weight.
+    """
+    components = component_dtypes(student, dtypes)
+    empty = empty_components(student, components) if on_disk else {}
+    pipe = _PIPELINES[student.family].from_pretrained(
+        student.base.path,
+        dtype=components | {"default": dtypes["backbone"]},
+        use_safetensors=True,
+        **{name: module for name, (module, _) in empty.items()},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    heads = _attach(pipe.transformer, student, dtypes["backbone"])
+    _merge_text_loras(pipe.text_encoder, student, empty["text_encoder"][1] if on_disk else None)
+    if student.family == "qwen-image":
+        pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and its logits are large
+    if not on_disk:
+        pipe.to(device)
+    for module, weights in empty.values():
+        read_when_used(module, weights, device)
+    pipe.vae.to(device)
+    return pipe, heads.to(device)
+
+
+def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
+    """Give a base transformer the adapter: full tensors, heads, and LoRA kept unmerged as the reference does."""
+    adapter = student.adapter
+    state = {k.removeprefix("transformer."): v for k, v in load_file(_file(student)).items()}
+    heads = Heads(
+        transformer.inner_dim, transformer.config.in_channels, adapter.num_gaussians, adapter.logweights_channels
+    )
+    heads.load_state_dict({k: v for k, v in state.items() if k.split(".")[0] in HEADS})
+    full = {k: v.to(dtype) for k, v in state.items() if "lora" not in k and k.split(".")[0] not in HEADS}
+    _, unexpected = transformer.load_state_dict(full, strict=False, assign=True)
+    assert not unexpected, unexpected
+    transformer.proj_out = nn.Identity()  # the heads take its input
+    lora = {k: v.to(dtype) for k, v in state.items() if "lora" in k}
+    names, scales = [], []
+    if lora:
+        _load_factors(transformer, lora, "arcflow")
+        names.append("arcflow")
+        scales.append(1.0)
+    for i, style in enumerate(student.styles):
+        factors = {}
+        for module, pair in style.pairs.get("transformer", {}).items():
+            factors[f"{module}.lora_A.weight"] = pair.a.read().to(dtype)
+            factors[f"{module}.lora_B.weight"] = (pair.b.read().float() * pair.scale).to(dtype)
+        if factors:
+            _load_factors(transformer, factors, f"style{i}")
+            names.append(f"style{i}")
+            scales.append(1.0)
+    if len(names) > 1:
+        transformer.set_adapters(names, scales)
+    return heads.to(dtype).eval()
+
+
+def _load_factors(transformer: Any, factors: dict[str, torch.Tensor], name: str) -> None:
+    transformer.load_lora_adapter(dict(factors), prefix=None, adapter_name=name, low_cpu_mem_usage=True)
+    # peft moves factors to the device of their linear's weight, which is "meta" where that stays on disk.
+    for key, value in factors.items():
+        factor = transformer.get_submodule(f"{key.removesuffix('.weight')}.{name}")
+        if factor.weight.is_meta:
+            factor.weight = nn.Parameter(value, requires_grad=False)
+
+
+def _merge_text_loras(encoder: nn.Module, student: Student, weights: DiskWeights | None) -> None:
+    for style in student.styles:
+        for module, pair in style.pairs.get("text_encoder", {}).items():
+            name = f"{module.removeprefix('text_model.')}.weight"
+            if weights is not None:
+                weights.add_lora(name, pair)
+            else:
+                with torch.no_grad():
+                    merge(encoder.get_parameter(name), pair)
+
+
+def _file(student: Student) -> Any:
+    return next(iter(student.adapter.index.values())).path

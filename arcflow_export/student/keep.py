@@ -1,0 +1,132 @@
+"""Patterns, or measured ranges, and parts -> the linears that stay in float32 in a part of reduced precision.
+
+A kept linear multiplies and adds its bias in float32, and what it gives stays in float32 until the next linear or
+norm of the part's precision, as transformers does with T5's `wo`: cast back at once it would overflow all the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from arcflow_export.models.layers import LayerNorm, MatMul, Part, RMSNorm
+from arcflow_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from arcflow_export.student.load import Student
+
+#: Largest finite float16.
+FLOAT16_MAX = 65504.0
+#: Linears beyond this share of float16's range on the calibration prompts are kept. Other prompts reach further, and
+#: what a block adds up of two such outputs must still fit: a factor of two, one bit of float16's five-bit exponent.
+MARGIN = 0.5
+#: What these give goes into attention without a norm between; attention takes the part's precision.
+ATTENTION_INPUTS = frozenset({"to_v", "add_v_proj", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
+#: A VAE decoder's few linears feed convolutions; it is kept in float32 as a whole.
+_WHOLE = "vae_decoder"
+
+
+def linears(part: Part) -> dict[str, MatMul]:
+    """The linears of a part by layer name, the key of the weight without `.weight`."""
+    found = {}
+    for name, module in part.module.named_modules():
+        if isinstance(module, MatMul) and module.weight.numel():  # one mode has no gammas
+            found[part.rename(f"{name}.weight").removesuffix(".weight")] = module
+    return found
+
+
+def float32_layers(part: Part) -> tuple[str, ...]:
+    """Names of the linears in float32 of a part whose precision is another."""
+    if part.precision == torch.float32:
+        return ()
+    return tuple(name for name, module in linears(part).items() if module.weight.dtype == torch.float32)
+
+
+def matching(parts: list[Part], patterns: Iterable[str]) -> list[tuple[Part, list[str]]]:
+    """The linears that patterns name, by part.
+
+    Args:
+        parts: all parts of a student.
+        patterns: of fnmatch, on layer names.
+
+    Raises:
+        RequestError: a pattern matches no linear of a part in reduced precision; the message suggests one.
+    """
+    layers = {part.name: list(linears(part)) for part in parts if _reduced(part)}
+    matched: dict[str, list[str]] = {name: [] for name in layers}
+    for pattern in patterns:
+        hits = {name: [n for n in names if fnmatchcase(n, pattern)] for name, names in layers.items()}
+        if not any(hits.values()):
+            raise RequestError(_no_match(pattern, parts, layers))
+        for name, more in hits.items():
+            matched[name] += more
+    return [(part, matched[part.name]) for part in parts if matched.get(part.name)]
+
+
+def keep_float32(part: Part, layers: Iterable[str]) -> None:
+    """Keep linears of a part in float32, in place, and let its norms take float32."""
+    found = linears(part)
+    for name in layers:
+        found[name].float()
+        if name.rpartition(".")[2] in ATTENTION_INPUTS:
+            found[name].output = part.precision
+    _replace_norms(part.module)
+
+
+def measured(path: Path, student: Student, dtype_of: Any) -> tuple[str, ...]:
+    """The layers of float16 parts whose outputs went beyond `MARGIN` of float16's range in calibration.
+
+    Args:
+        path: a file of `arcflow calibrate`.
+        student: the student it must belong to.
+        dtype_of: a function from a part's name to its dtype.
+
+    Raises:
+        ArcFlowError: the file is damaged, or of another student.
+    """
+    from arcflow_export.formats.scales import Scales
+
+    scales: Any = Scales.load(path)
+    provenance = SimpleNamespace(base=student.sources[0], adapter=student.sources[1], loras=student.sources[2])
+    scales.check_belongs(SimpleNamespace(family=student.family, provenance=provenance))
+    return tuple(
+        layer
+        for part, layers in scales.parts.items()
+        if dtype_of(part) == "float16"
+        for layer, seen in layers.items()
+        if seen.output_amax is not None and max(seen.output_amax) > MARGIN * FLOAT16_MAX
+    )
+
+
+def _reduced(part: Part) -> bool:
+    return part.precision != torch.float32 and part.name != _WHOLE
+
+
+def _no_match(pattern: str, parts: list[Part], layers: dict[str, list[str]]) -> str:
+    where = ", ".join(layers) or "none"
+    message = f"--keep-float32: {pattern!r} matches no linear of a part in bfloat16 or float16 ({where})"
+    for part in parts:
+        if any(fnmatchcase(name, pattern) for name in linears(part)):
+            if part.name == _WHOLE:
+                return f"{message}; keep the decoder as a whole with --precision {_WHOLE}=float32"
+            return f"{message}; {part.name} is in float32 as it is"
+    close = difflib.get_close_matches(pattern, [name for names in layers.values() for name in names], 1)
+    return message + (f"; did you mean {close[0]}?" if close else "; names are the weights' keys without '.weight'")
+
+
+def _replace_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.LayerNorm) and child.elementwise_affine:
+            setattr(module, name, LayerNorm(child))
+        elif isinstance(child, nn.RMSNorm) and child.weight is not None:
+            assert child.eps is not None
+            setattr(module, name, RMSNorm(child.weight, child.eps))
+        else:
+            _replace_norms(child)

@@ -1,0 +1,240 @@
+"""A base checkpoint, an adapter and LoRAs -> checked parts on the meta device and where their weights come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+
+from arcflow_export.checkpoint.adapter import Adapter, LoraPair, check_pair, load_adapter, read_modes
+from arcflow_export.checkpoint.layout import (
+    MODEL_INDEX,
+    adapter_files,
+    base_files,
+    lora_files,
+    no_model_index,
+    read_family,
+)
+from arcflow_export.checkpoint.merge import MergedWeights, PlainWeights, WeightSource
+from arcflow_export.checkpoint.sources import Location, Resolved, measure, read_json, resolve
+from arcflow_export.checkpoint.styles import Style, load_style
+from arcflow_export.checkpoint.tensors import TensorIndex
+from arcflow_export.errors import SourceError
+from arcflow_export.models import flux, qwen, text, vae
+from arcflow_export.models.layers import Part
+from arcflow_runtime.disk.manifest import DType, Source
+
+_TRANSFORMERS = {"flux": FluxTransformer2DModel, "qwen-image": QwenImageTransformer2DModel}
+
+
+@dataclass(frozen=True)
+class Student:
+    """A base with its adapter and LoRAs, checked, nothing read but headers and configs."""
+
+    family: str
+    base: Resolved
+    config: dict[str, Any]
+    vae_config: dict[str, Any]
+    adapter: Adapter
+    styles: tuple[Style, ...]
+    transformer: MergedWeights
+    indexes: dict[str, TensorIndex] = field(repr=False)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base's weights in its files."""
+        return sum(ref.num_bytes for index in self.indexes.values() for ref in index.values())
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter's and LoRAs' weights in their files."""
+        pairs = [pair for style in self.styles for found in style.pairs.values() for pair in found.values()]
+        loras = sum(pair.a.num_bytes + pair.b.num_bytes for pair in pairs)
+        return loras + sum(ref.num_bytes for ref in self.adapter.index.values())
+
+    def source(self, part: str) -> WeightSource:
+        """Where the weights of part `part` come from."""
+        if part in ("backbone", "conditioner"):
+            return self.transformer
+        component = "vae" if part == "vae_decoder" else part
+        loras = _pairs(self.styles, component)
+        if loras:
+            return MergedWeights(self.indexes[component], {}, loras)
+        return PlainWeights(self.indexes[component])
+
+    @property
+    def base_parameters(self) -> int:
+        """Parameters of the base's transformer."""
+        return sum(r.numel for r in self.indexes["transformer"].values())
+
+    @property
+    def sources(self) -> tuple[Source, Source, tuple[Source, ...]]:
+        """Base, adapter and LoRAs by name and digest, as provenance records them."""
+        adapter = self.adapter.source
+        return (
+            Source(self.base.name, self.base.revision, self.transformer.index.digest()),
+            Source(adapter.name, adapter.revision, self.adapter.index.digest()),
+            tuple(Source(s.source.name, s.source.revision, s.digest, s.scale) for s in self.styles),
+        )
+
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+        """Every part of the bundle, on the meta device, in the order in which data flows.
+
+        Args:
+            dtype: of all parts, or a function from a part's name to its dtype.
+        """
+        return self.outline.parts(dtype)
+
+    @property
+    def outline(self) -> Outline:
+        """What its configs say."""
+        k, p = self.adapter.num_gaussians, self.adapter.logweights_channels
+        return Outline(self.family, self.base.path, self.config, self.vae_config, k, p, self.indexes)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a student's configs say of it: family, networks' sizes, K modes and P sub-pixels.
+
+    `folder` is the base's; `keys` has the names of its tensors by component, none where its weights are not there.
+    """
+
+    family: str
+    folder: Path
+    config: dict[str, Any]
+    vae_config: dict[str, Any]
+    num_gaussians: int
+    logweights_channels: int
+    keys: Mapping[str, Collection[str]]
+
+    @property
+    def width(self) -> int:
+        """Of the transformer."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+        """See `Student.parts`."""
+        of = dtype if callable(dtype) else lambda _: dtype
+        folder, k, p = self.folder, self.num_gaussians, self.logweights_channels
+        if self.family == "flux":
+            return [
+                text.clip(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
+                text.t5(folder / "text_encoder_2", of("text_encoder_2"), self.keys.get("text_encoder_2", ())),
+                *flux.build(self.config, k, p, of("conditioner"), of("backbone")),
+                vae.decoder(self.vae_config, self.family, of("vae_decoder")),
+            ]
+        return [
+            text.qwen(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
+            *qwen.build(self.config, k, p, of("conditioner"), of("backbone")),
+            vae.decoder(self.vae_config, self.family, of("vae_decoder")),
+        ]
+
+
+def read_outline(base: Location, adapter: Location) -> Outline:
+    """Read a student's configs, fetched if need be, without its weights.
+
+    Raises:
+        SourceError: anything is missing or damaged; the message names it.
+    """
+    folder = resolve(base, "base checkpoint", base_files, weights=False).path
+    if not (folder / MODEL_INDEX).exists():
+        raise SourceError(no_model_index("base checkpoint", folder))
+    family = read_family(folder / MODEL_INDEX, "base checkpoint")
+    config = _transformer_config(folder / "transformer" / "config.json", family)
+    vae_config = read_json(folder / "vae" / "config.json", "base checkpoint")
+    k, p = read_modes(resolve(adapter, "adapter", adapter_files, weights=False))
+    return Outline(family, folder, config, vae_config, k, p, {})
+
+
+def load_student(base: Location, adapter: Location, loras: list[tuple[Location, float]]) -> Student:
+    """Find, open and check everything an export needs, reading only configs and headers.
+
+    Raises:
+        SourceError: anything is missing, damaged, or does not fit; the message names it.
+    """
+    # A mistake in any of them is found before the first is fetched, which may take an hour.
+    measure(base, "base checkpoint", base_files)
+    measure(adapter, "adapter", adapter_files)
+    for location, _ in loras:
+        measure(location, "LoRA", lora_files)
+    base_dir = resolve(base, "base checkpoint", base_files)
+    if not (base_dir.path / MODEL_INDEX).exists():
+        raise SourceError(no_model_index("base checkpoint", base_dir.path))
+    family = read_family(base_dir.path / MODEL_INDEX, "base checkpoint")
+    components = ["transformer", "vae", "text_encoder"] + (["text_encoder_2"] if family == "flux" else [])
+    indexes = {c: TensorIndex.open(base_dir.path / c, f"base checkpoint, {c}") for c in components}
+    config = _transformer_config(base_dir.path / "transformer" / "config.json", family)
+    vae_config = read_json(base_dir.path / "vae" / "config.json", "base checkpoint")
+    adapter_dir = resolve(adapter, "adapter", adapter_files)
+    arc = load_adapter(adapter_dir, config, indexes["transformer"])
+    if arc.family != family:
+        raise SourceError(f"adapter: it is for {arc.family}, the base checkpoint is {family}")
+    styles = tuple(_fitted(load_style(location, scale, family), indexes) for location, scale in loras)
+    merged: dict[str, list[LoraPair]] = {m: [pair] for m, pair in arc.loras.items()}
+    for module, more in _pairs(styles, "transformer").items():
+        merged.setdefault(module, []).extend(more)
+    weights = MergedWeights(indexes["transformer"], arc.full, merged)
+    return Student(family, base_dir, config, vae_config, arc, styles, weights, indexes)
+
+
+def _transformer_config(path: Path, family: str) -> dict[str, Any]:
+    """The base transformer's config, with the class's defaults for what the file leaves out.
+
+    FLUX.1-dev's own file has no `axes_dims_rope`, for one.
+    """
+    data = read_json(path, "base checkpoint")
+    signature = inspect.signature(_TRANSFORMERS[family].__init__).parameters.values()
+    config = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty} | data
+    for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise SourceError(f"base checkpoint: {path}: {key} must be a positive integer, got {config[key]!r}")
+    config["axes_dims_rope"] = axes = list(config["axes_dims_rope"] or ())  # JSON's form, as adapters have it
+    if sum(axes) != config["attention_head_dim"]:
+        raise SourceError(
+            f"base checkpoint: {path}: axes_dims_rope must add up to attention_head_dim "
+            f"{config['attention_head_dim']}, got {axes}"
+        )
+    if config["in_channels"] != 64:
+        raise SourceError(
+            f"base checkpoint: {path}: in_channels must be 64, got {config['in_channels']}; "
+            "students of inpainting and control models are not supported"
+        )
+    for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        if config.get(key):
+            raise SourceError(f"base checkpoint: {path}: {key} is not supported; the base must be Qwen/Qwen-Image's")
+    return config
+
+
+def _fitted(style: Style, indexes: dict[str, TensorIndex]) -> Style:
+    """The style with its modules called as in the base's files, every pair checked against its linear."""
+    pairs: dict[str, dict[str, LoraPair]] = {}
+    for component, found in style.pairs.items():
+        index = indexes[component]
+        for module, pair in found.items():
+            # CLIP's files carry a prefix or not, by the version of transformers that wrote them; so do LoRAs.
+            # diffusers' converter for Qwen-Image adds a prefix even to keys that have it.
+            other = module.removeprefix("text_model.").removeprefix("transformer.")
+            names = (module, other, f"text_model.{module}")
+            name = next((n for n in names if f"{n}.weight" in index), module)
+            check_pair(name, pair, index, f"LoRA {style.source.name}", component)
+            pairs.setdefault(component, {})[name] = pair
+    return dataclasses.replace(style, pairs=pairs)
+
+
+def _pairs(styles: tuple[Style, ...], component: str) -> dict[str, list[LoraPair]]:
+    out: dict[str, list[LoraPair]] = {}
+    for style in styles:
+        for module, pair in style.pairs.get(component, {}).items():
+            out.setdefault(module, []).append(pair)
+    return out
+
+
+def tokenizer_folders(student: Student) -> dict[str, Path]:
+    """The tokenizer folders of the base, by the bundle's name for them."""
+    names = ["tokenizer", "tokenizer_2"] if student.family == "flux" else ["tokenizer"]
+    return {n: student.base.path / n for n in names}

@@ -1,0 +1,287 @@
+"""A base checkpoint and an adapter -> the student in torch, run the reference's way: the independent check.
+
+diffusers' own transformer with peft's unmerged LoRA, the three heads on its last hidden state, and the closed-form
+update in torch. It shares no weight, graph or runtime code with the bundle. Weights that do not fit in memory stay in
+the checkpoint's files; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from arcflow_export.checkpoint.adapter import HEADS
+from arcflow_export.options import PARTS
+from arcflow_export.student.assemble import assemble
+from arcflow_export.student.cast import cast_conditioner, cast_linears, keep_float32
+from arcflow_export.student.load import Student
+from arcflow_export.student.memory import free_bytes, stays_on_disk, weight_bytes
+
+SHIFT = 3.2
+
+
+@dataclass(frozen=True)
+class TorchRun:
+    """What a torch run gives: packed latents [B, N, C] float32 after every step, and images [B, H, W, 3] in [0, 1]."""
+
+    noise: torch.Tensor
+    steps: list[torch.Tensor]
+    images: torch.Tensor
+
+
+class TorchStudent:
+    """The student in torch; `on_disk` says whether its base is read from disk as it is used."""
+
+    def __init__(
+        self,
+        student: Student,
+        dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
+        reference_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        float32_layers: Mapping[str, Iterable[str]] | None = None,
+        offload: bool | None = None,
+    ):
+        """Load base, adapter and LoRAs.
+
+        Args:
+            student: from `load_student`.
+            dtype: dtype of all weights and activations, or of each part by its name in a bundle; the update is float32
+                in any case.
+            reference_dtype: the dtype whose rounding the timestep, guidance and FLUX's rotary tables get, as if
+                the reference ran in it; None is the backbone's dtype.
+            device: where to run.
+            float32_layers: linears to keep in float32, by part; layer names as in the graphs.
+            offload: read the weights of transformer and text encoders from disk whenever they are used, so that one
+                layer's are in memory at a time; None is where all of them together do not fit in the free memory.
+        """
+        dtypes = dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
+        dtype, conditioner = dtypes["backbone"], dtypes["conditioner"]
+        kept = {part: list(layers) for part, layers in (float32_layers or {}).items()}
+        self.family, self.dtype, self.vae_dtype, self.device = student.family, dtype, dtypes["vae_decoder"], device
+        self.on_disk = stays_on_disk(weight_bytes(student, dtypes), free_bytes(device)) if offload is None else offload
+        self.pipe, self.heads = assemble(student, dtypes, device, self.on_disk)
+        self.transformer = self.pipe.transformer
+        if kept.get("backbone") or kept.get("conditioner") or conditioner != dtype:
+            cast_linears(self.transformer)
+            cast_linears(self.heads)
+        if conditioner != dtype:
+            cast_conditioner(self.transformer, conditioner, dtype)
+        for part, layers in kept.items():
+            self._keep_float32(part, layers, dtypes[part])
+        reference = reference_dtype or dtype
+        self.conditioning = _Conditioning(self.transformer.time_text_embed, student.family, reference, conditioner)
+        self.transformer.time_text_embed = self.conditioning
+        if student.family == "flux":
+            self.transformer.pos_embed = _Rounded(self.transformer.pos_embed, reference)
+
+    def _keep_float32(self, part: str, layers: list[str], dtype: torch.dtype) -> None:
+        if part in ("backbone", "conditioner"):
+            heads = [name for name in layers if name in HEADS]
+            keep_float32(self.heads, heads, dtype)
+            keep_float32(self.transformer, [name for name in layers if name not in HEADS], dtype)
+        elif layers:
+            component = getattr(self.pipe, part)
+            cast_linears(component)
+            keep_float32(component, layers, dtype)
+
+    @torch.inference_mode()
+    def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text states [1, T, D], and CLIP's pooled projection [1, Dp] for FLUX (None for Qwen)."""
+        return self.encode_batch([prompt], max_sequence_length)[0]
+
+    @torch.inference_mode()
+    def encode_batch(
+        self, prompts: list[str], max_sequence_length: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """`encode` of several prompts; FLUX's go through the encoders together, as one batch.
+
+        Qwen-Image's go one by one: its prompts have lengths of their own, and in a batch they would be padded.
+        """
+        if self.family == "flux":
+            states, pooled, _ = self.pipe.encode_prompt(
+                prompts, prompt_2=None, device=self.device, max_sequence_length=max_sequence_length
+            )
+            return list(zip(states.split(1), pooled.split(1), strict=True))
+        return [
+            (self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=max_sequence_length)[0], None)
+            for prompt in prompts
+        ]
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        states: torch.Tensor,
+        pooled: torch.Tensor | None,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        rounding: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One network call: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas.
+
+        `rounding` rounds the latents to the network's dtype up or down at random; see `round_randomly`.
+        """
+        batch = latents.shape[0]
+        self.conditioning.sigma, self.conditioning.guidance = sigma, guidance_scale
+        common: dict[str, Any] = {
+            "hidden_states": round_randomly(latents, self.dtype, rounding),
+            "timestep": sigma.to(self.device).expand(batch),
+            "encoder_hidden_states": states.to(self.dtype).expand(batch, -1, -1),
+            "return_dict": False,
+        }
+        h, w = height // 16, width // 16
+        if self.family == "flux":
+            assert pooled is not None
+            ids = torch.zeros(h, w, 3, device=self.device)
+            ids[..., 1] += torch.arange(h, device=self.device)[:, None]
+            ids[..., 2] += torch.arange(w, device=self.device)[None]
+            guidance = None
+            if self.transformer.config.guidance_embeds:
+                guidance = torch.full([batch], guidance_scale, device=self.device, dtype=torch.float32)
+            hidden = self.transformer(
+                **common,
+                pooled_projections=pooled.expand(batch, -1),
+                img_ids=ids.reshape(-1, 3),
+                txt_ids=torch.zeros(states.shape[1], 3, device=self.device),
+                guidance=guidance,
+            )[0]
+        else:
+            hidden = self.transformer(**common, img_shapes=[[(1, h, w)]] * batch)[0]
+        return self.heads(hidden)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str,
+        height: int,
+        width: int,
+        num_inference_steps: int = 2,
+        seed: int = 0,
+        guidance_scale: float = 3.5,
+        max_sequence_length: int = 512,
+        on_step: Callable[[int], None] | None = None,
+        noise: torch.Tensor | None = None,
+        rounding: torch.Generator | None = None,
+    ) -> TorchRun:
+        """Generate one image; arguments as in the runtime's pipeline, `noise` [1, C, H/8, W/8] in place of the seed."""
+        states, pooled = self.encode(prompt, max_sequence_length)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        channels = self.transformer.config.in_channels // 4
+        if noise is None:
+            noise = torch.randn(1, channels, height // 8, width // 8, generator=generator)
+        x = pack(noise.to(self.device))
+        first, steps = x, []
+        sigmas = schedule(num_inference_steps)
+        for i in range(num_inference_steps):
+            heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale, rounding)
+            x = integrate(x, *heads, float(sigmas[i]), float(sigmas[i + 1]))
+            steps.append(x)
+            if on_step:
+                on_step(i)
+        return TorchRun(first, steps, self.decode(x, height, width, rounding))
+
+    @torch.inference_mode()
+    def decode(
+        self, latents: torch.Tensor, height: int, width: int, rounding: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Packed latents [B, N, C] -> images [B, H, W, 3] float32 in [0, 1]."""
+        vae, h, w = self.pipe.vae, height // 16, width // 16
+        z = latents.unflatten(1, (h, w)).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        if self.family == "flux":
+            z = z / vae.config.scaling_factor + vae.config.shift_factor
+            image = vae.decode(round_randomly(z, self.vae_dtype, rounding), return_dict=False)[0]
+        else:
+            mean = torch.tensor(vae.config.latents_mean, device=self.device).view(1, -1, 1, 1)
+            std = torch.tensor(vae.config.latents_std, device=self.device).view(1, -1, 1, 1)
+            z = round_randomly(z * std + mean, self.vae_dtype, rounding)
+            image = vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0]
+        return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def round_randomly(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
+    """Round float32 numbers to `dtype`: up or down at random, closer neighbours more often, so that the mean stays.
+
+    Everything computed from the result is then rounded otherwise, so that runs with several generators show how far
+    rounding alone moves a result (Monte Carlo arithmetic: Parker, UCLA CSD-970002, 1997). None rounds to nearest.
+    """
+    if generator is None or dtype == torch.float32:
+        return x.to(dtype)
+    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]  # bits of float32's significand
+    bits = x.float().contiguous().view(torch.int32)
+    bits = bits + torch.randint(0, 1 << dropped, bits.shape, generator=generator, dtype=torch.int32).to(bits.device)
+    return (bits >> dropped << dropped).view(torch.float32).to(dtype)
+
+
+def schedule(num_inference_steps: int) -> torch.Tensor:
+    """Sigmas [S + 1] float32 of the released students, falling from 1 to 0."""
+    t = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
+    return torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def integrate(
+    x: torch.Tensor,
+    means: torch.Tensor,
+    logweights: torch.Tensor,
+    loggammas: torch.Tensor,
+    start: float,
+    end: float,
+) -> torch.Tensor:
+    """One step of the closed-form update (arXiv 2602.09014), in float32.
+
+    Args:
+        x: packed latents [B, N, C] at sigma `start`, where the network was evaluated.
+        means: [B, N, K, C]; logweights: [B, N, K, P]; loggammas: [B, N, K-1, P].
+        start: sigma before the step.
+        end: sigma after it.
+    """
+    d = start - end
+    weights = logweights.float().softmax(dim=2)
+    z = nn.functional.pad(loggammas.float(), (0, 0, 1, 0)) * d
+    phi = torch.where(z.abs() < 1e-3, 1 + z / 2 + z * z / 6, torch.expm1(z) / torch.where(z == 0, 1, z))
+    modes = means.float().unflatten(-1, (-1, weights.shape[-1]))  # [B, N, K, C/P, P]
+    return x - d * (modes * (weights * phi).unsqueeze(3)).sum(2).flatten(-2)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, 2h, 2w] -> [B, h*w, C*4], channel-major."""
+    x = latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))  # [B, C, h, 2, w, 2]
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class _Conditioning(nn.Module):
+    """Gives the embeddings the timestep and guidance as the reference computes them in `dtype`.
+
+    FLUX rounds sigma and its product with 1000, Qwen-Image rounds sigma and multiplies in float32.
+    """
+
+    def __init__(self, inner: nn.Module, family: str, dtype: torch.dtype, conditioner: torch.dtype):
+        super().__init__()
+        self.inner, self.family, self.dtype, self.conditioner = inner, family, dtype, conditioner
+        self.sigma, self.guidance = torch.tensor(1.0), 3.5
+
+    def forward(self, timestep: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        sigma = self.sigma.to(timestep.device).to(self.dtype).expand(timestep.shape[0])
+        if self.family != "flux":  # of the second argument only the dtype is read
+            return self.inner(sigma.float(), rest[0].to(self.conditioner), *rest[1:])
+        values = [(sigma * 1000).float()]
+        if len(rest) == 2:
+            guidance = torch.full_like(sigma, self.guidance)
+            values.append((guidance * 1000).float())
+        return self.inner(*values, rest[-1].to(self.conditioner))
+
+
+class _Rounded(nn.Module):
+    """The reference rounds FLUX's rotary tables to the model's dtype."""
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.inner, self.dtype = inner, dtype
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(t.to(self.dtype).float() for t in self.inner(ids))

@@ -1,0 +1,1 @@
+"""Compare a bundle with the student in torch, part by part and end to end."""

@@ -1,0 +1,311 @@
+"""A bundle and the torch student it came from -> errors per part and end to end, each against a derived bound.
+
+A float32 part is held to torch's float32 numbers. A part in reduced precision is held to the distance that torch has
+from those numbers in the same precision, on the same inputs. That distance is itself a draw of many roundings, and of
+few effective ones where a sensitive place (a softmax between two modes) magnifies them: between two prompts of the
+shapes student it varies fivefold, and the bundle's distance over torch's between 0.5 and 2.6. So torch runs `RUNS`
+times, its latents rounded to the precision up or down at random, and the bound is what another such run may reach:
+
+    bound = SPREADS * sqrt(m + 3 s sqrt(1 + 1/RUNS)),  m and s: mean and standard deviation of the squared distances
+
+Squares, because independent errors add in them. Text encoders have no latents to round: one run, and s is 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from arcflow_export.emulate.blocks import EmulatedBackend
+from arcflow_export.emulate.emulate import widened
+from arcflow_export.student.load import Student
+from arcflow_export.student.reference import TorchStudent
+from arcflow_export.verify.overflow import OverflowCheck, Reach
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.base import Engine
+from arcflow_runtime.engines.parts import Parts
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.generate.condition import Conditioner
+from arcflow_runtime.generate.encode import encode_prompts
+from arcflow_runtime.generate.pipeline import Pipeline
+from arcflow_runtime.generate.text import PromptTokenizer
+from arcflow_runtime.maths.rotary import image_rotary, text_rotary
+from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
+
+#: A float32 bundle differs from torch only by the order of float32 sums; the golden cases' bound.
+FLOAT32_BOUND = 1e-4
+#: The graph rounds after every operator, torch's kernels once per kernel: the bias of a linear, the steps of a group
+#: norm. Measured on the shapes student this makes 1.05 times torch's distance for the heads and 1.5 for the VAE.
+SPREADS = 2.0
+#: Runs of torch in the reduced precision, the first rounded to nearest.
+RUNS = 4
+#: An image has 8 bits: a spread below one grey level cannot be seen.
+IMAGE_BOUND = 1.5 / 255
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request to compare on."""
+
+    prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    seed: int = 42
+    guidance_scale: float = 3.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: RMS of the difference from torch in float32 over RMS of that, and the largest it may be.
+
+    For a part in float16 also how far it reaches into float16's range: `error` is the largest value over 65504,
+    `node` where it is or first overflows, `layers` the linears to keep in float32.
+    """
+
+    case: int
+    what: str
+    error: float
+    bound: float
+    node: str | None = None
+    layers: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is a number and within its bound."""
+        return self.error <= self.bound
+
+
+def verify_bundle(
+    bundle: Bundle, student: Student, cases: list[Case], progress: Callable[[str], None] = lambda _: None
+) -> list[Row]:
+    """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole pictures.
+
+    Parts in bfloat16 and float16 are emulated on the CPU, and those in float16 checked for overflow.
+
+    Args:
+        bundle: an opened bundle.
+        student: the same base, adapter and LoRAs.
+        cases: what to draw.
+        progress: told of each stage.
+
+    Returns:
+        One row per case and quantity.
+    """
+    progress("loading the torch student")
+    m = bundle.manifest
+    reference = getattr(torch, m.reference_dtype)
+    exact = TorchStudent(student, torch.float32, reference)
+    same = exact
+    if any(part.precision != "float32" for part in m.parts.values()):
+        same = TorchStudent(student, _dtypes(bundle), reference, float32_layers=_float32_layers(bundle))
+    shown = widened(bundle)
+    rows: list[Row] = []
+    backend = _CheckedBackend()
+    with Pipeline(shown, EmulatedBackend()) as pipe:
+        parts = Parts(shown, backend, keep=True)
+        for i, case in enumerate(cases):
+            progress(f"case {i}: {case.prompt[:40]!r} {case.width}x{case.height}, {case.num_inference_steps} steps")
+            compare = _Comparison(i, rows)
+            _compare_parts(shown, parts, exact, same, case, compare)
+            try:
+                _compare_pictures(pipe, exact, same, case, compare)
+            except EngineError:  # the pipeline refuses NaN
+                if all(reach.share <= 1 for reach in backend.furthest.values()):
+                    raise
+                rows.append(Row(i, "end to end: image", math.nan, IMAGE_BOUND))
+            rows += [
+                Row(i, f"{part}: reach into float16", r.share, 1.0, r.node, r.layers)
+                for part, r in backend.furthest.items()
+            ]
+            backend.furthest.clear()
+        parts.close()
+    return rows
+
+
+def _dtypes(bundle: Bundle) -> dict[str, torch.dtype]:
+    """Every part's dtype; a conditioner that is baked and not shipped is taken to have the backbone's."""
+    found = {name: getattr(torch, part.precision) for name, part in bundle.manifest.parts.items()}
+    return {"conditioner": found["backbone"]} | found
+
+
+def _float32_layers(bundle: Bundle) -> dict[str, list[str]]:
+    """Linears whose weights are in float32 in a part of reduced precision."""
+    kept = {}
+    for name, part in bundle.manifest.parts.items():
+        if part.precision != "float32":
+            graph = ir.load(bundle.path(part.graph)).graph
+            weights = {v.name: v.dtype for v in graph.initializers.values()}
+            layers = [n.name for n in graph if n.op_type == "MatMul" and n.name and f"{n.name}.weight" in weights]
+            kept[name] = [layer for layer in layers if weights[f"{layer}.weight"] == ir.DataType.FLOAT]
+    return kept
+
+
+class _CheckedBackend(EmulatedBackend):
+    """Emulates, and measures on the same inputs how far parts in float16 reach; `furthest` has the worst by part."""
+
+    def __init__(self) -> None:
+        self.furthest: dict[str, Reach] = {}
+
+    def open(self, bundle: Bundle, part: str) -> Engine:
+        engine = super().open(bundle, part)
+        if bundle.manifest.parts[part].precision != "float16":
+            return engine
+        return _CheckedEngine(engine, OverflowCheck(bundle, part), part, self.furthest)
+
+
+class _CheckedEngine:
+    """An engine whose inputs are also given to an `OverflowCheck`."""
+
+    def __init__(self, engine: Engine, check: OverflowCheck, part: str, furthest: dict[str, Reach]):
+        self._engine, self._check, self._part, self._furthest = engine, check, part, furthest
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        reach = self._check.run(inputs)
+        known = self._furthest.get(self._part)
+        self._furthest[self._part] = reach if known is None else known.joined(reach)
+        return self._engine.run(inputs)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class _Comparison:
+    """Adds rows, each with the bound that the precision of what it compares allows."""
+
+    def __init__(self, case: int, rows: list[Row]):
+        self.case, self.rows = case, rows
+
+    def add(
+        self, what: str, got: np.ndarray, runs: list[torch.Tensor], exact: torch.Tensor, floor: float = FLOAT32_BOUND
+    ) -> None:
+        """Compare with torch in float32; `runs` are torch's in the bundle's precision, none for one in float32."""
+        reference = exact.float().numpy()
+        bound = _bound([_relative(run.float().numpy(), reference) for run in runs]) if runs else 0.0
+        # Where torch overflows too, the bound is NaN, and nothing but float32 numbers passes.
+        self.rows.append(Row(self.case, what, _relative(got, reference), bound if bound > floor else floor))
+
+
+def _bound(distances: list[float]) -> float:
+    squares = np.square(distances)
+    n = len(squares)
+    deviation = squares.std(ddof=1) if n > 1 else 0.0
+    return float(SPREADS * np.sqrt(squares.mean() + 3 * deviation * np.sqrt(1 + 1 / n)))
+
+
+def _relative(got: np.ndarray, reference: np.ndarray) -> float:
+    difference = np.asarray(got, np.float64) - reference
+    if not difference.size:  # the gammas of a student of one mode
+        return 0.0
+    return float(np.sqrt(np.mean(difference**2)) / max(np.sqrt(np.mean(np.square(reference, dtype=np.float64))), 1e-30))
+
+
+def _roundings(bundle: Bundle, *parts: str) -> list[torch.Generator | None]:
+    """How torch's latents are rounded in each run: once to nearest, then at random if a part takes them rounded."""
+    precisions = {bundle.manifest.parts[p].precision for p in parts if p in bundle.manifest.parts}
+    if precisions <= {"float32"}:
+        return []
+    return [None, *(torch.Generator().manual_seed(run) for run in range(1, RUNS))]
+
+
+def _compare_parts(
+    bundle: Bundle, parts: Parts, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison
+) -> None:
+    """Each part on what torch gives it in float32, so that an error shows in the part that makes it."""
+    m = bundle.manifest
+    length = m.text.max_sequence_length
+    tokens = PromptTokenizer(bundle).tokenize(case.prompt, length)
+    encoded = encode_prompts(parts, m, {case.prompt: tokens})[case.prompt]
+    states, pooled = exact.encode(case.prompt, length)
+    rounded_states, rounded_pooled = same.encode(case.prompt, length)
+    encoder = "text_encoder_2" if m.family == "flux" else "text_encoder"
+    compare.add("text states", encoded.states, [rounded_states] if _roundings(bundle, encoder) else [], states)
+    if pooled is not None and rounded_pooled is not None and encoded.pooled is not None:
+        runs = [rounded_pooled] if _roundings(bundle, "text_encoder") else []
+        compare.add("pooled text", encoded.pooled, runs, pooled)
+
+    grid = (case.height // 16, case.width // 16)
+    schedule = sigmas(case.num_inference_steps, m.schedule)
+    guidance = conditioning_guidance(case.guidance_scale, m.reference_dtype) if m.guidance else None
+    modulation = Conditioner(bundle).modulation(
+        parts,
+        conditioning_timesteps(schedule, m.family, m.reference_dtype),
+        guidance,
+        None if pooled is None else pooled.numpy(),
+    )
+    torch_run = exact.generate(
+        case.prompt, case.height, case.width, case.num_inference_steps, case.seed, case.guidance_scale, length
+    )
+    x = torch_run.noise
+    roundings = _roundings(bundle, "conditioner", "backbone")
+    with parts.use("backbone") as run:
+        for step in range(case.num_inference_steps):
+            heads = run(
+                {
+                    "latents": x.numpy(),
+                    "encoder_hidden_states": states.numpy(),
+                    "modulation": modulation[step],
+                    "image_rotary": image_rotary(m.rotary, m.family, m.reference_dtype, *grid),
+                    "text_rotary": text_rotary(m.rotary, m.family, m.reference_dtype, *grid, states.shape[1]),
+                }
+            )
+            sigma = torch.tensor(schedule[step], dtype=torch.float32)
+            arguments = (x, sigma, states, pooled, case.height, case.width, case.guidance_scale)
+            reference = exact.predict(*arguments)
+            rounded = [same.predict(*arguments, rounding) for rounding in roundings]
+            for i, name in enumerate(("means", "logweights", "loggammas")):
+                compare.add(f"step {step} {name}", heads[name], [r[i] for r in rounded], reference[i])
+            x = torch_run.steps[step]
+    with parts.use("vae_decoder") as run:
+        pixels = run({"latents": x.unflatten(1, grid).numpy()})["images"]
+    images = [same.decode(x, case.height, case.width, r) for r in _roundings(bundle, "vae_decoder")]
+    exact_image = exact.decode(x, case.height, case.width)
+    compare.add("vae image", pixels / np.float32(255), images, exact_image, IMAGE_BOUND)
+
+
+def _compare_pictures(
+    pipe: Pipeline, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison
+) -> None:
+    """The whole pipeline from the same noise."""
+    m = pipe.bundle.manifest
+    steps: list[np.ndarray] = []
+    images = pipe(
+        case.prompt,
+        case.height,
+        case.width,
+        case.num_inference_steps,
+        case.guidance_scale if m.guidance else None,
+        case.seed,
+        output_type="numpy",
+        callback_on_step_end=lambda _, latents: steps.append(latents.copy()),
+    ).images
+    arguments = (
+        case.prompt,
+        case.height,
+        case.width,
+        case.num_inference_steps,
+        case.seed,
+        case.guidance_scale,
+        m.text.max_sequence_length,
+    )
+    torch_run = exact.generate(*arguments)
+    every = [same.generate(*arguments, rounding=rounding) for rounding in _roundings(pipe.bundle, *m.parts)]
+    before_vae = bool(_roundings(pipe.bundle, *(m.parts.keys() - {"vae_decoder"})))
+    for step, exact_latents in enumerate(torch_run.steps):
+        runs = [run.steps[step] for run in every] if before_vae else []
+        compare.add(f"end to end: latents after step {step}", steps[step], runs, exact_latents)
+    compare.add("end to end: image", np.asarray(images), [run.images for run in every], torch_run.images, IMAGE_BOUND)
+
+
+def as_dict(row: Row) -> dict[str, object]:
+    """A row for JSON, which has no NaN and no infinity."""
+    numbers = {
+        key: value if math.isfinite(value) else None for key, value in (("error", row.error), ("bound", row.bound))
+    }
+    return dataclasses.asdict(row) | numbers | {"passed": row.passed}

@@ -1,0 +1,1 @@
+"""Train a student: trajectories of the teacher, the policy's loss, averages, checkpoints."""

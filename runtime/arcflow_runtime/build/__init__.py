@@ -1,0 +1,1 @@
+"""Build TensorRT engines beside a bundle: shape profiles, the plan of what to build, the builder."""

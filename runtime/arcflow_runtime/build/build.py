@@ -1,0 +1,296 @@
+"""One part's ONNX graph -> a serialised engine, with either library; the graph's weights are read from beside it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.engine_record import Profile
+from arcflow_runtime.disk.external_data import checked_graph
+from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.tensorrt_library import Library
+from arcflow_runtime.errors import EngineError
+
+_SHOWN_ERRORS = 5
+#: From this opset on, graphs have attention as one operator, for which the libraries have no float32 kernels and, at
+#: least up to TensorRT-RTX 1.7, none for heads below 16.
+_FUSED_ATTENTION_OPSET = 23
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to build. None leaves the builder's default.
+
+    `strip_weights` leaves the weights out of the engine: it is refitted from the part's weights file when loaded.
+    `weight_streaming` lets the engine keep part of its weights in host memory. `timing_cache` is a file that is read
+    if it exists and written after each build.
+    """
+
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    strip_weights: bool = False
+    weight_streaming: bool = False
+    timing_cache: Path | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of the builder flags, as in an engine's key."""
+        strip = ("REFIT_IDENTICAL", "STRIP_PLAN") if self.strip_weights else ()
+        return (*strip, "WEIGHT_STREAMING") if self.weight_streaming else strip
+
+
+class Progress:
+    """Told of a build's steps, from any thread. The number of steps grows while the build unfolds."""
+
+    def update(self, done: int, total: int, phase: str) -> None:
+        """`done` of the `total` steps known so far are finished; `phase` is what runs now."""
+
+
+def build_engine(
+    library: Library,
+    bundle: Bundle,
+    part: str,
+    target: str,
+    profiles: tuple[Profile, ...],
+    settings: Settings,
+    out: BinaryIO,
+    progress: Progress | None = None,
+) -> float:
+    """Build one engine and write it to `out`.
+
+    The build runs in a thread of its own, so that Ctrl-C and a signal's exception reach the caller: they stop the
+    build at its next step and are then raised.
+
+    Args:
+        library: which library builds.
+        bundle: the bundle; its files are trusted to be what its manifest says.
+        part: name of the part.
+        target: compute capability such as "sm89"; ignored by a library that builds for the GPU it runs on.
+        profiles: from `make_profiles`.
+        settings: how to build.
+        out: takes the engine's bytes.
+        progress: told of every step.
+
+    Returns:
+        Seconds that parsing and building took.
+
+    Raises:
+        BundleError: the graph's external data is not in the part's weights file.
+        EngineError: the graph cannot be parsed or built; the message names the part and the nodes.
+    """
+    build = _Build(library, library.load(), bundle, part)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(build.run, target, profiles, settings, out, progress or Progress()).result()
+        except BaseException:
+            # Leaving the block waits for the thread, so that nothing writes to `out` afterwards.
+            build.cancelled.set()
+            raise
+    return time.perf_counter() - began
+
+
+class _Build:
+    """One build: the library's module `trt`, and what it says while it works."""
+
+    def __init__(self, library: Library, trt: ModuleType, bundle: Bundle, part: str) -> None:
+        self.cancelled = threading.Event()
+        self._library, self._trt, self._bundle, self._part = library, trt, bundle, part
+        self._spec = bundle.manifest.parts[part]
+        self._logger = _make_logger(trt)
+
+    def run(
+        self, target: str, profiles: tuple[Profile, ...], settings: Settings, out: BinaryIO, progress: Progress
+    ) -> None:
+        trt = self._trt
+        builder = trt.Builder(self._logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self._logger)
+        graph = checked_graph(self._bundle, self._part)
+        # From its path: external weights lie beside it.
+        if not parser.parse_from_file(str(graph)):
+            raise EngineError(self._parser_errors(parser, graph))
+        if self.cancelled.is_set():
+            return
+        _fix_static_axes(network, profiles)
+        config = builder.create_builder_config()
+        self._configure(config, target, settings)
+        for profile in profiles:
+            self._add_profile(builder, config, profile)
+        cache = self._timing_cache(config, settings.timing_cache)
+        monitor = _make_monitor(trt, progress, self.cancelled)
+        config.progress_monitor = monitor
+        writer = _make_writer(trt, out)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+        if self.cancelled.is_set():
+            return
+        if writer.error is not None:
+            raise writer.error
+        if not built:
+            raise EngineError(self._build_error(settings))
+        if cache is not None and settings.timing_cache is not None:
+            _replace_file(settings.timing_cache, cache.serialize())
+
+    def _configure(self, config: Any, target: str, settings: Settings) -> None:
+        trt = self._trt
+        if self._library.ahead_of_time:
+            config.num_compute_capabilities = 1
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0):
+                raise EngineError(f"{self._part}: {self._library.name} does not build for {target}")
+        for flag in settings.flags:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+        if settings.optimization_level is not None:
+            config.builder_optimization_level = settings.optimization_level
+        if settings.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+
+    def _add_profile(self, builder: Any, config: Any, profile: Profile) -> None:
+        made = builder.create_optimization_profile()
+        for name, shapes in profile.items():
+            made.set_shape(name, shapes.min, shapes.opt, shapes.max)
+        if config.add_optimization_profile(made) < 0:
+            raise EngineError(f"{self._part}: {self._library.name} refuses the shapes {dict(profile)}{self._said()}")
+
+    def _timing_cache(self, config: Any, path: Path | None) -> Any:
+        if path is None:
+            return None
+        cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise EngineError(
+                f"--timing-cache: {path} is damaged, or from another GPU or version of {self._library.name}; "
+                "remove it or name another file"
+            )
+        return cache
+
+    def _parser_errors(self, parser: Any, graph: Path) -> str:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        lines = [f"{self._part}: {self._library.name} cannot read {graph}:"]
+        for e in errors[:_SHOWN_ERRORS]:
+            node = f"node {e.node_name()!r} ({e.node_operator()})" if e.node_operator() else "the file"
+            lines.append(f"  {node}: {e.desc()}")
+        if len(errors) > _SHOWN_ERRORS:
+            lines.append(f"  and {len(errors) - _SHOWN_ERRORS} more")
+        return "\n".join(lines)
+
+    def _build_error(self, settings: Settings) -> str:
+        text = f"{self._part}: {self._library.name} cannot build an engine"
+        opset = self._bundle.manifest.opset
+        if opset >= _FUSED_ATTENTION_OPSET and any("Attention" in e for e in self._logger.errors):
+            if self._spec.precision == "float32":
+                text += (
+                    f" of a float32 graph at opset {opset}, whose Attention operator has no float32 kernels; "
+                    "export with --opset 20, or with --dtype bfloat16 or float16"
+                )
+            else:
+                text += (
+                    f" of a graph at opset {opset}: its Attention operator has no kernel for heads of this size; "
+                    "export with --opset 20, which writes attention as separate operators"
+                )
+        if settings.strip_weights and find_gpu() is None:
+            text += " without its weights where there is no GPU; leave out --strip-weights"
+        return text + self._said()
+
+    def _said(self) -> str:
+        """The errors that the library logged, each on its own line after a colon."""
+        errors = self._logger.errors
+        if self._library.ahead_of_time:
+            # That there is no driver is no error when building for another machine.
+            errors = [e for e in errors if "(cudaError " not in e] or errors
+        return ":" + "".join(f"\n  {line}" for line in errors[:_SHOWN_ERRORS]) if errors else ""
+
+
+def _make_logger(trt: ModuleType) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        """Keeps the errors and drops everything less."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message.strip())
+
+    return Logger()
+
+
+def _make_monitor(trt: ModuleType, progress: Progress, cancelled: threading.Event) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
+        """Counts the steps of all phases, nested ones too; a phase may end before all of its steps were told."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._lock = threading.Lock()
+            self._open: dict[str, tuple[int, int]] = {}
+            self._done = self._total = 0
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            with self._lock:
+                self._open[phase] = (0, steps)
+                self._total += steps
+                self._tell(phase)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            with self._lock:
+                done, steps = self._open.get(phase, (0, 0))
+                if done < steps:
+                    self._open[phase] = (done + 1, steps)
+                    self._done += 1
+                    self._tell(phase)
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            with self._lock:
+                done, steps = self._open.pop(phase, (0, 0))
+                self._done += steps - done
+                self._tell(phase)
+
+        def _tell(self, phase: str) -> None:
+            progress.update(self._done, self._total, phase)
+
+    return Monitor()
+
+
+def _make_writer(trt: ModuleType, out: BinaryIO) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[name-defined]
+        """Writes to `out`; an error is kept, since the library knows only how many bytes were written."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return out.write(data)
+            except OSError as e:
+                self.error = e
+                return 0
+
+    return Writer()
+
+
+def _fix_static_axes(network: Any, profiles: tuple[Profile, ...]) -> None:
+    """Make an input's axis static where every profile allows one value only."""
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        values = [
+            {p[tensor.name].min[a] for p in profiles} | {p[tensor.name].max[a] for p in profiles}
+            for a in range(len(tensor.shape))
+        ]
+        tensor.shape = tuple(v.pop() if len(v) == 1 else -1 for v in values)
+
+
+def _replace_file(path: Path, data: Any) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

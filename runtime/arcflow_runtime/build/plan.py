@@ -1,0 +1,107 @@
+"""What to build: a bundle, a backend and options -> one `Job` per part and target, each with its key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from arcflow_runtime.build.build import Settings
+from arcflow_runtime.build.profiles import Size, make_profiles
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
+from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
+from arcflow_runtime.errors import EngineError, RequestError
+
+#: The first compute capabilities, times ten, with these dtypes.
+FIRST_WITH_BFLOAT16 = 80
+FIRST_WITH_FP8 = 89
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build or to find built."""
+
+    part: str
+    target: str
+    key: EngineKey
+
+
+def plan_builds(
+    bundle: Bundle,
+    backend: str,
+    targets: Sequence[str],
+    parts: Sequence[str],
+    sizes: tuple[Size, ...],
+    batch: Range,
+    settings: Settings,
+) -> list[Job]:
+    """Check every option against the bundle, the library and this machine, before anything is built.
+
+    Args:
+        bundle: an opened bundle.
+        backend: a key of `LIBRARIES`.
+        targets: compute capabilities such as "sm89"; none means that of the GPU here.
+        parts: parts of the bundle; none means all.
+        sizes: pictures' sizes, one optimisation profile each; none means all that the bundle allows.
+        batch: pictures per call.
+        settings: how to build.
+
+    Raises:
+        RequestError: an option is wrong for this bundle or library.
+        EngineError: the library is missing, needs a GPU that is not here, or a part's dtype is not the target's.
+    """
+    library = LIBRARIES[backend]
+    if unknown := sorted(set(parts) - bundle.manifest.parts.keys()):
+        raise RequestError(f"--parts must be among {', '.join(bundle.manifest.parts)}, got {', '.join(unknown)}")
+    if settings.timing_cache is not None and library.ahead_of_time:
+        raise RequestError(f"--timing-cache: {backend} times nothing while it builds; leave it out")
+    gpu = find_gpu()
+    if not library.ahead_of_time and gpu is None:
+        raise EngineError(
+            f"{backend} builds on the GPU that it builds for, and the CUDA driver finds none here; "
+            "build there, or with --backend tensorrt-rtx, which needs none"
+        )
+    if not targets:
+        if gpu is None:
+            raise RequestError("--target must be given where there is no GPU, such as --target sm89")
+        targets = [gpu.target]
+    version = library.load().__version__
+    jobs = []
+    for part in parts or bundle.manifest.parts:
+        profiles = make_profiles(bundle.manifest, part, sizes, batch)
+        for target in dict.fromkeys(targets):
+            if library.ahead_of_time:
+                library.check_target(target)
+            elif gpu is not None and target != gpu.target:
+                raise RequestError(f"--target must be {gpu.target} for {backend} on this {gpu.name}, got {target!r}")
+            _check_precision(bundle, part, target)
+            key = EngineKey(
+                **part_key_fields(bundle, part),
+                profiles=profiles,
+                flags=settings.flags,
+                optimization_level=settings.optimization_level,
+                workspace_bytes=settings.workspace_bytes,
+                builder=backend,
+                builder_version=version,
+                target=target,
+                gpu=library.key_gpu(gpu),
+                platform=this_platform(),
+            )
+            jobs.append(Job(part, target, key))
+    return jobs
+
+
+def _check_precision(bundle: Bundle, part: str, target: str) -> None:
+    spec = bundle.manifest.parts[part]
+    capability = int(target.removeprefix("sm"))
+    if spec.quantization is not None and capability < FIRST_WITH_FP8:
+        raise EngineError(
+            f"{part} is in FP8, which {target} does not have; build for sm{FIRST_WITH_FP8} or newer, or the bundle "
+            "that this one was quantised from"
+        )
+    if spec.precision == "bfloat16" and capability < FIRST_WITH_BFLOAT16:
+        raise EngineError(
+            f"{part} is in bfloat16, which {target} does not have; export the bundle with --dtype float16"
+        )

@@ -1,0 +1,1 @@
+"""Build a bundle's tokenizers as OpenVINO models, for readers without the tokenizers library."""

@@ -1,0 +1,136 @@
+"""Check where an ONNX graph says its weights are, before a library opens the graph: bundle and part -> graph's path.
+
+A library that is given a graph opens whatever file it names, and ONNX Runtime even takes a memory address there. The
+messages below are the part of onnx.proto that leads to tensors, read by protobuf itself so that we see what a library
+sees. Field numbers in onnx.proto never change.
+"""
+
+from __future__ import annotations
+
+import functools
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.errors import BundleError
+
+#: Weights lie outside the graph, so a graph has kilobytes for each layer.
+MAX_GRAPH_BYTES = 256 << 20
+
+_BYTES, _NUMBER = "bytes", "number"
+_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+    "Model": {"graph": (7, "Graph"), "training_info": (20, "Training"), "functions": (25, "Function")},
+    "Training": {"initialization": (1, "Graph"), "algorithm": (2, "Graph")},
+    "Function": {"node": (7, "Node"), "attribute_proto": (11, "Attribute")},
+    "Graph": {"node": (1, "Node"), "initializer": (5, "Tensor"), "sparse_initializer": (15, "SparseTensor")},
+    "Node": {"attribute": (5, "Attribute")},
+    "Attribute": {
+        "t": (5, "Tensor"),
+        "g": (6, "Graph"),
+        "tensors": (10, "Tensor"),
+        "graphs": (11, "Graph"),
+        "sparse_tensor": (22, "SparseTensor"),
+        "sparse_tensors": (23, "SparseTensor"),
+    },
+    "SparseTensor": {"values": (1, "Tensor"), "indices": (2, "Tensor")},
+    "Tensor": {"name": (8, _BYTES), "external_data": (13, "Entry"), "data_location": (14, _NUMBER)},
+    "Entry": {"key": (1, _BYTES), "value": (2, _BYTES)},
+}
+# TensorProto.DataLocation
+_EXTERNAL = 1
+
+
+def checked_graph(bundle: Bundle, part: str) -> Path:
+    """The path of a part's graph, whose external data all lies within the part's own weights file (B8).
+
+    Raises:
+        BundleError: it does not, and the message names the tensor; or the file is not an ONNX graph.
+    """
+    spec = bundle.manifest.parts[part]
+    path, weights = bundle.path(spec.graph), bundle.path(spec.weights)
+    if path.stat().st_size > MAX_GRAPH_BYTES:
+        raise BundleError(f"{path} is larger than {MAX_GRAPH_BYTES} bytes; it is not a graph with its weights outside")
+    model = _model_class()()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise BundleError(f"{path} is not an ONNX graph; export the bundle again") from None
+    location = posixpath.relpath(spec.weights, posixpath.dirname(spec.graph) or ".")
+    for tensor in _tensors(model):
+        external = len(tensor.external_data) > 0 or _EXTERNAL in tensor.data_location
+        if external and (wrong := _breach(tensor, spec.weights, location, weights)):
+            raise BundleError(f"{path}: {wrong}; export the bundle again")
+    return path
+
+
+def _breach(tensor: Any, weights: str, location: str, file: Path) -> str | None:
+    """What is wrong with one tensor's external data, or None."""
+    name = _text(tensor.name)
+    located, numbers = False, {"offset": 0, "length": 0}
+    for entry in tensor.external_data:
+        key, value = _text(entry.key), _text(entry.value)
+        if key == "location":
+            located = True
+            # Compared as text: a '..' after a link would lead elsewhere.
+            if value.removeprefix("./") != location:
+                return f"external data of tensor {name!r} must lie in the part's weights {weights}, got {value!r}"
+        elif key in numbers:
+            if not (value.isascii() and value.isdigit()):
+                return f"external data of tensor {name!r}: {key} must be a number of bytes, got {value!r}"
+            numbers[key] = int(value)
+    if not located:
+        return f"tensor {name!r} has external data without a location"
+    size, (offset, length) = file.stat().st_size, numbers.values()
+    if offset + length > size:
+        return (
+            f"external data of tensor {name!r} must lie within the {size} bytes of {weights}, "
+            f"got bytes {offset} to {offset} + {length}"
+        )
+    return None
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor of a message, at any depth: initializers, attributes, graphs within attributes, functions."""
+    for field, values in message.ListFields():
+        if field.message_type is None:
+            continue
+        for value in values:
+            if field.message_type.name == "Tensor":
+                yield value
+            else:
+                yield from _tensors(value)
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "backslashreplace")
+
+
+@functools.cache
+def _model_class() -> Any:
+    """The class of the message `Model`; in a pool of its own, so that the onnx package's messages may be loaded too."""
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="arcflow_external_data.proto", package="arcflow", syntax="proto2")
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for field, (number, kind) in fields.items():
+            # Messages are repeated even where onnx.proto has one: protobuf merges a second one into the first.
+            if kind == _BYTES:
+                message.field.add(name=field, number=number, type=kinds.TYPE_BYTES, label=kinds.LABEL_OPTIONAL)
+            elif kind == _NUMBER:
+                message.field.add(name=field, number=number, type=kinds.TYPE_INT32, label=kinds.LABEL_REPEATED)
+            else:
+                message.field.add(
+                    name=field,
+                    number=number,
+                    type=kinds.TYPE_MESSAGE,
+                    label=kinds.LABEL_REPEATED,
+                    type_name=f".arcflow.{kind}",
+                )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("arcflow.Model"))

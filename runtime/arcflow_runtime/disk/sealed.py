@@ -1,0 +1,53 @@
+"""Records of what was built from a bundle: a dataclass with `format` and `version` <-> JSON sealed with its digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from arcflow_runtime.disk.manifest import seal
+from arcflow_runtime.disk.parse import parse, read_json
+from arcflow_runtime.errors import BundleError, EngineError
+
+MAX_RECORD_BYTES = 1 << 20
+
+
+def sealed_json(record: Any) -> str:
+    """The record as JSON text, format and version first, sealed with its digest (B3)."""
+    data = dataclasses.asdict(record)
+    data = {"format": data.pop("format"), "version": data.pop("version")} | data
+    return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
+
+
+def read_sealed(kind: Any, path: Path, what: str, again: str) -> Any:
+    """Read and check one record; the files that it names are not looked at.
+
+    Args:
+        kind: its dataclass, whose defaults of `format` and `version` are the only ones allowed.
+        path: the file.
+        what: what it is, for errors, such as "an engine's record".
+        again: how to make it again, for errors.
+
+    Raises:
+        EngineError: it is no such record, of another version, or was edited.
+    """
+    try:
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise EngineError(f"{path} is larger than {MAX_RECORD_BYTES} bytes; it is not {what}")
+        data = read_json(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise EngineError(f"{path} is not valid JSON ({e}); {again}") from None
+    if not isinstance(data, dict) or data.get("format") != kind.format:
+        raise EngineError(f"{path}: 'format' must be {kind.format!r}; this is not {what}, remove it")
+    if data.get("version") != kind.version:
+        raise EngineError(f"{path}: version must be {kind.version}, got {data.get('version')!r}; {again}")
+    digest = data.pop("digest", None)
+    try:
+        record = parse(kind, data, str(path))
+    except BundleError as e:
+        raise EngineError(f"{e}; {again}") from None
+    if digest != seal(data):
+        raise EngineError(f"{path} does not match its own digest; it was edited, {again}")
+    return record

@@ -1,0 +1,132 @@
+"""Keep a bundle's parts open, or open each only while it is used: part name -> a function that runs it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import numpy as np
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import Part
+from arcflow_runtime.engines.base import Backend, Engine, StreamedEngine
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.maths.dtypes import cast
+
+Inputs = Mapping[str, np.ndarray]
+Run = Callable[[Inputs], dict[str, np.ndarray]]
+RunAll = Callable[[Sequence[Inputs]], Iterator[dict[str, np.ndarray]]]
+
+
+class Parts:
+    """The engines of one bundle; safe to use from several threads.
+
+    With `keep`, a part is opened once and stays open. Without, it is opened for each use and closed after it,
+    and one part is in memory at a time: other threads wait.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, keep: bool) -> None:
+        self._bundle = bundle
+        self._backend = backend
+        #: Whether parts stay open.
+        self.keep = keep
+        self._engines: dict[str, Engine] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def open_all(self) -> None:
+        """Open every part now rather than on first use.
+
+        Raises:
+            EngineError: a part cannot be opened; those already open are closed.
+        """
+        try:
+            for part in self._bundle.manifest.parts:
+                self._kept(part)
+        except BaseException:
+            self.close()
+            raise
+
+    def use(self, part: str) -> AbstractContextManager[Run]:
+        """Give a function that runs `part`: inputs by name are cast to the dtypes its graph takes.
+
+        Raises:
+            EngineError: the part cannot be opened, or the parts were closed.
+            BundleError: parts do not stay open, and the bundle was replaced since it was opened.
+        """
+        spec = self._bundle.manifest.parts[part]
+        if self.keep:
+            return nullcontext(partial(_run, self._kept(part), spec))
+        return self._run_once(part, spec)
+
+    @contextmanager
+    def use_all(self, part: str) -> Iterator[RunAll]:
+        """Give a function that runs `part` on several sets of inputs; see `use` and `StreamedEngine.run_all`.
+
+        Raises:
+            EngineError: the part cannot be opened, or the parts were closed.
+        """
+        spec = self._bundle.manifest.parts[part]
+        with self.borrow(part) as engine:
+            yield partial(_run_all, engine, spec)
+
+    def borrow(self, part: str) -> AbstractContextManager[Engine]:
+        """Give the engine itself, as `use` does.
+
+        Raises:
+            EngineError: the part cannot be opened, or the parts were closed.
+        """
+        return nullcontext(self._kept(part)) if self.keep else self._opened(part)
+
+    def close(self) -> None:
+        """Close every engine; using a part afterwards raises `EngineError`. Calling it twice is allowed."""
+        with self._lock:
+            self._closed = True
+            for engine in self._engines.values():
+                engine.close()
+            self._engines.clear()
+
+    @contextmanager
+    def _run_once(self, part: str, spec: Part) -> Iterator[Run]:
+        with self._opened(part) as engine:
+            yield partial(_run, engine, spec)
+
+    @contextmanager
+    def _opened(self, part: str) -> Iterator[Engine]:
+        with self._lock:
+            self._check_open()
+            self._bundle.check_unchanged()
+            engine = self._backend.open(self._bundle, part)
+            try:
+                # Again, for a bundle that was replaced while the part was read.
+                self._bundle.check_unchanged()
+                yield engine
+            finally:
+                engine.close()
+
+    def _kept(self, part: str) -> Engine:
+        with self._lock:
+            self._check_open()
+            if part not in self._engines:
+                self._engines[part] = self._backend.open(self._bundle, part)
+            return self._engines[part]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("this pipeline is closed; load it again with Pipeline.load")
+
+
+def _run(engine: Engine, part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
+    return engine.run(_cast(part, inputs))
+
+
+def _run_all(engine: Engine, part: Part, batches: Sequence[Inputs]) -> Iterator[dict[str, np.ndarray]]:
+    if isinstance(engine, StreamedEngine):
+        return engine.run_all([_cast(part, inputs) for inputs in batches])
+    return (_run(engine, part, inputs) for inputs in batches)
+
+
+def _cast(part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
+    return {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}

@@ -1,0 +1,80 @@
+"""The two builders behind one interface: a backend's name -> its Python module, version and targets."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from dataclasses import dataclass
+from types import ModuleType
+
+from arcflow_runtime.engines.gpus import Gpu
+from arcflow_runtime.errors import EngineError, RequestError
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's two inference libraries; their Python interfaces are nearly the same.
+
+    `targets` are the compute capabilities it builds for without a GPU; empty where it builds only for the GPU that
+    it runs on.
+    """
+
+    name: str
+    module: str
+    package: str
+    major: int
+    targets: tuple[str, ...]
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it builds for GPUs that are not there."""
+        return bool(self.targets)
+
+    def load(self) -> ModuleType:
+        """Import the library.
+
+        Raises:
+            EngineError: it is not installed, cannot be loaded, or is of a version that this package does not know.
+        """
+        try:
+            module = importlib.import_module(self.module)
+        except ModuleNotFoundError:
+            raise EngineError(f"{self.name} is not installed; run: pip install '{self.package}'") from None
+        except (ImportError, OSError) as e:
+            raise EngineError(f"{self.name} is installed but cannot be loaded: {e}; install it again") from e
+        if module.__version__.split(".")[0] != str(self.major):
+            raise EngineError(
+                f"{self.name} must be version {self.major}, got {module.__version__}; run: pip install '{self.package}'"
+            )
+        return module
+
+    def key_gpu(self, gpu: Gpu | None) -> str | None:
+        """The `gpu` of an engine's key: the product name if the library builds for the very GPU it runs on."""
+        return None if self.ahead_of_time or gpu is None else gpu.name
+
+    def check_target(self, target: str) -> str:
+        """Return `target`, such as "sm89", if the library builds for it without a GPU.
+
+        Raises:
+            RequestError: it does not.
+        """
+        if target not in self.targets:
+            raise RequestError(f"--target must be among {', '.join(self.targets)} for {self.name}, got {target!r}")
+        return target
+
+
+LIBRARIES = {
+    "tensorrt": Library("tensorrt", "tensorrt", "tensorrt>=11,<12", 11, ()),
+    "tensorrt-rtx": Library(
+        "tensorrt-rtx",
+        "tensorrt_rtx",
+        "tensorrt-rtx>=1.7,<1.8",
+        1,
+        ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+    ),
+}
+
+
+def this_platform() -> str:
+    """Operating system and processor, such as "linux-x86_64"."""
+    return f"{platform.system()}-{platform.machine()}".lower()

@@ -1,0 +1,1 @@
+"""Prompt to image: check the request, tokenise, encode, condition, denoise, decode."""

@@ -1,0 +1,68 @@
+"""Condition: timesteps [S], guidance and pooled text [U, Dp] -> modulation [S, U, M] or [S, 1, M]."""
+
+from __future__ import annotations
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.parts import Parts
+from arcflow_runtime.errors import BundleError
+
+
+class Conditioner:
+    """Gives the backbone's modulation, from the bundle's baked table where it has the step count."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._table = _load_table(bundle)
+
+    def baked(self, steps: int) -> np.ndarray | None:
+        """The table [S, M] float32 of this number of steps, or None where the conditioner must run."""
+        return self._table.get(steps)
+
+    def modulation(
+        self, parts: Parts, timesteps: np.ndarray, guidance: np.float32 | None, pooled: np.ndarray | None
+    ) -> np.ndarray:
+        """The modulation of every step in one run.
+
+        Args:
+            parts: the bundle's parts.
+            timesteps: [S] float32, what the timestep embedding sees.
+            guidance: what the guidance embedding sees, or None for a student without one.
+            pooled: [U, Dp] pooled text of U distinct prompts (FLUX), or None.
+
+        Returns:
+            [S, U, M], or [S, 1, M] where it does not depend on the prompt; float32 or the part's dtype.
+
+        Raises:
+            EngineError: the conditioner failed.
+        """
+        if (baked := self._table.get(len(timesteps))) is not None:
+            return baked[:, None]
+        inputs = {"timesteps": timesteps}
+        if pooled is not None:
+            inputs["pooled_projections"] = pooled
+        if guidance is not None:
+            inputs["guidance"] = np.full(1 if pooled is None else len(pooled), guidance, np.float32)
+        with parts.use("conditioner") as run:
+            return run(inputs)["modulation"]
+
+
+def _load_table(bundle: Bundle) -> dict[int, np.ndarray]:
+    """[n, M] float32 by step count n."""
+    spec = bundle.manifest.modulation
+    if spec is None:
+        return {}
+    path = bundle.path(spec.file)
+    try:
+        with safe_open(str(path), "numpy") as f:
+            table = {n: f.get_tensor(f"num_inference_steps_{n}") for n in spec.num_inference_steps}
+    except SafetensorError as e:
+        raise BundleError(f"{path}: the modulation table cannot be read ({e}); export the bundle again") from None
+    for n, tensor in table.items():
+        if tensor.ndim != 2 or len(tensor) != n:
+            raise BundleError(
+                f"{path}: num_inference_steps_{n} must have shape [{n}, M], got {list(tensor.shape)}; "
+                "export the bundle again"
+            )
+    return table

@@ -1,0 +1,168 @@
+"""Denoise: noise [B, N, 64] -> latents [B, N, 64], one backbone run and one closed-form update per step.
+
+`denoise` runs the loop here, engine by engine; `denoise_on_device` hands it to a backend that keeps it on its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, Embeddings
+from arcflow_runtime.engines.parts import Run
+from arcflow_runtime.engines.stopwatch import Stopwatch
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.maths.dtypes import to_float32
+from arcflow_runtime.maths.update import update
+
+#: Called with the step's index and the latents after it, [B, N, 64] float32, read-only.
+StepCallback = Callable[[int, np.ndarray], object]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The images of a batch whose text has one length, run together.
+
+    `images` [b] are their places in the batch, `prompts` [b] their prompts' places in the modulation's axis
+    U, `texts` their embeddings, all of T tokens, `text_rotary` [2, T, D/2].
+    """
+
+    images: list[int]
+    prompts: list[int]
+    texts: list[Embeddings]
+    text_rotary: np.ndarray
+
+
+def denoise(
+    run: Run,
+    groups: list[Group],
+    noise: np.ndarray,
+    modulation: np.ndarray,
+    image_rotary: np.ndarray,
+    sigmas: np.ndarray,
+    watch: Stopwatch,
+    callback: StepCallback | None = None,
+) -> np.ndarray:
+    """Run every step of the schedule.
+
+    Args:
+        run: runs the backbone.
+        groups: the batch, by text length.
+        noise: [B, N, 64] float32.
+        modulation: [S, U, M], or [S, 1, M] where it does not depend on the prompt.
+        image_rotary: [2, N, D/2] float32.
+        sigmas: [S+1] float64.
+        watch: gets the time of "backbone" and "update".
+        callback: called after every step.
+
+    Returns:
+        [B, N, 64] float32; the backbone's inputs and outputs are cast from and to float32 around each run.
+
+    Raises:
+        EngineError: the backbone failed.
+    """
+    latents = noise
+    places = [group.images for group in groups]
+    states = [join([text.states for text in group.texts]) for group in groups]
+    by_prompt = modulation.shape[1] > 1
+    rows = [group.prompts if by_prompt else [0] * len(group.images) for group in groups]
+    every = list(range(modulation.shape[1]))
+    # numpy's scalars compute slowly
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        following = []
+        for j, group in enumerate(groups):
+            x = latents if len(groups) == 1 else latents[group.images]
+            inputs = {
+                "latents": x,
+                "encoder_hidden_states": states[j],
+                "modulation": modulation[i] if rows[j] == every else modulation[i, rows[j]],
+                "image_rotary": image_rotary,
+                "text_rotary": group.text_rotary,
+            }
+            with watch("backbone"):
+                heads = run(inputs)
+            with watch("update"):
+                means, logweights, loggammas = [to_float32(heads[n]) for n in ("means", "logweights", "loggammas")]
+                following.append(update(x, means, logweights, loggammas, sigma, sigma, sigma_next))
+        latents = _in_order(places, following)
+        if callback is not None:
+            _tell(callback, i, latents)
+    return latents
+
+
+def denoise_on_device(
+    denoiser: Denoiser,
+    jobs: list[tuple[list[int], DenoiseJob]],
+    watch: Stopwatch,
+    callback: StepCallback | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Have a backend's denoiser draw a batch, one text length after the other.
+
+    Args:
+        denoiser: the backend's.
+        jobs: each with the places in the batch of its images.
+        watch: gets the time of the denoiser's stages.
+        callback: called after every step of the last job, when the others have made theirs.
+
+    Returns:
+        Latents [B, N, 64] float32, and pixels [B, H, W, 3] uint8 if the jobs ask for them.
+
+    Raises:
+        EngineError: the denoiser failed.
+    """
+    steps: dict[int, list[np.ndarray]] = {}
+    drawn = []
+    places = [images for images, _ in jobs]
+    for images, job in jobs:
+
+        def after(step: int, latents: np.ndarray, last: bool = images is jobs[-1][0]) -> None:
+            steps.setdefault(step, []).append(latents)
+            if last and callback is not None:
+                _tell(callback, step, _in_order(places, steps[step]))
+
+        drawn.append(denoiser.denoise(job, watch, None if callback is None else after))
+    latents = _in_order(places, [d.latents for d in drawn])
+    pixels = [d.pixels for d in drawn if d.pixels is not None]
+    return latents, _in_order(places, pixels) if pixels else None
+
+
+def join(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays [1, ...] of one shape as [len(arrays), ...]; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _in_order(places: list[list[int]], parts: list[np.ndarray]) -> np.ndarray:
+    """The batch [B, ...] of parts [b, ...], each with its images' places in the batch."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = np.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype)
+    for images, part in zip(places, parts, strict=True):
+        batch[images] = part
+    return batch
+
+
+def _tell(callback: StepCallback, step: int, latents: np.ndarray) -> None:
+    view = latents.view()
+    view.setflags(write=False)
+    callback(step, view)
+
+
+def check_finite(latents: np.ndarray, precision: str) -> None:
+    """Refuse latents [B, N, 64] with NaN or Inf, which would decode to a black picture.
+
+    Raises:
+        EngineError: names the images, and what to do for a backbone of this `precision`.
+    """
+    finite = np.isfinite(latents)
+    if not finite.all():
+        bad = [i for i, x in enumerate(finite) if not x.all()]
+        advice = "check the checkpoint and adapter with `arcflow verify`"
+        if precision == "float16":
+            advice = (
+                "float16 overflows in these models: export with --dtype bfloat16 or float32, "
+                "or with the linears in float32 that `arcflow verify` names"
+            )
+        raise EngineError(f"backbone: latents of images {bad} must be finite, got NaN or Inf; {advice}")

@@ -1,0 +1,172 @@
+"""diffusers' spellings of a request: those that mean the same are read, the others named with the reason."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.engines.denoiser import Embeddings
+from arcflow_runtime.errors import RequestError
+
+#: Names of the output types in diffusers, and ours.
+OUTPUT_TYPES = {"np": "numpy", "latent": "latents"}
+
+_ONE_PASS = "the student is distilled to draw in one pass, without a negative prompt"
+_SCHEDULE = "the student was trained for the bundle's schedule; give num_inference_steps"
+_ADAPTERS = "a bundle has no image encoder"
+_REFUSED = {
+    "prompt_2": "both text encoders read the same prompt",
+    "negative_prompt": _ONE_PASS,
+    "negative_prompt_2": _ONE_PASS,
+    "negative_prompt_embeds": _ONE_PASS,
+    "negative_pooled_prompt_embeds": _ONE_PASS,
+    "negative_prompt_embeds_mask": _ONE_PASS,
+    "true_cfg_scale": _ONE_PASS,
+    "prompt_embeds_mask": "every token of prompt_embeds counts; leave padding out of it",
+    "sigmas": _SCHEDULE,
+    "timesteps": _SCHEDULE,
+    "ip_adapter_image": _ADAPTERS,
+    "ip_adapter_image_embeds": _ADAPTERS,
+    "negative_ip_adapter_image": _ADAPTERS,
+    "negative_ip_adapter_image_embeds": _ADAPTERS,
+    "joint_attention_kwargs": "LoRAs are merged when a bundle is exported",
+    "attention_kwargs": "LoRAs are merged when a bundle is exported",
+    "callback_on_step_end_tensor_inputs": "a callback is given the step and the latents",
+    "return_dict": "the result is always an object with the field images",
+}
+
+
+def refuse_others(others: Mapping[str, object]) -> None:
+    """Refuse the arguments of diffusers' pipelines that are not taken; None, which leaves one out, is allowed.
+
+    Raises:
+        RequestError: names the first one and says why; or it is an argument of neither.
+    """
+    for name, value in others.items():
+        if name not in _REFUSED:
+            raise RequestError(f"unknown argument {name!r}; see help(Pipeline.__call__)")
+        if value is not None and not (name == "return_dict" and value is True):
+            raise RequestError(f"{name} is not taken: {_REFUSED[name]}; leave it out")
+
+
+def check_callback(callback: object) -> None:
+    """Refuse a callback that cannot be called with a step and the latents.
+
+    Raises:
+        RequestError: it is not a function, or it takes other arguments, as diffusers' does.
+    """
+    if callback is None:
+        return
+    if not callable(callback):
+        raise RequestError(f"callback_on_step_end must be a function, got {callback!r}")
+    try:
+        signature = inspect.signature(callback)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        signature.bind(0, None)
+    except TypeError:
+        raise RequestError(
+            f"callback_on_step_end must take the step and the latents, got a function of {signature}: diffusers' "
+            "arguments (pipe, step, timestep, kwargs) are not passed, since a callback cannot replace the latents"
+        ) from None
+
+
+def seed_of(generator: Any) -> int | list[int]:
+    """The seed of one `torch.Generator`, or of each in a list, by its `initial_seed()`.
+
+    Raises:
+        RequestError: it has none, or draws on another device than the CPU, whose numbers are others.
+    """
+    if isinstance(generator, (list, tuple)):
+        return [_initial_seed(f"generator[{i}]", g) for i, g in enumerate(generator)]
+    return _initial_seed("generator", generator)
+
+
+def _initial_seed(name: str, generator: Any) -> int:
+    seed: Callable[[], int] | None = getattr(generator, "initial_seed", None)
+    if not callable(seed):
+        raise RequestError(f"{name} must be a torch.Generator or a list of them, got {generator!r}; or give seed")
+    device = getattr(getattr(generator, "device", None), "type", "cpu")
+    if device != "cpu":
+        raise RequestError(
+            f"{name} must be a generator of the CPU, got one of {device}, which draws other numbers; or give seed"
+        )
+    return int(seed())
+
+
+def latents_of(value: object, shape: tuple[int, ...]) -> np.ndarray:
+    """The caller's noise as float32 of `shape`, [B, N, C], packed as diffusers packs it.
+
+    Raises:
+        RequestError: it is of another shape or type, or not finite.
+    """
+    latents = _array("latents", value)
+    if latents.shape != shape:
+        raise RequestError(
+            f"latents must have shape {list(shape)} (images, tokens, packed channels), got {list(latents.shape)}"
+        )
+    return latents
+
+
+def embeddings_of(manifest: Manifest, states: object, pooled: object) -> tuple[Embeddings, ...]:
+    """The caller's text states [P, T, Dt] and pooled vectors [P, Dp] as the embeddings of P prompts.
+
+    Raises:
+        RequestError: they do not fit each other or the student.
+    """
+    shapes = {
+        s.name: s.shape for p in ("backbone", "conditioner") if p in manifest.parts for s in manifest.parts[p].inputs
+    }
+    longest, width = manifest.text.max_sequence_length, shapes["encoder_hidden_states"][-1]
+    x = _array("prompt_embeds", states)
+    if x.ndim != 3 or 0 in x.shape or x.shape[1] > longest or x.shape[2] != width:
+        raise RequestError(
+            f"prompt_embeds must have shape [prompts, tokens, {width}] with 1 to {longest} tokens, got {list(x.shape)}"
+        )
+    if "pooled_projections" not in shapes:
+        if pooled is not None:
+            raise RequestError("pooled_prompt_embeds is not taken: this student reads no pooled text; leave it out")
+        return tuple(Embeddings(row[None], None) for row in x)
+    if pooled is None:
+        raise RequestError("pooled_prompt_embeds must be given with prompt_embeds: this student reads pooled text")
+    y = _array("pooled_prompt_embeds", pooled)
+    expected = (len(x), shapes["pooled_projections"][-1])
+    if y.shape != expected:
+        raise RequestError(
+            f"pooled_prompt_embeds must have shape {list(expected)}, one row for each of prompt_embeds, "
+            f"got {list(y.shape)}"
+        )
+    return tuple(Embeddings(row[None], vector[None]) for row, vector in zip(x, y, strict=True))
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    """A copy in float32, which the caller cannot change while it is used."""
+    try:
+        if hasattr(value, "detach"):  # a torch tensor, on any device and in any dtype
+            value = value.detach().float().cpu().numpy()
+        array = np.array(value)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"numbers of type {array.dtype}")
+        array = array.astype(np.float32)
+    except (TypeError, ValueError) as e:
+        raise RequestError(f"{name} must be an array of numbers, got {type(value).__name__} ({e})") from None
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name} must be finite in float32, got NaN or Inf")
+    array.setflags(write=False)
+    return array
+
+
+def one_of(given: Mapping[str, object], why: str) -> None:
+    """Refuse two arguments that say the same.
+
+    Raises:
+        RequestError: more than one of `given` is not None; `why` says what they have in common.
+    """
+    names: Sequence[str] = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise RequestError(f"{' and '.join(names)} must not be given together: {why}")

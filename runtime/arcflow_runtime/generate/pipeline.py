@@ -1,0 +1,375 @@
+"""The pipeline: prompts -> tokens -> text states -> modulation -> latents -> pictures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+
+from arcflow_runtime.backends import DEFAULT_BACKEND, open_backend
+from arcflow_runtime.disk.bundle import Bundle, Check
+from arcflow_runtime.engines.base import Backend
+from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
+from arcflow_runtime.engines.parts import Parts
+from arcflow_runtime.engines.stopwatch import Stopwatch
+from arcflow_runtime.errors import BundleError, RequestError
+from arcflow_runtime.generate.calls import Calls
+from arcflow_runtime.generate.condition import Conditioner
+from arcflow_runtime.generate.decode import check_pictures, decode_latents, to_float, to_pil
+from arcflow_runtime.generate.denoise import Group, StepCallback, check_finite, denoise, denoise_on_device, join
+from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_others
+from arcflow_runtime.generate.encode import encode_prompts
+from arcflow_runtime.generate.request import Request, check_request
+from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
+from arcflow_runtime.maths.noise import GROUP, draw_latents, streams
+from arcflow_runtime.maths.rotary import image_rotary, text_rotary
+from arcflow_runtime.maths.schedule import conditioning_guidance, sigmas, timesteps_of
+
+_log = logging.getLogger("arcflow")
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What one call made.
+
+    `images` is a list of B PIL pictures, [B, H, W, 3] float32 in [0, 1] ("numpy") or [B, N, 64] float32
+    ("latents"). `seed` draws the same noise again when passed back; None where the caller gave the noise. `timings_ms`
+    has the wall time of every stage and "total".
+    """
+
+    images: list[Image.Image] | np.ndarray
+    seed: int | tuple[int, ...] | None
+    warnings: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+
+
+class Pipeline:
+    """A loaded bundle; calls from several threads are safe."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, low_memory: bool = False) -> None:
+        """Wire up the stages of `bundle`; `Pipeline.load` does this from a path.
+
+        Raises:
+            EngineError: the backend cannot run the bundle or open a part.
+            BundleError: a tokenizer or the modulation table cannot be read, or the bundle was replaced meanwhile.
+        """
+        backend.check(bundle)
+        self.bundle = bundle
+        self._calls = Calls()
+        self._tokenizer = PromptTokenizer(bundle)
+        self._cache = EmbeddingCache()
+        self._conditioner = Conditioner(bundle)
+        self._parts = Parts(bundle, backend, keep=not low_memory)
+        if not low_memory:
+            self._parts.open_all()
+        self._denoiser: Denoiser | None = None
+        latents = bundle.manifest.latents
+        # What a device draws of the noise is whole groups of numbers.
+        if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
+            self._denoiser = backend.open_denoiser(bundle, self._parts)
+        try:
+            bundle.check_unchanged()
+        except BundleError:
+            self.close()
+            raise
+
+    @staticmethod
+    def load(
+        bundle: str | Path,
+        backend: str = DEFAULT_BACKEND,
+        low_memory: bool = False,
+        check: Check = "fast",
+        threads: int | None = None,
+    ) -> Pipeline:
+        """Open the bundle in a directory.
+
+        Args:
+            bundle: the directory that `arcflow export` wrote.
+            backend: what runs the graphs, a key of `backends.BACKENDS`.
+            low_memory: open each part only while it is used, one at a time.
+            check: "fast" compares file sizes and hashes small files, "full" hashes every file.
+            threads: CPU threads per engine, at most one per core; None lets the engine choose.
+
+        A process that forks must load after the fork: an engine's threads do not exist in the child, which would wait
+        for them for ever.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or of another version, or was replaced while it was loaded.
+            EngineError: the backend is unknown or cannot run the bundle.
+            RequestError: `check` or `threads` is out of range.
+        """
+        if check not in get_args(Check):
+            raise RequestError(f"check must be one of {list(get_args(Check))}, got {check!r}")
+        opened = open_backend(backend, threads)
+        return Pipeline(Bundle.open(bundle, check), opened, low_memory)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        *,
+        generator: object = None,
+        latents: object = None,
+        prompt_embeds: object = None,
+        pooled_prompt_embeds: object = None,
+        **others: object,
+    ) -> PipelineOutput:
+        """Draw pictures.
+
+        Args:
+            prompt: one prompt or a list; the batch B is num_images_per_prompt of each, prompt by prompt.
+            height: in pixels, a multiple of 16 in the bundle's range; None is 1024 or the nearest allowed.
+            width: likewise.
+            num_inference_steps: network calls; None is the bundle's (2).
+            guidance_scale: for a student with guidance, 3.5 where None; others ignore it and warn.
+            seed: an int draws the noise of the whole batch in one call, a list of B ints one image each, so that each
+                can be drawn again by itself; None takes a random one for each image, given back in the output.
+            num_images_per_prompt: pictures per prompt.
+            max_sequence_length: largest number of text tokens; None is the bundle's.
+            output_type: "pil", "numpy" or "np", "latents" or "latent".
+            callback_on_step_end: called after each step with its index and the latents, [B, N, 64] float32,
+                read-only; what it returns is ignored. It must not call this pipeline.
+            generator: in place of `seed`, a `torch.Generator` of the CPU or a list of B. Its initial seed is read, so
+                that numbers drawn from it before do not count.
+            latents: in place of `seed`, the noise itself, [B, N, 64], packed as diffusers packs it.
+            prompt_embeds: in place of `prompt`, text states [P, T, Dt] of P prompts, without padding for Qwen-Image.
+            pooled_prompt_embeds: with it for FLUX, CLIP's pooled vectors [P, Dp].
+            others: diffusers' other arguments, which are refused unless they are None.
+
+        Raises:
+            RequestError: an argument is wrong; nothing was run. Or the call comes from this pipeline's own callback.
+            EngineError: an engine failed, or the latents are not finite.
+            BundleError: `low_memory` is on and the bundle was replaced since it was loaded.
+        """
+        started = time.perf_counter()
+        refuse_others(others)
+        check_callback(callback_on_step_end)
+        request = check_request(
+            self.bundle.manifest,
+            prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            seed,
+            num_images_per_prompt,
+            max_sequence_length,
+            output_type,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+        )
+        watch = Stopwatch()
+        with self._calls.enter("a pipeline"):
+            embeddings, warnings = self._encode(request, watch)
+            for warning in warnings:
+                _log.warning(warning)
+            latents, pixels = self._denoise(request, embeddings, watch, callback_on_step_end)
+            images = self._decode(request, latents, pixels, watch)
+        timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
+        return PipelineOutput(images, request.seed, warnings, timings)
+
+    def _encode(self, request: Request, watch: Stopwatch) -> tuple[dict[str, Embeddings], tuple[str, ...]]:
+        """The embeddings of the distinct prompts, in order, and what there is to warn of.
+
+        A prompt whose embeddings are kept is neither tokenised nor encoded.
+        """
+        if request.embeddings is not None:
+            return dict(request.embeddings), request.warnings
+        length = request.max_sequence_length
+        embeddings = {p: self._cache.get(p, length) for p in request.prompts}
+        unknown = [p for p, e in embeddings.items() if e is None]
+        with watch("tokenize"):
+            tokens = {p: self._tokenizer.tokenize(p, length) for p in unknown}
+        with watch("encode"):
+            for p, e in encode_prompts(self._parts, self.bundle.manifest, tokens).items():
+                self._cache.put(p, length, e)
+                embeddings[p] = e
+        known = {p: e for p, e in embeddings.items() if e is not None}
+        return known, request.warnings + tuple(w for e in known.values() for w in e.warnings)
+
+    def _denoise(
+        self,
+        request: Request,
+        embeddings: dict[str, Embeddings],
+        watch: Stopwatch,
+        callback: StepCallback | None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Condition and run every step: latents [B, N, 64] float32, and pixels where a denoiser made them too."""
+        m = self.bundle.manifest
+        grid = self._grid(request)
+        schedule = sigmas(request.num_inference_steps, m.schedule)
+        # A denoiser draws the noise on its device.
+        denoiser = self._denoiser if request.latents is None else None
+        modulation = self._modulation(request, embeddings, watch) if denoiser is None else None
+        noise = self._noise(request, watch) if denoiser is None else None
+        with watch("rotary"):
+            rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
+            groups = self._groups(request, embeddings, grid)
+        pixels: np.ndarray | None = None
+        if modulation is not None and noise is not None:
+            with self._parts.use("backbone") as run:
+                latents = denoise(run, groups, noise, modulation, rotary, schedule, watch, callback)
+        elif denoiser is not None:
+            latents, pixels = denoise_on_device(denoiser, self._jobs(request, groups), watch, callback)
+        check_finite(latents, m.parts["backbone"].precision)
+        return latents, pixels
+
+    def _noise(self, request: Request, watch: Stopwatch) -> np.ndarray:
+        """[B, N, 64] float32."""
+        if request.seed is None:
+            assert request.latents is not None, "check_request gives one of them"
+            return request.latents
+        latents, grid = self.bundle.manifest.latents, self._grid(request)
+        p = latents.patch_size
+        with watch("noise"):
+            return draw_latents(request.seed, request.batch, latents.channels, grid[0] * p, grid[1] * p, p)
+
+    def _conditioning(self, request: Request) -> tuple[np.ndarray, np.float32 | None]:
+        """Timesteps [S] and guidance as the conditioner sees them."""
+        m, scale = self.bundle.manifest, request.guidance_scale
+        timesteps = timesteps_of(request.num_inference_steps, m.schedule, m.family, m.reference_dtype)
+        return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
+
+    def _modulation(self, request: Request, embeddings: dict[str, Embeddings], watch: Stopwatch) -> np.ndarray:
+        """[S, U, M] of the U distinct prompts, or [S, 1, M]."""
+        with watch("condition"):
+            pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
+            return self._conditioner.modulation(
+                self._parts, *self._conditioning(request), join(pooled) if pooled else None
+            )
+
+    def _jobs(self, request: Request, groups: list[Group]) -> list[tuple[list[int], DenoiseJob]]:
+        """What the backend's denoiser draws for each group, with the places of its images in the batch."""
+        m, grid = self.bundle.manifest, self._grid(request)
+        schedule = sigmas(request.num_inference_steps, m.schedule)
+        timesteps, guidance = self._conditioning(request)
+        numbers = m.latents.channels * m.latents.patch_size**2 * grid[0] * grid[1]
+        assert request.seed is not None, "noise that is given is not drawn"
+        sources = streams(request.seed, request.batch, numbers)
+        return [
+            (
+                group.images,
+                DenoiseJob(
+                    streams=sources[group.images],
+                    texts=group.texts,
+                    image_rotary=image_rotary(m.rotary, m.family, m.reference_dtype, *grid),
+                    text_rotary=group.text_rotary,
+                    grid=grid,
+                    sigmas=schedule,
+                    timesteps=timesteps,
+                    guidance=guidance,
+                    table=self._conditioner.baked(len(timesteps)),
+                    pixels=request.output_type != "latents",
+                ),
+            )
+            for group in groups
+        ]
+
+    def _decode(
+        self, request: Request, latents: np.ndarray, pixels: np.ndarray | None, watch: Stopwatch
+    ) -> list[Image.Image] | np.ndarray:
+        """Latents, or pixels [B, H, W, 3] uint8 where there are some, to the output type asked for."""
+        if request.output_type == "latents":
+            return latents
+        with watch("decode"):
+            if pixels is None:
+                pixels = decode_latents(self._parts, latents, request.height_px, request.width_px)
+            check_pictures(pixels, self.bundle.manifest.parts["vae_decoder"].precision)
+            return to_pil(pixels) if request.output_type == "pil" else to_float(pixels)
+
+    def _groups(self, request: Request, embeddings: dict[str, Embeddings], grid: tuple[int, int]) -> list[Group]:
+        """The batch's images by text length, so that no image's text is padded to its neighbours'."""
+        m = self.bundle.manifest
+        place = {p: i for i, p in enumerate(embeddings)}
+        batch = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
+        by_length: dict[int, list[int]] = {}
+        for image, p in enumerate(batch):
+            by_length.setdefault(embeddings[p].states.shape[1], []).append(image)
+        return [
+            Group(
+                images,
+                [place[batch[i]] for i in images],
+                [embeddings[batch[i]] for i in images],
+                text_rotary(m.rotary, m.family, m.reference_dtype, *grid, length),
+            )
+            for length, images in by_length.items()
+        ]
+
+    def _grid(self, request: Request) -> tuple[int, int]:
+        """Height and width in tokens."""
+        token_px = self.bundle.manifest.latents.vae_scale_factor * self.bundle.manifest.latents.patch_size
+        return request.height_px // token_px, request.width_px // token_px
+
+    def warm_up(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        num_inference_steps: int | None = None,
+        text_tokens: int | None = None,
+    ) -> None:
+        """Make ready what the first pictures of these shapes would: on a GPU, the CUDA graphs; on a CPU, nothing.
+
+        Args:
+            shapes: (batch, height, width) of each; height and width in pixels.
+            num_inference_steps: network calls; None is the bundle's.
+            text_tokens: tokens of the text states; None is the bundle's max_sequence_length, to which FLUX pads.
+                Qwen-Image's graphs are each for one length, that of the prompt.
+
+        Raises:
+            RequestError: a shape is out of the bundle's range.
+            EngineError: an engine does not take it, or memory ran out.
+        """
+        m = self.bundle.manifest
+        requests = [
+            check_request(m, [""] * batch, height, width, num_inference_steps, None, 0, 1, text_tokens, "pil")
+            for batch, height, width in shapes
+        ]
+        if self._denoiser is None:
+            return
+        self._calls.check("warm_up()")
+        # The largest first: what grows with the shape is then made once.
+        for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
+            grid = self._grid(request)
+            groups = self._groups(request, {"": blank_text(m, request.max_sequence_length)}, grid)
+            for _, job in self._jobs(request, groups):
+                self._denoiser.warm_up(job)
+
+    def clear_cache(self) -> None:
+        """Forget the text embeddings of earlier prompts."""
+        self._cache.clear()
+
+    def close(self) -> None:
+        """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed.
+
+        Raises:
+            RequestError: it is called by this pipeline's own callback.
+        """
+        self._calls.check("close()")
+        if self._denoiser is not None:
+            self._denoiser.close()
+        self._parts.close()
+        self._cache.clear()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,223 @@
+"""Check a request against a bundle before anything runs: the caller's arguments -> `Request`."""
+
+from __future__ import annotations
+
+import math
+import operator
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from arcflow_runtime.disk.manifest import Manifest, Range
+from arcflow_runtime.engines.denoiser import Embeddings
+from arcflow_runtime.errors import RequestError
+from arcflow_runtime.generate.diffusers_arguments import OUTPUT_TYPES, embeddings_of, latents_of, one_of, seed_of
+from arcflow_runtime.maths.noise import MAX_SEED, MIN_SEED
+
+OutputType = Literal["pil", "numpy", "latents"]
+_OUTPUT_TYPES = get_args(OutputType)
+
+DEFAULT_SIZE_PX = 1024
+DEFAULT_GUIDANCE_SCALE = 3.5
+MAX_INFERENCE_STEPS = 1000
+MAX_GUIDANCE_SCALE = 65.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, prompt by prompt.
+
+    `seed` is None where the caller gives the noise, `latents` [B, N, C] float32. `embeddings` are by prompt; where the
+    caller gives them, `prompts` are only their names.
+    """
+
+    prompts: tuple[str, ...]
+    num_images_per_prompt: int
+    height_px: int
+    width_px: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    seed: int | tuple[int, ...] | None
+    max_sequence_length: int
+    output_type: OutputType
+    warnings: tuple[str, ...]
+    latents: np.ndarray | None = None
+    embeddings: Mapping[str, Embeddings] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of images B."""
+        return len(self.prompts) * self.num_images_per_prompt
+
+
+def check_request(
+    manifest: Manifest,
+    prompt: str | Sequence[str] | None,
+    height: int | None,
+    width: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    seed: int | Sequence[int] | None,
+    num_images_per_prompt: int,
+    max_sequence_length: int | None,
+    output_type: str,
+    *,
+    generator: object = None,
+    latents: object = None,
+    prompt_embeds: object = None,
+    pooled_prompt_embeds: object = None,
+) -> Request:
+    """Check every argument and fill in the bundle's defaults; arguments as for `Pipeline.__call__`.
+
+    Raises:
+        RequestError: an argument is of the wrong type or out of the bundle's range.
+    """
+    one_of({"seed": seed, "generator": generator, "latents": latents}, "each of them decides the noise")
+    one_of({"prompt": prompt, "prompt_embeds": prompt_embeds}, "each of them is the text")
+    embeddings = None
+    if prompt_embeds is not None or pooled_prompt_embeds is not None:
+        if prompt_embeds is None:
+            raise RequestError("pooled_prompt_embeds must be given with prompt_embeds, in place of a prompt")
+        given = embeddings_of(manifest, prompt_embeds, pooled_prompt_embeds)
+        embeddings = {f"prompt_embeds[{i}]": e for i, e in enumerate(given)}
+    prompts = _prompts(prompt) if embeddings is None else tuple(embeddings)
+    images_each = _integer("num_images_per_prompt", num_images_per_prompt, 1, None)
+    batch = len(prompts) * images_each
+    _check_batch(manifest.ranges.batch, len(prompts), images_each)
+    steps = _steps(num_inference_steps, manifest)
+    guidance = _guidance(guidance_scale)
+    warnings = []
+    if steps == 1:
+        warnings.append("num_inference_steps 1 gives a blurry picture; use 2 or more")
+    if guidance_scale is not None and not manifest.guidance:
+        warnings.append(f"this student takes no guidance; guidance_scale {guidance_scale!r} was ignored")
+    height_px = _size("height", height, manifest.ranges.height_px, manifest)
+    width_px = _size("width", width, manifest.ranges.width_px, manifest)
+    if latents is not None:
+        space = manifest.latents
+        tokens = height_px * width_px // (space.vae_scale_factor * space.patch_size) ** 2
+        latents = latents_of(latents, (batch, tokens, space.channels * space.patch_size**2))
+    return Request(
+        prompts=prompts,
+        num_images_per_prompt=images_each,
+        height_px=height_px,
+        width_px=width_px,
+        num_inference_steps=steps,
+        guidance_scale=guidance if manifest.guidance else None,
+        seed=None if latents is not None else _seed(seed if generator is None else seed_of(generator), batch),
+        max_sequence_length=_max_sequence_length(max_sequence_length, manifest),
+        output_type=_output_type(output_type),
+        warnings=tuple(warnings),
+        latents=latents,
+        embeddings=embeddings,
+    )
+
+
+def _prompts(prompt: object) -> tuple[str, ...]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+        raise RequestError(f"prompt must be a string or a list of strings, got {prompt!r}")
+    if not prompts:
+        raise RequestError("prompt must hold at least one string, got an empty list; '' is allowed as a prompt")
+    for p in prompts:
+        try:
+            p.encode()
+        except UnicodeEncodeError as e:
+            raise RequestError(
+                f"prompt must be valid Unicode, got a lone surrogate at position {e.start}; decode the text as UTF-8"
+            ) from None
+    return tuple(prompts)
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise RequestError(f"{name} must be an integer, got {value!r}") from None
+    if number < low or (high is not None and number > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise RequestError(f"{name} must be {bounds}, got {number}")
+    return number
+
+
+def _check_batch(allowed: Range, prompts: int, images_each: int) -> None:
+    batch = prompts * images_each
+    if not allowed.min <= batch <= allowed.max:
+        raise RequestError(
+            f"prompts times num_images_per_prompt must be between {allowed.min} and {allowed.max} "
+            f"for this bundle, got {prompts} * {images_each} = {batch}; ask for fewer images at a time"
+        )
+
+
+def _size(name: str, value: int | None, allowed: Range, manifest: Manifest) -> int:
+    if value is None:
+        return min(max(DEFAULT_SIZE_PX, allowed.min), allowed.max)
+    multiple = manifest.latents.vae_scale_factor * manifest.latents.patch_size
+    size = _integer(name, value, 1, None)
+    if size % multiple:
+        nearest = max(round(size / multiple), 1) * multiple
+        raise RequestError(f"{name} must be a multiple of {multiple}, got {size}; the nearest is {nearest}")
+    if not allowed.min <= size <= allowed.max:
+        raise RequestError(
+            f"{name} must be between {allowed.min} and {allowed.max} for this bundle, got {size}; "
+            "export a bundle with a wider range or choose another size"
+        )
+    return size
+
+
+def _steps(value: int | None, manifest: Manifest) -> int:
+    if value is None:
+        return manifest.schedule.num_inference_steps
+    steps = _integer("num_inference_steps", value, 1, MAX_INFERENCE_STEPS)
+    baked = manifest.modulation.num_inference_steps if manifest.modulation is not None else ()
+    if steps not in baked and "conditioner" not in manifest.parts:
+        raise RequestError(
+            f"num_inference_steps must be one of those baked into this bundle, {list(baked)}, got {steps}; "
+            f"export with --steps {steps}, or with --keep-conditioner for any step count"
+        )
+    return steps
+
+
+def _guidance(value: float | None) -> float:
+    if value is None:
+        return DEFAULT_GUIDANCE_SCALE
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        scale = float(value)
+    except (TypeError, ValueError):
+        raise RequestError(f"guidance_scale must be a number, got {value!r}") from None
+    if not math.isfinite(scale) or not 0 <= scale <= MAX_GUIDANCE_SCALE:
+        raise RequestError(f"guidance_scale must be between 0 and {MAX_GUIDANCE_SCALE:g}, got {value!r}")
+    return scale
+
+
+def _seed(value: int | Sequence[int] | None, batch: int) -> int | tuple[int, ...]:
+    if value is None:
+        drawn = tuple(secrets.randbits(32) for _ in range(batch))
+        return drawn if batch > 1 else drawn[0]
+    if not isinstance(value, (list, tuple)):
+        try:
+            return _integer("seed", value, MIN_SEED, MAX_SEED)
+        except RequestError as e:
+            raise RequestError(f"{e}; give an integer, or a list of one per image") from None
+    if len(value) != batch:
+        raise RequestError(f"seed must be an integer or a list of one per image, {batch}, got a list of {len(value)}")
+    return tuple(_integer(f"seed[{i}]", s, MIN_SEED, MAX_SEED) for i, s in enumerate(value))
+
+
+def _max_sequence_length(value: int | None, manifest: Manifest) -> int:
+    limit = manifest.text.max_sequence_length
+    return limit if value is None else _integer("max_sequence_length", value, 1, limit)
+
+
+def _output_type(value: str) -> OutputType:
+    value = OUTPUT_TYPES.get(value, value) if isinstance(value, str) else value
+    if value not in _OUTPUT_TYPES:
+        raise RequestError(f"output_type must be one of {list(_OUTPUT_TYPES)}, got {value!r}")
+    return value  # type: ignore[return-value]

@@ -1,0 +1,154 @@
+"""Prompts -> token ids [1, T] int64 for a bundle's text encoders, and a bounded cache of their embeddings.
+
+FLUX: CLIP's ids padded to 77 and T5's padded to `max_sequence_length`. Qwen-Image: the chat template with the
+prompt in it, unpadded, so that a prompt's length never depends on its neighbours'.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import Manifest, Text
+from arcflow_runtime.engines.denoiser import Embeddings
+from arcflow_runtime.errors import BundleError
+
+#: Prompts whose embeddings are kept; one of Qwen-Image or T5 at 512 tokens takes about 8 MB.
+CACHED_PROMPTS = 16
+_SHOWN_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One prompt's ids: the input of each text encoder, [1, T] int64, and what was cut."""
+
+    ids: dict[str, np.ndarray]
+    warnings: tuple[str, ...]
+
+
+def blank_text(manifest: Manifest, tokens: int) -> Embeddings:
+    """Zeros in the shapes of a prompt's embeddings, for T = `tokens`."""
+    shapes = {
+        s.name: s.shape for p in ("backbone", "conditioner") if p in manifest.parts for s in manifest.parts[p].inputs
+    }
+    pooled = shapes.get("pooled_projections")
+    states = np.zeros((1, tokens, int(shapes["encoder_hidden_states"][-1])), np.float32)
+    return Embeddings(states, None if pooled is None else np.zeros((1, int(pooled[-1])), np.float32))
+
+
+class PromptTokenizer:
+    """Tokenises prompts for one bundle; safe to call from several threads."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._family = bundle.manifest.family
+        self._text = bundle.manifest.text
+        self._tokenizers = {name: _open(bundle, name) for name in bundle.manifest.tokenizers}
+
+    def tokenize(self, prompt: str, max_sequence_length: int) -> Tokens:
+        """Token ids of `prompt`.
+
+        Args:
+            prompt: any text; may be empty.
+            max_sequence_length: largest number of text states; FLUX pads T5's ids to it.
+
+        Returns:
+            The ids by part name, and a warning per part that got fewer tokens than the prompt has.
+        """
+        if self._family == "flux":
+            return self._tokenize_flux(prompt, max_sequence_length)
+        return self._tokenize_qwen(prompt, max_sequence_length)
+
+    def _tokenize_flux(self, prompt: str, max_sequence_length: int) -> Tokens:
+        clip_tokens, clip_pad, t5_pad = _flux_text(self._text)
+        clip, clip_cut = _encode(self._tokenizers["tokenizer"], prompt, clip_tokens)
+        t5, t5_cut = _encode(self._tokenizers["tokenizer_2"], prompt, max_sequence_length)
+        cuts = {"CLIP (text_encoder)": clip_cut, "T5 (text_encoder_2)": t5_cut}
+        return Tokens(
+            {
+                "text_encoder": _row(clip + [clip_pad] * (clip_tokens - len(clip))),
+                "text_encoder_2": _row(t5 + [t5_pad] * (max_sequence_length - len(t5))),
+            },
+            tuple(_cut_warning(prompt, reader, *cut) for reader, cut in cuts.items() if cut),
+        )
+
+    def _tokenize_qwen(self, prompt: str, max_sequence_length: int) -> Tokens:
+        # Replaced, not formatted: a prompt may hold braces.
+        templated = (self._text.template or "{}").replace("{}", prompt)
+        # diffusers encodes up to 1024 tokens and cuts the states; the language model is causal, so the states
+        # that are kept do not depend on the tokens cut here.
+        drop = self._text.drop_tokens
+        ids, cut = _encode(self._tokenizers["tokenizer"], templated, drop + max_sequence_length)
+        warnings = (_cut_warning(prompt, "the text encoder", cut[0] - drop, cut[1] - drop),) if cut else ()
+        return Tokens({"text_encoder": _row(ids)}, warnings)
+
+
+class EmbeddingCache:
+    """The embeddings of the prompts used last, keyed by (prompt, max_sequence_length); thread-safe."""
+
+    def __init__(self, size: int = CACHED_PROMPTS) -> None:
+        self._size = size
+        self._entries: OrderedDict[tuple[str, int], Embeddings] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, prompt: str, max_sequence_length: int) -> Embeddings | None:
+        """The embeddings, or None where they are not kept."""
+        with self._lock:
+            entry = self._entries.get((prompt, max_sequence_length))
+            if entry is not None:
+                self._entries.move_to_end((prompt, max_sequence_length))
+            return entry
+
+    def put(self, prompt: str, max_sequence_length: int, embeddings: Embeddings) -> None:
+        """Keep the embeddings; beyond the bound, the prompt unused for longest is dropped."""
+        with self._lock:
+            self._entries[prompt, max_sequence_length] = embeddings
+            self._entries.move_to_end((prompt, max_sequence_length))
+            while len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._entries.clear()
+
+
+def _open(bundle: Bundle, name: str) -> Tokenizer:
+    path = bundle.path(bundle.manifest.tokenizers[name])
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        raise BundleError(f"{path} is not a tokenizer ({e}); export the bundle again") from None
+    # Lengths are the request's business; what the file asks for would apply on top.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _flux_text(text: Text) -> tuple[int, int, int]:
+    values = text.clip_tokens, text.clip_pad_token_id, text.t5_pad_token_id
+    assert None not in values, "Bundle.open checks this"
+    return values  # type: ignore[return-value]
+
+
+def _encode(tokenizer: Tokenizer, text: str, limit: int) -> tuple[list[int], tuple[int, int] | None]:
+    """At most `limit` ids, special tokens kept; and (kept, total) tokens of the text where it was cut."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    total, kept = len(encoding.ids), limit - tokenizer.num_special_tokens_to_add(False)
+    if total > kept:
+        encoding.truncate(max(kept, 0))
+    ids = tokenizer.post_process(encoding, None, True).ids
+    return ids, ((max(kept, 0), total) if total > kept else None)
+
+
+def _row(ids: list[int]) -> np.ndarray:
+    return np.array([ids], np.int64)
+
+
+def _cut_warning(prompt: str, reader: str, kept: int, total: int) -> str:
+    shown = prompt if len(prompt) <= _SHOWN_CHARACTERS else prompt[:_SHOWN_CHARACTERS] + "..."
+    return f"prompt {shown!r} was cut for {reader}: {kept} of {total} tokens kept"

@@ -1,0 +1,108 @@
+"""ONNX Runtime's CUDA provider: for GPUs without TensorRT; a bundle's graphs -> parts and a denoiser.
+
+With cuda-core, inputs and outputs stay on the device and the update's kernel runs there. Without it, each step's heads
+cross the bus and are updated here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import onnxruntime as ort
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.base import Engine
+from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.onnxruntime import open_session
+from arcflow_runtime.engines.parts import Parts
+from arcflow_runtime.errors import EngineError, RequestError
+from arcflow_runtime.gpu.denoiser import DeviceDenoiser
+from arcflow_runtime.gpu.device import Device
+from arcflow_runtime.gpu.engine import DeviceEngine
+from arcflow_runtime.gpu.host import HostEngine
+from arcflow_runtime.gpu.lane import Lane
+from arcflow_runtime.gpu.onnxruntime import OrtArrayEngine, OrtEngine
+
+_PROVIDER = "CUDAExecutionProvider"
+
+
+class OnnxRuntimeCudaBackend:
+    """Opens parts with the CUDA provider, all on one GPU and in one stream."""
+
+    def __init__(self, open_device: Callable[[], Device] | None) -> None:
+        """`open_device` opens the device when it is first needed; None runs with arrays of the host."""
+        self._open_device = open_device
+        self._lane: Lane | None = None
+
+    def check(self, bundle: Bundle) -> None:
+        """Find the provider and a GPU.
+
+        Raises:
+            EngineError: the installed package has no CUDA provider, or there is no GPU.
+        """
+        if _PROVIDER not in ort.get_available_providers():
+            raise EngineError(
+                f"the installed onnxruntime {ort.__version__} has no CUDA provider; "
+                "run: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+            )
+        if find_gpu() is None:
+            raise EngineError("onnxruntime-cuda runs on an NVIDIA GPU, and the CUDA driver finds none here")
+
+    def open(self, bundle: Bundle, part: str) -> Engine:
+        """Load a part.
+
+        Raises:
+            EngineError: the graph cannot be loaded, or the provider cannot be used.
+        """
+        spec = bundle.manifest.parts[part]
+        if self._open_device is None:
+            return OrtArrayEngine(part, spec, self._session(bundle, part, None))
+        lane = self._get_lane(self._open_device)
+
+        def load() -> DeviceEngine:
+            with lane.enter() as stream:
+                return OrtEngine(bundle.manifest, part, self._session(bundle, part, stream.handle), "cuda")
+
+        return HostEngine(lane, bundle.manifest, part, load)
+
+    def open_denoiser(self, bundle: Bundle, parts: Parts) -> DeviceDenoiser | None:
+        """Draw on the device, where cuda-core is there to hold it; see `DenoisingBackend`."""
+        if self._open_device is None:
+            return None
+        return DeviceDenoiser(bundle, parts, self._get_lane(self._open_device), lambda part, shapes: None)
+
+    def _session(self, bundle: Bundle, part: str, stream: int | None) -> ort.InferenceSession:
+        # TF32 would round float32 bundles to 10 bits; timing convolutions would make pictures depend on the first run.
+        options = {"device_id": "0", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        if stream is not None:
+            options["user_compute_stream"] = str(stream)
+        session = open_session(bundle, part, ort.SessionOptions(), [(_PROVIDER, options), "CPUExecutionProvider"])
+        if _PROVIDER not in session.get_providers():
+            raise EngineError(
+                f"{part}: ONNX Runtime cannot load its CUDA provider; it needs CUDA's and cuDNN's libraries, "
+                "run: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        return session
+
+    def _get_lane(self, open_device: Callable[[], Device]) -> Lane:
+        if self._lane is None:
+            self._lane = Lane(open_device())
+        return self._lane
+
+
+def create(threads: int | None) -> OnnxRuntimeCudaBackend:
+    """The backend.
+
+    Raises:
+        RequestError: `threads` is given, which is for backends on a CPU.
+    """
+    if threads is not None:
+        raise RequestError(
+            f"threads is for backends that run on a CPU, got {threads} for onnxruntime-cuda; leave it out"
+        )
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return OnnxRuntimeCudaBackend(None)
+    from arcflow_runtime.gpu.cuda import open_device
+
+    return OnnxRuntimeCudaBackend(open_device)

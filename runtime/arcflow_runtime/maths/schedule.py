@@ -1,0 +1,73 @@
+"""The schedule: number of steps -> sigmas [S+1], and the timesteps [S] and guidance the student sees."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from arcflow_runtime.disk.manifest import DType, Family, Schedule
+from arcflow_runtime.errors import RequestError
+from arcflow_runtime.maths.dtypes import round_to
+
+#: The students' sinusoidal embedding takes sigma times this.
+TIMESTEP_SCALE = 1000
+
+
+@lru_cache(maxsize=16)
+def sigmas(num_inference_steps: int, schedule: Schedule) -> np.ndarray:
+    """Noise levels at the start of each step and 0 at the end.
+
+    t_i = 1 - i / (S - 1 + r) and sigma(t) = shift * t / (1 + (shift - 1) * t), with r the timestep ratio
+    (ArcFlow, arXiv 2602.09014). Two steps at shift 3.2 and r 1 give 1, 0.7619, 0.
+
+    Returns:
+        [S+1] float64, falling from 1 to 0, read-only.
+
+    Raises:
+        RequestError: `num_inference_steps` is below 1.
+    """
+    if num_inference_steps < 1:
+        raise RequestError(
+            f"num_inference_steps must be at least 1, got {num_inference_steps}; the default is "
+            f"{schedule.num_inference_steps}"
+        )
+    t = 1 - np.arange(num_inference_steps, dtype=np.float64) / (num_inference_steps - 1 + schedule.timestep_ratio)
+    levels = np.append(schedule.shift * t / (1 + (schedule.shift - 1) * t), 0.0)
+    levels.setflags(write=False)
+    return levels
+
+
+def conditioning_timesteps(sigmas: np.ndarray, family: Family, reference_dtype: DType) -> np.ndarray:
+    """What the sinusoidal timestep embedding of each step is given.
+
+    The students were trained in `reference_dtype`, and its rounding is part of what they learnt. FLUX rounds
+    sigma to it and multiplies by 1000 in it: at sigma 0.7619, bfloat16 gives 760.0. Qwen-Image rounds sigma
+    only: 761.71875.
+
+    Args:
+        sigmas: [S+1] float64 from `sigmas`.
+        family: the student's family.
+        reference_dtype: the dtype of the reference implementation.
+
+    Returns:
+        [S] float32.
+    """
+    sigma = round_to(sigmas[:-1], reference_dtype)
+    timesteps = sigma * np.float32(TIMESTEP_SCALE)
+    return round_to(timesteps, reference_dtype) if family == "flux" else timesteps
+
+
+@lru_cache(maxsize=16)
+def timesteps_of(num_inference_steps: int, schedule: Schedule, family: Family, reference_dtype: DType) -> np.ndarray:
+    """`conditioning_timesteps` of a number of steps, [S] float32, read-only."""
+    timesteps = conditioning_timesteps(sigmas(num_inference_steps, schedule), family, reference_dtype)
+    timesteps.setflags(write=False)
+    return timesteps
+
+
+@lru_cache(maxsize=16)
+def conditioning_guidance(guidance_scale: float, reference_dtype: DType) -> np.float32:
+    """What FLUX's sinusoidal guidance embedding is given: 3.5 is seen as 3504 in bfloat16."""
+    scaled = round_to(guidance_scale, reference_dtype) * np.float32(TIMESTEP_SCALE)
+    return np.float32(round_to(scaled, reference_dtype))
