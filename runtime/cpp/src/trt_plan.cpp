@@ -160,6 +160,7 @@ Denoised Plan::take(const DenoiseInputs &inputs) const {
     return out;
 }
 
+// The backbone's inputs for one group: the row `backbone` in the table of rule B9, docs/bundle.md.
 Shapes Plan::group_shapes(size_t g, const DenoiseInputs &inputs) const {
     const auto [images, text] = shape.groups[g];
     return {{"latents", {images, shape.tokens, shape.channels}},
