@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.engine_record import Profile, Shapes
+from arcflow_runtime.disk.engine_record import Profile, ShapeRange
 from arcflow_runtime.disk.manifest import Part, TensorSpec
 
 HEADS, TOKENS = 4, 16
@@ -39,4 +39,4 @@ def attention_bundle(root: Path, head: int, precision: str = "bfloat16") -> Bund
 
 def attention_profile(head: int) -> Profile:
     """The one shape that the part takes."""
-    return {name: Shapes(*[(1, HEADS, TOKENS, head)] * 3) for name in "qkv"}
+    return {name: ShapeRange(*[(1, HEADS, TOKENS, head)] * 3) for name in "qkv"}

@@ -87,7 +87,7 @@ def make_bundle(
     if baked:
         table = {f"num_inference_steps_{n}": np.full((n, MODULATION), n, np.float32) for n in baked}
         save_file(table, root / "modulation.safetensors")
-    text = b.Text(64, clip_tokens=77, clip_pad_token_id=530, t5_pad_token_id=0)
+    text = b.PromptFormat(64, clip_tokens=77, clip_pad_token_id=530, t5_pad_token_id=0)
     manifest = b.Manifest(
         family=family,
         dtype=precision,
@@ -97,8 +97,8 @@ def make_bundle(
         schedule=b.Schedule(3.2, 1.0, 2),
         latents=b.Latents(C, 2, 8, K, P),
         rotary=b.Rotary(10000.0, (8, 12, 12)),
-        text=text if flux else b.Text(64, template="<|im_start|>user\n{}<|im_end|>\n", drop_tokens=3),
-        ranges=b.Ranges(b.Range(1, 4), b.Range(16, 256), b.Range(16, 128)),
+        text=text if flux else b.PromptFormat(64, template="<|im_start|>user\n{}<|im_end|>\n", drop_tokens=3),
+        ranges=b.Ranges(b.SizeRange(1, 4), b.SizeRange(16, 256), b.SizeRange(16, 128)),
         parts=found,
         tokenizers=names,
         files={},

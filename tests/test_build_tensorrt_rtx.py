@@ -22,7 +22,7 @@ from fake_bundle import edit_manifest, list_files, make_bundle
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.build.build import Settings, _fix_static_axes, build_engine
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
-from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines.store import Host, find_engine
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
@@ -172,7 +172,7 @@ def test_axes_with_one_value_are_static(bundle):
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
     assert trt.OnnxParser(network, logger).parse_from_file(str(opened.path("backbone.onnx")))
-    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), Range(1, 1))
+    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), SizeRange(1, 1))
     _fix_static_axes(network, profiles)
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     assert shapes["latents"] == (1, 16, 64)

@@ -14,7 +14,7 @@ from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.disk import manifest as b
-from arcflow_runtime.disk.engine_record import EngineKey, Shapes, part_key_fields, read_record
+from arcflow_runtime.disk.engine_record import EngineKey, ShapeRange, part_key_fields, read_record
 from arcflow_runtime.engines import gpus as gpu
 from arcflow_runtime.engines import store
 from arcflow_runtime.engines.gpus import Gpu, find_gpu
@@ -22,7 +22,7 @@ from arcflow_runtime.engines.store import Host, find_built, find_engine, locked_
 from arcflow_runtime.errors import BundleError, EngineError
 
 HOST = Host("tensorrt-rtx", "1.7.1", "sm89", None, "linux-x86_64")
-PROFILE = {"latents": Shapes((1, 1), (1, 2), (2, 4))}
+PROFILE = {"latents": ShapeRange((1, 1), (1, 2), (2, 4))}
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ CHANGES = {
     "graph": ("0" * 64, r"^the graph \(\w{12} to 000000000000\)$"),
     "weights": ("0" * 64, r"^the weights \(\w{12} to 000000000000\)$"),
     "precision": ("float16", r"^precision \(float32 to float16\)$"),
-    "profiles": (({"latents": Shapes((1, 1), (1, 2), (2, 8))},), "^the shape profile$"),
+    "profiles": (({"latents": ShapeRange((1, 1), (1, 2), (2, 8))},), "^the shape profile$"),
     "flags": (("REFIT_IDENTICAL", "STRIP_PLAN"), r"^flags \(none to REFIT_IDENTICAL\+STRIP_PLAN\)$"),
     "optimization_level": (0, r"^optimization_level \(none to 0\)$"),
     "workspace_bytes": (1 << 30, r"^workspace_bytes \(none to 1073741824\)$"),

@@ -22,7 +22,7 @@ from arcflow_runtime.backends import open_backend
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
-from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines import store
 from arcflow_runtime.engines import tensorrt_library as library
 from arcflow_runtime.engines.gpus import Gpu
@@ -76,7 +76,7 @@ def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), **ch
         for part in bundle.manifest.parts:
             key = EngineKey(
                 **part_key_fields(bundle, part),
-                profiles=make_profiles(bundle.manifest, part, parse_sizes(sizes), Range(*batch)),
+                profiles=make_profiles(bundle.manifest, part, parse_sizes(sizes), SizeRange(*batch)),
                 flags=flags,
                 optimization_level=None,
                 workspace_bytes=None,

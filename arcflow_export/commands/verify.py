@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from arcflow_export.student.load import Student
     from arcflow_export.verify.verify import Row
     from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.disk.manifest import Range
+    from arcflow_runtime.disk.manifest import SizeRange
     from arcflow_runtime.generate.request import Request
 
 HEIGHT_PX, WIDTH_PX = 64, 96
@@ -140,7 +140,7 @@ def _cost(bundle: Bundle, student: Student, request: Request, cases: int, machin
     return verify_cost(parts, cases, steps, RUNS if reduced else 0, student.base_bytes, student.adapter_bytes, machine)
 
 
-def _nearest(size_px: int, allowed: Range) -> int:
+def _nearest(size_px: int, allowed: SizeRange) -> int:
     return min(max(size_px, allowed.min), allowed.max)
 
 

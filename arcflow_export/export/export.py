@@ -228,15 +228,15 @@ def _manifest(
     student, options = plan.student, plan.options
     flux = student.family == "flux"
     if flux:
-        text = b.Text(
+        text = b.PromptFormat(
             options.max_sequence_length,
             clip_tokens=CLIP_TOKENS,
             clip_pad_token_id=pads["tokenizer"],
             t5_pad_token_id=pads["tokenizer_2"],
         )
     else:
-        text = b.Text(options.max_sequence_length, QWEN_TEMPLATE, QWEN_DROP_TOKENS)
-    px = b.Range(16, options.max_px)
+        text = b.PromptFormat(options.max_sequence_length, QWEN_TEMPLATE, QWEN_DROP_TOKENS)
+    px = b.SizeRange(16, options.max_px)
     config = student.config
     return b.Manifest(
         family=student.family,  # type: ignore[arg-type]
@@ -250,7 +250,7 @@ def _manifest(
         ),
         rotary=b.Rotary(10000.0, tuple(config["axes_dims_rope"])),
         text=text,
-        ranges=b.Ranges(b.Range(1, MAX_BATCH), px, px),
+        ranges=b.Ranges(b.SizeRange(1, MAX_BATCH), px, px),
         parts=parts,
         tokenizers=tokenizers,
         files=files,

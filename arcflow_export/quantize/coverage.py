@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from arcflow_export.quantize.graph import Linear
 from arcflow_runtime.build.profiles import Size, make_profiles
-from arcflow_runtime.disk.manifest import Manifest, Range
+from arcflow_runtime.disk.manifest import Manifest, SizeRange
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def cover_part(
         height_px: a picture's height, within the manifest's range.
         width_px: its width.
     """
-    size = Size(Range(height_px, height_px), Range(width_px, width_px))
-    (profile,) = make_profiles(manifest, part, (size,), Range(1, 1))
+    size = Size(SizeRange(height_px, height_px), SizeRange(width_px, width_px))
+    (profile,) = make_profiles(manifest, part, (size,), SizeRange(1, 1))
     dimensions = {
         name: value
         for spec in manifest.parts[part].inputs

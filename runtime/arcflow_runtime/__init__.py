@@ -1,4 +1,4 @@
-"""Run an ArcFlow bundle: prompt -> picture, without torch.
+"""Run an ArcFlow bundle: prompt -> image, without torch.
 
 from arcflow_runtime import Pipeline
 image = Pipeline.load("bundle")("a red circle", seed=42).images[0]

@@ -9,7 +9,7 @@ from arcflow_runtime.build.build import Settings
 from arcflow_runtime.build.profiles import Size, make_profiles
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
-from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError, RequestError
@@ -34,7 +34,7 @@ def plan_builds(
     targets: Sequence[str],
     parts: Sequence[str],
     sizes: tuple[Size, ...],
-    batch: Range,
+    batch: SizeRange,
     settings: Settings,
 ) -> list[Job]:
     """Check every option against the bundle, the library and this machine, before anything is built.

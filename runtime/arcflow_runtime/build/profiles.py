@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_runtime.disk.engine_record import Profile, Shapes
-from arcflow_runtime.disk.manifest import Manifest, Range, TensorSpec
+from arcflow_runtime.disk.engine_record import Profile, ShapeRange
+from arcflow_runtime.disk.manifest import Manifest, SizeRange, TensorSpec
 from arcflow_runtime.errors import BundleError, RequestError
 from arcflow_runtime.generate.request import DEFAULT_SIZE_PX
 
@@ -42,8 +42,8 @@ _AXES: dict[str, dict[str, tuple[str | None, ...]]] = {
 class Size:
     """Inclusive ranges of a picture's height and width in pixels; one number is a range of one."""
 
-    height_px: Range
-    width_px: Range
+    height_px: SizeRange
+    width_px: SizeRange
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
@@ -61,7 +61,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def parse_batch(text: str) -> Range:
+def parse_batch(text: str) -> SizeRange:
     """Read a number of pictures such as "2", or a range such as "1-4".
 
     Raises:
@@ -70,7 +70,7 @@ def parse_batch(text: str) -> Range:
     return _parse_range(text, "--batch", text)
 
 
-def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch: Range) -> tuple[Profile, ...]:
+def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch: SizeRange) -> tuple[Profile, ...]:
     """The optimisation profiles of one part, one per size, without those that are equal.
 
     Args:
@@ -95,7 +95,7 @@ def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch:
     return tuple(profiles)
 
 
-def _dimensions(manifest: Manifest, size: Size, batch: Range) -> dict[str, tuple[int, int, int]]:
+def _dimensions(manifest: Manifest, size: Size, batch: SizeRange) -> dict[str, tuple[int, int, int]]:
     """Each dynamic dimension's (smallest, best, largest) value."""
     token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
     height = [px // token_px for px in _triple(size.height_px, DEFAULT_SIZE_PX)]
@@ -118,7 +118,7 @@ def _dimensions(manifest: Manifest, size: Size, batch: Range) -> dict[str, tuple
     }
 
 
-def _shapes(part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]]) -> Shapes:
+def _shapes(part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]]) -> ShapeRange:
     axes = _AXES.get(part, {}).get(spec.name, ())
     dynamic = [i for i, d in enumerate(spec.shape) if isinstance(d, str)]
     if len(axes) != len(spec.shape) or any(axes[i] is None for i in dynamic):
@@ -128,14 +128,14 @@ def _shapes(part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]
         )
     rows = [(d, d, d) if isinstance(d, int) else dims[str(axis)] for d, axis in zip(spec.shape, axes, strict=True)]
     low, best, high = zip(*rows, strict=True)
-    return Shapes(low, best, high)
+    return ShapeRange(low, best, high)
 
 
-def _triple(span: Range, best: int) -> tuple[int, int, int]:
+def _triple(span: SizeRange, best: int) -> tuple[int, int, int]:
     return span.min, min(max(best, span.min), span.max), span.max
 
 
-def _parse_range(text: str, option: str, item: str) -> Range:
+def _parse_range(text: str, option: str, item: str) -> SizeRange:
     try:
         numbers = [int(n) for n in text.split("-")]
         low, high = numbers if len(numbers) == 2 else (*numbers, *numbers)
@@ -143,7 +143,7 @@ def _parse_range(text: str, option: str, item: str) -> Range:
         raise RequestError(f"{option} must be a number or a range such as 1-4, got {item!r}") from None
     if not 1 <= low <= high:
         raise RequestError(f"{option}: a range must go from 1 or more to no less than that, got {item!r}")
-    return Range(low, high)
+    return SizeRange(low, high)
 
 
 def _check_size(size: Size, manifest: Manifest) -> None:
@@ -152,7 +152,7 @@ def _check_size(size: Size, manifest: Manifest) -> None:
     _check_range("--resolutions: width", size.width_px, manifest.ranges.width_px, multiple)
 
 
-def _check_range(what: str, asked: Range, allowed: Range, multiple: int) -> None:
+def _check_range(what: str, asked: SizeRange, allowed: SizeRange, multiple: int) -> None:
     shown = str(asked.min) if asked.min == asked.max else f"{asked.min}-{asked.max}"
     if asked.min % multiple or asked.max % multiple:
         raise RequestError(f"{what} must be a multiple of {multiple}, got {shown}")

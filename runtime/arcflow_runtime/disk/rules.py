@@ -1,4 +1,4 @@
-"""The manifest's rules beyond its types: `Manifest` -> the first broken rule, as an error."""
+"""Check the values of a manifest: raise an error for the first rule that it breaks. Called when a bundle is opened."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from arcflow_runtime.errors import BundleError
 
 
 def check_values(manifest: Manifest, where: str) -> None:
-    """Check values that the pipeline relies on, so that no stage has to.
+    """Check every value that the pipeline relies on, so that no later stage has to.
+
+    Args:
+        manifest: a manifest whose types were checked by `parse`.
+        where: the manifest's path, for the message.
 
     Raises:
-        BundleError: names the key of the manifest at `where`, what it must be and what it is.
+        BundleError: names the first wrong key, what it must be and what it is.
     """
     for ok, key, must, got in _rules(manifest):
         if not ok:
@@ -23,6 +27,7 @@ def check_values(manifest: Manifest, where: str) -> None:
 
 
 def _rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
+    """(rule holds, key, what the value must be, its value) for each rule."""
     s, k, r, t = m.schedule, m.latents, m.rotary, m.text
     floats = ("float32", "float16", "bfloat16")
     yield m.dtype in floats, "dtype", f"one of {list(floats)}", m.dtype

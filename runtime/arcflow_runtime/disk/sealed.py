@@ -1,4 +1,7 @@
-"""Records of what was built from a bundle: a dataclass with `format` and `version` <-> JSON sealed with its digest."""
+"""Read and write sealed records: a dataclass with `format` and `version` <-> JSON that ends with its own digest.
+
+Used for the records of engines and tokenizers that were built from a bundle.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,23 @@ MAX_RECORD_BYTES = 1 << 20
 
 
 def sealed_json(record: Any) -> str:
-    """The record as JSON text, format and version first, sealed with its digest (B3)."""
+    """The record as JSON text with `format` and `version` first and its digest last (B3)."""
     data = dataclasses.asdict(record)
     data = {"format": data.pop("format"), "version": data.pop("version")} | data
     return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
 
 
 def read_sealed(kind: Any, path: Path, what: str, again: str) -> Any:
-    """Read and check one record; the files that it names are not looked at.
+    """Read and check one record, without looking at the files that it names.
 
     Args:
-        kind: its dataclass, whose defaults of `format` and `version` are the only ones allowed.
-        path: the file.
-        what: what it is, for errors, such as "an engine's record".
-        again: how to make it again, for errors.
+        kind: the record's dataclass; `format` and `version` must equal its defaults.
+        path: the record's file.
+        what: what the record is, for messages, such as "an engine's record".
+        again: how to make it again, for messages.
 
     Raises:
-        EngineError: it is no such record, of another version, or was edited.
+        EngineError: the file is not such a record, has an unsupported version, or was edited.
     """
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import Manifest, Range
+from arcflow_runtime.disk.manifest import Manifest, SizeRange
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.diffusers_arguments import OUTPUT_TYPES, embeddings_of, latents_of, one_of, seed_of
@@ -145,7 +145,7 @@ def _integer(name: str, value: object, low: int, high: int | None) -> int:
     return number
 
 
-def _check_batch(allowed: Range, prompts: int, images_each: int) -> None:
+def _check_batch(allowed: SizeRange, prompts: int, images_each: int) -> None:
     batch = prompts * images_each
     if not allowed.min <= batch <= allowed.max:
         raise RequestError(
@@ -154,7 +154,7 @@ def _check_batch(allowed: Range, prompts: int, images_each: int) -> None:
         )
 
 
-def _size(name: str, value: int | None, allowed: Range, manifest: Manifest) -> int:
+def _size(name: str, value: int | None, allowed: SizeRange, manifest: Manifest) -> int:
     if value is None:
         return min(max(DEFAULT_SIZE_PX, allowed.min), allowed.max)
     multiple = manifest.latents.vae_scale_factor * manifest.latents.patch_size

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.manifest import Manifest, Text
+from arcflow_runtime.disk.manifest import Manifest, PromptFormat
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import BundleError
 
@@ -129,7 +129,7 @@ def _open(bundle: Bundle, name: str) -> Tokenizer:
     return tokenizer
 
 
-def _flux_text(text: Text) -> tuple[int, int, int]:
+def _flux_text(text: PromptFormat) -> tuple[int, int, int]:
     values = text.clip_tokens, text.clip_pad_token_id, text.t5_pad_token_id
     assert None not in values, "Bundle.open checks this"
     return values  # type: ignore[return-value]

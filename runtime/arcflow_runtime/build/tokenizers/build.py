@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.files import is_full, locked_folder, sha256_file
 from arcflow_runtime.disk.manifest import OPENVINO
-from arcflow_runtime.disk.tokenizer_record import RECORD, BuiltTokenizer, ModelFile, Record, read_record
+from arcflow_runtime.disk.tokenizer_record import (
+    RECORD_FILE,
+    BuiltTokenizer,
+    ModelFile,
+    TokenizerRecord,
+    read_tokenizer_record,
+)
 from arcflow_runtime.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
@@ -71,7 +77,7 @@ def build_tokenizers(bundle: Bundle) -> list[BuiltRow]:
                 rows.append(BuiltRow(name, size, reused, tuple(changed)))
             if found is None or built != found.tokenizers or not all(row.reused for row in rows):
                 created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                _commit(folder, Record(built, CONVERTER, created=created, **versions))
+                _commit(folder, TokenizerRecord(built, CONVERTER, created=created, **versions))
         except OSError as e:
             if is_full(e):
                 raise EngineError(f"the disk of {folder} is full; the unfinished tokenizers were removed") from e
@@ -81,7 +87,9 @@ def build_tokenizers(bundle: Bundle) -> list[BuiltRow]:
     return rows
 
 
-def _changes(found: Record | None, damage: list[str], name: str, source: str, versions: dict[str, str]) -> list[str]:
+def _changes(
+    found: TokenizerRecord | None, damage: list[str], name: str, source: str, versions: dict[str, str]
+) -> list[str]:
     """Why a tokenizer is built again, one short text each; empty if it need not be, or never was."""
     if found is None:
         return damage
@@ -96,9 +104,9 @@ def _changes(found: Record | None, damage: list[str], name: str, source: str, ve
     return changed
 
 
-def _read(bundle: Bundle) -> tuple[Record | None, list[str]]:
+def _read(bundle: Bundle) -> tuple[TokenizerRecord | None, list[str]]:
     try:
-        return read_record(bundle), []
+        return read_tokenizer_record(bundle), []
     except EngineError as e:
         return None, [f"what was built is damaged ({e})"]
 
@@ -198,19 +206,19 @@ def _place(path: Path) -> ModelFile:
     return ModelFile(final.name, size, digest)
 
 
-def _commit(folder: Path, record: Record) -> None:
-    partial = folder / f"{RECORD}{_PARTIAL}"
+def _commit(folder: Path, record: TokenizerRecord) -> None:
+    partial = folder / f"{RECORD_FILE}{_PARTIAL}"
     with partial.open("w", encoding="utf-8") as f:
         f.write(record.to_json())
         f.flush()
         os.fsync(f.fileno())
-    os.replace(partial, folder / RECORD)
+    os.replace(partial, folder / RECORD_FILE)
 
 
 def _clean(folder: Path) -> None:
     """Remove what no record names: earlier models, and what was being written when a build stopped."""
-    kept = {RECORD}
-    path = folder / RECORD
+    kept = {RECORD_FILE}
+    path = folder / RECORD_FILE
     if path.exists():
         try:
             built = json.loads(path.read_bytes())["tokenizers"].values()
