@@ -28,7 +28,7 @@ from arcflow_runtime.engines import tensorrt_library as library
 from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 from arcflow_runtime.engines.store import locked_store, write_engine
-from arcflow_runtime.gpu.tensorrt import Options
+from arcflow_runtime.gpu.tensorrt import TensorRTOptions
 from arcflow_runtime.gpu.tensorrt_backend import TensorRTBackend
 from arcflow_runtime.maths.noise import draw_latents
 
@@ -58,7 +58,7 @@ def pipeline(machine, tmp_path):
 
     def make(root, name="tensorrt-rtx", device=None, low_memory=False, **options):
         device = device or HostDevice()
-        backend = TensorRTBackend(name, lambda: device, Options(cache=tmp_path / "cache", **options))
+        backend = TensorRTBackend(name, lambda: device, TensorRTOptions(cache=tmp_path / "cache", **options))
         pipe = Pipeline(Bundle.open(root), backend, low_memory)
         pipe.device = device
         made.append(pipe)
@@ -260,7 +260,7 @@ def test_a_run_that_fails_is_reported_with_what_the_library_said(root, pipeline,
 
 def test_layers_are_timed(root, machine, tmp_path, monkeypatch, capsys):
     build(root)
-    backend = TensorRTBackend("tensorrt-rtx", HostDevice, Options(cache=tmp_path / "cache"))
+    backend = TensorRTBackend("tensorrt-rtx", HostDevice, TensorRTOptions(cache=tmp_path / "cache"))
     monkeypatch.setattr("arcflow_runtime.commands.profile.open_backend", lambda name, threads: backend)
     arguments = ["--height", "32", "--width", "32", "--json", "--backend", "tensorrt-rtx"]
     assert cli.main(["profile", str(root), *arguments]) == 0

@@ -1,4 +1,4 @@
-"""Named ranges for NVIDIA's profilers, where the package `nvtx` is installed; nothing otherwise."""
+"""Named ranges in the timelines of NVIDIA's profilers, if the package `nvtx` is installed; otherwise no-ops."""
 
 from __future__ import annotations
 

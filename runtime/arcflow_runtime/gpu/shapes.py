@@ -14,7 +14,7 @@ from arcflow_runtime.gpu.engine import Shapes
 
 @dataclass(frozen=True)
 class DenoiseShape:
-    """B images of `grid` (height, width) tokens with T text tokens each, drawn in S steps."""
+    """The sizes of a job: B images of `grid` (height, width) tokens with T text tokens each, generated in S steps."""
 
     batch: int
     grid: tuple[int, int]
@@ -28,13 +28,13 @@ class DenoiseShape:
 
 
 def conditioner_inputs(manifest: Manifest, batch: int, steps: int) -> Shapes:
-    """Of a conditioner that runs `steps` timesteps for `batch` prompts."""
+    """Input shapes of the conditioner for `steps` timesteps and `batch` prompts."""
     axes = {"timesteps": (steps,), "guidance": (batch,), "pooled_projections": (batch, None)}
     return _inputs(manifest, "conditioner", axes)
 
 
 def backbone_inputs(manifest: Manifest, size: DenoiseShape) -> Shapes:
-    """Of one step."""
+    """Input shapes of the backbone."""
     batch, image, text = size.batch, size.image_tokens, size.text_tokens
     axes = {
         "latents": (batch, image, None),
@@ -47,12 +47,12 @@ def backbone_inputs(manifest: Manifest, size: DenoiseShape) -> Shapes:
 
 
 def decoder_inputs(manifest: Manifest, size: DenoiseShape) -> Shapes:
-    """Of the VAE decoder."""
+    """Input shapes of the VAE decoder."""
     return _inputs(manifest, "vae_decoder", {"latents": (size.batch, *size.grid, None)})
 
 
 def output_shapes(manifest: Manifest, part: str, inputs: Shapes) -> Shapes:
-    """The outputs of `part` for inputs of these shapes.
+    """Output shapes of `part` for inputs of these shapes.
 
     Raises:
         EngineError: the manifest leaves a dimension open that rule B9 fixes.
