@@ -20,7 +20,7 @@ from attention_graph import attention_bundle, attention_profile
 from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.build.build import Settings, _fix_static_axes, build_engine
+from arcflow_runtime.build.build import BuildSettings, _fix_static_axes, build_engine
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
 from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines.store import Host, find_engine
@@ -245,14 +245,14 @@ def test_attention_without_a_kernel_says_what_to_do(tmp_path, precision):
     library = LIBRARIES["tensorrt-rtx"]
     bundle = attention_bundle(root, 8, precision)
     with pytest.raises(EngineError) as error:
-        build_engine(library, bundle, "p", "sm89", (attention_profile(8),), Settings(), io.BytesIO())
+        build_engine(library, bundle, "p", "sm89", (attention_profile(8),), BuildSettings(), io.BytesIO())
     assert str(error.value).splitlines()[0] == (
         "p: tensorrt-rtx cannot build an engine of a graph at opset 23: its Attention operator has no kernel for heads "
         "of this size; export with --opset 20, which writes attention as separate operators:"
     )
     out = io.BytesIO()
     bundle = attention_bundle(root, 32, precision)
-    build_engine(library, bundle, "p", "sm89", (attention_profile(32),), Settings(), out)
+    build_engine(library, bundle, "p", "sm89", (attention_profile(32),), BuildSettings(), out)
     assert out.tell() > 0
 
 

@@ -67,7 +67,7 @@ def test_missing_and_bad_arguments(root, capsys):
     assert generate(root, "--steps", "two") == 2
     assert "argument --steps: invalid int value: 'two'" in capsys.readouterr().err
     assert generate(root, "--seed", "1,x") == 2
-    assert "argument --seed: must be an integer, or several as in 1,2,3, got '1,x'" in capsys.readouterr().err
+    assert "argument --seed: must be an integer, or several such as 1,2,3, got '1,x'" in capsys.readouterr().err
 
 
 def test_generate(root, capsys):
@@ -146,7 +146,7 @@ def test_a_picture_is_replaced_whole_or_not_at_all(root, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "no/x.png"], "--out must be in a directory that exists, got 'no/x.png'; make no first"),
+        (["--out", "no/x.png"], "--out must be in a directory that exists, got 'no/x.png'; create no first"),
         (["--out", "x.jpg"], "--out must end in .png, got 'x.jpg'"),
         (["--height", "40"], "height must be a multiple of 16, got 40; the nearest is 32"),
         (["--steps", "0"], "num_inference_steps must be between 1 and 1000, got 0"),

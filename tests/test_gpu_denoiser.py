@@ -223,9 +223,7 @@ def test_what_cannot_be_captured_is_enqueued_and_logged_once(why, on_device, pla
     with caplog.at_level(logging.WARNING, "arcflow"):
         for _ in range(3):
             np.testing.assert_allclose(draw(pipe), draw(plain["flux"]), **CLOSE)
-    text = (
-        f"pictures are enqueued without a CUDA graph: {said.get(why, 'the capture failed: backbone: the run failed')}"
-    )
+    text = f"images are generated without a CUDA graph: {said.get(why, 'the capture failed: backbone: the run failed')}"
     assert [r.message for r in caplog.records] == [text]
     assert (pipe.backend.device.captures, pipe.backend.device.launches) == (0, 0)
 
@@ -355,7 +353,7 @@ def test_out_of_memory_names_what_it_was_for(on_device):
     with pytest.raises(
         EngineError,
         match=r"^backbone: activations need 1,073,741,824 bytes of Host 1's memory, [0-9,]+ are free; "
-        r"load with low_memory=True \(--low-memory\), or draw fewer or smaller pictures at once$",
+        r"load with low_memory=True \(--low-memory\), or generate fewer or smaller images at once$",
     ):
         draw(pipe)
     pipe.backend.workspace_bytes = lambda part, inputs: 0
@@ -369,7 +367,7 @@ def test_other_shapes_make_room(on_device, caplog):
     device.capacity = device.used_bytes()
     with caplog.at_level(logging.WARNING, "arcflow"):
         draw(pipe, width=32)
-    assert [r.message for r in caplog.records] == ["out of device memory: graphs of 1 other shapes are dropped"]
+    assert [r.message for r in caplog.records] == ["out of GPU memory: the CUDA graphs of 1 other shapes are dropped"]
 
 
 def test_stages_are_timed(on_device):

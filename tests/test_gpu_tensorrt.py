@@ -160,7 +160,7 @@ def test_streamed_weights_are_not_captured(root, pipeline, caplog):
     with caplog.at_level(logging.WARNING, "arcflow"):
         for _ in range(3):
             pipe("a red circle", **SIZE)
-    text = "pictures are enqueued without a CUDA graph: backbone: its weights are streamed from the host"
+    text = "images are generated without a CUDA graph: backbone: its weights are streamed from the host"
     assert [r.message for r in caplog.records] == [text]
 
 
@@ -176,7 +176,7 @@ def test_what_else_is_not_captured(root, pipeline, caplog):
         with caplog.at_level(logging.WARNING, "arcflow"):
             for _ in range(2):
                 pipe("a red circle", **SIZE)
-        assert [r.message for r in caplog.records] == [f"pictures are enqueued without a CUDA graph: backbone: {text}"]
+        assert [r.message for r in caplog.records] == [f"images are generated without a CUDA graph: backbone: {text}"]
         assert pipe.device.launches == 0
     own = fake_tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     assert fake_tensorrt.state.configs[0].cuda_graph_strategy is own

@@ -172,7 +172,7 @@ def test_damaged_files_are_built_again(bundle, capsys, kind, message):
         read_tokenizer_record(Bundle.open(bundle))
     capsys.readouterr()
     assert run(bundle) == 0
-    assert f"changed: what was built is damaged ({path} {message}" in capsys.readouterr().out
+    assert f"changed: the built tokenizers are damaged ({path} {message}" in capsys.readouterr().out
     assert path.read_bytes() == data
 
 
@@ -253,7 +253,7 @@ def test_a_byte_without_a_token_is_refused():
 
 def test_what_has_no_counterpart_is_refused():
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    with pytest.raises(EngineError, match=r"^x: model WordLevel has no counterpart in openvino-tokenizers; give token"):
+    with pytest.raises(EngineError, match=r"^x: model WordLevel is not supported by openvino-tokenizers; pass token"):
         graph.build_graph(json.loads(tokenizer.to_str()), "x")
 
 

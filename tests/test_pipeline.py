@@ -151,7 +151,7 @@ def test_a_cached_prompt_is_not_tokenized_again_and_still_warns(flux, monkeypatc
 
 def test_one_step_is_allowed_and_says_it_is_blurry(flux):
     output = flux("x", height=16, width=16, num_inference_steps=1)
-    assert output.warnings == ("num_inference_steps 1 gives a blurry picture; use 2 or more",)
+    assert output.warnings == ("num_inference_steps 1 gives a blurry image; use 2 or more",)
 
 
 def test_low_memory_has_one_part_open_at_a_time(flux_root, flux):
@@ -348,7 +348,7 @@ def test_a_black_picture_of_a_float16_decoder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fake_bundle.FakeEngine.vae_decoder", lambda self, inputs: black)
     with pytest.raises(
         EngineError,
-        match=r"^vae_decoder: pictures \[0\] must have more than one colour; "
+        match=r"^vae_decoder: images \[0\] must have more than one colour; "
         r"float16 overflows in some decoders, export with --precision vae_decoder=float32$",
     ):
         pipe("x", height=16, width=16)

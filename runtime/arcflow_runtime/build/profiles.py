@@ -1,6 +1,6 @@
-"""Optimisation profiles: a bundle's shape ranges and the sizes asked for -> smallest, best and largest input shapes.
+"""Make TensorRT optimisation profiles: a bundle's ranges and the requested sizes -> smallest, optimal, largest shapes.
 
-Dimensions are known by their place in the table of rule B9, never by the name that the exporter gave them.
+A dimension is identified by its position in the table of rule B9, never by the name that the exporter gave it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from arcflow_runtime.disk.manifest import Manifest, SizeRange, TensorSpec
 from arcflow_runtime.errors import BundleError, RequestError
 from arcflow_runtime.generate.request import DEFAULT_SIZE_PX
 
-#: Timesteps that one run of a conditioner engine takes, unless the schedule has more; longer schedules take several.
+#: Largest number of timesteps per run of a conditioner engine, unless the bundle's own schedule has more. Requests with
+#: more steps take several runs.
 MAX_STEPS = 8
-#: A prompt of Qwen-Image is as long as it is; kernels are tuned for this many tokens.
+#: Qwen-Image's prompts are not padded; kernels are tuned for this number of tokens.
 _USUAL_PROMPT_TOKENS = 128
 
 #: The dynamic dimension behind each axis of each input; text encoders run one prompt at a time.
@@ -40,17 +41,17 @@ _AXES: dict[str, dict[str, tuple[str | None, ...]]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """Inclusive ranges of a picture's height and width in pixels; one number is a range of one."""
+    """Inclusive ranges of an image's height and width in pixels; a single size is a range with min = max."""
 
     height_px: SizeRange
     width_px: SizeRange
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
-    """Read sizes such as "1024x1024,512-1536,768-1024x512": HEIGHTxWIDTH, each a number or a range; one is for both.
+    """Parse sizes such as "1024x1024,512-1536,768-1024x512": HEIGHTxWIDTH or one SIDE, each a number or a range.
 
     Raises:
-        RequestError: names the item that is none of these.
+        RequestError: an item has another form; the message names it.
     """
     sizes = []
     for item in text.split(","):
@@ -62,25 +63,25 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 
 def parse_batch(text: str) -> SizeRange:
-    """Read a number of pictures such as "2", or a range such as "1-4".
+    """Parse a batch size such as "2", or a range such as "1-4".
 
     Raises:
-        RequestError: it is neither.
+        RequestError: the text has another form.
     """
     return _parse_range(text, "--batch", text)
 
 
 def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch: SizeRange) -> tuple[Profile, ...]:
-    """The optimisation profiles of one part, one per size, without those that are equal.
+    """The optimisation profiles of one part: one per size, without duplicates.
 
     Args:
-        manifest: the bundle's; gives the inputs, the length of texts and the schedule.
+        manifest: the bundle's; gives the inputs, the text length and the schedule.
         part: name of the part.
-        sizes: pictures' sizes in pixels; none means all that the bundle allows.
-        batch: pictures per call.
+        sizes: image sizes in pixels; empty means all that the bundle allows.
+        batch: images per call.
 
     Raises:
-        RequestError: a size or the batch is outside what the bundle was exported for.
+        RequestError: a size or the batch is outside the range that the bundle was exported for.
         BundleError: the part has an input that rule B9 does not have.
     """
     _check_range("--batch", batch, manifest.ranges.batch, 1)
@@ -96,12 +97,12 @@ def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch:
 
 
 def _dimensions(manifest: Manifest, size: Size, batch: SizeRange) -> dict[str, tuple[int, int, int]]:
-    """Each dynamic dimension's (smallest, best, largest) value."""
+    """Name of each dynamic dimension -> its (smallest, optimal, largest) value."""
     token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
     height = [px // token_px for px in _triple(size.height_px, DEFAULT_SIZE_PX)]
     width = [px // token_px for px in _triple(size.width_px, DEFAULT_SIZE_PX)]
     text = manifest.text.max_sequence_length
-    # FLUX pads texts to the longest; Qwen-Image's template comes before the prompt and is dropped after it.
+    # FLUX pads texts to the largest length. Qwen-Image's text encoder also sees the template, whose states are dropped.
     usual = text if manifest.family == "flux" else min(text, _USUAL_PROMPT_TOKENS)
     drop = manifest.text.drop_tokens
     steps = manifest.schedule.num_inference_steps
@@ -142,7 +143,7 @@ def _parse_range(text: str, option: str, item: str) -> SizeRange:
     except ValueError:
         raise RequestError(f"{option} must be a number or a range such as 1-4, got {item!r}") from None
     if not 1 <= low <= high:
-        raise RequestError(f"{option}: a range must go from 1 or more to no less than that, got {item!r}")
+        raise RequestError(f"{option}: a range must be LOW-HIGH with 1 <= LOW <= HIGH, got {item!r}")
     return SizeRange(low, high)
 
 
@@ -159,5 +160,5 @@ def _check_range(what: str, asked: SizeRange, allowed: SizeRange, multiple: int)
     if asked.min < allowed.min or asked.max > allowed.max:
         raise RequestError(
             f"{what} must be between {allowed.min} and {allowed.max} for this bundle, got {shown}; "
-            "export one with a wider range or ask for less"
+            "export a bundle with a wider range, or choose values within it"
         )

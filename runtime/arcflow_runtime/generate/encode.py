@@ -13,15 +13,15 @@ from arcflow_runtime.generate.text import Tokens
 
 
 def encode_prompts(parts: Parts, manifest: Manifest, prompts: Mapping[str, Tokens]) -> dict[str, Embeddings]:
-    """Run the text encoders on each prompt by itself, so that its states never depend on the others.
+    """Run the text encoders on each prompt separately, so that its states never depend on the other prompts.
 
     Args:
-        parts: the bundle's parts; each encoder is opened once for all prompts.
-        manifest: tells the family and how many leading states to drop.
+        parts: the bundle's parts; each encoder is loaded once for all prompts.
+        manifest: gives the family and the number of leading states to drop.
         prompts: the distinct prompts and their ids.
 
     Returns:
-        Embeddings by prompt.
+        Prompt -> its embeddings.
 
     Raises:
         EngineError: an encoder failed.
@@ -44,6 +44,6 @@ def _run(parts: Parts, part: str, output: str, prompts: Mapping[str, Tokens]) ->
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
-    # Cached and shared between calls and threads.
+    # Read-only, because embeddings are cached and shared between calls and threads.
     array.setflags(write=False)
     return array

@@ -1,4 +1,4 @@
-"""Check a request against a bundle before anything runs: the caller's arguments -> `Request`."""
+"""Check the arguments of a pipeline's call against the bundle, before anything runs: arguments -> `Request`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MAX_GUIDANCE_SCALE = 65.0
 
 @dataclass(frozen=True)
 class Request:
-    """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, prompt by prompt.
+    """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, in the order of the prompts.
 
-    `seed` is None where the caller gives the noise, `latents` [B, N, C] float32. `embeddings` are by prompt; where the
-    caller gives them, `prompts` are only their names.
+    Either `seed` is set or the caller's noise, `latents` [B, N, C] float32. If the caller gives `embeddings`, they are
+    by prompt, and `prompts` holds made-up names for them.
     """
 
     prompts: tuple[str, ...]
@@ -70,10 +70,10 @@ def check_request(
     prompt_embeds: object = None,
     pooled_prompt_embeds: object = None,
 ) -> Request:
-    """Check every argument and fill in the bundle's defaults; arguments as for `Pipeline.__call__`.
+    """Check every argument and fill in the bundle's defaults; see `Pipeline.__call__` for the arguments.
 
     Raises:
-        RequestError: an argument is of the wrong type or out of the bundle's range.
+        RequestError: an argument has the wrong type or is out of the bundle's range.
     """
     one_of({"seed": seed, "generator": generator, "latents": latents}, "each of them decides the noise")
     one_of({"prompt": prompt, "prompt_embeds": prompt_embeds}, "each of them is the text")
@@ -91,7 +91,7 @@ def check_request(
     guidance = _guidance(guidance_scale)
     warnings = []
     if steps == 1:
-        warnings.append("num_inference_steps 1 gives a blurry picture; use 2 or more")
+        warnings.append("num_inference_steps 1 gives a blurry image; use 2 or more")
     if guidance_scale is not None and not manifest.guidance:
         warnings.append(f"this student takes no guidance; guidance_scale {guidance_scale!r} was ignored")
     height_px = _size("height", height, manifest.ranges.height_px, manifest)
@@ -199,8 +199,8 @@ def _guidance(value: float | None) -> float:
 
 def _seed(value: int | Sequence[int] | None, batch: int) -> int | tuple[int, ...]:
     if value is None:
-        drawn = tuple(secrets.randbits(32) for _ in range(batch))
-        return drawn if batch > 1 else drawn[0]
+        seeds = tuple(secrets.randbits(32) for _ in range(batch))
+        return seeds if batch > 1 else seeds[0]
     if not isinstance(value, (list, tuple)):
         try:
             return _integer("seed", value, MIN_SEED, MAX_SEED)
