@@ -1,4 +1,4 @@
-"""A bundle with one real part, `p`: attention as one operator, heads of any size."""
+"""Make a bundle with one real part, `p`: a single Attention operator with a chosen head size; for tests of builders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS, TOKENS = 4, 16
 
 
 def attention_bundle(root: Path, head: int, precision: str = "bfloat16") -> Bundle:
-    """A bundle whose part is y = Attention(q, k, v), each [1, heads, tokens, head size]."""
+    """A bundle whose only part computes y = Attention(q, k, v), each of shape [1, HEADS, TOKENS, head]."""
     shape = (1, HEADS, TOKENS, head)
     kind = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}[precision]
     graph = helper.make_graph(
@@ -38,5 +38,5 @@ def attention_bundle(root: Path, head: int, precision: str = "bfloat16") -> Bund
 
 
 def attention_profile(head: int) -> Profile:
-    """The one shape that the part takes."""
+    """The profile of the only shape that the part accepts."""
     return {name: ShapeRange(*[(1, HEADS, TOKENS, head)] * 3) for name in "qkv"}

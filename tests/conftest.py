@@ -37,7 +37,7 @@ def shapes_student() -> Student:
     return load_student(Location(str(SHAPES / "teacher")), Location(str(SHAPES / "adapter")), [])
 
 
-#: Of the shapes model's bundle, as `make engine` exports it.
+#: Export options of the shapes model's bundle, as in `make engine`.
 SHAPES_OPTIONS = {"max_px": 64, "max_sequence_length": 12}
 
 
@@ -47,7 +47,7 @@ def export(student: Student, out: Path, **options) -> Path:
 
 @dataclass(frozen=True)
 class CommandRun:
-    """What `arcflow export` wrote and printed."""
+    """The result of `arcflow export`: its bundle, exit code and output."""
 
     bundle: Path
     code: int
@@ -57,19 +57,19 @@ class CommandRun:
 
 @pytest.fixture(scope="session", autouse=True)
 def traces(request, tmp_path_factory):
-    """Equal parts are traced once."""
+    """Trace each part once and reuse the result, also in later runs; see `Traces`."""
     cache = getattr(request.config, "cache", None)
     kept = Traces(cache.mkdir("traces") if cache else tmp_path_factory.mktemp("traces"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("arcflow_export.graph.trace._convert", kept.convert)
-        # torch reads the source of its converters again for each program: a second a part.
+        # torch parses the source of its converters again for each program, which takes a second per part.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 
 @pytest.fixture(scope="session")
 def command_run(tmp_path_factory) -> CommandRun:
-    """The golden FLUX student exported in bfloat16 by the command, once per run."""
+    """The golden FLUX student, exported in bfloat16 by the command once per test run."""
     bundle = tmp_path_factory.mktemp("command") / "bundle"
     arguments = ["--base", GOLDEN / "flux-tiny" / "base", "--adapter", GOLDEN / "flux-tiny" / "adapter"]
     arguments += ["--out", bundle, "--dtype", "bfloat16", "--json"]
@@ -81,7 +81,7 @@ def command_run(tmp_path_factory) -> CommandRun:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
-    """A function (golden name or "shapes", **options) -> bundle, exported on first use and shared by all tests."""
+    """A function (golden name or "shapes", **export options) -> bundle, exported on first use, shared by all tests."""
     root, made = tmp_path_factory.mktemp("bundles"), {}
 
     def get(name: str, **options) -> Path:
@@ -96,7 +96,7 @@ def bundles(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cpp_build(tmp_path_factory) -> Path:
-    """The build folder of the C++ library: ARCFLOW_CPP_BUILD, where only what changed is built, or a new one."""
+    """The build folder of the C++ library: $ARCFLOW_CPP_BUILD, which is built incrementally, or a new folder."""
     folder = Path(os.environ.get("ARCFLOW_CPP_BUILD") or tmp_path_factory.mktemp("cpp"))
     build_library(folder)
     return folder
@@ -104,7 +104,7 @@ def cpp_build(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trt_tool(tmp_path_factory):
-    """A function (arguments, environment) -> exit code and what trt_tool said."""
+    """A function that runs `trt_tool`: (arguments, environment) -> exit code and its output."""
     named = os.environ.get("ARCFLOW_CPP_BUILD")
     folder = Path(named or tmp_path_factory.mktemp("cpp_trt"))
     if not (folder / "CMakeCache.txt").exists():
@@ -129,7 +129,7 @@ def cpp_library(cpp_build):
 
 @pytest.fixture(scope="session")
 def cpp_bundles(bundles, tmp_path_factory):
-    """A function (golden name or "shapes") -> bundle with the tokenizers that the C++ library reads."""
+    """A function (golden name or "shapes") -> bundle with built OpenVINO tokenizers, for the C++ library."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -145,7 +145,7 @@ def cpp_bundles(bundles, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cpp_pipes(cpp_library, cpp_bundles):
-    """A function (golden name or "shapes") -> pipeline of the C++ library, opened once."""
+    """A function (golden name or "shapes") -> pipeline of the C++ library, loaded on first use."""
     made: dict[str, embed.Pipeline] = {}
 
     def get(name: str):
@@ -160,7 +160,7 @@ def cpp_pipes(cpp_library, cpp_bundles):
 
 @pytest.fixture(scope="session")
 def python_pipes(cpp_bundles):
-    """A function -> the Python pipeline of the same bundle."""
+    """A function (golden name or "shapes") -> Python pipeline of the same bundle, loaded on first use."""
     made: dict[str, Pipeline] = {}
 
     def get(name: str) -> Pipeline:
@@ -173,19 +173,19 @@ def python_pipes(cpp_bundles):
 
 @pytest.fixture(scope="session")
 def kernel_host(tmp_path_factory):
-    """The kernels' source built for this CPU."""
+    """The kernels' source compiled for this CPU, as a ctypes library."""
     return build_host(tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture(scope="session")
 def kernel_gpu():
-    """A device, a stream and the kernels on it."""
+    """A GPU, a stream and the kernels loaded on it; skips where there is no GPU."""
     return open_gpu()
 
 
 @pytest.fixture(params=["compiled", "numpy"])
 def both_ways(request, monkeypatch):
-    """The runtime's compiled part, then numpy in its place."""
+    """Run the test with the compiled noise and update, and again with numpy."""
     if request.param == "compiled" and speedups.compiled is None:
         pytest.skip("the runtime was installed without a C++ compiler")
     if request.param == "numpy":

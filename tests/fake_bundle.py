@@ -1,4 +1,4 @@
-"""Bundles whose graphs are empty files, and a backend that answers for them with simple arithmetic."""
+"""Make bundles with valid manifests but dummy graphs, and a fake backend that computes simple arithmetic for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K, P, C, TEXT, POOLED, MODULATION = 3, 4, 16, 8, 6, 5
 
 @functools.lru_cache
 def tokenizer_json(name: str) -> str:
-    """tokenizer.json of a golden base, such as "flux-tiny/base/tokenizer_2"."""
+    """The tokenizer.json of a golden base's tokenizer, such as "flux-tiny/base/tokenizer_2"."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(GOLDEN / name).backend_tokenizer.to_str()
@@ -74,7 +74,7 @@ def make_bundle(
     baked: tuple[int, ...] = (),
     guidance=None,
 ) -> Path:
-    """Write a bundle; with `baked`, its modulation is a table and it has no conditioner."""
+    """Write a bundle. With step counts in `baked`, it has a modulation table for them and no conditioner."""
     root.mkdir()
     flux = family == "flux"
     found = parts(family, precision, conditioner=not baked)
@@ -127,7 +127,7 @@ def write_manifest(root: Path, manifest: b.Manifest) -> None:
 
 
 def edit_manifest(root: Path, **changes: object) -> None:
-    """Change keys of manifest.json, given as path__to__key=value; `...` deletes the key. It is sealed again."""
+    """Change keys of manifest.json and seal it again: path__to__key=value, or path__to__key=... to delete the key."""
     data = json.loads((root / b.MANIFEST).read_text())
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -143,7 +143,7 @@ def edit_manifest(root: Path, **changes: object) -> None:
 
 
 class FakeEngine:
-    """Arithmetic in which every image depends on its own inputs only."""
+    """An engine for each part, with simple arithmetic in which each image depends only on its own inputs."""
 
     def __init__(self, backend: FakeBackend, part: str, family: str) -> None:
         self.backend, self.part, self.family = backend, part, family
@@ -194,7 +194,7 @@ class FakeEngine:
 
 
 class FakeBackend:
-    """Records what was opened and run; `poison` multiplies the means."""
+    """A backend that records which parts were opened and run; `poison`, such as NaN, multiplies the means."""
 
     def __init__(self, poison: float = 1.0) -> None:
         self.opened: set[str] = set()
@@ -215,5 +215,5 @@ class FakeBackend:
 
 
 def create(threads):
-    """What `arcflow_runtime.engines` asks of a backend's module."""
+    """The function that `open_backend` calls in a backend's module."""
     return FakeBackend()

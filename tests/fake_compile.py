@@ -1,4 +1,8 @@
-"""`arcflow compile` with `tests/fake_stage.py` for its stages: killed at $FAKE_KILL, "put STAGE" or "replace STAGE"."""
+"""Run `arcflow compile` with the fake stages of `fake_stage.py`, and kill it at a chosen point.
+
+$FAKE_KILL is "put STAGE", before the stage's record is written, or "replace STAGE", before the record's file is
+renamed.
+"""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""FP8 bundles for tests: quantised by `arcflow_export.quantize` with ranges measured on the bundle, and broken ones."""
+"""Make FP8 bundles for tests, with ranges measured on the bundle itself, and bundles with one wrong weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime.disk.bundle import Bundle
 from tests.fake_bundle import list_files, write_manifest
 
-#: Of a first quantisation, whose layers' inputs are then measured.
+#: Range of every linear in a first quantisation, which only serves to measure the inputs.
 _WIDE = 100.0
 
 
@@ -31,7 +31,7 @@ def scene(bundle: Bundle, height_px: int = 64, width_px: int = 64) -> Scene:
 
 
 def local_drift(reference: Bundle, candidate: Bundle, cases: Sequence[Case]) -> list[LayerDrift]:
-    """The backbone's layers on the reference's own inputs."""
+    """The drift of each layer of the backbone, measured on the reference's inputs."""
     stages = Stages(reference, cases, scene(reference), candidate.manifest.reference_dtype)
     text = stages.encode()
     batches = stages.batches(text, stages.modulation(text.pooled))
@@ -41,7 +41,7 @@ def local_drift(reference: Bundle, candidate: Bundle, cases: Sequence[Case]) -> 
 
 
 def make_fp8(source: Path, out: Path, cases: Sequence[Case], policy: str = "flux") -> Path:
-    """Quantise a bundle's backbone with the ranges of its inputs on `cases`."""
+    """Quantise a bundle's backbone to FP8, with the ranges of its linears' inputs measured on `cases`."""
     wide = _quantize(source, out.with_name(f"{out.name}.wide"), {}, policy)
     drift = local_drift(Bundle.open(source), Bundle.open(wide), cases)
     amax = {d.layer: max(d.reach) * _WIDE for d in drift if d.reach is not None}
@@ -50,7 +50,7 @@ def make_fp8(source: Path, out: Path, cases: Sequence[Case], policy: str = "flux
 
 
 def edit_backbone(bundle: Path, out: Path, tensor: str, factor: float) -> Path:
-    """A copy of a bundle in which one constant of the backbone is multiplied."""
+    """Copy a bundle and multiply one constant of its backbone by `factor`."""
     shutil.copytree(bundle, out)
     opened = Bundle.open(bundle)
     part = opened.manifest.parts["backbone"]

@@ -130,8 +130,8 @@ def diffusers_callback(pipe, step, timestep, callback_kwargs):
     [
         (
             {"negative_prompt": "ugly"},
-            "negative_prompt is not supported: the student is distilled to run once per step, without a negative prompt; "
-            "leave it out",
+            "negative_prompt is not supported: the student is distilled to run once per step, without a negative "
+            "prompt; leave it out",
         ),
         ({"prompt_2": "x"}, "prompt_2 is not supported: both text encoders read the same prompt; leave it out"),
         (

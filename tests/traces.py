@@ -1,7 +1,8 @@
-"""Parts' traces, kept between tests and runs: a part -> what `arcflow_export.graph.trace._convert` makes of it.
+"""A cache of traced parts for tests: a part -> the ONNX model that `arcflow_export.graph.trace._convert` makes of it.
 
-Tracing takes most of an export's time, and many tests export the same parts. Passes, weights and all that follows run
-for each export. A trace is found by the part's module as pickled, its inputs and outputs, and the code that makes it.
+Tracing takes most of an export's time, and many tests export the same parts. Only the trace is cached; passes, weights
+and everything after it run at each export. The key is a hash of the part's pickled module, its inputs and outputs, and
+the code of the exporter.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _convert = trace._convert
 
 
 class Traces:
-    """The traces of this code in `root`, which processes may share; those of other code are removed."""
+    """The cache in the folder `root`, which several processes may share. Traces made by other code are removed."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / _digest_of_code()
@@ -39,13 +40,14 @@ class Traces:
                 shutil.rmtree(other, ignore_errors=True)
 
     def convert(self, part: Part, opset: int) -> ir.Model:
-        """`trace._convert`, or what it gave before for an equal part."""
+        """Like `trace._convert`, but returns the cached result for an equal part."""
         path = self._folder / f"{part.name}-{_digest_of(part, opset)}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 model = _convert(part, opset)
                 for name, value in model.graph.initializers.items():
-                    if not passes._is_real(value):  # a weight; it is read from a file that does not exist
+                    # A weight has no values yet, so a reference to a file that does not exist stands for it.
+                    if not passes._is_real(value):
                         value.const_value = ir.ExternalTensor(
                             "none", None, None, value.dtype, shape=value.shape, name=name
                         )
@@ -69,7 +71,11 @@ def _digest_of_code() -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors by shape, dtype and which of them are one; everything else by value, not by identity or by its folder."""
+    """Pickles a part for hashing.
+
+    Tensors are written as shape and dtype, with a number that shows which are the same tensor. Everything else is
+    written by value, without object identities or paths.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
