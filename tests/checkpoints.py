@@ -68,7 +68,7 @@ GOLDEN_SIZES = {
 
 
 def make_student(root: Path, sizes: Sizes, seed: int = 0) -> Student:
-    """Write `root/base` and `root/adapter` and open them."""
+    """Write a base to `root/base` and an adapter to `root/adapter`, and open the student."""
     make_base(root / "base", sizes, seed)
     make_adapter(root / "adapter", sizes, seed)
     return open_student(root)

@@ -1,4 +1,4 @@
-"""Shared fixtures: bundles exported once per run from the golden checkpoints."""
+"""Fixtures for all tests: students, bundles exported once per run from the golden checkpoints, the C++ library, a GPU."""
 
 from __future__ import annotations
 

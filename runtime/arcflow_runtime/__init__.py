@@ -24,7 +24,7 @@ __all__ = [
     "RequestError",
 ]
 
-# Modules are imported on first use of a name, so that the command line's --help costs no numpy import.
+# Modules are imported on first use of a name, so that `arcflow --help` does not import numpy.
 _MODULES = {
     "ArcFlowError": "arcflow_runtime.errors",
     "Bundle": "arcflow_runtime.disk.bundle",

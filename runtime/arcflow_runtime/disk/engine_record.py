@@ -112,9 +112,9 @@ def read_record(path: Path) -> EngineRecord:
     Raises:
         EngineError: the file is not an engine's record, has an unsupported version, or was edited.
     """
-    record: EngineRecord = read_sealed(EngineRecord, path, "an engine's record", _AGAIN)
+    record: EngineRecord = read_sealed(EngineRecord, path, "an engine's record", _HOW_TO_REBUILD)
     if Path(record.file).name != record.file or record.file in ("", ".", ".."):
-        raise EngineError(f"{path}: file {record.file!r} must lie beside its record; {_AGAIN}")
+        raise EngineError(f"{path}: file {record.file!r} must lie beside its record; {_HOW_TO_REBUILD}")
     return record
 
 
@@ -133,4 +133,4 @@ def _shown(value: object) -> str:
     return "+".join(value) or "none" if isinstance(value, tuple) else str(value)
 
 
-_AGAIN = "build the engine again with `arcflow build`"
+_HOW_TO_REBUILD = "build the engine again with `arcflow build`"

@@ -74,7 +74,7 @@ def read_tokenizer_record(bundle: Bundle) -> TokenizerRecord | None:
     path = bundle.root / OPENVINO / RECORD_FILE
     if not path.exists():
         return None
-    record: TokenizerRecord = read_sealed(TokenizerRecord, path, "a record of tokenizers", _AGAIN)
+    record: TokenizerRecord = read_sealed(TokenizerRecord, path, "a record of tokenizers", _HOW_TO_REBUILD)
     for built in record.tokenizers.values():
         for file in (built.graph, built.weights):
             _check_file(path, file)
@@ -84,14 +84,14 @@ def read_tokenizer_record(bundle: Bundle) -> TokenizerRecord | None:
 def _check_file(record: Path, file: ModelFile) -> None:
     path = record.parent / file.file
     if Path(file.file).name != file.file or file.file in ("", ".", ".."):
-        raise EngineError(f"{record}: file {file.file!r} must lie beside its record; {_AGAIN}")
+        raise EngineError(f"{record}: file {file.file!r} must lie beside its record; {_HOW_TO_REBUILD}")
     if not path.is_file() or path.is_symlink():
-        raise EngineError(f"{path} is missing; {_AGAIN}")
+        raise EngineError(f"{path} is missing; {_HOW_TO_REBUILD}")
     size = path.stat().st_size
     if size != file.bytes:
-        raise EngineError(f"{path} must have {file.bytes} bytes, got {size}; it was cut or swapped, {_AGAIN}")
+        raise EngineError(f"{path} must have {file.bytes} bytes, got {size}; it was cut or swapped, {_HOW_TO_REBUILD}")
     if sha256_file(path) != file.sha256:
-        raise EngineError(f"{path} does not match its SHA-256; it was edited or swapped, {_AGAIN}")
+        raise EngineError(f"{path} does not match its SHA-256; it was edited or swapped, {_HOW_TO_REBUILD}")
 
 
-_AGAIN = "run `arcflow build BUNDLE --backend openvino` again"
+_HOW_TO_REBUILD = "run `arcflow build BUNDLE --backend openvino` again"

@@ -48,7 +48,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{self._name}: the engine is closed; load the pipeline again")
         try:
             outputs = session.run(self._outputs, dict(inputs))
-        except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+        except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
             raise EngineError(f"{self._name}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
         return dict(zip(self._outputs, outputs, strict=True))
@@ -171,7 +171,7 @@ def open_session(
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         session = ort.InferenceSession(str(graph), options, providers=providers)
-    except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+    except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
         raise EngineError(f"{part}: ONNX Runtime cannot load {spec.graph}: {first_line(e)}") from e
     check_names(bundle, part, session.get_inputs(), session.get_outputs())
     return session
@@ -184,11 +184,11 @@ def check_names(bundle: Bundle, part: str, inputs: Iterable[_Named], outputs: It
         EngineError: it has others.
     """
     spec = bundle.manifest.parts[part]
-    for kind, said, found in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
-        names = sorted(str(f.name) for f in found)
-        if sorted(s.name for s in said) != names:
+    for kind, listed, found in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
+        expected, names = sorted(s.name for s in listed), sorted(str(f.name) for f in found)
+        if expected != names:
             raise EngineError(
-                f"{part}: the {kind} of {spec.graph} must be {sorted(s.name for s in said)}, "
+                f"{part}: the {kind} of {spec.graph} must be {expected}, "
                 f"as in the manifest, got {names}; export the bundle again"
             )
 

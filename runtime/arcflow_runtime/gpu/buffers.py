@@ -103,7 +103,7 @@ class Buffers:
         return name in self._regions
 
     def region(self, name: str) -> Region:
-        """A region on the device."""
+        """The region called `name` on the device."""
         return self._regions[name]
 
     @property
@@ -169,7 +169,7 @@ class Buffers:
         return next(s.dtype for s in spec.inputs + spec.outputs if s.name == name)
 
     def _modulations(self, rows: int) -> tuple[tuple[int, ...], StoredDType]:
-        """[S, rows, M] in the backbone's dtype."""
+        """Shape and dtype of the modulation of all steps: [S, rows, M] in the dtype of the backbone's input."""
         width = self.inputs["backbone"]["modulation"][1]
         return (self._key.size.steps, rows, width), self._dtype("backbone", "modulation")
 

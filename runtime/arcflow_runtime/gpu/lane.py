@@ -11,7 +11,7 @@ from arcflow_runtime.gpu.device import Device, Memory, OutOfMemory, PinnedMemory
 
 
 class OutOfDeviceMemory(EngineError):
-    """An allocation on the device failed; the message names what it was for."""
+    """An allocation for the GPU failed; the message says what the memory was for and how much is free."""
 
 
 class Lane:

@@ -73,7 +73,7 @@ class OrtContext:
             binding.bind_output(name, where, 0, dtype, shape, addresses[name])
         try:
             self._session.run_with_iobinding(binding, self._options)
-        except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+        except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: list(shape) for name, _, shape in self._inputs}
             raise EngineError(f"{self._engine.part}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
 
@@ -107,7 +107,7 @@ class OrtArrayEngine:
                 binding.bind_output(spec.name, "cpu")
             session.run_with_iobinding(binding)
             outputs = binding.get_outputs()
-        except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+        except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
             raise EngineError(f"{self._part}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
         return {s.name: _to_array(v, s.dtype) for s, v in zip(self._spec.outputs, outputs, strict=True)}

@@ -132,7 +132,7 @@ class GraphPlan:
             self.obstacle = f"the capture failed: {e}"
 
     def _enqueue(self, use: Use, on_step: OnStep | None) -> None:
-        """Everything from the staging memory to the results."""
+        """Enqueue the whole job, from the copy of the staged inputs to the copy of the results."""
         buffers, lane = self.buffers, self._lane
         self._marks = []
         with lane.enter() as stream:

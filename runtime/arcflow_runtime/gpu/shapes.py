@@ -1,4 +1,4 @@
-"""Shapes of every part's inputs and outputs (rule B9): batch, picture, text and steps -> shapes by name.
+"""Shapes of every part's inputs and outputs (rule B9): batch, image, text and steps -> shapes by name.
 
 Dimensions are known by their place in the table of rule B9, never by the name that the exporter gave them.
 """

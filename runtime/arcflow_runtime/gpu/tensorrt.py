@@ -140,8 +140,8 @@ class TensorRTEngine:
 
     def error(self, what: str) -> EngineError:
         """An error that names this part and ends with the messages that the library logged."""
-        said = self._logger.take()
-        text = f"{self.part}: {self._library.name}: {what}" + "".join(f"\n  {line}" for line in said[:_SHOWN_ERRORS])
+        logged = self._logger.take()
+        text = f"{self.part}: {self._library.name}: {what}" + "".join(f"\n  {line}" for line in logged[:_SHOWN_ERRORS])
         return EngineError(text)
 
     def _deserialize(self, built: BuiltEngine) -> Any:
@@ -149,20 +149,20 @@ class TensorRTEngine:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is not None:
             return engine
-        said = self._logger.take()
-        if any("memory" in line.lower() for line in said):
+        logged = self._logger.take()
+        if any("memory" in line.lower() for line in logged):
             raise OutOfDeviceMemory(out_of_memory(self._lane.device, built.record.bytes, f"{self.part}: weights"))
-        self._logger.errors = said
+        self._logger.errors = logged
         raise self.error(f"{built.path} cannot be loaded; build it again with `arcflow build`")
 
     def _check_tensors(self) -> None:
         spec, trt, engine = self._bundle.manifest.parts[self.part], self._trt, self._engine
-        said = {s.name: getattr(trt.DataType, _DTYPES[s.dtype]) for s in spec.inputs + spec.outputs}
+        expected = {s.name: getattr(trt.DataType, _DTYPES[s.dtype]) for s in spec.inputs + spec.outputs}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: engine.get_tensor_dtype(name) for name in names}
-        if found != said:
+        if found != expected:
             raise self.error(
-                f"inputs and outputs must be {_shown(said)}, as in the manifest, got {_shown(found)}; "
+                f"inputs and outputs must be {_shown(expected)}, as in the manifest, got {_shown(found)}; "
                 "build the engine again with `arcflow build`"
             )
 

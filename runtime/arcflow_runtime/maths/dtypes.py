@@ -73,8 +73,8 @@ def round_to(values: np.ndarray | float, dtype: str) -> np.ndarray:
     if dtype == "float16":
         return x.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
-        # bfloat16 is the upper half of float32: add just under half of its last place, plus one on odd to
-        # break ties towards even, and drop the lower half.
+        # bfloat16 is the upper half of float32: add just under half a bfloat16 ulp, plus one if the last bit is
+        # odd, so that ties go to even, and drop the lower half.
         bits = np.atleast_1d(x).view(np.uint32)
         bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
         return bits.view(np.float32).reshape(x.shape)
