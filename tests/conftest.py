@@ -1,4 +1,4 @@
-"""Fixtures for all tests: students, bundles exported once per run from the golden checkpoints, the C++ library, a GPU."""
+"""Fixtures for all tests: bundles exported once per run from the golden checkpoints, the C++ library, the kernels."""
 
 from __future__ import annotations
 

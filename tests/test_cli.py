@@ -34,7 +34,7 @@ def test_no_command_and_help(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "  generate      Draw pictures from prompts with a bundle." in out
+    assert "  generate      Generate images from prompts with a bundle." in out
     assert "  bench         Time a bundle stage by stage." in out
 
 

@@ -322,7 +322,9 @@ def test_two_builds_exclude_each_other(bundle):
 
 def test_a_bundle_that_cannot_be_written(bundle):
     (bundle.root / "engines").write_text("a file")
-    with pytest.raises(EngineError, match=r"engines cannot be written: .*; engines are kept beside their bundle"):
+    with pytest.raises(
+        EngineError, match=r"engines cannot be written: .*; engines are stored in the bundle's folder, "
+    ):
         put(bundle, make_key(bundle))
 
 

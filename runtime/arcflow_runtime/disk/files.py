@@ -65,7 +65,9 @@ def locked_folder(folder: Path, busy: str, what: str) -> Iterator[Path]:
             raise OSError(errno.ELOOP, "it is a link")
         handle = _open_locked(lock, EngineError, busy, wait=False)
     except OSError as e:
-        raise EngineError(f"{folder} cannot be written: {e.strerror}; {what} are kept beside their bundle") from e
+        raise EngineError(
+            f"{folder} cannot be written: {e.strerror}; {what} are stored in the bundle's folder, so make it writable"
+        ) from e
     try:
         yield folder
     finally:
