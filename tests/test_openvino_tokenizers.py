@@ -246,7 +246,7 @@ def test_a_byte_without_a_token_is_refused():
     data = json.loads(clip().to_str())
     del data["model"]["vocab"]["~</w>"]
     with pytest.raises(
-        EngineError, match=r"^x: BPE without a token for every byte, within and at the end of a word, has"
+        EngineError, match=r"^x: BPE without a token for every byte, within and at the end of a word, is"
     ):
         graph.build_graph(data, "x")
 

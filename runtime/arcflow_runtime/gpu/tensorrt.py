@@ -282,7 +282,7 @@ def _make_logger(trt: ModuleType) -> Any:
 
 def _make_profiler(trt: ModuleType) -> Any:
     class Profiler(trt.IProfiler):  # type: ignore[name-defined]
-        """Collects layer times. The library reports durations only, so each layer starts where the last one ended."""
+        """Collects layer times. The library reports durations only, so a layer is taken to end when it is reported."""
 
         def __init__(self) -> None:
             trt.IProfiler.__init__(self)
