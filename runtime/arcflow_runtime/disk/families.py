@@ -17,6 +17,8 @@ TextKind = Literal["clip-t5", "template"]
 
 #: Tokens of a typical prompt, for which kernels are tuned and work is counted where texts are not padded.
 USUAL_PROMPT_TOKENS = 128
+#: Guidance scale where a request gives none and the student takes one.
+DEFAULT_GUIDANCE_SCALE = 3.5
 
 
 @dataclass(frozen=True)
@@ -56,5 +58,7 @@ def facts(family: str) -> FamilyFacts:
         BundleError: it is not in the table.
     """
     if family not in FAMILIES:
-        raise BundleError(f"family must be one of {list(FAMILIES)}, got {family!r}; update arcflow if it is a newer one")
+        raise BundleError(
+            f"family must be one of {list(FAMILIES)}, got {family!r}; update arcflow if it is a newer one"
+        )
     return FAMILIES[family]
