@@ -19,8 +19,8 @@ class Settings:
 
     `percentile` is None for the other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
     number. Prompt i starts from the noise of seed `seed` + i. `guidance_scale` None is the student's usual 3.5, or
-    nothing where it takes none. `batch` prompts of one size and text length share a network call. `shift` and `timestep_ratio`
-    are those of the student's schedule, as at export.
+    nothing where it takes none. `batch` prompts of one size and text length share a network call. `shift` and
+    `timestep_ratio` are those of the student's schedule, as at export.
     """
 
     method: Method = "max"
