@@ -11,7 +11,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 #: The largest number of E4M3.
-E4M3_MAX = 448.0
 #: What stands between a weight and its MatMul, or an activation's QuantizeLinear and it.
 _WEIGHT_CHAIN = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity")
 _ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")

@@ -26,8 +26,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-#: The preset for each family of bundles.
-DEFAULT_PRESETS = {"flux": "flux", "qwen-image": "qwen-image"}
 _NEAR = 3
 _NO_THRESHOLDS = Thresholds()
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from arcflow_export.quantize.graph import Linear
-from arcflow_runtime.build.profiles import Size, make_profiles
-from arcflow_runtime.disk.manifest import Manifest, SizeRange
+from arcflow_runtime.disk.families import facts
+from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.disk.signatures import signature
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,7 @@ def cover_part(
         height_px: a picture's height, within the manifest's range.
         width_px: its width.
     """
-    size = Size(SizeRange(height_px, height_px), SizeRange(width_px, width_px))
-    (profile,) = make_profiles(manifest, part, (size,), SizeRange(1, 1))
-    dimensions = {
-        name: value
-        for spec in manifest.parts[part].inputs
-        for name, value in zip(spec.shape, profile[spec.name].opt, strict=True)
-        if isinstance(name, str)
-    }
+    dimensions = _dimensions(manifest, part, height_px, width_px)
     flops = {name: _flops(linear, dimensions) for name, linear in linears.items()}
     return Coverage(
         part,
@@ -59,6 +53,34 @@ def cover_part(
         sum(flops[name] for name in chosen),
         tuple(name for name in linears if name not in set(chosen)),
     )
+
+
+def _dimensions(manifest: Manifest, part: str, height_px: int, width_px: int) -> dict[str, int]:
+    """The sizes of the dimensions that the part's graph names, for one image and a prompt of usual length.
+
+    Dimensions are known by their place in the table of rule B9, never by their name.
+    """
+    inputs = signature(manifest.family, part)
+    token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
+    height, width = height_px // token_px, width_px // token_px
+    text = facts(manifest.family).usual_text_tokens(manifest.text.max_sequence_length)
+    if inputs.input("input_ids") is not None:
+        text += manifest.text.drop_tokens
+    sizes: dict[str, int] = {
+        "batch": 1,
+        "steps": manifest.schedule.num_inference_steps,
+        "text_tokens": text,
+        "image_tokens": height * width,
+        "latent_height": height,
+        "latent_width": width,
+    }
+    return {
+        name: sizes[str(axis)]
+        for spec in manifest.parts[part].inputs
+        if (tensor := inputs.input(spec.name)) is not None
+        for name, axis in zip(spec.shape, tensor.axes, strict=True)
+        if isinstance(name, str)
+    }
 
 
 def _flops(linear: Linear, dimensions: Mapping[str, int]) -> int:

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch import nn
 from arcflow_calibration.options import Settings
 from arcflow_calibration.ranges import Calibrator, make_calibrator
 from arcflow_export.errors import CalibrationError
+from arcflow_export.families import facts
 from arcflow_export.formats.prompts import Prompts
 from arcflow_export.formats.scales import STEPPED, Range, Scales
-from arcflow_export.models.layers import MatMul
+from arcflow_export.models.layers import linear_names
 from arcflow_export.student.load import Student
-from arcflow_export.student.reference import TorchStudent, integrate, pack, schedule
+from arcflow_export.student.reference import TorchStudent, integrate, pack
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
-_GUIDANCE_SCALE = 3.5
 _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
 
 
@@ -109,19 +111,12 @@ class Collector:
 def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterator[tuple[str, nn.Module]]:
     """The linears of the part's graph: contract name, and the module of the torch student that it stands for."""
     described = next(p for p in student.parts("float32") if p.name == part)
-    root = _root(torch_student, part)
-    for name, module in described.module.named_modules():
-        if isinstance(module, MatMul) and module.weight.numel():  # one mode has no gammas
-            yield described.rename(f"{name}.weight").removesuffix(".weight"), root.get_submodule(name)
-
-
-def _root(torch_student: TorchStudent, part: str) -> nn.Module:
-    """The module below which the torch student has the part's names."""
     if part == STEPPED:
-        return nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
-    if part == "text_encoder_2":
-        return torch_student.pipe.text_encoder_2.encoder
-    return torch_student.pipe.text_encoder.model.language_model
+        root: nn.Module = nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
+    else:
+        root = attrgetter(facts(student.family).calibrated[part])(torch_student.pipe)
+    for layer, name in linear_names(described).items():
+        yield layer, root.get_submodule(name)
 
 
 def _quantizers(part: str, layers: dict[str, Layer]) -> None:
@@ -194,7 +189,7 @@ def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale
         )
         for index, _ in batch.prompts
     ]
-    sigmas = schedule(settings.num_inference_steps)
+    sigmas = student.schedule(settings.num_inference_steps)
     for group in _equal_lengths([states.shape[1] for states, _ in encoded]):
         states = torch.cat([encoded[i][0] for i in group])
         vectors = [pooled for i in group if (pooled := encoded[i][1]) is not None]
@@ -202,7 +197,7 @@ def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale
         x = pack(torch.cat([noise[i] for i in group]).to(student.device))
         for step in range(settings.num_inference_steps):
             on.step = step
-            size = (batch.height, batch.width, _GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
+            size = (batch.height, batch.width, DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
             heads = student.predict(x, sigmas[step], states, pooled, *size)
             x = integrate(x, *heads, float(sigmas[step]), float(sigmas[step + 1]))
     on.step = 0
@@ -222,8 +217,8 @@ def guidance(student: Student, settings: Settings) -> float | None:
     Raises:
         CalibrationError: one was asked for and the student takes none.
     """
-    if student.family == "flux" and student.config.get("guidance_embeds"):
-        return _GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
+    if student.outline.guidance:
+        return DEFAULT_GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
     if settings.guidance_scale is not None:
         raise CalibrationError("--guidance-scale: this student takes none; leave it out")
     return None
@@ -248,6 +243,8 @@ def describe(student: Student, prompts: Prompts, settings: Settings, parts: dict
         parts=parts,
         dtype=settings.dtype,
         max_sequence_length=settings.max_sequence_length,
+        shift=settings.shift,
+        timestep_ratio=settings.timestep_ratio,
     )
 
 

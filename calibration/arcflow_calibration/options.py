@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arcflow_export.formats.scales import STEPPED, DType, Method
+from arcflow_export.options import SHIFT, TIMESTEP_RATIO
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
-#: The parts with linears to quantise, by family. CLIP is a hundredth of FLUX and stays as it is.
-PARTS = {"flux": (STEPPED, "text_encoder_2"), "qwen-image": (STEPPED, "text_encoder")}
 #: Of --method percentile: 1 value in 100,000 is clipped.
 PERCENTILE = 99.999
 
@@ -20,7 +19,8 @@ class Settings:
 
     `percentile` is None for the other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
     number. Prompt i starts from the noise of seed `seed` + i. `guidance_scale` None is the student's usual 3.5, or
-    nothing where it takes none. `batch` prompts of one size and text length share a network call.
+    nothing where it takes none. `batch` prompts of one size and text length share a network call. `shift` and
+    `timestep_ratio` are those of the student's schedule, as at export.
     """
 
     method: Method = "max"
@@ -34,3 +34,5 @@ class Settings:
     max_sequence_length: int = 512
     dtype: DType = "float32"
     device: str = "cpu"
+    shift: float = SHIFT
+    timestep_ratio: float = TIMESTEP_RATIO

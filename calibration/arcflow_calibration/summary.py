@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from arcflow_export.formats.scales import FP16_MAX, Range, Scales
+from arcflow_export.formats.scales import Range, Scales
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
 #: Steps that differ by more are counted: E4M3 holds 15 binades at full precision, this is one of them.
 FACTOR = 2.0
@@ -36,7 +37,7 @@ def summarise(scales: Scales) -> list[PartSummary]:
 
 
 def _overflows(r: Range) -> bool:
-    return r.output_amax is not None and max(r.output_amax) > FP16_MAX
+    return r.output_amax is not None and max(r.output_amax) > FLOAT16_MAX
 
 
 def table(summaries: list[PartSummary]) -> str:

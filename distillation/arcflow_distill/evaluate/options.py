@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from arcflow_runtime.errors import RequestError
 
+#: Family of the shapes teacher and its students.
+FAMILY = "flux"
 #: Network calls of a student per picture.
 STUDENT_STEPS = 2
 

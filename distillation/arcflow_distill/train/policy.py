@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-#: The released students' timestep shift, which exported bundles draw with.
-SHIFT = 3.2
+from arcflow_export.options import SHIFT
+
 #: Below this |z|, phi is a polynomial: the quotient's gradient loses digits to cancellation as z falls.
 _SERIES_LIMIT = 0.5
 #: Taylor coefficients 1/(n+1)! of phi, highest first; the first term left out is below 3e-9 of the sum.

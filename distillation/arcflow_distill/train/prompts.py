@@ -11,6 +11,7 @@ import torch
 
 from arcflow_distill.errors import DistillError
 from arcflow_distill.train.config import Config
+from arcflow_export.families import facts
 
 _BATCH = 32
 #: Draws of the caption generator are the same for every seed of the distillation.
@@ -74,9 +75,9 @@ class Encoder:
     """The text encoders of a base checkpoint, run through diffusers' own pipeline."""
 
     def __init__(self, base: Path, family: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int):
-        from diffusers import FluxPipeline, QwenImagePipeline
+        import diffusers
 
-        pipeline: Any = FluxPipeline if family == "flux" else QwenImagePipeline
+        pipeline: Any = getattr(diffusers, facts(family).pipeline)
         # Without the networks that do not see the prompt; nothing but safetensors is ever read.
         self._pipe = pipeline.from_pretrained(base, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
         self._pipe.to(device)

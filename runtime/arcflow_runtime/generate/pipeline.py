@@ -19,7 +19,7 @@ from arcflow_runtime.engines.base import Backend
 from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
-from arcflow_runtime.errors import BundleError, RequestError
+from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.calls import Calls
 from arcflow_runtime.generate.condition import Conditioner
 from arcflow_runtime.generate.decode import check_not_flat, decode_latents, to_float, to_pil
@@ -67,19 +67,24 @@ class Pipeline:
         self._cache = EmbeddingCache()
         self._conditioner = Conditioner(bundle)
         self._parts = Parts(bundle, backend, keep=not low_memory)
+        self._denoiser: Denoiser | None = None
+        try:
+            self._open(backend, low_memory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, backend: Backend, low_memory: bool) -> None:
+        """Load the engines and open the denoiser. If this raises, the caller closes whatever was opened."""
+        bundle = self.bundle
         if not low_memory:
             self._parts.open_all()
-        self._denoiser: Denoiser | None = None
         latents = bundle.manifest.latents
         # The GPU kernel generates noise in groups of 16 numbers, so an image's latent size must be a multiple of 16.
         # Height and width of the latents are multiples of patch_size.
         if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
             self._denoiser = backend.open_denoiser(bundle, self._parts)
-        try:
-            bundle.check_unchanged()
-        except BundleError:
-            self.close()
-            raise
+        bundle.check_unchanged()
 
     @staticmethod
     def load(
@@ -97,6 +102,8 @@ class Pipeline:
             low_memory: load each part only while it is used, one at a time.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.
+
+        A GPU backend runs on the first GPU visible under the environment variable CUDA_VISIBLE_DEVICES.
 
         A process that forks must load after the fork. The threads of an engine do not exist in the child, which would
         wait for them for ever.

@@ -17,6 +17,11 @@ NUMPY: dict[str, type[np.generic]] = {
     "uint8": np.uint8,
 }
 
+#: Largest finite float16.
+FLOAT16_MAX = 65504.0
+#: Largest finite value of FP8 E4M3 (the variant without infinities).
+E4M3_MAX = 448.0
+
 
 def item_bytes(dtype: str) -> int:
     """Bytes per element of `dtype`, a key of `NUMPY`."""
@@ -43,7 +48,11 @@ def to_float32(array: np.ndarray) -> np.ndarray:
 
 
 def _to_bits(array: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bfloat16 numbers, ties to even, as uint16; NaN stays NaN. See `round_to` for how."""
+    """Round to the nearest bfloat16, ties to even: any array -> the bits as uint16 in the same shape; NaN stays NaN.
+
+    bfloat16 is the upper half of float32. Add just under half a bfloat16 ulp, plus one if the last bit is odd, so that
+    ties go to even, and drop the lower half.
+    """
     x = np.ascontiguousarray(array, dtype=np.float32)
     bits = x.reshape(-1).view(np.uint32)
     rounded = bits >> np.uint32(16)
@@ -54,14 +63,14 @@ def _to_bits(array: np.ndarray) -> np.ndarray:
     nan = np.isnan(x).reshape(-1)
     if nan.any():
         rounded[nan] = 0x7FC0  # rounding up could turn a NaN's bits into those of infinity
-    return rounded.astype(np.uint16).reshape(x.shape)
+    return rounded.astype(np.uint16).reshape(array.shape)
 
 
 def round_to(values: np.ndarray | float, dtype: str) -> np.ndarray:
     """Round to the nearest value of `dtype`, ties to even, and return it as float32.
 
     Args:
-        values: finite numbers, any shape; rounded to float32 first.
+        values: any shape; rounded to float32 first.
         dtype: "float32", "float16" or "bfloat16".
 
     Raises:
@@ -73,9 +82,5 @@ def round_to(values: np.ndarray | float, dtype: str) -> np.ndarray:
     if dtype == "float16":
         return x.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
-        # bfloat16 is the upper half of float32: add just under half a bfloat16 ulp, plus one if the last bit is
-        # odd, so that ties go to even, and drop the lower half.
-        bits = np.atleast_1d(x).view(np.uint32)
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-        return bits.view(np.float32).reshape(x.shape)
+        return to_float32(_to_bits(x))
     raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
