@@ -184,7 +184,7 @@ def test_scales_belong_to_base_adapter_and_loras(tmp_path):
             assert words in str(error.value)
         for name in {"base", "adapter", "LoRAs"} - {field, "LoRAs" if field == "loras" else field}:
             assert f"with {name} " not in str(error.value)
-    with pytest.raises(CalibrationError, match="they are of a qwen-image student, the bundle is flux"):
+    with pytest.raises(CalibrationError, match="they belong to a qwen-image student, the bundle is flux"):
         dataclasses.replace(scales, family="qwen-image").check_belongs(manifest)
 
 

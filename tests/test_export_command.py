@@ -102,13 +102,13 @@ def test_dry_run_names_the_loras(here, capsys):
         (
             ["--out", "o", "--lora", "missing.safetensors"],
             1,
-            "LoRA: 'missing.safetensors' is no file or directory here, nor a hub id of the form 'owner/name'; "
+            "LoRA: 'missing.safetensors' is not a file or directory here, nor a hub id of the form 'owner/name'; "
             "check the spelling",
         ),
         (
             ["--out", "o", "--lora", "loras/missing.safetensors:0.5"],
             1,
-            "LoRA: 'loras/missing.safetensors' is no file or directory here, nor a hub id of the form 'owner/name'; "
+            "LoRA: 'loras/missing.safetensors' is not a file or directory here, nor a hub id of the form 'owner/name'; "
             "check the spelling",
         ),
         (

@@ -210,7 +210,7 @@ def test_scales_keep_what_comes_near_the_limit(capsys, tmp_path):
     assert json.loads(out)["parts"]["backbone"]["float32_layers"] == ["transformer_blocks.0.ff.net.2"]
     code, _, err = run(capsys, "export", *QWEN, "--dtype", "fp16", *arguments)
     assert code == 1
-    assert "they are of a flux student, the bundle is qwen-image" in err
+    assert "they belong to a flux student, the bundle is qwen-image" in err
 
 
 @pytest.fixture

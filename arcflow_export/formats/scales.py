@@ -1,6 +1,7 @@
-"""The file of activation ranges, `scales.json` <-> frozen dataclasses; imports neither torch nor modelopt.
+"""Read and write `scales.json`, the activation ranges of a student's linears, as frozen dataclasses.
 
-The format is specified in `docs/calibration.md`; rule numbers (`S1`...) below cite it.
+`arcflow calibrate` writes the file; `arcflow quantize` and `arcflow export --scales` read it. This module imports
+neither torch nor modelopt. The format is specified in `docs/calibration.md`; rule numbers (`S1`...) below cite it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from arcflow_runtime.errors import BundleError
 FORMAT = "arcflow-scales"
 VERSION = 1
 MAX_BYTES = 16 << 20
-#: The part whose activations differ from step to step; the others run once per prompt.
+#: The only part that runs at every step, so its ranges are recorded per step. The others run once per prompt.
 STEPPED = "backbone"
 #: Largest finite number of float16.
 FP16_MAX = 65504.0
@@ -34,7 +35,7 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts calibrated on: preset or file name, SHA-256 of the prompts, each ended by a newline, and count."""
+    """The calibration prompts: preset or file name, SHA-256 of the prompts (a newline after each), and their count."""
 
     name: str
     sha256: str
@@ -43,11 +44,11 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Range:
-    """What one linear was seen to take and give.
+    """The measured ranges of one linear's input and output.
 
-    `amax` is the range of |input| by the file's method and `output_amax` the largest |output|, bias and LoRA included;
-    both have one value per step for the backbone and one for a text encoder. `samples` counts the input vectors seen
-    at each step.
+    `amax` is the range of |input| by the file's method. `output_amax` is the largest |output|, bias and LoRA included.
+    Both hold one value per step for the backbone and one value for a text encoder. `samples` counts the input vectors
+    seen at each step.
     """
 
     amax: tuple[float, ...]
@@ -57,7 +58,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Scales:
-    """The whole of `scales.json`; `sizes` are (height, width) in pixels."""
+    """The contents of `scales.json`; `sizes` are (height, width) in pixels."""
 
     base: Source
     adapter: Source
@@ -79,11 +80,11 @@ class Scales:
 
     @staticmethod
     def load(path: str | Path) -> Scales:
-        """Read and check a file of scales.
+        """Read and check a scales file.
 
         Raises:
-            CalibrationError: there is no such file, or it is no file of scales, of another version, edited, or breaks
-                a rule; the message names the place.
+            CalibrationError: the file does not exist, is not a scales file, has another version, was edited, or breaks
+                a rule; the message names the key.
         """
         path = Path(path)
         if not path.is_file():
@@ -111,7 +112,7 @@ class Scales:
         return scales
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all.
+        """Write the file atomically.
 
         Raises:
             CalibrationError: a value breaks a rule; nothing is written.
@@ -124,11 +125,11 @@ class Scales:
 
     @property
     def digest(self) -> str:
-        """The seal: SHA-256 of everything in the file."""
+        """SHA-256 of everything else in the file; the file ends with it, so that an edit is noticed."""
         return seal(self._data())
 
     def amax(self, part: str, layer: str) -> float:
-        """The range that serves every step: the largest over the steps.
+        """The largest `amax` over all steps: one range that holds at every step.
 
         Raises:
             CalibrationError: the part or the layer was not calibrated.
@@ -142,13 +143,13 @@ class Scales:
         return max(self.parts[part][layer].amax)
 
     def check_belongs(self, manifest: Manifest) -> None:
-        """Check that a bundle was made from the student that these scales were made from (S5).
+        """Check that the bundle and these scales come from the same student (S5).
 
         Raises:
-            CalibrationError: names every one of base, adapter and LoRAs that differs.
+            CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
         """
         if self.family != manifest.family:
-            raise CalibrationError(f"scales: they are of a {self.family} student, the bundle is {manifest.family}")
+            raise CalibrationError(f"scales: they belong to a {self.family} student, the bundle is {manifest.family}")
         theirs = manifest.provenance
         wrong = [
             f"{what} {_name(mine)}, the bundle {_name(other)}"
@@ -164,10 +165,10 @@ class Scales:
             )
 
     def check(self, where: str) -> None:
-        """Check the rules beyond the types (S4).
+        """Check the rules that types do not cover (S4); `where` is the file's name, for messages.
 
         Raises:
-            CalibrationError: names the key at `where`, what it must be and what it is.
+            CalibrationError: a rule is broken; the message names the key, what it must be and what it is.
         """
         for ok, key, must, got in self._rules():
             if not ok:
