@@ -1,4 +1,4 @@
-"""Qwen-Image student: diffusers' QwenImageTransformer2DModel -> conditioner and backbone parts."""
+"""Split a Qwen-Image student (diffusers' QwenImageTransformer2DModel) into its conditioner and backbone parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arcflow_runtime.disk.manifest import DType, TensorSpec
 
 
 class _Attention:
-    """Joint attention over [text, image] tokens, with real rotary tables as inputs."""
+    """Attention processor over [text, image] tokens; takes rotary tables of cosines and sines as inputs."""
 
     def __call__(
         self,
@@ -49,7 +49,7 @@ class QwenBackbone(nn.Module):
     def __init__(self, transformer: QwenImageTransformer2DModel, heads: Heads):
         super().__init__()
         transformer.time_text_embed = transformer.proj_out = transformer.pos_embed = None
-        # The last block's text stream is never read again; without these its weights are not shipped.
+        # The last block's text output is never read, so its layers are removed and their weights are not shipped.
         transformer.transformer_blocks[-1].txt_mlp = nn.Identity()
         transformer.transformer_blocks[-1].attn.to_add_out = nn.Identity()
         for block in transformer.transformer_blocks:
@@ -102,7 +102,7 @@ class QwenConditioner(nn.Module):
 def build(
     config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
 ) -> list[Part]:
-    """The conditioner and backbone of a Qwen-Image student, on the meta device; arguments as for FLUX."""
+    """The conditioner and backbone of a Qwen-Image student, on the meta device; arguments as for `flux.build`."""
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(config)
         heads = Heads(transformer.inner_dim, config["in_channels"], num_gaussians, logweights_channels)

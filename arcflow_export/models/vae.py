@@ -42,7 +42,7 @@ class _FluxAttention:
 
 
 class _QwenAttention(nn.Module):
-    """Qwen's middle block's attention on one frame, without a fused operator."""
+    """Attention of Qwen's middle block on one frame, without a fused operator."""
 
     def __init__(self, block: QwenImageAttentionBlock):
         super().__init__()
@@ -110,7 +110,7 @@ class _Norm(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Twice the size, nearest; at a factor of exactly 2 "nearest-exact" is the same and has no ONNX operator."""
+    """Upsample to twice the size, nearest. At a factor of 2 it equals diffusers' "nearest-exact", which ONNX lacks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, 2H, 2W]."""
@@ -140,7 +140,7 @@ def decoder(config: dict[str, Any], family: str, dtype: DType) -> Part:
     """The VAE decoder of a family, from the VAE's `config.json`.
 
     Raises:
-        SourceError: the config is not this family's VAE, or has other than 16 latent channels.
+        SourceError: the config is not this family's VAE, or the VAE does not have 16 latent channels and 4 levels.
     """
     wanted = {"flux": "AutoencoderKL", "qwen-image": "AutoencoderKLQwenImage"}[family]
     if config.get("_class_name") != wanted:
