@@ -160,7 +160,7 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
             FLUX,
             ["--precision", "conditioner=bf16", "--keep-float32", "proj_out_means"],
             "--keep-float32: 'proj_out_means' matches no linear of a part in bfloat16 or float16 (conditioner); "
-            "backbone is in float32 as it is",
+            "backbone is in float32 already",
         ),
         (
             FLUX,
