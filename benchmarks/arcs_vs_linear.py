@@ -26,7 +26,7 @@ from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, 
 from arcflow_distill.evaluate.students import AdapterSampler
 from arcflow_distill.shapes.loop import cores, environment
 from arcflow_export.commands.sources import quiet_libraries
-from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_pictures
+from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_images
 from arcflow_export.images.judge import Judge, to_tensor
 from arcflow_export.images.scenes import ATTRIBUTES
 from arcflow_export.images.statistics import frechet, moments
@@ -63,7 +63,7 @@ def distil(model: Path, work: Path, seed: int, iterations: int) -> None:
 
 def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, real: np.ndarray) -> dict[str, Any]:
     """Shares, latent error and Frechet distance: of all prompts, by group, and by how many attributes are open."""
-    reading = judge.read(to_tensor(drawn.pictures))
+    reading = judge.read(to_tensor(drawn.images))
     named, right = reading.named(cases.words).numpy(), reading.right(cases.words).numpy()
     error = np.square(drawn.latents - reference.latents, dtype=np.float64).mean((1, 2)) / reference.latents.var()
     features = reading.features.numpy()
@@ -73,7 +73,7 @@ def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, re
     subsets["all"] = np.ones(len(cases), bool)
     rows: dict[str, Any] = {
         name: {
-            "pictures": int(m.sum()),
+            "images": int(m.sum()),
             "named": float(named[m].mean()),
             "right": float(right[m].mean()),
             "latent_error": float(error[m].mean()),
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     judge, teacher = Judge.load(args.model / "judge"), Teacher(args.model / "teacher")
     cases = draw_cases(args.count, seed=2000)
-    real = judge.read(real_pictures(cases, 2001)).features.numpy()
+    real = judge.read(real_images(cases, 2001)).features.numpy()
     samplers: dict[str, Sampler] = {f"euler-{n}": EulerSampler(teacher, n) for n in EULER_STEPS}
     for seed in range(args.seeds):
         for kind in KINDS:

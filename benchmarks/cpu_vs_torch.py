@@ -1,4 +1,4 @@
-"""The same student through this runtime and through PyTorch, in one run: a checkpoint -> milliseconds per picture.
+"""The same student through this runtime and through PyTorch, in one run: a checkpoint -> milliseconds per image.
 
 PyTorch runs it the reference's way: diffusers' transformer, LoRA unmerged through peft, the update in torch. Runs
 alternate between the two, so that a change in the machine's load meets both. Text embeddings are not cached.

@@ -1,4 +1,4 @@
-"""Host time per picture outside the engines, in Python and in C++: a bundle -> milliseconds, and where they go.
+"""Host time per image outside the engines, in Python and in C++: a bundle -> milliseconds, and where they go.
 
 A tiny bundle at 64 px, text embeddings cached, seed given, decoded to pixels. Runs alternate between the two, so that a
 change in the machine's load meets both. Engine time is what the calls into the engine take, ONNX Runtime's in Python
@@ -30,7 +30,7 @@ from arcflow_runtime import Pipeline
 from arcflow_runtime.maths import noise, update
 
 PROMPT = "a large red circle on a blue background"
-#: Numbers behind the prompt, where each picture has a new one.
+#: Numbers behind the prompt, where each image has a new one.
 NUMBERS = itertools.count()
 #: Stages that hold no engine call; what the others take beside theirs is "around engines".
 HOST_STAGES = ("tokenize", "noise", "rotary", "update")
@@ -110,7 +110,7 @@ def new_prompt() -> str:
 
 
 def host_share(timings: Mapping[str, float]) -> dict[str, float]:
-    """One picture's time outside engines, in milliseconds: the sum, and by where it goes."""
+    """One image's time outside engines, in milliseconds: the sum, and by where it goes."""
     shares = {stage: timings[stage] for stage in HOST_STAGES}
     shares["around engines"] = sum(timings[stage] for stage in ENGINE_STAGES) - timings["engines"]
     host = timings["total"] - timings["engines"]
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="per engine (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--new-prompts", action="store_true", help="a new one for each picture, which is tokenised")
+    parser.add_argument("--new-prompts", action="store_true", help="a new one for each image, which is tokenised")
     parser.add_argument("--numpy", action="store_true", help="Python without its compiled part")
     args = parser.parse_args()
     if args.numpy:

@@ -1,4 +1,4 @@
-"""Is memory flat: a bundle -> resident memory while thousands of pictures are drawn, in Python or, with --library, C++.
+"""Is memory flat: a bundle -> resident memory while thousands of images are drawn, in Python or, with --library, C++.
 
 Prompts, sizes and batches vary, so that caches and engines meet more of them than they keep. --reopen also closes the
 pipeline and opens it again. `--threads` tells what the engines' own threads add.
@@ -61,23 +61,23 @@ class CppPipeline:
 
 
 def soak(
-    library: Path | None, bundle: Path, pictures: int, every: int, reopen: int, threads: int
+    library: Path | None, bundle: Path, images: int, every: int, reopen: int, threads: int
 ) -> list[dict[str, int]]:
-    """Draw, and note the resident memory every so many pictures."""
+    """Draw, and note the resident memory every so many images."""
 
     def load() -> CppPipeline | Pipeline:
         return CppPipeline(library, bundle, threads) if library else Pipeline.load(bundle, threads=threads or None)
 
     pipe = load()
     rows = []
-    for i in trange(1, pictures + 1, desc="pictures", disable=None):
+    for i in trange(1, images + 1, desc="images", disable=None):
         height, width = SIZES_PX[i % len(SIZES_PX)]
         pipe([PROMPTS[i % len(PROMPTS)]] * (1 + i % 2), height=height, width=width, seed=i)
         if reopen and i % reopen == 0:
             pipe.close()
             pipe = load()
         if i % every == 0:
-            rows.append({"pictures": i, "resident_bytes": resident_bytes()})
+            rows.append({"images": i, "resident_bytes": resident_bytes()})
     pipe.close()
     return rows
 
@@ -87,16 +87,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="for --library, with `arcflow build --backend openvino`")
     parser.add_argument("--library", type=Path, help="libarcflow; without it, the Python runtime draws")
-    parser.add_argument("--pictures", type=int, default=2000, help="(default: %(default)s)")
-    parser.add_argument("--every", type=int, default=200, help="pictures between rows (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=2000, help="(default: %(default)s)")
+    parser.add_argument("--every", type=int, default=200, help="images between rows (default: %(default)s)")
     parser.add_argument("--reopen", type=int, default=0, help="open the bundle again after so many (default: never)")
     parser.add_argument("--threads", type=int, default=0, help="per engine; 0 is one per core (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     started = time.perf_counter()
-    rows = soak(args.library, args.bundle, args.pictures, args.every, args.reopen, args.threads)
+    rows = soak(args.library, args.bundle, args.images, args.every, args.reopen, args.threads)
     for row in rows:
-        print(f"{row['pictures']:>7} pictures {row['resident_bytes'] / 2**20:8.1f} MiB")
+        print(f"{row['images']:>7} images {row['resident_bytes'] / 2**20:8.1f} MiB")
     half = rows[len(rows) // 2 :]
     growth = half[-1]["resident_bytes"] / half[0]["resident_bytes"] - 1
     machine = describe()

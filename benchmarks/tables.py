@@ -95,7 +95,7 @@ def cpu_table() -> str:
             f"| {cells[0]} | {cells[1]} | {r['speedup']:.2f}x |"
         )
     stages = {r["workload"]: r["stages_ms"] for r in data["results"]}
-    rows += ["", "Where one picture's time goes, in milliseconds:", ""]
+    rows += ["", "Where one image's time goes, in milliseconds:", ""]
     names = list(next(iter(stages.values())))
     rows += ["| student | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     rows += [f"| {w} | " + " | ".join(f"{s[n]:.2f}" for n in names) + " |" for w, s in stages.items()]
@@ -103,7 +103,7 @@ def cpu_table() -> str:
 
 
 def host_table() -> str:
-    """What a picture costs outside the engines, one row per runtime."""
+    """What an image costs outside the engines, one row per runtime."""
     data = _read("host_time")
     names = {"python": "Python, ONNX Runtime", "cpp": "C++, OpenVINO"}
     shares = list(data["results"][0]["shares_ms"])
@@ -115,7 +115,7 @@ def host_table() -> str:
             f"| {names[r['runtime']]} | {r['median_ms']:.3f} ms ({r['p10_ms']:.3f}-{r['p90_ms']:.3f}) "
             f"| {cells} | {r['engines_median_ms']:.2f} ms |"
         )
-    return "\n".join([*rows, "", f"Medians of {r['runs']} pictures of {r['size_px']} px, in ms. {_machine(data)}"])
+    return "\n".join([*rows, "", f"Medians of {r['runs']} images of {r['size_px']} px, in ms. {_machine(data)}"])
 
 
 def arcs_table() -> str:

@@ -23,7 +23,7 @@ from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.errors import ArcFlowError
 from arcflow_runtime.gpu.kernels import UpdateShape, load_kernels
 
-#: Tokens of one picture of 512, 1024 and 1536 pixels, and of four of 1024.
+#: Tokens of one image of 512, 1024 and 1536 pixels, and of four of 1024.
 TOKENS = (1024, 4096, 9216, 16384)
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 MODES, CHANNELS, SUB_PIXELS = 16, 64, 4

@@ -19,7 +19,7 @@ from arcflow_export.drift import gate, sensitivity
 from arcflow_export.drift import write_report as drift_folder
 from arcflow_export.drift.cases import Case, read_cases
 from arcflow_export.drift.comparable import check_comparable, same_parts
-from arcflow_export.drift.compare import Pictures, Plan, compare
+from arcflow_export.drift.compare import Plan, ShownImages, compare
 from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import gmsd, mean, psnr_db, relative_error
@@ -313,7 +313,7 @@ def test_gate_names_every_threshold_and_how_far_past_it_is():
         "its input scale can hold: look at the weight's scale",
         "relative error of the means at step 1 0.2, must be at most 0.05 (heads, 4 times)",
         "drop of the judge's share 0.03, must be at most 0.02 (judge, 1.5 times)",
-        "PSNR of the pictures 28.50 dB, must be at least 30 dB (psnr)",
+        "PSNR of the images 28.50 dB, must be at least 30 dB (psnr)",
     ]
     assert [d.layer for d in gate.ranked(layers, limits)] == ["c", "b", "a"]
     within = [exactly(0.02), exactly(0.05)], exactly(0.1), exactly(30), exactly(0.02)
@@ -424,12 +424,12 @@ def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     arguments = bundle, bundle, CASES, scene(bundle, 32, 64), Plan("test", "test", OPEN)
     once, _ = compare(*arguments)
     monkeypatch.setattr("arcflow_export.drift.compare_cases.same_parts", lambda *_: set())
-    report, pictures = compare(*arguments)
+    report, images = compare(*arguments)
     assert once == report
     values = {m.name: m.interval.value for m in report.measures}
     assert values.pop("PSNR") == 100 and set(values.values()) == {0.0}
-    assert np.array_equal(pictures.reference, pictures.candidate) and pictures.reference.shape == (3, 32, 64, 3)
-    assert len(np.unique(pictures.reference)) > 10
+    assert np.array_equal(images.reference, images.candidate) and images.reference.shape == (3, 32, 64, 3)
+    assert len(np.unique(images.reference)) > 10
     heads = [f"step {i} {head}" for i in range(2) for head in ("means", "logweights", "loggammas")]
     text = ["text states", "pooled text"] if family == "flux-tiny" else ["text states"]
     ends = ["step 0 latents", "step 1 latents", "GMSD"]
@@ -497,14 +497,14 @@ def test_report(fp8, reference, prompts, tmp_path, capsys):
 
 def test_a_report_that_cannot_be_finished_leaves_nothing(fp8, reference, tmp_path, monkeypatch):
     bundle = Bundle.open(reference)
-    report, pictures = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), Plan("test", "test", OPEN))
+    report, images = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), Plan("test", "test", OPEN))
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("arcflow_export.drift.figures.contact_sheet", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        drift_folder.write_report(tmp_path / "report", report, Pictures(("a",), pictures.reference, pictures.candidate))
+        drift_folder.write_report(tmp_path / "report", report, ShownImages(("a",), images.reference, images.candidate))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -537,7 +537,7 @@ def test_thresholds_of_policies(tmp_path):
         (["--prompts", "missing.txt"], 1, "missing.txt"),
         (["--report", "missing/report"], 1, "missing is not a directory; create it first"),
         (["--judge", str(SHAPES / "judge"), "--prompts", "general"], 2, "--judge needs --prompts shapes"),
-        (["--judge", str(SHAPES / "judge"), "--height", "32"], 2, "--judge reads pictures of 64x64, got 64x32"),
+        (["--judge", str(SHAPES / "judge"), "--height", "32"], 2, "--judge reads images of 64x64, got 64x32"),
     ],
 )
 def test_bad_arguments(fp8, reference, tmp_path, monkeypatch, capsys, arguments, code, message):

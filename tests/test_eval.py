@@ -16,7 +16,7 @@ from arcflow_distill.evaluate.samplers import EulerSampler, Teacher, generate_al
 from arcflow_distill.evaluate.sheet import CAPTION, GAP, HEADING, MARGIN, TITLE, Section, contact_sheet
 from arcflow_distill.evaluate.students import AdapterSampler, BundleSampler, Call
 from arcflow_export.errors import SourceError
-from arcflow_export.images.cases import draw_cases, real_pictures
+from arcflow_export.images.cases import draw_cases, real_images
 from arcflow_export.images.judge import Judge
 from arcflow_export.images.scenes import HELD_OUT
 from arcflow_export.images.statistics import (
@@ -66,14 +66,14 @@ def test_prompts_repeat_and_each_group_keeps_to_its_pairs():
     assert len({len(w) for w in cases.words}) > 3
 
 
-def test_real_pictures_show_what_the_captions_name():
+def test_real_images_show_what_the_captions_name():
     cases = draw_cases(24, seed=0)
-    pictures = real_pictures(cases, seed=1)
-    assert torch.equal(pictures, real_pictures(cases, seed=1)) and pictures.shape == (24, 3, 64, 64)
+    images = real_images(cases, seed=1)
+    assert torch.equal(images, real_images(cases, seed=1)) and images.shape == (24, 3, 64, 64)
     left = [i for i, w in enumerate(cases.words) if w.get("position") == "left"]
     right = [i for i, w in enumerate(cases.words) if w.get("position") == "right"]
     for rows, half in ((left, slice(46, 64)), (right, slice(0, 18))):
-        assert rows and pictures[rows][..., half].flatten(2).std(2).max() < 1e-6  # plain background there
+        assert rows and images[rows][..., half].flatten(2).std(2).max() < 1e-6  # plain background there
 
 
 # Statistics.
@@ -128,8 +128,8 @@ def test_paired_resampling_cancels_what_samplers_share():
 def test_euler_with_one_step_is_the_velocity_at_the_noise(teacher):
     """And the schedule is the students' fixed shift, although this base's scheduler says otherwise."""
     assert teacher.pipe.scheduler.config.shift == 3.2 and not teacher.pipe.scheduler.config.use_dynamic_shifting
-    path, pictures = teacher.walk(CAPTIONS, SEEDS, 2)
-    assert path.shape == (3, 3, 16, 64) and pictures.shape == (3, 64, 64, 3) and pictures.dtype == np.uint8
+    path, images = teacher.walk(CAPTIONS, SEEDS, 2)
+    assert path.shape == (3, 3, 16, 64) and images.shape == (3, 64, 64, 3) and images.dtype == np.uint8
     np.testing.assert_allclose(teacher.pipe.scheduler.sigmas.numpy(), [1, 3.2 / 4.2, 0], rtol=1e-6)
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(SEEDS[1]))
     packed = noise.view(16, 4, 2, 4, 2).permute(1, 3, 0, 2, 4).reshape(16, 64)
@@ -151,7 +151,7 @@ def test_a_bundle_and_its_adapter_draw_the_same(bundles):
     ours, theirs = bundle.generate(CAPTIONS, SEEDS), adapter.generate(CAPTIONS, SEEDS)
     # `arcflow verify`'s bound for float32, and one step of rounding to 8 bits.
     np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-4 * np.abs(theirs.latents).max())
-    assert np.abs(ours.pictures.astype(int) - theirs.pictures).max() <= 1
+    assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
     for a, b in zip(bundle.calls(CAPTIONS, SEEDS), adapter.calls(CAPTIONS, SEEDS), strict=True):
         assert (a.sigma, a.sigma_next) == pytest.approx((b.sigma, b.sigma_next))
         assert a.latents.shape == b.latents.shape and a.means.shape == b.means.shape
@@ -186,9 +186,9 @@ def test_the_plane_of_a_flat_path_holds_it():
     np.testing.assert_allclose((points - center) @ plane.T @ plane + center, points, atol=1e-12)
 
 
-def test_the_contact_sheet_has_its_size_and_its_pictures():
-    pictures = {name: np.full((2, 64, 64, 3), value, np.uint8) for name, value in (("real", 10), ("ArcFlow", 200))}
-    sheet = contact_sheet([Section("first", ["a", "b"], pictures), Section("second", ["c", "d"], pictures)])
+def test_the_contact_sheet_has_its_size_and_its_images():
+    images = {name: np.full((2, 64, 64, 3), value, np.uint8) for name, value in (("real", 10), ("ArcFlow", 200))}
+    sheet = contact_sheet([Section("first", ["a", "b"], images), Section("second", ["c", "d"], images)])
     width = 2 * MARGIN + CAPTION + 2 * 128 + GAP
     assert sheet.size == (width, 2 * MARGIN + HEADING + 2 * TITLE + 4 * 128 + 3 * GAP)
     x, y = MARGIN + CAPTION + 128 + GAP, MARGIN + HEADING + TITLE
@@ -257,7 +257,7 @@ def test_bad_bases_are_named(tmp_path):
     shutil.copytree(FLUX / "base", tmp_path / "base")
     vae = tmp_path / "base" / "vae" / "config.json"
     vae.write_text(json.dumps(json.loads(vae.read_text()) | {"block_out_channels": [4, 4], "latent_channels": 4}))
-    with pytest.raises(SourceError, match=r"must reduce pictures 8x to 16 channels, .*; got 2x and 4"):
+    with pytest.raises(SourceError, match=r"must reduce images 8x to 16 channels, .*; got 2x and 4"):
         Teacher(tmp_path / "base")
 
 

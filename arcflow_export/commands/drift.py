@@ -17,7 +17,7 @@ from arcflow_runtime.disk.outputs import check_file
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from arcflow_export.drift.compare import Pictures
+    from arcflow_export.drift.compare import ShownImages
     from arcflow_export.drift.report import Report
 
 _GENERAL, _SHAPES = "general", "shapes"
@@ -120,18 +120,18 @@ def run_drift(args: argparse.Namespace) -> int:
     engines = None if args.backend is None else Engines(candidate, args.backend, scenes[0])
     with nullcontext() if engines is None else closing(engines):
         plan = dataclasses.replace(plan, engines=engines)
-        report, pictures = compare(candidate, reference, cases, scenes[0], plan, progress)
-    _keep(args, report, pictures)
+        report, images = compare(candidate, reference, cases, scenes[0], plan, progress)
+    _keep(args, report, images)
     return 0 if report.passed else 1
 
 
-def _keep(args: argparse.Namespace, report: Report, pictures: Pictures) -> None:
+def _keep(args: argparse.Namespace, report: Report, images: ShownImages) -> None:
     """Write the files and print the result, which is printed whatever happens to the files."""
     from arcflow_export.drift.write_report import as_json, write_json, write_report
 
     files: dict[str, Callable[[], None]] = {}
     if args.report is not None:
-        files[f"--report: {args.report}"] = lambda: write_report(args.report, report, pictures)
+        files[f"--report: {args.report}"] = lambda: write_report(args.report, report, images)
     if args.json not in (None, "-"):
         files[f"--json: {args.json}"] = lambda: write_json(Path(args.json), report)
     failed = []

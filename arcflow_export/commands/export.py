@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_as_dict(plan) | result, indent=2))
         return 0
     following = (
-        f'draw with: arcflow generate {out} "a prompt" --out picture.png'
+        f'draw with: arcflow generate {out} "a prompt" --out image.png'
         if found.onnxruntime
         else f"build engines with: arcflow build {out} --backend tensorrt-rtx --target sm89"
     )

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         result = {"out": str(out), "policy": policy.name, "height_px": size[0], "width_px": size[1], "parts": parts}
         print(json.dumps(result | {"stages": bars.stages}, indent=2))
     else:
-        print(f"policy {policy.name}, {policy.format}; FLOPs of linears, one {size[1]}x{size[0]} picture")
+        print(f"policy {policy.name}, {policy.format}; FLOPs of linears, one {size[1]}x{size[0]} image")
         print(_table(rows, bundle, quantized))
         print(f"wrote {out}")
     return 0

@@ -10,7 +10,7 @@ from arcflow_runtime.disk.manifest import FileEntry, Manifest, Source
 
 #: Base, adapter and LoRAs of a student, as provenance records them.
 Sources = tuple[Source, Source, tuple[Source, ...]]
-#: Keys of the manifest that must be equal: with them the same request means the same picture.
+#: Keys of the manifest that must be equal: with them the same request means the same image.
 _KEYS = ("family", "latents", "schedule", "rotary", "text", "guidance")
 
 

@@ -1,4 +1,4 @@
-"""Compare a bundle with its reference: two bundles and cases -> `Report`, and the pictures to show.
+"""Compare a bundle with its reference: two bundles and cases -> `Report`, and the images to show.
 
 The cases are compared some at a time, as many as fit in a fixed amount of memory: see `compare_cases.py`.
 """
@@ -19,7 +19,7 @@ from arcflow_export.drift.cases import Case, Scene
 from arcflow_export.drift.comparable import check_comparable
 from arcflow_export.drift.compare_cases import CaseErrors, EndToEnd, Progress, compare_cases
 from arcflow_export.drift.graphs import quantized_layers
-from arcflow_export.drift.judged import Judged, check_judge, judge_pictures
+from arcflow_export.drift.judged import Judged, check_judge, judge_images
 from arcflow_export.drift.layers import LayerDrift, drift_of_layers
 from arcflow_export.drift.measures import mean
 from arcflow_export.drift.report import GROUPS, Measure, Report, shown_places
@@ -38,7 +38,7 @@ _PACKAGES = ("arcflow", "onnxruntime", "onnx", "onnx-ir", "numpy")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ShownImages:
     """What both sides drew of some of the prompts, spread over all: [n, H, W, 3] uint8."""
 
     prompts: tuple[str, ...]
@@ -69,7 +69,7 @@ def compare(
     scene: Scene,
     plan: Plan,
     progress: Progress = lambda stage, done, total: None,
-) -> tuple[Report, Pictures]:
+) -> tuple[Report, ShownImages]:
     """Measure the drift of `candidate` from `reference` and hold it against the thresholds.
 
     Memory: the weights of one part, or one piece of a large part, in float32, its activations, and `KEPT_BYTES`.
@@ -84,7 +84,7 @@ def compare(
 
     Raises:
         ExportError: the bundles are of different students, or the reference is quantised.
-        RequestError: the judge cannot read these pictures.
+        RequestError: the judge cannot read these images.
         ArcFlowError: a part cannot be run.
     """
     notes = check_comparable(candidate, reference)
@@ -114,9 +114,9 @@ def compare(
     judged = None
     places = shown_places(len(cases))
     if plan.judge is not None:
-        judged = judge_pictures(plan.judge, cases, found.reference, found.candidate)
+        judged = judge_images(plan.judge, cases, found.reference, found.candidate)
         found.reference, found.candidate = found.reference[places], found.candidate[places]
-    shown = Pictures(tuple(cases[i].prompt for i in places), found.reference, found.candidate)
+    shown = ShownImages(tuple(cases[i].prompt for i in places), found.reference, found.candidate)
     sensitivity = _sensitivity(reference, candidate, cases, scene, layers, plan, progress)
     report = Report(
         settings=_settings(candidate, reference, cases, scene, plan),
@@ -139,7 +139,7 @@ def kept_bytes(reference: Bundle, scene: Scene, cases: int) -> int:
 
 
 def _case_bytes(reference: Bundle, scene: Scene) -> int:
-    """About how many bytes are kept of one case while it is compared: both sides' heads and text states, pictures, and
+    """About how many bytes are kept of one case while it is compared: both sides' heads and text states, images, and
     what passes between the pieces of a large backbone, for two runs of it.
     """
     m, spec = reference.manifest, reference.manifest.parts["backbone"]
@@ -152,8 +152,8 @@ def _case_bytes(reference: Bundle, scene: Scene) -> int:
     text = scene.max_sequence_length * int(states)
     sizes = {"batch": 1, "image_tokens": tokens, "text_tokens": scene.max_sequence_length}
     passed = BlockEngine("backbone", load_graph(reference, "backbone")).kept_bytes(sizes)
-    pictures = 2 * 3 * scene.height_px * scene.width_px
-    return 4 * ((scene.num_inference_steps + 2) * heads + 2 * text) + 2 * passed + pictures
+    images = 2 * 3 * scene.height_px * scene.width_px
+    return 4 * ((scene.num_inference_steps + 2) * heads + 2 * text) + 2 * passed + images
 
 
 def _named(progress: Progress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:
@@ -163,7 +163,7 @@ def _named(progress: Progress, start: int, count: int, total: int, stage: str, d
 
 
 def _wanted(cases: Sequence[Case], plan: Plan) -> list[int]:
-    """Whose pictures are kept: all for the judge, and those that the report shows."""
+    """Whose images are kept: all for the judge, and those that the report shows."""
     return list(range(len(cases))) if plan.judge is not None else shown_places(len(cases))
 
 

@@ -1,4 +1,4 @@
-"""Compare two bundles on some cases -> one error per case of every part, the errors of layers, and the pictures.
+"""Compare two bundles on some cases -> one error per case of every part, the errors of layers, and the images.
 
 Each part is given the reference's own inputs, so that an error shows in the part that makes it; then both draw from the
 same noise by themselves. Parts run one after the other, and what they give is kept for these cases alone.
@@ -38,7 +38,7 @@ class Quantity:
 
 @dataclass
 class CaseErrors:
-    """Of n cases: every quantity's value for each [n], the errors of layers by part, and both sides' pictures
+    """Of n cases: every quantity's value for each [n], the errors of layers by part, and both sides' images
     [n, H, W, 3] uint8.
     """
 
@@ -52,7 +52,7 @@ class EndToEnd(Protocol):
     """Draws the cases with the candidate's engines in place of its graphs."""
 
     def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Latents [n, N, C] float32 after every step, and pictures [n, H, W, 3] uint8."""
+        """Latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         ...
 
 
@@ -99,9 +99,9 @@ def compare_cases(
     trajectory = theirs.generate(batches, _counter(progress, "reference", steps * len(batches)))
     ends, heads = _backbone(ours, batches, own_batches, trajectory, engines is None, progress)
     values |= heads
-    own_pictures = None
+    own_images = None
     if engines is not None:
-        ends, own_pictures = engines.generate(cases)
+        ends, own_images = engines.generate(cases)
     for step, x in enumerate(ends):
         errors = relative_error(x, trajectory.latents[step + 1])
         values[Quantity("end to end", "latents", _RELATIVE, step)] = errors
@@ -112,16 +112,16 @@ def compare_cases(
         layers[part] = measure_layers(reference, candidate, part, inputs, count)
     trajectory.heads.clear()
 
-    progress("pictures", 0, 3)
+    progress("images", 0, 3)
     drawn = theirs.decode(trajectory.latents[-1])
-    progress("pictures", 1, 3)
-    given_pictures = drawn if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
-    progress("pictures", 2, 3)
-    if own_pictures is None:
-        own_pictures = ours.decode(ends[-1])
-    progress("pictures", 3, 3)
-    values |= _pictures(drawn, given_pictures, own_pictures)
-    return CaseErrors(values, layers, drawn, own_pictures)
+    progress("images", 1, 3)
+    given_images = drawn if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
+    progress("images", 2, 3)
+    if own_images is None:
+        own_images = ours.decode(ends[-1])
+    progress("images", 3, 3)
+    values |= _images(drawn, given_images, own_images)
+    return CaseErrors(values, layers, drawn, own_images)
 
 
 def _text(cases: Sequence[Case], got: Text, reference: Text) -> dict[Quantity, np.ndarray]:
@@ -190,8 +190,8 @@ def _layer_inputs(
     )
 
 
-def _pictures(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict[Quantity, np.ndarray]:
-    """The decoder on the reference's latents, and whole pictures."""
+def _images(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict[Quantity, np.ndarray]:
+    """The decoder on the reference's latents, and whole images."""
     return {
         Quantity("parts", "VAE image", _RELATIVE): _one_by_one(relative_error, given, reference),
         Quantity("end to end", "PSNR", _DB): _one_by_one(psnr_db, own, reference),
@@ -202,7 +202,7 @@ def _pictures(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict
 def _one_by_one(
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray], got: np.ndarray, reference: np.ndarray
 ) -> np.ndarray:
-    """A measure in float64 of uint8 pictures, one picture's at a time in memory."""
+    """A measure in float64 of uint8 images, one image's at a time in memory."""
     return np.concatenate(
         [measure(a[None].astype(np.float64), b[None].astype(np.float64)) for a, b in zip(got, reference, strict=True)]
     )

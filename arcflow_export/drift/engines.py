@@ -1,4 +1,4 @@
-"""A quantised bundle's engines -> its own pictures and latents, for the part of the gate that runs end to end."""
+"""A quantised bundle's engines -> its own images and latents, for the part of the gate that runs end to end."""
 
 from __future__ import annotations
 

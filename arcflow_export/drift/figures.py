@@ -1,4 +1,4 @@
-"""The report's figures: layers and their errors -> drift.svg; pictures of both sides -> a contact sheet."""
+"""The report's figures: layers and their errors -> drift.svg; images of both sides -> a contact sheet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from arcflow_export.formats.thresholds import Thresholds
 
 #: By how much differences are amplified.
 AMPLIFIED = 8
-#: Sizes in pixels: a picture's longer side, gaps, margins, the rows' labels and the captions.
+#: Sizes in pixels: an image's longer side, gaps, margins, the rows' labels and the captions.
 SIDE, GAP, MARGIN, LABEL, CAPTION = 128, 8, 24, 112, 76
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 _COLORS = ("#1b6ca8", "#d7263d", "#5f7a3a", "#8a5a9e")
@@ -75,10 +75,10 @@ def contact_sheet(prompts: Sequence[str], reference: np.ndarray, candidate: np.n
         x = MARGIN + LABEL + column * (size[0] + GAP)
         lines = textwrap.wrap(prompt, _SHOWN_CHARACTERS)[:_LINES]
         draw.multiline_text((x, MARGIN), "\n".join(lines), _INK, _font(11), spacing=3)
-        for row, pictures in enumerate(rows.values()):
+        for row, images in enumerate(rows.values()):
             method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
             sheet.paste(
-                Image.fromarray(pictures[column]).resize(size, method), (x, MARGIN + CAPTION + row * (size[1] + GAP))
+                Image.fromarray(images[column]).resize(size, method), (x, MARGIN + CAPTION + row * (size[1] + GAP))
             )
     for row, label in enumerate(rows):
         y = MARGIN + CAPTION + row * (size[1] + GAP) + size[1] / 2

@@ -53,7 +53,7 @@ def check(
         layers: drift of single layers.
         heads: relative error of the means, by step.
         latents: relative error of the final latents.
-        psnr: of the pictures, in dB.
+        psnr: of the images, in dB.
         judge_drop: loss of the judge's share, or None without a judge.
     """
     breaches: list[Breach] = []
@@ -75,7 +75,7 @@ def check(
     breaches += _mean_past("judge", "drop of the judge's share", judge_drop, limits.judge)
     if limits.psnr is not None and not psnr.value >= limits.psnr:
         chance = _chance(psnr, psnr.high >= limits.psnr)
-        breaches.append(Breach("psnr", "PSNR of the pictures", psnr.value, limits.psnr, None, chance))
+        breaches.append(Breach("psnr", "PSNR of the images", psnr.value, limits.psnr, None, chance))
     return tuple(breaches)
 
 

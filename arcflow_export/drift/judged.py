@@ -1,4 +1,4 @@
-"""What the judge of shapes sees in both bundles' pictures: shares and their paired difference."""
+"""What the judge of shapes sees in both bundles' images: shares and their paired difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from arcflow_runtime.errors import RequestError
 
 @dataclass(frozen=True)
 class Share:
-    """A share of pictures: of the reference, of the candidate, and candidate minus reference, prompts paired."""
+    """A share of images: of the reference, of the candidate, and candidate minus reference, prompts paired."""
 
     reference: Interval
     candidate: Interval
@@ -25,7 +25,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Judged:
-    """`named`: all named attributes are as named. `right`: so and the picture is clean."""
+    """`named`: all named attributes are as named. `right`: so and the image is clean."""
 
     named: Share
     right: Share
@@ -41,7 +41,7 @@ def check_judge(cases: Sequence[Case], scene: Scene) -> None:
     """Refuse what the judge cannot read.
 
     Raises:
-        RequestError: the prompts do not say what they name, or the pictures are of another size.
+        RequestError: the prompts do not say what they name, or the images are of another size.
     """
     from arcflow_export.images.scenes import RESOLUTION
 
@@ -49,13 +49,13 @@ def check_judge(cases: Sequence[Case], scene: Scene) -> None:
         raise RequestError(f"--judge needs --prompts {SHAPES}, whose captions say what they name")
     if (scene.height_px, scene.width_px) != (RESOLUTION, RESOLUTION):
         raise RequestError(
-            f"--judge reads pictures of {RESOLUTION}x{RESOLUTION}, got {scene.width_px}x{scene.height_px}; "
+            f"--judge reads images of {RESOLUTION}x{RESOLUTION}, got {scene.width_px}x{scene.height_px}; "
             "give --height and --width"
         )
 
 
-def judge_pictures(folder: Path, cases: Sequence[Case], reference: np.ndarray, candidate: np.ndarray) -> Judged:
-    """Judge both sides' pictures [n, 64, 64, 3] uint8.
+def judge_images(folder: Path, cases: Sequence[Case], reference: np.ndarray, candidate: np.ndarray) -> Judged:
+    """Judge both sides' images [n, 64, 64, 3] uint8.
 
     Raises:
         SourceError: the judge is missing or damaged.
@@ -64,7 +64,7 @@ def judge_pictures(folder: Path, cases: Sequence[Case], reference: np.ndarray, c
 
     judge = Judge.load(folder)
     words = [case.words or {} for case in cases]
-    readings = [judge.read(to_tensor(pictures)) for pictures in (reference, candidate)]
+    readings = [judge.read(to_tensor(images)) for images in (reference, candidate)]
     named = [r.named(words).numpy().astype(np.float64) for r in readings]
     right = [r.right(words).numpy().astype(np.float64) for r in readings]
     return Judged(*(Share(mean(a), mean(b), mean(b - a)) for a, b in (named, right)))

@@ -8,7 +8,7 @@ from arcflow_export.images.statistics import Interval, mean_interval, resample
 
 #: Resamples of the prompts for 95 % intervals, and their seed.
 RESAMPLES, SEED = 1000, 0
-#: A mean squared error below this counts as it, so that equal pictures have 100 dB.
+#: A mean squared error below this counts as it, so that equal images have 100 dB.
 _LEAST_ERROR = 1e-10
 #: Of the gradient magnitude similarity, for grey levels in [0, 255] (Xue et al. 2014, arXiv 1308.3052).
 _GMSD_CONSTANT = 170.0
@@ -32,16 +32,16 @@ def root_ratio(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
 
 
 def psnr_db(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of uint8 pictures [n, H, W, 3] in dB, [n]; 100 where they are equal."""
+    """Peak signal-to-noise ratio of uint8 images [n, H, W, 3] in dB, [n]; 100 where they are equal."""
     error = np.square(got.astype(np.float64) - reference).reshape(len(got), -1).mean(1) / 255**2
     return -10 * np.log10(error.clip(min=_LEAST_ERROR))
 
 
 def gmsd(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Gradient magnitude similarity deviation of uint8 pictures [n, H, W, 3]: [n], 0 for equal ones, below 0.5.
+    """Gradient magnitude similarity deviation of uint8 images [n, H, W, 3]: [n], 0 for equal ones, below 0.5.
 
     Xue, Zhang, Mou and Bovik 2014: grey levels are halved in size, m is the length of the Prewitt gradient, the
-    similarity at a pixel (2 m m' + c) / (m^2 + m'^2 + c), and its standard deviation over the picture the result. It
+    similarity at a pixel (2 m m' + c) / (m^2 + m'^2 + c), and its standard deviation over the image the result. It
     needs no weights, and like LPIPS is blind to small shifts of brightness and sees lost or invented edges.
     """
     a, b = (_gradient(_half(p.astype(np.float64) @ (0.299, 0.587, 0.114))) for p in (got, reference))

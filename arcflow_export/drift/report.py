@@ -22,7 +22,7 @@ FORMAT, VERSION = "arcflow-drift", 1
 GROUPS = ("parts", "end to end")
 
 
-#: Most prompts whose pictures the contact sheet shows.
+#: Most prompts whose images the contact sheet shows.
 COLUMNS = 8
 
 

@@ -29,7 +29,7 @@ PART = "backbone"
 @dataclass(frozen=True)
 class Effect:
     """Means over prompts: relative RMS error of the means at the worst step, on the reference's inputs, and of the
-    final latents, given the reference's text and modulation; and the pictures' PSNR where it was taken.
+    final latents, given the reference's text and modulation; and the images' PSNR where it was taken.
     """
 
     heads: float
@@ -81,9 +81,9 @@ class _Experiment:
         self._batches, self._trajectory = batches, trajectory
         self._weights = linears(load_graph(reference, PART))
         self.layers = quantized_layers(load_graph(candidate, PART))
-        self._pictures: np.ndarray | None = None
+        self._images: np.ndarray | None = None
 
-    def run(self, quantized: Collection[str], pictures: bool = False) -> Effect:
+    def run(self, quantized: Collection[str], images: bool = False) -> Effect:
         """The effect of quantising just these layers."""
         out = [name for name in self.layers if name not in quantized]
         model = leave_out(load_graph(self._candidate, PART), out, self._weights)
@@ -97,12 +97,12 @@ class _Experiment:
                 heads.append(float(relative_error(given["means"], reference.heads[step]["means"]).mean()))
                 x = advance(x, own[0] if own else given, float(sigma), float(sigma_next))
         latents = float(relative_error(x, reference.latents[-1]).mean())
-        return Effect(max(heads), latents, self._psnr(x) if pictures else None)
+        return Effect(max(heads), latents, self._psnr(x) if images else None)
 
     def _psnr(self, latents: np.ndarray) -> float:
-        if self._pictures is None:
-            self._pictures = self._stages.decode(self._trajectory.latents[-1])
-        return float(psnr_db(self._stages.decode(latents), self._pictures).mean())
+        if self._images is None:
+            self._images = self._stages.decode(self._trajectory.latents[-1])
+        return float(psnr_db(self._stages.decode(latents), self._images).mean())
 
 
 def measure_sensitivity(
@@ -136,21 +136,21 @@ def measure_sensitivity(
         groups.setdefault(block_of(name) if kind == "blocks" else name, []).append(name)
     total, done = 2 * len(groups) + 2, 0
 
-    def run(quantized: Collection[str], pictures: bool = False) -> Effect:
+    def run(quantized: Collection[str], images: bool = False) -> Effect:
         nonlocal done
-        effect = experiment.run(quantized, pictures)
+        effect = experiment.run(quantized, images)
         done = min(done + 1, total)
         progress(done, total)
         return effect
 
-    whole, none = run(layers, pictures=True), run((), pictures=True)
+    whole, none = run(layers, images=True), run((), images=True)
     units = []
     for name, members in groups.items():
         rest = [layer for layer in layers if layer not in members]
         units.append(Unit(name, tuple(members), run(members), run(rest)))
     units.sort(key=lambda u: u.left_out.latents)
     broken = {d.layer for d in drift if d.part == PART and d.badness(limits) > 1}
-    chosen = _choose(units, broken, whole, lambda quantized: experiment.run(quantized, pictures=True), layers, limits)
+    chosen = _choose(units, broken, whole, lambda quantized: experiment.run(quantized, images=True), layers, limits)
     exclude = None if chosen is None else tuple(_pattern(u) for u in chosen)
     return Sensitivity(kind, len(stages.cases), whole, none, tuple(units), exclude)
 

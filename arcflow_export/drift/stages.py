@@ -1,4 +1,4 @@
-"""One bundle, a part in memory at a time: prompts -> text, modulation, heads along latents, pictures."""
+"""One bundle, a part in memory at a time: prompts -> text, modulation, heads along latents, images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_t
 from arcflow_runtime.maths.update import update
 
 HEADS = ("means", "logweights", "loggammas")
-#: Image tokens that are run together: some pictures of shapes, one of 1024 px.
+#: Image tokens that are run together: some images of shapes, one of 1024 px.
 _BATCH_TOKENS = 1024
 Heads = dict[str, np.ndarray]
 
@@ -152,7 +152,7 @@ class Stages:
         return self._parts.use_all("backbone")
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """[n, N, C] -> pictures [n, H, W, 3] uint8."""
+        """[n, N, C] -> images [n, H, W, 3] uint8."""
         chunks = _chunks(list(range(len(latents))), self._size())
         grids = [{"latents": latents[chunk].reshape(len(chunk), *self.grid, -1)} for chunk in chunks]
         with self._parts.use_all("vae_decoder") as run_all:

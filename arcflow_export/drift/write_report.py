@@ -1,11 +1,11 @@
-"""The report on disk: `Report` and pictures -> a directory, whole or not at all."""
+"""The report on disk: `Report` and images -> a directory, whole or not at all."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from arcflow_export.drift.compare import Pictures
+from arcflow_export.drift.compare import ShownImages
 from arcflow_export.drift.report import Report
 from arcflow_export.errors import ExportError
 from arcflow_runtime.disk.files import whole_directory, whole_file
@@ -28,7 +28,7 @@ def check_report(out: Path) -> None:
     check_writable(out, "--report", ExportError)
 
 
-def write_report(out: Path, report: Report, pictures: Pictures) -> None:
+def write_report(out: Path, report: Report, images: ShownImages) -> None:
     """Write `report.md`, `drift.json`, `contact_sheet.png` and, where layers are quantised, `drift.svg`."""
     from arcflow_export.drift.figures import contact_sheet, drift_figure
 
@@ -38,7 +38,7 @@ def write_report(out: Path, report: Report, pictures: Pictures) -> None:
         if report.layers:
             drift_figure(report.layers, report.thresholds, folder / "drift.svg")
             figure = "\n![Error of every quantised layer at each step.](drift.svg)\n"
-        contact_sheet(pictures.prompts, pictures.reference, pictures.candidate).save(folder / "contact_sheet.png")
+        contact_sheet(images.prompts, images.reference, images.candidate).save(folder / "contact_sheet.png")
         sheet = "\n![Reference, candidate and their amplified difference.](contact_sheet.png)\n"
         (folder / "report.md").write_text(report.text() + figure + sheet, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation and real pictures of them: count and seed -> captions, named words, renders."""
+"""The prompts of an evaluation and real images of them: count and seed -> captions, named words, renders."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def draw_cases(count: int, seed: int) -> Cases:
     return Cases(tuple(words), captions, groups, tuple(range(seed, seed + count)))
 
 
-def real_pictures(cases: Cases, seed: int) -> torch.Tensor:
+def real_images(cases: Cases, seed: int) -> torch.Tensor:
     """Renders of scenes that the captions describe, unnamed attributes drawn anew: [B, 3, 64, 64] in [0, 1].
 
     Of a seen prompt only pairs of shape and colour that training drew, of a held-out prompt its own.

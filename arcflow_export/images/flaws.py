@@ -1,4 +1,4 @@
-"""Pictures with one known flaw: scenes -> pictures [B, 3, 64, 64] that a judge of clean pictures must refuse."""
+"""Images with one known flaw: scenes -> images [B, 3, 64, 64] that a judge of clean images must refuse."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from arcflow_export.images.scenes import (
     sample,
 )
 
-#: What spoils a picture, by the name the reports use. The attributes stay readable in those of `READABLE`.
+#: What spoils an image, by the name the reports use. The attributes stay readable in those of `READABLE`.
 FLAWS = ("double", "two", "blur", "color", "background", "erased", "noise", "morph", "fused")
 READABLE = ("blur", "noise")
 #: Mixtures of two palette colours nearer than this (Euclidean, sRGB in [0, 1]) to one of the palette are no flaw.
 _OFF_PALETTE = 0.08
 
 
-def clean_pictures(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
+def clean_images(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
     """Renders with the small errors of a good autoencoder, still clean: [B, 3, 64, 64] in [0, 1]."""
     coverage, color, background = _layers(scenes)
     return _finish(_paint(coverage, color, background), generator)
 
 
-def flawed_pictures(scenes: Scenes, flaw: str, generator: torch.Generator) -> torch.Tensor:
+def flawed_images(scenes: Scenes, flaw: str, generator: torch.Generator) -> torch.Tensor:
     """The scenes spoilt in the way `flaw` names, one of `FLAWS`: [B, 3, 64, 64] in [0, 1]."""
     return _finish(_FLAWED[flaw](scenes, generator), generator)
 
 
-# Pictures in layers: coverage [B, 1, 64, 64], color and background [B, 3, 1, 1].
+# Images in layers: coverage [B, 1, 64, 64], color and background [B, 3, 1, 1].
 
 
 def _layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,24 +55,24 @@ def _paint(coverage: torch.Tensor, color: torch.Tensor, under: torch.Tensor) -> 
     return under + coverage * (color - under)
 
 
-def _finish(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _finish(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Blur of sigma up to 0.5 pixels, a colour shift of up to 0.02 per channel, noise of std up to 0.02."""
-    count = len(pictures)
-    pictures = _blur(pictures, _uniform(count, 0.0, 0.5, generator))
-    pictures = pictures + (torch.rand(count, 3, 1, 1, generator=generator) - 0.5) * 0.04
+    count = len(images)
+    images = _blur(images, _uniform(count, 0.0, 0.5, generator))
+    images = images + (torch.rand(count, 3, 1, 1, generator=generator) - 0.5) * 0.04
     std = _uniform(count, 0.0, 0.02, generator)
-    return (pictures + std * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
+    return (images + std * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-def _blur(pictures: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def _blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Gaussian blur, sigma [B, 1, 1, 1] in pixels: a row-stochastic matrix from each side."""
-    i = torch.arange(pictures.shape[-1])
+    i = torch.arange(images.shape[-1])
     squared = (i[:, None] - i[None, :]).square()
     matrix = torch.softmax(-squared / (2 * sigma.clamp(min=0.05).square()), dim=-1)  # [B, 1, 64, 64]
-    return matrix @ pictures @ matrix.mT
+    return matrix @ images @ matrix.mT
 
 
-# One function per flaw: (scenes, generator) -> pictures [B, 3, 64, 64].
+# One function per flaw: (scenes, generator) -> images [B, 3, 64, 64].
 
 
 def _double(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
@@ -121,8 +121,8 @@ def _erased(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
 
 
 def _noisy(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
-    pictures = render(scenes)
-    return pictures + _uniform(len(scenes), 0.06, 0.25, generator) * torch.randn(pictures.shape, generator=generator)
+    images = render(scenes)
+    return images + _uniform(len(scenes), 0.06, 0.25, generator) * torch.randn(images.shape, generator=generator)
 
 
 def _morphed(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:

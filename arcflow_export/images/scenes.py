@@ -1,6 +1,6 @@
 """Scenes of one shape on a plain background: grammar, captions and an anti-aliased renderer.
 
-A scene has five attributes; its caption names a random subset of them, so the same caption has many right pictures
+A scene has five attributes; its caption names a random subset of them, so the same caption has many right images
 and the starting noise decides which one is drawn.
 """
 
@@ -25,9 +25,9 @@ BACKGROUNDS = {
     "blue": (176, 216, 242),
     "pink": (250, 196, 208),
 }
-#: Radius in units of the picture's height.
+#: Radius in units of the image's height.
 SIZES = {"small": 0.14, "large": 0.25}
-#: Centre (x, y) in units of the picture's size, y down, and its phrase.
+#: Centre (x, y) in units of the image's size, y down, and its phrase.
 POSITIONS = {
     "left": (0.29, 0.5),
     "right": (0.71, 0.5),
@@ -63,7 +63,7 @@ HELD_OUT = (
 )
 #: Largest shift of the centre and largest change of the radius, uniform, as fractions of the size and the radius.
 SHIFT, STRETCH = 0.005, 0.0125
-#: Factor of both for the VAE and the judge, which must read pictures that are a little off.
+#: Factor of both for the VAE and the judge, which must read images that are a little off.
 WIDE = 4.0
 RESOLUTION = 64
 #: T5 tokens of a caption, end mark and padding included; the pipeline masks nothing, so drawing uses the same number.

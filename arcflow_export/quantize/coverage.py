@@ -14,7 +14,7 @@ from arcflow_runtime.disk.manifest import Manifest, Range
 class Coverage:
     """One part: how many linears, parameters and FLOPs of one call there are, and how many of them are quantised.
 
-    FLOPs are those of linears alone, two per multiplication, for one picture; `parameters` are all of the part.
+    FLOPs are those of linears alone, two per multiplication, for one image; `parameters` are all of the part.
     """
 
     part: str
@@ -37,7 +37,7 @@ def cover_part(
         part: its name.
         linears: all of its linears.
         chosen: names of those to quantise.
-        height_px: a picture's height, within the manifest's range.
+        height_px: an image's height, within the manifest's range.
         width_px: its width.
     """
     size = Size(Range(height_px, height_px), Range(width_px, width_px))

@@ -85,7 +85,7 @@ class Row:
 def verify_bundle(
     bundle: Bundle, student: Student, cases: list[Case], progress: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
-    """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole pictures.
+    """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole images.
 
     Parts in bfloat16 and float16 are emulated on the CPU, and those in float16 checked for overflow.
 
@@ -115,7 +115,7 @@ def verify_bundle(
             compare = _Comparison(i, rows)
             _compare_parts(shown, parts, exact, same, case, compare)
             try:
-                _compare_pictures(pipe, exact, same, case, compare)
+                _compare_images(pipe, exact, same, case, compare)
             except EngineError:  # the pipeline refuses NaN
                 if all(reach.share <= 1 for reach in backend.furthest.values()):
                     raise
@@ -269,9 +269,7 @@ def _compare_parts(
     compare.add("vae image", pixels / np.float32(255), images, exact_image, IMAGE_BOUND)
 
 
-def _compare_pictures(
-    pipe: Pipeline, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison
-) -> None:
+def _compare_images(pipe: Pipeline, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison) -> None:
     """The whole pipeline from the same noise."""
     m = pipe.bundle.manifest
     steps: list[np.ndarray] = []

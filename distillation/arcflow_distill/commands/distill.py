@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     group.add_argument("--prompts", metavar="FILE", help="one prompt per line")
     group.add_argument("--iterations", type=int, metavar="N")
-    group.add_argument("--batch-size", type=int, metavar="N", help="pictures per process and iteration")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images per process and iteration")
     group.add_argument("--modes", type=int, metavar="K", help="modes per token; 1 is a linear student")
     group.add_argument("--rank", type=int, metavar="R", help="rank of the LoRA factors")
     group.add_argument("--learning-rate", type=float, metavar="RATE")

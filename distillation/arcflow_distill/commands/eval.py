@@ -1,8 +1,8 @@
 """Score a student of the small shapes model against its teacher and draw the figures.
 
 TARGET is a bundle, drawn by the runtime, or an adapter, drawn in torch. Captions of shapes are drawn with real
-pictures beside them, with the teacher in many and few Euler steps and with the student in two, all from the same
-noise. A judge, a small classifier of such pictures, says which are right. Into --out go eval.json, table.md,
+images beside them, with the teacher in many and few Euler steps and with the student in two, all from the same
+noise. A judge, a small classifier of such images, says which are right. Into --out go eval.json, table.md,
 contact_sheet.png and paths.png; an earlier evaluation there is replaced when the new one is complete.
 """
 

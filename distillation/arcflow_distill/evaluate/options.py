@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from arcflow_runtime.errors import RequestError
 
-#: Network calls of a student per picture.
+#: Network calls of a student per image.
 STUDENT_STEPS = 2
 
 
@@ -16,8 +16,8 @@ class Options:
 
     Args:
         count: prompts, half of them of shape and colour pairs that training never saw.
-        seed: of the prompts; picture i starts from the noise of seed + i.
-        teacher_steps: Euler steps of the teacher; the largest draws the pictures all others are compared with.
+        seed: of the prompts; image i starts from the noise of seed + i.
+        teacher_steps: Euler steps of the teacher; the largest draws the images all others are compared with.
 
     Raises:
         RequestError: a number is out of range.

@@ -1,4 +1,4 @@
-"""The picture of the method: paths of latents from noise to picture -> a figure with one panel per prompt.
+"""The image of the method: paths of latents from noise to image -> a figure with one panel per prompt.
 
 Each panel projects a prompt's paths on the plane of the first two principal directions of the teacher's path: that
 path in many steps, the student's arcs between its two network calls, and the two straight steps of Euler's method.
@@ -28,7 +28,7 @@ _COLORS = {"teacher": "#9aa0a6", "student": "#d7263d", "chord": "#1b6ca8"}
 
 @dataclass(frozen=True)
 class Walks:
-    """One prompt's paths in latent space, float32: points [S, D] each, and the pictures [64, 64, 3] they end in.
+    """One prompt's paths in latent space, float32: points [S, D] each, and the images [64, 64, 3] they end in.
 
     The student's are its arcs, [ARC_POINTS, D] per network call, each starting where the network was called.
     """
@@ -37,7 +37,7 @@ class Walks:
     teacher: np.ndarray
     student: tuple[np.ndarray, ...]
     chord: np.ndarray
-    pictures: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]
 
 
 def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Generated, steps: int) -> list[Walks]:
@@ -53,8 +53,8 @@ def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Generat
     rows = sorted(cases.rows(GROUPS[0]), key=lambda i: len(cases.words[i]))[:PANELS]
     captions, seeds = [cases.captions[i] for i in rows], [cases.seeds[i] for i in rows]
     calls = student.calls(captions, seeds)
-    long, long_pictures = teacher.walk(captions, seeds, steps)
-    short, short_pictures = teacher.walk(captions, seeds, student.network_calls)
+    long, long_images = teacher.walk(captions, seeds, steps)
+    short, short_images = teacher.walk(captions, seeds, student.network_calls)
     arcs = [arc(call) for call in calls]
     return [
         Walks(
@@ -62,7 +62,7 @@ def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Generat
             long[:, i].reshape(len(long), -1),
             tuple(a[:, i].reshape(len(a), -1) for a in arcs),
             short[:, i].reshape(len(short), -1),
-            {"teacher": long_pictures[i], "student": drawn.pictures[row], "chord": short_pictures[i]},
+            {"teacher": long_images[i], "student": drawn.images[row], "chord": short_images[i]},
         )
         for i, (row, caption) in enumerate(zip(rows, captions, strict=True))
     ]
@@ -84,7 +84,7 @@ def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def figure(walks: Sequence[Walks], student_label: str, steps: int) -> Figure:
-    """Draw one panel per prompt, with the three pictures that the paths end in below it."""
+    """Draw one panel per prompt, with the three images that the paths end in below it."""
     result = Figure(figsize=(3.6 * len(walks), 5.5), dpi=150, facecolor="white")
     FigureCanvasAgg(result)
     grid = result.add_gridspec(
@@ -105,7 +105,7 @@ def figure(walks: Sequence[Walks], student_label: str, steps: int) -> Figure:
         thumbnails = grid[1, column].subgridspec(1, 3, wspace=0.12)
         below = {"teacher": f"{steps} steps", "student": f"{student_label}, {calls}", "chord": f"{calls} steps"}
         for place, (name, color) in enumerate(_COLORS.items()):
-            _thumbnail(result.add_subplot(thumbnails[0, place]), walked.pictures[name], color, below[name])
+            _thumbnail(result.add_subplot(thumbnails[0, place]), walked.images[name], color, below[name])
     return result
 
 
@@ -136,8 +136,8 @@ def _panel(axes: Axes, walked: Walks, labels: dict[str, str]) -> None:
     axes.set_ylabel("second (stretched)", fontsize=8, color="#80868b", labelpad=3)
 
 
-def _thumbnail(axes: Axes, picture: np.ndarray, color: str, label: str) -> None:
-    axes.imshow(picture, interpolation="nearest")
+def _thumbnail(axes: Axes, image: np.ndarray, color: str, label: str) -> None:
+    axes.imshow(image, interpolation="nearest")
     axes.set_xlabel(label, fontsize=8.5, color="#5f6368", labelpad=4)
     axes.set_xticks([])
     axes.set_yticks([])

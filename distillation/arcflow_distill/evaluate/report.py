@@ -22,7 +22,7 @@ _MISSING = ""
 
 @dataclass(frozen=True)
 class SamplerReport:
-    """One sampler's scores by group; real pictures need no network calls."""
+    """One sampler's scores by group; real images need no network calls."""
 
     name: str
     label: str
@@ -79,13 +79,13 @@ class Report:
     def _notes(self) -> str:
         counts, steps = self.settings["prompts"], max(self.settings["teacher_steps"])
         return (
-            f"{counts[GROUPS[0]]} and {counts[GROUPS[1]]} prompts, one picture each, the same noise for every sampler; "
+            f"{counts[GROUPS[0]]} and {counts[GROUPS[1]]} prompts, one image each, the same noise for every sampler; "
             "in brackets 95 % bootstrap intervals "
-            f"({MEAN_RESAMPLES} resamples of the pictures; Fréchet: ±1.96 standard errors, {FRECHET_RESAMPLES}). "
+            f"({MEAN_RESAMPLES} resamples of the images; Fréchet: ±1.96 standard errors, {FRECHET_RESAMPLES}). "
             f"PSNR and latent error are against the teacher's {steps} steps, latent error in units of its latents' "
-            "variance. The Fréchet distance of the judge's features is from real pictures of the same captions, in "
+            "variance. The Fréchet distance of the judge's features is from real images of the same captions, in "
             "units of the real features' total variance; it is too large by about the same for all rows, which have "
-            "equally many pictures, and the real row shows by how much."
+            "equally many images, and the real row shows by how much."
         )
 
 

@@ -19,7 +19,7 @@ from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, 
 from arcflow_distill.evaluate.scores import SCORED, Scorer
 from arcflow_distill.evaluate.sheet import Section, contact_sheet
 from arcflow_distill.evaluate.students import AdapterSampler, StudentSampler, open_target
-from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_pictures
+from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_images
 from arcflow_export.images.judge import STEPS, Judge, judge_rates, train_judge
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
 from arcflow_export.student.reference import SHIFT
@@ -44,11 +44,11 @@ def evaluate(
     options: Options | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Draw the prompts with the teacher and the students, score the pictures and write `out`.
+    """Draw the prompts with the teacher and the students, score the images and write `out`.
 
     Args:
         target: a bundle or an adapter directory.
-        base: the teacher, a FLUX pipeline directory in diffusers format for 64x64 pictures.
+        base: the teacher, a FLUX pipeline directory in diffusers format for 64x64 images.
         out: gets `eval.json`, `table.md`, `contact_sheet.png` and `paths.png`, all or none.
         students: adapter directories to compare with, by name.
         judge: its directory; None takes `judge` beside `base`, or trains one.
@@ -76,7 +76,7 @@ def evaluate(
     drawn = _draw(samplers, cases, progress)
     reference, *baselines = eulers
 
-    real, other_real = (real_pictures(cases, options.seed + i) for i in (1, 2))
+    real, other_real = (real_images(cases, options.seed + i) for i in (1, 2))
     scorer = Scorer(cases, found, real, drawn[reference], options.seed)
     labels = {n: f"teacher, {e.network_calls} steps" for n, e in eulers.items()}
     labels |= {n: f"{'ArcFlow' if n == TARGET else n}, {s.network_calls} steps" for n, s in opened.items()}
@@ -92,7 +92,7 @@ def evaluate(
         tuple(scorer.difference(s, b, group) for s in opened for b in baselines for group in SCORED),
     )
     walks = paths.walk(cases, teacher, opened[TARGET], drawn[TARGET], options.reference_steps)
-    columns = {"real": _to_uint8(real)} | {labels[name]: d.pictures for name, d in drawn.items()}
+    columns = {"real": _to_uint8(real)} | {labels[name]: d.images for name, d in drawn.items()}
     with whole_directory(out) as folder:
         (folder / _JSON).write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
         (folder / "table.md").write_text(report.table(), encoding="utf-8")
@@ -159,11 +159,11 @@ def _sections(cases: Cases, columns: Mapping[str, np.ndarray]) -> list[Section]:
     sections = []
     for group, title in zip(GROUPS, titles, strict=True):
         rows = cases.rows(group)[: SHEET_ROWS // 2]
-        pictures = {name.replace(", ", "\n"): column[rows] for name, column in columns.items()}
-        sections.append(Section(title, [cases.captions[i] for i in rows], pictures))
+        images = {name.replace(", ", "\n"): column[rows] for name, column in columns.items()}
+        sections.append(Section(title, [cases.captions[i] for i in rows], images))
     return sections
 
 
-def _to_uint8(pictures: torch.Tensor) -> np.ndarray:
+def _to_uint8(images: torch.Tensor) -> np.ndarray:
     """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8."""
-    return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()

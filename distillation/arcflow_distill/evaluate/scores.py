@@ -1,4 +1,4 @@
-"""Score samplers: pictures, latents and the judge's readings -> fractions, errors and distances with intervals."""
+"""Score samplers: images, latents and the judge's readings -> fractions, errors and distances with intervals."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from arcflow_export.images.statistics import (
 MEAN_RESAMPLES, FRECHET_RESAMPLES = 1000, 200
 #: What is scored: all prompts, and each group.
 SCORED = (ALL, *GROUPS)
-#: A mean squared error below this counts as it, so that equal pictures have 100 dB.
+#: A mean squared error below this counts as it, so that equal images have 100 dB.
 _LEAST_ERROR = 1e-10
 
 
 @dataclass(frozen=True)
 class Score:
-    """One sampler in one group; what compares with the reference is None for the reference and real pictures.
+    """One sampler in one group; what compares with the reference is None for the reference and real images.
 
     `named`: fraction whose named attributes are all as named; `right`: fraction that are so and clean. `psnr_db`: mean
-    over pictures, peak 1. `latent_error`: mean squared difference of final latents, `latent_error_relative` in units
+    over images, peak 1. `latent_error`: mean squared difference of final latents, `latent_error_relative` in units
     of the reference latents' variance over all prompts. `frechet`: of the judge's features from those of real
-    pictures of the same captions, in units of the latters' total variance over all prompts; its small-sample bias is
-    about the same for all samplers, whose pictures are equally many.
+    images of the same captions, in units of the latters' total variance over all prompts; its small-sample bias is
+    about the same for all samplers, whose images are equally many.
     """
 
     named: Interval
@@ -48,7 +48,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A student minus the teacher with few Euler steps, pictures paired by prompt and noise; below 0: better."""
+    """A student minus the teacher with few Euler steps, images paired by prompt and noise; below 0: better."""
 
     student: str
     baseline: str
@@ -58,15 +58,15 @@ class Difference:
 
 
 class Scorer:
-    """Scores samplers against one reference and one set of real pictures, with the same resamples for all."""
+    """Scores samplers against one reference and one set of real images, with the same resamples for all."""
 
     def __init__(self, cases: Cases, judge: Judge, real: torch.Tensor, reference: Generated, seed: int) -> None:
         """Prepare.
 
         Args:
             cases: the prompts.
-            judge: reads the pictures.
-            real: real pictures of the captions, [B, 3, 64, 64] in [0, 1].
+            judge: reads the images.
+            real: real images of the captions, [B, 3, 64, 64] in [0, 1].
             reference: what all samplers are compared with.
             seed: of the resamples.
         """
@@ -81,14 +81,14 @@ class Scorer:
         #: By sampler and group: relative latent errors [n], the Frechet distance and its replicates [R].
         self._kept: dict[tuple[str, str], tuple[np.ndarray, float, np.ndarray]] = {}
 
-    def score_real(self, pictures: torch.Tensor) -> dict[str, Score]:
-        """Score other real pictures [B, 3, 64, 64]: what a perfect sampler of this many pictures gets."""
-        reading = self._judge.read(pictures)
+    def score_real(self, images: torch.Tensor) -> dict[str, Score]:
+        """Score other real images [B, 3, 64, 64]: what a perfect sampler of this many images gets."""
+        reading = self._judge.read(images)
         return {group: self._judged(reading, group)[0] for group in SCORED}
 
     def score(self, name: str, drawn: Generated) -> dict[str, Score]:
-        """Score a sampler's pictures; the reference itself gets no errors."""
-        reading = self._judge.read(to_tensor(drawn.pictures))
+        """Score a sampler's images; the reference itself gets no errors."""
+        reading = self._judge.read(to_tensor(drawn.images))
         return {group: self._score(name, drawn, reading, group) for group in SCORED}
 
     def difference(self, student: str, baseline: str, group: str) -> Difference:
@@ -108,7 +108,7 @@ class Scorer:
             return judged
         rows, draws = self._cases.rows(group), self._draws[group]
         error = _squared(drawn.latents[rows], self._reference.latents[rows])
-        pixels = _squared(drawn.pictures[rows] / 255, self._reference.pictures[rows] / 255)
+        pixels = _squared(drawn.images[rows] / 255, self._reference.images[rows] / 255)
         relative = error / self._variance
         self._kept[name, group] = (relative, judged.frechet.value, replicates)
         return Score(

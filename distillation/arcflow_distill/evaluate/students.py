@@ -1,4 +1,4 @@
-"""Students that draw pictures and show what they predicted: an adapter in torch, or a bundle in the runtime."""
+"""Students that draw images and show what they predicted: an adapter in torch, or a bundle in the runtime."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class StudentSampler(Sampler, Protocol):
     """A student, which can also show what it predicted."""
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
-        """The network calls of drawing one picture per caption."""
+        """The network calls of drawing one image per caption."""
         ...
 
 
@@ -70,12 +70,12 @@ class AdapterSampler:
         self.network_calls, self.batch = STUDENT_STEPS, BATCH
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
-        """Draw one picture per caption."""
+        """Draw one image per caption."""
         x, _ = self._run(captions, seeds)
         return Generated(x.numpy(), to_uint8(self.student.decode(x, RESOLUTION, RESOLUTION).numpy()))
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
-        """The network calls of drawing one picture per caption."""
+        """The network calls of drawing one image per caption."""
         return self._run(captions, seeds)[1]
 
     def _run(self, captions: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, list[Call]]:
@@ -112,7 +112,7 @@ class BundleSampler:
         self.network_calls, self.batch = STUDENT_STEPS, min(BATCH, opened.manifest.ranges.batch.max)
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
-        """Draw one picture per caption."""
+        """Draw one image per caption."""
         steps: list[np.ndarray] = []
         out = self._pipeline(
             list(captions),
@@ -127,7 +127,7 @@ class BundleSampler:
         return Generated(steps[-1], to_uint8(np.asarray(out.images)))
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
-        """The network calls of drawing one picture per caption."""
+        """The network calls of drawing one image per caption."""
         with self._recorder.recording() as recorded:
             for i in range(0, len(captions), self.batch):
                 self.generate(captions[i : i + self.batch], seeds[i : i + self.batch])

@@ -166,14 +166,14 @@ def train(vae_folder: Path, out: Path, seed: int, samples: int = SAMPLES) -> Non
 
 
 def _latents(vae: AutoencoderKL, scenes: Scenes, accelerator: Accelerator) -> torch.Tensor:
-    """Packed, scaled latents [N, 16, 64] of the scenes' pictures."""
+    """Packed, scaled latents [N, 16, 64] of the scenes' images."""
     vae.to(accelerator.device)
     parts = []
     rows = torch.arange(len(scenes)).split(1024)
     for part in tqdm(rows, "encoding", disable=not accelerator.is_main_process):
         attributes = {name: index[part] for name, index in scenes.attributes.items()}
-        pictures = render(Scenes(attributes, scenes.center[part], scenes.radius[part]))
-        parts.append(vae_stage.encode(vae, pictures))
+        images = render(Scenes(attributes, scenes.center[part], scenes.radius[part]))
+        parts.append(vae_stage.encode(vae, images))
     return pack((torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor)
 
 

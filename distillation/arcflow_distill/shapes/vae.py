@@ -1,4 +1,4 @@
-"""The small model's VAE: 64x64 pictures <-> 8x8 latents of 16 channels, in diffusers' `AutoencoderKL`."""
+"""The small model's VAE: 64x64 images <-> 8x8 latents of 16 channels, in diffusers' `AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def train(out: Path, seed: int, images: int = IMAGES) -> None:
     bar = tqdm(range(steps), "vae", disable=not accelerator.is_main_process, mininterval=2)
     smooth = None
     for _ in bar:
-        pictures = render(sample(batch, generator, jitter=WIDE)).to(accelerator.device)
-        loss = loss_module(pictures.contiguous(memory_format=torch.channels_last) * 2 - 1, generator)
+        rendered = render(sample(batch, generator, jitter=WIDE)).to(accelerator.device)
+        loss = loss_module(rendered.contiguous(memory_format=torch.channels_last) * 2 - 1, generator)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(loss_module.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -98,15 +98,15 @@ def train(out: Path, seed: int, images: int = IMAGES) -> None:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, seed: int, count: int = 2048) -> tuple[float, float]:
-    """Mean and standard deviation of the latents of `count` training pictures, over all channels."""
+    """Mean and standard deviation of the latents of `count` training images, over all channels."""
     latents = encode(vae, render(sample(count, torch.Generator().manual_seed(seed), jitter=WIDE)))
     return latents.mean().item(), latents.std().item()
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """Pictures [N, 3, H, W] in [0, 1] -> the means of their raw latents [N, 16, H/8, W/8], unscaled."""
-    return torch.cat([vae.encode(p.to(vae.device) * 2 - 1).latent_dist.mean.cpu() for p in pictures.split(batch)])
+def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
+    """Images [N, 3, H, W] in [0, 1] -> the means of their raw latents [N, 16, H/8, W/8], unscaled."""
+    return torch.cat([vae.encode(p.to(vae.device) * 2 - 1).latent_dist.mean.cpu() for p in images.split(batch)])
 
 
 def main() -> None:

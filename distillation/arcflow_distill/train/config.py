@@ -46,7 +46,7 @@ class Config(BaseModel):
     adapter_dtype: DType = Field("bfloat16", description="of the adapter that is written")
     gradient_checkpointing: bool = True
 
-    steps: Positive = Field(2, description="network calls per picture that the student is trained for")
+    steps: Positive = Field(2, description="network calls per image that the student is trained for")
     intermediate_states: Positive = Field(4, description="teacher calls per step")
     substeps: Positive = Field(128, description="finest division of the time from 1 to 0")
     window_substeps: Positive = Field(3, description="over how many the student's velocity is averaged")
@@ -56,7 +56,7 @@ class Config(BaseModel):
     loss_scale: float = Field(30.0, gt=0, description="factor of half the mean squared error")
 
     iterations: Positive = 10_000
-    batch_size: Positive = Field(4, description="pictures per process and iteration")
+    batch_size: Positive = Field(4, description="images per process and iteration")
     learning_rate: float = Field(1e-4, gt=0)
     gamma_rate: float = Field(0.1, gt=0, description="factor of the learning rate for the loggamma head")
     betas: tuple[float, float] = (0.9, 0.95)

@@ -52,7 +52,7 @@ _PIPELINES = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture's size in packed tokens (16 x 16 pixels each), and the guidance that networks are told."""
+    """An image's size in packed tokens (16 x 16 pixels each), and the guidance that networks are told."""
 
     height: int
     width: int
@@ -60,7 +60,7 @@ class Canvas:
 
     @property
     def tokens(self) -> int:
-        """Packed tokens of the picture."""
+        """Packed tokens of the image."""
         return self.height * self.width
 
 
