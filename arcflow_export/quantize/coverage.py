@@ -1,4 +1,4 @@
-"""What a quantisation covers: the linears of each part -> shares of linears, parameters and FLOPs."""
+"""Count how much of each part is quantised: linears, parameters and FLOPs. `arcflow quantize` prints the result."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from arcflow_runtime.disk.manifest import Manifest, Range
 
 @dataclass(frozen=True)
 class Coverage:
-    """One part: how many linears, parameters and FLOPs of one call there are, and how many of them are quantised.
+    """One part: its linears, parameters and FLOPs per call, and how many of each are quantised.
 
-    FLOPs are those of linears alone, two per multiplication, for one image; `parameters` are all of the part.
+    FLOPs count the linears only, two per multiplication, for one image. `parameters` counts the whole part. `left` are
+    the names of the linears that are not quantised.
     """
 
     part: str
@@ -33,12 +34,12 @@ def cover_part(
     """Count one part.
 
     Args:
-        manifest: gives the part's inputs, the length of texts and the part's parameters.
-        part: its name.
-        linears: all of its linears.
-        chosen: names of those to quantise.
-        height_px: an image's height, within the manifest's range.
-        width_px: its width.
+        manifest: the bundle's manifest, for the part's inputs, its parameters and the text length.
+        part: name of the part.
+        linears: all linears of the part, by name.
+        chosen: names of the linears to quantise.
+        height_px: image height, within the manifest's range.
+        width_px: image width, within the manifest's range.
     """
     size = Size(Range(height_px, height_px), Range(width_px, width_px))
     (profile,) = make_profiles(manifest, part, (size,), Range(1, 1))

@@ -1,4 +1,7 @@
-"""A bundle, scales and a policy -> the bundle with the selected linears in FP8, whole or not at all."""
+"""Quantise a bundle: bundle, scales and policy -> a new bundle with the selected linears in FP8.
+
+`plan_quantization` checks everything without reading weights; `quantize_bundle` writes the bundle atomically.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """One part before anything is written: its graph, all of its linears, and which of them become FP8."""
+    """The plan for one part: its graph, all of its linears, and the names of those that become FP8."""
 
     name: str
     model: ir.Model = field(repr=False)
@@ -50,7 +53,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole quantisation before anything is written."""
+    """The plan for a whole bundle; `quantize_bundle` changes its graphs, so a plan can be used once."""
 
     bundle: Bundle
     scales: Scales
@@ -70,12 +73,12 @@ class Plan:
 
 
 def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
-    """Work out what becomes FP8 and check that everything for it is there; reads graphs, but no weights.
+    """Decide which linears become FP8 and check that their scales exist; reads graphs, but no weights.
 
     Raises:
-        QuantizeError: the bundle is quantised already, the policy names a part or linear that it does not have, or
-            selects linears that were not calibrated.
-        CalibrationError: the scales are of another student.
+        QuantizeError: the bundle is quantised already, the policy names a part or linear that the bundle does not have,
+            or it selects linears that were not calibrated.
+        CalibrationError: the scales belong to another student.
     """
     m = bundle.manifest
     if done := sorted(name for name, part in m.parts.items() if part.quantization is not None):
@@ -91,7 +94,10 @@ def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
     for name, part in m.parts.items():
         model = ir.load(checked_graph(bundle, name))
         if is_quantized(model):
-            raise QuantizeError(f"{bundle.path(part.graph)} has Q or DQ that the manifest does not name")
+            raise QuantizeError(
+                f"{bundle.path(part.graph)} has Q or DQ nodes, but the manifest does not say that {name} is quantised; "
+                "export the bundle again"
+            )
         linears = find_linears(model)
         chosen: tuple[str, ...] = ()
         if name in policy.parts:
@@ -104,16 +110,16 @@ def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
 def quantize_bundle(
     plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
 ) -> Path:
-    """Write the quantised bundle to `out`, whole or not at all; `plan` is used up.
+    """Write the quantised bundle to `out` atomically; `plan` cannot be used again.
 
-    Files of parts that do not change are copied; hard links would make onnx refuse both bundles.
+    Files of unchanged parts are copied, because onnx refuses weights files with several hard links.
 
     Args:
         plan: from `plan_quantization`.
         out: the new bundle's directory.
-        command: recorded as provenance, after the bundle's own.
+        command: the command line, recorded as provenance after the bundle's own.
         overwrite: replace an existing bundle when the new one is complete.
-        progress: told of every stage.
+        progress: receives the stages and the bytes read and written.
 
     Returns:
         `out`.
@@ -190,7 +196,7 @@ def _quantize_part(
 
 
 def _input_scales(scales: Scales, planned: PlannedPart, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Each layer's scale; those that read one tensor have the largest of their ranges."""
+    """The input scale of each layer. Layers that read the same tensor get the same scale, from their largest range."""
     found = {}
     for group in shared_inputs(planned.linears[name] for name in planned.chosen):
         amax = max(scales.amax(planned.name, linear.name) for linear in group)
@@ -206,7 +212,7 @@ def _parameters(index: TensorIndex, weights: QuantizedWeights, chosen: tuple[str
 
 
 def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progress: Progress) -> None:
-    """Copy every file that is not there yet."""
+    """Copy the bundle's files that were not rewritten."""
     left = [name for name in files if not (folder / name).exists()]
     progress.stage("unchanged files", sum(files[name].bytes for name in left))
     for name in left:
