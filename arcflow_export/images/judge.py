@@ -1,6 +1,6 @@
-"""Judge images of shapes: images [B, 3, 64, 64] in [0, 1] -> the attributes they show, clean or not, features.
+"""The judge: a small classifier of shape images [B, 3, 64, 64] in [0, 1] -> attributes, clean or not, features.
 
-A small classifier trained on the renderer's own images, so that a sampler's images can be scored without a person.
+It is trained on the renderer's own images, so that generated images can be scored without a person.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from arcflow_export.images.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, RESOLU
 FEATURES = 64
 #: An image counts as clean above this probability.
 CLEAN = 0.5
-#: Training: optimiser steps, and the images of each by flaw; what is hard to see is seen more often.
+#: Training: optimiser steps, and the images of each flaw per step. Flaws that are hard to see come more often.
 STEPS = 1200
 _BATCH: dict[str | None, int] = {
     None: 56,
@@ -40,34 +40,34 @@ _BATCH: dict[str | None, int] = {
     "morph": 14,
     "fused": 8,
 }
-#: Width of the likeness to a palette colour, in sRGB in [0, 1].
+#: Width of the Gaussian that measures likeness to a palette colour, in sRGB in [0, 1].
 _SPREAD = 0.1
 _CONFIG, _WEIGHTS, _CLASS = "config.json", "model.safetensors", "ShapesJudge"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in B images: attribute indices int64 [B], P(clean) and features float32 [B], [B, 64]."""
+    """The judge's output for B images: attribute indices int64 [B], P(clean) float32 [B], features float32 [B, 64]."""
 
     attributes: dict[str, torch.Tensor]
     clean: torch.Tensor
     features: torch.Tensor
 
     def named(self, words: Sequence[Mapping[str, str]]) -> torch.Tensor:
-        """Whether image i shows every attribute named in words[i]: bool [B]."""
+        """For each image i, True if it shows every attribute named in words[i]: bool [B]."""
         seen = {name: index.tolist() for name, index in self.attributes.items()}
         rows = [all(ATTRIBUTES[a][seen[a][i]] == word for a, word in named.items()) for i, named in enumerate(words)]
         return torch.tensor(rows, dtype=torch.bool)
 
     def right(self, words: Sequence[Mapping[str, str]]) -> torch.Tensor:
-        """Whether image i shows every attribute named in words[i] and is clean: bool [B]."""
+        """For each image i, True if it shows every attribute named in words[i] and is clean: bool [B]."""
         return self.named(words) & (self.clean > CLEAN)
 
 
 class Judge(nn.Module):
-    """Convolutions over colours and their likeness to the palette; a linear head per attribute and one for "clean".
+    """Convolutions over the colours and their likeness to the palette; a linear head per attribute and one for "clean".
 
-    Weights are bfloat16 numbers in float32 tensors once trained, so that saving them loses nothing.
+    After training, the float32 weights hold bfloat16 values, so that saving them in bfloat16 loses nothing.
     """
 
     palette: torch.Tensor
@@ -85,8 +85,8 @@ class Judge(nn.Module):
         self.clean = nn.Linear(FEATURES, 1)
 
     def forward(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Logits [B, words] by attribute, clean's logit [B] and features [B, 64], of images [B, 3, 64, 64]."""
-        # The squared distance to each colour of the palette, multiplied out: [B, palette, 64, 64].
+        """Images [B, 3, 64, 64] -> logits [B, words] by attribute, logit of "clean" [B], features [B, 64]."""
+        # The squared distance to each palette colour, expanded as |a|^2 - 2ab + |b|^2: [B, palette, 64, 64].
         products = functional.conv2d(images, self.palette[:, :, None, None])
         lengths = self.palette.square().sum(1)[:, None, None]
         likeness = torch.exp((2 * products - lengths - images.square().sum(1, keepdim=True)) / (2 * _SPREAD**2))
@@ -102,7 +102,7 @@ class Judge(nn.Module):
         return Reading(attributes, clean.sigmoid(), features)
 
     def save(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors` (bfloat16) into `folder`, made if missing."""
+        """Write `config.json` and `model.safetensors` (bfloat16) into `folder`; creates the folder if needed."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.to(torch.bfloat16) for k, v in self.state_dict().items()}, folder / _WEIGHTS)
         (folder / _CONFIG).write_text(json.dumps(_config(), indent=2) + "\n", encoding="utf-8")
@@ -112,7 +112,7 @@ class Judge(nn.Module):
         """Read a judge that `save` wrote.
 
         Raises:
-            SourceError: a file is missing or damaged, or the judge is for other words than this renderer's.
+            SourceError: a file is missing or damaged, or the judge was trained for other attributes.
         """
         config = read_json(folder / _CONFIG, "judge")
         if config != _config():
@@ -132,7 +132,7 @@ def train_judge(seed: int = 0, progress: Callable[[float], None] | None = None, 
     """Train a judge on the CPU, about four minutes on one core.
 
     Args:
-        seed: of the weights and of every image; the global generator is left alone.
+        seed: seed of the weights and of every image; torch's global generator is not changed.
         progress: called after each step with the loss.
         steps: optimiser steps.
     """
@@ -163,11 +163,11 @@ def train_judge(seed: int = 0, progress: Callable[[float], None] | None = None, 
 
 
 def judge_rates(judge: Judge, count: int, seed: int) -> dict[str, float]:
-    """How often the judge is right about fresh images, `count` of each kind.
+    """Measure the judge's error rates on `count` new images of each kind.
 
     Returns:
-        By attribute the share of plain renders read rightly, "false reject" of clean images, and "false accept: F" of
-        every flaw F.
+        For each attribute, the share of plain renders that are read correctly; "false reject", the share of clean
+        images that are called flawed; and for each flaw F "false accept: F", the share that is called clean.
     """
     generator = torch.Generator().manual_seed(seed)
     scenes = sample(count, generator, held_out=None)
@@ -181,7 +181,7 @@ def judge_rates(judge: Judge, count: int, seed: int) -> dict[str, float]:
 
 
 def _batch(generator: torch.Generator) -> tuple[torch.Tensor, Scenes, torch.Tensor, torch.Tensor]:
-    """Images [B, 3, 64, 64], their scenes, which are clean and whose attributes can be read, bool [B]."""
+    """A training batch: images [B, 3, 64, 64], their scenes, clean or not and attributes readable or not, bool [B]."""
     flaws = [flaw for flaw, count in _BATCH.items() for _ in range(count)]
     scenes = sample(len(flaws), generator, held_out=None, jitter=WIDE)
     images = []
