@@ -98,7 +98,7 @@ def test_dry_run_names_the_loras(here, capsys):
         (["--out", "o", "--max-sequence-length", "0"], 2, "--max-sequence-length must be at least 1, got 0"),
         (["--out", "o", "--dtpye", "float16"], 2, "unknown argument '--dtpye'; did you mean --dtype?"),
         (["--out", "no/o"], 1, "--out: {here}/no is not a directory; create it first"),
-        (["--out", "."], 1, "--out: {here} exists and is no bundle; it will not be overwritten"),
+        (["--out", "."], 1, "--out: {here} exists and is not a bundle; it will not be overwritten, give another name"),
         (
             ["--out", "o", "--lora", "missing.safetensors"],
             1,

@@ -79,7 +79,7 @@ def test_existing(tmp_path):
 def test_what_is_no_bundle_is_never_replaced(tmp_path, kind, overwrite):
     out = tmp_path / "out"
     {"file": out.touch, "directory": out.mkdir, "link": lambda: out.symlink_to("nowhere")}[kind]()
-    fails(out, f"--out: {out} exists and is no bundle; it will not be overwritten", overwrite)
+    fails(out, f"--out: {out} exists and is not a bundle; it will not be overwritten, give another name", overwrite)
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -1,4 +1,7 @@
-"""A checked student -> a bundle: trace each part, stream its weights, bake, describe, and rename into place."""
+"""Export a checked student as a bundle: trace the parts, stream their weights, bake modulation, write the manifest.
+
+`plan_export` checks everything from headers alone; `export_bundle` writes the bundle atomically.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +45,14 @@ QWEN_DROP_TOKENS = 34
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """What one part will take: its module, parameters and bytes of weights."""
+    """The plan for one part: its module and parameters."""
 
     part: Part
     params: list[Parameter] = field(repr=False)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, constants left out."""
+        """Number of parameters, without constants."""
         return sum(int(torch.Size(p.shape).numel()) for p in self.params if p.key is not None)
 
     @property
@@ -59,13 +62,13 @@ class PlannedPart:
 
     @property
     def float32_layers(self) -> tuple[str, ...]:
-        """Linears that stay in float32 although the part has another precision."""
+        """Names of the linears that stay in float32 although the part has another precision."""
         return float32_layers(self.part)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole export before anything is written."""
+    """The plan for a whole bundle; it can be used once. `baked` is Qwen-Image's conditioner, or None."""
 
     student: Student
     options: Options
@@ -99,11 +102,11 @@ class Silent:
 
 
 def plan_export(student: Student, options: Options) -> Plan:
-    """Work out every part and check every tensor's name and shape; reads only headers.
+    """Plan every part and check every tensor's name and shape; reads only headers.
 
     Raises:
-        SourceError: a tensor is missing or has another shape than the config says.
-        RequestError: a part or a pattern of the options is not of this student.
+        SourceError: a tensor is missing, or its shape differs from the config.
+        RequestError: the options name a part that this student does not have, or a pattern that matches nothing.
     """
     described = student.parts(options.part_dtype)
     names = [part.name for part in described]
@@ -127,14 +130,14 @@ def plan_export(student: Student, options: Options) -> Plan:
 def export_bundle(
     plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
 ) -> Path:
-    """Write the bundle of `plan` to `out`, whole or not at all.
+    """Write the bundle of `plan` to `out` atomically; `plan` cannot be used again.
 
     Args:
         plan: from `plan_export`.
         out: the bundle's directory.
-        command: recorded as provenance.
+        command: the command line, recorded as provenance.
         overwrite: replace an existing bundle when the new one is complete.
-        progress: told of every stage.
+        progress: receives the stages and the bytes written.
 
     Returns:
         `out`.
