@@ -159,7 +159,7 @@ def test_modes_count_too(reference, tmp_path):
 
 def test_a_quantised_reference_is_refused(fp8, reference, capsys):
     assert verify(reference, fp8, "--limit", 1) == 1
-    assert "backbone must not be quantised to be a reference, its layer transformer_blocks.0" in capsys.readouterr().err
+    assert "a reference must not be quantised, but layer transformer_blocks.0" in capsys.readouterr().err
 
 
 # Graphs.
@@ -327,9 +327,9 @@ def test_gate_says_where_chance_may_be_the_cause():
     means = [Interval(0.06, 0.051, 0.07)], Interval(0.11, 0.09, 0.13), Interval(29, 27.5, 30.5), Interval(0.03, 0, 0.06)
     lines = {b.threshold: b.text() for b in gate.check(limits, [], *means)}
     assert lines["heads"].endswith("(heads, 1.2 times)"), "the whole interval is past the limit"
-    assert lines["latents"].endswith("the cause: 95 % interval 0.09 to 0.13; draw more prompts")
-    assert lines["psnr"].endswith("the cause: 95 % interval 27.5 to 30.5; draw more prompts")
-    assert lines["judge"].endswith("the cause: 95 % interval 0 to 0.06; draw more prompts")
+    assert lines["latents"].endswith("chance: 95 % interval 0.09 to 0.13; use more prompts")
+    assert lines["psnr"].endswith("chance: 95 % interval 27.5 to 30.5; use more prompts")
+    assert lines["judge"].endswith("chance: 95 % interval 0 to 0.06; use more prompts")
 
 
 def test_numbers_that_are_none_fail():
@@ -441,9 +441,7 @@ def test_bfloat16_drifts_and_has_no_layers(command_run, reference, prompts, tmp_
     assert verify(command_run.bundle, reference, "--prompts", prompts, "--report", tmp_path / "report") == 0
     assert "PASSED" in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "drift.json").read_text())
-    assert report["notes"] == [
-        "Timesteps, guidance and rotary tables of both are rounded as the candidate's, to bfloat16."
-    ]
+    assert report["notes"] == ["Timesteps, guidance and rotary tables of both bundles are rounded to bfloat16."]
     errors = {(m["what"], m["step"]): m["interval"]["value"] for m in report["measures"] if m["unit"].startswith("rel")}
     # One rounding to 8 bits is off by up to 2^-9; a few dozen operators in a row stay below ten times that.
     for what in ("text states", "modulation"):
@@ -560,7 +558,7 @@ def test_without_against_base_and_adapter_are_needed(reference, capsys):
 def test_a_folder_that_is_no_report_is_not_overwritten(fp8, reference, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert verify(fp8, reference, "--report", tmp_path / "mine") == 1
-    assert "exists and is no drift report; it will not be overwritten" in capsys.readouterr().err
+    assert "exists and is not a drift report; it will not be overwritten" in capsys.readouterr().err
 
 
 def test_cases():

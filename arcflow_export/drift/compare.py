@@ -1,6 +1,7 @@
-"""Compare a bundle with its reference: two bundles and cases -> `Report`, and the images to show.
+"""Compare a bundle with its reference: two bundles and cases -> the report, and images for its contact sheet.
 
-The cases are compared some at a time, as many as fit in a fixed amount of memory: see `compare_cases.py`.
+This is the drift gate's entry, called by `arcflow verify --against`. The cases are compared in groups that fit in a
+fixed amount of memory; `compare_cases.py` compares one group.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from arcflow_export.formats.thresholds import Thresholds
 from arcflow_export.images.statistics import Interval
 from arcflow_runtime.disk.bundle import Bundle
 
-#: What may be kept of the cases that are compared together: heads, text states and what passes between pieces.
+#: Memory for the data of the cases that are compared together: heads, text states, and values between pieces.
 KEPT_BYTES = 1 << 30
 _PACKAGES = ("arcflow", "onnxruntime", "onnx", "onnx-ir", "numpy")
 
 
 @dataclass(frozen=True)
 class ShownImages:
-    """What both sides drew of some of the prompts, spread over all: [n, H, W, 3] uint8."""
+    """Both bundles' images for some of the prompts, for the contact sheet: [n, H, W, 3] uint8."""
 
     prompts: tuple[str, ...]
     reference: np.ndarray
@@ -48,9 +49,10 @@ class ShownImages:
 
 @dataclass(frozen=True)
 class Plan:
-    """Names of the prompts and the policy, its limits, and what to measure beyond the parts.
+    """Names of the prompts and the policy, the policy's limits, and which optional measurements to make.
 
-    `engines` draws the candidate end to end, and `backend` is the name of what runs them; None: the graphs are run.
+    `engines` generates the candidate's images end to end, and `backend` is the name of the backend that runs them. If
+    both are None, the candidate's graphs generate them.
     """
 
     prompts: str
@@ -70,17 +72,17 @@ def compare(
     plan: Plan,
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[Report, ShownImages]:
-    """Measure the drift of `candidate` from `reference` and hold it against the thresholds.
+    """Measure the drift of `candidate` from `reference` and compare it with the thresholds.
 
-    Memory: the weights of one part, or one piece of a large part, in float32, its activations, and `KEPT_BYTES`.
+    Memory: the float32 weights of one part (or one piece of a large part), its activations, and `KEPT_BYTES`.
 
     Args:
         candidate: the bundle to check.
         reference: an unquantised bundle of the same student.
-        cases: what to draw.
-        scene: with what; both bundles must accept it.
-        plan: what to measure and the limits.
-        progress: called as the work goes on.
+        cases: prompts and seeds to generate.
+        scene: image size, steps, guidance and text length; both bundles must accept them.
+        plan: what to measure, and the limits.
+        progress: receives each stage's name, the work done and its total.
 
     Raises:
         ExportError: the bundles are of different students, or the reference is quantised.
@@ -92,7 +94,7 @@ def compare(
     for part in reference.manifest.parts:
         if names := quantized_layers(load_graph(reference, part)):
             raise ExportError(
-                f"{reference.root}: {part} must not be quantised to be a reference, its layer {names[0]} is; "
+                f"{reference.root}: a reference must not be quantised, but layer {names[0]} of {part} is; "
                 "give the bundle that it was made from"
             )
     if plan.judge is not None:
@@ -133,14 +135,14 @@ def compare(
 
 
 def kept_bytes(reference: Bundle, scene: Scene, cases: int) -> int:
-    """About how many bytes are kept of the cases that are compared together."""
+    """About how many bytes are kept for the cases that are compared together."""
     one = _case_bytes(reference, scene)
     return max(min(one * cases, KEPT_BYTES), one)
 
 
 def _case_bytes(reference: Bundle, scene: Scene) -> int:
-    """About how many bytes are kept of one case while it is compared: both sides' heads and text states, images, and
-    what passes between the pieces of a large backbone, for two runs of it.
+    """About how many bytes are kept for one case: both bundles' heads, text states and images, and the values between
+    the pieces of a large backbone, for two runs of it.
     """
     m, spec = reference.manifest, reference.manifest.parts["backbone"]
     k = m.latents
@@ -157,13 +159,13 @@ def _case_bytes(reference: Bundle, scene: Scene) -> int:
 
 
 def _named(progress: Progress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:
-    """Report a stage; where not all cases are compared together with the cases that it is for."""
+    """Report progress of a stage; if the cases are compared in several groups, name the group's prompts."""
     some = "" if count == total else f", prompts {start + 1} to {start + count} of {total}"
     progress(f"{stage}{some}", done, end)
 
 
 def _wanted(cases: Sequence[Case], plan: Plan) -> list[int]:
-    """Whose images are kept: all for the judge, and those that the report shows."""
+    """The indices of the cases whose images are kept: all for the judge, else those on the contact sheet."""
     return list(range(len(cases))) if plan.judge is not None else shown_places(len(cases))
 
 
@@ -187,7 +189,7 @@ def _sensitivity(
     plan: Plan,
     progress: Progress,
 ) -> Sensitivity | None:
-    """On some of the cases, spread over all."""
+    """Measure the sensitivity on at most `PROMPTS` of the cases, spread evenly."""
     if plan.sensitivity == "none" or not any(d.part == "backbone" for d in layers):
         return None
     some = list(cases[:: -(-len(cases) // PROMPTS)])

@@ -1,7 +1,7 @@
-"""Compare two bundles on some cases -> one error per case of every part, the errors of layers, and the images.
+"""Compare two bundles on a group of cases -> errors of every part for each case, errors of layers, and images.
 
-Each part is given the reference's own inputs, so that an error shows in the part that makes it; then both draw from the
-same noise by themselves. Parts run one after the other, and what they give is kept for these cases alone.
+Each part runs on the reference's inputs, so that an error shows in the part that causes it. Then each bundle generates
+by itself from the same noise. Parts run one after the other; their outputs are kept for this group only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RELATIVE, _DB, _PLAIN = "relative RMS error", "dB", "0 is equal"
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured: `group` is of `report.GROUPS`, `step` None where there is none."""
+    """A measured quantity: `group` is one of `report.GROUPS`; `step` is None if the quantity has no step."""
 
     group: str
     what: str
@@ -38,8 +38,8 @@ class Quantity:
 
 @dataclass
 class CaseErrors:
-    """Of n cases: every quantity's value for each [n], the errors of layers by part, and both sides' images
-    [n, H, W, 3] uint8.
+    """Results for n cases: the values [n] of every quantity, the errors of layers by part, and the images [n, H, W, 3]
+    uint8 of reference and candidate.
     """
 
     values: dict[Quantity, np.ndarray]
@@ -49,10 +49,10 @@ class CaseErrors:
 
 
 class EndToEnd(Protocol):
-    """Draws the cases with the candidate's engines in place of its graphs."""
+    """Generates the cases with the candidate's engines instead of its graphs."""
 
     def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
+        """Generate the cases: latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         ...
 
 
@@ -65,18 +65,16 @@ def compare_cases(
     engines: EndToEnd | None,
     progress: Progress,
 ) -> CaseErrors:
-    """Measure some cases.
-
-    What both bundles have in the same files is run once.
+    """Measure a group of cases. A part whose files are equal in both bundles runs once.
 
     Args:
         candidate: the bundle to check.
         reference: an unquantised bundle of the same student.
-        cases: what to draw.
-        scene: with what.
+        cases: prompts and seeds to generate.
+        scene: image size, steps, guidance and text length for all cases.
         quantized: the candidate's parts that have quantised layers.
-        engines: what draws the candidate end to end; None draws with its graphs.
-        progress: called as the work goes on.
+        engines: generates the candidate's images end to end; None uses its graphs.
+        progress: receives each stage's name, the work done and its total.
     """
     ours, theirs = (Stages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
     same = same_parts(candidate, reference)
@@ -141,7 +139,7 @@ def _text(cases: Sequence[Case], got: Text, reference: Text) -> dict[Quantity, n
 def _modulation(
     cases: Sequence[Case], text: Text, got: np.ndarray, reference: np.ndarray
 ) -> dict[Quantity, np.ndarray]:
-    """[S, U, M] twice; of all steps together."""
+    """Errors of the modulation, two arrays [S, U, M], over all steps together."""
     place = {p: i for i, p in enumerate(text.embeddings)}
     rows = [place[c.prompt] if reference.shape[1] > 1 else 0 for c in cases]
     values = relative_error(np.moveaxis(got, 1, 0), np.moveaxis(reference, 1, 0))[rows]
@@ -151,10 +149,10 @@ def _modulation(
 def _backbone(
     stages: Stages, given: list[Batch], own: list[Batch], reference: Trajectory, end_to_end: bool, progress: Progress
 ) -> tuple[list[np.ndarray], dict[Quantity, np.ndarray]]:
-    """The candidate's backbone on the reference's inputs and, where asked for, by itself.
+    """Run the candidate's backbone on the reference's inputs and, with `end_to_end`, also on its own latents.
 
     Returns:
-        Its own latents [n, N, C] after every step, and the errors of its heads.
+        Its own latents [n, N, C] after every step (none without `end_to_end`), and the errors of its heads.
     """
     heads: dict[Quantity, np.ndarray] = {}
     ends: list[np.ndarray] = []
@@ -179,7 +177,7 @@ def _backbone(
 def _layer_inputs(
     part: str, candidate: Bundle, text: Text, batches: list[Batch], trajectory: Trajectory
 ) -> list[list[Mapping[str, np.ndarray]]]:
-    """What a part got in the reference's run, by step and batch."""
+    """A part's inputs in the reference's run, by step and batch."""
     if part == "backbone":
         return [list(backbone_inputs(batches, trajectory, step)) for step in range(len(trajectory.heads))]
     if part in ("text_encoder", "text_encoder_2"):
@@ -191,7 +189,7 @@ def _layer_inputs(
 
 
 def _images(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict[Quantity, np.ndarray]:
-    """The decoder on the reference's latents, and whole images."""
+    """Errors of the decoder on the reference's latents, and of the images end to end."""
     return {
         Quantity("parts", "VAE image", _RELATIVE): _one_by_one(relative_error, given, reference),
         Quantity("end to end", "PSNR", _DB): _one_by_one(psnr_db, own, reference),
@@ -202,14 +200,14 @@ def _images(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict[Q
 def _one_by_one(
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray], got: np.ndarray, reference: np.ndarray
 ) -> np.ndarray:
-    """A measure in float64 of uint8 images, one image's at a time in memory."""
+    """Apply a measure to uint8 images one by one, so that only one is in memory as float64."""
     return np.concatenate(
         [measure(a[None].astype(np.float64), b[None].astype(np.float64)) for a, b in zip(got, reference, strict=True)]
     )
 
 
 def _counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
-    """A function to call `total` times."""
+    """A function that reports one more unit of `total` each time that it is called."""
     steps: Iterator[int] = iter(range(1, total + 1))
     progress(stage, 0, total)
     return lambda: progress(stage, next(steps), total)

@@ -1,4 +1,4 @@
-"""What the gate will take: two bundles and what to draw -> the sums that `costs.gate_cost` needs."""
+"""Count the work of a drift gate, for its cost estimate: two bundles and settings -> the input of `costs.gate_cost`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from arcflow_runtime.disk.bundle import Bundle
 def gate_work(
     candidate: Bundle, reference: Bundle, scene: Scene, cases: int, end_to_end: bool
 ) -> tuple[dict[str, PartWork], Gate]:
-    """The reference's parts, and what is run of both bundles.
+    """Count the work of the reference's parts, and what the gate runs of both bundles.
 
     Args:
         candidate: the bundle to check.
-        reference: what it is compared with.
-        scene: what every case is drawn with.
-        cases: how many.
-        end_to_end: whether the candidate's graphs draw the images, rather than its engines.
+        reference: the bundle to compare it with.
+        scene: image size, steps, guidance and text length for all cases.
+        cases: number of cases.
+        end_to_end: True if the candidate's graphs generate the images, False if its engines do.
     """
     sizes = call_sizes(scene.height_px, scene.width_px, scene.max_sequence_length, scene.num_inference_steps)
     parts = {name: bundle_work(reference, name, sizes) for name in reference.manifest.parts}

@@ -1,4 +1,4 @@
-"""What the judge of shapes sees in both bundles' images: shares and their paired difference."""
+"""Judge both bundles' images of shapes -> the shares of right images, and their paired difference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from arcflow_runtime.errors import RequestError
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images: of the reference, of the candidate, and candidate minus reference, prompts paired."""
+    """A share of images: the reference's, the candidate's, and candidate minus reference, paired by prompt."""
 
     reference: Interval
     candidate: Interval
@@ -25,28 +25,28 @@ class Share:
 
 @dataclass(frozen=True)
 class Judged:
-    """`named`: all named attributes are as named. `right`: so and the image is clean."""
+    """The judge's shares. `named`: all attributes that the caption names are right. `right`: and the image is clean."""
 
     named: Share
     right: Share
 
     @property
     def drop(self) -> Interval:
-        """The larger loss of the two."""
+        """The larger drop of the two shares."""
         worse = min(self.named.difference, self.right.difference, key=lambda i: i.value)
         return Interval(-worse.value, -worse.high, -worse.low)
 
 
 def check_judge(cases: Sequence[Case], scene: Scene) -> None:
-    """Refuse what the judge cannot read.
+    """Check that the judge can read the images of these cases.
 
     Raises:
-        RequestError: the prompts do not say what they name, or the images are of another size.
+        RequestError: the prompts are not captions of shapes, or the images have another size.
     """
     from arcflow_export.images.scenes import RESOLUTION
 
     if any(case.words is None for case in cases):
-        raise RequestError(f"--judge needs --prompts {SHAPES}, whose captions say what they name")
+        raise RequestError(f"--judge needs --prompts {SHAPES}: it knows what attributes these captions name")
     if (scene.height_px, scene.width_px) != (RESOLUTION, RESOLUTION):
         raise RequestError(
             f"--judge reads images of {RESOLUTION}x{RESOLUTION}, got {scene.width_px}x{scene.height_px}; "

@@ -1,4 +1,7 @@
-"""Each block or layer quantised alone and left out alone -> errors of heads and latents, and what to leave out."""
+"""Measure how much each block or layer of the backbone adds to the drift, and suggest which to leave unquantised.
+
+Each unit is quantised alone, and left out alone.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ from arcflow_runtime.disk.bundle import Bundle
 
 Kind = Literal["none", "blocks", "layers"]
 KINDS: tuple[Kind, ...] = ("none", "blocks", "layers")
-#: Most prompts that it is measured on.
+#: Largest number of prompts to measure on.
 PROMPTS = 32
 PART = "backbone"
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Means over prompts: relative RMS error of the means at the worst step, on the reference's inputs, and of the
-    final latents, given the reference's text and modulation; and the images' PSNR where it was taken.
+    """The drift of one experiment, as means over prompts: relative RMS error of the means at the worst step on the
+    reference's inputs, and of the final latents given the reference's text and modulation; PSNR of the images or None.
     """
 
     heads: float
@@ -37,9 +40,9 @@ class Effect:
     psnr: float | None = None
 
     def over(self, limits: Thresholds) -> float:
-        """Above 1: past a threshold, by that factor of the error."""
+        """The factor by which the error exceeds a threshold; at most 1 if none is exceeded."""
         worst = max(times(self.heads, limits.heads), times(self.latents, limits.latents))
-        # 20 log10 of the ratio of two RMS errors is their distance in dB.
+        # Two PSNRs that differ by d dB differ by a factor of 10^(d/20) in RMS error.
         if self.psnr is None or limits.psnr is None:
             return worst
         return max(worst, 10 ** ((limits.psnr - self.psnr) / 20))
@@ -47,7 +50,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Unit:
-    """A block or layer: quantised alone, and everything but it quantised."""
+    """A block or layer: its effect when only it is quantised, and when everything but it is quantised."""
 
     name: str
     layers: tuple[str, ...]
@@ -57,10 +60,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`whole`: all quantised; `none`: nothing, which leaves the arithmetic's own error. Units by what leaving them out
-    gains for the final latents, the most first. `exclude`: patterns to add to the policy's `exclude` so that the
-    thresholds for heads, latents, PSNR and single layers hold: empty if they do, None if leaving out everything does
-    not help.
+    """The sensitivity of the backbone.
+
+    `whole`: everything is quantised. `none`: nothing is, which leaves the error of the arithmetic. `units` are sorted
+    by how much leaving them out improves the final latents, best first. `exclude`: patterns for the policy's `exclude`
+    so that the thresholds for heads, latents, PSNR and single layers hold; empty if they hold already, None if leaving
+    out everything does not help.
     """
 
     kind: Kind
@@ -84,7 +89,7 @@ class _Experiment:
         self._images: np.ndarray | None = None
 
     def run(self, quantized: Collection[str], images: bool = False) -> Effect:
-        """The effect of quantising just these layers."""
+        """The effect of quantising only these layers; `images` also decodes, for the PSNR."""
         out = [name for name in self.layers if name not in quantized]
         model = leave_out(load_graph(self._candidate, PART), out, self._weights)
         reference = self._trajectory
@@ -120,14 +125,14 @@ def measure_sensitivity(
 
     Args:
         reference: the unquantised bundle.
-        candidate: the quantised one.
-        stages: the reference's, with at most `PROMPTS` cases.
+        candidate: the quantised bundle.
+        stages: the reference's stages, with at most `PROMPTS` cases.
         batches: these cases, encoded by the reference.
-        trajectory: the reference's run of them.
-        drift: of single layers; those past the limits are always left out.
+        trajectory: the reference's run of these cases.
+        drift: the drift of single layers; layers past a limit are always left out.
         kind: "blocks" or "layers".
-        limits: what the suggestion must hold.
-        progress: called with the runs done and their number, the suggestion's not counted.
+        limits: thresholds that must hold with the suggested layers left out.
+        progress: called with the number of runs done and their total; runs that search for a suggestion do not count.
     """
     experiment = _Experiment(reference, candidate, stages, batches, trajectory)
     layers = experiment.layers
@@ -163,7 +168,10 @@ def _choose(
     layers: Sequence[str],
     limits: Thresholds,
 ) -> list[Unit] | None:
-    """The fewest units to leave out, by what each gains alone; then those are put back that turn out not to matter."""
+    """Choose a small set of units to leave out so that the thresholds hold; None if leaving out all does not help.
+
+    Units are added in the order of their own gain until the thresholds hold. Then unneeded units are removed.
+    """
 
     def holds(left: Sequence[Unit]) -> bool:
         gone = {layer for u in left for layer in u.layers}
@@ -186,5 +194,5 @@ def _choose(
 
 
 def _pattern(unit: Unit) -> str:
-    """The policy's pattern of a unit: a layer's name, or everything in a block."""
+    """The policy pattern for a unit: the layer's name, or the block's name with `.*`."""
     return unit.name if unit.layers == (unit.name,) else f"{unit.name}.*"

@@ -1,4 +1,4 @@
-"""The report on disk: `Report` and images -> a directory, whole or not at all."""
+"""Write the drift gate's report to a directory, atomically: tables, JSON, a plot and a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _JSON = "drift.json"
 
 
 def check_report(out: Path) -> None:
-    """Check that a report can be written as `out`, before any work is done for it.
+    """Check that a report can be written to `out`; called before any long work.
 
     Raises:
-        ExportError: it exists and is no report, or its parent does not exist or cannot be written to.
+        ExportError: `out` exists and is not a report, or its parent does not exist or is not writable.
     """
     out = out.absolute()
     if not out.parent.is_dir():
         raise ExportError(f"--report: {out.parent} is not a directory; create it first")
     if out.is_symlink() or (out.exists() and not (out / _JSON).is_file()):
-        raise ExportError(f"--report: {out} exists and is no drift report; it will not be overwritten")
+        raise ExportError(f"--report: {out} exists and is not a drift report; it will not be overwritten")
     check_writable(out, "--report", ExportError)
 
 
