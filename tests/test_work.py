@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_refused_with_what_makes_it_fit():
     with pytest.raises(ExportError) as error:
         check_fits(large, MACHINE)
     assert str(error.value) == (
-        "verify needs 9.0 GiB of memory, 8.0 are free; give --limit (--anyway starts all the same)"
+        "verify needs 9.0 GiB of memory, 8.0 are free; give --limit (--anyway starts it nevertheless)"
     )
     full = Cost("export", 10.0, GIB, 34 * 10**9)
     assert misfit(full, MACHINE) == (

@@ -134,7 +134,7 @@ class Run:
         """Stop before the first stage where a later one cannot fit; the hub's cache may be on another disk."""
         notes = [r.note for r in self.rows if r.note and r.state == TO_DO and r.stage != DOWNLOAD]
         if notes and not self.job.anyway:
-            raise ExportError(f"{'; '.join(notes)} (--anyway starts all the same)")
+            raise ExportError(f"{'; '.join(notes)} (--anyway starts it nevertheless)")
 
     def _run_all(self, records: Records) -> int:
         for i, row in enumerate(self.rows):
