@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_made(place, capsys):
     Path("file").touch()
     assert compile_("--out", "file/out") == 2
     assert capsys.readouterr().err == (
-        "arcflow compile: error: --out: file/out cannot be made (Not a directory); give another place\n"
+        "arcflow compile: error: --out: file/out cannot be created (Not a directory); give another folder\n"
     )
 
 

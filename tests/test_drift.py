@@ -552,7 +552,7 @@ def test_without_against_base_and_adapter_are_needed(reference, capsys):
     assert cli.main(["verify", str(reference), *sources, "--report", "z"]) == 2
     assert "--report cannot be used without --against" in capsys.readouterr().err
     assert cli.main(["verify", str(reference), *sources, "--json", "z"]) == 2
-    assert "--json takes no file without --against, got 'z'" in capsys.readouterr().err
+    assert "--json takes a file only with --against, got 'z'" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_report_is_not_overwritten(fp8, reference, tmp_path, capsys):

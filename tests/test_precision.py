@@ -122,17 +122,17 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
         (
             FLUX,
             ["--precision", "text_encoder2=bf16"],
-            f"--precision: no part is called 'text_encoder2', only {PARTS}; did you mean text_encoder_2?",
+            f"--precision: PART must be one of {PARTS}, got 'text_encoder2'; did you mean text_encoder_2?",
         ),
         (
             FLUX,
             ["--precision", "backbone=float61"],
-            "--precision: backbone must be in float32, bfloat16, float16, got 'float61'; did you mean float16?",
+            "--precision: backbone must be one of float32, bfloat16, float16, got 'float61'; did you mean float16?",
         ),
         (
             FLUX,
             ["--precision", "backbone=fp8"],
-            "--precision: backbone=fp8: FP8 comes after the export, from `arcflow quantize`",
+            "--precision: backbone=fp8: an export cannot write FP8; use `arcflow quantize` afterwards",
         ),
         (
             FLUX,
@@ -142,7 +142,7 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
         (
             FLUX,
             ["--precision", "backbone=bf16,,"],
-            "--precision must be names with commas between, got 'backbone=bf16,,'",
+            "--precision must be names separated by commas, got 'backbone=bf16,,'",
         ),
         (
             QWEN,
@@ -168,7 +168,11 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
             "--keep-float32: 'decoder.mid_block.*' matches no linear of a part in bfloat16 or float16 (none); "
             "keep the decoder as a whole with --precision vae_decoder=float32",
         ),
-        (FLUX, ["--scales", "none.json"], "--scales: no part is in float16, so nothing can overflow; leave it out"),
+        (
+            FLUX,
+            ["--scales", "none.json"],
+            "--scales: no part is in float16, so nothing can overflow; leave the option out",
+        ),
     ],
 )
 def test_refused(capsys, tmp_path, student, arguments, message):

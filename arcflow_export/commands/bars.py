@@ -1,4 +1,4 @@
-"""Progress bars of the commands that write bundles."""
+"""Progress bars for the commands that write bundles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Bars:
-    """One bar for the stage at hand, on a terminal; nothing in a log. `stages` says how long each took."""
+    """Shows a bar for the current stage, on a terminal only. `stages` records the bytes and seconds of each stage."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -21,7 +21,7 @@ class Bars:
         self._close()
 
     def stage(self, name: str, total_bytes: int) -> None:
-        """A stage begins."""
+        """Begin a stage; `total_bytes` is 0 if it moves no bytes."""
         from tqdm import tqdm
 
         self._close()
@@ -31,7 +31,7 @@ class Bars:
         self.stages.append({"stage": name, "bytes": total_bytes})
 
     def advance(self, num_bytes: int) -> None:
-        """Bytes were written."""
+        """Report bytes that were read or written."""
         self._bar.update(num_bytes)
 
     def _close(self) -> None:

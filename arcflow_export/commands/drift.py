@@ -1,4 +1,4 @@
-"""`arcflow verify --against`: two bundles -> tables, a report, and exit code 1 past the policy's thresholds."""
+"""`arcflow verify --against`: compare two bundles -> tables, a report, and exit code 1 if a threshold does not hold."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("against another bundle")
     group.add_argument("--against", type=Path, metavar="BUNDLE", help="an unquantised bundle of the same student")
     add_anyway(parser)
-    group.add_argument("--report", type=Path, metavar="DIR", help="write tables, plot and contact sheet there")
+    group.add_argument("--report", type=Path, metavar="DIR", help="write tables, plot and contact sheet to DIR")
     group.add_argument(
         "--prompts",
         metavar="NAME|FILE",
         help=f"{_GENERAL}, {_SHAPES}, or a file with one per line; default: {_GENERAL}, with --judge {_SHAPES}",
     )
     group.add_argument(
-        "--limit", type=int, metavar="N", help=f"prompts; default: {LIMIT}, with --judge {LIMIT_WITH_JUDGE}"
+        "--limit", type=int, metavar="N", help=f"number of prompts; default: {LIMIT}, with --judge {LIMIT_WITH_JUDGE}"
     )
-    group.add_argument("--seed", type=int, default=0, help="noise of the first prompt; default: %(default)s")
+    group.add_argument("--seed", type=int, default=0, help="seed of the first prompt's noise; default: %(default)s")
     group.add_argument("--judge", type=Path, metavar="DIR", help="judge of shapes, such as models/shapes/judge")
     group.add_argument(
         "--policy",
         metavar="NAME|FILE",
-        help=f"preset or .toml whose [thresholds] to enforce; default: the family's preset, with --judge {_SHAPES}",
+        help=f"preset or .toml file with [thresholds]; default: the family's preset, with --judge {_SHAPES}",
     )
     group.add_argument(
         "--backend",
         choices=sorted(BACKENDS),
-        help="draw the bundle's own images with its engines on this machine; default: its graphs on the CPU",
+        help="generate the bundle's images with its engines on this machine; default: with its graphs on the CPU",
     )
     group.add_argument(
         "--sensitivity",
         choices=("none", "blocks", "layers"),
         default="none",
-        help="quantise each block or layer alone, and leave each out, and say what to exclude; default: %(default)s",
+        help="test each block or layer alone and left out, and suggest which to exclude; default: %(default)s",
     )
 
 
 def run_drift(args: argparse.Namespace) -> int:
-    """Compare, print and write; 1 where a threshold does not hold."""
+    """Compare the bundles, print and write the result; returns 1 if a threshold does not hold."""
     from arcflow_export.drift.cases import Scene, read_cases
     from arcflow_export.drift.comparable import check_comparable
     from arcflow_export.drift.write_report import check_report
@@ -90,7 +90,7 @@ def run_drift(args: argparse.Namespace) -> int:
         )
     if scenes[0] != scenes[1]:
         sizes = " and ".join(f"{s.width_px}x{s.height_px}" for s in scenes)
-        raise RequestError(f"the bundles draw {sizes} by default; give --height and --width")
+        raise RequestError(f"the default sizes of the bundles differ, {sizes}; give --height and --width")
     name = args.prompts or (_SHAPES if args.judge else _GENERAL)
     limit = args.limit if args.limit is not None else (LIMIT_WITH_JUDGE if args.judge else LIMIT)
     from tqdm import tqdm
@@ -126,7 +126,7 @@ def run_drift(args: argparse.Namespace) -> int:
 
 
 def _keep(args: argparse.Namespace, report: Report, images: ShownImages) -> None:
-    """Write the files and print the result, which is printed whatever happens to the files."""
+    """Write the files and print the result; it is printed even if a file cannot be written."""
     from arcflow_export.drift.write_report import as_json, write_json, write_report
 
     files: dict[str, Callable[[], None]] = {}
@@ -144,4 +144,4 @@ def _keep(args: argparse.Namespace, report: Report, images: ShownImages) -> None
     finally:
         print(as_json(report) if args.json == "-" else f"{report.summary()}\n", end="")
     if failed:
-        raise ExportError(f"{'; '.join(failed)}; what was printed is all that is kept of the comparison")
+        raise ExportError(f"{'; '.join(failed)}; only the printed result is left of the comparison")

@@ -1,4 +1,4 @@
-"""A job -> an error before the first stage, where a later one would fail after hours."""
+"""Check a compile job before its first stage, so that no later stage fails after hours."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NEEDED = (("torch", "arcflow[export]", None), ("modelopt", "arcflow[calibrate]"
 
 
 def check_job(job: Job) -> None:
-    """Check every stage's options, the policy, the target, and that what the stages need is installed.
+    """Check every stage's options, the policy, the target, and that the needed libraries are installed.
 
     Raises:
         RequestError: an option of a stage, or --target, is wrong.
-        QuantizeError: there is no such policy.
+        QuantizeError: the policy does not exist or is not valid.
         EngineError, ExportError: a library is missing.
     """
     stages = plan_stages(job, {})
@@ -45,11 +45,11 @@ def _check_target(job: Job) -> None:
         raise EngineError(f"{library.name} is not installed; run: pip install '{library.package}'")
     if gpu is None and not library.ahead_of_time:
         raise EngineError(
-            f"{job.backend} builds on the GPU that it builds for, and the CUDA driver finds none here; "
-            "build there, or with --backend tensorrt-rtx, which needs none"
+            f"{job.backend} must build on the GPU that it builds for, but the CUDA driver finds none here; "
+            "build on a machine with that GPU, or use --backend tensorrt-rtx, which needs no GPU"
         )
     if job.target is None and gpu is None:
-        raise RequestError("--target must be given where there is no GPU, such as --target sm89")
+        raise RequestError("--target must be given, such as --target sm89, because there is no GPU here")
     targets = [t.strip() for t in job.target.split(",")] if job.target is not None else [gpu.target] if gpu else []
     for target in targets:
         if library.ahead_of_time:

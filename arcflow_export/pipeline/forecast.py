@@ -1,4 +1,7 @@
-"""What the stages of a job will take: its student's configs, the stages' own options and the machine -> a cost each."""
+"""Estimate every stage of a compile job, from the student's configs, the stages' options and the machine's speeds.
+
+`arcflow plan` prints the result.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,13 @@ from arcflow_export.pipeline.students import Checkpoint
 from arcflow_export.student.load import Outline, read_outline
 from arcflow_runtime.cli import COMMANDS
 
-#: Of a baked conditioner no weights are written.
+#: The family whose conditioner is baked, so that its weights are not written.
 _BAKED = "qwen-image"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Bytes of the weights of base and adapter, and what of them is still to be downloaded."""
+    """Bytes of the weights of base and adapter (with LoRAs), and how many must still be downloaded."""
 
     base_bytes: int
     adapter_bytes: int
@@ -41,9 +44,9 @@ class Sources:
 
 
 def forecast(job: Job, machine: Machine) -> list[Cost]:
-    """The cost of every stage, as if none was done.
+    """The cost of every stage, as if no stage was done.
 
-    Fetches the configs of checkpoints on the hub, and no weights.
+    Downloads the configs of checkpoints on the hub, but no weights.
 
     Raises:
         SourceError: a checkpoint is missing or wrong.
@@ -134,7 +137,7 @@ def _measure(job: Job) -> Sources:
 
 
 def _bytes(checkpoint: Checkpoint, what: str, choose: Callable[..., list[str]], offline: bool) -> tuple[int, int]:
-    """Bytes of a checkpoint's weights, and of what is to be downloaded."""
+    """Bytes of a checkpoint's weights, and how many of them must be downloaded."""
     if checkpoint.path is not None:
         folder = checkpoint.path / (checkpoint.subfolder or "")
         files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
@@ -149,7 +152,7 @@ def _location(checkpoint: Checkpoint, offline: bool) -> Location:
 
 
 def _options(name: str, stage: Stage) -> argparse.Namespace:
-    """A stage's own reading of its options, defaults included."""
+    """Parse a stage's options with the stage's own parser, so that its defaults apply."""
     module = importlib.import_module(COMMANDS[name])
     parser = argparse.ArgumentParser(allow_abbrev=False)
     module.add_arguments(parser)
