@@ -67,7 +67,7 @@ def test_a_student_that_does_not_fit(tmp_path, capsys, monkeypatch):
     assert after_announcement(capsys.readouterr().err) == (
         f"arcflow calibrate: error: calibration needs at least {footprint.least} B of memory in float32, even with one "
         f"layer in memory at a time, {footprint.least - 1} B are free; give --dtype bfloat16 or smaller --sizes or "
-        "--batch, or calibrate on a machine with more: scales.json is small and is used on any machine\n"
+        "--batch, or calibrate on a machine with more memory: scales.json is small and can be used on any machine\n"
     )
 
 

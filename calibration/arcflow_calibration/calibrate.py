@@ -1,4 +1,4 @@
-"""A student and prompts -> a file of scales; stopped at any time, it goes on where it was."""
+"""Calibrate a student: student and prompts -> a scales file. A stopped run can be continued."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def calibrate(
 ) -> Scales:
     """Collect the ranges and write them to `out`.
 
-    After every batch the state is beside `out`. A later call with the same settings and weights continues it, and its
-    result is that of a run that was not stopped, bit for bit. A student that does not fit in memory is read from disk
-    as it is used; the result is the same, bit for bit.
+    After every batch, the state is saved beside `out`. A later call with the same settings and weights continues from
+    it, and gives the same result, bit for bit, as a run without a stop. A student that does not fit in memory is read
+    from disk as it is used, with the same result, bit for bit.
 
     Args:
         student: from `load_student`.
         prompts: from `read_prompts`.
         settings: what to collect and how.
-        out: the file of scales.
-        overwrite: replace `out`, and begin anew where a stopped run had other settings.
-        progress: is told if weights are read from disk, and what that costs.
+        out: the scales file to write.
+        overwrite: replace `out`; and start again if a stopped run had other settings.
+        progress: receives a message if weights are read from disk, with its cost.
 
     Raises:
-        CalibrationError: `out` exists; a part is not known; not even one layer fits in memory; a stopped run's
-            settings or weights differ; an activation is NaN or Inf.
+        CalibrationError: `out` exists; a part is unknown; even one layer does not fit in memory; a stopped run had
+            other settings or weights; an activation is NaN or Inf.
     """
     if unknown := [part for part in settings.parts if part not in PARTS[student.family]]:
         raise CalibrationError(
@@ -93,5 +93,5 @@ def _collect(
 
 
 def default_device() -> str:
-    """The GPU where torch has one."""
+    """ "cuda" if torch has a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
-"""A student and prompts -> the ranges of its linears' inputs and outputs, at the student's own timesteps and states.
+"""Collect the ranges of a student's linears while the torch student generates images for the calibration prompts.
 
-The torch student draws with diffusers' modules, its own closed-form update between the steps. modelopt's quantizers sit
-on the inputs of the linears and collect; nothing is quantised, so the student's numbers are unchanged.
+The torch student runs diffusers' modules with the closed-form update between steps, so the activations are those of
+real use. modelopt's quantizers on the linears' inputs only collect; nothing is quantised, so the images are unchanged.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
 
 @dataclass
 class Layer:
-    """One linear: the module that the graph's MatMul stands for, and what was collected, a calibrator per step.
+    """One linear and its results, with one calibrator per step.
 
-    `linear` is the nn.Linear itself, to which modelopt adds `input_quantizer`; `module` is what is called in its place,
-    which adds the LoRA factors' share.
+    `linear` is the nn.Linear, to which modelopt adds `input_quantizer`. `module` is the module that is called: the
+    linear itself, or peft's wrapper, which adds the LoRA product. `name` is the name of the MatMul in the graph.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Layer:
 
 
 class Collector:
-    """The quantizers on a student's linears; `step` says which step's calibrators collect."""
+    """The quantizers on a student's linears; setting `step` selects the calibrators of that step."""
 
     def __init__(self, student: Student, torch_student: TorchStudent, settings: Settings):
-        """Put modelopt's quantizers on every linear of the wanted parts, by name.
+        """Put modelopt's quantizers on every linear of the parts to calibrate.
 
         Raises:
-            CalibrationError: a linear of the bundle's graph is not in the torch student.
+            CalibrationError: a linear of the bundle's graph is not a linear layer in the torch student.
         """
         self.parts: dict[str, dict[str, Layer]] = {}
         for part in settings.parts:
@@ -74,7 +74,7 @@ class Collector:
 
     @property
     def step(self) -> int:
-        """The step that is being drawn, from 0; text encoders have step 0 alone."""
+        """The current step, counted from 0; text encoders have only step 0."""
         return self._step
 
     @step.setter
@@ -85,10 +85,10 @@ class Collector:
                 layer.linear.input_quantizer._calibrator = layer.calibrators[step if part == STEPPED else 0]
 
     def ranges(self) -> dict[str, dict[str, Range]]:
-        """Everything collected, by part and layer.
+        """The collected ranges, by part and layer.
 
         Raises:
-            CalibrationError: a linear saw nothing but zeros, or nothing at all.
+            CalibrationError: a linear got only zeros as input, or was never called.
         """
         return {
             part: {name: _range(part, layer) for name, layer in layers.items()} for part, layers in self.parts.items()
@@ -107,16 +107,16 @@ class Collector:
 
 
 def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """The linears of the part's graph: contract name, and the module of the torch student that it stands for."""
+    """The linears of the part's graph: the name in the graph, and the module of the torch student."""
     described = next(p for p in student.parts("float32") if p.name == part)
     root = _root(torch_student, part)
     for name, module in described.module.named_modules():
-        if isinstance(module, MatMul) and module.weight.numel():  # one mode has no gammas
+        if isinstance(module, MatMul) and module.weight.numel():  # with one mode the gamma head is empty
             yield described.rename(f"{name}.weight").removesuffix(".weight"), root.get_submodule(name)
 
 
 def _root(torch_student: TorchStudent, part: str) -> nn.Module:
-    """The module below which the torch student has the part's names."""
+    """The module of the torch student below which the part's module names are valid."""
     if part == STEPPED:
         return nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
     if part == "text_encoder_2":
@@ -127,8 +127,8 @@ def _root(torch_student: TorchStudent, part: str) -> nn.Module:
 def _quantizers(part: str, layers: dict[str, Layer]) -> None:
     """Give each linear an input quantizer that collects and does not quantise.
 
-    modelopt is shown a collection of the linears alone: nothing of its default exclusions or of its replacements of
-    attention and LoRA layers, which would change the student's numbers, applies to it.
+    modelopt gets a ModuleDict with the linears only. So its default exclusions, and its replacements of attention and
+    LoRA layers, which would change the student's numbers, do not apply.
     """
     import modelopt.torch.quantization as mtq
 
@@ -141,7 +141,7 @@ def _quantizers(part: str, layers: dict[str, Layer]) -> None:
         ],
         "algorithm": None,
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many quantizers it inserted
         mtq.quantize(linears, config)
     enabled = {name for name, module in linears.named_modules() if getattr(module, "is_enabled", False)}
     assert enabled == wanted, f"{part}: modelopt quantises {sorted(enabled ^ wanted)} contrary to what it was told"
@@ -153,14 +153,14 @@ def _quantizers(part: str, layers: dict[str, Layer]) -> None:
 def _range(part: str, layer: Layer) -> Range:
     for step, calibrator in enumerate(layer.calibrators):
         if calibrator.peak == 0:
-            seen = "saw nothing but zeros" if layer.samples[step] else "was never called"
+            seen = "saw only zeros" if layer.samples[step] else "was never called"
             raise CalibrationError(f"{part}: {layer.name} {seen} at step {step}; calibrate on other prompts")
     return Range(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are drawn together: (index, text) each, and the size in pixels."""
+    """Prompts that run together, as (index, text) pairs, and their image size in pixels."""
 
     prompts: tuple[tuple[int, str], ...]
     height: int
@@ -168,7 +168,7 @@ class Batch:
 
 
 def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
-    """Cut prompts into batches of one size each, always the same way."""
+    """Split the prompts into batches of one image size each; the split is deterministic."""
     batches = []
     for s, (height, width) in enumerate(settings.sizes):
         mine = list(enumerate(prompts.texts))[s :: len(settings.sizes)]
@@ -179,7 +179,7 @@ def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
 
 @torch.inference_mode()
 def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale: float | None, on: Collector) -> None:
-    """Draw a batch without decoding it, while `on` collects; a text encoder sees each prompt once."""
+    """Generate a batch without decoding it, while `on` collects; text encoders run once per prompt."""
     encoded = student.encode_batch([text for _, text in batch.prompts], settings.max_sequence_length)
     if STEPPED not in on.parts:
         return
@@ -209,7 +209,7 @@ def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale
 
 
 def _equal_lengths(lengths: list[int]) -> list[list[int]]:
-    """Indices of equal text lengths; Qwen-Image's states have their prompt's length and no mask."""
+    """Group indices by text length. Qwen-Image has no text mask, so only prompts of equal length can share a call."""
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault(length, []).append(i)
@@ -217,10 +217,10 @@ def _equal_lengths(lengths: list[int]) -> list[list[int]]:
 
 
 def guidance(student: Student, settings: Settings) -> float | None:
-    """The guidance scale that the student is told; None where it takes none.
+    """The guidance scale for the student, or None if it takes none.
 
     Raises:
-        CalibrationError: one was asked for and the student takes none.
+        CalibrationError: the settings give a guidance scale, but the student takes none.
     """
     if student.family == "flux" and student.config.get("guidance_embeds"):
         return _GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
@@ -230,7 +230,7 @@ def guidance(student: Student, settings: Settings) -> float | None:
 
 
 def describe(student: Student, prompts: Prompts, settings: Settings, parts: dict[str, dict[str, Range]]) -> Scales:
-    """The file of scales of what was collected."""
+    """Put the collected ranges and their origin into a `Scales` object."""
     base, adapter, loras = student.sources
     return Scales(
         base=base,
