@@ -256,7 +256,7 @@ def test_out_is_refused(tmp_path):
     with pytest.raises(DistillError, match="not a directory"):
         check_out(tmp_path / "missing" / "out", False)
     (tmp_path / "other").mkdir()
-    with pytest.raises(DistillError, match="is no adapter"):
+    with pytest.raises(DistillError, match="is not an adapter"):
         check_out(tmp_path / "other", True)
     with whole_directory(tmp_path / "out") as folder:
         (folder / "config.json").touch()
@@ -278,7 +278,7 @@ def test_two_runs_exclude_each_other(tmp_path):
 def test_prompts_are_checked(tmp_path):
     with pytest.raises(DistillError, match="--prompts FILE"):
         read_prompts(Config())
-    with pytest.raises(DistillError, match="is no file"):
+    with pytest.raises(DistillError, match="is not a file"):
         read_prompts(Config(prompts=str(tmp_path / "none.txt")))
     (tmp_path / "empty.txt").write_text("\n  \n")
     with pytest.raises(DistillError, match="is empty"):

@@ -244,13 +244,15 @@ def test_an_earlier_evaluation_stays_until_the_new_one_is_whole(tmp_path, judge_
 def test_what_is_no_evaluation_is_not_overwritten(tmp_path, judge_dir, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert cli.main(arguments(FLUX / "adapter", tmp_path, judge_dir)) == cli.FAILED
-    assert "exists and is no evaluation; it will not be overwritten" in capsys.readouterr().err
+    assert "exists and is not an evaluation; it will not be overwritten" in capsys.readouterr().err
     assert cli.main(arguments(FLUX / "adapter", tmp_path / "no" / "out", judge_dir)) == cli.FAILED
     assert "is not a directory; create it first" in capsys.readouterr().err
 
 
 def test_bad_bases_are_named(tmp_path):
-    with pytest.raises(SourceError, match=r"base: .*nowhere is no directory; give the teacher's, in diffusers format"):
+    with pytest.raises(
+        SourceError, match=r"base: .*nowhere is not a directory; give the teacher's directory in diffusers format"
+    ):
         Teacher(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="_class_name must be 'FluxPipeline', got 'QwenImagePipeline'"):
         Teacher(GOLDEN / "qwen-tiny" / "base")

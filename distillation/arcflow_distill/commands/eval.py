@@ -1,9 +1,10 @@
-"""Score a student of the small shapes model against its teacher and draw the figures.
+"""Score a student of the small shapes model against its teacher, and plot the results.
 
-TARGET is a bundle, drawn by the runtime, or an adapter, drawn in torch. Captions of shapes are drawn with real
-images beside them, with the teacher in many and few Euler steps and with the student in two, all from the same
-noise. A judge, a small classifier of such images, says which are right. Into --out go eval.json, table.md,
-contact_sheet.png and paths.png; an earlier evaluation there is replaced when the new one is complete.
+TARGET is a bundle, which the runtime runs, or an adapter, which torch runs. Images of captions of shapes are generated
+by the teacher in many and in few Euler steps and by the student in two steps, all from the same noise, and compared
+with real images. The judge, a small classifier of such images, decides which are right. The results go to --out:
+eval.json, table.md, contact_sheet.png and paths.png. An earlier evaluation there is replaced when the new one is
+complete.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an adapter to compare with, under a name of letters, digits, - and _; repeatable",
     )
     parser.add_argument(
-        "--judge", type=Path, metavar="DIR", help="default: `judge` beside the base; without one it is trained first"
+        "--judge", type=Path, metavar="DIR", help="default: `judge` beside the base; if there is none, one is trained"
     )
-    parser.add_argument("--count", type=int, default=default.count, help="prompts; default: %(default)s")
+    parser.add_argument("--count", type=int, default=default.count, help="number of prompts; default: %(default)s")
     parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
     parser.add_argument(
         "--teacher-steps",
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(default.teacher_steps),
         metavar="N",
-        help=f"Euler steps; the most are the reference; default: {' '.join(map(str, default.teacher_steps))}",
+        help=f"Euler steps; the largest is the reference; default: {' '.join(map(str, default.teacher_steps))}",
     )
     parser.add_argument("--json", action="store_true", help="print eval.json instead of the table")
 

@@ -1,4 +1,7 @@
-"""Evaluate a student: its directory and the teacher's -> `Report`, and a directory with tables and figures."""
+"""Run an evaluation: a student's and the teacher's directory -> a report, written with tables and figures.
+
+`arcflow eval` calls this.
+"""
 
 from __future__ import annotations
 
@@ -44,21 +47,21 @@ def evaluate(
     options: Options | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Draw the prompts with the teacher and the students, score the images and write `out`.
+    """Generate the prompts with the teacher and the students, score the images, and write `out`.
 
     Args:
-        target: a bundle or an adapter directory.
-        base: the teacher, a FLUX pipeline directory in diffusers format for 64x64 images.
-        out: gets `eval.json`, `table.md`, `contact_sheet.png` and `paths.png`, all or none.
-        students: adapter directories to compare with, by name.
-        judge: its directory; None takes `judge` beside `base`, or trains one.
-        options: how much to draw; None is the defaults.
-        progress: called as the work goes on.
+        target: directory of the student to evaluate, a bundle or an adapter.
+        base: the teacher, a FLUX pipeline in diffusers format for 64x64 images.
+        out: directory to write `eval.json`, `table.md`, `contact_sheet.png` and `paths.png` to, atomically.
+        students: directories of further adapters to compare, by name.
+        judge: directory of the judge; None uses `judge` beside `base`, or trains one.
+        options: number of prompts and teacher's steps; None means the defaults.
+        progress: receives each stage's name, the work done and its total.
 
     Raises:
-        DistillError: `out` exists and is no evaluation, or its parent does not exist.
-        RequestError: a name of `students` is reserved.
-        ArcFlowError: a directory is missing, damaged or does not fit.
+        DistillError: `out` exists and is not an evaluation, or its parent does not exist.
+        RequestError: a name in `students` is reserved.
+        ArcFlowError: a directory is missing or damaged, or does not fit the teacher.
     """
     options, students = options or Options(), students or {}
     check_out(out)
@@ -102,20 +105,20 @@ def evaluate(
 
 
 def check_out(out: Path) -> None:
-    """Check that `out` can be written, before any work is done for it.
+    """Check that an evaluation can be written to `out`; called before any long work.
 
     Raises:
-        DistillError: it exists and is no evaluation, or its parent does not exist.
+        DistillError: `out` exists and is not an evaluation, or its parent does not exist.
     """
     out = out.absolute()
     if not out.parent.is_dir():
         raise DistillError(f"--out: {out.parent} is not a directory; create it first")
     if out.is_symlink() or (out.exists() and not (out / _JSON).is_file()):
-        raise DistillError(f"--out: {out} exists and is no evaluation; it will not be overwritten")
+        raise DistillError(f"--out: {out} exists and is not an evaluation; it will not be overwritten")
 
 
 def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> dict[str, Generated]:
-    """What every sampler draws of all prompts."""
+    """Generate all prompts with every sampler."""
     drawn = {}
     for name, sampler in samplers.items():
         progress(name, 0, len(cases))
@@ -124,7 +127,7 @@ def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> 
 
 
 def _judge(judge: Path | None, base: Path, seed: int, progress: Progress) -> tuple[Judge, str]:
-    """The judge, and where it is from: given, shipped beside the base, or trained."""
+    """The judge, and its origin: "given", "shipped" (beside the base), or "trained"."""
     if judge is not None:
         return Judge.load(judge), "given"
     shipped = base.absolute().parent / "judge"
@@ -154,7 +157,7 @@ def _settings(
 
 
 def _sections(cases: Cases, columns: Mapping[str, np.ndarray]) -> list[Section]:
-    """The first prompts of each group: they are random draws already."""
+    """The rows of the contact sheet: the first prompts of each group (prompts are in random order)."""
     titles = ("pairs of shape and colour seen in training", "pairs never seen in training")
     sections = []
     for group, title in zip(GROUPS, titles, strict=True):

@@ -1,4 +1,4 @@
-"""The contact sheet: images by sampler and caption -> one image, a row per caption and a column per sampler."""
+"""Make the contact sheet of an evaluation: one image with a row per caption and a column per sampler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Section:
 
 
 def contact_sheet(sections: Sequence[Section]) -> Image.Image:
-    """Lay out the sections below each other; all have the same columns, whose names may hold a line break."""
+    """Lay out the sections below each other. All have the same columns; a column's name may contain a line break."""
     names = list(sections[0].columns)
     side = SCALE * sections[0].columns[names[0]].shape[1]
     sheet = Image.new("RGB", sheet_size(sections, side), _PAPER)
@@ -50,7 +50,7 @@ def contact_sheet(sections: Sequence[Section]) -> Image.Image:
 
 
 def sheet_size(sections: Sequence[Section], side: int) -> tuple[int, int]:
-    """Width and height of the sheet, images `side` pixels wide after enlarging."""
+    """Width and height of the sheet in pixels, for images that are `side` pixels wide after enlarging."""
     columns, rows = len(sections[0].columns), sum(len(s.captions) for s in sections)
     width = 2 * MARGIN + CAPTION + columns * (side + GAP) - GAP
     return width, 2 * MARGIN + HEADING + len(sections) * TITLE + rows * (side + GAP) - GAP

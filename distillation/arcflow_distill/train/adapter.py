@@ -1,4 +1,4 @@
-"""Trained tensors -> an adapter in the released format: config.json and one safetensors file."""
+"""Write trained tensors as an adapter in the released format: config.json and one safetensors file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arcflow_distill.train.folders import ADAPTER_FILES
 from arcflow_export.checkpoint.adapter import CLASSES, SUB_PIXELS
 from arcflow_runtime.disk.files import whole_directory
 
-#: The base's settings that an adapter repeats: what the reference's student classes take, and no more.
+#: The base's settings that an adapter's config repeats: exactly those that the reference's student classes accept.
 _SIZES = {
     "flux": (
         "in_channels",
@@ -47,20 +47,20 @@ def write_adapter(
     dtype: torch.dtype,
     record: dict[str, Any],
 ) -> Path:
-    """Write an adapter directory, which appears whole or not at all and replaces an older one.
+    """Write an adapter directory atomically; it replaces an older one.
 
     Args:
         out: the directory.
-        tensors: by released name.
+        tensors: the trained tensors by their names in the released format.
         base_config: the base transformer's settings.
         family: the base's family.
-        modes: K.
-        dtype: to store the tensors in.
-        record: how the adapter came about, written beside it as training.json.
+        modes: K, the number of modes.
+        dtype: dtype in which the tensors are stored.
+        record: the settings and history of the training, written to training.json.
     """
     config: dict[str, Any] = {"_class_name": {f: name for name, (f, _) in CLASSES.items()}[family]}
     config |= {key: base_config[key] for key in _SIZES[family]}
-    # Qwen-Image's own out_channels counts latent channels, the adapter's counts those of a packed token.
+    # Qwen-Image's own out_channels counts latent channels; the adapter's counts the channels of a packed token.
     config |= {"out_channels": None if family == "flux" else config["in_channels"]}
     config |= {"num_gaussians": modes, "logweights_channels": SUB_PIXELS}
     with whole_directory(out) as folder:
