@@ -1,9 +1,10 @@
-"""What the arcs buy: students of 16 modes against students of one (constant velocity), same teacher and iterations.
+"""Show the gain of curved paths: students with 16 modes against students with one mode (constant velocity).
 
     python benchmarks/arcs_vs_linear.py --work out/arcs --json benchmarks/results/arcs_vs_linear.json
 
-Per seed one student of each kind is distilled, both at once with half of the cores each; a pair whose directories exist
-in --work is used as it is. All draw the same prompts from the same noise as the teacher.
+Teacher and iterations are the same. For each seed, one student of each kind is distilled, both at once with half of the
+cores each. Students that already exist in --work are reused. All generate the same prompts from the same noise as the
+teacher.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ QUANTITIES = ("named", "right", "latent_error", "frechet")
 
 
 def distil(model: Path, work: Path, seed: int, iterations: int) -> None:
-    """Train the students of one seed that `work` lacks; the teacher's share of the walk is 0 after a quarter."""
+    """Train the missing students of one seed; the teacher's share is 0 after a quarter of the training."""
     running = []
     for kind, modes in KINDS.items():
         out = work / f"{kind}-{seed}"
@@ -62,7 +63,7 @@ def distil(model: Path, work: Path, seed: int, iterations: int) -> None:
 
 
 def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, real: np.ndarray) -> dict[str, Any]:
-    """Shares, latent error and Frechet distance: of all prompts, by group, and by how many attributes are open."""
+    """Shares, latent error and Frechet distance: for all prompts, by group, and by number of unnamed attributes."""
     reading = judge.read(to_tensor(drawn.images))
     named, right = reading.named(cases.words).numpy(), reading.right(cases.words).numpy()
     error = np.square(drawn.latents - reference.latents, dtype=np.float64).mean((1, 2)) / reference.latents.var()
@@ -85,19 +86,19 @@ def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, re
 
 
 def summary(results: dict[str, dict[str, Any]], kind: str, subset: str, quantity: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds."""
+    """The mean and standard deviation of a quantity over the seeds."""
     values = [rows[subset][quantity] for name, rows in results.items() if name.startswith(f"{kind}-")]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Distil, draw, score, print and write JSON."""
+    """Distil, generate, score, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/shapes"), help="directory of teacher and judge")
     parser.add_argument("--work", type=Path, required=True, help="students are written here")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--iterations", type=int, default=5000, help="of each student; default: %(default)s")
-    parser.add_argument("--count", type=int, default=1024, help="prompts; default: %(default)s")
+    parser.add_argument("--iterations", type=int, default=5000, help="for each student; default: %(default)s")
+    parser.add_argument("--count", type=int, default=1024, help="number of prompts; default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args(argv)
     quiet_libraries()
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             samplers[f"{kind}-{seed}"] = AdapterSampler(args.model / "teacher", args.work / f"{kind}-{seed}")
     reference = generate_all(EulerSampler(teacher, REFERENCE_STEPS), cases.captions, cases.seeds)
     results = {"teacher-50": score(cases, reference, reference, judge, real)}
-    for name, sampler in tqdm(samplers.items(), "drawing"):
+    for name, sampler in tqdm(samplers.items(), "generating"):
         drawn = generate_all(sampler, cases.captions, cases.seeds)
         results[name] = score(cases, drawn, reference, judge, real)
     machine = describe()

@@ -1,7 +1,7 @@
-"""The same student through this runtime and through PyTorch, in one run: a checkpoint -> milliseconds per image.
+"""Compare this runtime with PyTorch on the same student, in one run: milliseconds per image on a CPU.
 
-PyTorch runs it the reference's way: diffusers' transformer, LoRA unmerged through peft, the update in torch. Runs
-alternate between the two, so that a change in the machine's load meets both. Text embeddings are not cached.
+PyTorch runs as the reference does: diffusers' transformer, unmerged LoRA with peft, and the update in torch. Runs
+alternate between the two, so that a change in the machine's load affects both. Text embeddings are not cached.
 
     python benchmarks/cpu_vs_torch.py --json benchmarks/results/cpu_vs_torch.json
 """
@@ -96,7 +96,7 @@ def make_medium(folder: Path) -> None:
 
 
 def measure(workload: Workload, student: Student, bundle: Path) -> dict[str, Any]:
-    """Time both, alternating, and compare what they draw."""
+    """Time both, alternating, and compare their images."""
     px, length = workload.size_px, workload.max_sequence_length
     reference = TorchStudent(student)
     pipe = Pipeline.load(bundle)
@@ -111,9 +111,9 @@ def measure(workload: Workload, student: Student, bundle: Path) -> dict[str, Any
     difference = float(np.abs(ours() - theirs()).max())
     times: dict[str, list[float]] = {"arcflow": [], "torch": []}
     for _ in tqdm(range(workload.runs), desc=workload.name, disable=None):
-        for name, draw in (("arcflow", ours), ("torch", theirs)):
+        for name, generate in (("arcflow", ours), ("torch", theirs)):
             started = time.perf_counter()
-            draw()
+            generate()
             times[name].append((time.perf_counter() - started) * 1e3)
     rows = {name: _spread(ms) for name, ms in times.items()}
     pipe.clear_cache()

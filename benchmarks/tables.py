@@ -1,4 +1,4 @@
-"""Results -> the tables of the pages that show them, between the markers there: `python benchmarks/tables.py`."""
+"""Write the tables of the benchmark pages, between their markers, from the JSON results; run it without arguments."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def quantize_table() -> str:
 
 
 def rehearsal_table() -> str:
-    """Every stage of a full-size student beside what was planned for it."""
+    """Every stage of a full-size student, beside its estimate."""
     r = _read("rehearsal_flux")
     rows = [
         "| stage | what | planned | took | CPU | planned | peak resident | read from disk |",
@@ -103,7 +103,7 @@ def cpu_table() -> str:
 
 
 def host_table() -> str:
-    """What an image costs outside the engines, one row per runtime."""
+    """The time of an image outside the engines, one row per runtime."""
     data = _read("host_time")
     names = {"python": "Python, ONNX Runtime", "cpp": "C++, OpenVINO"}
     shares = list(data["results"][0]["shares_ms"])
@@ -119,7 +119,7 @@ def host_table() -> str:
 
 
 def arcs_table() -> str:
-    """Students of many modes beside students of one: mean and standard deviation over the seeds."""
+    """Students with many modes beside students with one mode: mean and standard deviation over the seeds."""
     data = _read("arcs_vs_linear")
     results = data["results"]
     subsets = [name for name in results["teacher-50"] if name != "all"]
@@ -152,7 +152,7 @@ def recipe_table() -> str:
 
 
 def eval_table() -> str:
-    """The shapes model's evaluation, a level deeper than in its own file."""
+    """The shapes model's evaluation, with headings one level deeper than in its own file."""
     return (SHAPES / "eval" / "table.md").read_text().strip().replace("## ", "### ")
 
 
