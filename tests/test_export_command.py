@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from arcflow_export.commands.bars import Bars
+from arcflow_export.progress import ByteBars
 from arcflow_runtime import cli
 from tests.checkpoints import make_style
 from tests.conftest import GOLDEN
@@ -160,7 +160,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal_and_silence_in_a_log(monkeypatch):
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with Bars() as bars:
+        with ByteBars() as bars:
             bars.stage("backbone: tracing", 0)
             bars.stage("backbone: weights", 2_000_000)
             bars.advance(2_000_000)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.drift.cases import LIMIT, LIMIT_WITH_JUDGE
 from arcflow_export.errors import ExportError
+from arcflow_export.progress import stage_bars
 from arcflow_runtime.backends import BACKENDS
 from arcflow_runtime.disk.outputs import check_file
 from arcflow_runtime.errors import RequestError
@@ -93,8 +94,6 @@ def run_drift(args: argparse.Namespace) -> int:
         raise RequestError(f"the default sizes of the bundles differ, {sizes}; give --height and --width")
     name = args.prompts or (_SHAPES if args.judge else _GENERAL)
     limit = args.limit if args.limit is not None else (LIMIT_WITH_JUDGE if args.judge else LIMIT)
-    from tqdm import tqdm
-
     from arcflow_export.commands.sources import quiet_libraries
     from arcflow_export.costs.costs import gate_cost
     from arcflow_export.drift.compare import Plan, compare
@@ -103,16 +102,6 @@ def run_drift(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     cases = read_cases(name, limit, args.seed)
-    bars: dict[str, tqdm] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=stage, disable=None)
-        bar = bars[stage]
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
     parts, gate = gate_work(candidate, reference, scenes[0], len(cases), args.backend is None)
     folder = Path.cwd() if args.report is None else args.report.absolute().parent
     announce(lambda machine: gate_cost(parts, gate, machine), folder, args.anyway)
@@ -120,7 +109,7 @@ def run_drift(args: argparse.Namespace) -> int:
     engines = None if args.backend is None else Engines(candidate, args.backend, scenes[0])
     with nullcontext() if engines is None else closing(engines):
         plan = dataclasses.replace(plan, engines=engines)
-        report, images = compare(candidate, reference, cases, scenes[0], plan, progress)
+        report, images = compare(candidate, reference, cases, scenes[0], plan, stage_bars())
     _keep(args, report, images)
     return 0 if report.passed else 1
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcflow_export.commands.announce import add_anyway, announce
-from arcflow_export.commands.bars import Bars
 from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
 from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
+from arcflow_export.progress import ByteBars
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"dry run: {plan.bytes:,} bytes of weights would be written to {args.out}")
         return 0
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
-    with Bars() as bars:
+    with ByteBars() as bars:
         out = export_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
     from arcflow_export.export.runs_on import runs_on
     from arcflow_runtime.disk.bundle import Bundle

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_export.commands.announce import add_anyway, announce
-from arcflow_export.commands.bars import Bars
 from arcflow_export.errors import QuantizeError
+from arcflow_export.progress import ByteBars
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     size = (request.height_px, request.width_px)
     rows = [cover_part(m, p.name, p.linears, p.chosen, *size) for p in plan.parts]
-    with Bars() as bars:
+    with ByteBars() as bars:
         out = quantize_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
     quantized = Bundle.open(out)
     if args.json:

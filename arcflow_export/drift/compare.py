@@ -18,7 +18,7 @@ import numpy as np
 from arcflow_export.drift import gate
 from arcflow_export.drift.cases import Case, Scene
 from arcflow_export.drift.comparable import check_comparable
-from arcflow_export.drift.compare_cases import CaseErrors, EndToEnd, Progress, compare_cases
+from arcflow_export.drift.compare_cases import CaseErrors, EndToEnd, compare_cases
 from arcflow_export.drift.graphs import quantized_layers
 from arcflow_export.drift.judged import Judged, check_judge, judge_images
 from arcflow_export.drift.layers import LayerDrift, drift_of_layers
@@ -31,6 +31,7 @@ from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.errors import ExportError
 from arcflow_export.formats.thresholds import Thresholds
 from arcflow_export.images.statistics import Interval
+from arcflow_export.progress import StageProgress
 from arcflow_runtime.disk.bundle import Bundle
 
 #: Memory for the data of the cases that are compared together: heads, text states, and values between pieces.
@@ -70,7 +71,7 @@ def compare(
     cases: Sequence[Case],
     scene: Scene,
     plan: Plan,
-    progress: Progress = lambda stage, done, total: None,
+    progress: StageProgress = lambda stage, done, total: None,
 ) -> tuple[Report, ShownImages]:
     """Measure the drift of `candidate` from `reference` and compare it with the thresholds.
 
@@ -158,7 +159,7 @@ def _case_bytes(reference: Bundle, scene: Scene) -> int:
     return 4 * ((scene.num_inference_steps + 2) * heads + 2 * text) + 2 * passed + images
 
 
-def _named(progress: Progress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:
+def _named(progress: StageProgress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:
     """Report progress of a stage; if the cases are compared in several groups, name the group's prompts."""
     some = "" if count == total else f", prompts {start + 1} to {start + count} of {total}"
     progress(f"{stage}{some}", done, end)
@@ -187,7 +188,7 @@ def _sensitivity(
     scene: Scene,
     layers: Sequence[LayerDrift],
     plan: Plan,
-    progress: Progress,
+    progress: StageProgress,
 ) -> Sensitivity | None:
     """Measure the sensitivity on at most `PROMPTS` of the cases, spread evenly."""
     if plan.sensitivity == "none" or not any(d.part == "backbone" for d in layers):

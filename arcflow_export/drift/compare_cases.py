@@ -19,10 +19,9 @@ from arcflow_export.drift.layers import LayerErrors, measure_layers
 from arcflow_export.drift.measures import gmsd, psnr_db, relative_error
 from arcflow_export.drift.stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict
 from arcflow_export.errors import ExportError
+from arcflow_export.progress import StageProgress
 from arcflow_runtime.disk.bundle import Bundle
 
-#: Called as the stage named goes on, with how much of it is done and its total.
-Progress = Callable[[str, int, int], None]
 _RELATIVE, _DB, _PLAIN = "relative RMS error", "dB", "0 is equal"
 
 
@@ -63,7 +62,7 @@ def compare_cases(
     scene: Scene,
     quantized: Sequence[str],
     engines: EndToEnd | None,
-    progress: Progress,
+    progress: StageProgress,
 ) -> CaseErrors:
     """Measure a group of cases. A part whose files are equal in both bundles runs once.
 
@@ -147,7 +146,12 @@ def _modulation(
 
 
 def _backbone(
-    stages: Stages, given: list[Batch], own: list[Batch], reference: Trajectory, end_to_end: bool, progress: Progress
+    stages: Stages,
+    given: list[Batch],
+    own: list[Batch],
+    reference: Trajectory,
+    end_to_end: bool,
+    progress: StageProgress,
 ) -> tuple[list[np.ndarray], dict[Quantity, np.ndarray]]:
     """Run the candidate's backbone on the reference's inputs and, with `end_to_end`, also on its own latents.
 
@@ -206,7 +210,7 @@ def _one_by_one(
     )
 
 
-def _counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
+def _counter(progress: StageProgress, stage: str, total: int) -> Callable[[], None]:
     """A function that reports one more unit of `total` each time that it is called."""
     steps: Iterator[int] = iter(range(1, total + 1))
     progress(stage, 0, total)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import onnx_ir as ir
 import torch
@@ -24,6 +23,7 @@ from arcflow_export.graph.trace import MAX_BATCH, trace
 from arcflow_export.models.layers import Parameter, Part, parameters
 from arcflow_export.models.text import CLIP_TOKENS
 from arcflow_export.options import Options
+from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
 from arcflow_runtime.disk import manifest as b
@@ -81,26 +81,6 @@ class Plan:
         return sum(p.bytes for p in self.parts)
 
 
-class Progress(Protocol):
-    """What an export reports to."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """A stage begins; `total_bytes` is 0 where it does not move bytes."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Bytes were written."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """Ignored."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Ignored."""
-
-
 def plan_export(student: Student, options: Options) -> Plan:
     """Plan every part and check every tensor's name and shape; reads only headers.
 
@@ -128,7 +108,7 @@ def plan_export(student: Student, options: Options) -> Plan:
 
 
 def export_bundle(
-    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
 ) -> Path:
     """Write the bundle of `plan` to `out` atomically; `plan` cannot be used again.
 
@@ -161,7 +141,7 @@ def export_bundle(
     return out
 
 
-def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress) -> b.ModulationTable | None:
+def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress) -> b.ModulationTable | None:
     if plan.baked is None:
         return None
     from safetensors.torch import save
@@ -181,7 +161,7 @@ def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Pro
 
 
 def _export_part(
-    planned: PlannedPart, plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    planned: PlannedPart, plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> b.Part:
     part = planned.part
     progress.stage(f"{part.name}: tracing", 0)
@@ -199,7 +179,7 @@ def _export_part(
 
 
 def _export_tokenizers(
-    student: Student, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    student: Student, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> tuple[dict[str, str], dict[str, int | None]]:
     progress.stage("tokenizers", 0)
     names, pads = {}, {}

@@ -18,12 +18,12 @@ import torch
 
 from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
-from arcflow_export.export.export import Progress, Silent
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, write_weights
 from arcflow_export.formats.policy import Policy, select
 from arcflow_export.formats.scales import Scales
 from arcflow_export.models.layers import Parameter
+from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.quantize.fp8 import E4M3, make_scale
 from arcflow_export.quantize.graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
@@ -108,7 +108,7 @@ def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
 
 
 def quantize_bundle(
-    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
 ) -> Path:
     """Write the quantised bundle to `out` atomically; `plan` cannot be used again.
 
@@ -164,7 +164,7 @@ def _check_calibrated(scales: Scales, part: str, layers: tuple[str, ...]) -> Non
 
 
 def _quantize_part(
-    plan: Plan, planned: PlannedPart, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    plan: Plan, planned: PlannedPart, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> b.Part:
     spec = plan.bundle.manifest.parts[planned.name]
     source = plan.bundle.path(spec.weights)
@@ -211,7 +211,7 @@ def _parameters(index: TensorIndex, weights: QuantizedWeights, chosen: tuple[str
     return params + [Parameter(key, tuple(scale.shape), scale.dtype, key=key) for key, scale in weights.scales.items()]
 
 
-def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progress: Progress) -> None:
+def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progress: ByteProgress) -> None:
     """Copy the bundle's files that were not rewritten."""
     left = [name for name in files if not (folder / name).exists()]
     progress.stage("unchanged files", sum(files[name].bytes for name in left))

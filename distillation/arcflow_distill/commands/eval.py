@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from arcflow_distill.evaluate.options import Options
+from arcflow_export.progress import stage_bars
 from arcflow_runtime.errors import RequestError
 
 
@@ -51,24 +52,12 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print the table."""
     options = Options(args.count, args.seed, tuple(args.teacher_steps))
     students = _students(args.student)
-    from tqdm import tqdm
-
     from arcflow_export.commands.sources import quiet_libraries
 
     quiet_libraries()
     from arcflow_distill.evaluate.run import evaluate
 
-    bars: dict[str, tqdm] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=stage, disable=None)
-        bar = bars[stage]
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    report = evaluate(args.target, args.base, args.out, students, args.judge, options, progress)
+    report = evaluate(args.target, args.base, args.out, students, args.judge, options, stage_bars())
     print(json.dumps(report.as_json(), indent=2) if args.json else report.table(), end="\n" if args.json else "")
     return 0
 

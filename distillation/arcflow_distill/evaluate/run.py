@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from arcflow_distill.evaluate.students import AdapterSampler, StudentSampler, op
 from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_images
 from arcflow_export.images.judge import STEPS, Judge, judge_rates, train_judge
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
+from arcflow_export.progress import StageProgress
 from arcflow_export.student.reference import SHIFT
 from arcflow_runtime.disk.files import whole_directory
 from arcflow_runtime.errors import RequestError
@@ -32,8 +33,6 @@ from arcflow_runtime.errors import RequestError
 #: Rows of the contact sheet, half from each group.
 SHEET_ROWS = 10
 TARGET = "arcflow"
-#: Called as the stage named goes on, with how much of it is done and its total.
-Progress = Callable[[str, int, int], None]
 _JSON = "eval.json"
 _PACKAGES = ("arcflow", "torch", "diffusers", "transformers", "numpy", "onnxruntime")
 
@@ -45,7 +44,7 @@ def evaluate(
     students: Mapping[str, Path] | None = None,
     judge: Path | None = None,
     options: Options | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: StageProgress = lambda stage, done, total: None,
 ) -> Report:
     """Generate the prompts with the teacher and the students, score the images, and write `out`.
 
@@ -117,7 +116,7 @@ def check_out(out: Path) -> None:
         raise DistillError(f"--out: {out} exists and is not an evaluation; it will not be overwritten")
 
 
-def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> dict[str, Generated]:
+def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: StageProgress) -> dict[str, Generated]:
     """Generate all prompts with every sampler."""
     drawn = {}
     for name, sampler in samplers.items():
@@ -126,7 +125,7 @@ def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> 
     return drawn
 
 
-def _judge(judge: Path | None, base: Path, seed: int, progress: Progress) -> tuple[Judge, str]:
+def _judge(judge: Path | None, base: Path, seed: int, progress: StageProgress) -> tuple[Judge, str]:
     """The judge, and its origin: "given", "shipped" (beside the base), or "trained"."""
     if judge is not None:
         return Judge.load(judge), "given"
