@@ -18,7 +18,7 @@ OPSETS = (20, 23)
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How to export a student.
 
     `opset` 20 decomposes attention and RMS norm; opset 23 has both as operators. `steps` are the step counts whose

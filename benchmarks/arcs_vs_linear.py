@@ -23,7 +23,7 @@ from machine import describe
 from tqdm import tqdm
 
 from arcflow_distill.evaluate.options import STUDENT_STEPS
-from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, Teacher, generate_all
+from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, TeacherPipeline, generate_all
 from arcflow_distill.evaluate.students import AdapterSampler
 from arcflow_distill.shapes.loop import cores, environment
 from arcflow_export.commands.sources import quiet_libraries
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in tqdm(range(args.seeds), "distilling"):
         distil(args.model, args.work, seed, args.iterations)
 
-    judge, teacher = Judge.load(args.model / "judge"), Teacher(args.model / "teacher")
+    judge, teacher = Judge.load(args.model / "judge"), TeacherPipeline(args.model / "teacher")
     cases = draw_cases(args.count, seed=2000)
     real = judge.read(real_images(cases, 2001)).features.numpy()
     samplers: dict[str, Sampler] = {f"euler-{n}": EulerSampler(teacher, n) for n in EULER_STEPS}

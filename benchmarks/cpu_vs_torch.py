@@ -30,7 +30,7 @@ from tqdm import tqdm
 from arcflow_export.checkpoint.sources import Location
 from arcflow_export.commands.sources import quiet_libraries
 from arcflow_export.export.export import export_bundle, plan_export
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.student.load import Student, load_student
 from arcflow_export.student.reference import TorchStudent
 from arcflow_runtime import Pipeline
@@ -156,7 +156,7 @@ def main() -> int:
                 source = root / "medium"
                 make_medium(source)
             student = load_student(Location(str(source / "base")), Location(str(source / "adapter")), [])
-            bundle = export_bundle(plan_export(student, Options()), root / f"{workload.name}.bundle", "benchmark")
+            bundle = export_bundle(plan_export(student, ExportOptions()), root / f"{workload.name}.bundle", "benchmark")
             results.append(measure(workload, student, bundle))
     machine = describe()
     print(f"{machine['cpu']}, {machine['cores']} cores; {machine['versions']}")

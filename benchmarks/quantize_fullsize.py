@@ -29,11 +29,11 @@ from arcflow_export.checkpoint.sources import Location
 from arcflow_export.export.export import export_bundle, plan_export
 from arcflow_export.export.write import attach, initializer_name, write_weights
 from arcflow_export.formats.policy import load_policy, select
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_export.graph.trace import trace
 from arcflow_export.models.flux import build
 from arcflow_export.models.layers import parameters
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.quantize.graph import find_linears
 from arcflow_export.student.load import load_student
 from arcflow_runtime.disk import manifest as b
@@ -71,13 +71,13 @@ class RandomWeights:
 def make_bundle(root: Path, blocks: tuple[int, int]) -> Bundle:
     """Write the bundle; see the module's docstring."""
     student = load_student(Location(str(_GOLDEN / "base")), Location(str(_GOLDEN / "adapter")), [])
-    m = Bundle.open(export_bundle(plan_export(student, Options("bfloat16")), root, "benchmark")).manifest
+    m = Bundle.open(export_bundle(plan_export(student, ExportOptions("bfloat16")), root, "benchmark")).manifest
     (config,) = (c.config for c in components("flux") if c.folder == "transformer")
     config = {**config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
     built = build(config, NUM_GAUSSIANS, LOGWEIGHTS_CHANNELS, "bfloat16", "bfloat16")
     part = next(p for p in built if p.name == "backbone")
     params = [dataclasses.replace(p, transform="none") for p in parameters(part)]
-    model = trace(part, Options().opset)
+    model = trace(part, ExportOptions().opset)
     live = [p for p in params if initializer_name(p) in model.graph.initializers]
     weights, graph = root / "backbone.safetensors", root / "backbone.onnx"
     source = RandomWeights({p.key: p.shape for p in live if p.key is not None})
@@ -96,7 +96,7 @@ def make_scales(bundle: Bundle) -> Scales:
     """Scales with ranges between 1 and 64 for every linear that the preset selects."""
     linears = find_linears(ir.load(bundle.path("backbone.onnx")))
     layers = select(load_policy("flux").parts["backbone"], "backbone", list(linears))
-    ranges = {name: Range((2.0 ** (i % 7),) * 2, 1) for i, name in enumerate(layers)}
+    ranges = {name: ActivationRange((2.0 ** (i % 7),) * 2, 1) for i, name in enumerate(layers)}
     p, prompts = bundle.manifest.provenance, PromptSet("none", "0" * 64, 1)
     size = ((1024, 1024),)
     return Scales(

@@ -27,7 +27,7 @@ from machine import describe as describe_machine
 from arcflow_export.commands.sources import quiet_libraries
 from arcflow_export.costs.machine import Machine, measure
 from arcflow_export.pipeline.forecast import forecast
-from arcflow_export.pipeline.stages import Job
+from arcflow_export.pipeline.stages import CompileJob
 from arcflow_export.pipeline.students import load_student_file
 
 MAX_RESIDENT_BYTES = 20 << 30
@@ -118,7 +118,7 @@ def planned(folder: Path, name: str, machine: Machine) -> dict[str, Any]:
     """The estimate of `arcflow plan` for a stage on a machine with these speeds."""
     student = folder / "student.toml"
     student.write_text(_STUDENT, encoding="utf-8")
-    job = Job(load_student_file(str(student)), folder, "fp8", "tensorrt-rtx", "sm89")
+    job = CompileJob(load_student_file(str(student)), folder, "fp8", "tensorrt-rtx", "sm89")
     return dataclasses.asdict(next(cost for cost in forecast(job, machine) if cost.stage == name))
 
 

@@ -28,7 +28,7 @@ pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
 
 from arcflow_calibration import calibrate as module
 from arcflow_calibration.calibrate import calibrate
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import BINS, make_calibrator
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
@@ -39,8 +39,8 @@ PROMPTS = Prompts("test", TEXTS)
 #: Two sizes, taken in turn.
 SIZES = ((64, 48), (32, 64))
 SETTINGS = {
-    "flux-tiny": Settings(parts=("backbone", "text_encoder_2"), sizes=SIZES, max_sequence_length=24, seed=5),
-    "qwen-tiny": Settings(parts=("backbone", "text_encoder"), sizes=SIZES, max_sequence_length=24, seed=5),
+    "flux-tiny": CalibrationSettings(parts=("backbone", "text_encoder_2"), sizes=SIZES, max_sequence_length=24, seed=5),
+    "qwen-tiny": CalibrationSettings(parts=("backbone", "text_encoder"), sizes=SIZES, max_sequence_length=24, seed=5),
 }
 
 
@@ -210,7 +210,7 @@ def stop_after(monkeypatch, count):
         if len(calls) > count:
             raise Stop
 
-    monkeypatch.setattr(module, "draw", draw)
+    monkeypatch.setattr(module, "generate_batch", draw)
     return calls
 
 
@@ -346,7 +346,7 @@ def test_ctrl_c_says_what_was_kept(stopped, tmp_path, capsys, monkeypatch):
     stop_after(monkeypatch, 1)
     with pytest.raises(Stop):
         command(tmp_path)
-    monkeypatch.setattr(module, "draw", interrupted)
+    monkeypatch.setattr(module, "generate_batch", interrupted)
     assert command(tmp_path) == 130
     state = tmp_path / "scales.json.state.safetensors"
     assert f"kept {state}; run the same command again to continue\n" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from fake_bundle import make_bundle
 from arcflow_calibration.summary import as_dict, summarise, table
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import PRESETS, read_prompts
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Source, seal
 
@@ -23,10 +23,13 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 def make(**changes) -> Scales:
     parts = {
-        "backbone": {LAYER: Range((1.5, 0.1 + 0.2), 128, (7.0, 0.0)), "single_transformer_blocks.0.proj_out": None},
-        "text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q": Range((3.0,), 64)},
+        "backbone": {
+            LAYER: ActivationRange((1.5, 0.1 + 0.2), 128, (7.0, 0.0)),
+            "single_transformer_blocks.0.proj_out": None,
+        },
+        "text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q": ActivationRange((3.0,), 64)},
     }
-    parts["backbone"]["single_transformer_blocks.0.proj_out"] = Range((2.0, 5.0), 128, (65505.0, 1.0))
+    parts["backbone"]["single_transformer_blocks.0.proj_out"] = ActivationRange((2.0, 5.0), 128, (65505.0, 1.0))
     values = {
         "base": Source("base", None, "a" * 64),
         "adapter": Source("owner/adapter", "1234", "b" * 64),
@@ -147,7 +150,7 @@ def test_damaged_files(path, tmp_path):
 
 
 def test_bad_values_are_not_written(tmp_path):
-    bad = make(parts={"backbone": {LAYER: Range((1.0, float("nan")), 1)}})
+    bad = make(parts={"backbone": {LAYER: ActivationRange((1.0, float("nan")), 1)}})
     with pytest.raises(CalibrationError, match="positive and finite"):
         bad.save(tmp_path / "scales.json")
     assert not list(tmp_path.iterdir())

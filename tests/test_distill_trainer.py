@@ -25,7 +25,7 @@ from arcflow_distill.train.trainer import Distillation, distill, learning_rate, 
 from arcflow_export.checkpoint.sources import Location
 from arcflow_export.student.load import load_student
 from arcflow_export.student.reference import TorchStudent
-from arcflow_export.verify.verify import Case, verify_bundle
+from arcflow_export.verify.verify import VerifyCase, verify_bundle
 from arcflow_runtime import cli
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.files import whole_directory
@@ -133,7 +133,7 @@ def test_it_exports(made, tmp_path):
     base, adapter, _ = made
     student = open_student(base, adapter)
     bundle = Bundle.open(export(student, tmp_path / "bundle", opset=20))
-    rows = verify_bundle(bundle, student, [Case(PROMPT, 32, 48, 2)])
+    rows = verify_bundle(bundle, student, [VerifyCase(PROMPT, 32, 48, 2)])
     assert all(row.passed for row in rows)
 
 

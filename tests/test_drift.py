@@ -17,14 +17,14 @@ from PIL import Image
 
 from arcflow_export.drift import gate, sensitivity
 from arcflow_export.drift import write_report as drift_folder
-from arcflow_export.drift.cases import Case, read_cases
+from arcflow_export.drift.cases import DriftCase, read_cases
 from arcflow_export.drift.comparable import check_comparable, same_parts
-from arcflow_export.drift.compare import Plan, ShownImages, compare
+from arcflow_export.drift.compare import DriftPlan, ShownImages, compare
 from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import gmsd, mean, psnr_db, relative_error
 from arcflow_export.drift.sensitivity import Effect, Unit
-from arcflow_export.drift.stages import Stages
+from arcflow_export.drift.stages import BundleStages
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.errors import ExportError
@@ -38,7 +38,7 @@ from arcflow_runtime.errors import BundleError, RequestError
 from tests.conftest import GOLDEN, SHAPES, SHAPES_OPTIONS
 from tests.quantized import edit_backbone, local_drift, make_fp8, scene
 
-CASES = (Case("a red circle", 0), Case("portrait of an old sailor, oil painting", 1), Case("nothing", 2))
+CASES = (DriftCase("a red circle", 0), DriftCase("portrait of an old sailor, oil painting", 1), DriftCase("nothing", 2))
 #: Wide open, but for the limits of single layers.
 OPEN = Thresholds()
 SIZE = ("--height", "64", "--width", "64")
@@ -65,8 +65,8 @@ def verify(candidate, reference, *more) -> int:
     return cli.main(["verify", str(candidate), "--against", str(reference), *SIZE, *map(str, more)])
 
 
-def stages_of(bundle: Bundle) -> Stages:
-    return Stages(bundle, CASES, scene(bundle), bundle.manifest.reference_dtype)
+def stages_of(bundle: Bundle) -> BundleStages:
+    return BundleStages(bundle, CASES, scene(bundle), bundle.manifest.reference_dtype)
 
 
 # Measures.
@@ -421,7 +421,7 @@ def test_sensitivity_of_blocks_suggests_a_policy_that_holds(fp8, reference, prom
 def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     """Every part is run twice; and with each run once, the report is the same."""
     bundle = Bundle.open(bundles(family))
-    arguments = bundle, bundle, CASES, scene(bundle, 32, 64), Plan("test", "test", OPEN)
+    arguments = bundle, bundle, CASES, scene(bundle, 32, 64), DriftPlan("test", "test", OPEN)
     once, _ = compare(*arguments)
     monkeypatch.setattr("arcflow_export.drift.compare_cases.same_parts", lambda *_: set())
     report, images = compare(*arguments)
@@ -495,7 +495,7 @@ def test_report(fp8, reference, prompts, tmp_path, capsys):
 
 def test_a_report_that_cannot_be_finished_leaves_nothing(fp8, reference, tmp_path, monkeypatch):
     bundle = Bundle.open(reference)
-    report, images = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), Plan("test", "test", OPEN))
+    report, images = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), DriftPlan("test", "test", OPEN))
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -508,7 +508,7 @@ def test_a_report_that_cannot_be_finished_leaves_nothing(fp8, reference, tmp_pat
 
 def test_numbers_that_json_has_not_are_null(fp8, reference):
     bundle = Bundle.open(reference)
-    report, _ = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), Plan("test", "test", OPEN))
+    report, _ = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), DriftPlan("test", "test", OPEN))
     bad = dataclasses.replace(report.measures[0], interval=mean(np.array([np.nan])))
     data = json.loads(drift_folder.as_json(dataclasses.replace(report, measures=(bad,))))
     assert data["measures"][0]["interval"] == {"value": None, "low": None, "high": None}
@@ -602,5 +602,5 @@ def test_fp8_in_bfloat16_arithmetic_is_measured_against_float32(command_run, ref
         # As in float32, and a few roundings to 8 bits on top.
         assert 0.005 < d.error < 0.055 and d.badness(OPEN) < 1, d
         assert max(d.reach) == pytest.approx(1, abs=0.05), "scales are from the same cases in bfloat16"
-    report, _ = compare(candidate, original, CASES[:1], scene(original), Plan("test", "test", OPEN))
+    report, _ = compare(candidate, original, CASES[:1], scene(original), DriftPlan("test", "test", OPEN))
     assert report.passed and len(report.layers) == len(layers)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from arcflow_distill.evaluate import paths, run
-from arcflow_distill.evaluate.options import Options
-from arcflow_distill.evaluate.samplers import EulerSampler, Teacher, generate_all
+from arcflow_distill.evaluate.options import EvaluationOptions
+from arcflow_distill.evaluate.samplers import EulerSampler, TeacherPipeline, generate_all
 from arcflow_distill.evaluate.sheet import CAPTION, GAP, HEADING, MARGIN, TITLE, Section, contact_sheet
 from arcflow_distill.evaluate.students import AdapterSampler, BundleSampler, Call
 from arcflow_export.errors import SourceError
@@ -37,8 +37,8 @@ CAPTIONS, SEEDS = ("a red circle", "a blue square on the left", "a shape"), (5, 
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    return Teacher(FLUX / "base")
+def teacher() -> TeacherPipeline:
+    return TeacherPipeline(FLUX / "base")
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +233,10 @@ def test_an_earlier_evaluation_stays_until_the_new_one_is_whole(tmp_path, judge_
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "Teacher", lambda _: teacher)
+    monkeypatch.setattr(run, "TeacherPipeline", lambda _: teacher)
     monkeypatch.setattr(run, "contact_sheet", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.evaluate(FLUX / "adapter", FLUX / "base", out, judge=judge_dir, options=Options(4, 0, (2,)))
+        run.evaluate(FLUX / "adapter", FLUX / "base", out, judge=judge_dir, options=EvaluationOptions(4, 0, (2,)))
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert (out / "eval.json").read_text() == "{}" and len(list(out.iterdir())) == 1
 
@@ -253,18 +253,18 @@ def test_bad_bases_are_named(tmp_path):
     with pytest.raises(
         SourceError, match=r"base: .*nowhere is not a directory; give the teacher's directory in diffusers format"
     ):
-        Teacher(tmp_path / "nowhere")
+        TeacherPipeline(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="_class_name must be 'FluxPipeline', got 'QwenImagePipeline'"):
-        Teacher(GOLDEN / "qwen-tiny" / "base")
+        TeacherPipeline(GOLDEN / "qwen-tiny" / "base")
     shutil.copytree(FLUX / "base", tmp_path / "base")
     vae = tmp_path / "base" / "vae" / "config.json"
     vae.write_text(json.dumps(json.loads(vae.read_text()) | {"block_out_channels": [4, 4], "latent_channels": 4}))
     with pytest.raises(SourceError, match=r"must reduce images 8x to 16 channels, .*; got 2x and 4"):
-        Teacher(tmp_path / "base")
+        TeacherPipeline(tmp_path / "base")
 
 
 def test_bad_targets_and_judges_are_named(tmp_path, judge_dir, monkeypatch, teacher, capsys):
-    monkeypatch.setattr(run, "Teacher", lambda _: teacher)
+    monkeypatch.setattr(run, "TeacherPipeline", lambda _: teacher)
     assert cli.main(arguments(tmp_path, tmp_path / "out", judge_dir)) == cli.FAILED
     assert "must be a bundle (with manifest.json) or an adapter (with config.json)" in capsys.readouterr().err
     assert cli.main(arguments(GOLDEN / "qwen-tiny" / "adapter", tmp_path / "out", judge_dir)) == cli.FAILED
@@ -295,10 +295,10 @@ def test_bad_usage_is_named(more, message, tmp_path, capsys):
 
 
 def test_options_are_sorted_and_checked():
-    assert Options(teacher_steps=(2, 50, 4, 2)).teacher_steps == (50, 4, 2)
-    assert Options(teacher_steps=(2, 50)).reference_steps == 50
+    assert EvaluationOptions(teacher_steps=(2, 50, 4, 2)).teacher_steps == (50, 4, 2)
+    assert EvaluationOptions(teacher_steps=(2, 50)).reference_steps == 50
     with pytest.raises(RequestError, match="teacher steps"):
-        Options(teacher_steps=())
+        EvaluationOptions(teacher_steps=())
 
 
 def test_the_judge_is_given_shipped_or_trained(tmp_path, judge_dir, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from arcflow_export.pipeline.stages import Job
+    from arcflow_export.pipeline.stages import CompileJob
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -53,7 +53,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile."""
     from arcflow_export.pipeline.check import check_job
-    from arcflow_export.pipeline.run import Run
+    from arcflow_export.pipeline.run import CompileRun
 
     job = read_job(args)
     check_job(job)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(text, flush=True)
 
-    task, code = Run(job, say, args.json), 0
+    task, code = CompileRun(job, say, args.json), 0
     if args.dry_run:
         task.plan(job_arguments(args))
     else:
@@ -72,21 +72,21 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def read_job(args: argparse.Namespace) -> Job:
+def read_job(args: argparse.Namespace) -> CompileJob:
     """The job that the options of `add_job_arguments` describe.
 
     Raises:
         RequestError: an option is out of range.
         SourceError: the student file is missing or not valid.
     """
-    from arcflow_export.pipeline.stages import Job
+    from arcflow_export.pipeline.stages import CompileJob
     from arcflow_export.pipeline.students import load_student_file
     from arcflow_runtime.errors import RequestError
 
     if args.limit is not None and args.limit < 1:
         raise RequestError(f"--limit must be at least 1, got {args.limit}")
     student = load_student_file(args.student)
-    return Job(
+    return CompileJob(
         student,
         args.out,
         args.precision or student.precision,

@@ -19,7 +19,7 @@ from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from arcflow_export.drift.compare import ShownImages
-    from arcflow_export.drift.report import Report
+    from arcflow_export.drift.report import DriftReport
 
 _GENERAL, _SHAPES = "general", "shapes"
 
@@ -60,7 +60,7 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_drift(args: argparse.Namespace) -> int:
     """Compare the bundles, print and write the result; returns 1 if a threshold does not hold."""
-    from arcflow_export.drift.cases import Scene, read_cases
+    from arcflow_export.drift.cases import ImageSettings, read_cases
     from arcflow_export.drift.comparable import check_comparable
     from arcflow_export.drift.write_report import check_report
     from arcflow_export.formats.policy import DEFAULT_PRESETS, load_policy
@@ -81,7 +81,7 @@ def run_drift(args: argparse.Namespace) -> int:
             bundle.manifest, "", args.height, args.width, args.steps, None, args.seed, 1, None, "latents"
         )
         scenes.append(
-            Scene(
+            ImageSettings(
                 request.height_px,
                 request.width_px,
                 request.num_inference_steps,
@@ -96,7 +96,7 @@ def run_drift(args: argparse.Namespace) -> int:
     limit = args.limit if args.limit is not None else (LIMIT_WITH_JUDGE if args.judge else LIMIT)
     from arcflow_export.commands.sources import quiet_libraries
     from arcflow_export.costs.costs import gate_cost
-    from arcflow_export.drift.compare import Plan, compare
+    from arcflow_export.drift.compare import DriftPlan, compare
     from arcflow_export.drift.cost import gate_work
     from arcflow_export.drift.engines import Engines
 
@@ -105,7 +105,9 @@ def run_drift(args: argparse.Namespace) -> int:
     parts, gate = gate_work(candidate, reference, scenes[0], len(cases), args.backend is None)
     folder = Path.cwd() if args.report is None else args.report.absolute().parent
     announce(lambda machine: gate_cost(parts, gate, machine), folder, args.anyway)
-    plan = Plan(Path(name).name, policy.name, policy.thresholds, args.judge, args.sensitivity, backend=args.backend)
+    plan = DriftPlan(
+        Path(name).name, policy.name, policy.thresholds, args.judge, args.sensitivity, backend=args.backend
+    )
     engines = None if args.backend is None else Engines(candidate, args.backend, scenes[0])
     with nullcontext() if engines is None else closing(engines):
         plan = dataclasses.replace(plan, engines=engines)
@@ -114,7 +116,7 @@ def run_drift(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def _keep(args: argparse.Namespace, report: Report, images: ShownImages) -> None:
+def _keep(args: argparse.Namespace, report: DriftReport, images: ShownImages) -> None:
     """Write the files and print the result; it is printed even if a file cannot be written."""
     from arcflow_export.drift.write_report import as_json, write_json, write_report
 

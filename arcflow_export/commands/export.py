@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
-from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
+from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, ExportOptions
 from arcflow_export.progress import ByteBars
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
     from arcflow_export.costs.machine import Machine
-    from arcflow_export.export.export import Plan
+    from arcflow_export.export.export import ExportPlan
     from arcflow_export.student.load import Student
     from arcflow_runtime.disk.manifest import DType
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = Options()
+    default = ExportOptions()
     add_source_arguments(parser)
     group = parser.add_argument_group("bundle")
     group.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cost(plan: Plan, machine: Machine) -> Cost:
+def _cost(plan: ExportPlan, machine: Machine) -> Cost:
     from arcflow_export.costs.costs import export_cost
     from arcflow_export.costs.work import PartWork
 
@@ -162,14 +162,14 @@ def _steps(text: str) -> tuple[int, ...]:
     return steps
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace) -> ExportOptions:
     from arcflow_runtime.errors import RequestError
 
     if args.max_px < 16 or args.max_px % 16:
         raise RequestError(f"--max-px must be a positive multiple of 16, got {args.max_px}")
     if args.max_sequence_length < 1:
         raise RequestError(f"--max-sequence-length must be at least 1, got {args.max_sequence_length}")
-    return Options(
+    return ExportOptions(
         args.dtype,
         args.opset,
         args.steps,
@@ -220,7 +220,7 @@ def _precision(texts: list[str]) -> tuple[tuple[str, DType], ...]:
     return tuple(chosen.items())
 
 
-def _with_measured(options: Options, scales: Path, student: Student) -> Options:
+def _with_measured(options: ExportOptions, scales: Path, student: Student) -> ExportOptions:
     """Add the layers to `keep_float32` whose outputs came near float16's limit in calibration."""
     from arcflow_export.student.keep import measured
     from arcflow_runtime.errors import RequestError
@@ -231,7 +231,7 @@ def _with_measured(options: Options, scales: Path, student: Student) -> Options:
     return dataclasses.replace(options, keep_float32=(*options.keep_float32, *layers))
 
 
-def _describe(plan: Plan) -> str:
+def _describe(plan: ExportPlan) -> str:
     student = plan.student
     adapter = student.adapter
     ranks = sorted({pair.a.shape[0] for pair in adapter.loras.values()})
@@ -260,7 +260,7 @@ def _describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _as_dict(plan: Plan) -> dict[str, Any]:
+def _as_dict(plan: ExportPlan) -> dict[str, Any]:
     adapter = plan.student.adapter
     return {
         "family": plan.student.family,

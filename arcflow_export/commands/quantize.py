@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
     from arcflow_export.costs.machine import Machine
     from arcflow_export.quantize.coverage import Coverage
-    from arcflow_export.quantize.quantize import Plan
+    from arcflow_export.quantize.quantize import QuantizationPlan
     from arcflow_runtime.disk.bundle import Bundle
 
 _SHOWN = 8
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cost(plan: Plan, machine: Machine) -> Cost:
+def _cost(plan: QuantizationPlan, machine: Machine) -> Cost:
     from arcflow_export.costs.costs import quantize_cost
     from arcflow_export.costs.work import PartWork
 

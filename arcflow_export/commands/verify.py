@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
     from arcflow_export.costs.machine import Machine
     from arcflow_export.student.load import Student
-    from arcflow_export.verify.verify import Row
+    from arcflow_export.verify.verify import VerifyRow
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.disk.manifest import Range
     from arcflow_runtime.generate.request import Request
@@ -95,7 +95,7 @@ def _run_torch(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from arcflow_export.drift.comparable import check_student
-    from arcflow_export.verify.verify import Case, as_dict, verify_bundle
+    from arcflow_export.verify.verify import VerifyCase, as_dict, verify_bundle
 
     student = open_student(args)
     if student.family != bundle.manifest.family:
@@ -105,7 +105,7 @@ def _run_torch(args: argparse.Namespace) -> int:
         )
     check_student(bundle, student.sources)
     announce(partial(_cost, bundle, student, request, len(prompts)), Path.cwd(), args.anyway)
-    cases = [Case(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
+    cases = [VerifyCase(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
     with tqdm(total=len(cases) + 1, disable=None) as bar:
 
         def progress(stage: str) -> None:
@@ -145,7 +145,7 @@ def _nearest(size_px: int, allowed: Range) -> int:
     return min(max(size_px, allowed.min), allowed.max)
 
 
-def _advice(overflowing: list[Row], layers: tuple[str, ...]) -> str:
+def _advice(overflowing: list[VerifyRow], layers: tuple[str, ...]) -> str:
     parts = list(dict.fromkeys(r.what.partition(":")[0] for r in overflowing))
     first = overflowing[0]
     advice = f"float16 overflows in {', '.join(parts)}, first at {first.node}. "

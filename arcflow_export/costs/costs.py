@@ -212,7 +212,7 @@ def verify_cost(
 
 
 @dataclass(frozen=True)
-class Gate:
+class GateWork:
     """The work of a drift gate: cases, steps, and which files differ between its bundles.
 
     `layers` is the share of the backbone's operations that is in quantised linears. `kept_bytes` is the memory for the
@@ -228,7 +228,7 @@ class Gate:
     end_to_end: bool = True
 
 
-def gate_cost(parts: Mapping[str, PartWork], gate: Gate, machine: Machine) -> Cost:
+def gate_cost(parts: Mapping[str, PartWork], gate: GateWork, machine: Machine) -> Cost:
     """Estimate a drift gate: both bundles run on this CPU in float32, the candidate's backbone twice. Each quantised
     linear runs once more beside the reference's.
     """

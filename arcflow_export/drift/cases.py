@@ -15,7 +15,7 @@ LIMIT, LIMIT_WITH_JUDGE = 32, 1024
 
 
 @dataclass(frozen=True)
-class Case:
+class DriftCase:
     """One prompt, the seed of its noise, and for the judge the attributes that it names."""
 
     prompt: str
@@ -24,7 +24,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ImageSettings:
     """The settings with which every case is generated."""
 
     height_px: int
@@ -34,7 +34,7 @@ class Scene:
     max_sequence_length: int
 
 
-def read_cases(name: str, limit: int, seed: int) -> tuple[Case, ...]:
+def read_cases(name: str, limit: int, seed: int) -> tuple[DriftCase, ...]:
     """Read the first `limit` prompts of a set; case i gets the noise of seed `seed` + i.
 
     Args:
@@ -56,7 +56,7 @@ def read_cases(name: str, limit: int, seed: int) -> tuple[Case, ...]:
 
         drawn = draw_cases(max(limit, 2), seed)
         rows = zip(drawn.captions, drawn.seeds, drawn.words, strict=True)
-        return tuple(Case(caption, s, words) for caption, s, words in rows)[:limit]
+        return tuple(DriftCase(caption, s, words) for caption, s, words in rows)[:limit]
     from arcflow_export.formats.prompts import read_prompts
 
-    return tuple(Case(text, seed + i) for i, text in enumerate(read_prompts(name, limit).texts))
+    return tuple(DriftCase(text, seed + i) for i, text in enumerate(read_prompts(name, limit).texts))

@@ -9,7 +9,7 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import FileEntry, Manifest, Source
 
 #: Base, adapter and LoRAs of a student, as a bundle's provenance records them.
-Sources = tuple[Source, Source, tuple[Source, ...]]
+StudentSources = tuple[Source, Source, tuple[Source, ...]]
 #: Keys of the manifest that must be equal: with them the same request means the same image.
 _KEYS = ("family", "latents", "schedule", "rotary", "text", "guidance")
 
@@ -46,7 +46,7 @@ def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
     return (f"Timesteps, guidance and rotary tables of both bundles are rounded to {c.reference_dtype}.",)
 
 
-def check_student(bundle: Bundle, sources: Sources) -> None:
+def check_student(bundle: Bundle, sources: StudentSources) -> None:
     """Check that a bundle was made from a student's weights.
 
     Args:

@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from arcflow_export.drift import gate
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.drift.comparable import check_comparable
 from arcflow_export.drift.compare_cases import CaseErrors, EndToEnd, compare_cases
 from arcflow_export.drift.graphs import quantized_layers
 from arcflow_export.drift.judged import Judged, check_judge, judge_images
 from arcflow_export.drift.layers import LayerDrift, drift_of_layers
 from arcflow_export.drift.measures import mean
-from arcflow_export.drift.report import GROUPS, Measure, Report, shown_places
+from arcflow_export.drift.report import GROUPS, DriftReport, Measure, shown_places
 from arcflow_export.drift.sensitivity import PROMPTS, Kind, Sensitivity, measure_sensitivity
-from arcflow_export.drift.stages import Stages
+from arcflow_export.drift.stages import BundleStages
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.errors import ExportError
@@ -49,7 +49,7 @@ class ShownImages:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DriftPlan:
     """Names of the prompts and the policy, the policy's limits, and which optional measurements to make.
 
     `engines` generates the candidate's images end to end, and `backend` is the name of the backend that runs them. If
@@ -68,11 +68,11 @@ class Plan:
 def compare(
     candidate: Bundle,
     reference: Bundle,
-    cases: Sequence[Case],
-    scene: Scene,
-    plan: Plan,
+    cases: Sequence[DriftCase],
+    scene: ImageSettings,
+    plan: DriftPlan,
     progress: StageProgress = lambda stage, done, total: None,
-) -> tuple[Report, ShownImages]:
+) -> tuple[DriftReport, ShownImages]:
     """Measure the drift of `candidate` from `reference` and compare it with the thresholds.
 
     Memory: the float32 weights of one part (or one piece of a large part), its activations, and `KEPT_BYTES`.
@@ -121,7 +121,7 @@ def compare(
         found.reference, found.candidate = found.reference[places], found.candidate[places]
     shown = ShownImages(tuple(cases[i].prompt for i in places), found.reference, found.candidate)
     sensitivity = _sensitivity(reference, candidate, cases, scene, layers, plan, progress)
-    report = Report(
+    report = DriftReport(
         settings=_settings(candidate, reference, cases, scene, plan),
         versions={package: version(package) for package in _PACKAGES},
         notes=notes,
@@ -135,13 +135,13 @@ def compare(
     return report, shown
 
 
-def kept_bytes(reference: Bundle, scene: Scene, cases: int) -> int:
+def kept_bytes(reference: Bundle, scene: ImageSettings, cases: int) -> int:
     """About how many bytes are kept for the cases that are compared together."""
     one = _case_bytes(reference, scene)
     return max(min(one * cases, KEPT_BYTES), one)
 
 
-def _case_bytes(reference: Bundle, scene: Scene) -> int:
+def _case_bytes(reference: Bundle, scene: ImageSettings) -> int:
     """About how many bytes are kept for one case: both bundles' heads, text states and images, and the values between
     the pieces of a large backbone, for two runs of it.
     """
@@ -165,7 +165,7 @@ def _named(progress: StageProgress, start: int, count: int, total: int, stage: s
     progress(f"{stage}{some}", done, end)
 
 
-def _wanted(cases: Sequence[Case], plan: Plan) -> list[int]:
+def _wanted(cases: Sequence[DriftCase], plan: DriftPlan) -> list[int]:
     """The indices of the cases whose images are kept: all for the judge, else those on the contact sheet."""
     return list(range(len(cases))) if plan.judge is not None else shown_places(len(cases))
 
@@ -184,17 +184,17 @@ def _joined(a: CaseErrors, b: CaseErrors) -> CaseErrors:
 def _sensitivity(
     reference: Bundle,
     candidate: Bundle,
-    cases: Sequence[Case],
-    scene: Scene,
+    cases: Sequence[DriftCase],
+    scene: ImageSettings,
     layers: Sequence[LayerDrift],
-    plan: Plan,
+    plan: DriftPlan,
     progress: StageProgress,
 ) -> Sensitivity | None:
     """Measure the sensitivity on at most `PROMPTS` of the cases, spread evenly."""
     if plan.sensitivity == "none" or not any(d.part == "backbone" for d in layers):
         return None
     some = list(cases[:: -(-len(cases) // PROMPTS)])
-    stages = Stages(reference, some, scene, candidate.manifest.reference_dtype)
+    stages = BundleStages(reference, some, scene, candidate.manifest.reference_dtype)
     encoded = stages.encode()
     batches = stages.batches(encoded, stages.modulation(encoded.pooled))
     trajectory = stages.generate(batches)
@@ -228,7 +228,7 @@ def _breaches(
 
 
 def _settings(
-    candidate: Bundle, reference: Bundle, cases: Sequence[Case], scene: Scene, plan: Plan
+    candidate: Bundle, reference: Bundle, cases: Sequence[DriftCase], scene: ImageSettings, plan: DriftPlan
 ) -> dict[str, object]:
     return {
         "candidate": candidate.root.absolute().name,

@@ -13,11 +13,20 @@ from typing import Protocol
 
 import numpy as np
 
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.drift.comparable import same_parts
 from arcflow_export.drift.layers import LayerErrors, measure_layers
 from arcflow_export.drift.measures import gmsd, psnr_db, relative_error
-from arcflow_export.drift.stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict
+from arcflow_export.drift.stages import (
+    HEADS,
+    BundleStages,
+    CaseBatch,
+    EncodedCases,
+    Trajectory,
+    advance,
+    backbone_inputs,
+    predict,
+)
 from arcflow_export.errors import ExportError
 from arcflow_export.progress import StageProgress
 from arcflow_runtime.disk.bundle import Bundle
@@ -50,7 +59,7 @@ class CaseErrors:
 class EndToEnd(Protocol):
     """Generates the cases with the candidate's engines instead of its graphs."""
 
-    def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
+    def generate(self, cases: Sequence[DriftCase]) -> tuple[list[np.ndarray], np.ndarray]:
         """Generate the cases: latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         ...
 
@@ -58,8 +67,8 @@ class EndToEnd(Protocol):
 def compare_cases(
     candidate: Bundle,
     reference: Bundle,
-    cases: Sequence[Case],
-    scene: Scene,
+    cases: Sequence[DriftCase],
+    scene: ImageSettings,
     quantized: Sequence[str],
     engines: EndToEnd | None,
     progress: StageProgress,
@@ -75,7 +84,7 @@ def compare_cases(
         engines: generates the candidate's images end to end; None uses its graphs.
         progress: receives each stage's name, the work done and its total.
     """
-    ours, theirs = (Stages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
+    ours, theirs = (BundleStages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
     same = same_parts(candidate, reference)
     values: dict[Quantity, np.ndarray] = {}
 
@@ -121,7 +130,7 @@ def compare_cases(
     return CaseErrors(values, layers, drawn, own_images)
 
 
-def _text(cases: Sequence[Case], got: Text, reference: Text) -> dict[Quantity, np.ndarray]:
+def _text(cases: Sequence[DriftCase], got: EncodedCases, reference: EncodedCases) -> dict[Quantity, np.ndarray]:
     def errors(name: str) -> list[np.ndarray]:
         pairs = [
             (getattr(got.embeddings[c.prompt], name), getattr(reference.embeddings[c.prompt], name)) for c in cases
@@ -136,7 +145,7 @@ def _text(cases: Sequence[Case], got: Text, reference: Text) -> dict[Quantity, n
 
 
 def _modulation(
-    cases: Sequence[Case], text: Text, got: np.ndarray, reference: np.ndarray
+    cases: Sequence[DriftCase], text: EncodedCases, got: np.ndarray, reference: np.ndarray
 ) -> dict[Quantity, np.ndarray]:
     """Errors of the modulation, two arrays [S, U, M], over all steps together."""
     place = {p: i for i, p in enumerate(text.embeddings)}
@@ -146,9 +155,9 @@ def _modulation(
 
 
 def _backbone(
-    stages: Stages,
-    given: list[Batch],
-    own: list[Batch],
+    stages: BundleStages,
+    given: list[CaseBatch],
+    own: list[CaseBatch],
     reference: Trajectory,
     end_to_end: bool,
     progress: StageProgress,
@@ -179,7 +188,7 @@ def _backbone(
 
 
 def _layer_inputs(
-    part: str, candidate: Bundle, text: Text, batches: list[Batch], trajectory: Trajectory
+    part: str, candidate: Bundle, text: EncodedCases, batches: list[CaseBatch], trajectory: Trajectory
 ) -> list[list[Mapping[str, np.ndarray]]]:
     """A part's inputs in the reference's run, by step and batch."""
     if part == "backbone":

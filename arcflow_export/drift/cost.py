@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from arcflow_export.costs.costs import Gate
+from arcflow_export.costs.costs import GateWork
 from arcflow_export.costs.work import PartWork, bundle_work, call_sizes, node_flops
-from arcflow_export.drift.cases import Scene
+from arcflow_export.drift.cases import ImageSettings
 from arcflow_export.drift.comparable import same_parts
 from arcflow_export.drift.compare import kept_bytes
 from arcflow_export.drift.graphs import linears
@@ -13,8 +13,8 @@ from arcflow_runtime.disk.bundle import Bundle
 
 
 def gate_work(
-    candidate: Bundle, reference: Bundle, scene: Scene, cases: int, end_to_end: bool
-) -> tuple[dict[str, PartWork], Gate]:
+    candidate: Bundle, reference: Bundle, scene: ImageSettings, cases: int, end_to_end: bool
+) -> tuple[dict[str, PartWork], GateWork]:
     """Count the work of the reference's parts, and what the gate runs of both bundles.
 
     Args:
@@ -29,7 +29,7 @@ def gate_work(
     quantized = [linear for linear in linears(load_graph(candidate, "backbone")).values() if linear.quantized]
     share = sum(node_flops(linear.node, sizes) for linear in quantized) / max(parts["backbone"].flops, 1)
     same = same_parts(candidate, reference)
-    return parts, Gate(
+    return parts, GateWork(
         cases,
         scene.num_inference_steps,
         text_differs=not {p for p in parts if p.startswith("text_encoder")} <= same,

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.generate.pipeline import Pipeline
 
@@ -15,7 +15,7 @@ from arcflow_runtime.generate.pipeline import Pipeline
 class Engines:
     """Runs the candidate in the runtime's pipeline, one image at a time."""
 
-    def __init__(self, bundle: Bundle, backend: str, scene: Scene) -> None:
+    def __init__(self, bundle: Bundle, backend: str, scene: ImageSettings) -> None:
         """Open the engines.
 
         Args:
@@ -29,7 +29,7 @@ class Engines:
         self._pipeline = Pipeline.load(bundle.root, backend=backend)
         self._scene = scene
 
-    def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
+    def generate(self, cases: Sequence[DriftCase]) -> tuple[list[np.ndarray], np.ndarray]:
         """Generate the cases: latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         s, rows = self._scene, []
         images = []

@@ -18,7 +18,7 @@ _ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")
 
 
 @dataclass(frozen=True)
-class Linear:
+class GraphLinear:
     """One MatMul by a weight.
 
     `source` is its activation before quantisation, and `weight` the initializer. `scale` is the activation's scale and
@@ -35,7 +35,7 @@ class Linear:
     quantized: bool
 
 
-def linears(model: ir.Model) -> dict[str, Linear]:
+def linears(model: ir.Model) -> dict[str, GraphLinear]:
     """The graph's linears by name, in graph order; the name is the weight's without `.weight`."""
     found = {}
     for node in model.graph:
@@ -58,7 +58,7 @@ def block_of(layer: str) -> str:
     return match[0] if match else layer
 
 
-def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, Linear]) -> ir.Model:
+def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, GraphLinear]) -> ir.Model:
     """Undo the quantisation of some linears in place: use the unquantised activation and the reference's weight.
 
     Args:
@@ -104,7 +104,7 @@ def _cast_later(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
     return ir.LazyTensor(lambda: ir.tensor(tensor.numpy().astype(dtype.numpy())), dtype=dtype, shape=shape)
 
 
-def _linear(node: ir.Node) -> Linear | None:
+def _linear(node: ir.Node) -> GraphLinear | None:
     weight, dequantized = node.inputs[1], False
     while weight is not None and (producer := weight.producer()) is not None and producer.op_type in _WEIGHT_CHAIN:
         dequantized |= producer.op_type == "DequantizeLinear"
@@ -123,7 +123,7 @@ def _linear(node: ir.Node) -> Linear | None:
             break
         value = producer.inputs[0]
     name, quantized = weight.name.removesuffix(".weight"), dequantized or scale is not None
-    return Linear(name, node, source, weight, scale, scale_name, quantized)
+    return GraphLinear(name, node, source, weight, scale, scale_name, quantized)
 
 
 def _scalar(value: ir.Value) -> float:

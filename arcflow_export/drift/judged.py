@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arcflow_export.drift.cases import SHAPES, Case, Scene
+from arcflow_export.drift.cases import SHAPES, DriftCase, ImageSettings
 from arcflow_export.drift.measures import mean
 from arcflow_export.images.statistics import Interval
 from arcflow_runtime.errors import RequestError
@@ -37,7 +37,7 @@ class Judged:
         return Interval(-worse.value, -worse.high, -worse.low)
 
 
-def check_judge(cases: Sequence[Case], scene: Scene) -> None:
+def check_judge(cases: Sequence[DriftCase], scene: ImageSettings) -> None:
     """Check that the judge can read the images of these cases.
 
     Raises:
@@ -54,7 +54,7 @@ def check_judge(cases: Sequence[Case], scene: Scene) -> None:
         )
 
 
-def judge_images(folder: Path, cases: Sequence[Case], reference: np.ndarray, candidate: np.ndarray) -> Judged:
+def judge_images(folder: Path, cases: Sequence[DriftCase], reference: np.ndarray, candidate: np.ndarray) -> Judged:
     """Judge both sides' images [n, 64, 64, 3] uint8.
 
     Raises:

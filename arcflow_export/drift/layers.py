@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_export.drift.graphs import E4M3_MAX, Linear, add_initializer, linears
+from arcflow_export.drift.graphs import E4M3_MAX, GraphLinear, add_initializer, linears
 from arcflow_export.drift.measures import root_ratio
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
@@ -147,11 +147,11 @@ def _reach(largest: list[float], scale: float | None) -> tuple[float, ...] | Non
     return tuple(x / (E4M3_MAX * scale) if scale > 0 else float("inf") for x in largest)
 
 
-def _owner(linear: Linear) -> str | None:
+def _owner(linear: GraphLinear) -> str | None:
     return None if linear.scale_name is None else linear.scale_name.removesuffix(".input_scale")
 
 
-def _probe(model: ir.Model, candidate: Mapping[str, Linear], layers: list[str]) -> None:
+def _probe(model: ir.Model, candidate: Mapping[str, GraphLinear], layers: list[str]) -> None:
     """Replace the outputs of the reference's graph: for each quantised linear and image, give the sum of the squared
     error, the sum of the squared output, and the largest |input|.
 

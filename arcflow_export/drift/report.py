@@ -48,7 +48,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Report:
+class DriftReport:
     """All results of a comparison; `settings` and `versions` allow to repeat it."""
 
     settings: dict[str, Any]

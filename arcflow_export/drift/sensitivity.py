@@ -16,7 +16,7 @@ import numpy as np
 from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import psnr_db, relative_error
-from arcflow_export.drift.stages import Batch, Stages, Trajectory, advance, predict
+from arcflow_export.drift.stages import BundleStages, CaseBatch, Trajectory, advance, predict
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.formats.thresholds import Thresholds, times
@@ -80,7 +80,12 @@ class _Experiment:
     """Runs the candidate's backbone with any set of its layers quantised."""
 
     def __init__(
-        self, reference: Bundle, candidate: Bundle, stages: Stages, batches: list[Batch], trajectory: Trajectory
+        self,
+        reference: Bundle,
+        candidate: Bundle,
+        stages: BundleStages,
+        batches: list[CaseBatch],
+        trajectory: Trajectory,
     ) -> None:
         self._candidate, self._stages = candidate, stages
         self._batches, self._trajectory = batches, trajectory
@@ -113,8 +118,8 @@ class _Experiment:
 def measure_sensitivity(
     reference: Bundle,
     candidate: Bundle,
-    stages: Stages,
-    batches: list[Batch],
+    stages: BundleStages,
+    batches: list[CaseBatch],
     trajectory: Trajectory,
     drift: Sequence[LayerDrift],
     kind: Kind,

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.emulate.blocks import EmulatedBackend
 from arcflow_export.emulate.emulate import widened
 from arcflow_runtime.disk.bundle import Bundle
@@ -35,7 +35,7 @@ Heads = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Batch:
+class CaseBatch:
     """Cases with the same text length: their indices, text states [b, T, Dt], modulation [S, b, M], rotary tables."""
 
     rows: list[int]
@@ -66,7 +66,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Text:
+class EncodedCases:
     """The encoded prompts of the cases: tokens and embeddings by prompt."""
 
     tokens: Mapping[str, Tokens]
@@ -79,10 +79,12 @@ class Text:
         return np.concatenate(found) if found else None
 
 
-class Stages:
+class BundleStages:
     """Runs the stages of a bundle on the CPU for a set of cases; bfloat16 is emulated."""
 
-    def __init__(self, bundle: Bundle, cases: Sequence[Case], scene: Scene, reference_dtype: DType) -> None:
+    def __init__(
+        self, bundle: Bundle, cases: Sequence[DriftCase], scene: ImageSettings, reference_dtype: DType
+    ) -> None:
         """Prepare the run; loads no weights.
 
         Args:
@@ -99,12 +101,12 @@ class Stages:
         token_px = self.manifest.latents.patch_size * self.manifest.latents.vae_scale_factor
         self.grid = (scene.height_px // token_px, scene.width_px // token_px)
 
-    def encode(self) -> Text:
+    def encode(self) -> EncodedCases:
         """Encode the distinct prompts."""
         tokenizer = PromptTokenizer(self.bundle)
         prompts = dict.fromkeys(case.prompt for case in self.cases)
         tokens = {p: tokenizer.tokenize(p, self.scene.max_sequence_length) for p in prompts}
-        return Text(tokens, encode_prompts(self._parts, self.manifest, tokens))
+        return EncodedCases(tokens, encode_prompts(self._parts, self.manifest, tokens))
 
     def modulation(self, pooled: np.ndarray | None) -> np.ndarray:
         """Modulation [S, U, M] for the distinct prompts' pooled vectors, or [S, 1, M] if it does not depend on them."""
@@ -122,7 +124,7 @@ class Stages:
         h, w = (side * k.patch_size for side in self.grid)
         return draw_latents(seeds, len(seeds), k.channels, h, w, k.patch_size)
 
-    def batches(self, text: Text, modulation: np.ndarray) -> list[Batch]:
+    def batches(self, text: EncodedCases, modulation: np.ndarray) -> list[CaseBatch]:
         """Group the cases by text length into batches."""
         m = self.manifest
         place = {p: i for i, p in enumerate(text.embeddings)}
@@ -135,7 +137,7 @@ class Stages:
                 prompts = [self.cases[i].prompt for i in chunk]
                 where = [place[p] for p in prompts] if modulation.shape[1] > 1 else [0] * len(chunk)
                 found.append(
-                    Batch(
+                    CaseBatch(
                         chunk,
                         np.concatenate([text.embeddings[p].states for p in prompts]),
                         modulation[:, where],
@@ -145,7 +147,7 @@ class Stages:
                 )
         return found
 
-    def generate(self, batches: list[Batch], progress: Callable[[], None] = lambda: None) -> Trajectory:
+    def generate(self, batches: list[CaseBatch], progress: Callable[[], None] = lambda: None) -> Trajectory:
         """Run all steps from noise; `progress` is called after each batch of each step."""
         with self.use_backbone() as run_all:
             return walk(run_all, batches, self.noise(), self.sigmas, progress)
@@ -167,7 +169,7 @@ class Stages:
 
 def walk(
     run_all: RunAll,
-    batches: list[Batch],
+    batches: list[CaseBatch],
     noise: np.ndarray,
     sigmas: np.ndarray,
     progress: Callable[[], None] = lambda: None,
@@ -184,7 +186,7 @@ def walk(
 def predict(
     run_all: RunAll,
     step: int,
-    asked: Sequence[tuple[list[Batch], np.ndarray]],
+    asked: Sequence[tuple[list[CaseBatch], np.ndarray]],
     progress: Callable[[], None] = lambda: None,
 ) -> list[Heads]:
     """Compute the float32 heads of all cases at one step, for each of several sets of batches and latents [n, N, C].
@@ -209,7 +211,7 @@ def advance(latents: np.ndarray, heads: Heads, sigma: float, sigma_next: float) 
         return update(latents, heads["means"], heads["logweights"], heads["loggammas"], sigma, sigma, sigma_next)
 
 
-def backbone_inputs(batches: list[Batch], trajectory: Trajectory, step: int) -> Iterator[dict[str, np.ndarray]]:
+def backbone_inputs(batches: list[CaseBatch], trajectory: Trajectory, step: int) -> Iterator[dict[str, np.ndarray]]:
     """The backbone's inputs at a step of a trajectory, batch by batch."""
     for batch in batches:
         yield batch.inputs(step, trajectory.latents[step][batch.rows])

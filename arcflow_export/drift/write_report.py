@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from arcflow_export.drift.compare import ShownImages
-from arcflow_export.drift.report import Report
+from arcflow_export.drift.report import DriftReport
 from arcflow_export.errors import ExportError
 from arcflow_runtime.disk.files import whole_directory, whole_file
 from arcflow_runtime.disk.outputs import check_writable
@@ -28,7 +28,7 @@ def check_report(out: Path) -> None:
     check_writable(out, "--report", ExportError)
 
 
-def write_report(out: Path, report: Report, images: ShownImages) -> None:
+def write_report(out: Path, report: DriftReport, images: ShownImages) -> None:
     """Write `report.md`, `drift.json`, `contact_sheet.png` and, where layers are quantised, `drift.svg`."""
     from arcflow_export.drift.figures import contact_sheet, drift_figure
 
@@ -43,12 +43,12 @@ def write_report(out: Path, report: Report, images: ShownImages) -> None:
         (folder / "report.md").write_text(report.text() + figure + sheet, encoding="utf-8")
 
 
-def write_json(path: Path, report: Report) -> None:
+def write_json(path: Path, report: DriftReport) -> None:
     """Write the report's JSON as one file."""
     with whole_file(path) as partial:
         partial.write_text(as_json(report), encoding="utf-8")
 
 
-def as_json(report: Report) -> str:
+def as_json(report: DriftReport) -> str:
     """The report as JSON text."""
     return json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n"

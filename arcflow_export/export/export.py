@@ -22,7 +22,7 @@ from arcflow_export.export.write import attach, check_source, initializer_name, 
 from arcflow_export.graph.trace import MAX_BATCH, trace
 from arcflow_export.models.layers import Parameter, Part, parameters
 from arcflow_export.models.text import CLIP_TOKENS
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
@@ -44,7 +44,7 @@ QWEN_DROP_TOKENS = 34
 
 
 @dataclass(frozen=True)
-class PlannedPart:
+class PartExportPlan:
     """The plan for one part: its module and parameters."""
 
     part: Part
@@ -67,12 +67,12 @@ class PlannedPart:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """The plan for a whole bundle; it can be used once. `baked` is Qwen-Image's conditioner, or None."""
 
     student: Student
-    options: Options
-    parts: tuple[PlannedPart, ...]
+    options: ExportOptions
+    parts: tuple[PartExportPlan, ...]
     baked: Part | None
 
     @property
@@ -81,7 +81,7 @@ class Plan:
         return sum(p.bytes for p in self.parts)
 
 
-def plan_export(student: Student, options: Options) -> Plan:
+def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
     """Plan every part and check every tensor's name and shape; reads only headers.
 
     Raises:
@@ -103,12 +103,12 @@ def plan_export(student: Student, options: Options) -> Plan:
             baked = part
             if not options.keep_conditioner:
                 continue
-        parts.append(PlannedPart(part, params))
-    return Plan(student, options, tuple(parts), baked)
+        parts.append(PartExportPlan(part, params))
+    return ExportPlan(student, options, tuple(parts), baked)
 
 
 def export_bundle(
-    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
+    plan: ExportPlan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
 ) -> Path:
     """Write the bundle of `plan` to `out` atomically; `plan` cannot be used again.
 
@@ -141,7 +141,9 @@ def export_bundle(
     return out
 
 
-def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress) -> b.ModulationTable | None:
+def _bake(
+    plan: ExportPlan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
+) -> b.ModulationTable | None:
     if plan.baked is None:
         return None
     from safetensors.torch import save
@@ -161,7 +163,7 @@ def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Byt
 
 
 def _export_part(
-    planned: PlannedPart, plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
+    planned: PartExportPlan, plan: ExportPlan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> b.Part:
     part = planned.part
     progress.stage(f"{part.name}: tracing", 0)
@@ -195,12 +197,12 @@ def _entry(path: Path) -> b.FileEntry:
     return b.FileEntry(path.stat().st_size, sha256_file(path))
 
 
-def _schedule(options: Options) -> b.Schedule:
+def _schedule(options: ExportOptions) -> b.Schedule:
     return b.Schedule(SHIFT, TIMESTEP_RATIO, options.steps[0])
 
 
 def _manifest(
-    plan: Plan,
+    plan: ExportPlan,
     parts: Mapping[str, b.Part],
     tokenizers: Mapping[str, str],
     pads: Mapping[str, int | None],

@@ -48,7 +48,7 @@ class PartPolicy:
 
 
 @dataclass(frozen=True)
-class Policy:
+class QuantizationPolicy:
     """The contents of a policy file: its name, the number format, the patterns by part, and the drift thresholds."""
 
     name: str
@@ -66,7 +66,7 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
 
 
-def load_policy(name_or_path: str) -> Policy:
+def load_policy(name_or_path: str) -> QuantizationPolicy:
     """Read a preset by its bare name, or a TOML file.
 
     Raises:
@@ -92,7 +92,7 @@ def load_policy(name_or_path: str) -> Policy:
     except ValueError as e:  # TOMLDecodeError and UnicodeDecodeError are both
         raise QuantizeError(f"{name_or_path}: not valid TOML ({e})") from None
     try:
-        policy: Policy = parse(Policy, decoded, name_or_path)
+        policy: QuantizationPolicy = parse(QuantizationPolicy, decoded, name_or_path)
     except BundleError as e:
         raise QuantizeError(str(e)) from None
     _check(policy, name_or_path)
@@ -136,7 +136,7 @@ def _near(pattern: str, linears: Sequence[str]) -> str:
     return f"; similar names are {', '.join(map(repr, close))}" if close else ""
 
 
-def _check(policy: Policy, where: str) -> None:
+def _check(policy: QuantizationPolicy, where: str) -> None:
     if not policy.parts:
         raise QuantizeError(f"{where}: parts must name at least one part, such as [parts.backbone]")
     for part, patterns in policy.parts.items():

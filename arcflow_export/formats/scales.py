@@ -43,7 +43,7 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class Range:
+class ActivationRange:
     """The measured ranges of one linear's input and output.
 
     `amax` is the range of |input| by the file's method. `output_amax` is the largest |output|, bias and LoRA included.
@@ -72,7 +72,7 @@ class Scales:
     guidance_scale: float | None
     seed: int
     tools: Mapping[str, str]
-    parts: Mapping[str, Mapping[str, Range]]
+    parts: Mapping[str, Mapping[str, ActivationRange]]
     dtype: DType = "float32"
     max_sequence_length: int | None = None
     format: str = FORMAT

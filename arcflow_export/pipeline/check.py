@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from arcflow_export.errors import ExportError
-from arcflow_export.pipeline.stages import CALIBRATE, Job, plan_stages
+from arcflow_export.pipeline.stages import CALIBRATE, CompileJob, plan_stages
 from arcflow_runtime.cli import check_usage
 from arcflow_runtime.errors import EngineError, RequestError
 
@@ -13,7 +13,7 @@ from arcflow_runtime.errors import EngineError, RequestError
 _NEEDED = (("torch", "arcflow[export]", None), ("modelopt", "arcflow[calibrate]", CALIBRATE))
 
 
-def check_job(job: Job) -> None:
+def check_job(job: CompileJob) -> None:
     """Check every stage's options, the policy, the target, and that the needed libraries are installed.
 
     Raises:
@@ -35,7 +35,7 @@ def check_job(job: Job) -> None:
         _check_target(job)
 
 
-def _check_target(job: Job) -> None:
+def _check_target(job: CompileJob) -> None:
     from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES

@@ -25,7 +25,7 @@ FORMAT, VERSION = "arcflow-stages", 1
 
 
 @dataclass(frozen=True)
-class Record:
+class StageRecord:
     """The last run of one stage.
 
     `key` is `Stage.key` at that time. While the stage runs, `before` is the identity of the output that it will
@@ -42,22 +42,22 @@ class Record:
 
 
 @dataclass
-class Records:
+class StageRecords:
     """The records file: each output's record by the output's name, and commits on the hub by id and revision."""
 
     path: Path
-    outputs: dict[str, Record] = field(default_factory=dict)
+    outputs: dict[str, StageRecord] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def read(path: Path) -> Records:
+    def read(path: Path) -> StageRecords:
         """Read the file; returns empty records if it does not exist.
 
         Raises:
             ExportError: it is damaged, of another version, or has an unknown key.
         """
         if not path.exists():
-            return Records(path)
+            return StageRecords(path)
         again = "remove it to start again"
         try:
             data = read_json(path.read_bytes())
@@ -71,9 +71,9 @@ class Records:
             file: _File = parse(_File, data, str(path))
         except BundleError as e:
             raise ExportError(f"{e}; {again}") from None
-        return Records(path, dict(file.outputs), dict(file.commits))
+        return StageRecords(path, dict(file.outputs), dict(file.commits))
 
-    def put(self, name: str, record: Record) -> None:
+    def put(self, name: str, record: StageRecord) -> None:
         """Set one record and write the file."""
         self.outputs[name] = record
         self.write()
@@ -91,7 +91,7 @@ class _File:
     format: str
     version: int
     commits: Mapping[str, str]
-    outputs: Mapping[str, Record]
+    outputs: Mapping[str, StageRecord]
 
 
 @contextmanager

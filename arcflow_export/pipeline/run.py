@@ -13,19 +13,19 @@ from typing import Any
 
 from arcflow_export.errors import ExportError
 from arcflow_export.pipeline.process import Ended, run_process
-from arcflow_export.pipeline.records import Record, Records, only_run
+from arcflow_export.pipeline.records import StageRecord, StageRecords, only_run
 from arcflow_export.pipeline.stages import (
     BUILD,
     CALIBRATE,
     DOWNLOAD,
     EXPORT,
     VERIFY,
-    Job,
+    CompileJob,
     Stage,
     commit_name,
     plan_stages,
 )
-from arcflow_export.pipeline.table import CHECKED, DONE, FAILED, GIVEN, RAN, TO_DO, Row, plan_table, result_table
+from arcflow_export.pipeline.table import CHECKED, DONE, FAILED, GIVEN, RAN, TO_DO, StageRow, plan_table, result_table
 from arcflow_runtime.errors import RequestError
 
 _FAILED = 1
@@ -34,19 +34,19 @@ _KILLED = 9
 
 
 @dataclass
-class Run:
+class CompileRun:
     """One run of a job. Messages go to `say`; with `as_json` the output of the stages goes to stderr."""
 
-    job: Job
+    job: CompileJob
     say: Callable[[str], None]
     as_json: bool
-    rows: list[Row] = field(default_factory=list)
+    rows: list[StageRow] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     lock: int | None = None
 
     def plan(self, arguments: Sequence[str]) -> None:
         """Print the plan without running it."""
-        self._survey(Records.read(self._file("stages.json")), arguments)
+        self._survey(StageRecords.read(self._file("stages.json")), arguments)
 
     def compile(self, arguments: Sequence[str]) -> int:
         """Run every stage that is not done. Returns the exit code: 0, or that of the failed stage.
@@ -71,7 +71,7 @@ class Run:
             )
 
         with only_run(self._file("lock"), waits) as self.lock:
-            records = Records.read(self._file("stages.json"))
+            records = StageRecords.read(self._file("stages.json"))
             try:
                 self._survey(records, arguments)
                 self._check_fits()
@@ -91,7 +91,7 @@ class Run:
     def _file(self, suffix: str) -> Path:
         return self.job.out / f".{self.job.student.name}.{suffix}"
 
-    def _survey(self, records: Records, arguments: Sequence[str]) -> None:
+    def _survey(self, records: StageRecords, arguments: Sequence[str]) -> None:
         """Find out which stages must run, estimate them, and print the plan."""
         stages = plan_stages(self.job, records.commits)
         written: set[Path] = set()
@@ -100,7 +100,7 @@ class Run:
             state = TO_DO if stale else _state(self.job, stage, records.outputs.get(stage.record))
             if state == TO_DO and stage.output is not None:
                 written.add(stage.output.path)
-            self.rows.append(Row(stage.name, state, stage.output.path if stage.output else stage.folder))
+            self.rows.append(StageRow(stage.name, state, stage.output.path if stage.output else stage.folder))
         if self.rows[0].stage == DOWNLOAD and not self._reads_sources():
             self.rows[0].state = DONE
         if any(r.state == TO_DO for r in self.rows):
@@ -138,7 +138,7 @@ class Run:
         if notes and not self.job.anyway:
             raise ExportError(f"{'; '.join(notes)} (--anyway starts it nevertheless)")
 
-    def _run_all(self, records: Records) -> int:
+    def _run_all(self, records: StageRecords) -> int:
         for i, row in enumerate(self.rows):
             # The download finds the commits, and the stages after it depend on them, so plan again.
             stage = plan_stages(self.job, records.commits)[i]
@@ -148,7 +148,7 @@ class Run:
                 return code
         return 0
 
-    def _run_one(self, stage: Stage, row: Row, records: Records) -> int:
+    def _run_one(self, stage: Stage, row: StageRow, records: StageRecords) -> int:
         if stage.name == DOWNLOAD:
             return 0 if row.state == DONE else self._download(stage, row, records)
         record, key = records.outputs.get(stage.record), stage.key()
@@ -159,7 +159,7 @@ class Run:
                     # The process was killed after it had renamed its output into place.
                     assert stage.output is not None
                     stage.output.clear_leftovers()
-                    record = Record(stage.name, record.key, "done", output=stage.output.identity())
+                    record = StageRecord(stage.name, record.key, "done", output=stage.output.identity())
                     records.put(stage.record, record)
                 row.seconds, row.peak_bytes = record.seconds, record.peak_bytes
             assert stage.output is not None
@@ -171,17 +171,17 @@ class Run:
             raise ExportError(f"{stage.name}: {missing} is missing; was it removed during this run?")
         return self._run_stage(stage, row, key, records)
 
-    def _run_stage(self, stage: Stage, row: Row, key: str, records: Records) -> int:
+    def _run_stage(self, stage: Stage, row: StageRow, key: str, records: StageRecords) -> int:
         output = stage.output
         before = None if output is None else output.identity()
-        records.put(stage.record, Record(stage.name, key, "running", before))
+        records.put(stage.record, StageRecord(stage.name, key, "running", before))
         began = time.monotonic()
         ended = self._start(stage, _STDERR if self.as_json else None)
         row.seconds, row.peak_bytes = round(time.monotonic() - began, 3), ended.peak_bytes
         after = None if output is None else output.identity()
         if ended.code >= 0:  # a killed stage keeps its "running" record, because its output may be complete
             state = "failed" if ended.code else "done"
-            record = Record(stage.name, key, state, None, after, row.seconds, row.peak_bytes)  # type: ignore[arg-type]
+            record = StageRecord(stage.name, key, state, None, after, row.seconds, row.peak_bytes)  # type: ignore[arg-type]
             records.put(stage.record, record)
         if output is not None:
             row.bytes = output.bytes() if after is not None else None
@@ -191,7 +191,7 @@ class Run:
         failed_gate = output is not None and after not in (None, before) and not output.passed()
         return _explain(stage.name, ended.code, failed_gate and ended.code == _FAILED)
 
-    def _download(self, stage: Stage, row: Row, records: Records) -> int:
+    def _download(self, stage: Stage, row: StageRow, records: StageRecords) -> int:
         began = time.monotonic()
         ended = self._start(stage, subprocess.PIPE)
         row.seconds, row.peak_bytes, row.state = round(time.monotonic() - began, 3), ended.peak_bytes, RAN
@@ -212,7 +212,7 @@ class Run:
         return run_process(stage.command, self.lock, stdout)
 
 
-def _state(job: Job, stage: Stage, record: Record | None) -> str:
+def _state(job: CompileJob, stage: Stage, record: StageRecord | None) -> str:
     """The state of a stage, from its record, its key and its output on disk."""
     if stage.name == BUILD:
         # `arcflow build` itself checks which engines are unchanged.
@@ -229,7 +229,7 @@ def _state(job: Job, stage: Stage, record: Record | None) -> str:
     return DONE if record.state == "done" and there == record.output else TO_DO
 
 
-def _ours(record: Record | None, there: str) -> bool:
+def _ours(record: StageRecord | None, there: str) -> bool:
     """True if the output on disk was written by an earlier run, and is not the user's own file."""
     if record is None:
         return False

@@ -25,7 +25,7 @@ _PACKAGES = {
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """The checked options of `arcflow compile`; None leaves a default to the stage.
 
     `scales` is the user's own scales file, or None for the one in `out`. `size` is (height, width) in pixels of the
@@ -124,7 +124,7 @@ class Stage:
         return digest([self.name, words, self.facts, [[p, version(p)] for p in _PACKAGES.get(self.name, ())]])
 
 
-def plan_stages(job: Job, commits: Mapping[str, str]) -> list[Stage]:
+def plan_stages(job: CompileJob, commits: Mapping[str, str]) -> list[Stage]:
     """The stages of a job in the order in which they run.
 
     Args:
@@ -162,7 +162,7 @@ def commit_name(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.name}@{checkpoint.revision}" if checkpoint.revision else checkpoint.name
 
 
-def _quantise(job: Job, sources: Iterable[str | Input], loras: tuple[str, ...]) -> list[Stage]:
+def _quantise(job: CompileJob, sources: Iterable[str | Input], loras: tuple[str, ...]) -> list[Stage]:
     exported, bundle, student = job.exported, job.result, job.student
     scales = Output(job.scales or job.out / f"{student.name}-scales.json", "scales")
     report = Output(job.out / f"{student.name}-drift", "report")
@@ -185,7 +185,7 @@ def _quantise(job: Job, sources: Iterable[str | Input], loras: tuple[str, ...]) 
 
 
 def _writing(
-    job: Job,
+    job: CompileJob,
     name: str,
     words: Iterable[str | Input],
     output: Output,
@@ -223,7 +223,7 @@ def _policy(policy: str | None) -> list[str | Input]:
     return ["--policy", Input(Path(policy)) if policy.endswith(".toml") else policy]
 
 
-def _anyway(job: Job) -> tuple[str, ...]:
+def _anyway(job: CompileJob) -> tuple[str, ...]:
     return ("--anyway",) if job.anyway else ()
 
 

@@ -11,7 +11,7 @@ DONE, TO_DO, CHECKED, GIVEN, RAN, FAILED = "done", "to do", "checked again", "gi
 
 
 @dataclass
-class Row:
+class StageRow:
     """One stage: its planned and its measured figures; None if unknown."""
 
     stage: str
@@ -26,7 +26,7 @@ class Row:
     bytes: int | None = None
 
 
-def plan_table(rows: Sequence[Row]) -> str:
+def plan_table(rows: Sequence[StageRow]) -> str:
     """The table of the stages to run and their estimates."""
     cells = [("stage", "state", "time", "memory", "disk")]
     waiting = [r for r in rows if r.state in (TO_DO, CHECKED)]
@@ -40,7 +40,7 @@ def plan_table(rows: Sequence[Row]) -> str:
     return "\n".join([_columns(cells), *notes])
 
 
-def result_table(rows: Sequence[Row]) -> str:
+def result_table(rows: Sequence[StageRow]) -> str:
     """The table of what each stage took, beside its estimate."""
     cells = [("stage", "state", "planned", "took", "planned", "peak", "size", "output")]
     for r in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_export.quantize.graph import Linear
+from arcflow_export.quantize.graph import LinearNode
 from arcflow_runtime.build.profiles import Size, make_profiles
 from arcflow_runtime.disk.manifest import Manifest, Range
 
@@ -29,7 +29,12 @@ class Coverage:
 
 
 def cover_part(
-    manifest: Manifest, part: str, linears: Mapping[str, Linear], chosen: tuple[str, ...], height_px: int, width_px: int
+    manifest: Manifest,
+    part: str,
+    linears: Mapping[str, LinearNode],
+    chosen: tuple[str, ...],
+    height_px: int,
+    width_px: int,
 ) -> Coverage:
     """Count one part.
 
@@ -62,7 +67,7 @@ def cover_part(
     )
 
 
-def _flops(linear: Linear, dimensions: Mapping[str, int]) -> int:
+def _flops(linear: LinearNode, dimensions: Mapping[str, int]) -> int:
     assert linear.input.shape is not None
     rows = 1
     for dim in list(linear.input.shape)[:-1]:

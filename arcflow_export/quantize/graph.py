@@ -23,7 +23,7 @@ _OUTPUT_AXIS = 1
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearNode:
     """One linear of a graph: `node` multiplies by the weight `<name>.weight` [in_features, out_features]."""
 
     name: str
@@ -50,7 +50,7 @@ class Linear:
         return self.input.dtype
 
 
-def find_linears(model: ir.Model) -> dict[str, Linear]:
+def find_linears(model: ir.Model) -> dict[str, LinearNode]:
     """The linears of a graph by name, in graph order: each MatMul that the exporter named after its weight's module."""
     found = {}
     for node in model.graph:
@@ -59,13 +59,13 @@ def find_linears(model: ir.Model) -> dict[str, Linear]:
         weight = node.inputs[1]
         if weight.name == f"{node.name}.weight" and weight.is_initializer() and weight.shape is not None:
             rows, columns = weight.shape.numpy()
-            found[node.name] = Linear(node.name, node, rows, columns)
+            found[node.name] = LinearNode(node.name, node, rows, columns)
     return found
 
 
-def shared_inputs(linears: Iterable[Linear]) -> list[tuple[Linear, ...]]:
+def shared_inputs(linears: Iterable[LinearNode]) -> list[tuple[LinearNode, ...]]:
     """Group linears by the tensor that they read; keeps the graph's order."""
-    groups: dict[ir.Value, list[Linear]] = {}
+    groups: dict[ir.Value, list[LinearNode]] = {}
     for linear in linears:
         groups.setdefault(linear.input, []).append(linear)
     return [tuple(group) for group in groups.values()]
@@ -120,7 +120,7 @@ def is_quantized(model: ir.Model) -> bool:
     return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph)
 
 
-def _quantize_input(graph: ir.Graph, group: tuple[Linear, ...], zero_point: ir.Value) -> None:
+def _quantize_input(graph: ir.Graph, group: tuple[LinearNode, ...], zero_point: ir.Value) -> None:
     first = group[0]
     source = first.input
     scale = _initializer(graph, f"{first.name}.input_scale", (), first.dtype)
@@ -135,7 +135,7 @@ def _quantize_input(graph: ir.Graph, group: tuple[Linear, ...], zero_point: ir.V
         linear.node.replace_input_with(0, values)
 
 
-def _quantize_weight(graph: ir.Graph, linear: Linear) -> None:
+def _quantize_weight(graph: ir.Graph, linear: LinearNode) -> None:
     weight = linear.node.inputs[1]
     assert weight is not None
     scale = _initializer(graph, f"{linear.name}.weight_scale", (linear.out_features,), linear.dtype)

@@ -20,12 +20,12 @@ from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, write_weights
-from arcflow_export.formats.policy import Policy, select
+from arcflow_export.formats.policy import QuantizationPolicy, select
 from arcflow_export.formats.scales import Scales
 from arcflow_export.models.layers import Parameter
 from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.quantize.fp8 import E4M3, make_scale
-from arcflow_export.quantize.graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
+from arcflow_export.quantize.graph import LinearNode, QuantizeLinears, find_linears, is_quantized, shared_inputs
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import Bundle, timestamp
@@ -42,23 +42,23 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class PlannedPart:
+class PartQuantizationPlan:
     """The plan for one part: its graph, all of its linears, and the names of those that become FP8."""
 
     name: str
     model: ir.Model = field(repr=False)
-    linears: Mapping[str, Linear] = field(repr=False)
+    linears: Mapping[str, LinearNode] = field(repr=False)
     chosen: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """The plan for a whole bundle; `quantize_bundle` changes its graphs, so a plan can be used once."""
 
     bundle: Bundle
     scales: Scales
-    policy: Policy
-    parts: tuple[PlannedPart, ...]
+    policy: QuantizationPolicy
+    parts: tuple[PartQuantizationPlan, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -72,7 +72,7 @@ class Plan:
         )
 
 
-def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
+def plan_quantization(bundle: Bundle, scales: Scales, policy: QuantizationPolicy) -> QuantizationPlan:
     """Decide which linears become FP8 and check that their scales exist; reads graphs, but no weights.
 
     Raises:
@@ -103,12 +103,12 @@ def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
         if name in policy.parts:
             chosen = select(policy.parts[name], name, list(linears))
             _check_calibrated(scales, name, chosen)
-        parts.append(PlannedPart(name, model, linears, chosen))
-    return Plan(bundle, scales, policy, tuple(parts))
+        parts.append(PartQuantizationPlan(name, model, linears, chosen))
+    return QuantizationPlan(bundle, scales, policy, tuple(parts))
 
 
 def quantize_bundle(
-    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
+    plan: QuantizationPlan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
 ) -> Path:
     """Write the quantised bundle to `out` atomically; `plan` cannot be used again.
 
@@ -164,7 +164,11 @@ def _check_calibrated(scales: Scales, part: str, layers: tuple[str, ...]) -> Non
 
 
 def _quantize_part(
-    plan: Plan, planned: PlannedPart, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
+    plan: QuantizationPlan,
+    planned: PartQuantizationPlan,
+    folder: Path,
+    files: dict[str, b.FileEntry],
+    progress: ByteProgress,
 ) -> b.Part:
     spec = plan.bundle.manifest.parts[planned.name]
     source = plan.bundle.path(spec.weights)
@@ -195,7 +199,9 @@ def _quantize_part(
     return dataclasses.replace(spec, quantization=quantization)
 
 
-def _input_scales(scales: Scales, planned: PlannedPart, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+def _input_scales(
+    scales: Scales, planned: PartQuantizationPlan, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
     """The input scale of each layer. Layers that read the same tensor get the same scale, from their largest range."""
     found = {}
     for group in shared_inputs(planned.linears[name] for name in planned.chosen):
@@ -211,7 +217,7 @@ def _parameters(index: TensorIndex, weights: QuantizedWeights, chosen: tuple[str
     return params + [Parameter(key, tuple(scale.shape), scale.dtype, key=key) for key, scale in weights.scales.items()]
 
 
-def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progress: ByteProgress) -> None:
+def _take_over(plan: QuantizationPlan, folder: Path, files: Mapping[str, b.FileEntry], progress: ByteProgress) -> None:
     """Copy the bundle's files that were not rewritten."""
     left = [name for name in files if not (folder / name).exists()]
     progress.stage("unchanged files", sum(files[name].bytes for name in left))
@@ -222,7 +228,7 @@ def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progr
         progress.advance(files[name].bytes)
 
 
-def _needed_bytes(plan: Plan) -> int:
+def _needed_bytes(plan: QuantizationPlan) -> int:
     m = plan.bundle.manifest
     unchanged = {name for p in plan.parts if not p.chosen for name in (m.parts[p.name].graph, m.parts[p.name].weights)}
     return plan.weight_bytes + sum(m.files[name].bytes for name in unchanged)

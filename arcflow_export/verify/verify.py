@@ -53,7 +53,7 @@ IMAGE_BOUND = 1.5 / 255
 
 
 @dataclass(frozen=True)
-class Case:
+class VerifyCase:
     """One request to compare on."""
 
     prompt: str
@@ -65,7 +65,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class VerifyRow:
     """One comparison: the relative RMS error against torch in float32, and its bound.
 
     For a part in float16 there is also a row for overflow. There, `error` is the largest value divided by 65504, `node`
@@ -86,8 +86,8 @@ class Row:
 
 
 def verify_bundle(
-    bundle: Bundle, student: Student, cases: list[Case], progress: Callable[[str], None] = lambda _: None
-) -> list[Row]:
+    bundle: Bundle, student: Student, cases: list[VerifyCase], progress: Callable[[str], None] = lambda _: None
+) -> list[VerifyRow]:
     """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole images.
 
     Parts in bfloat16 and float16 are emulated on the CPU; parts in float16 are also checked for overflow.
@@ -109,7 +109,7 @@ def verify_bundle(
     if any(part.precision != "float32" for part in m.parts.values()):
         same = TorchStudent(student, _dtypes(bundle), reference, float32_layers=_float32_layers(bundle))
     shown = widened(bundle)
-    rows: list[Row] = []
+    rows: list[VerifyRow] = []
     backend = _CheckedBackend()
     with Pipeline(shown, EmulatedBackend()) as pipe:
         parts = Parts(shown, backend, keep=True)
@@ -122,9 +122,9 @@ def verify_bundle(
             except EngineError:  # the pipeline refuses NaN, which an overflow causes
                 if all(reach.share <= 1 for reach in backend.furthest.values()):
                     raise
-                rows.append(Row(i, "end to end: image", math.nan, IMAGE_BOUND))
+                rows.append(VerifyRow(i, "end to end: image", math.nan, IMAGE_BOUND))
             rows += [
-                Row(i, f"{part}: reach into float16", r.share, 1.0, r.node, r.layers)
+                VerifyRow(i, f"{part}: reach into float16", r.share, 1.0, r.node, r.layers)
                 for part, r in backend.furthest.items()
             ]
             backend.furthest.clear()
@@ -182,7 +182,7 @@ class _CheckedEngine:
 class _Comparison:
     """Adds rows of comparisons, each with the bound for the precision of the compared part."""
 
-    def __init__(self, case: int, rows: list[Row]):
+    def __init__(self, case: int, rows: list[VerifyRow]):
         self.case, self.rows = case, rows
 
     def add(
@@ -192,7 +192,7 @@ class _Comparison:
         reference = exact.float().numpy()
         bound = _bound([_relative(run.float().numpy(), reference) for run in runs]) if runs else 0.0
         # If torch overflows too, the bound is NaN. Then the floor applies, and only float32's accuracy passes.
-        self.rows.append(Row(self.case, what, _relative(got, reference), bound if bound > floor else floor))
+        self.rows.append(VerifyRow(self.case, what, _relative(got, reference), bound if bound > floor else floor))
 
 
 def _bound(distances: list[float]) -> float:
@@ -218,7 +218,7 @@ def _roundings(bundle: Bundle, *parts: str) -> list[torch.Generator | None]:
 
 
 def _compare_parts(
-    bundle: Bundle, parts: Parts, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison
+    bundle: Bundle, parts: Parts, exact: TorchStudent, same: TorchStudent, case: VerifyCase, compare: _Comparison
 ) -> None:
     """Compare each part on torch's float32 inputs, so that an error shows in the part that causes it."""
     m = bundle.manifest
@@ -272,7 +272,9 @@ def _compare_parts(
     compare.add("vae image", pixels / np.float32(255), images, exact_image, IMAGE_BOUND)
 
 
-def _compare_images(pipe: Pipeline, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison) -> None:
+def _compare_images(
+    pipe: Pipeline, exact: TorchStudent, same: TorchStudent, case: VerifyCase, compare: _Comparison
+) -> None:
     """Compare the whole pipeline, from the same noise."""
     m = pipe.bundle.manifest
     steps: list[np.ndarray] = []
@@ -304,7 +306,7 @@ def _compare_images(pipe: Pipeline, exact: TorchStudent, same: TorchStudent, cas
     compare.add("end to end: image", np.asarray(images), [run.images for run in every], torch_run.images, IMAGE_BOUND)
 
 
-def as_dict(row: Row) -> dict[str, object]:
+def as_dict(row: VerifyRow) -> dict[str, object]:
     """A row as JSON values; NaN and infinities become None."""
     numbers = {
         key: value if math.isfinite(value) else None for key, value in (("error", row.error), ("bound", row.bound))

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arcflow_calibration.collect import Collector, describe, draw, guidance, plan_batches
+from arcflow_calibration.collect import Collector, describe, generate_batch, guidance, plan_batches
 from arcflow_calibration.memory import plan_memory
-from arcflow_calibration.options import PARTS, Settings
+from arcflow_calibration.options import PARTS, CalibrationSettings
 from arcflow_calibration.state import check_out, check_state, held, load_state, save_state, settings_of, state_path
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
@@ -22,7 +22,7 @@ from arcflow_export.student.reference import TorchStudent
 def calibrate(
     student: Student,
     prompts: Prompts,
-    settings: Settings,
+    settings: CalibrationSettings,
     out: Path,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -75,7 +75,7 @@ def _collect(
     student: Student,
     drawn: TorchStudent,
     prompts: Prompts,
-    settings: Settings,
+    settings: CalibrationSettings,
     guidance_scale: float | None,
     state: Path,
     identity: dict[str, object],
@@ -86,7 +86,7 @@ def _collect(
     with tqdm(total=len(prompts.texts), unit="prompt", desc="calibrating", disable=None) as bar:
         bar.update(sum(len(batch.prompts) for batch in batches[:done]))
         for i, batch in enumerate(batches[done:], done + 1):
-            draw(drawn, batch, settings, guidance_scale, collector)
+            generate_batch(drawn, batch, settings, guidance_scale, collector)
             save_state(state, collector, identity, i)
             bar.update(len(batch.prompts))
     return describe(student, prompts, settings, collector.ranges())

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import Calibrator, make_calibrator
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
-from arcflow_export.formats.scales import STEPPED, Range, Scales
+from arcflow_export.formats.scales import STEPPED, ActivationRange, Scales
 from arcflow_export.models.layers import MatMul
 from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent, integrate, pack, schedule
@@ -31,7 +31,7 @@ _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
 
 
 @dataclass
-class Layer:
+class CalibratedLayer:
     """One linear and its results, with one calibrator per step.
 
     `linear` is the nn.Linear, to which modelopt adds `input_quantizer`. `module` is the module that is called: the
@@ -49,13 +49,13 @@ class Layer:
 class Collector:
     """The quantizers on a student's linears; setting `step` selects the calibrators of that step."""
 
-    def __init__(self, student: Student, torch_student: TorchStudent, settings: Settings):
+    def __init__(self, student: Student, torch_student: TorchStudent, settings: CalibrationSettings):
         """Put modelopt's quantizers on every linear of the parts to calibrate.
 
         Raises:
             CalibrationError: a linear of the bundle's graph is not a linear layer in the torch student.
         """
-        self.parts: dict[str, dict[str, Layer]] = {}
+        self.parts: dict[str, dict[str, CalibratedLayer]] = {}
         for part in settings.parts:
             steps = settings.num_inference_steps if part == STEPPED else 1
             self.parts[part] = {}
@@ -64,7 +64,7 @@ class Collector:
                 if not isinstance(linear, nn.Linear):
                     raise CalibrationError(f"{part}: {name} must be a linear layer, got {type(linear).__name__}")
                 calibrators = [make_calibrator(name, settings.method, settings.percentile) for _ in range(steps)]
-                layer = Layer(name, module, linear, calibrators, [0.0] * steps, [0] * steps)
+                layer = CalibratedLayer(name, module, linear, calibrators, [0.0] * steps, [0] * steps)
                 self.parts[part][name] = layer
         for part, layers in self.parts.items():
             _quantizers(part, layers)
@@ -84,7 +84,7 @@ class Collector:
             for layer in layers.values():
                 layer.linear.input_quantizer._calibrator = layer.calibrators[step if part == STEPPED else 0]
 
-    def ranges(self) -> dict[str, dict[str, Range]]:
+    def ranges(self) -> dict[str, dict[str, ActivationRange]]:
         """The collected ranges, by part and layer.
 
         Raises:
@@ -94,7 +94,7 @@ class Collector:
             part: {name: _range(part, layer) for name, layer in layers.items()} for part, layers in self.parts.items()
         }
 
-    def _output_hook(self, part: str, layer: Layer) -> Any:
+    def _output_hook(self, part: str, layer: CalibratedLayer) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             step = self._step if part == STEPPED else 0
             peak = float(output.abs().amax())
@@ -124,7 +124,7 @@ def _root(torch_student: TorchStudent, part: str) -> nn.Module:
     return torch_student.pipe.text_encoder.model.language_model
 
 
-def _quantizers(part: str, layers: dict[str, Layer]) -> None:
+def _quantizers(part: str, layers: dict[str, CalibratedLayer]) -> None:
     """Give each linear an input quantizer that collects and does not quantise.
 
     modelopt gets a ModuleDict with the linears only. So its default exclusions, and its replacements of attention and
@@ -150,16 +150,16 @@ def _quantizers(part: str, layers: dict[str, Layer]) -> None:
         layer.linear.input_quantizer.enable_calib()
 
 
-def _range(part: str, layer: Layer) -> Range:
+def _range(part: str, layer: CalibratedLayer) -> ActivationRange:
     for step, calibrator in enumerate(layer.calibrators):
         if calibrator.peak == 0:
             seen = "saw only zeros" if layer.samples[step] else "was never called"
             raise CalibrationError(f"{part}: {layer.name} {seen} at step {step}; calibrate on other prompts")
-    return Range(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
+    return ActivationRange(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts that run together, as (index, text) pairs, and their image size in pixels."""
 
     prompts: tuple[tuple[int, str], ...]
@@ -167,18 +167,24 @@ class Batch:
     width: int
 
 
-def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
+def plan_batches(prompts: Prompts, settings: CalibrationSettings) -> list[PromptBatch]:
     """Split the prompts into batches of one image size each; the split is deterministic."""
     batches = []
     for s, (height, width) in enumerate(settings.sizes):
         mine = list(enumerate(prompts.texts))[s :: len(settings.sizes)]
         for start in range(0, len(mine), settings.batch):
-            batches.append(Batch(tuple(mine[start : start + settings.batch]), height, width))
+            batches.append(PromptBatch(tuple(mine[start : start + settings.batch]), height, width))
     return batches
 
 
 @torch.inference_mode()
-def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale: float | None, on: Collector) -> None:
+def generate_batch(
+    student: TorchStudent,
+    batch: PromptBatch,
+    settings: CalibrationSettings,
+    guidance_scale: float | None,
+    on: Collector,
+) -> None:
     """Generate a batch without decoding it, while `on` collects; text encoders run once per prompt."""
     encoded = student.encode_batch([text for _, text in batch.prompts], settings.max_sequence_length)
     if STEPPED not in on.parts:
@@ -216,7 +222,7 @@ def _equal_lengths(lengths: list[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def guidance(student: Student, settings: Settings) -> float | None:
+def guidance(student: Student, settings: CalibrationSettings) -> float | None:
     """The guidance scale for the student, or None if it takes none.
 
     Raises:
@@ -229,7 +235,9 @@ def guidance(student: Student, settings: Settings) -> float | None:
     return None
 
 
-def describe(student: Student, prompts: Prompts, settings: Settings, parts: dict[str, dict[str, Range]]) -> Scales:
+def describe(
+    student: Student, prompts: Prompts, settings: CalibrationSettings, parts: dict[str, dict[str, ActivationRange]]
+) -> Scales:
     """Put the collected ranges and their origin into a `Scales` object."""
     base, adapter, loras = student.sources
     return Scales(

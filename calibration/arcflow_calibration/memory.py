@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_export.errors import CalibrationError
 from arcflow_export.options import PARTS
 from arcflow_export.student.load import Student
@@ -34,7 +34,7 @@ class Footprint:
     read_text: int
 
 
-def plan_memory(student: Student, settings: Settings) -> tuple[bool, str | None]:
+def plan_memory(student: Student, settings: CalibrationSettings) -> tuple[bool, str | None]:
     """Decide whether the base's weights stay on disk; if so, also return a sentence with the reason and cost.
 
     Raises:
@@ -58,7 +58,7 @@ def plan_memory(student: Student, settings: Settings) -> tuple[bool, str | None]
     )
 
 
-def measure(student: Student, settings: Settings) -> Footprint:
+def measure(student: Student, settings: CalibrationSettings) -> Footprint:
     """Compute the footprint of a calibration, from file headers and settings alone."""
     dtype = getattr(torch, settings.dtype)
     dtypes = dict.fromkeys(PARTS, dtype)

@@ -18,7 +18,7 @@ PERCENTILE = 99.999
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """How to calibrate.
 
     `percentile` is None for other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from arcflow_calibration.collect import Collector, Layer, guidance, tools
-from arcflow_calibration.options import Settings
+from arcflow_calibration.collect import CalibratedLayer, Collector, guidance, tools
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import BINS
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
@@ -62,7 +62,7 @@ def held(out: Path) -> Iterator[None]:
         yield
 
 
-def settings_of(student: Student, prompts: Prompts, settings: Settings) -> dict[str, Any]:
+def settings_of(student: Student, prompts: Prompts, settings: CalibrationSettings) -> dict[str, Any]:
     """Everything that the numbers depend on, by the name that error messages use."""
     base = [index for _, index in sorted(student.indexes.items())]
     return {
@@ -156,7 +156,7 @@ def _facts(path: Path) -> dict[str, Any]:
         raise CalibrationError(f"{path} is not a calibration state ({e}); --overwrite starts again") from None
 
 
-def _restore(f: Any, part: str, layers: list[Layer], histograms: bool) -> None:
+def _restore(f: Any, part: str, layers: list[CalibratedLayer], histograms: bool) -> None:
     shape = (len(layers), len(layers[0].calibrators))
     peak, span, output = (_tensor(f, f"{part}.{name}", shape, torch.float64) for name in ("peak", "span", "output"))
     samples = _tensor(f, f"{part}.samples", shape, torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from arcflow_export.formats.scales import FP16_MAX, Range, Scales
+from arcflow_export.formats.scales import FP16_MAX, ActivationRange, Scales
 
 #: Layers whose steps differ by more than this factor are counted. It is one of E4M3's 15 binades of full precision.
 FACTOR = 2.0
@@ -39,7 +39,7 @@ def summarise(scales: Scales) -> list[PartSummary]:
     return summaries
 
 
-def _overflows(r: Range) -> bool:
+def _overflows(r: ActivationRange) -> bool:
     return r.output_amax is not None and max(r.output_amax) > FP16_MAX
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcflow_calibration.options import DTYPES, METHODS, PERCENTILE, Settings
+from arcflow_calibration.options import DTYPES, METHODS, PERCENTILE, CalibrationSettings
 from arcflow_calibration.summary import as_dict, summarise, table
 from arcflow_export.commands.announce import announce
 from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = Settings()
+    default = CalibrationSettings()
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, such as scales.json")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, and a stopped run with other settings")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_calibration.calibrate import calibrate, default_device
     from arcflow_calibration.state import check_out
 
-    settings = Settings(
+    settings = CalibrationSettings(
         args.method,
         (args.percentile or PERCENTILE) if args.method == "percentile" else None,
         args.parts,
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cost(student: Student, settings: Settings, prompts: int, machine: Machine) -> Cost:
+def _cost(student: Student, settings: CalibrationSettings, prompts: int, machine: Machine) -> Cost:
     from arcflow_export.costs.costs import calibrate_cost, network_bytes
     from arcflow_export.costs.work import call_sizes, part_work
 

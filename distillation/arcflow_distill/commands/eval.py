@@ -14,14 +14,14 @@ import json
 import re
 from pathlib import Path
 
-from arcflow_distill.evaluate.options import Options
+from arcflow_distill.evaluate.options import EvaluationOptions
 from arcflow_export.progress import stage_bars
 from arcflow_runtime.errors import RequestError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = Options()
+    default = EvaluationOptions()
     parser.add_argument("target", metavar="TARGET", type=Path, help="directory of a bundle or an adapter")
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the teacher, in diffusers format")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print the table."""
-    options = Options(args.count, args.seed, tuple(args.teacher_steps))
+    options = EvaluationOptions(args.count, args.seed, tuple(args.teacher_steps))
     students = _students(args.student)
     from arcflow_export.commands.sources import quiet_libraries
 

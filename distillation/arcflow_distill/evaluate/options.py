@@ -11,7 +11,7 @@ STUDENT_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """How many images to generate, and with which steps.
 
     Args:

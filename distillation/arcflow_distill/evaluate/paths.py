@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from arcflow_distill.evaluate.samplers import Generated, Teacher
+from arcflow_distill.evaluate.samplers import Generated, TeacherPipeline
 from arcflow_distill.evaluate.students import Call, StudentSampler
 from arcflow_export.images.cases import GROUPS, Cases
 from arcflow_runtime.maths.update import update
@@ -41,7 +41,7 @@ class Walks:
     images: dict[str, np.ndarray]
 
 
-def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Generated, steps: int) -> list[Walks]:
+def walk(cases: Cases, teacher: TeacherPipeline, student: StudentSampler, drawn: Generated, steps: int) -> list[Walks]:
     """Compute the paths of the prompts of the seen group that name the fewest attributes.
 
     Args:

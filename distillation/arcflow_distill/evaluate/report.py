@@ -31,7 +31,7 @@ class SamplerReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """All results of an evaluation.
 
     `settings` and `versions` allow to repeat it. `judge_rates` are the judge's own error rates (see `judge_rates`).

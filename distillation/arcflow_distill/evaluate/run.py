@@ -16,9 +16,9 @@ import torch
 
 from arcflow_distill.errors import DistillError
 from arcflow_distill.evaluate import paths
-from arcflow_distill.evaluate.options import STUDENT_STEPS, Options
-from arcflow_distill.evaluate.report import Report, SamplerReport
-from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, Teacher, generate_all
+from arcflow_distill.evaluate.options import STUDENT_STEPS, EvaluationOptions
+from arcflow_distill.evaluate.report import EvaluationReport, SamplerReport
+from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, TeacherPipeline, generate_all
 from arcflow_distill.evaluate.scores import SCORED, Scorer
 from arcflow_distill.evaluate.sheet import Section, contact_sheet
 from arcflow_distill.evaluate.students import AdapterSampler, StudentSampler, open_target
@@ -43,9 +43,9 @@ def evaluate(
     out: Path,
     students: Mapping[str, Path] | None = None,
     judge: Path | None = None,
-    options: Options | None = None,
+    options: EvaluationOptions | None = None,
     progress: StageProgress = lambda stage, done, total: None,
-) -> Report:
+) -> EvaluationReport:
     """Generate the prompts with the teacher and the students, score the images, and write `out`.
 
     Args:
@@ -62,12 +62,12 @@ def evaluate(
         RequestError: a name in `students` is reserved.
         ArcFlowError: a directory is missing or damaged, or does not fit the teacher.
     """
-    options, students = options or Options(), students or {}
+    options, students = options or EvaluationOptions(), students or {}
     check_out(out)
     for name in students:
         if name in (TARGET, "real") or name.startswith("teacher-"):
             raise RequestError(f"a student's name must not be {TARGET}, real or teacher-..., got {name!r}")
-    teacher = Teacher(base)
+    teacher = TeacherPipeline(base)
     opened: dict[str, StudentSampler] = {name: AdapterSampler(base, path) for name, path in students.items()}
     opened[TARGET] = open_target(target, base)
     found, judge_source = _judge(judge, base, options.seed, progress)
@@ -86,7 +86,7 @@ def evaluate(
     for name, sampler in samplers.items():
         reports.append(SamplerReport(name, labels[name], sampler.network_calls, scorer.score(name, drawn[name])))
         progress("score", len(reports) - 1, len(samplers))
-    report = Report(
+    report = EvaluationReport(
         _settings(options, cases, target, base, students, judge_source),
         {package: version(package) for package in _PACKAGES},
         judge_rates(found, options.count, options.seed + 1),
@@ -137,7 +137,7 @@ def _judge(judge: Path | None, base: Path, seed: int, progress: StageProgress) -
 
 
 def _settings(
-    options: Options, cases: Cases, target: Path, base: Path, students: Mapping[str, Path], judge: str
+    options: EvaluationOptions, cases: Cases, target: Path, base: Path, students: Mapping[str, Path], judge: str
 ) -> dict[str, object]:
     return {
         "target": target.absolute().name,

@@ -60,7 +60,7 @@ def generate_all(
     return Generated(np.concatenate([p.latents for p in parts]), np.concatenate([p.images for p in parts]))
 
 
-class Teacher:
+class TeacherPipeline:
     """The teacher: diffusers' own FluxPipeline in float32."""
 
     def __init__(self, base: Path) -> None:
@@ -104,7 +104,7 @@ class Teacher:
 class EulerSampler:
     """Samples the teacher with a fixed number of Euler steps."""
 
-    def __init__(self, teacher: Teacher, steps: int) -> None:
+    def __init__(self, teacher: TeacherPipeline, steps: int) -> None:
         self.teacher, self.network_calls, self.batch = teacher, steps, BATCH
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.evaluate.options import Options
+from arcflow_distill.evaluate.options import EvaluationOptions
 from arcflow_distill.evaluate.run import evaluate
 from arcflow_distill.shapes import teacher, vae
 from arcflow_distill.shapes.loop import cores, environment, launch
@@ -117,7 +117,7 @@ class Recipe:
         return [*command, *resume, *options]
 
     def _eval(self, folder: Path) -> None:
-        options = Options(self._amount("count", Options.count), self.seed)
+        options = EvaluationOptions(self._amount("count", EvaluationOptions.count), self.seed)
         students = {"linear": self.out / "linear"}
         report = evaluate(self.out / "adapter", self.out / "teacher", folder, students, self.out / "judge", options)
         print(report.table())

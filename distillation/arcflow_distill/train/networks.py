@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.train.prompts import Text
+from arcflow_distill.train.prompts import TextBatch
 from arcflow_export.checkpoint.adapter import CLASSES, HEADS, SUB_PIXELS
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.models.student import Heads
@@ -154,7 +154,7 @@ class _RoundedRotary(nn.Module):
         return tuple(t.to(self.dtype).float() for t in self.inner(ids))
 
 
-class Student(nn.Module):
+class StudentNetwork(nn.Module):
     """The trained network; a call returns the float32 output of the three heads."""
 
     def __init__(self, transformer: Any, family: str, modes: int, rank: int, dropout: float):
@@ -185,7 +185,7 @@ class Student(nn.Module):
         self.transformer = transformer
 
     def forward(
-        self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas
+        self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents [B, N, C], sigma [B] -> means [B, N, K, C], logweights [B, N, K, P], loggammas [B, N, K-1, P]."""
         dtype = self.transformer.dtype
@@ -211,7 +211,7 @@ def _released_name(name: str) -> str:
     return name
 
 
-class Teacher:
+class TeacherNetwork:
     """The base's velocity, with optional classifier-free guidance; it is never trained."""
 
     def __init__(self, transformer: Any, family: str, true_cfg_scale: float = 1.0):
@@ -221,7 +221,7 @@ class Teacher:
         self.family, self.true_cfg_scale = family, true_cfg_scale
 
     @torch.no_grad()
-    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas) -> torch.Tensor:
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas) -> torch.Tensor:
         """Velocity [B, N, C] float32 at latents [B, N, C] and sigma [B].
 
         With guidance, `text` holds the negative prompts and then the prompts, [2 B].
@@ -232,12 +232,12 @@ class Teacher:
         negative, positive = both.chunk(2)
         return positive + (positive - negative) * (self.true_cfg_scale - 1)
 
-    def _velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas) -> torch.Tensor:
+    def _velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas) -> torch.Tensor:
         return self.transformer(**arguments(self.transformer, self.family, latents, sigma, text, canvas))[0].float()
 
 
 def arguments(
-    transformer: Any, family: str, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas
+    transformer: Any, family: str, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas
 ) -> dict[str, Any]:
     """A transformer's keyword arguments. The transformer itself rounds timestep and guidance to its dtype."""
     dtype, device, batch = transformer.dtype, latents.device, len(latents)

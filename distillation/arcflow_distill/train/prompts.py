@@ -18,19 +18,19 @@ _CAPTION_SEED = 0
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """One encoded prompt: text states [T, D] of its valid tokens, and for FLUX the pooled vector [P]."""
 
     states: torch.Tensor
     pooled: torch.Tensor | None
 
-    def to(self, device: torch.device) -> Prompt:
+    def to(self, device: torch.device) -> EncodedPrompt:
         """The same prompt on a device."""
-        return Prompt(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+        return EncodedPrompt(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
 
 
 @dataclass(frozen=True)
-class Text:
+class TextBatch:
     """A batch of prompts: states [B, T, D], mask [B, T] bool if lengths differ, and FLUX's pooled vectors [B, P]."""
 
     states: torch.Tensor
@@ -83,43 +83,43 @@ class Encoder:
         self._length = max_sequence_length
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Prompt]:
+    def encode(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
         """Encode prompts in small batches."""
-        encoded: list[Prompt] = []
+        encoded: list[EncodedPrompt] = []
         for start in range(0, len(prompts), _BATCH):
             encoded += self._encode(list(prompts[start : start + _BATCH]))
         return encoded
 
-    def _encode(self, prompts: list[str]) -> list[Prompt]:
+    def _encode(self, prompts: list[str]) -> list[EncodedPrompt]:
         device = self._pipe.text_encoder.device
         result = self._pipe.encode_prompt(prompts, device=device, max_sequence_length=self._length)
         return self._split(*result)
 
     def _split(
         self, states: torch.Tensor, second: torch.Tensor | None, ids: torch.Tensor | None = None
-    ) -> list[Prompt]:
+    ) -> list[EncodedPrompt]:
         """Split a batch into prompts.
 
         FLUX returns states, pooled vectors and position ids; Qwen-Image returns states and a mask of valid tokens.
         """
         if ids is not None:
             assert second is not None
-            return [Prompt(s, p) for s, p in zip(states, second, strict=True)]
+            return [EncodedPrompt(s, p) for s, p in zip(states, second, strict=True)]
         if second is None:
-            return [Prompt(s, None) for s in states]
-        return [Prompt(s[m.bool()], None) for s, m in zip(states, second, strict=True)]
+            return [EncodedPrompt(s, None) for s in states]
+        return [EncodedPrompt(s[m.bool()], None) for s, m in zip(states, second, strict=True)]
 
 
-def collate(prompts: Sequence[Prompt]) -> Text:
+def collate(prompts: Sequence[EncodedPrompt]) -> TextBatch:
     """Put prompts into one batch; if their lengths differ, pad them to the longest and add a mask."""
     lengths = [len(p.states) for p in prompts]
     pooled = [p.pooled for p in prompts if p.pooled is not None]
     stacked = torch.stack(pooled) if pooled else None
     if min(lengths) == max(lengths):
-        return Text(torch.stack([p.states for p in prompts]), None, stacked)
+        return TextBatch(torch.stack([p.states for p in prompts]), None, stacked)
     states = torch.nn.utils.rnn.pad_sequence([p.states for p in prompts], batch_first=True)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Text(states, mask.to(states.device), stacked)
+    return TextBatch(states, mask.to(states.device), stacked)
 
 
 class TextSource:
@@ -129,11 +129,12 @@ class TextSource:
         self._prompts, self._device = prompts, device
         unique = list(dict.fromkeys(prompts))
         self._encoder: Encoder | None = None
-        self._known: dict[str, Prompt] = {}
+        self._known: dict[str, EncodedPrompt] = {}
         if len(unique) <= cached:
             # Kept on the host, because even a few hundred encoded prompts of FLUX take gigabytes.
             kept = [
-                Prompt(p.states.cpu(), None if p.pooled is None else p.pooled.cpu()) for p in encoder.encode(unique)
+                EncodedPrompt(p.states.cpu(), None if p.pooled is None else p.pooled.cpu())
+                for p in encoder.encode(unique)
             ]
             self._known = dict(zip(unique, kept, strict=True))
         else:
@@ -150,7 +151,7 @@ class TextSource:
         """True if all prompts were encoded before training."""
         return self._encoder is None
 
-    def draw(self, count: int, generator: torch.Generator) -> list[Prompt]:
+    def draw(self, count: int, generator: torch.Generator) -> list[EncodedPrompt]:
         """Draw prompts with replacement; `generator` is a CPU generator."""
         chosen = [self._prompts[i] for i in torch.randint(len(self._prompts), (count,), generator=generator).tolist()]
         if self._encoder is not None:

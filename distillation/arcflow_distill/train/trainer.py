@@ -34,7 +34,14 @@ from arcflow_distill.train.config import Config
 from arcflow_distill.train.ema import Ema
 from arcflow_distill.train.folders import check_out, training_folder
 from arcflow_distill.train.interrupts import Interrupts
-from arcflow_distill.train.networks import Canvas, Student, Teacher, base_family, count_by_kind, load_transformer
+from arcflow_distill.train.networks import (
+    Canvas,
+    StudentNetwork,
+    TeacherNetwork,
+    base_family,
+    count_by_kind,
+    load_transformer,
+)
 from arcflow_distill.train.policy import Policy, warp
 from arcflow_distill.train.progress import Figures, Log
 from arcflow_distill.train.prompts import Encoder, TextSource, collate, read_prompts
@@ -85,8 +92,8 @@ class Distillation:
         transformer = load_transformer(base, self.family, dtype).to(self.device)
         self.base_config = dict(transformer.config)
         self.base_parameters = sum(p.numel() for p in transformer.parameters())
-        self.teacher = Teacher(transformer, self.family, config.true_cfg_scale)
-        student = Student(transformer, self.family, config.modes, config.rank, config.lora_dropout)
+        self.teacher = TeacherNetwork(transformer, self.family, config.true_cfg_scale)
+        student = StudentNetwork(transformer, self.family, config.modes, config.rank, config.lora_dropout)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.trained = student.trained()
