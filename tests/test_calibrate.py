@@ -202,7 +202,7 @@ class Stop(BaseException):
 
 def stop_after(monkeypatch, count):
     """Stop in the middle of the batch after `count` whole ones, when part of it is collected."""
-    calls, original = [], module.draw
+    calls, original = [], module.generate_batch
 
     def draw(*args):
         calls.append(args)

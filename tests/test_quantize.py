@@ -354,7 +354,7 @@ def test_scales_of_another_student(flux, bundles):
     _, scales, out = flux
     root = bundles("qwen-tiny", opset=23, **OPTIONS)
     code, _, err = command("quantize", root, "--scales", scales, "--out", out)
-    assert code == 1 and "of a flux student, the bundle is qwen-image" in err
+    assert code == 1 and "to a flux student, the bundle is qwen-image" in err
     assert not out.exists()
 
 
