@@ -149,6 +149,44 @@ def test_damaged_files(path, tmp_path):
         Scales.load(tmp_path / "none.json")
 
 
+def test_a_key_that_is_there_twice(path):
+    text = path.read_text()
+    path.write_text(text.replace('"seed": 0,', '"seed": 0,\n "seed": 0,'))
+    with pytest.raises(CalibrationError, match=r"is not valid JSON \(an object has the key 'seed' twice\); calibrate"):
+        Scales.load(path)
+
+
+def test_scales_of_other_runs_than_the_bundles_are_warned_of(tmp_path):
+    manifest = Bundle.open(make_bundle(tmp_path / "bundle")).manifest  # 64 text tokens, shift 3.2, ratio 1, 2 steps
+    assert make().warnings(manifest) == ()
+    same = {"max_sequence_length": 64, "shift": 3.2, "timestep_ratio": 1.0}
+    assert make(**same).warnings(manifest) == ()
+    other = {"max_sequence_length": 512, "shift": 2.0, "timestep_ratio": 0.5}
+    assert make(**other).warnings(manifest) == tuple(
+        f"the scales were made with {key} {mine}, the bundle has {theirs}; "
+        f"calibrate with --{key.replace('_', '-')} {theirs}, or the ranges may not fit"
+        for key, mine, theirs in (
+            ("max_sequence_length", 512, 64),
+            ("shift", 2, 3.2),
+            ("timestep_ratio", 0.5, 1),
+        )
+    )
+    (steps,) = make(num_inference_steps=4).warnings(manifest)
+    assert steps.startswith("the scales were made with num_inference_steps 4, the bundle has 2; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": 0.0}, "shift must be positive and finite, got 0.0"),
+        ({"timestep_ratio": 1.5}, "timestep_ratio must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_a_schedule_out_of_range(tmp_path, change, message):
+    with pytest.raises(CalibrationError, match=message):
+        make(**change).save(tmp_path / "scales.json")
+
+
 def test_bad_values_are_not_written(tmp_path):
     bad = make(parts={"backbone": {LAYER: ActivationRange((1.0, float("nan")), 1)}})
     with pytest.raises(CalibrationError, match="positive and finite"):

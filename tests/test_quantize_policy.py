@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from arcflow_export.errors import QuantizeError
-from arcflow_export.formats.policy import DEFAULT_PRESETS, PartPolicy, load_policy, presets, select
+from arcflow_export.families import FAMILIES
+from arcflow_export.formats.policy import PartPolicy, load_policy, presets, select
 from tests.fp8 import write_policy
 
 NAMES = [
@@ -24,7 +25,7 @@ def test_presets():
         assert (policy.name, policy.format) == (name, "fp8_e4m3")
         assert set(policy.parts) == ({"backbone", "text_encoder_2"} if name == "flux-t5" else {"backbone"})
         assert policy.thresholds.heads == 0.05 and (policy.thresholds.judge == 0.02) == (name == "shapes")
-    assert set(DEFAULT_PRESETS.values()) <= set(presets())
+    assert {found.policy for found in FAMILIES.values()} <= set(presets())
     assert load_policy("flux").parts == load_policy("shapes").parts
 
 

@@ -11,9 +11,10 @@ import time
 import huggingface_hub
 import pytest
 
-from arcflow_export.checkpoint.layout import BASES, adapter_files, base_files, lora_files
+from arcflow_export.checkpoint.layout import adapter_files, base_files, lora_files
 from arcflow_export.checkpoint.sources import Listing, Location, check_present, measure, read_json, resolve
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
 
 FLUX = [
     "model_index.json",
@@ -122,7 +123,7 @@ def test_weights_are_fetched_once(listing, copy):
 def test_every_folder_of_the_table_is_fetched():
     """A folder that is added to the table must be in the lists above too."""
     for family, names in (("flux", FLUX), ("qwen-image", QWEN)):
-        assert {f.name for f in BASES[family]} == {n.split("/")[0] for n in names if "/" in n}
+        assert {f.name for f in facts(family).folders} == {n.split("/")[0] for n in names if "/" in n}
 
 
 @pytest.mark.parametrize(

@@ -8,26 +8,11 @@ from typing import Any
 from arcflow_export.checkpoint.sources import Resolved, read_json
 from arcflow_export.checkpoint.tensors import TensorIndex, TensorRef
 from arcflow_export.errors import SourceError
+from arcflow_export.families import FAMILIES, adapter_sizes, facts, family_of_adapter
 
 HEADS = ("proj_out_means", "proj_out_logweights", "proj_out_loggamma")
 #: A packed token is 2x2 latent pixels; each of the four has its own mode weights and gammas.
 SUB_PIXELS = 4
-#: Adapter class -> (family, base class).
-CLASSES = {
-    "ArcFluxTransformer2DModel": ("flux", "FluxTransformer2DModel"),
-    "ArcQwenImageTransformer2DModel": ("qwen-image", "QwenImageTransformer2DModel"),
-}
-_SIZES = (
-    "in_channels",
-    "num_layers",
-    "num_single_layers",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "guidance_embeds",
-    "axes_dims_rope",
-)
 
 
 @dataclass(frozen=True)
@@ -97,15 +82,17 @@ def read_modes(source: Resolved) -> tuple[int, int]:
 
 def _check_config(config: dict[str, Any], base_config: dict[str, Any], source: Resolved) -> str:
     name, base_name = config.get("_class_name"), base_config.get("_class_name")
-    if name not in CLASSES:
+    family = family_of_adapter(name)
+    if family is None:
+        known = sorted(found.adapter for found in FAMILIES.values())
         raise SourceError(
-            f"adapter: {source.path / 'config.json'}: _class_name must be one of {sorted(CLASSES)}, got {name!r}; "
+            f"adapter: {source.path / 'config.json'}: _class_name must be one of {known}, got {name!r}; "
             "is this an ArcFlow adapter?"
         )
-    family, wanted = CLASSES[name]
+    wanted = facts(family).transformer
     if base_name != wanted:
         raise SourceError(f"adapter: {name} needs a base of class {wanted}, but the base is {base_name!r}")
-    for key in _SIZES:
+    for key in adapter_sizes():
         if key in config and key in base_config and config[key] != base_config[key]:
             raise SourceError(
                 f"adapter: {key} is {config[key]} in the adapter and {base_config[key]} in the base; "

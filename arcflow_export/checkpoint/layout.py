@@ -6,51 +6,14 @@ downloads everything that the later ones need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from arcflow_export.checkpoint.shards import pick_weights
 from arcflow_export.checkpoint.sources import Listing, read_json
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts, family_of_pipeline, pipelines
 
 MODEL_INDEX = "model_index.json"
-#: Pipeline class in model_index.json -> family.
-PIPELINES = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
-
-
-@dataclass(frozen=True)
-class Folder:
-    """One folder of a base: the text files to download if they exist, and the stem of its weight files' names."""
-
-    name: str
-    texts: tuple[str, ...] = ("config.json",)
-    stem: str | None = None
-
-
-_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
-_BPE = (*_TOKENIZER, "vocab.json", "merges.txt")
-_SCHEDULER = Folder("scheduler", ("scheduler_config.json",))
-
-#: Family -> the folders of its base that are used. A repository also has images, pickles, other precisions and, in
-#: FLUX's root, the whole model again in its authors' format.
-BASES = {
-    "flux": (
-        _SCHEDULER,
-        Folder("tokenizer", _BPE),
-        Folder("tokenizer_2", (*_TOKENIZER, "spiece.model")),
-        Folder("text_encoder", stem="model"),
-        Folder("text_encoder_2", stem="model"),
-        Folder("transformer", stem="diffusion_pytorch_model"),
-        Folder("vae", stem="diffusion_pytorch_model"),
-    ),
-    "qwen-image": (
-        _SCHEDULER,
-        Folder("tokenizer", _BPE),
-        Folder("text_encoder", ("config.json", "generation_config.json"), "model"),
-        Folder("transformer", stem="diffusion_pytorch_model"),
-        Folder("vae", stem="diffusion_pytorch_model"),
-    ),
-}
 
 
 def base_files(listing: Listing) -> list[str]:
@@ -63,7 +26,7 @@ def base_files(listing: Listing) -> list[str]:
         raise SourceError(no_model_index(listing.what, listing.where))
     family = read_family(listing.read(MODEL_INDEX), listing.what)
     found = [MODEL_INDEX]
-    for folder in BASES[family]:
+    for folder in facts(family).folders:
         names = listing.within(folder.name)
         picked = [name for name in folder.texts if name in names]
         if folder.stem is not None:
@@ -103,9 +66,10 @@ def read_family(model_index: Path, what: str) -> str:
         SourceError: the file cannot be read, or its pipeline is not supported.
     """
     name = read_json(model_index, what).get("_class_name")
-    if name not in PIPELINES:
-        raise SourceError(f"{what}: {model_index}: _class_name must be one of {sorted(PIPELINES)}, got {name!r}")
-    return PIPELINES[name]
+    family = family_of_pipeline(name)
+    if family is None:
+        raise SourceError(f"{what}: {model_index}: _class_name must be one of {pipelines()}, got {name!r}")
+    return family
 
 
 def no_model_index(what: str, where: object) -> str:

@@ -19,6 +19,7 @@ from arcflow_export.checkpoint.layout import lora_files
 from arcflow_export.checkpoint.sources import Location, Resolved, resolve
 from arcflow_export.checkpoint.tensors import TensorIndex, TensorRef
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
 
 COMPONENTS = ("transformer", "text_encoder")
 _SUPPORTED = "bundles take LoRAs of the linears of transformer and text_encoder"
@@ -75,7 +76,7 @@ def load_style(location: Location, scale: float, family: str) -> Style:
     Args:
         location: a .safetensors file, a directory with one, or a hub id.
         scale: the strength given by the user; it multiplies alpha / rank.
-        family: "flux" or "qwen-image".
+        family: of the base.
 
     Raises:
         SourceError: the file is not a LoRA or is a pickle, no converter knows its keys, or it changes a component that
@@ -121,15 +122,17 @@ def load_style(location: Location, scale: float, family: str) -> Style:
 def _convert(
     raw: dict[str, torch.Tensor], metadata: dict[str, str], family: str, file: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, Any]]:
-    from diffusers import FluxPipeline, QwenImagePipeline
+    import diffusers
     from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_peft
 
+    found = facts(family)
+    pipeline = getattr(diffusers, found.pipeline)
     try:
-        if family == "flux":
-            state, alphas = FluxPipeline.lora_state_dict(dict(raw), return_alphas=True)
+        if found.lora_alphas:
+            state, alphas = pipeline.lora_state_dict(dict(raw), return_alphas=True)
         else:
-            state, alphas = QwenImagePipeline.lora_state_dict(dict(raw)), None
-    except Exception as e:  # the converters raise many types for unknown keys
+            state, alphas = pipeline.lora_state_dict(dict(raw)), None
+    except Exception as e:  # the converters raise whatever their parsing runs into
         raise SourceError(f"LoRA: {file}: diffusers' converter does not know its keys ({e})") from None
     # The converter leaves CLIP's factors in an older naming of diffusers.
     text_encoder = {k: v for k, v in state.items() if k.startswith("text_encoder.")}

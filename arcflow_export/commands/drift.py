@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.drift.cases import LIMIT, LIMIT_WITH_JUDGE
 from arcflow_export.errors import ExportError
-from arcflow_export.progress import stage_bars
+from arcflow_export.families import facts
 from arcflow_runtime.backends import BACKENDS
 from arcflow_runtime.disk.outputs import check_file
 from arcflow_runtime.errors import RequestError
@@ -63,7 +63,7 @@ def run_drift(args: argparse.Namespace) -> int:
     from arcflow_export.drift.cases import ImageSettings, read_cases
     from arcflow_export.drift.comparable import check_comparable
     from arcflow_export.drift.write_report import check_report
-    from arcflow_export.formats.policy import DEFAULT_PRESETS, load_policy
+    from arcflow_export.formats.policy import load_policy
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.generate.request import check_request
 
@@ -73,7 +73,7 @@ def run_drift(args: argparse.Namespace) -> int:
         check_file(Path(args.json), "--json", ExportError)
     candidate, reference = Bundle.open(args.bundle), Bundle.open(args.against)
     check_comparable(candidate, reference)
-    preset = _SHAPES if args.judge else DEFAULT_PRESETS[candidate.manifest.family]
+    preset = _SHAPES if args.judge else facts(candidate.manifest.family).policy
     policy = load_policy(args.policy or preset)
     scenes = []
     for bundle in (candidate, reference):

@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcflow_export.commands.announce import add_anyway, announce
-from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
-from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, ExportOptions
-from arcflow_export.progress import ByteBars
+from arcflow_export.commands.bars import Bars
+from arcflow_export.commands.sources import (
+    add_schedule_arguments,
+    add_source_arguments,
+    check_schedule,
+    open_student,
+    quiet_libraries,
+    warn_of_shift,
+)
+from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
@@ -92,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="largest number of text tokens, and the bundle's default; default: %(default)s",
     )
+    add_schedule_arguments(group)
     add_anyway(parser)
     group.add_argument("--dry-run", action="store_true", help="check everything and print what would be written")
     group.add_argument("--json", action="store_true", help="print the plan or result as JSON")
@@ -108,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_export.export.export import export_bundle, plan_export
 
     student = open_student(args)
+    warn_of_shift(student, options.shift)
     if args.scales is not None:
         options = _with_measured(options, args.scales, student)
     plan = plan_export(student, options)
@@ -169,7 +178,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         raise RequestError(f"--max-px must be a positive multiple of 16, got {args.max_px}")
     if args.max_sequence_length < 1:
         raise RequestError(f"--max-sequence-length must be at least 1, got {args.max_sequence_length}")
-    return ExportOptions(
+    check_schedule(args)
+    return Options(
         args.dtype,
         args.opset,
         args.steps,
@@ -178,6 +188,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         args.max_sequence_length,
         _precision(args.precision),
         tuple(pattern for text in args.keep_float32 for pattern in _items(text, "--keep-float32")),
+        args.shift,
+        args.timestep_ratio,
     )
 
 

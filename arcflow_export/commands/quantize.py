@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.errors import QuantizeError
-from arcflow_export.progress import ByteBars
+from arcflow_export.families import facts
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
@@ -55,13 +55,16 @@ def run(args: argparse.Namespace) -> int:
         raise QuantizeError(f"--out: {args.out} is the bundle itself; give another name")
     check_out(args.out, args.overwrite)
 
-    from arcflow_export.formats.policy import DEFAULT_PRESETS, load_policy
+    from arcflow_export.formats.policy import load_policy
     from arcflow_export.formats.scales import Scales
     from arcflow_export.quantize.coverage import cover_part
     from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 
-    policy = load_policy(args.policy or DEFAULT_PRESETS[m.family])
-    plan = plan_quantization(bundle, Scales.load(args.scales), policy)
+    policy = load_policy(args.policy or facts(m.family).policy)
+    scales = Scales.load(args.scales)
+    plan = plan_quantization(bundle, scales, policy)
+    for warning in scales.warnings(m):
+        print(f"warning: {warning}", file=sys.stderr)
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     size = (request.height_px, request.width_px)
     rows = [cover_part(m, p.name, p.linears, p.chosen, *size) for p in plan.parts]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from typing import TYPE_CHECKING
+
+from arcflow_export.options import SHIFT, TIMESTEP_RATIO
 
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
@@ -26,6 +30,46 @@ def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True)
         help="style LoRA to merge on top, in diffusers' or Kohya's naming; repeatable",
     )
     group.add_argument("--offline", action="store_true", help="use the hub's cache only")
+
+
+def add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
+    """Declare --shift and --timestep-ratio."""
+    group.add_argument(
+        "--shift",
+        type=float,
+        default=SHIFT,
+        metavar="S",
+        help="timestep shift that the student was trained with; default: %(default)s, as the released students",
+    )
+    group.add_argument(
+        "--timestep-ratio",
+        type=float,
+        default=TIMESTEP_RATIO,
+        metavar="R",
+        help="length of the last step over that of the others, above 0 and at most 1; default: %(default)s",
+    )
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Check --shift and --timestep-ratio.
+
+    Raises:
+        RequestError: one is out of range.
+    """
+    from arcflow_runtime.errors import RequestError
+
+    if not (math.isfinite(args.shift) and args.shift > 0):
+        raise RequestError(f"--shift must be above 0 and finite, got {args.shift:g}")
+    if not 0 < args.timestep_ratio <= 1:
+        raise RequestError(f"--timestep-ratio must be above 0 and at most 1, got {args.timestep_ratio:g}")
+
+
+def warn_of_shift(student: Student, shift: float) -> None:
+    """Print a warning if the base's scheduler has another fixed shift."""
+    from arcflow_export.student.schedule import shift_warning
+
+    if warning := shift_warning(student.base.path, shift):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:

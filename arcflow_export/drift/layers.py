@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_export.drift.graphs import E4M3_MAX, GraphLinear, add_initializer, linears
+from arcflow_export.drift.graphs import Linear, add_initializer, linears
 from arcflow_export.drift.measures import root_ratio
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.formats.thresholds import Thresholds, times
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.maths.dtypes import E4M3_MAX
 
 #: A scale is too small if the largest input exceeds its range this many times. Percentile and MSE calibration clip
 #: outliers, but never that much.

@@ -19,28 +19,18 @@ from arcflow_export.checkpoint.tokenizer import export_tokenizer
 from arcflow_export.export.bake import bake_modulation
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, check_source, initializer_name, num_bytes, write_weights
+from arcflow_export.families import facts
 from arcflow_export.graph.trace import MAX_BATCH, trace
 from arcflow_export.models.layers import Parameter, Part, parameters
-from arcflow_export.models.text import CLIP_TOKENS
-from arcflow_export.options import ExportOptions
-from arcflow_export.progress import ByteProgress, Silent
+from arcflow_export.options import Options
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import timestamp
 from arcflow_runtime.disk.files import sha256_file
+from arcflow_runtime.disk.signatures import bakes_modulation
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.maths.schedule import conditioning_timesteps, sigmas
-
-#: The released students' schedule: fixed shift 3.2, timestep ratio 1.
-SHIFT, TIMESTEP_RATIO = 3.2, 1.0
-#: diffusers' QwenImagePipeline: the system prompt, and how many of its tokens are dropped from the states.
-QWEN_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n"
-)
-QWEN_DROP_TOKENS = 34
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
     for part in described:
         params = parameters(part)
         check_source(params, student.source(part.name), part.name)
-        if part.name == "conditioner" and student.family == "qwen-image":
+        if part.name == "conditioner" and bakes_modulation(student.family):
             baked = part
             if not options.keep_conditioner:
                 continue
@@ -149,10 +139,10 @@ def _bake(
     from safetensors.torch import save
 
     progress.stage("modulation: baking", 0)
-    schedule = _schedule(plan.options)
+    schedule, family = _schedule(plan.options), _family(plan.student)
     tables = {}
     for n in plan.options.steps:
-        timesteps = conditioning_timesteps(sigmas(n, schedule), "qwen-image", plan.options.reference_dtype)
+        timesteps = conditioning_timesteps(sigmas(n, schedule), family, plan.options.reference_dtype)
         source = plan.student.source("conditioner")
         precision = getattr(torch, plan.options.part_dtype("backbone"))
         tables[f"num_inference_steps_{n}"] = bake_modulation(plan.baked, source, torch.from_numpy(timesteps), precision)
@@ -197,8 +187,12 @@ def _entry(path: Path) -> b.FileEntry:
     return b.FileEntry(path.stat().st_size, sha256_file(path))
 
 
-def _schedule(options: ExportOptions) -> b.Schedule:
-    return b.Schedule(SHIFT, TIMESTEP_RATIO, options.steps[0])
+def _family(student: Student) -> b.Family:
+    return student.family  # type: ignore[return-value]
+
+
+def _schedule(options: Options) -> b.Schedule:
+    return b.Schedule(options.shift, options.timestep_ratio, options.steps[0])
 
 
 def _manifest(
@@ -211,24 +205,22 @@ def _manifest(
     command: str,
 ) -> b.Manifest:
     student, options = plan.student, plan.options
-    flux = student.family == "flux"
-    if flux:
-        text = b.Text(
-            options.max_sequence_length,
-            clip_tokens=CLIP_TOKENS,
-            clip_pad_token_id=pads["tokenizer"],
-            t5_pad_token_id=pads["tokenizer_2"],
-        )
-    else:
-        text = b.Text(options.max_sequence_length, QWEN_TEMPLATE, QWEN_DROP_TOKENS)
+    found = facts(student.family)
+    text = b.Text(
+        options.max_sequence_length,
+        template=found.template,
+        drop_tokens=found.drop_tokens,
+        clip_tokens=found.clip_tokens,
+        **{key: pads[tokenizer] for key, tokenizer in found.pad_tokenizers.items()},
+    )
     px = b.Range(16, options.max_px)
     config = student.config
     return b.Manifest(
-        family=student.family,  # type: ignore[arg-type]
+        family=_family(student),
         dtype=options.dtype,
         reference_dtype=options.reference_dtype,
         opset=options.opset,
-        guidance=flux and bool(config.get("guidance_embeds")),
+        guidance=student.outline.guidance,
         schedule=_schedule(options),
         latents=b.Latents(
             config["in_channels"] // 4, 2, 8, student.adapter.num_gaussians, student.adapter.logweights_channels

@@ -29,8 +29,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-#: The preset used for each family of bundles when no policy is given.
-DEFAULT_PRESETS = {"flux": "flux", "qwen-image": "qwen-image"}
 _NEAR = 3
 _NO_THRESHOLDS = Thresholds()
 

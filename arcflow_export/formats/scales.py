@@ -18,16 +18,13 @@ from typing import Literal
 from arcflow_export.errors import CalibrationError
 from arcflow_runtime.disk.files import whole_file
 from arcflow_runtime.disk.manifest import Family, Manifest, Source, seal
-from arcflow_runtime.disk.parse import parse
-from arcflow_runtime.errors import BundleError
+from arcflow_runtime.disk.sealed import read_sealed
 
 FORMAT = "arcflow-scales"
 VERSION = 1
 MAX_BYTES = 16 << 20
 #: The only part that runs at every step, so its ranges are recorded per step. The others run once per prompt.
 STEPPED = "backbone"
-#: Largest finite number of float16.
-FP16_MAX = 65504.0
 
 Method = Literal["max", "percentile", "mse"]
 DType = Literal["float32", "bfloat16"]
@@ -75,6 +72,8 @@ class Scales:
     parts: Mapping[str, Mapping[str, ActivationRange]]
     dtype: DType = "float32"
     max_sequence_length: int | None = None
+    shift: float | None = None
+    timestep_ratio: float | None = None
     format: str = FORMAT
     version: int = VERSION
 
@@ -89,25 +88,9 @@ class Scales:
         path = Path(path)
         if not path.is_file():
             raise CalibrationError(f"{path} is no file; make one with `arcflow calibrate`")
-        if path.stat().st_size > MAX_BYTES:
-            raise CalibrationError(f"{path} is larger than {MAX_BYTES} bytes; it is no file of scales")
-        try:
-            data = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as e:
-            raise CalibrationError(f"{path} is not valid JSON ({e}); calibrate again") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise CalibrationError(f"{path}: 'format' must be {FORMAT!r}; this is no file of scales")
-        version = data.get("version")
-        if version != VERSION or isinstance(version, bool):
-            what = "update arcflow" if isinstance(version, int) and version > VERSION else "calibrate again"
-            raise CalibrationError(f"{path}: version must be {VERSION}, got {version!r}; {what}")
-        digest = data.pop("digest", None)
-        try:
-            scales: Scales = parse(Scales, data, str(path))
-        except BundleError as e:
-            raise CalibrationError(f"{e}; calibrate again") from None
-        if digest != seal(data):  # S3
-            raise CalibrationError(f"{path} does not match its own digest; it was edited, calibrate again")
+        scales: Scales = read_sealed(
+            Scales, path, "a scales file", "calibrate again", "update arcflow", CalibrationError, MAX_BYTES
+        )
         scales.check(str(path))
         return scales
 
@@ -148,21 +131,54 @@ class Scales:
         Raises:
             CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
         """
-        if self.family != manifest.family:
-            raise CalibrationError(f"scales: they belong to a {self.family} student, the bundle is {manifest.family}")
-        theirs = manifest.provenance
+        p = manifest.provenance
+        self.check_student(manifest.family, (p.base, p.adapter, p.loras), "the bundle")
+
+    def check_student(self, family: str, sources: tuple[Source, Source, tuple[Source, ...]], what: str) -> None:
+        """Check that these scales were made from a student.
+
+        Args:
+            family: of the student.
+            sources: its base, adapter and LoRAs, told apart by their digests.
+            what: what has them, for errors, such as "the bundle".
+
+        Raises:
+            CalibrationError: names every one of base, adapter and LoRAs that differs.
+        """
+        if self.family != family:
+            raise CalibrationError(f"scales: they are of a {self.family} student, {what} is {family}")
+        base, adapter, loras = sources
         wrong = [
-            f"{what} {_name(mine)}, the bundle {_name(other)}"
-            for what, mine, other in (("base", self.base, theirs.base), ("adapter", self.adapter, theirs.adapter))
+            f"{key} {_name(mine)}, {what} {_name(other)}"
+            for key, mine, other in (("base", self.base, base), ("adapter", self.adapter, adapter))
             if mine.sha256 != other.sha256
         ]
-        if _loras(self.loras) != _loras(theirs.loras):
-            wrong.append(f"LoRAs {_names(self.loras)}, the bundle {_names(theirs.loras)}")
+        if _loras(self.loras) != _loras(loras):
+            wrong.append(f"LoRAs {_names(self.loras)}, {what} {_names(loras)}")
         if wrong:
             raise CalibrationError(
                 f"scales: they belong to another student. They were made with {'; with '.join(wrong)}. "
-                "Calibrate the bundle's own base, adapter and LoRAs"
+                "Calibrate the base, adapter and LoRAs that the bundle is made from"
             )
+
+    def warnings(self, manifest: Manifest) -> tuple[str, ...]:
+        """What differs between the runs that these scales were made from and those of a bundle, a sentence each.
+
+        Other lengths and noise levels reach other ranges. Keys that older files do not have are not compared.
+        """
+        s = manifest.schedule
+        pairs = (
+            ("max_sequence_length", self.max_sequence_length, manifest.text.max_sequence_length),
+            ("shift", self.shift, s.shift),
+            ("timestep_ratio", self.timestep_ratio, s.timestep_ratio),
+            ("num_inference_steps", self.num_inference_steps, s.num_inference_steps),
+        )
+        return tuple(
+            f"the scales were made with {key} {mine:g}, the bundle has {theirs:g}; "
+            f"calibrate with --{key.replace('_', '-')} {theirs:g}, or the ranges may not fit"
+            for key, mine, theirs in pairs
+            if mine is not None and mine != theirs
+        )
 
     def check(self, where: str) -> None:
         """Check the rules that types do not cover (S4); `where` is the file's name, for messages.
@@ -186,6 +202,9 @@ class Scales:
         yield pairs, "sizes", "pairs of multiples of 16", [list(s) for s in self.sizes]
         g = self.guidance_scale
         yield g is None or math.isfinite(g), "guidance_scale", "finite", g
+        yield self.shift is None or 0 < self.shift < math.inf, "shift", "positive and finite", self.shift
+        ratio = self.timestep_ratio
+        yield ratio is None or 0 < ratio <= 1, "timestep_ratio", "above 0 and at most 1", ratio
         yield bool(self.parts), "parts", "at least one", {}
         for part, layers in self.parts.items():
             yield bool(layers), f"parts.{part}", "at least one layer", {}

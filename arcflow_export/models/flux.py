@@ -9,9 +9,12 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from arcflow_export.models.layers import Part, Sinusoid, attention, replace_linears, rotate
+from arcflow_export.models.layers import Part, Sinusoid, attention, make_part, replace_linears, rotate
 from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
+
+_FAMILY = "flux"
 
 
 class _Attention:
@@ -79,7 +82,7 @@ class FluxBackbone(nn.Module):
             mlp = block.act_mlp(block.proj_mlp(normed))
             x = x + gate.unsqueeze(1) * block.proj_out(torch.cat([mixed, mlp], dim=2))
             if x.dtype == torch.float16:
-                x = x.clip(-65504, 65504)  # as diffusers does
+                x = x.clip(-FLOAT16_MAX, FLOAT16_MAX)  # as diffusers does
         x = t.norm_out(x[:, text_tokens:], modulation)
         means, logweights, loggammas = (head.to(latents.dtype) for head in self.heads(x))
         return means, logweights, loggammas
@@ -137,12 +140,9 @@ def build(
     for module, torch_dtype in zip((conditioner, backbone), dtypes, strict=True):
         replace_linears(module)
         module.to(torch_dtype).requires_grad_(False).eval()
-    inputs = [TensorSpec("timesteps", "float32", ("steps",))]
-    if guidance:
-        inputs.append(TensorSpec("guidance", "float32", ("batch",)))
-    inputs.append(TensorSpec("pooled_projections", conditioner_dtype, ("batch", config["pooled_projection_dim"])))
-    output = TensorSpec("modulation", conditioner_dtype, ("steps", "batch", size))
+    sizes = {"pooled_width": config["pooled_projection_dim"], "modulation": size}
+    without = () if guidance else ("guidance",)
     return [
-        Part("conditioner", conditioner, tuple(inputs), (output,), rename_linears(names), dtypes[0]),
-        backbone_part(backbone, config, num_gaussians, logweights_channels, size, dtype),
+        make_part(_FAMILY, "conditioner", conditioner, conditioner_dtype, sizes, rename_linears(names), without),
+        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype),
     ]

@@ -6,7 +6,7 @@ All model files of this folder use them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arcflow_runtime.disk.manifest import TensorSpec
+from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.signatures import signature, tensor_specs
 
 Transform = Literal["none", "transpose", "last_frame"]
 
@@ -33,6 +34,31 @@ class Part:
     outputs: tuple[TensorSpec, ...]
     rename: Callable[[str], str]
     precision: torch.dtype
+
+
+def make_part(
+    family: str,
+    name: str,
+    module: nn.Module,
+    dtype: DType,
+    sizes: Mapping[str, int],
+    rename: Callable[[str], str],
+    without: tuple[str, ...] = (),
+) -> Part:
+    """A part with the inputs and outputs that rule B9 gives it.
+
+    Args:
+        family: of the bundle.
+        name: of the part.
+        module: on the meta device.
+        dtype: the part's precision.
+        sizes: of every symbol of the part's signature that is a size of the model.
+        rename: a parameter's name -> its key in the checkpoint.
+        without: optional inputs that it does not have.
+    """
+    tensors = signature(family, name)
+    inputs = tensor_specs(tensors.inputs, dtype, sizes, without)
+    return Part(name, module, inputs, tensor_specs(tensors.outputs, dtype, sizes), rename, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -201,6 +227,15 @@ def replace_linears(module: nn.Module) -> None:
             setattr(module, name, MatMul(child))
         else:
             replace_linears(child)
+
+
+def linear_names(part: Part) -> dict[str, str]:
+    """The linears of a part: layer name, the key of the weight without `.weight` -> name in the part's module."""
+    return {
+        part.rename(f"{name}.weight").removesuffix(".weight"): name
+        for name, module in part.module.named_modules()
+        if isinstance(module, MatMul) and module.weight.numel()  # one mode has no gammas
+    }
 
 
 def parameters(part: Part) -> list[Parameter]:

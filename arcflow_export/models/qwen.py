@@ -8,9 +8,11 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
-from arcflow_export.models.layers import Part, RMSNorm, Sinusoid, attention, replace_linears, rotate
+from arcflow_export.models.layers import Part, RMSNorm, Sinusoid, attention, make_part, replace_linears, rotate
 from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.manifest import DType
+
+_FAMILY = "qwen-image"
 
 
 class _Attention:
@@ -120,15 +122,8 @@ def build(
     for module, torch_dtype in zip((conditioner, backbone), dtypes, strict=True):
         replace_linears(module)
         module.to(torch_dtype).requires_grad_(False).eval()
-    output = TensorSpec("modulation", conditioner_dtype, ("steps", 1, size))
+    sizes = {"modulation": size}
     return [
-        Part(
-            "conditioner",
-            conditioner,
-            (TensorSpec("timesteps", "float32", ("steps",)),),
-            (output,),
-            rename_linears(names),
-            dtypes[0],
-        ),
-        backbone_part(backbone, config, num_gaussians, logweights_channels, size, dtype),
+        make_part(_FAMILY, "conditioner", conditioner, conditioner_dtype, sizes, rename_linears(names)),
+        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype),
     ]

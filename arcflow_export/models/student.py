@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arcflow_export.models.layers import Part, Slice
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_export.models.layers import Part, Slice, make_part
+from arcflow_runtime.disk.manifest import DType
 
 
 class Heads(nn.Module):
@@ -68,6 +68,7 @@ def lift_modulations(slots: list[tuple[str, nn.Module, str]]) -> tuple[list[nn.L
 
 
 def backbone_part(
+    family: str,
     module: nn.Module,
     config: dict[str, Any],
     num_gaussians: int,
@@ -75,27 +76,31 @@ def backbone_part(
     modulation: int,
     dtype: DType,
 ) -> Part:
-    """Describe a backbone with its inputs and outputs, which are the same for every family."""
-    channels, half = config["in_channels"], config["attention_head_dim"] // 2
-    tokens: tuple[str, str] = ("batch", "image_tokens")
-    return Part(
-        "backbone",
-        module,
-        (
-            TensorSpec("latents", dtype, (*tokens, channels)),
-            TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config["joint_attention_dim"])),
-            TensorSpec("modulation", dtype, ("batch", modulation)),
-            TensorSpec("image_rotary", "float32", (2, "image_tokens", half)),
-            TensorSpec("text_rotary", "float32", (2, "text_tokens", half)),
-        ),
-        (
-            TensorSpec("means", dtype, (*tokens, num_gaussians, channels)),
-            TensorSpec("logweights", dtype, (*tokens, num_gaussians, logweights_channels)),
-            TensorSpec("loggammas", dtype, (*tokens, num_gaussians - 1, logweights_channels)),
-        ),
-        lambda name: name.removeprefix("transformer.").removeprefix("heads."),
-        getattr(torch, dtype),
-    )
+    """The backbone, with its sizes from the transformer's config.
+
+    Args:
+        family: of the bundle.
+        module: the backbone on the meta device.
+        config: the base transformer's `config.json`.
+        num_gaussians: K, the number of modes.
+        logweights_channels: P, the number of sub-pixels with weights of their own.
+        modulation: M, the length of the modulation vector.
+        dtype: arithmetic of the backbone.
+    """
+    sizes = {
+        "channels": config["in_channels"],
+        "text_width": config["joint_attention_dim"],
+        "modulation": modulation,
+        "half_head": config["attention_head_dim"] // 2,
+        "modes": num_gaussians,
+        "gammas": num_gaussians - 1,
+        "sub_pixels": logweights_channels,
+    }
+
+    def rename(name: str) -> str:
+        return name.removeprefix("transformer.").removeprefix("heads.")
+
+    return make_part(family, "backbone", module, dtype, sizes, rename)
 
 
 def rename_linears(names: list[str]) -> Callable[[str], str]:

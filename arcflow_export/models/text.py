@@ -18,10 +18,9 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.errors import SourceError
-from arcflow_export.models.layers import Constant, Part, RMSNorm, replace_linears
-from arcflow_runtime.disk.manifest import DType, TensorSpec
-
-CLIP_TOKENS = 77
+from arcflow_export.families import CLIP_TOKENS
+from arcflow_export.models.layers import Constant, Part, RMSNorm, make_part, replace_linears
+from arcflow_runtime.disk.manifest import DType
 
 
 def _grouped_causal_attention(
@@ -144,13 +143,13 @@ def clip(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     replace_linears(model)
     model.to(getattr(torch, dtype)).requires_grad_(False).eval()
     prefix = "text_model." if any(k.startswith("text_model.") for k in keys) else ""
-    return Part(
+    return make_part(
+        "flux",
         "text_encoder",
         model,
-        (TensorSpec("input_ids", "int64", ("batch", CLIP_TOKENS)),),
-        (TensorSpec("pooled_projections", dtype, ("batch", config.hidden_size)),),
+        dtype,
+        {"clip_tokens": CLIP_TOKENS, "pooled_width": config.hidden_size},
         lambda name: prefix + name,
-        getattr(torch, dtype),
     )
 
 
@@ -178,14 +177,7 @@ def t5(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
             return name if name in keys else "encoder.embed_tokens.weight"
         return f"encoder.{name}"
 
-    return Part(
-        "text_encoder_2",
-        model,
-        (TensorSpec("input_ids", "int64", ("batch", "text_tokens")),),
-        (TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config.d_model)),),
-        rename,
-        getattr(torch, dtype),
-    )
+    return make_part("flux", "text_encoder_2", model, dtype, {"text_width": config.d_model}, rename)
 
 
 def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
@@ -205,11 +197,11 @@ def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     prefixes = [p for p in ("model.language_model.", "language_model.model.", "model.") if f"{p}norm.weight" in keys]
     if keys and not prefixes:
         raise SourceError(f"text_encoder: {folder} has no Qwen2.5-VL language model weights")
-    return Part(
+    return make_part(
+        "qwen-image",
         "text_encoder",
         model,
-        (TensorSpec("input_ids", "int64", ("batch", "text_tokens")),),
-        (TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config.hidden_size)),),
+        dtype,
+        {"text_width": config.hidden_size},
         lambda name: (prefixes or [""])[0] + name,
-        getattr(torch, dtype),
     )

@@ -39,9 +39,7 @@ from arcflow_export.pipeline.stages import (
 from arcflow_export.pipeline.students import Checkpoint
 from arcflow_export.student.load import Outline, read_outline
 from arcflow_runtime.cli import COMMANDS
-
-#: The family whose conditioner is baked, so that its weights are not written.
-_BAKED = "qwen-image"
+from arcflow_runtime.disk.signatures import bakes_modulation
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,8 @@ def _gate(
 
 
 def _shipped(parts: dict[str, PartWork], outline: Outline) -> dict[str, PartWork]:
-    return {n: p for n, p in parts.items() if not (n == "conditioner" and outline.family == _BAKED)}
+    """The parts whose weights are written; a conditioner that is baked into a table is not."""
+    return {n: p for n, p in parts.items() if n != "conditioner" or not bakes_modulation(outline.family)}
 
 
 def _measure(job: CompileJob) -> SourceBytes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_export.quantize.graph import LinearNode
-from arcflow_runtime.build.profiles import Size, make_profiles
-from arcflow_runtime.disk.manifest import Manifest, Range
+from arcflow_export.quantize.graph import Linear
+from arcflow_runtime.disk.families import facts
+from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.disk.signatures import signature
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,7 @@ def cover_part(
         height_px: image height, within the manifest's range.
         width_px: image width, within the manifest's range.
     """
-    size = Size(Range(height_px, height_px), Range(width_px, width_px))
-    (profile,) = make_profiles(manifest, part, (size,), Range(1, 1))
-    dimensions = {
-        name: value
-        for spec in manifest.parts[part].inputs
-        for name, value in zip(spec.shape, profile[spec.name].opt, strict=True)
-        if isinstance(name, str)
-    }
+    dimensions = _dimensions(manifest, part, height_px, width_px)
     flops = {name: _flops(linear, dimensions) for name, linear in linears.items()}
     return Coverage(
         part,
@@ -67,7 +61,35 @@ def cover_part(
     )
 
 
-def _flops(linear: LinearNode, dimensions: Mapping[str, int]) -> int:
+def _dimensions(manifest: Manifest, part: str, height_px: int, width_px: int) -> dict[str, int]:
+    """The sizes of the dimensions that the part's graph names, for one image and a prompt of usual length.
+
+    Dimensions are known by their place in the table of rule B9, never by their name.
+    """
+    inputs = signature(manifest.family, part)
+    token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
+    height, width = height_px // token_px, width_px // token_px
+    text = facts(manifest.family).usual_text_tokens(manifest.text.max_sequence_length)
+    if inputs.input("input_ids") is not None:
+        text += manifest.text.drop_tokens
+    sizes: dict[str, int] = {
+        "batch": 1,
+        "steps": manifest.schedule.num_inference_steps,
+        "text_tokens": text,
+        "image_tokens": height * width,
+        "latent_height": height,
+        "latent_width": width,
+    }
+    return {
+        name: sizes[str(axis)]
+        for spec in manifest.parts[part].inputs
+        if (tensor := inputs.input(spec.name)) is not None
+        for name, axis in zip(spec.shape, tensor.axes, strict=True)
+        if isinstance(name, str)
+    }
+
+
+def _flops(linear: Linear, dimensions: Mapping[str, int]) -> int:
     assert linear.input.shape is not None
     rows = 1
     for dim in list(linear.input.shape)[:-1]:

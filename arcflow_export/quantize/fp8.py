@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from arcflow_runtime.maths.dtypes import E4M3_MAX
+
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 

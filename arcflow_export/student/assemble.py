@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxPipeline, QwenImagePipeline
 from safetensors.torch import load_file
 from torch import nn
 
 from arcflow_export.checkpoint.adapter import HEADS
+from arcflow_export.families import facts
 from arcflow_export.models.student import Heads
 from arcflow_export.student.load import Student
 from arcflow_export.student.memory import component_dtypes
 from arcflow_export.student.offload import DiskWeights, empty_components, merge, read_when_used
-
-_PIPELINES = {"flux": FluxPipeline, "qwen-image": QwenImagePipeline}
 
 
 def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, on_disk: bool) -> tuple[Any, Heads]:
@@ -37,7 +36,7 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     """
     components = component_dtypes(student, dtypes)
     empty = empty_components(student, components) if on_disk else {}
-    pipe = _PIPELINES[student.family].from_pretrained(
+    pipe = getattr(diffusers, facts(student.family).pipeline).from_pretrained(
         student.base.path,
         dtype=components | {"default": dtypes["backbone"]},
         use_safetensors=True,
@@ -46,8 +45,8 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     pipe.set_progress_bar_config(disable=True)
     heads = _attach(pipe.transformer, student, dtypes["backbone"])
     _merge_text_loras(pipe.text_encoder, student, empty["text_encoder"][1] if on_disk else None)
-    if student.family == "qwen-image":
-        pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and the logits would be large
+    if hasattr(pipe.text_encoder, "lm_head"):
+        pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and its logits are large
     if not on_disk:
         pipe.to(device)
     for module, weights in empty.values():

@@ -11,22 +11,21 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from arcflow_export.models.layers import LayerNorm, MatMul, Part, RMSNorm
+from arcflow_export.formats.scales import Scales
+from arcflow_export.models.layers import LayerNorm, MatMul, Part, RMSNorm, linear_names
 from arcflow_runtime.errors import RequestError
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
 
-#: Largest finite float16.
-FLOAT16_MAX = 65504.0
-#: A linear whose output exceeds this share of float16's range on the calibration prompts is kept in float32. Other
-#: prompts can give larger values, and a block adds two such outputs: a factor of two, one bit of the exponent.
+#: Linears beyond this share of float16's range on the calibration prompts are kept. Other prompts reach further, and
+#: what a block adds up of two such outputs must still fit: a factor of two, one bit of float16's five-bit exponent.
 MARGIN = 0.5
 #: Outputs of these linears go into attention with no norm between; attention runs in the part's precision.
 ATTENTION_INPUTS = frozenset({"to_v", "add_v_proj", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
@@ -35,12 +34,9 @@ _WHOLE = "vae_decoder"
 
 
 def linears(part: Part) -> dict[str, MatMul]:
-    """The linears of a part by layer name: the key of the weight without `.weight`."""
-    found = {}
-    for name, module in part.module.named_modules():
-        if isinstance(module, MatMul) and module.weight.numel():  # with one mode the gamma head is empty
-            found[part.rename(f"{name}.weight").removesuffix(".weight")] = module
-    return found
+    """The linears of a part by layer name, the key of the weight without `.weight`."""
+    found = {layer: part.module.get_submodule(name) for layer, name in linear_names(part).items()}
+    return {layer: module for layer, module in found.items() if isinstance(module, MatMul)}
 
 
 def float32_layers(part: Part) -> tuple[str, ...]:
@@ -92,11 +88,8 @@ def measured(path: Path, student: Student, dtype_of: Any) -> tuple[str, ...]:
     Raises:
         ArcFlowError: the file is damaged, or belongs to another student.
     """
-    from arcflow_export.formats.scales import Scales
-
-    scales: Any = Scales.load(path)
-    provenance = SimpleNamespace(base=student.sources[0], adapter=student.sources[1], loras=student.sources[2])
-    scales.check_belongs(SimpleNamespace(family=student.family, provenance=provenance))
+    scales = Scales.load(path)
+    scales.check_student(student.family, student.sources, "the student")
     return tuple(
         layer
         for part, layers in scales.parts.items()

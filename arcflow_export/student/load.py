@@ -9,10 +9,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+import diffusers
 
 from arcflow_export.checkpoint.adapter import Adapter, LoraPair, check_pair, load_adapter, read_modes
 from arcflow_export.checkpoint.layout import (
@@ -28,11 +29,12 @@ from arcflow_export.checkpoint.sources import Location, Resolved, measure, read_
 from arcflow_export.checkpoint.styles import Style, load_style
 from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import SourceError
-from arcflow_export.models import flux, qwen, text, vae
+from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts
+from arcflow_export.models.families import makers
 from arcflow_export.models.layers import Part
+from arcflow_runtime.disk.families import facts as family_facts
 from arcflow_runtime.disk.manifest import DType, Source
-
-_TRANSFORMERS = {"flux": FluxTransformer2DModel, "qwen-image": QwenImageTransformer2DModel}
+from arcflow_runtime.disk.signatures import signature
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class Student:
         """Number of parameters of the base's transformer."""
         return sum(r.numel for r in self.indexes["transformer"].values())
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Source, Source, tuple[Source, ...]]:
-        """Base, adapter and LoRAs by name and digest, as a bundle's provenance records them."""
+        """Base, adapter and LoRAs by name and digest, as provenance records them. Digests read the files, once."""
         adapter = self.adapter.source
         return (
             Source(self.base.name, self.base.revision, self.transformer.index.digest()),
@@ -120,21 +122,21 @@ class Outline:
         """Width of the transformer: number of heads times head dimension."""
         return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
+    @property
+    def guidance(self) -> bool:
+        """True if the student takes a guidance scale."""
+        embeds = bool(self.config.get("guidance_embeds"))
+        return embeds and signature(self.family, "conditioner").input("guidance") is not None
+
     def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
         """See `Student.parts`."""
         of = dtype if callable(dtype) else lambda _: dtype
         folder, k, p = self.folder, self.num_gaussians, self.logweights_channels
-        if self.family == "flux":
-            return [
-                text.clip(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
-                text.t5(folder / "text_encoder_2", of("text_encoder_2"), self.keys.get("text_encoder_2", ())),
-                *flux.build(self.config, k, p, of("conditioner"), of("backbone")),
-                vae.decoder(self.vae_config, self.family, of("vae_decoder")),
-            ]
+        make = makers(self.family)
         return [
-            text.qwen(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
-            *qwen.build(self.config, k, p, of("conditioner"), of("backbone")),
-            vae.decoder(self.vae_config, self.family, of("vae_decoder")),
+            *(encoder(folder / name, of(name), self.keys.get(name, ())) for name, encoder in make.encoders.items()),
+            *make.network(self.config, k, p, of("conditioner"), of("backbone")),
+            make.decoder(self.vae_config, of("vae_decoder")),
         ]
 
 
@@ -174,7 +176,7 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
     if not (base_dir.path / MODEL_INDEX).exists():
         raise SourceError(no_model_index("base checkpoint", base_dir.path))
     family = read_family(base_dir.path / MODEL_INDEX, "base checkpoint")
-    components = ["transformer", "vae", "text_encoder"] + (["text_encoder_2"] if family == "flux" else [])
+    components = ["transformer", "vae", *facts(family).encoders]
     indexes = {c: TensorIndex.open(base_dir.path / c, f"base checkpoint, {c}") for c in components}
     config = _transformer_config(base_dir.path / "transformer" / "config.json", family)
     vae_config = read_json(base_dir.path / "vae" / "config.json", "base checkpoint")
@@ -196,7 +198,7 @@ def _transformer_config(path: Path, family: str) -> dict[str, Any]:
     For example, FLUX.1-dev's own file has no `axes_dims_rope`.
     """
     data = read_json(path, "base checkpoint")
-    signature = inspect.signature(_TRANSFORMERS[family].__init__).parameters.values()
+    signature = inspect.signature(getattr(diffusers, facts(family).transformer).__init__).parameters.values()
     config = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty} | data
     for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
         if not isinstance(config[key], int) or config[key] < 1:
@@ -207,12 +209,12 @@ def _transformer_config(path: Path, family: str) -> dict[str, Any]:
             f"base checkpoint: {path}: axes_dims_rope must add up to attention_head_dim "
             f"{config['attention_head_dim']}, got {axes}"
         )
-    if config["in_channels"] != 64:
+    if config["in_channels"] != PACKED_CHANNELS:
         raise SourceError(
-            f"base checkpoint: {path}: in_channels must be 64, got {config['in_channels']}; "
+            f"base checkpoint: {path}: in_channels must be {PACKED_CHANNELS}, got {config['in_channels']}; "
             "students of inpainting and control models are not supported"
         )
-    for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+    for key in UNSUPPORTED_SETTINGS:
         if config.get(key):
             raise SourceError(f"base checkpoint: {path}: {key} is not supported; the base must be Qwen/Qwen-Image's")
     return config
@@ -244,5 +246,4 @@ def _pairs(styles: tuple[Style, ...], component: str) -> dict[str, list[LoraPair
 
 def tokenizer_folders(student: Student) -> dict[str, Path]:
     """The tokenizer folders of the base, by the bundle's name for them."""
-    names = ["tokenizer", "tokenizer_2"] if student.family == "flux" else ["tokenizer"]
-    return {n: student.base.path / n for n in names}
+    return {name: student.base.path / name for name in family_facts(student.family).tokenizers}

@@ -16,25 +16,20 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import nn
-from transformers import CLIPTextModel, Qwen2_5_VLForConditionalGeneration, T5EncoderModel
 
 from arcflow_export.checkpoint.adapter import LoraPair
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
 from arcflow_export.student.load import Student
 
-_TRANSFORMERS = {"flux": FluxTransformer2DModel, "qwen-image": QwenImageTransformer2DModel}
-_ENCODERS = {
-    "flux": {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
-    "qwen-image": {"text_encoder": Qwen2_5_VLForConditionalGeneration},
-}
-
-#: A flag of Linux's madvise since 5.14; Python's mmap has no constant for it.
+#: Of Linux 5.14; Python's mmap has no name for it.
 _MADV_POPULATE_READ = 22
 
 
@@ -95,12 +90,12 @@ def empty_components(student: Student, dtypes: Mapping[str, torch.dtype]) -> dic
         SourceError: a text encoder's checkpoint lacks a weight.
     """
     made = {"transformer": _transformer(student, dtypes["transformer"])}
-    return made | {name: _encoder(student, name, dtypes[name]) for name in _ENCODERS[student.family]}
+    return made | {name: _encoder(student, name, dtypes[name]) for name in facts(student.family).encoders}
 
 
 def _transformer(student: Student, dtype: torch.dtype) -> tuple[nn.Module, DiskWeights]:
-    # diffusers' own disk offload first copies all weights into a folder.
-    cls, folder = _TRANSFORMERS[student.family], student.base.path / "transformer"
+    # diffusers' own way to leave weights on disk copies them all into a folder first.
+    cls, folder = getattr(diffusers, facts(student.family).transformer), student.base.path / "transformer"
     assert not cls._keep_in_fp32_modules
     with init_empty_weights():
         module = cls.from_config(cls.load_config(folder))
@@ -114,8 +109,8 @@ def _transformer(student: Student, dtype: torch.dtype) -> tuple[nn.Module, DiskW
 def _encoder(student: Student, name: str, dtype: torch.dtype) -> tuple[nn.Module, DiskWeights]:
     """Let transformers map names and tie weights, then keep its index and remove accelerate's hooks."""
     folder = student.base.path / name
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns about the hooks that it adds
-    module = _ENCODERS[student.family][name].from_pretrained(
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it remarks on the hooks it adds
+    module = getattr(transformers, facts(student.family).encoders[name]).from_pretrained(
         folder, dtype=dtype, device_map={"": "disk"}, use_safetensors=True
     )
     maps = (getattr(getattr(m, "_hf_hook", None), "weights_map", None) for m in module.modules())

@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import MOVES, load_graph
-from arcflow_export.student.keep import FLOAT16_MAX
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
 #: Bounded functions whose limits at infinity are right.
 _SATURATING = {"Tanh", "Sigmoid", "Erf"}

@@ -30,6 +30,8 @@ from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent
 from arcflow_export.verify.overflow import OverflowCheck, Reach
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
+from arcflow_runtime.disk.signatures import encoder_of
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.errors import EngineError
@@ -61,7 +63,7 @@ class VerifyCase:
     width: int
     num_inference_steps: int
     seed: int = 42
-    guidance_scale: float = 3.5
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,18 @@ def verify_bundle(
     progress("loading the torch student")
     m = bundle.manifest
     reference = getattr(torch, m.reference_dtype)
-    exact = TorchStudent(student, torch.float32, reference)
+    shift, ratio = m.schedule.shift, m.schedule.timestep_ratio
+    exact = TorchStudent(student, torch.float32, reference, shift=shift, timestep_ratio=ratio)
     same = exact
     if any(part.precision != "float32" for part in m.parts.values()):
-        same = TorchStudent(student, _dtypes(bundle), reference, float32_layers=_float32_layers(bundle))
+        same = TorchStudent(
+            student,
+            _dtypes(bundle),
+            reference,
+            float32_layers=_float32_layers(bundle),
+            shift=shift,
+            timestep_ratio=ratio,
+        )
     shown = widened(bundle)
     rows: list[VerifyRow] = []
     backend = _CheckedBackend()
@@ -227,7 +237,8 @@ def _compare_parts(
     encoded = encode_prompts(parts, m, {case.prompt: tokens})[case.prompt]
     states, pooled = exact.encode(case.prompt, length)
     rounded_states, rounded_pooled = same.encode(case.prompt, length)
-    encoder = "text_encoder_2" if m.family == "flux" else "text_encoder"
+    encoder = encoder_of(m.family, "encoder_hidden_states")
+    assert encoder is not None
     compare.add("text states", encoded.states, [rounded_states] if _roundings(bundle, encoder) else [], states)
     if pooled is not None and rounded_pooled is not None and encoded.pooled is not None:
         runs = [rounded_pooled] if _roundings(bundle, "text_encoder") else []

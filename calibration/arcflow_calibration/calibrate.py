@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from arcflow_calibration.collect import Collector, describe, generate_batch, guidance, plan_batches
 from arcflow_calibration.memory import plan_memory
-from arcflow_calibration.options import PARTS, CalibrationSettings
+from arcflow_calibration.options import Settings
 from arcflow_calibration.state import check_out, check_state, held, load_state, save_state, settings_of, state_path
 from arcflow_export.errors import CalibrationError
+from arcflow_export.families import facts
 from arcflow_export.formats.prompts import Prompts
-from arcflow_export.formats.scales import Scales
+from arcflow_export.formats.scales import STEPPED, Scales
 from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent
 
@@ -45,10 +46,10 @@ def calibrate(
         CalibrationError: `out` exists; a part is unknown; even one layer does not fit in memory; a stopped run had
             other settings or weights; an activation is NaN or Inf.
     """
-    if unknown := [part for part in settings.parts if part not in PARTS[student.family]]:
+    known = (STEPPED, *facts(student.family).calibrated)
+    if unknown := [part for part in settings.parts if part not in known]:
         raise CalibrationError(
-            f"--parts: must be among {', '.join(PARTS[student.family])} for a {student.family} student, "
-            f"got {', '.join(unknown)}"
+            f"--parts: must be among {', '.join(known)} for a {student.family} student, got {', '.join(unknown)}"
         )
     guidance_scale = guidance(student, settings)
     check_out(out, overwrite)
@@ -64,7 +65,14 @@ def calibrate(
         on_disk, message = plan_memory(student, settings)
         if message:
             progress(message)
-        drawn = TorchStudent(student, getattr(torch, settings.dtype), device=settings.device, offload=on_disk)
+        drawn = TorchStudent(
+            student,
+            getattr(torch, settings.dtype),
+            device=settings.device,
+            offload=on_disk,
+            shift=settings.shift,
+            timestep_ratio=settings.timestep_ratio,
+        )
         scales = _collect(student, drawn, prompts, settings, guidance_scale, state, identity)
         scales.save(out)
         state.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch import nn
 from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import Calibrator, make_calibrator
 from arcflow_export.errors import CalibrationError
+from arcflow_export.families import facts
 from arcflow_export.formats.prompts import Prompts
-from arcflow_export.formats.scales import STEPPED, ActivationRange, Scales
-from arcflow_export.models.layers import MatMul
+from arcflow_export.formats.scales import STEPPED, Range, Scales
+from arcflow_export.models.layers import linear_names
 from arcflow_export.student.load import Student
-from arcflow_export.student.reference import TorchStudent, integrate, pack, schedule
+from arcflow_export.student.reference import TorchStudent, integrate, pack
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
-_GUIDANCE_SCALE = 3.5
 _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
 
 
@@ -109,19 +111,12 @@ class Collector:
 def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterator[tuple[str, nn.Module]]:
     """The linears of the part's graph: the name in the graph, and the module of the torch student."""
     described = next(p for p in student.parts("float32") if p.name == part)
-    root = _root(torch_student, part)
-    for name, module in described.module.named_modules():
-        if isinstance(module, MatMul) and module.weight.numel():  # with one mode the gamma head is empty
-            yield described.rename(f"{name}.weight").removesuffix(".weight"), root.get_submodule(name)
-
-
-def _root(torch_student: TorchStudent, part: str) -> nn.Module:
-    """The module of the torch student below which the part's module names are valid."""
     if part == STEPPED:
-        return nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
-    if part == "text_encoder_2":
-        return torch_student.pipe.text_encoder_2.encoder
-    return torch_student.pipe.text_encoder.model.language_model
+        root: nn.Module = nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
+    else:
+        root = attrgetter(facts(student.family).calibrated[part])(torch_student.pipe)
+    for layer, name in linear_names(described).items():
+        yield layer, root.get_submodule(name)
 
 
 def _quantizers(part: str, layers: dict[str, CalibratedLayer]) -> None:
@@ -200,7 +195,7 @@ def generate_batch(
         )
         for index, _ in batch.prompts
     ]
-    sigmas = schedule(settings.num_inference_steps)
+    sigmas = student.schedule(settings.num_inference_steps)
     for group in _equal_lengths([states.shape[1] for states, _ in encoded]):
         states = torch.cat([encoded[i][0] for i in group])
         vectors = [pooled for i in group if (pooled := encoded[i][1]) is not None]
@@ -208,7 +203,7 @@ def generate_batch(
         x = pack(torch.cat([noise[i] for i in group]).to(student.device))
         for step in range(settings.num_inference_steps):
             on.step = step
-            size = (batch.height, batch.width, _GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
+            size = (batch.height, batch.width, DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
             heads = student.predict(x, sigmas[step], states, pooled, *size)
             x = integrate(x, *heads, float(sigmas[step]), float(sigmas[step + 1]))
     on.step = 0
@@ -228,8 +223,8 @@ def guidance(student: Student, settings: CalibrationSettings) -> float | None:
     Raises:
         CalibrationError: the settings give a guidance scale, but the student takes none.
     """
-    if student.family == "flux" and student.config.get("guidance_embeds"):
-        return _GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
+    if student.outline.guidance:
+        return DEFAULT_GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
     if settings.guidance_scale is not None:
         raise CalibrationError("--guidance-scale: this student takes none; leave it out")
     return None
@@ -256,6 +251,8 @@ def describe(
         parts=parts,
         dtype=settings.dtype,
         max_sequence_length=settings.max_sequence_length,
+        shift=settings.shift,
+        timestep_ratio=settings.timestep_ratio,
     )
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arcflow_export.formats.scales import STEPPED, DType, Method
+from arcflow_export.options import SHIFT, TIMESTEP_RATIO
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
-#: By family, the parts with linears to quantise. CLIP is only a hundredth of FLUX, so it is never quantised.
-PARTS = {"flux": (STEPPED, "text_encoder_2"), "qwen-image": (STEPPED, "text_encoder")}
-#: Default of --percentile: 1 value in 100,000 is clipped.
+#: Of --method percentile: 1 value in 100,000 is clipped.
 PERCENTILE = 99.999
 
 
@@ -21,9 +20,10 @@ PERCENTILE = 99.999
 class CalibrationSettings:
     """How to calibrate.
 
-    `percentile` is None for other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
-    number. Prompt i starts from the noise of seed `seed` + i. A `guidance_scale` of None means the usual 3.5, or no
-    guidance if the student takes none. Up to `batch` prompts of one size and text length share a network call.
+    `percentile` is None for the other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
+    number. Prompt i starts from the noise of seed `seed` + i. `guidance_scale` None is the student's usual 3.5, or
+    nothing where it takes none. `batch` prompts of one size and text length share a network call. `shift` and
+    `timestep_ratio` are those of the student's schedule, as at export.
     """
 
     method: Method = "max"
@@ -37,3 +37,5 @@ class CalibrationSettings:
     max_sequence_length: int = 512
     dtype: DType = "float32"
     device: str = "cpu"
+    shift: float = SHIFT
+    timestep_ratio: float = TIMESTEP_RATIO

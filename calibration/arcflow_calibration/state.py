@@ -79,6 +79,8 @@ def settings_of(student: Student, prompts: Prompts, settings: CalibrationSetting
         "seed": settings.seed,
         "batch": settings.batch,
         "max-sequence-length": settings.max_sequence_length,
+        "shift": settings.shift,
+        "timestep-ratio": settings.timestep_ratio,
         "dtype": settings.dtype,
         "device": settings.device,
         "tools": tools(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from arcflow_export.formats.scales import FP16_MAX, ActivationRange, Scales
+from arcflow_export.formats.scales import Range, Scales
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
 #: Layers whose steps differ by more than this factor are counted. It is one of E4M3's 15 binades of full precision.
 FACTOR = 2.0
@@ -39,8 +40,8 @@ def summarise(scales: Scales) -> list[PartSummary]:
     return summaries
 
 
-def _overflows(r: ActivationRange) -> bool:
-    return r.output_amax is not None and max(r.output_amax) > FP16_MAX
+def _overflows(r: Range) -> bool:
+    return r.output_amax is not None and max(r.output_amax) > FLOAT16_MAX
 
 
 def table(summaries: list[PartSummary]) -> str:

@@ -17,8 +17,16 @@ from typing import TYPE_CHECKING
 from arcflow_calibration.options import DTYPES, METHODS, PERCENTILE, CalibrationSettings
 from arcflow_calibration.summary import as_dict, summarise, table
 from arcflow_export.commands.announce import announce
-from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
+from arcflow_export.commands.sources import (
+    add_schedule_arguments,
+    add_source_arguments,
+    check_schedule,
+    open_student,
+    quiet_libraries,
+    warn_of_shift,
+)
 from arcflow_export.formats.prompts import PRESETS, Prompts, read_prompts
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -63,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-inference-steps", type=int, default=default.num_inference_steps, metavar="N", help="default: %(default)s"
     )
-    group.add_argument("--guidance-scale", type=float, metavar="G", help="default: 3.5 where the student takes one")
+    group.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help=f"default: {DEFAULT_GUIDANCE_SCALE} where the student takes one",
+    )
     group.add_argument(
         "--max-sequence-length",
         type=int,
@@ -71,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="number of text tokens, the same as the bundle's; default: %(default)s",
     )
-    group.add_argument("--seed", type=int, default=default.seed, metavar="N", help="seed of the first prompt's noise")
+    add_schedule_arguments(group)
+    group.add_argument("--seed", type=int, default=default.seed, metavar="N", help="of the first prompt's noise")
     group.add_argument(
         "--batch", type=int, default=default.batch, metavar="N", help="prompts per network call; default: %(default)s"
     )
@@ -100,10 +114,13 @@ def run(args: argparse.Namespace) -> int:
         args.max_sequence_length,
         args.dtype,
         args.device or default_device(),
+        args.shift,
+        args.timestep_ratio,
     )
     check_out(args.out, args.overwrite)
     student = open_student(args)
-    # `plan_memory` refuses a student that cannot fit; it is more exact, because it knows the files.
+    warn_of_shift(student, settings.shift)
+    # A student that cannot fit is refused by `plan_memory`, which knows its files.
     announce(partial(_cost, student, settings, len(prompts.texts)), args.out.absolute().parent, anyway=True)
     try:
         scales = calibrate(
@@ -161,6 +178,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("batch", "max_sequence_length"):
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    check_schedule(args)
     if args.seed < 0:
         raise RequestError(f"--seed must be 0 or more, got {args.seed}")
     if args.guidance_scale is not None and not abs(args.guidance_scale) < 1e4:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from arcflow_runtime.errors import RequestError
 
-#: Network calls of a student per image.
+#: Family of the shapes teacher and its students.
+FAMILY = "flux"
+#: Network calls of a student per picture.
 STUDENT_STEPS = 2
 
 

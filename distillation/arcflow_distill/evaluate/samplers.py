@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+from arcflow_distill.evaluate.options import FAMILY
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
-from arcflow_export.student.reference import SHIFT
-from arcflow_runtime.generate.request import DEFAULT_GUIDANCE_SCALE
+from arcflow_export.options import SHIFT
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.maths.noise import draw_latents
 
 #: Largest number of images generated at a time.
@@ -116,10 +118,10 @@ class EulerSampler:
 def _check_base(base: Path) -> None:
     """Check, from its configs, that `base` is a FLUX pipeline with an 8x VAE of 16 channels."""
     if not base.is_dir():
-        raise SourceError(f"base: {base} is not a directory; give the teacher's directory in diffusers format")
-    name = read_json(base / "model_index.json", "base").get("_class_name")
-    if name != "FluxPipeline":
-        raise SourceError(f"base: {base / 'model_index.json'}: _class_name must be 'FluxPipeline', got {name!r}")
+        raise SourceError(f"base: {base} is no directory; give the teacher's, in diffusers format")
+    name, wanted = read_json(base / "model_index.json", "base").get("_class_name"), facts(FAMILY).pipeline
+    if name != wanted:
+        raise SourceError(f"base: {base / 'model_index.json'}: _class_name must be {wanted!r}, got {name!r}")
     vae = read_json(base / "vae" / "config.json", "base")
     scale = 2 ** (len(vae.get("block_out_channels", ())) - 1)
     channels = vae.get("latent_channels")

@@ -12,19 +12,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from arcflow_distill.evaluate.options import STUDENT_STEPS
+from arcflow_distill.evaluate.options import FAMILY, STUDENT_STEPS
 from arcflow_distill.evaluate.samplers import BATCH, Generated, Sampler, noise, to_uint8
 from arcflow_export.checkpoint.sources import Location
 from arcflow_export.errors import SourceError
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
 from arcflow_export.student.load import load_student
-from arcflow_export.student.reference import SHIFT, TorchStudent, integrate
+from arcflow_export.student.reference import TorchStudent, integrate
 from arcflow_runtime.backends import DEFAULT_BACKEND, open_backend
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.manifest import MANIFEST
 from arcflow_runtime.engines.base import Backend, Engine
 from arcflow_runtime.generate.pipeline import Pipeline
-from arcflow_runtime.generate.request import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.maths.schedule import sigmas
 
 _HEADS = ("latents", "means", "logweights", "loggammas")
@@ -83,9 +83,7 @@ class AdapterSampler:
         states = torch.cat([s for s, _ in encoded])
         pooled = torch.cat([p for _, p in encoded if p is not None])
         x, calls = noise(seeds), []
-        t = 1 - torch.arange(STUDENT_STEPS, dtype=torch.float64) / STUDENT_STEPS
-        schedule = torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
-        for sigma, sigma_next in pairwise(schedule):
+        for sigma, sigma_next in pairwise(self.student.schedule(STUDENT_STEPS)):
             heads = self.student.predict(x, sigma, states, pooled, RESOLUTION, RESOLUTION, DEFAULT_GUIDANCE_SCALE)
             means, logweights, loggammas = (h.numpy() for h in heads)
             calls.append(Call(x.numpy(), means, logweights, loggammas, float(sigma), float(sigma_next)))
@@ -105,8 +103,8 @@ class BundleSampler:
             SourceError: the bundle is not of the FLUX family.
         """
         opened = Bundle.open(bundle)
-        if opened.manifest.family != "flux":
-            raise SourceError(f"{bundle} must be a flux bundle, got {opened.manifest.family}")
+        if opened.manifest.family != FAMILY:
+            raise SourceError(f"{bundle} must be a {FAMILY} bundle, got {opened.manifest.family}")
         self._recorder = _Recorder(open_backend(DEFAULT_BACKEND))
         self._pipeline = Pipeline(opened, self._recorder)
         self.network_calls, self.batch = STUDENT_STEPS, min(BATCH, opened.manifest.ranges.batch.max)

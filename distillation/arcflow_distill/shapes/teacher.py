@@ -15,14 +15,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from arcflow_distill.shapes import vae as vae_stage
 from arcflow_distill.shapes.loop import Average, rate
-from arcflow_distill.shapes.tokenizers import CLIP_TOKENS, captions, clip_tokenizer, t5_tokenizer
+from arcflow_distill.shapes.tokenizers import captions, clip_tokenizer, t5_tokenizer
+from arcflow_export.families import CLIP_TOKENS
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION, Scenes, caption, name_some, render, sample
+from arcflow_export.options import SHIFT
 
 SAMPLES, BATCH, LEARNING_RATE, WARMUP = 800_000, 128, 2e-3, 300
 SCENES = 40_960
-#: Noise levels in training are sigma = S u / (1 + (S - 1) u) for uniform u, with S = TRAINING_SHIFT. Generation uses
-#: S = SHIFT, as ArcFlow does.
-TRAINING_SHIFT, SHIFT = 2.0, 3.2
+#: Training noise levels are sigma = S u / (1 + (S - 1) u) of uniform u; generating uses ArcFlow's shift.
+TRAINING_SHIFT = 2.0
 TEXT_WIDTH = 64
 GRID = RESOLUTION // 16
 

@@ -8,9 +8,8 @@ from itertools import product
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from arcflow_export.families import CLIP_TOKENS
 from arcflow_export.images.scenes import ATTRIBUTES, MAX_SEQUENCE_LENGTH, caption
-
-CLIP_TOKENS = 77
 
 
 def captions() -> list[str]:

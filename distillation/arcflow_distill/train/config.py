@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from arcflow_distill.errors import ConfigError
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,7 +35,9 @@ class Config(BaseModel):
     resolutions: tuple[tuple[Side, Side], ...] = Field(
         ((1024, 1024),), min_length=1, description="[height, width] pairs; each iteration uses a random one"
     )
-    guidance_scale: float = Field(3.5, ge=0, description="guidance input of the networks, if they have one")
+    guidance_scale: float = Field(
+        DEFAULT_GUIDANCE_SCALE, ge=0, description="guidance that the networks are told, if they take one"
+    )
     true_cfg_scale: float = Field(
         1.0, ge=1, description="the teacher's classifier-free guidance scale, against the empty prompt; 1 is off"
     )

@@ -17,37 +17,17 @@ import torch
 from torch import nn
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.train.prompts import TextBatch
-from arcflow_export.checkpoint.adapter import CLASSES, HEADS, SUB_PIXELS
+from arcflow_distill.train.prompts import Text
+from arcflow_export.checkpoint.adapter import HEADS, SUB_PIXELS
 from arcflow_export.checkpoint.sources import read_json
+from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts, family_of_pipeline, pipelines
 from arcflow_export.models.student import Heads
+from arcflow_export.student.families import Conditions, RoundedRotary, torch_family
 
 #: Range of the modes' initial gammas, log-spaced; mode 0 keeps gamma 1, a straight path.
 GAMMAS = (0.2, 4.0)
 #: Spread of the modes' initial biases, so that the modes start different.
 BIAS_NOISE = 0.05
-#: Name endings of the linears that get LoRA factors.
-_TARGETS = {
-    "flux": (
-        ".proj_mlp",
-        ".proj_out",
-        ".ff.net.0.proj",
-        ".ff.net.2",
-        ".ff_context.net.0.proj",
-        ".ff_context.net.2",
-        ".timestep_embedder.linear_1",
-        ".timestep_embedder.linear_2",
-    ),
-    "qwen-image": (
-        ".img_mlp.net.0.proj",
-        ".img_mlp.net.2",
-        ".txt_mlp.net.0.proj",
-        ".txt_mlp.net.2",
-        ".timestep_embedder.linear_1",
-        ".timestep_embedder.linear_2",
-    ),
-}
-_PIPELINES = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
 
 
 @dataclass(frozen=True)
@@ -72,41 +52,42 @@ def base_family(base: Path) -> str:
         DistillError: the pipeline is not supported, or its transformer is a variant that cannot be distilled.
     """
     name = read_json(base / "model_index.json", "base checkpoint").get("_class_name")
-    if name not in _PIPELINES:
-        raise DistillError(f"base checkpoint: {base} is a {name}; supported are {', '.join(sorted(_PIPELINES))}")
+    family = family_of_pipeline(name)
+    if family is None:
+        raise DistillError(f"base checkpoint: {base} is a {name}; supported are {', '.join(pipelines())}")
     config = read_json(base / "transformer" / "config.json", "base checkpoint")
-    if config.get("in_channels", 64) != 64:
+    if config.get("in_channels", PACKED_CHANNELS) != PACKED_CHANNELS:
         raise DistillError(
-            f"base checkpoint: {base}: in_channels must be 64, got {config['in_channels']}; "
+            f"base checkpoint: {base}: in_channels must be {PACKED_CHANNELS}, got {config['in_channels']}; "
             "inpainting and control models are not supported"
         )
-    for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+    for key in UNSUPPORTED_SETTINGS:
         if config.get(key):
             raise DistillError(f"base checkpoint: {base}: {key} is not supported; the base must be Qwen/Qwen-Image's")
-    return _PIPELINES[name]
+    return family
 
 
 def load_transformer(base: Path, family: str, dtype: torch.dtype) -> Any:
     """Load the base checkpoint's transformer, frozen and in evaluation mode."""
     import diffusers
 
-    classes = dict(CLASSES.values())
-    transformer = getattr(diffusers, classes[family]).from_pretrained(
+    transformer = getattr(diffusers, facts(family).transformer).from_pretrained(
         base / "transformer", torch_dtype=dtype, use_safetensors=True
     )
     return transformer.requires_grad_(False).eval()
 
 
 def lora_targets(transformer: nn.Module, family: str) -> list[str]:
-    """Names of the linears that get LoRA factors, the same as in the released adapters."""
+    """The linears of a base that get LoRA factors: those of the released adapters."""
+    found = facts(family)
     names = [
         name
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(_TARGETS[family])
+        if isinstance(module, nn.Linear) and name.endswith(found.lora_targets)
     ]
-    if family == "qwen-image":  # the last block's text stream ends unused
+    if found.unused_last is not None:
         last = len(transformer.transformer_blocks) - 1  # type: ignore[arg-type]
-        names = [n for n in names if not n.startswith(f"transformer_blocks.{last}.txt_mlp.")]
+        names = [n for n in names if not n.startswith(f"transformer_blocks.{last}.{found.unused_last}")]
     return names
 
 
@@ -143,19 +124,8 @@ class _Output(nn.Module):
             return self.heads(self.norm_out(hidden.float(), temb.float()))
 
 
-class _RoundedRotary(nn.Module):
-    """Rounds FLUX's rotary tables to the base's dtype, as the reference and exported bundles do."""
-
-    def __init__(self, inner: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.inner, self.dtype = inner, dtype
-
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(t.to(self.dtype).float() for t in self.inner(ids))
-
-
-class StudentNetwork(nn.Module):
-    """The trained network; a call returns the float32 output of the three heads."""
+class Student(nn.Module):
+    """The trained network: one call gives the three heads' float32 output."""
 
     def __init__(self, transformer: Any, family: str, modes: int, rank: int, dropout: float):
         """Turn a frozen base transformer into a student, in place; random numbers are from torch's global generator."""
@@ -180,8 +150,8 @@ class StudentNetwork(nn.Module):
                 parameter.data = parameter.data.float()
         transformer.norm_out = _Output(transformer.norm_out, heads)
         transformer.proj_out = nn.Identity()
-        if family == "flux":
-            transformer.pos_embed = _RoundedRotary(transformer.pos_embed, transformer.dtype)
+        if torch_family(family).rounds_rotary:
+            transformer.pos_embed = RoundedRotary(transformer.pos_embed, transformer.dtype)
         self.transformer = transformer
 
     def forward(
@@ -247,22 +217,11 @@ def arguments(
         "encoder_hidden_states": text.states.to(dtype),
         "return_dict": False,
     }
-    if family != "flux":
-        shapes = [[(1, canvas.height, canvas.width)]] * batch
-        return common | {"img_shapes": shapes, "encoder_hidden_states_mask": text.mask}
-    assert text.pooled is not None
-    ids = torch.zeros(canvas.height, canvas.width, 3, device=device)
-    ids[..., 1] = torch.arange(canvas.height, device=device)[:, None]
-    ids[..., 2] = torch.arange(canvas.width, device=device)
-    guidance = None
-    if transformer.config.guidance_embeds:
-        guidance = torch.full([batch], canvas.guidance_scale, device=device)
-    return common | {
-        "pooled_projections": text.pooled.to(dtype),
-        "img_ids": ids.flatten(0, 1),
-        "txt_ids": torch.zeros(text.states.shape[1], 3, device=device),
-        "guidance": guidance,
-    }
+    pooled = None if text.pooled is None else text.pooled.to(dtype)
+    told = Conditions(
+        batch, canvas.height, canvas.width, text.states.shape[1], canvas.guidance_scale, pooled, text.mask
+    )
+    return common | torch_family(family).arguments(transformer, told, device)
 
 
 def count_by_kind(trained: dict[str, nn.Parameter]) -> dict[str, int]:

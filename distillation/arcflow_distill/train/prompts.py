@@ -11,6 +11,7 @@ import torch
 
 from arcflow_distill.errors import DistillError
 from arcflow_distill.train.config import Config
+from arcflow_export.families import facts
 
 _BATCH = 32
 #: Seed of the captions of shapes; they are the same for every seed of the distillation.
@@ -74,10 +75,10 @@ class Encoder:
     """The text encoders of a base checkpoint, run through diffusers' own pipeline."""
 
     def __init__(self, base: Path, family: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int):
-        from diffusers import FluxPipeline, QwenImagePipeline
+        import diffusers
 
-        pipeline: Any = FluxPipeline if family == "flux" else QwenImagePipeline
-        # The transformer and the VAE do not see the prompt, so they are not loaded. Only safetensors files are read.
+        pipeline: Any = getattr(diffusers, facts(family).pipeline)
+        # Without the networks that do not see the prompt; nothing but safetensors is ever read.
         self._pipe = pipeline.from_pretrained(base, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
         self._pipe.to(device)
         self._length = max_sequence_length

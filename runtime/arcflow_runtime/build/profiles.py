@@ -9,33 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from arcflow_runtime.disk.engine_record import Profile, Shapes
+from arcflow_runtime.disk.families import facts
 from arcflow_runtime.disk.manifest import Manifest, Range, TensorSpec
+from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.errors import BundleError, RequestError
 from arcflow_runtime.generate.request import DEFAULT_SIZE_PX
 
 #: Timesteps that one run of a conditioner engine takes, unless the schedule has more; longer schedules take several.
 MAX_STEPS = 8
-#: A prompt of Qwen-Image is as long as it is; kernels are tuned for this many tokens.
-_USUAL_PROMPT_TOKENS = 128
-
-#: The dynamic dimension behind each axis of each input; text encoders run one prompt at a time.
-_AXES: dict[str, dict[str, tuple[str | None, ...]]] = {
-    "text_encoder": {"input_ids": ("one", "encoder_tokens")},
-    "text_encoder_2": {"input_ids": ("one", "encoder_tokens")},
-    "conditioner": {
-        "timesteps": ("steps",),
-        "guidance": ("prompts",),
-        "pooled_projections": ("prompts", None),
-    },
-    "backbone": {
-        "latents": ("batch", "image_tokens", None),
-        "encoder_hidden_states": ("batch", "text_tokens", None),
-        "modulation": ("batch", None),
-        "image_rotary": (None, "image_tokens", None),
-        "text_rotary": (None, "text_tokens", None),
-    },
-    "vae_decoder": {"latents": ("batch", "latent_height", "latent_width", None)},
-}
 
 
 @dataclass(frozen=True)
@@ -88,40 +69,45 @@ def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch:
     profiles = []
     for size in sizes or (whole,):
         _check_size(size, manifest)
-        dims = _dimensions(manifest, size, batch)
-        profile = {spec.name: _shapes(part, spec, dims) for spec in manifest.parts[part].inputs}
+        dims = _dimensions(manifest, part, size, batch)
+        profile = {spec.name: _shapes(manifest, part, spec, dims) for spec in manifest.parts[part].inputs}
         if profile not in profiles:
             profiles.append(profile)
     return tuple(profiles)
 
 
-def _dimensions(manifest: Manifest, size: Size, batch: Range) -> dict[str, tuple[int, int, int]]:
-    """Each dynamic dimension's (smallest, best, largest) value."""
+def _dimensions(manifest: Manifest, part: str, size: Size, batch: Range) -> dict[str, tuple[int, int, int]]:
+    """The (smallest, best, largest) value of each of the part's axes that a graph may leave open."""
     token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
     height = [px // token_px for px in _triple(size.height_px, DEFAULT_SIZE_PX)]
     width = [px // token_px for px in _triple(size.width_px, DEFAULT_SIZE_PX)]
     text = manifest.text.max_sequence_length
-    # FLUX pads texts to the longest; Qwen-Image's template comes before the prompt and is dropped after it.
-    usual = text if manifest.family == "flux" else min(text, _USUAL_PROMPT_TOKENS)
-    drop = manifest.text.drop_tokens
+    usual = facts(manifest.family).usual_text_tokens(text)
     steps = manifest.schedule.num_inference_steps
-    return {
-        "one": (1, 1, 1),
+    dims = {
         "batch": _triple(batch, batch.min),
-        "prompts": (1, 1, batch.max),
         "steps": (1, steps, max(steps, MAX_STEPS)),
-        "encoder_tokens": (drop + 1, drop + usual, drop + text),
         "text_tokens": (1, usual, text),
         "image_tokens": (height[0] * width[0], height[1] * width[1], height[2] * width[2]),
         "latent_height": (height[0], height[1], height[2]),
         "latent_width": (width[0], width[1], width[2]),
     }
+    if part == "conditioner":  # images of one prompt share its modulation
+        dims["batch"] = (1, 1, batch.max)
+    elif signature(manifest.family, part).input("input_ids") is not None:
+        # Text encoders run one prompt at a time; a template comes before the prompt and is dropped after it.
+        dims["batch"] = (1, 1, 1)
+        dims["text_tokens"] = tuple(manifest.text.drop_tokens + n for n in (1, usual, text))  # type: ignore[assignment]
+        if (clip := manifest.text.clip_tokens) is not None:
+            dims["clip_tokens"] = (clip, clip, clip)
+    return dims
 
 
-def _shapes(part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]]) -> Shapes:
-    axes = _AXES.get(part, {}).get(spec.name, ())
+def _shapes(manifest: Manifest, part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]]) -> Shapes:
+    tensor = signature(manifest.family, part).input(spec.name)
+    axes = () if tensor is None else tensor.axes
     dynamic = [i for i, d in enumerate(spec.shape) if isinstance(d, str)]
-    if len(axes) != len(spec.shape) or any(axes[i] is None for i in dynamic):
+    if len(axes) != len(spec.shape) or any(axes[i] not in dims for i in dynamic):
         raise BundleError(
             f"{part}: input {spec.name} {list(spec.shape)} is not one of rule B9 (docs/bundle.md); "
             "export the bundle again"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.outputs import check_writable
 from arcflow_runtime.errors import RequestError
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N...]",
         help="of the first picture, the others count up from it; or one for each (default: random ones, printed)",
     )
-    parser.add_argument("--guidance-scale", type=float, help="FLUX's guidance (default: 3.5)")
+    parser.add_argument("--guidance-scale", type=float, help=f"FLUX's guidance (default: {DEFAULT_GUIDANCE_SCALE})")
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
     parser.add_argument("--sheet", action="store_true", help="write one PNG of all pictures with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")

@@ -18,6 +18,7 @@ from arcflow_runtime.disk.files import sha256_file
 from arcflow_runtime.disk.manifest import ENGINES, FORMAT, MANIFEST, OPENVINO, VERSION, Manifest, seal
 from arcflow_runtime.disk.parse import parse, read_json
 from arcflow_runtime.disk.rules import check_values
+from arcflow_runtime.disk.signatures import signatures
 from arcflow_runtime.errors import BundleError
 
 MAX_MANIFEST_BYTES = 16 << 20
@@ -83,10 +84,9 @@ class Bundle:
     def _check_references(self) -> None:
         m = self.manifest
         where = self.root / MANIFEST
-        need = {"flux": {"text_encoder", "text_encoder_2"}, "qwen-image": {"text_encoder"}}[m.family]
-        need = need | {"backbone", "vae_decoder"}
-        if m.modulation is None:
-            need = need | {"conditioner"}
+        need = set(signatures(m.family))
+        if m.modulation is not None:
+            need -= {"conditioner"}
         if missing := sorted(need - m.parts.keys()):
             raise BundleError(f"{where}: a {m.family} bundle must have parts {sorted(need)}, missing {missing}")
         used = [f for p in m.parts.values() for f in (p.graph, p.weights)] + list(m.tokenizers.values())

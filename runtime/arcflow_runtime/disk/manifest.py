@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from arcflow_runtime.disk.families import Family
+
 FORMAT = "arcflow-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -20,7 +22,6 @@ ENGINES = "engines"
 #: Folder of the tokenizers built from the bundle's, likewise.
 OPENVINO = "openvino"
 
-Family = Literal["flux", "qwen-image"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 QuantFormat = Literal["fp8_e4m3"]
 

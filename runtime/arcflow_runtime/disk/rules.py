@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from arcflow_runtime.disk.families import facts as family_facts
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.errors import BundleError
 
@@ -88,12 +89,12 @@ def _quantization_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
 
 def _text_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
     t = m.text
-    if m.family == "flux":
-        wanted = {"tokenizer", "tokenizer_2"}
+    facts = family_facts(m.family)
+    if facts.text == "clip-t5":
         for key in ("clip_tokens", "clip_pad_token_id", "t5_pad_token_id"):
-            yield getattr(t, key) is not None, f"text: {key}", "given for a flux bundle", None
+            yield getattr(t, key) is not None, f"text: {key}", f"given for a {m.family} bundle", None
     else:
-        wanted = {"tokenizer"}
         fits = t.template is not None and t.template.count("{}") == 1
         yield fits, "text: template", "a text with one {} for the prompt", t.template
-    yield m.tokenizers.keys() == wanted, "tokenizers", f"given for {sorted(wanted)}", sorted(m.tokenizers)
+    wanted = sorted(facts.tokenizers)
+    yield sorted(m.tokenizers) == wanted, "tokenizers", f"given for {wanted}", sorted(m.tokenizers)

@@ -49,20 +49,26 @@ class Conditioner:
 
 
 def _load_table(bundle: Bundle) -> dict[int, np.ndarray]:
-    """[n, M] float32 by step count n."""
+    """[n, M] float32 by step count n.
+
+    Raises:
+        BundleError: the table cannot be read, or does not fit the backbone.
+    """
     spec = bundle.manifest.modulation
     if spec is None:
         return {}
     path = bundle.path(spec.file)
+    inputs = bundle.manifest.parts["backbone"].inputs
+    width = next((s.shape[-1] for s in inputs if s.name == "modulation"), None)
     try:
         with safe_open(str(path), "numpy") as f:
             table = {n: f.get_tensor(f"num_inference_steps_{n}") for n in spec.num_inference_steps}
     except SafetensorError as e:
         raise BundleError(f"{path}: the modulation table cannot be read ({e}); export the bundle again") from None
     for n, tensor in table.items():
-        if tensor.ndim != 2 or len(tensor) != n:
+        if tensor.shape != (n, width) or tensor.dtype != np.float32:
             raise BundleError(
-                f"{path}: num_inference_steps_{n} must have shape [{n}, M], got {list(tensor.shape)}; "
-                "export the bundle again"
+                f"{path}: num_inference_steps_{n} must have shape [{n}, {width}] in float32, as the backbone's "
+                f"modulation, got {tensor.dtype}{list(tensor.shape)}; export the bundle again"
             )
     return table

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.disk.signatures import encoder_of
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.generate.text import Tokens
@@ -26,17 +27,17 @@ def encode_prompts(parts: Parts, manifest: Manifest, prompts: Mapping[str, Token
     Raises:
         EngineError: an encoder failed.
     """
-    if manifest.family == "flux":
-        pooled = _run(parts, "text_encoder", "pooled_projections", prompts)
-        states = _run(parts, "text_encoder_2", "encoder_hidden_states", prompts)
-        return {p: Embeddings(states[p], pooled[p], t.warnings) for p, t in prompts.items()}
-    states = _run(parts, "text_encoder", "encoder_hidden_states", prompts)
-    drop = manifest.text.drop_tokens
-    return {p: Embeddings(_frozen(states[p][:, drop:].copy()), None, t.warnings) for p, t in prompts.items()}
+    pooled = _run(parts, manifest, "pooled_projections", prompts)
+    states = _run(parts, manifest, "encoder_hidden_states", prompts)
+    if drop := manifest.text.drop_tokens:
+        states = {p: _frozen(s[:, drop:].copy()) for p, s in states.items()}
+    return {p: Embeddings(states[p], pooled.get(p), t.warnings) for p, t in prompts.items()}
 
 
-def _run(parts: Parts, part: str, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
-    if not prompts:
+def _run(parts: Parts, manifest: Manifest, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
+    """An output of the text encoder that gives it, by prompt; nothing where no encoder does."""
+    part = encoder_of(manifest.family, output)
+    if part is None or not prompts:
         return {}
     with parts.use_all(part) as run_all:
         found = run_all([{"input_ids": tokens.ids[part]} for tokens in prompts.values()])

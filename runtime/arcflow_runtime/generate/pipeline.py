@@ -19,7 +19,7 @@ from arcflow_runtime.engines.base import Backend
 from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
-from arcflow_runtime.errors import BundleError, RequestError
+from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.calls import Calls
 from arcflow_runtime.generate.condition import Conditioner
 from arcflow_runtime.generate.decode import check_pictures, decode_latents, to_float, to_pil
@@ -67,18 +67,23 @@ class Pipeline:
         self._cache = EmbeddingCache()
         self._conditioner = Conditioner(bundle)
         self._parts = Parts(bundle, backend, keep=not low_memory)
+        self._denoiser: Denoiser | None = None
+        try:
+            self._open(backend, low_memory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, backend: Backend, low_memory: bool) -> None:
+        """Open the engines; what is open when it fails, the caller closes."""
+        bundle = self.bundle
         if not low_memory:
             self._parts.open_all()
-        self._denoiser: Denoiser | None = None
         latents = bundle.manifest.latents
         # What a device draws of the noise is whole groups of numbers.
         if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
             self._denoiser = backend.open_denoiser(bundle, self._parts)
-        try:
-            bundle.check_unchanged()
-        except BundleError:
-            self.close()
-            raise
+        bundle.check_unchanged()
 
     @staticmethod
     def load(
@@ -96,6 +101,8 @@ class Pipeline:
             low_memory: open each part only while it is used, one at a time.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.
+
+        A GPU backend runs on the first GPU that the environment variable CUDA_VISIBLE_DEVICES leaves.
 
         A process that forks must load after the fork: an engine's threads do not exist in the child, which would wait
         for them for ever.
@@ -136,7 +143,8 @@ class Pipeline:
             height: in pixels, a multiple of 16 in the bundle's range; None is 1024 or the nearest allowed.
             width: likewise.
             num_inference_steps: network calls; None is the bundle's (2).
-            guidance_scale: for a student with guidance, 3.5 where None; others ignore it and warn.
+            guidance_scale: for a student with guidance, 3.5 where None; others ignore it
+                and warn.
             seed: an int draws the noise of the whole batch in one call, a list of B ints one image each, so that each
                 can be drawn again by itself; None takes a random one for each image, given back in the output.
             num_images_per_prompt: pictures per prompt.

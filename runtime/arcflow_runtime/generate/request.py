@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.manifest import Manifest, Range
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import RequestError
@@ -21,9 +22,10 @@ OutputType = Literal["pil", "numpy", "latents"]
 _OUTPUT_TYPES = get_args(OutputType)
 
 DEFAULT_SIZE_PX = 1024
-DEFAULT_GUIDANCE_SCALE = 3.5
 MAX_INFERENCE_STEPS = 1000
 MAX_GUIDANCE_SCALE = 65.0
+#: More than this many times the student's own number of steps is warned of.
+_FAR = 2
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ def check_request(
     warnings = []
     if steps == 1:
         warnings.append("num_inference_steps 1 gives a blurry picture; use 2 or more")
+    if steps > _FAR * (own := manifest.schedule.num_inference_steps):
+        warnings.append(
+            f"num_inference_steps {steps} is more than {_FAR} times the {own} that this student was made for; "
+            f"more steps need not give a better picture, use {own}"
+        )
     if guidance_scale is not None and not manifest.guidance:
         warnings.append(f"this student takes no guidance; guidance_scale {guidance_scale!r} was ignored")
     height_px = _size("height", height, manifest.ranges.height_px, manifest)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.families import TextKind, facts
 from arcflow_runtime.disk.manifest import Manifest, Text
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import BundleError
@@ -45,7 +47,11 @@ class PromptTokenizer:
     """Tokenises prompts for one bundle; safe to call from several threads."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._family = bundle.manifest.family
+        kinds: dict[TextKind, Callable[[str, int], Tokens]] = {
+            "clip-t5": self._tokenize_padded,
+            "template": self._tokenize_template,
+        }
+        self._tokenize = kinds[facts(bundle.manifest.family).text]
         self._text = bundle.manifest.text
         self._tokenizers = {name: _open(bundle, name) for name in bundle.manifest.tokenizers}
 
@@ -59,11 +65,9 @@ class PromptTokenizer:
         Returns:
             The ids by part name, and a warning per part that got fewer tokens than the prompt has.
         """
-        if self._family == "flux":
-            return self._tokenize_flux(prompt, max_sequence_length)
-        return self._tokenize_qwen(prompt, max_sequence_length)
+        return self._tokenize(prompt, max_sequence_length)
 
-    def _tokenize_flux(self, prompt: str, max_sequence_length: int) -> Tokens:
+    def _tokenize_padded(self, prompt: str, max_sequence_length: int) -> Tokens:
         clip_tokens, clip_pad, t5_pad = _flux_text(self._text)
         clip, clip_cut = _encode(self._tokenizers["tokenizer"], prompt, clip_tokens)
         t5, t5_cut = _encode(self._tokenizers["tokenizer_2"], prompt, max_sequence_length)
@@ -76,7 +80,7 @@ class PromptTokenizer:
             tuple(_cut_warning(prompt, reader, *cut) for reader, cut in cuts.items() if cut),
         )
 
-    def _tokenize_qwen(self, prompt: str, max_sequence_length: int) -> Tokens:
+    def _tokenize_template(self, prompt: str, max_sequence_length: int) -> Tokens:
         # Replaced, not formatted: a prompt may hold braces.
         templated = (self._text.template or "{}").replace("{}", prompt)
         # diffusers encodes up to 1024 tokens and cuts the states; the language model is causal, so the states

@@ -14,6 +14,11 @@ NUMPY: dict[str, type[np.generic]] = {
     "uint8": np.uint8,
 }
 
+#: Largest finite float16.
+FLOAT16_MAX = 65504.0
+#: Largest value of FP8 E4M3 without infinity.
+E4M3_MAX = 448.0
+
 
 def item_bytes(dtype: str) -> int:
     """Bytes of one element."""
@@ -35,7 +40,11 @@ def to_float32(array: np.ndarray) -> np.ndarray:
 
 
 def _to_bits(array: np.ndarray) -> np.ndarray:
-    """To the nearest bfloat16, ties to even: see `rounding.round_to`, which refuses nothing either but NaN."""
+    """Round to the nearest bfloat16, ties to even: any array -> its bits, uint16, in the same shape.
+
+    bfloat16 is the upper half of float32. Half of its last place is added, less one unit unless the last place is odd,
+    so that ties go to even, and the lower half is dropped.
+    """
     x = np.ascontiguousarray(array, dtype=np.float32)
     bits = x.reshape(-1).view(np.uint32)
     rounded = bits >> np.uint32(16)
@@ -46,14 +55,14 @@ def _to_bits(array: np.ndarray) -> np.ndarray:
     nan = np.isnan(x).reshape(-1)
     if nan.any():
         rounded[nan] = 0x7FC0  # rounding could carry a NaN's bits over to infinity
-    return rounded.astype(np.uint16).reshape(x.shape)
+    return rounded.astype(np.uint16).reshape(array.shape)
 
 
 def round_to(values: np.ndarray | float, dtype: str) -> np.ndarray:
     """Round to the nearest value of `dtype`, ties to even, and return it as float32.
 
     Args:
-        values: finite numbers, any shape; rounded to float32 first.
+        values: any shape; rounded to float32 first.
         dtype: "float32", "float16" or "bfloat16".
 
     Raises:
@@ -65,9 +74,5 @@ def round_to(values: np.ndarray | float, dtype: str) -> np.ndarray:
     if dtype == "float16":
         return x.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
-        # bfloat16 is the upper half of float32: add just under half of its last place, plus one on odd to
-        # break ties towards even, and drop the lower half.
-        bits = np.atleast_1d(x).view(np.uint32)
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-        return bits.view(np.float32).reshape(x.shape)
+        return to_float32(_to_bits(x))
     raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")

@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import DType, Family, Rotary
+from arcflow_runtime.disk.families import Family, facts
+from arcflow_runtime.disk.manifest import DType, Rotary
 from arcflow_runtime.maths.dtypes import round_to
 
 # A table of a 1024 px image takes 2 MiB; a service uses few sizes at once.
@@ -35,7 +36,7 @@ def image_rotary(rotary: Rotary, family: Family, reference_dtype: DType, height:
     """
     y = np.repeat(np.arange(height), width)
     x = np.tile(np.arange(width), height)
-    if family == "qwen-image":
+    if facts(family).centred_positions:
         y, x = y - (height - height // 2), x - (width - width // 2)
     return _table(rotary, family, reference_dtype, np.stack([np.zeros_like(y), y, x], axis=1))
 
@@ -52,7 +53,7 @@ def text_rotary(
         [2, T, D/2] float32 (cos, sin), read-only.
     """
     positions = np.zeros(text_tokens, np.int64)
-    if family == "qwen-image":
+    if facts(family).centred_positions:
         positions = max(height // 2, width // 2) + np.arange(text_tokens)
     return _table(rotary, family, reference_dtype, np.stack([positions] * 3, axis=1))
 
@@ -67,7 +68,7 @@ def _table(rotary: Rotary, family: Family, reference_dtype: DType, positions: np
         axis=1,
     )
     table = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
-    if family == "flux":
+    if facts(family).rounds_rotary:
         table = round_to(table, reference_dtype)
     table.setflags(write=False)
     return table

@@ -6,7 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import DType, Family, Schedule
+from arcflow_runtime.disk.families import Family, facts
+from arcflow_runtime.disk.manifest import DType, Schedule
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.maths.dtypes import round_to
 
@@ -55,7 +56,7 @@ def conditioning_timesteps(sigmas: np.ndarray, family: Family, reference_dtype: 
     """
     sigma = round_to(sigmas[:-1], reference_dtype)
     timesteps = sigma * np.float32(TIMESTEP_SCALE)
-    return round_to(timesteps, reference_dtype) if family == "flux" else timesteps
+    return round_to(timesteps, reference_dtype) if facts(family).rounds_timesteps else timesteps
 
 
 @lru_cache(maxsize=16)
