@@ -132,7 +132,7 @@ def _convert(
             state, alphas = pipeline.lora_state_dict(dict(raw), return_alphas=True)
         else:
             state, alphas = pipeline.lora_state_dict(dict(raw)), None
-    except Exception as e:  # the converters raise whatever their parsing runs into
+    except Exception as e:  # the converters raise many types for unknown keys
         raise SourceError(f"LoRA: {file}: diffusers' converter does not know its keys ({e})") from None
     # The converter leaves CLIP's factors in an older naming of diffusers.
     text_encoder = {k: v for k, v in state.items() if k.startswith("text_encoder.")}

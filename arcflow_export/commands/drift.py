@@ -13,6 +13,7 @@ from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.drift.cases import LIMIT, LIMIT_WITH_JUDGE
 from arcflow_export.errors import ExportError
 from arcflow_export.families import facts
+from arcflow_export.progress import stage_bars
 from arcflow_runtime.backends import BACKENDS
 from arcflow_runtime.disk.outputs import check_file
 from arcflow_runtime.errors import RequestError

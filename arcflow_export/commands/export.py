@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcflow_export.commands.announce import add_anyway, announce
-from arcflow_export.commands.bars import Bars
 from arcflow_export.commands.sources import (
     add_schedule_arguments,
     add_source_arguments,
@@ -26,7 +25,8 @@ from arcflow_export.commands.sources import (
     quiet_libraries,
     warn_of_shift,
 )
-from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
+from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, ExportOptions
+from arcflow_export.progress import ByteBars
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
@@ -179,7 +179,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     if args.max_sequence_length < 1:
         raise RequestError(f"--max-sequence-length must be at least 1, got {args.max_sequence_length}")
     check_schedule(args)
-    return Options(
+    return ExportOptions(
         args.dtype,
         args.opset,
         args.steps,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.errors import QuantizeError
 from arcflow_export.families import facts
+from arcflow_export.progress import ByteBars
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-#: The largest number of E4M3.
-#: What stands between a weight and its MatMul, or an activation's QuantizeLinear and it.
+#: The largest E4M3 number.
+#: Nodes allowed between a weight and its MatMul, and between an activation's QuantizeLinear and the MatMul.
 _WEIGHT_CHAIN = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity")
 _ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_export.drift.graphs import Linear, add_initializer, linears
+from arcflow_export.drift.graphs import GraphLinear, add_initializer, linears
 from arcflow_export.drift.measures import root_ratio
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph

@@ -22,7 +22,8 @@ from arcflow_export.export.write import attach, check_source, initializer_name, 
 from arcflow_export.families import facts
 from arcflow_export.graph.trace import MAX_BATCH, trace
 from arcflow_export.models.layers import Parameter, Part, parameters
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
+from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
 from arcflow_runtime.disk import manifest as b
@@ -191,7 +192,7 @@ def _family(student: Student) -> b.Family:
     return student.family  # type: ignore[return-value]
 
 
-def _schedule(options: Options) -> b.Schedule:
+def _schedule(options: ExportOptions) -> b.Schedule:
     return b.Schedule(options.shift, options.timestep_ratio, options.steps[0])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_export.quantize.graph import Linear
+from arcflow_export.quantize.graph import LinearNode
 from arcflow_runtime.disk.families import facts
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.disk.signatures import signature
@@ -89,7 +89,7 @@ def _dimensions(manifest: Manifest, part: str, height_px: int, width_px: int) ->
     }
 
 
-def _flops(linear: Linear, dimensions: Mapping[str, int]) -> int:
+def _flops(linear: LinearNode, dimensions: Mapping[str, int]) -> int:
     assert linear.input.shape is not None
     rows = 1
     for dim in list(linear.input.shape)[:-1]:

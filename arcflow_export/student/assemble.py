@@ -46,7 +46,7 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     heads = _attach(pipe.transformer, student, dtypes["backbone"])
     _merge_text_loras(pipe.text_encoder, student, empty["text_encoder"][1] if on_disk else None)
     if hasattr(pipe.text_encoder, "lm_head"):
-        pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and its logits are large
+        pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and the logits would be large
     if not on_disk:
         pipe.to(device)
     for module, weights in empty.values():

@@ -24,8 +24,8 @@ from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
 
-#: Linears beyond this share of float16's range on the calibration prompts are kept. Other prompts reach further, and
-#: what a block adds up of two such outputs must still fit: a factor of two, one bit of float16's five-bit exponent.
+#: A linear whose output exceeds this share of float16's range on the calibration prompts is kept in float32. Other
+#: prompts can give larger values, and a block adds two such outputs: a factor of two, one bit of the exponent.
 MARGIN = 0.5
 #: Outputs of these linears go into attention with no norm between; attention runs in the part's precision.
 ATTENTION_INPUTS = frozenset({"to_v", "add_v_proj", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
@@ -34,7 +34,7 @@ _WHOLE = "vae_decoder"
 
 
 def linears(part: Part) -> dict[str, MatMul]:
-    """The linears of a part by layer name, the key of the weight without `.weight`."""
+    """The linears of a part by layer name: the key of the weight without `.weight`."""
     found = {layer: part.module.get_submodule(name) for layer, name in linear_names(part).items()}
     return {layer: module for layer, module in found.items() if isinstance(module, MatMul)}
 

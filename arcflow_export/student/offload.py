@@ -29,7 +29,7 @@ from arcflow_export.errors import SourceError
 from arcflow_export.families import facts
 from arcflow_export.student.load import Student
 
-#: Of Linux 5.14; Python's mmap has no name for it.
+#: A flag of Linux's madvise since 5.14; Python's mmap has no constant for it.
 _MADV_POPULATE_READ = 22
 
 
@@ -94,7 +94,7 @@ def empty_components(student: Student, dtypes: Mapping[str, torch.dtype]) -> dic
 
 
 def _transformer(student: Student, dtype: torch.dtype) -> tuple[nn.Module, DiskWeights]:
-    # diffusers' own way to leave weights on disk copies them all into a folder first.
+    # diffusers' own disk offload first copies all weights into a folder.
     cls, folder = getattr(diffusers, facts(student.family).transformer), student.base.path / "transformer"
     assert not cls._keep_in_fp32_modules
     with init_empty_weights():
@@ -109,7 +109,7 @@ def _transformer(student: Student, dtype: torch.dtype) -> tuple[nn.Module, DiskW
 def _encoder(student: Student, name: str, dtype: torch.dtype) -> tuple[nn.Module, DiskWeights]:
     """Let transformers map names and tie weights, then keep its index and remove accelerate's hooks."""
     folder = student.base.path / name
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it remarks on the hooks it adds
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns about the hooks that it adds
     module = getattr(transformers, facts(student.family).encoders[name]).from_pretrained(
         folder, dtype=dtype, device_map={"": "disk"}, use_safetensors=True
     )

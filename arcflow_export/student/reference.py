@@ -178,7 +178,7 @@ class TorchStudent:
     def decode(
         self, latents: torch.Tensor, height: int, width: int, rounding: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Packed latents [B, N, C] -> images [B, H, W, 3] float32 in [0, 1]."""
+        """Decode packed latents [B, N, C] to images [B, H, W, 3] float32 in [0, 1]."""
         z = latents.unflatten(1, (height // 16, width // 16)).unflatten(-1, (-1, 2, 2))
         z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         image = self.family.decode(self.pipe.vae, z, lambda x: round_randomly(x, self.vae_dtype, rounding))

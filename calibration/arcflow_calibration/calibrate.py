@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from arcflow_calibration.collect import Collector, describe, generate_batch, guidance, plan_batches
 from arcflow_calibration.memory import plan_memory
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.state import check_out, check_state, held, load_state, save_state, settings_of, state_path
 from arcflow_export.errors import CalibrationError
 from arcflow_export.families import facts

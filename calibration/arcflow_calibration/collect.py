@@ -23,7 +23,7 @@ from arcflow_calibration.ranges import Calibrator, make_calibrator
 from arcflow_export.errors import CalibrationError
 from arcflow_export.families import facts
 from arcflow_export.formats.prompts import Prompts
-from arcflow_export.formats.scales import STEPPED, Range, Scales
+from arcflow_export.formats.scales import STEPPED, ActivationRange, Scales
 from arcflow_export.models.layers import linear_names
 from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent, integrate, pack

@@ -12,7 +12,7 @@ from arcflow_export.options import SHIFT, TIMESTEP_RATIO
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
-#: Of --method percentile: 1 value in 100,000 is clipped.
+#: Default of --percentile: 1 value in 100,000 is clipped.
 PERCENTILE = 99.999
 
 

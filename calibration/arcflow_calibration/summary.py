@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from arcflow_export.formats.scales import Range, Scales
+from arcflow_export.formats.scales import ActivationRange, Scales
 from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
 #: Layers whose steps differ by more than this factor are counted. It is one of E4M3's 15 binades of full precision.
@@ -40,7 +40,7 @@ def summarise(scales: Scales) -> list[PartSummary]:
     return summaries
 
 
-def _overflows(r: Range) -> bool:
+def _overflows(r: ActivationRange) -> bool:
     return r.output_amax is not None and max(r.output_amax) > FLOAT16_MAX
 
 

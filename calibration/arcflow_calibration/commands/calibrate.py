@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out, args.overwrite)
     student = open_student(args)
     warn_of_shift(student, settings.shift)
-    # A student that cannot fit is refused by `plan_memory`, which knows its files.
+    # `plan_memory` refuses a student that cannot fit; it is more exact, because it knows the files.
     announce(partial(_cost, student, settings, len(prompts.texts)), args.out.absolute().parent, anyway=True)
     try:
         scales = calibrate(

@@ -26,6 +26,7 @@ from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_images
 from arcflow_export.images.judge import STEPS, Judge, judge_rates, train_judge
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
 from arcflow_export.options import SHIFT
+from arcflow_export.progress import StageProgress
 from arcflow_runtime.disk.files import whole_directory
 from arcflow_runtime.errors import RequestError
 

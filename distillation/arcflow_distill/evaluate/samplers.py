@@ -118,7 +118,7 @@ class EulerSampler:
 def _check_base(base: Path) -> None:
     """Check, from its configs, that `base` is a FLUX pipeline with an 8x VAE of 16 channels."""
     if not base.is_dir():
-        raise SourceError(f"base: {base} is no directory; give the teacher's, in diffusers format")
+        raise SourceError(f"base: {base} is not a directory; give the teacher's directory in diffusers format")
     name, wanted = read_json(base / "model_index.json", "base").get("_class_name"), facts(FAMILY).pipeline
     if name != wanted:
         raise SourceError(f"base: {base / 'model_index.json'}: _class_name must be {wanted!r}, got {name!r}")

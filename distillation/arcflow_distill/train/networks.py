@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.train.prompts import Text
+from arcflow_distill.train.prompts import TextBatch
 from arcflow_export.checkpoint.adapter import HEADS, SUB_PIXELS
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts, family_of_pipeline, pipelines
@@ -78,7 +78,7 @@ def load_transformer(base: Path, family: str, dtype: torch.dtype) -> Any:
 
 
 def lora_targets(transformer: nn.Module, family: str) -> list[str]:
-    """The linears of a base that get LoRA factors: those of the released adapters."""
+    """Names of the linears that get LoRA factors, the same as in the released adapters."""
     found = facts(family)
     names = [
         name
@@ -124,8 +124,8 @@ class _Output(nn.Module):
             return self.heads(self.norm_out(hidden.float(), temb.float()))
 
 
-class Student(nn.Module):
-    """The trained network: one call gives the three heads' float32 output."""
+class StudentNetwork(nn.Module):
+    """The trained network; a call returns the float32 output of the three heads."""
 
     def __init__(self, transformer: Any, family: str, modes: int, rank: int, dropout: float):
         """Turn a frozen base transformer into a student, in place; random numbers are from torch's global generator."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from arcflow_export.options import SHIFT
 
-#: Below this |z|, phi is a polynomial: the quotient's gradient loses digits to cancellation as z falls.
+#: Below this |z|, phi is computed as a polynomial, because the gradient of the quotient loses digits by cancellation.
 _SERIES_LIMIT = 0.5
 #: Taylor coefficients 1/(n+1)! of phi, highest order first; the first omitted term is below 3e-9 of the sum.
 _SERIES = (1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0)

@@ -78,7 +78,7 @@ class Encoder:
         import diffusers
 
         pipeline: Any = getattr(diffusers, facts(family).pipeline)
-        # Without the networks that do not see the prompt; nothing but safetensors is ever read.
+        # The transformer and the VAE do not see the prompt, so they are not loaded. Only safetensors files are read.
         self._pipe = pipeline.from_pretrained(base, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
         self._pipe.to(device)
         self._length = max_sequence_length
