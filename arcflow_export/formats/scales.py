@@ -132,33 +132,32 @@ class Scales:
             CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
         """
         p = manifest.provenance
-        self.check_student(manifest.family, (p.base, p.adapter, p.loras), "the bundle")
+        self.check_student(manifest.family, (p.base, p.adapter, p.loras))
 
-    def check_student(self, family: str, sources: tuple[Source, Source, tuple[Source, ...]], what: str) -> None:
-        """Check that these scales were made from a student.
+    def check_student(self, family: str, sources: tuple[Source, Source, tuple[Source, ...]]) -> None:
+        """Check that these scales were made from the student of a bundle, written or to be written.
 
         Args:
             family: of the student.
             sources: its base, adapter and LoRAs, told apart by their digests.
-            what: what has them, for errors, such as "the bundle".
 
         Raises:
             CalibrationError: names every one of base, adapter and LoRAs that differs.
         """
         if self.family != family:
-            raise CalibrationError(f"scales: they are of a {self.family} student, {what} is {family}")
+            raise CalibrationError(f"scales: they are of a {self.family} student, the bundle is {family}")
         base, adapter, loras = sources
         wrong = [
-            f"{key} {_name(mine)}, {what} {_name(other)}"
+            f"{key} {_name(mine)}, the bundle {_name(other)}"
             for key, mine, other in (("base", self.base, base), ("adapter", self.adapter, adapter))
             if mine.sha256 != other.sha256
         ]
         if _loras(self.loras) != _loras(loras):
-            wrong.append(f"LoRAs {_names(self.loras)}, {what} {_names(loras)}")
+            wrong.append(f"LoRAs {_names(self.loras)}, the bundle {_names(loras)}")
         if wrong:
             raise CalibrationError(
                 f"scales: they belong to another student. They were made with {'; with '.join(wrong)}. "
-                "Calibrate the base, adapter and LoRAs that the bundle is made from"
+                "Calibrate the bundle's own base, adapter and LoRAs"
             )
 
     def warnings(self, manifest: Manifest) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class FluxBackbone(nn.Module):
             mlp = block.act_mlp(block.proj_mlp(normed))
             x = x + gate.unsqueeze(1) * block.proj_out(torch.cat([mixed, mlp], dim=2))
             if x.dtype == torch.float16:
-                x = x.clip(-FLOAT16_MAX, FLOAT16_MAX)  # as diffusers does
+                x = x.clip(-int(FLOAT16_MAX), int(FLOAT16_MAX))  # as diffusers does
         x = t.norm_out(x[:, text_tokens:], modulation)
         means, logweights, loggammas = (head.to(latents.dtype) for head in self.heads(x))
         return means, logweights, loggammas

@@ -89,7 +89,7 @@ def measured(path: Path, student: Student, dtype_of: Any) -> tuple[str, ...]:
         ArcFlowError: the file is damaged, or belongs to another student.
     """
     scales = Scales.load(path)
-    scales.check_student(student.family, student.sources, "the student")
+    scales.check_student(student.family, student.sources)
     return tuple(
         layer
         for part, layers in scales.parts.items()
