@@ -15,8 +15,8 @@ SHORT_DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16":
 #: Every part that a bundle may have, in the order in which data flows.
 PARTS = ("text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder")
 OPSETS = (20, 23)
-#: The released students' schedule, and of those that `arcflow distill` makes: a fixed shift whatever the image size,
-#: and a last step as long as the others.
+#: The schedule of the released students and of those that `arcflow distill` makes: a fixed shift that does not depend
+#: on the image size, and a last step as long as the others.
 SHIFT, TIMESTEP_RATIO = 3.2, 1.0
 
 
@@ -28,11 +28,12 @@ class ExportOptions:
     modulation tables are baked for Qwen-Image; the first one is the bundle's default for both families. `max_px` is
     the largest height or width and `max_sequence_length` the largest number of text tokens that the bundle accepts.
 
-    `dtype` is every part's, but for those that `precision` names, and a VAE decoder in float16, which is left in
-    float32: both families' decoders are known to overflow there. `keep_float32` are patterns (fnmatch) of the names
-    of linears that stay in float32 in parts of reduced precision.
+    `dtype` applies to every part that `precision` does not name. With float16 the VAE decoder stays in float32 unless
+    `precision` says otherwise, because the decoders of both families overflow in float16. `keep_float32` holds
+    fnmatch patterns: linears with a matching name stay in float32 in parts of reduced precision.
 
-    `shift` and `timestep_ratio` are those that the student was trained with: S and r of docs/bundle.md, "Schedule".
+    `shift` and `timestep_ratio` are the schedule that the student was trained with: S and r in docs/bundle.md,
+    "Schedule".
     """
 
     dtype: DType = "float32"

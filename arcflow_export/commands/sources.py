@@ -39,14 +39,14 @@ def add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=SHIFT,
         metavar="S",
-        help="timestep shift that the student was trained with; default: %(default)s, as the released students",
+        help="timestep shift that the student was trained with; default: %(default)s, as for the released students",
     )
     group.add_argument(
         "--timestep-ratio",
         type=float,
         default=TIMESTEP_RATIO,
         metavar="R",
-        help="length of the last step over that of the others, above 0 and at most 1; default: %(default)s",
+        help="length of the last step relative to the others, above 0 and at most 1; default: %(default)s",
     )
 
 
@@ -54,7 +54,7 @@ def check_schedule(args: argparse.Namespace) -> None:
     """Check --shift and --timestep-ratio.
 
     Raises:
-        RequestError: one is out of range.
+        RequestError: a value is out of range.
     """
     from arcflow_runtime.errors import RequestError
 

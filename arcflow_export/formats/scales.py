@@ -135,17 +135,17 @@ class Scales:
         self.check_student(manifest.family, (p.base, p.adapter, p.loras))
 
     def check_student(self, family: str, sources: tuple[Source, Source, tuple[Source, ...]]) -> None:
-        """Check that these scales were made from the student of a bundle, written or to be written.
+        """Check that these scales belong to a student.
 
         Args:
-            family: of the student.
-            sources: its base, adapter and LoRAs, told apart by their digests.
+            family: the student's family.
+            sources: its base, adapter and LoRAs; their digests are compared.
 
         Raises:
-            CalibrationError: names every one of base, adapter and LoRAs that differs.
+            CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
         """
         if self.family != family:
-            raise CalibrationError(f"scales: they are of a {self.family} student, the bundle is {family}")
+            raise CalibrationError(f"scales: they belong to a {self.family} student, the bundle is {family}")
         base, adapter, loras = sources
         wrong = [
             f"{key} {_name(mine)}, the bundle {_name(other)}"
@@ -161,9 +161,10 @@ class Scales:
             )
 
     def warnings(self, manifest: Manifest) -> tuple[str, ...]:
-        """What differs between the runs that these scales were made from and those of a bundle, a sentence each.
+        """Warnings, one sentence each, about settings that differ between calibration and a bundle.
 
-        Other lengths and noise levels reach other ranges. Keys that older files do not have are not compared.
+        Other text lengths and noise levels give other ranges. A setting that an older scales file lacks is not
+        compared.
         """
         s = manifest.schedule
         pairs = (

@@ -45,16 +45,16 @@ def make_part(
     rename: Callable[[str], str],
     without: tuple[str, ...] = (),
 ) -> Part:
-    """A part with the inputs and outputs that rule B9 gives it.
+    """Make a part with the inputs and outputs of rule B9.
 
     Args:
-        family: of the bundle.
-        name: of the part.
-        module: on the meta device.
+        family: the family of the bundle.
+        name: the part's name.
+        module: the part's module, on the meta device.
         dtype: the part's precision.
-        sizes: of every symbol of the part's signature that is a size of the model.
-        rename: a parameter's name -> its key in the checkpoint.
-        without: optional inputs that it does not have.
+        sizes: the value of each symbol of the part's signature that is a size of the model.
+        rename: maps a parameter's name to its key in the checkpoint.
+        without: names of optional inputs that this part does not have.
     """
     tensors = signature(family, name)
     inputs = tensor_specs(tensors.inputs, dtype, sizes, without)
@@ -230,11 +230,11 @@ def replace_linears(module: nn.Module) -> None:
 
 
 def linear_names(part: Part) -> dict[str, str]:
-    """The linears of a part: layer name, the key of the weight without `.weight` -> name in the part's module."""
+    """The linears of a part: layer name (the key of the weight without `.weight`) -> name in the part's module."""
     return {
         part.rename(f"{name}.weight").removesuffix(".weight"): name
         for name, module in part.module.named_modules()
-        if isinstance(module, MatMul) and module.weight.numel()  # one mode has no gammas
+        if isinstance(module, MatMul) and module.weight.numel()  # with one mode the gamma head is empty
     }
 
 

@@ -76,16 +76,16 @@ def backbone_part(
     modulation: int,
     dtype: DType,
 ) -> Part:
-    """The backbone, with its sizes from the transformer's config.
+    """Make the backbone part, with its sizes from the transformer's config.
 
     Args:
-        family: of the bundle.
+        family: the family of the bundle.
         module: the backbone on the meta device.
         config: the base transformer's `config.json`.
         num_gaussians: K, the number of modes.
-        logweights_channels: P, the number of sub-pixels with weights of their own.
+        logweights_channels: P, the number of sub-pixels of a token, each with its own mode weights.
         modulation: M, the length of the modulation vector.
-        dtype: arithmetic of the backbone.
+        dtype: dtype of the backbone's weights and arithmetic.
     """
     sizes = {
         "channels": config["in_channels"],

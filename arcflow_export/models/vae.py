@@ -141,7 +141,7 @@ def kl_decoder(config: dict[str, Any], dtype: DType) -> Part:
     """FLUX's VAE decoder, from the VAE's `config.json`.
 
     Raises:
-        SourceError: the config is not an `AutoencoderKL`'s, or has other than 16 latent channels.
+        SourceError: the VAE is not an `AutoencoderKL` with 16 latent channels and 4 levels.
     """
     _check("flux", config, AutoencoderKL, "latent_channels", "block_out_channels")
     with torch.device("meta"):
@@ -153,7 +153,7 @@ def qwen_decoder(config: dict[str, Any], dtype: DType) -> Part:
     """Qwen-Image's VAE decoder, from the VAE's `config.json`.
 
     Raises:
-        SourceError: the config is not an `AutoencoderKLQwenImage`'s, or has other than 16 latent channels.
+        SourceError: the VAE is not an `AutoencoderKLQwenImage` with 16 latent channels and 4 levels.
     """
     _check("qwen-image", config, AutoencoderKLQwenImage, "z_dim", "dim_mult")
     with torch.device("meta"):

@@ -62,9 +62,9 @@ def cover_part(
 
 
 def _dimensions(manifest: Manifest, part: str, height_px: int, width_px: int) -> dict[str, int]:
-    """The sizes of the dimensions that the part's graph names, for one image and a prompt of usual length.
+    """The sizes of the part's symbolic dimensions, for one image and a prompt of usual length.
 
-    Dimensions are known by their place in the table of rule B9, never by their name.
+    A dimension is identified by its position in the table of rule B9, not by its name.
     """
     inputs = signature(manifest.family, part)
     token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor

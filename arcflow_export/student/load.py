@@ -79,7 +79,7 @@ class Student:
 
     @cached_property
     def sources(self) -> tuple[Source, Source, tuple[Source, ...]]:
-        """Base, adapter and LoRAs by name and digest, as provenance records them. Digests read the files, once."""
+        """Base, adapter and LoRAs by name and digest, as a bundle's provenance records them; reads the files once."""
         adapter = self.adapter.source
         return (
             Source(self.base.name, self.base.revision, self.transformer.index.digest()),

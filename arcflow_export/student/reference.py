@@ -63,7 +63,7 @@ class TorchStudent:
             offload: read the weights of transformer and text encoders from disk whenever they are used, so that one
                 layer's are in memory at a time; None is where all of them together do not fit in the free memory.
             shift: S of the student's schedule.
-            timestep_ratio: r of the student's schedule.
+            timestep_ratio: the ratio r of the student's schedule.
         """
         dtypes = dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
         dtype, conditioner = dtypes["backbone"], dtypes["conditioner"]
@@ -237,7 +237,7 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 class _Conditioning(nn.Module):
-    """Gives the embeddings the timestep and guidance as the reference computes them in `dtype`."""
+    """Wraps the conditioning embeddings: passes them timestep and guidance as the reference computes them."""
 
     def __init__(self, inner: nn.Module, family: TorchFamily, dtype: torch.dtype, conditioner: torch.dtype):
         super().__init__()

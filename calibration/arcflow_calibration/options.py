@@ -20,10 +20,10 @@ PERCENTILE = 99.999
 class CalibrationSettings:
     """How to calibrate.
 
-    `percentile` is None for the other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
-    number. Prompt i starts from the noise of seed `seed` + i. `guidance_scale` None is the student's usual 3.5, or
-    nothing where it takes none. `batch` prompts of one size and text length share a network call. `shift` and
-    `timestep_ratio` are those of the student's schedule, as at export.
+    `percentile` is None for other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
+    number. Prompt i starts from the noise of seed `seed` + i. A `guidance_scale` of None means the usual 3.5, or no
+    guidance if the student takes none. Up to `batch` prompts of one size and text length share a network call. `shift`
+    and `timestep_ratio` are the student's schedule, the same as for the export.
     """
 
     method: Method = "max"

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale",
         type=float,
         metavar="G",
-        help=f"default: {DEFAULT_GUIDANCE_SCALE} where the student takes one",
+        help=f"default: {DEFAULT_GUIDANCE_SCALE} if the student takes one",
     )
     group.add_argument(
         "--max-sequence-length",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of text tokens, the same as the bundle's; default: %(default)s",
     )
     add_schedule_arguments(group)
-    group.add_argument("--seed", type=int, default=default.seed, metavar="N", help="of the first prompt's noise")
+    group.add_argument("--seed", type=int, default=default.seed, metavar="N", help="seed of the first prompt's noise")
     group.add_argument(
         "--batch", type=int, default=default.batch, metavar="N", help="prompts per network call; default: %(default)s"
     )

@@ -22,7 +22,8 @@ from arcflow_export.options import SHIFT
 
 SAMPLES, BATCH, LEARNING_RATE, WARMUP = 800_000, 128, 2e-3, 300
 SCENES = 40_960
-#: Training noise levels are sigma = S u / (1 + (S - 1) u) of uniform u; generating uses ArcFlow's shift.
+#: Noise levels in training are sigma = S u / (1 + (S - 1) u) for uniform u, with this S. Generation uses ArcFlow's
+#: shift.
 TRAINING_SHIFT = 2.0
 TEXT_WIDTH = 64
 GRID = RESOLUTION // 16

@@ -36,7 +36,7 @@ class Config(BaseModel):
         ((1024, 1024),), min_length=1, description="[height, width] pairs; each iteration uses a random one"
     )
     guidance_scale: float = Field(
-        DEFAULT_GUIDANCE_SCALE, ge=0, description="guidance that the networks are told, if they take one"
+        DEFAULT_GUIDANCE_SCALE, ge=0, description="guidance input of the networks, if they have one"
     )
     true_cfg_scale: float = Field(
         1.0, ge=1, description="the teacher's classifier-free guidance scale, against the empty prompt; 1 is off"
