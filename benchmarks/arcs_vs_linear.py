@@ -62,11 +62,11 @@ def distil(model: Path, work: Path, seed: int, iterations: int) -> None:
             raise SystemExit(f"a distillation failed; see {log.name}")
 
 
-def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, real: np.ndarray) -> dict[str, Any]:
+def score(cases: Cases, generated: Generated, reference: Generated, judge: Judge, real: np.ndarray) -> dict[str, Any]:
     """Shares, latent error and Frechet distance: for all prompts, by group, and by number of unnamed attributes."""
-    reading = judge.read(to_tensor(drawn.images))
+    reading = judge.read(to_tensor(generated.images))
     named, right = reading.named(cases.words).numpy(), reading.right(cases.words).numpy()
-    error = np.square(drawn.latents - reference.latents, dtype=np.float64).mean((1, 2)) / reference.latents.var()
+    error = np.square(generated.latents - reference.latents, dtype=np.float64).mean((1, 2)) / reference.latents.var()
     features = reading.features.numpy()
     open_attributes = np.array([len(ATTRIBUTES) - len(words) for words in cases.words])
     subsets = {group: np.isin(np.arange(len(cases)), cases.rows(group)) for group in GROUPS}
@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference = generate_all(EulerSampler(teacher, REFERENCE_STEPS), cases.captions, cases.seeds)
     results = {"teacher-50": score(cases, reference, reference, judge, real)}
     for name, sampler in tqdm(samplers.items(), "generating"):
-        drawn = generate_all(sampler, cases.captions, cases.seeds)
-        results[name] = score(cases, drawn, reference, judge, real)
+        generated = generate_all(sampler, cases.captions, cases.seeds)
+        results[name] = score(cases, generated, reference, judge, real)
     machine = describe()
     print(f"{machine['cpu']}, {machine['cores']} cores; {args.count} prompts, {STUDENT_STEPS} steps")
     for name, rows in results.items():

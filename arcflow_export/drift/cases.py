@@ -54,8 +54,8 @@ def read_cases(name: str, limit: int, seed: int) -> tuple[DriftCase, ...]:
     if name == SHAPES:
         from arcflow_export.images.cases import draw_cases
 
-        drawn = draw_cases(max(limit, 2), seed)
-        rows = zip(drawn.captions, drawn.seeds, drawn.words, strict=True)
+        shapes = draw_cases(max(limit, 2), seed)
+        rows = zip(shapes.captions, shapes.seeds, shapes.words, strict=True)
         return tuple(DriftCase(caption, s, words) for caption, s, words in rows)[:limit]
     from arcflow_export.formats.prompts import read_prompts
 

@@ -119,15 +119,15 @@ def compare_cases(
     trajectory.heads.clear()
 
     progress("images", 0, 3)
-    drawn = theirs.decode(trajectory.latents[-1])
+    reference_images = theirs.decode(trajectory.latents[-1])
     progress("images", 1, 3)
-    given_images = drawn if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
+    given_images = reference_images if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
     progress("images", 2, 3)
     if own_images is None:
         own_images = ours.decode(ends[-1])
     progress("images", 3, 3)
-    values |= _images(drawn, given_images, own_images)
-    return CaseErrors(values, layers, drawn, own_images)
+    values |= _images(reference_images, given_images, own_images)
+    return CaseErrors(values, layers, reference_images, own_images)
 
 
 def _text(cases: Sequence[DriftCase], got: EncodedCases, reference: EncodedCases) -> dict[Quantity, np.ndarray]:

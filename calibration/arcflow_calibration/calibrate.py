@@ -65,7 +65,7 @@ def calibrate(
         on_disk, message = plan_memory(student, settings)
         if message:
             progress(message)
-        drawn = TorchStudent(
+        torch_student = TorchStudent(
             student,
             getattr(torch, settings.dtype),
             device=settings.device,
@@ -73,7 +73,7 @@ def calibrate(
             shift=settings.shift,
             timestep_ratio=settings.timestep_ratio,
         )
-        scales = _collect(student, drawn, prompts, settings, guidance_scale, state, identity)
+        scales = _collect(student, torch_student, prompts, settings, guidance_scale, state, identity)
         scales.save(out)
         state.unlink(missing_ok=True)
     return scales
@@ -81,20 +81,20 @@ def calibrate(
 
 def _collect(
     student: Student,
-    drawn: TorchStudent,
+    torch_student: TorchStudent,
     prompts: Prompts,
     settings: CalibrationSettings,
     guidance_scale: float | None,
     state: Path,
     identity: dict[str, object],
 ) -> Scales:
-    collector = Collector(student, drawn, settings)
+    collector = Collector(student, torch_student, settings)
     batches = plan_batches(prompts, settings)
     done = load_state(state, collector, identity) if state.exists() else 0
     with tqdm(total=len(prompts.texts), unit="prompt", desc="calibrating", disable=None) as bar:
         bar.update(sum(len(batch.prompts) for batch in batches[:done]))
         for i, batch in enumerate(batches[done:], done + 1):
-            generate_batch(drawn, batch, settings, guidance_scale, collector)
+            generate_batch(torch_student, batch, settings, guidance_scale, collector)
             save_state(state, collector, identity, i)
             bar.update(len(batch.prompts))
     return describe(student, prompts, settings, collector.ranges())

@@ -41,14 +41,16 @@ class Walks:
     images: dict[str, np.ndarray]
 
 
-def walk(cases: Cases, teacher: TeacherPipeline, student: StudentSampler, drawn: Generated, steps: int) -> list[Walks]:
+def walk(
+    cases: Cases, teacher: TeacherPipeline, student: StudentSampler, generated: Generated, steps: int
+) -> list[Walks]:
     """Compute the paths of the prompts of the seen group that name the fewest attributes.
 
     Args:
         cases: the prompts; those with equally many attributes are taken in order.
         teacher: runs `steps` Euler steps, and as many steps as the student has calls.
         student: gives its network calls.
-        drawn: the student's images of all cases.
+        generated: the student's images of all cases.
         steps: number of steps of the teacher's path.
     """
     rows = sorted(cases.rows(GROUPS[0]), key=lambda i: len(cases.words[i]))[:PANELS]
@@ -63,7 +65,7 @@ def walk(cases: Cases, teacher: TeacherPipeline, student: StudentSampler, drawn:
             long[:, i].reshape(len(long), -1),
             tuple(a[:, i].reshape(len(a), -1) for a in arcs),
             short[:, i].reshape(len(short), -1),
-            {"teacher": long_images[i], "student": drawn.images[row], "chord": short_images[i]},
+            {"teacher": long_images[i], "student": generated.images[row], "chord": short_images[i]},
         )
         for i, (row, caption) in enumerate(zip(rows, captions, strict=True))
     ]

@@ -75,16 +75,16 @@ def evaluate(
     cases = draw_cases(options.count, options.seed)
     eulers = {f"teacher-{n}": EulerSampler(teacher, n) for n in options.teacher_steps}
     samplers: dict[str, Sampler] = {**eulers, **opened}
-    drawn = _draw(samplers, cases, progress)
+    generated = _generate(samplers, cases, progress)
     reference, *baselines = eulers
 
     real, other_real = (real_images(cases, options.seed + i) for i in (1, 2))
-    scorer = Scorer(cases, found, real, drawn[reference], options.seed)
+    scorer = Scorer(cases, found, real, generated[reference], options.seed)
     labels = {n: f"teacher, {e.network_calls} steps" for n, e in eulers.items()}
     labels |= {n: f"{'ArcFlow' if n == TARGET else n}, {s.network_calls} steps" for n, s in opened.items()}
     reports = [SamplerReport("real", "real", 0, scorer.score_real(other_real))]
     for name, sampler in samplers.items():
-        reports.append(SamplerReport(name, labels[name], sampler.network_calls, scorer.score(name, drawn[name])))
+        reports.append(SamplerReport(name, labels[name], sampler.network_calls, scorer.score(name, generated[name])))
         progress("score", len(reports) - 1, len(samplers))
     report = EvaluationReport(
         _settings(options, cases, target, base, students, judge_source),
@@ -93,8 +93,8 @@ def evaluate(
         tuple(reports),
         tuple(scorer.difference(s, b, group) for s in opened for b in baselines for group in SCORED),
     )
-    walks = paths.walk(cases, teacher, opened[TARGET], drawn[TARGET], options.reference_steps)
-    columns = {"real": _to_uint8(real)} | {labels[name]: d.images for name, d in drawn.items()}
+    walks = paths.walk(cases, teacher, opened[TARGET], generated[TARGET], options.reference_steps)
+    columns = {"real": _to_uint8(real)} | {labels[name]: d.images for name, d in generated.items()}
     with whole_directory(out) as folder:
         (folder / _JSON).write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
         (folder / "table.md").write_text(report.table(), encoding="utf-8")
@@ -116,13 +116,13 @@ def check_out(out: Path) -> None:
         raise DistillError(f"--out: {out} exists and is not an evaluation; it will not be overwritten")
 
 
-def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: StageProgress) -> dict[str, Generated]:
+def _generate(samplers: Mapping[str, Sampler], cases: Cases, progress: StageProgress) -> dict[str, Generated]:
     """Generate all prompts with every sampler."""
-    drawn = {}
+    generated = {}
     for name, sampler in samplers.items():
         progress(name, 0, len(cases))
-        drawn[name] = generate_all(sampler, cases.captions, cases.seeds, partial(progress, name))
-    return drawn
+        generated[name] = generate_all(sampler, cases.captions, cases.seeds, partial(progress, name))
+    return generated
 
 
 def _judge(judge: Path | None, base: Path, seed: int, progress: StageProgress) -> tuple[Judge, str]:

@@ -90,10 +90,10 @@ class Scorer:
         reading = self._judge.read(images)
         return {group: self._judged(reading, group)[0] for group in SCORED}
 
-    def score(self, name: str, drawn: Generated) -> dict[str, Score]:
+    def score(self, name: str, generated: Generated) -> dict[str, Score]:
         """Score a sampler's images; the reference itself gets no error scores."""
-        reading = self._judge.read(to_tensor(drawn.images))
-        return {group: self._score(name, drawn, reading, group) for group in SCORED}
+        reading = self._judge.read(to_tensor(generated.images))
+        return {group: self._score(name, generated, reading, group) for group in SCORED}
 
     def difference(self, student: str, baseline: str, group: str) -> Difference:
         """The paired difference of two samplers that have been scored."""
@@ -106,13 +106,13 @@ class Scorer:
             normal_interval(ours[1] - theirs[1], ours[2] - theirs[2]),
         )
 
-    def _score(self, name: str, drawn: Generated, reading: Reading, group: str) -> Score:
+    def _score(self, name: str, generated: Generated, reading: Reading, group: str) -> Score:
         judged, replicates = self._judged(reading, group)
-        if drawn is self._reference:
+        if generated is self._reference:
             return judged
         rows, draws = self._cases.rows(group), self._draws[group]
-        error = _squared(drawn.latents[rows], self._reference.latents[rows])
-        pixels = _squared(drawn.images[rows] / 255, self._reference.images[rows] / 255)
+        error = _squared(generated.latents[rows], self._reference.latents[rows])
+        pixels = _squared(generated.images[rows] / 255, self._reference.images[rows] / 255)
         relative = error / self._variance
         self._kept[name, group] = (relative, judged.frechet.value, replicates)
         return Score(
