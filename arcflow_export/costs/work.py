@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.emulate.sizes import Sizes, dimensions
-from arcflow_export.models.layers import Part, parameters
+from arcflow_export.models.layers import ModelPart, parameters
 from arcflow_runtime.disk.bundle import Bundle
 
 #: A square value is taken for the scores of an attention if its side has at least this many tokens.
@@ -54,7 +54,7 @@ def call_sizes(height_px: int, width_px: int, text_tokens: int, steps: int) -> d
     return sizes | {"latent_height": height, "latent_width": width}
 
 
-def part_work(part: Part, sizes: Sizes) -> PartWork:
+def part_work(part: ModelPart, sizes: Sizes) -> PartWork:
     """Count the work of a part before its export; torch runs it on meta tensors."""
     inputs = [
         torch.empty(

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from arcflow_export.checkpoint.merge import WeightSource
-from arcflow_export.models.layers import MatMul, Part, Sinusoid
+from arcflow_export.models.layers import MatMul, ModelPart, Sinusoid
 
 
-def bake_modulation(part: Part, source: WeightSource, timesteps: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+def bake_modulation(
+    part: ModelPart, source: WeightSource, timesteps: torch.Tensor, precision: torch.dtype
+) -> torch.Tensor:
     """Compute the modulation table of a schedule, with one linear's weights in memory at a time.
 
     Args:

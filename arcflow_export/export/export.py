@@ -21,7 +21,7 @@ from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, check_source, initializer_name, num_bytes, write_weights
 from arcflow_export.families import facts
 from arcflow_export.graph.trace import MAX_BATCH, trace
-from arcflow_export.models.layers import Parameter, Part, parameters
+from arcflow_export.models.layers import ModelPart, Parameter, parameters
 from arcflow_export.options import ExportOptions
 from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
@@ -38,7 +38,7 @@ from arcflow_runtime.maths.schedule import conditioning_timesteps, sigmas
 class PartExportPlan:
     """The plan for one part: its module and parameters."""
 
-    part: Part
+    part: ModelPart
     params: list[Parameter] = field(repr=False)
 
     @property
@@ -64,7 +64,7 @@ class ExportPlan:
     student: Student
     options: ExportOptions
     parts: tuple[PartExportPlan, ...]
-    baked: Part | None
+    baked: ModelPart | None
 
     @property
     def bytes(self) -> int:

@@ -10,7 +10,7 @@ import onnxscript.optimizer
 from onnxscript.rewriter import RewriteRuleSet
 from onnxscript.rewriter.rules import common as rules
 
-from arcflow_export.models.layers import Part, parameters
+from arcflow_export.models.layers import ModelPart, parameters
 
 _RULES = RewriteRuleSet(
     [
@@ -34,7 +34,7 @@ _RULES = RewriteRuleSet(
 )
 
 
-def finish(model: ir.Model, part: Part) -> ir.Model:
+def finish(model: ir.Model, part: ModelPart) -> ir.Model:
     """Optimise a traced graph in place and return it.
 
     1. The fake values of weights are removed, so that no pass tries to read them.
@@ -83,7 +83,7 @@ def _is_real(value: ir.Value) -> bool:
     )
 
 
-def _name_dimensions(model: ir.Model, part: Part) -> None:
+def _name_dimensions(model: ir.Model, part: ModelPart) -> None:
     """Replace the tracer's symbols (s24, s27 ...) by the names in the part's specs, in every value's shape."""
     names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, part.inputs, strict=True):
@@ -152,7 +152,7 @@ def _constant(model: ir.Model, values: list[int]) -> ir.Value:
     return model.graph.initializers[name]
 
 
-def _name_initializers(model: ir.Model, part: Part) -> None:
+def _name_initializers(model: ir.Model, part: ModelPart) -> None:
     for p in parameters(part):
         value = model.graph.initializers.pop(p.name, None)
         if value is None:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from arcflow_export.errors import ExportError
 from arcflow_export.graph.lower import lower
 from arcflow_export.graph.passes import finish
-from arcflow_export.models.layers import Part
+from arcflow_export.models.layers import ModelPart
 from arcflow_export.options import OPSETS
 
 #: Largest batch of a bundle. diffusers' VAE takes another code path from 64 images on.
@@ -41,7 +41,7 @@ _LARGEST = {
 }
 
 
-def trace(part: Part, opset: int) -> ir.Model:
+def trace(part: ModelPart, opset: int) -> ir.Model:
     """Trace a part into an ONNX model whose weights are named initializers without values.
 
     Args:
@@ -63,7 +63,7 @@ def trace(part: Part, opset: int) -> ir.Model:
         raise ExportError(f"{part.name}: conversion to ONNX failed: {type(e).__name__}: {e}") from e
 
 
-def _convert(part: Part, opset: int) -> ir.Model:
+def _convert(part: ModelPart, opset: int) -> ir.Model:
     dims = {name: torch.export.Dim(name, min=1, max=largest) for name, largest in _LARGEST.items()}
     shapes: list[dict[int, Any]] = [
         {i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in part.inputs

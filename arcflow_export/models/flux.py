@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from arcflow_export.models.layers import Part, Sinusoid, attention, make_part, replace_linears, rotate
+from arcflow_export.models.layers import ModelPart, Sinusoid, attention, make_part, replace_linears, rotate
 from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
 from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.maths.dtypes import FLOAT16_MAX
@@ -110,7 +110,7 @@ class FluxConditioner(nn.Module):
 
 def build(
     config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
-) -> list[Part]:
+) -> list[ModelPart]:
     """The conditioner and backbone of a FLUX student, on the meta device.
 
     Args:

@@ -1,4 +1,4 @@
-"""Modules that replace diffusers' and transformers' layers to give a simpler graph, and `Part`, what the tracer takes.
+"""Modules that replace diffusers' and transformers' layers to give a simpler graph, and `ModelPart`, what the tracer takes.
 
 All model files of this folder use them.
 """
@@ -21,7 +21,7 @@ Transform = Literal["none", "transpose", "last_frame"]
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """One part of a bundle before export: a module on the meta device, with its inputs and outputs.
 
     `rename` maps a parameter's name in the module to its key in the checkpoint. A dimension in a spec is an int, or
@@ -44,7 +44,7 @@ def make_part(
     sizes: Mapping[str, int],
     rename: Callable[[str], str],
     without: tuple[str, ...] = (),
-) -> Part:
+) -> ModelPart:
     """Make a part with the inputs and outputs of rule B9.
 
     Args:
@@ -58,7 +58,7 @@ def make_part(
     """
     tensors = signature(family, name)
     inputs = tensor_specs(tensors.inputs, dtype, sizes, without)
-    return Part(name, module, inputs, tensor_specs(tensors.outputs, dtype, sizes), rename, getattr(torch, dtype))
+    return ModelPart(name, module, inputs, tensor_specs(tensors.outputs, dtype, sizes), rename, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def replace_linears(module: nn.Module) -> None:
             replace_linears(child)
 
 
-def linear_names(part: Part) -> dict[str, str]:
+def linear_names(part: ModelPart) -> dict[str, str]:
     """The linears of a part: layer name (the key of the weight without `.weight`) -> name in the part's module."""
     return {
         part.rename(f"{name}.weight").removesuffix(".weight"): name
@@ -238,7 +238,7 @@ def linear_names(part: Part) -> dict[str, str]:
     }
 
 
-def parameters(part: Part) -> list[Parameter]:
+def parameters(part: ModelPart) -> list[Parameter]:
     """Every parameter and constant of a part, in the module's order; tied parameters are listed once."""
     found: dict[int, Parameter] = {}
     for name, tensor, owner, leaf in _tensors(part.module):

@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
-from arcflow_export.models.layers import Part, RMSNorm, Sinusoid, attention, make_part, replace_linears, rotate
+from arcflow_export.models.layers import ModelPart, RMSNorm, Sinusoid, attention, make_part, replace_linears, rotate
 from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
 from arcflow_runtime.disk.manifest import DType
 
@@ -103,7 +103,7 @@ class QwenConditioner(nn.Module):
 
 def build(
     config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
-) -> list[Part]:
+) -> list[ModelPart]:
     """The conditioner and backbone of a Qwen-Image student, on the meta device; arguments as for `flux.build`."""
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(config)

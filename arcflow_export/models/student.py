@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from arcflow_export.models.layers import Part, Slice, make_part
+from arcflow_export.models.layers import ModelPart, Slice, make_part
 from arcflow_runtime.disk.manifest import DType
 
 
@@ -75,7 +75,7 @@ def backbone_part(
     logweights_channels: int,
     modulation: int,
     dtype: DType,
-) -> Part:
+) -> ModelPart:
     """Make the backbone part, with its sizes from the transformer's config.
 
     Args:

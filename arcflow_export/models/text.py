@@ -19,7 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.errors import SourceError
 from arcflow_export.families import CLIP_TOKENS
-from arcflow_export.models.layers import Constant, Part, RMSNorm, make_part, replace_linears
+from arcflow_export.models.layers import Constant, ModelPart, RMSNorm, make_part, replace_linears
 from arcflow_runtime.disk.manifest import DType
 
 
@@ -126,7 +126,7 @@ def _replace_norms(module: nn.Module) -> None:
             _replace_norms(child)
 
 
-def clip(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
+def clip(folder: Path, dtype: DType, keys: Collection[str]) -> ModelPart:
     """FLUX's first text encoder, from its component folder.
 
     Args:
@@ -153,7 +153,7 @@ def clip(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     )
 
 
-def t5(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
+def t5(folder: Path, dtype: DType, keys: Collection[str]) -> ModelPart:
     """FLUX's second text encoder, from its component folder.
 
     In float16 the feed-forward output projections stay in float32, as in transformers, because they overflow.
@@ -180,7 +180,7 @@ def t5(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     return make_part("flux", "text_encoder_2", model, dtype, {"text_width": config.d_model}, rename)
 
 
-def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
+def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> ModelPart:
     """Qwen-Image's text encoder (the language model of Qwen2.5-VL), from its component folder.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import nn
 
 from arcflow_export.errors import SourceError
 from arcflow_export.families import PACKED_CHANNELS
-from arcflow_export.models.layers import Constant, FrameConv, Part, make_part, replace_linears, wide_attention
+from arcflow_export.models.layers import Constant, FrameConv, ModelPart, make_part, replace_linears, wide_attention
 from arcflow_runtime.disk.manifest import DType
 
 
@@ -137,7 +137,7 @@ def _replace_qwen(module: nn.Module) -> None:
             setattr(module, name, None)
 
 
-def kl_decoder(config: dict[str, Any], dtype: DType) -> Part:
+def kl_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
     """FLUX's VAE decoder, from the VAE's `config.json`.
 
     Raises:
@@ -149,7 +149,7 @@ def kl_decoder(config: dict[str, Any], dtype: DType) -> Part:
     return _part("flux", module, dtype)
 
 
-def qwen_decoder(config: dict[str, Any], dtype: DType) -> Part:
+def qwen_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
     """Qwen-Image's VAE decoder, from the VAE's `config.json`.
 
     Raises:
@@ -173,7 +173,7 @@ def _check(family: str, config: dict[str, Any], wanted: type, channels_key: str,
         )
 
 
-def _part(family: str, module: nn.Module, dtype: DType) -> Part:
+def _part(family: str, module: nn.Module, dtype: DType) -> ModelPart:
     replace_linears(module)
     module.to(getattr(torch, dtype)).requires_grad_(False).eval()
     return make_part(family, "vae_decoder", module, dtype, {"channels": PACKED_CHANNELS}, lambda name: name)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from arcflow_export.formats.scales import Scales
-from arcflow_export.models.layers import LayerNorm, MatMul, Part, RMSNorm, linear_names
+from arcflow_export.models.layers import LayerNorm, MatMul, ModelPart, RMSNorm, linear_names
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
@@ -33,20 +33,20 @@ ATTENTION_INPUTS = frozenset({"to_v", "add_v_proj", "q", "k", "v", "q_proj", "k_
 _WHOLE = "vae_decoder"
 
 
-def linears(part: Part) -> dict[str, MatMul]:
+def linears(part: ModelPart) -> dict[str, MatMul]:
     """The linears of a part by layer name: the key of the weight without `.weight`."""
     found = {layer: part.module.get_submodule(name) for layer, name in linear_names(part).items()}
     return {layer: module for layer, module in found.items() if isinstance(module, MatMul)}
 
 
-def float32_layers(part: Part) -> tuple[str, ...]:
+def float32_layers(part: ModelPart) -> tuple[str, ...]:
     """Names of the linears that are in float32 in a part of reduced precision; empty for a float32 part."""
     if part.precision == torch.float32:
         return ()
     return tuple(name for name, module in linears(part).items() if module.weight.dtype == torch.float32)
 
 
-def matching(parts: list[Part], patterns: Iterable[str]) -> list[tuple[Part, list[str]]]:
+def matching(parts: list[ModelPart], patterns: Iterable[str]) -> list[tuple[ModelPart, list[str]]]:
     """The linears whose names match a pattern, by part.
 
     Args:
@@ -67,7 +67,7 @@ def matching(parts: list[Part], patterns: Iterable[str]) -> list[tuple[Part, lis
     return [(part, matched[part.name]) for part in parts if matched.get(part.name)]
 
 
-def keep_float32(part: Part, layers: Iterable[str]) -> None:
+def keep_float32(part: ModelPart, layers: Iterable[str]) -> None:
     """Keep some linears of a part in float32, in place, and let its norms accept float32."""
     found = linears(part)
     for name in layers:
@@ -99,11 +99,11 @@ def measured(path: Path, student: Student, dtype_of: Any) -> tuple[str, ...]:
     )
 
 
-def _reduced(part: Part) -> bool:
+def _reduced(part: ModelPart) -> bool:
     return part.precision != torch.float32 and part.name != _WHOLE
 
 
-def _no_match(pattern: str, parts: list[Part], layers: dict[str, list[str]]) -> str:
+def _no_match(pattern: str, parts: list[ModelPart], layers: dict[str, list[str]]) -> str:
     where = ", ".join(layers) or "none"
     message = f"--keep-float32: {pattern!r} matches no linear of a part in bfloat16 or float16 ({where})"
     for part in parts:

@@ -31,7 +31,7 @@ from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import SourceError
 from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts
 from arcflow_export.models.families import makers
-from arcflow_export.models.layers import Part
+from arcflow_export.models.layers import ModelPart
 from arcflow_runtime.disk.families import facts as family_facts
 from arcflow_runtime.disk.manifest import DType, Source
 from arcflow_runtime.disk.signatures import signature
@@ -87,7 +87,7 @@ class Student:
             tuple(Source(s.source.name, s.source.revision, s.digest, s.scale) for s in self.styles),
         )
 
-    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[ModelPart]:
         """Every part of the bundle, on the meta device, in the order in which data flows.
 
         Args:
@@ -128,7 +128,7 @@ class Outline:
         embeds = bool(self.config.get("guidance_embeds"))
         return embeds and signature(self.family, "conditioner").input("guidance") is not None
 
-    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[ModelPart]:
         """See `Student.parts`."""
         of = dtype if callable(dtype) else lambda _: dtype
         folder, k, p = self.folder, self.num_gaussians, self.logweights_channels
