@@ -1,4 +1,4 @@
-"""Modules that replace diffusers' and transformers' layers to give a simpler graph, and `ModelPart`, what the tracer takes.
+"""Modules that replace diffusers' and transformers' layers to give a simpler graph; `ModelPart`, the tracer's input.
 
 All model files of this folder use them.
 """
