@@ -199,7 +199,7 @@ def arcs_table() -> str:
 
 
 def recipe_table() -> str:
-    """Where the shapes model's training time went."""
+    """The training time of the shapes model by stage."""
     seconds = json.loads((SHAPES / "recipe.json").read_text())["seconds"]
     rows = ["| stage | minutes |", "|---|---|"]
     rows += [f"| {stage} | {s / 60:.1f} |" for stage, s in seconds.items()]

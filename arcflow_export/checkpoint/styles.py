@@ -35,7 +35,7 @@ class MemoryRef(TensorRef):
     value: torch.Tensor | None = None
 
     def read(self) -> torch.Tensor:
-        """The factor."""
+        """Return the factor."""
         assert self.value is not None
         return self.value
 

@@ -87,7 +87,7 @@ def load_policy(name_or_path: str) -> QuantizationPolicy:
         )
     try:
         decoded = tomllib.loads(data.decode())
-    except ValueError as e:  # TOMLDecodeError and UnicodeDecodeError are both
+    except ValueError as e:  # both TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise QuantizeError(f"{name_or_path}: not valid TOML ({e})") from None
     try:
         policy: QuantizationPolicy = parse(QuantizationPolicy, decoded, name_or_path)

@@ -9,7 +9,7 @@ from arcflow_export.pipeline.stages import CALIBRATE, CompileJob, plan_stages
 from arcflow_runtime.cli import check_usage
 from arcflow_runtime.errors import EngineError, RequestError
 
-#: Modules that only some stages need, and what to install for them.
+#: (module, package to install, stage that needs it or None for all) of the libraries that stages need.
 _NEEDED = (("torch", "arcflow[export]", None), ("modelopt", "arcflow[calibrate]", CALIBRATE))
 
 

@@ -117,7 +117,7 @@ def load_student_file(name_or_path: str) -> StudentFile:
         )
     try:
         decoded = tomllib.loads(data.decode())
-    except ValueError as e:  # TOMLDecodeError and UnicodeDecodeError are both
+    except ValueError as e:  # both TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise SourceError(f"{name_or_path}: not valid TOML ({e})") from None
     return _resolve(_parse(decoded, name_or_path), folder, name_or_path)
 

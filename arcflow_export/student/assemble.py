@@ -66,7 +66,7 @@ def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
     full = {k: v.to(dtype) for k, v in state.items() if "lora" not in k and k.split(".")[0] not in HEADS}
     _, unexpected = transformer.load_state_dict(full, strict=False, assign=True)
     assert not unexpected, unexpected
-    transformer.proj_out = nn.Identity()  # the heads take its input
+    transformer.proj_out = nn.Identity()  # the heads read its input instead
     lora = {k: v.to(dtype) for k, v in state.items() if "lora" in k}
     names, scales = [], []
     if lora:

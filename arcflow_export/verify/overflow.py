@@ -18,7 +18,7 @@ from arcflow_export.emulate.emulate import MOVES, load_graph
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
-#: Bounded functions whose limits at infinity are right.
+#: Bounded functions: an infinite input gives their correct limit.
 _SATURATING = {"Tanh", "Sigmoid", "Erf"}
 #: Operators that a value may pass through on its way to one of them.
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Cast"}

@@ -55,7 +55,7 @@ def make_calibrator(layer: str, method: Method, percentile: float | None) -> Cal
 
 
 class _Max(MaxCalibrator):
-    """The largest absolute value."""
+    """Collects the largest absolute value."""
 
     _calib_amax: torch.Tensor | None
     counts: torch.Tensor | None = None

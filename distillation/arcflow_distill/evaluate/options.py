@@ -8,7 +8,7 @@ from arcflow_runtime.errors import RequestError
 
 #: Family of the shapes teacher and its students.
 FAMILY = "flux"
-#: Network calls of a student per picture.
+#: Network calls of a student per image.
 STUDENT_STEPS = 2
 
 

@@ -32,7 +32,7 @@ _LEAST = {"steps": 2, "images": 64, "samples": 512, "iterations": 2, "count": 8}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to train.
+    """The stages of the training, with their amounts.
 
     Args:
         out: directory to work in; its folders `teacher`, `adapter` and `judge` are the model.

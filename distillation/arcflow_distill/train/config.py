@@ -119,7 +119,7 @@ def load_config(source: str, overrides: dict[str, Any] | None = None) -> Config:
 
 
 def make_config(settings: dict[str, Any], where: str) -> Config:
-    """Check settings.
+    """Make a checked configuration from settings.
 
     Args:
         settings: values by name.
