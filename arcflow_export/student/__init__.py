@@ -1,1 +1,1 @@
-"""A student in torch: open and check its files, run it as the reference does, read weights from disk as they are used."""
+"""A student in torch: open and check its files, run it as the reference does, with weights on disk if necessary."""
