@@ -1,8 +1,8 @@
-"""What is particular to each model family before it is a bundle: one table, by the manifest's `family`.
+"""The table of model families for export and training; the key is the manifest's `family`.
 
-Names of classes and files only, so that it is light to import. Code that differs by family stands in tables of the same
-keys: `models.families` makes the parts, `student.families` runs the student in torch. The runtime's own facts are in
-`arcflow_runtime.disk.families`. Nothing else compares a family's name.
+It holds only names of classes and files, so that it is light to import. Code that differs by family is in two tables
+with the same keys: `models.families` makes the parts, `student.families` runs the student in torch. The runtime's facts
+are in `arcflow_runtime.disk.families`. No other module compares a family's name.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from arcflow_export.errors import SourceError
 
 #: Length to which CLIP's ids are padded.
 CLIP_TOKENS = 77
-#: Channels of a packed token, 2 x 2 latent pixels of 16 channels; those of inpainting and control models are more.
+#: Channels of a packed token: 2 x 2 latent pixels with 16 channels each. Inpainting and control models have more.
 PACKED_CHANNELS = 64
-#: Settings of a transformer that no supported base has.
+#: Settings of a transformer's config that must not be set in a supported base.
 UNSUPPORTED_SETTINGS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of a base: text files, fetched where the checkpoint has them, and the stem of its weights' names."""
+    """One folder of a base: the text files to download if they exist, and the stem of its weight files' names."""
 
     name: str
     texts: tuple[str, ...] = ("config.json",)
@@ -32,28 +32,27 @@ class Folder:
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """One family.
+    """The facts about one family.
 
     Args:
-        pipeline: diffusers' class, as model_index.json names it.
-        transformer: diffusers' class of the network.
+        pipeline: diffusers' pipeline class, as in model_index.json.
+        transformer: diffusers' class of the transformer.
         adapter: the student's class in an adapter's config.json.
         adapter_sizes: the base's settings that an adapter's config.json repeats.
-        adapter_out_channels: whether an adapter's config.json says how many channels a packed token has.
+        adapter_out_channels: True if an adapter's config.json gives the channels of a packed token as `out_channels`.
         encoders: transformers' class of each text encoder, by component.
-        folders: what is read of a base. Beside them a repository has pictures, pickles, other precisions and, in
+        folders: the folders of a base that are used. A repository also has images, pickles, other precisions and, in
             FLUX's root, the whole model again in its authors' format.
-        pad_tokenizers: the tokenizers whose padding ids a manifest's `text` holds, by key.
-        clip_tokens: the length to which CLIP's ids are padded.
-        template: the chat template, with one {} for the prompt.
-        drop_tokens: leading text states to drop, those of the template before the prompt.
-        policy: preset that says what to quantise.
-        calibrated: parts besides the backbone that can be calibrated, and the module of diffusers' pipeline below
-            which the part's layer names are found.
-        lora_targets: linears that get LoRA factors in distillation, by the end of their names, as in the released
-            adapters.
-        lora_alphas: whether diffusers' LoRA converter gives the alphas apart from the factors.
-        unused_last: start of the names, after the block's, of linears of the last block whose result is not used.
+        pad_tokenizers: for each key of a manifest's `text` that holds a padding id, the tokenizer that it comes from.
+        clip_tokens: length to which CLIP's ids are padded; None without CLIP.
+        template: chat template, with one {} for the prompt; None without a template.
+        drop_tokens: number of leading text states to drop: those of the template before the prompt.
+        policy: name of the default quantisation policy.
+        calibrated: parts besides the backbone that can be calibrated, each with the module of diffusers' pipeline below
+            which its layer names are valid.
+        lora_targets: name endings of the linears that get LoRA factors in distillation, as in the released adapters.
+        lora_alphas: True if diffusers' LoRA converter returns the alphas separately.
+        unused_last: beginning of the names, inside the last block, of linears whose output is unused.
     """
 
     pipeline: str
@@ -110,7 +109,7 @@ FAMILIES: dict[str, FamilyFacts] = {
         template=None,
         drop_tokens=0,
         policy="flux",
-        # CLIP is a hundredth of the weights and stays as it is.
+        # CLIP has only a hundredth of the weights, so it is never quantised.
         calibrated={"text_encoder_2": "text_encoder_2.encoder"},
         lora_targets=(
             ".proj_mlp",
@@ -137,7 +136,7 @@ FAMILIES: dict[str, FamilyFacts] = {
             "joint_attention_dim",
             "axes_dims_rope",
         ),
-        # The base's own out_channels counts latent channels, the adapter's those of a packed token.
+        # The base's own out_channels counts latent channels; the adapter's counts the channels of a packed token.
         adapter_out_channels=True,
         encoders={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         folders=(
@@ -148,7 +147,7 @@ FAMILIES: dict[str, FamilyFacts] = {
         ),
         pad_tokenizers={},
         clip_tokens=None,
-        # diffusers' QwenImagePipeline: the system prompt, and how many of its tokens are dropped from the states.
+        # From diffusers' QwenImagePipeline: the system prompt, and the number of its tokens to drop from the states.
         template=(
             "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
             "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
@@ -175,7 +174,7 @@ def facts(family: str) -> FamilyFacts:
     """The facts about a family.
 
     Raises:
-        SourceError: it is not in the table.
+        SourceError: the family is not in the table.
     """
     if family not in FAMILIES:
         raise SourceError(f"family must be one of {list(FAMILIES)}, got {family!r}; see CONTRIBUTING.md to add one")
@@ -183,20 +182,20 @@ def facts(family: str) -> FamilyFacts:
 
 
 def family_of_pipeline(name: object) -> str | None:
-    """The family of a pipeline class of diffusers; None if it is not supported."""
+    """The family of a diffusers pipeline class; None if the class is not supported."""
     return next((family for family, found in FAMILIES.items() if found.pipeline == name), None)
 
 
 def family_of_adapter(name: object) -> str | None:
-    """The family of a student's class; None if it is not supported."""
+    """The family of a student's class in an adapter's config.json; None if the class is not supported."""
     return next((family for family, found in FAMILIES.items() if found.adapter == name), None)
 
 
 def pipelines() -> list[str]:
-    """The pipeline classes that are supported, sorted."""
+    """The supported pipeline classes, sorted."""
     return sorted(found.pipeline for found in FAMILIES.values())
 
 
 def adapter_sizes() -> list[str]:
-    """Every setting of a base that an adapter of any family repeats."""
+    """All settings of a base that the adapters of any family repeat."""
     return list(dict.fromkeys(chain.from_iterable(found.adapter_sizes for found in FAMILIES.values())))

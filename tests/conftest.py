@@ -16,7 +16,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from arcflow_export.checkpoint.sources import Location
 from arcflow_export.export.export import export_bundle, plan_export
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.student.load import Student, load_student
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.maths import noise, speedups, update
@@ -42,7 +42,7 @@ SHAPES_OPTIONS = {"max_px": 64, "max_sequence_length": 12}
 
 
 def export(student: Student, out: Path, **options) -> Path:
-    return export_bundle(plan_export(student, Options(**options)), out, "test")
+    return export_bundle(plan_export(student, ExportOptions(**options)), out, "test")
 
 
 @dataclass(frozen=True)

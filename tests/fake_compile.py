@@ -11,12 +11,12 @@ from pathlib import Path
 
 from arcflow_export.export import staging
 from arcflow_export.pipeline import process
-from arcflow_export.pipeline.records import Records
+from arcflow_export.pipeline.records import StageRecords
 from arcflow_runtime import cli
 
 process.COMMAND = (sys.executable, str(Path(__file__).with_name("fake_stage.py")))
 point, _, stage = os.environ.get("FAKE_KILL", "").partition(" ")
-put, replace = Records.put, os.replace
+put, replace = StageRecords.put, os.replace
 
 
 def killed_before_it_puts(self, name, record):
@@ -28,5 +28,5 @@ def killed_before_it_puts(self, name, record):
 
 
 if point:
-    Records.put = killed_before_it_puts
+    StageRecords.put = killed_before_it_puts
 sys.exit(cli.main(["compile", *sys.argv[1:]]))

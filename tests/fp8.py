@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from arcflow_export.emulate.emulate import emulate
 from arcflow_export.formats.policy import load_policy
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_export.quantize.graph import find_linears
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime import Bundle
@@ -31,7 +31,9 @@ def make_scales(bundle: Bundle, amax, parts: Iterable[str] = ("backbone",)) -> S
     m = bundle.manifest
     found = {
         part: {
-            layer: Range((amax(part, layer) / 2, amax(part, layer)) if part == "backbone" else (amax(part, layer),), 1)
+            layer: ActivationRange(
+                (amax(part, layer) / 2, amax(part, layer)) if part == "backbone" else (amax(part, layer),), 1
+            )
             for layer in linears(bundle, part)
         }
         for part in parts

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.drift.layers import LayerDrift, drift_of_layers, measure_layers
-from arcflow_export.drift.stages import Stages, backbone_inputs
+from arcflow_export.drift.stages import BundleStages, backbone_inputs
 from arcflow_export.formats.policy import load_policy
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_export.quantize.graph import find_linears
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime.disk.bundle import Bundle
@@ -24,15 +24,15 @@ from tests.fake_bundle import list_files, write_manifest
 _WIDE = 100.0
 
 
-def scene(bundle: Bundle, height_px: int = 64, width_px: int = 64) -> Scene:
+def scene(bundle: Bundle, height_px: int = 64, width_px: int = 64) -> ImageSettings:
     m = bundle.manifest
     steps, guidance = m.schedule.num_inference_steps, 3.5 if m.guidance else None
-    return Scene(height_px, width_px, steps, guidance, min(m.text.max_sequence_length, 16))
+    return ImageSettings(height_px, width_px, steps, guidance, min(m.text.max_sequence_length, 16))
 
 
-def local_drift(reference: Bundle, candidate: Bundle, cases: Sequence[Case]) -> list[LayerDrift]:
+def local_drift(reference: Bundle, candidate: Bundle, cases: Sequence[DriftCase]) -> list[LayerDrift]:
     """The drift of each layer of the backbone, measured on the reference's inputs."""
-    stages = Stages(reference, cases, scene(reference), candidate.manifest.reference_dtype)
+    stages = BundleStages(reference, cases, scene(reference), candidate.manifest.reference_dtype)
     text = stages.encode()
     batches = stages.batches(text, stages.modulation(text.pooled))
     trajectory = stages.generate(batches)
@@ -40,7 +40,7 @@ def local_drift(reference: Bundle, candidate: Bundle, cases: Sequence[Case]) -> 
     return drift_of_layers(candidate, "backbone", measure_layers(reference, candidate, "backbone", inputs))
 
 
-def make_fp8(source: Path, out: Path, cases: Sequence[Case], policy: str = "flux") -> Path:
+def make_fp8(source: Path, out: Path, cases: Sequence[DriftCase], policy: str = "flux") -> Path:
     """Quantise a bundle's backbone to FP8, with the ranges of its linears' inputs measured on `cases`."""
     wide = _quantize(source, out.with_name(f"{out.name}.wide"), {}, policy)
     drift = local_drift(Bundle.open(source), Bundle.open(wide), cases)
@@ -70,7 +70,7 @@ def _quantize(source: Path, out: Path, amax: dict[str, float], policy: str) -> P
     bundle = Bundle.open(source)
     p = bundle.manifest.provenance
     layers = find_linears(ir.load(bundle.path(bundle.manifest.parts["backbone"].graph)))
-    ranges = {name: Range((amax.get(name, _WIDE),), 1, None) for name in layers}
+    ranges = {name: ActivationRange((amax.get(name, _WIDE),), 1, None) for name in layers}
     scales = Scales(
         base=p.base,
         adapter=p.adapter,

@@ -14,7 +14,7 @@ from fake_bundle import make_bundle
 from arcflow_calibration.summary import as_dict, summarise, table
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import PRESETS, read_prompts
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Source, seal
 
@@ -23,10 +23,13 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 def make(**changes) -> Scales:
     parts = {
-        "backbone": {LAYER: Range((1.5, 0.1 + 0.2), 128, (7.0, 0.0)), "single_transformer_blocks.0.proj_out": None},
-        "text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q": Range((3.0,), 64)},
+        "backbone": {
+            LAYER: ActivationRange((1.5, 0.1 + 0.2), 128, (7.0, 0.0)),
+            "single_transformer_blocks.0.proj_out": None,
+        },
+        "text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q": ActivationRange((3.0,), 64)},
     }
-    parts["backbone"]["single_transformer_blocks.0.proj_out"] = Range((2.0, 5.0), 128, (65505.0, 1.0))
+    parts["backbone"]["single_transformer_blocks.0.proj_out"] = ActivationRange((2.0, 5.0), 128, (65505.0, 1.0))
     values = {
         "base": Source("base", None, "a" * 64),
         "adapter": Source("owner/adapter", "1234", "b" * 64),
@@ -185,7 +188,7 @@ def test_a_schedule_out_of_range(tmp_path, change, message):
 
 
 def test_bad_values_are_not_written(tmp_path):
-    bad = make(parts={"backbone": {LAYER: Range((1.0, float("nan")), 1)}})
+    bad = make(parts={"backbone": {LAYER: ActivationRange((1.0, float("nan")), 1)}})
     with pytest.raises(CalibrationError, match="positive and finite"):
         bad.save(tmp_path / "scales.json")
     assert not list(tmp_path.iterdir())
@@ -222,7 +225,7 @@ def test_scales_belong_to_base_adapter_and_loras(tmp_path):
             assert words in str(error.value)
         for name in {"base", "adapter", "LoRAs"} - {field, "LoRAs" if field == "loras" else field}:
             assert f"with {name} " not in str(error.value)
-    with pytest.raises(CalibrationError, match="they are of a qwen-image student, the bundle is flux"):
+    with pytest.raises(CalibrationError, match="they belong to a qwen-image student, the bundle is flux"):
         dataclasses.replace(scales, family="qwen-image").check_belongs(manifest)
 
 

@@ -11,8 +11,8 @@ from arcflow_distill.errors import DistillError
 from arcflow_distill.train.networks import (
     BIAS_NOISE,
     Canvas,
-    Student,
-    Teacher,
+    StudentNetwork,
+    TeacherNetwork,
     base_family,
     count_by_kind,
     load_transformer,
@@ -20,7 +20,7 @@ from arcflow_distill.train.networks import (
     make_heads,
 )
 from arcflow_distill.train.policy import Policy, warp
-from arcflow_distill.train.prompts import Text
+from arcflow_distill.train.prompts import TextBatch
 from tests.checkpoints import Sizes, make_base
 from tests.checkpoints import lora_targets as released_targets
 
@@ -37,7 +37,7 @@ def base(request, tmp_path_factory):
 def text(sizes, batch=2, mask=None, seed=3):
     g = torch.Generator().manual_seed(seed)
     pooled = torch.randn(batch, sizes.pooled_dim, generator=g) if sizes.flux else None
-    return Text(torch.randn(batch, 5, sizes.text_dim, generator=g), mask, pooled)
+    return TextBatch(torch.randn(batch, 5, sizes.text_dim, generator=g), mask, pooled)
 
 
 def inputs(batch=2):
@@ -50,8 +50,8 @@ def open_both(base, modes=3, rank=4, true_cfg_scale=1.0):
     family = base_family(path)
     torch.manual_seed(0)
     transformer = load_transformer(path, family, torch.float32)
-    teacher = Teacher(transformer, family, true_cfg_scale)
-    return teacher, Student(transformer, family, modes, rank, 0.0), sizes
+    teacher = TeacherNetwork(transformer, family, true_cfg_scale)
+    return teacher, StudentNetwork(transformer, family, modes, rank, 0.0), sizes
 
 
 def test_targets_are_the_released_adapters(base):
@@ -103,7 +103,7 @@ def test_heads_begin_with_log_spaced_gammas():
 def test_the_teacher_stays_as_it_was(base):
     """The base's parameters are shared, and no step of the student reaches the teacher."""
     path, sizes = base
-    fresh = Teacher(load_transformer(path, base_family(path), torch.float32), base_family(path))
+    fresh = TeacherNetwork(load_transformer(path, base_family(path), torch.float32), base_family(path))
     teacher, student, _ = open_both(base)
     latents, sigma = inputs()
     before = fresh(latents, sigma, text(sizes), CANVAS)
@@ -126,7 +126,7 @@ def test_guidance_against_the_negative_prompt(base):
     latents, sigma = inputs()
     positive, negative = text(sizes), text(sizes, seed=5)
     pooled = torch.cat([negative.pooled, positive.pooled]) if sizes.flux else None
-    both = Text(torch.cat([negative.states, positive.states]), None, pooled)
+    both = TextBatch(torch.cat([negative.states, positive.states]), None, pooled)
     v, u = (plain(latents, sigma, t, CANVAS) for t in (positive, negative))
     assert torch.allclose(teacher(latents, sigma, both, CANVAS), u + 4 * (v - u), atol=1e-4)
 
@@ -137,8 +137,8 @@ def test_padding_is_not_seen(tmp_path):
     latents, sigma = inputs()
     full = text(sizes)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    batch = teacher(latents, sigma, Text(full.states, mask, None), CANVAS)
-    alone = teacher(latents[1:], sigma[1:], Text(full.states[1:, :3], None, None), CANVAS)
+    batch = teacher(latents, sigma, TextBatch(full.states, mask, None), CANVAS)
+    alone = teacher(latents[1:], sigma[1:], TextBatch(full.states[1:, :3], None, None), CANVAS)
     assert torch.allclose(batch[1:], alone, atol=1e-5)
 
 

@@ -25,7 +25,7 @@ from arcflow_distill.train.trainer import Distillation, distill, learning_rate, 
 from arcflow_export.checkpoint.sources import Location
 from arcflow_export.student.load import load_student
 from arcflow_export.student.reference import TorchStudent
-from arcflow_export.verify.verify import Case, verify_bundle
+from arcflow_export.verify.verify import VerifyCase, verify_bundle
 from arcflow_runtime import cli
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.files import whole_directory
@@ -133,7 +133,7 @@ def test_it_exports(made, tmp_path):
     base, adapter, _ = made
     student = open_student(base, adapter)
     bundle = Bundle.open(export(student, tmp_path / "bundle", opset=20))
-    rows = verify_bundle(bundle, student, [Case(PROMPT, 32, 48, 2)])
+    rows = verify_bundle(bundle, student, [VerifyCase(PROMPT, 32, 48, 2)])
     assert all(row.passed for row in rows)
 
 
@@ -256,7 +256,7 @@ def test_out_is_refused(tmp_path):
     with pytest.raises(DistillError, match="not a directory"):
         check_out(tmp_path / "missing" / "out", False)
     (tmp_path / "other").mkdir()
-    with pytest.raises(DistillError, match="is no adapter"):
+    with pytest.raises(DistillError, match="is not an adapter"):
         check_out(tmp_path / "other", True)
     with whole_directory(tmp_path / "out") as folder:
         (folder / "config.json").touch()
@@ -278,7 +278,7 @@ def test_two_runs_exclude_each_other(tmp_path):
 def test_prompts_are_checked(tmp_path):
     with pytest.raises(DistillError, match="--prompts FILE"):
         read_prompts(Config())
-    with pytest.raises(DistillError, match="is no file"):
+    with pytest.raises(DistillError, match="is not a file"):
         read_prompts(Config(prompts=str(tmp_path / "none.txt")))
     (tmp_path / "empty.txt").write_text("\n  \n")
     with pytest.raises(DistillError, match="is empty"):

@@ -27,7 +27,7 @@ from arcflow_export.errors import SourceError
 from arcflow_export.export.export import plan_export
 from arcflow_export.formats.policy import presets
 from arcflow_export.models import families as making
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.student import families as torch_side
 from arcflow_export.student.load import Outline, load_student
 from arcflow_runtime import Bundle, Pipeline
@@ -183,7 +183,7 @@ def test_a_third_family_is_planned_from_its_entries(third, tmp_path):
 
     student = load_student(Location(str(base)), Location(str(adapter)), [])
     assert student.family == third and student.outline.guidance
-    plan, flux = plan_export(student, Options()), plan_export(golden_student("flux-tiny"), Options())
+    plan, flux = plan_export(student, ExportOptions()), plan_export(golden_student("flux-tiny"), ExportOptions())
     assert [(p.part.name, p.part.inputs, p.part.outputs) for p in plan.parts] == [
         (p.part.name, p.part.inputs, p.part.outputs) for p in flux.parts
     ]

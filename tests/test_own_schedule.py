@@ -13,10 +13,10 @@ from fake_bundle import FakeBackend, edit_manifest, make_bundle
 from safetensors.numpy import load_file
 
 from arcflow_export.export.export import plan_export
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.student.reference import TorchStudent, schedule
 from arcflow_export.student.schedule import shift_warning
-from arcflow_export.verify.verify import Case, verify_bundle
+from arcflow_export.verify.verify import VerifyCase, verify_bundle
 from arcflow_runtime import Bundle, Pipeline, cli
 from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
 from arcflow_runtime.disk.manifest import Schedule
@@ -41,7 +41,7 @@ def test_torch_and_runtime_have_the_same_sigmas():
 def test_a_bundle_has_the_schedule_and_agrees_with_torch(bundles):
     bundle = Bundle.open(bundles("flux-tiny", **OWN))
     assert bundle.manifest.schedule == Schedule(2.0, 0.5, 2)
-    rows = verify_bundle(bundle, golden_student("flux-tiny"), [Case("a red circle", 32, 48, 2)])
+    rows = verify_bundle(bundle, golden_student("flux-tiny"), [VerifyCase("a red circle", 32, 48, 2)])
     assert rows and all(row.passed for row in rows), [row for row in rows if not row.passed]
     # The released schedule would be seen: the second step starts elsewhere.
     run = TorchStudent(golden_student("flux-tiny")).generate("a red circle", 32, 48, max_sequence_length=512)
@@ -79,7 +79,7 @@ def test_the_command_takes_it(tmp_path, capsys):
     where = ["--out", str(tmp_path / "out"), "--dry-run", "--json"]
     assert cli.main(["export", *sources, *where, "--shift", "2", "--timestep-ratio", "0.5"]) == 0
     assert "warning" not in capsys.readouterr().err  # its scheduler's shift depends on the size
-    plan = plan_export(golden_student("flux-tiny"), Options(**OWN))
+    plan = plan_export(golden_student("flux-tiny"), ExportOptions(**OWN))
     assert (plan.options.shift, plan.options.timestep_ratio) == (2.0, 0.5)
 
 
@@ -137,11 +137,11 @@ def test_the_command_warns_of_many_steps(fake, tmp_path, monkeypatch, capsys):
 def test_calibration_runs_the_students_schedule(tmp_path):
     pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
     from arcflow_calibration.calibrate import calibrate
-    from arcflow_calibration.options import Settings
+    from arcflow_calibration.options import CalibrationSettings
     from arcflow_export.formats.prompts import Prompts
     from arcflow_export.formats.scales import Scales
 
-    settings = Settings(sizes=((32, 32),), max_sequence_length=16)
+    settings = CalibrationSettings(sizes=((32, 32),), max_sequence_length=16)
     made = {}
     for name, changes in (("released", {}), ("own", OWN)):
         out = tmp_path / f"{name}.json"

@@ -314,9 +314,9 @@ def test_the_command_prints_its_coverage(flux, tmp_path):
     assert code == 0, err
     bundle = Bundle.open(out)
     found = linears(Bundle.open(root), "backbone")
-    assert text.startswith("policy flux, fp8_e4m3; FLOPs of linears, one 64x64 picture\n")
+    assert text.startswith("policy flux, fp8_e4m3; FLOPs of linears, one 64x64 image\n")
     assert f"39 of {len(found)}" in text
-    assert f"left as they are in backbone: {', '.join(UNTOUCHED)}\n" in text
+    assert f"not quantised in backbone: {', '.join(UNTOUCHED)}\n" in text
     assert text.endswith(f"wrote {out}\n")
     code, shown, _ = command("inspect", out)
     assert code == 0 and "float32, 39 linears in FP8 (79.8% of the parameters)" in shown
@@ -354,7 +354,7 @@ def test_scales_of_another_student(flux, bundles):
     _, scales, out = flux
     root = bundles("qwen-tiny", opset=23, **OPTIONS)
     code, _, err = command("quantize", root, "--scales", scales, "--out", out)
-    assert code == 1 and "of a flux student, the bundle is qwen-image" in err
+    assert code == 1 and "to a flux student, the bundle is qwen-image" in err
     assert not out.exists()
 
 

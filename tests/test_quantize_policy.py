@@ -48,13 +48,13 @@ def test_only_what_is_included_is_selected():
             ["transformer_blocks.*.attn.to_w"],
             [],
             "policy: parts.backbone.include: 'transformer_blocks.*.attn.to_w' matches none of the 12 linears of "
-            "backbone; near it are 'transformer_blocks.*.attn.to_q', ",
+            "backbone; similar names are 'transformer_blocks.*.attn.to_q', ",
         ),
         (
             ["*"],
             ["proj_out_mean"],
             "policy: parts.backbone.exclude: 'proj_out_mean' matches none of the 12 linears of backbone; "
-            "near it are 'proj_out_means'",
+            "similar names are 'proj_out_means'",
         ),
         (["x_embedder"], ["x_*"], "policy: parts.backbone excludes every linear that it includes; leave the part out"),
     ],
@@ -89,7 +89,7 @@ def test_bad_files(tmp_path, text, message):
 def test_no_such_policy(tmp_path):
     with pytest.raises(QuantizeError, match=r"'flix' is neither a preset nor a \.toml file; did you mean 'flux'\?"):
         load_policy("flix")
-    with pytest.raises(QuantizeError, match="is no file; the presets are flux, "):
+    with pytest.raises(QuantizeError, match="is not a file; the presets are flux, "):
         load_policy(str(tmp_path / "none.toml"))
 
 

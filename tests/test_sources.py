@@ -192,7 +192,7 @@ def test_directory(tmp_path):
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "owner/na me", "a/b/c", "loras/missing.safetensors", "-a/b"])
 def test_names_that_are_no_hub_ids(name):
     fails(
-        f"adapter: {name!r} is no file or directory here, nor a hub id of the form 'owner/name'; check the spelling",
+        f"adapter: {name!r} is not a file or directory here, nor a hub id of the form 'owner/name'; check the spelling",
         name,
     )
 
@@ -207,7 +207,7 @@ def test_real_client_without_a_network_gives_up_soon(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     started = time.monotonic()
     fails(
-        "adapter: 'owner/name' is no directory here and the hub could not be reached "
+        "adapter: 'owner/name' is not a directory here and the hub cannot be reached "
         "([Errno 111] Connection refused); check the path or the network",
         "owner/name",
     )

@@ -18,7 +18,7 @@ from arcflow_export.export import staging
 from arcflow_export.export.export import plan_export
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import write_weights
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from tests.conftest import GOLDEN, golden_student
 
 
@@ -79,7 +79,7 @@ def test_existing(tmp_path):
 def test_what_is_no_bundle_is_never_replaced(tmp_path, kind, overwrite):
     out = tmp_path / "out"
     {"file": out.touch, "directory": out.mkdir, "link": lambda: out.symlink_to("nowhere")}[kind]()
-    fails(out, f"--out: {out} exists and is no bundle; it will not be overwritten", overwrite)
+    fails(out, f"--out: {out} exists and is not a bundle; it will not be overwritten, give another name", overwrite)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -136,7 +136,7 @@ def test_disk_that_fills_up(tmp_path, number):
 def test_writing_weights_to_a_full_disk():
     """/dev/full fails every write as a full disk does; the reading thread must end too."""
     student = golden_student("flux-tiny")
-    planned = next(p for p in plan_export(student, Options()).parts if p.part.name == "backbone")
+    planned = next(p for p in plan_export(student, ExportOptions()).parts if p.part.name == "backbone")
     with pytest.raises(OSError, match="No space left on device"):
         write_weights(staging.Path("/dev/full"), planned.params, student.source("backbone"), lambda _: None)
 

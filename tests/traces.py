@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 import arcflow_distill
 import arcflow_export
 from arcflow_export.graph import passes, trace
-from arcflow_export.models.layers import Part
+from arcflow_export.models.layers import ModelPart
 
 _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers", "transformers")
 _convert = trace._convert
@@ -39,7 +39,7 @@ class Traces:
             if other != self._folder:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def convert(self, part: Part, opset: int) -> ir.Model:
+    def convert(self, part: ModelPart, opset: int) -> ir.Model:
         """Like `trace._convert`, but returns the cached result for an equal part."""
         path = self._folder / f"{part.name}-{_digest_of(part, opset)}.onnx"
         with FileLock(path.with_suffix(".lock")):
@@ -96,7 +96,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _digest_of(part: Part, opset: int) -> str:
+def _digest_of(part: ModelPart, opset: int) -> str:
     file = io.BytesIO()
     names = [part.rename(name) for name in part.module.state_dict()]
     _Pickler(file).dump((part.module, part.inputs, part.outputs, part.precision, names, opset))

@@ -1,7 +1,7 @@
-"""What the stages read of a checkpoint: the names on the hub -> the files to download, and nothing else.
+"""Choose which files of a checkpoint on the hub to download: a listing -> file names.
 
-Every stage reads from these lists alone: export, calibration, the comparison with torch and distillation. So the stage
-that runs first fetches what the later ones need.
+Export, calibration, the comparison with torch and distillation all use these lists. So the stage that runs first
+downloads everything that the later ones need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def base_files(listing: Listing) -> list[str]:
     """The files of a base checkpoint: configs, tokenizers, the scheduler's settings, and one copy of the weights.
 
     Raises:
-        SourceError: there is no model_index.json, its pipeline is not supported, or a folder has no usable weights.
+        SourceError: model_index.json is missing, its pipeline is not supported, or a folder has no usable weights.
     """
     if MODEL_INDEX not in listing.names:
         raise SourceError(no_model_index(listing.what, listing.where))
@@ -36,10 +36,10 @@ def base_files(listing: Listing) -> list[str]:
 
 
 def adapter_files(listing: Listing) -> list[str]:
-    """An adapter's config and weights.
+    """The files of an adapter: its config and weights.
 
     Raises:
-        SourceError: there are no weights, or several to choose from.
+        SourceError: the config or the weights are missing, or it is unclear which weights to use.
     """
     if "config.json" not in listing.names:
         folders = sorted(n.removesuffix("/config.json") for n in listing.names if n.endswith("/config.json"))
@@ -51,10 +51,10 @@ def adapter_files(listing: Listing) -> list[str]:
 
 
 def lora_files(listing: Listing) -> list[str]:
-    """A LoRA's weights.
+    """The weight files of a LoRA.
 
     Raises:
-        SourceError: there are none, or several to choose from.
+        SourceError: there are none, or it is unclear which to use.
     """
     return _weights(listing)
 
@@ -73,7 +73,7 @@ def read_family(model_index: Path, what: str) -> str:
 
 
 def no_model_index(what: str, where: object) -> str:
-    """The sentence for a base without its index."""
+    """The error message for a base without model_index.json."""
     return f"{what}: {where} has no {MODEL_INDEX}; give the directory of a whole diffusers pipeline"
 
 

@@ -1,4 +1,4 @@
-"""The options that name a student: base, adapter and LoRAs, shared by every command that reads one."""
+"""The command-line options that name a student (base, adapter, LoRAs), for every command that reads one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Declare --base, --adapter, --lora and what refines them; the first two may be `required`."""
+    """Declare --base, --adapter, --lora and their further options; `required` applies to the first two."""
     group = parser.add_argument_group("student")
     group.add_argument("--base", required=required, metavar="DIR|ID", help="base checkpoint in diffusers format")
     group.add_argument("--base-subfolder", metavar="NAME")
@@ -39,14 +39,14 @@ def add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=SHIFT,
         metavar="S",
-        help="timestep shift that the student was trained with; default: %(default)s, as the released students",
+        help="timestep shift that the student was trained with; default: %(default)s, as for the released students",
     )
     group.add_argument(
         "--timestep-ratio",
         type=float,
         default=TIMESTEP_RATIO,
         metavar="R",
-        help="length of the last step over that of the others, above 0 and at most 1; default: %(default)s",
+        help="length of the last step relative to the others, above 0 and at most 1; default: %(default)s",
     )
 
 
@@ -54,7 +54,7 @@ def check_schedule(args: argparse.Namespace) -> None:
     """Check --shift and --timestep-ratio.
 
     Raises:
-        RequestError: one is out of range.
+        RequestError: a value is out of range.
     """
     from arcflow_runtime.errors import RequestError
 
@@ -73,9 +73,9 @@ def warn_of_shift(student: Student, shift: float) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence the chatter of transformers, diffusers and the hub's client; their errors are exceptions.
+    """Silence log output of transformers, diffusers and the hub's client; their errors are exceptions.
 
-    The hub's own bars stay, which transformers would switch off with its own: a download can take an hour.
+    The hub's progress bars stay, because a download can take an hour. transformers would switch them off with its own.
     """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
@@ -92,11 +92,11 @@ def quiet_libraries() -> None:
 
 
 def open_student(args: argparse.Namespace) -> Student:
-    """The student that the options name.
+    """Open the student that the options name.
 
     Raises:
         RequestError: --lora is malformed.
-        SourceError: anything is missing, damaged or does not fit.
+        SourceError: a file is missing or damaged, or does not fit the others.
     """
     from arcflow_export.checkpoint.sources import Location
     from arcflow_export.checkpoint.styles import parse_lora

@@ -1,4 +1,7 @@
-"""A checked student -> a bundle: trace each part, stream its weights, bake, describe, and rename into place."""
+"""Export a checked student as a bundle: trace the parts, stream their weights, bake modulation, write the manifest.
+
+`plan_export` checks everything from headers alone; `export_bundle` writes the bundle atomically.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import onnx_ir as ir
 import torch
@@ -19,8 +21,9 @@ from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, check_source, initializer_name, num_bytes, write_weights
 from arcflow_export.families import facts
 from arcflow_export.graph.trace import MAX_BATCH, trace
-from arcflow_export.models.layers import Parameter, Part, parameters
-from arcflow_export.options import Options
+from arcflow_export.models.layers import ModelPart, Parameter, parameters
+from arcflow_export.options import ExportOptions
+from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
 from arcflow_runtime.disk import manifest as b
@@ -32,15 +35,15 @@ from arcflow_runtime.maths.schedule import conditioning_timesteps, sigmas
 
 
 @dataclass(frozen=True)
-class PlannedPart:
-    """What one part will take: its module, parameters and bytes of weights."""
+class PartExportPlan:
+    """The plan for one part: its module and parameters."""
 
-    part: Part
+    part: ModelPart
     params: list[Parameter] = field(repr=False)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, constants left out."""
+        """Number of parameters, without constants."""
         return sum(int(torch.Size(p.shape).numel()) for p in self.params if p.key is not None)
 
     @property
@@ -50,18 +53,18 @@ class PlannedPart:
 
     @property
     def float32_layers(self) -> tuple[str, ...]:
-        """Linears that stay in float32 although the part has another precision."""
+        """Names of the linears that stay in float32 although the part has another precision."""
         return float32_layers(self.part)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A whole export before anything is written."""
+class ExportPlan:
+    """The plan for a whole bundle; it can be used once. `baked` is Qwen-Image's conditioner, or None."""
 
     student: Student
-    options: Options
-    parts: tuple[PlannedPart, ...]
-    baked: Part | None
+    options: ExportOptions
+    parts: tuple[PartExportPlan, ...]
+    baked: ModelPart | None
 
     @property
     def bytes(self) -> int:
@@ -69,32 +72,12 @@ class Plan:
         return sum(p.bytes for p in self.parts)
 
 
-class Progress(Protocol):
-    """What an export reports to."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """A stage begins; `total_bytes` is 0 where it does not move bytes."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Bytes were written."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """Ignored."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Ignored."""
-
-
-def plan_export(student: Student, options: Options) -> Plan:
-    """Work out every part and check every tensor's name and shape; reads only headers.
+def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
+    """Plan every part and check every tensor's name and shape; reads only headers.
 
     Raises:
-        SourceError: a tensor is missing or has another shape than the config says.
-        RequestError: a part or a pattern of the options is not of this student.
+        SourceError: a tensor is missing, or its shape differs from the config.
+        RequestError: the options name a part that this student does not have, or a pattern that matches nothing.
     """
     described = student.parts(options.part_dtype)
     names = [part.name for part in described]
@@ -111,21 +94,21 @@ def plan_export(student: Student, options: Options) -> Plan:
             baked = part
             if not options.keep_conditioner:
                 continue
-        parts.append(PlannedPart(part, params))
-    return Plan(student, options, tuple(parts), baked)
+        parts.append(PartExportPlan(part, params))
+    return ExportPlan(student, options, tuple(parts), baked)
 
 
 def export_bundle(
-    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
+    plan: ExportPlan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
 ) -> Path:
-    """Write the bundle of `plan` to `out`, whole or not at all.
+    """Write the bundle of `plan` to `out` atomically; `plan` cannot be used again.
 
     Args:
         plan: from `plan_export`.
         out: the bundle's directory.
-        command: recorded as provenance.
+        command: the command line, recorded as provenance.
         overwrite: replace an existing bundle when the new one is complete.
-        progress: told of every stage.
+        progress: receives the stages and the bytes written.
 
     Returns:
         `out`.
@@ -149,7 +132,9 @@ def export_bundle(
     return out
 
 
-def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress) -> b.ModulationTable | None:
+def _bake(
+    plan: ExportPlan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
+) -> b.ModulationTable | None:
     if plan.baked is None:
         return None
     from safetensors.torch import save
@@ -169,7 +154,7 @@ def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Pro
 
 
 def _export_part(
-    planned: PlannedPart, plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    planned: PartExportPlan, plan: ExportPlan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> b.Part:
     part = planned.part
     progress.stage(f"{part.name}: tracing", 0)
@@ -187,7 +172,7 @@ def _export_part(
 
 
 def _export_tokenizers(
-    student: Student, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    student: Student, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> tuple[dict[str, str], dict[str, int | None]]:
     progress.stage("tokenizers", 0)
     names, pads = {}, {}
@@ -207,12 +192,12 @@ def _family(student: Student) -> b.Family:
     return student.family  # type: ignore[return-value]
 
 
-def _schedule(options: Options) -> b.Schedule:
+def _schedule(options: ExportOptions) -> b.Schedule:
     return b.Schedule(options.shift, options.timestep_ratio, options.steps[0])
 
 
 def _manifest(
-    plan: Plan,
+    plan: ExportPlan,
     parts: Mapping[str, b.Part],
     tokenizers: Mapping[str, str],
     pads: Mapping[str, int | None],

@@ -1,6 +1,7 @@
-"""The file of activation ranges, `scales.json` <-> frozen dataclasses; imports neither torch nor modelopt.
+"""Read and write `scales.json`, the activation ranges of a student's linears, as frozen dataclasses.
 
-The format is specified in `docs/calibration.md`; rule numbers (`S1`...) below cite it.
+`arcflow calibrate` writes the file; `arcflow quantize` and `arcflow export --scales` read it. This module imports
+neither torch nor modelopt. The format is specified in `docs/calibration.md`; rule numbers (`S1`...) below cite it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from arcflow_runtime.disk.sealed import read_sealed
 FORMAT = "arcflow-scales"
 VERSION = 1
 MAX_BYTES = 16 << 20
-#: The part whose activations differ from step to step; the others run once per prompt.
+#: The only part that runs at every step, so its ranges are recorded per step. The others run once per prompt.
 STEPPED = "backbone"
 
 Method = Literal["max", "percentile", "mse"]
@@ -31,7 +32,7 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts calibrated on: preset or file name, SHA-256 of the prompts, each ended by a newline, and count."""
+    """The calibration prompts: preset or file name, SHA-256 of the prompts (a newline after each), and their count."""
 
     name: str
     sha256: str
@@ -39,12 +40,12 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class Range:
-    """What one linear was seen to take and give.
+class ActivationRange:
+    """The measured ranges of one linear's input and output.
 
-    `amax` is the range of |input| by the file's method and `output_amax` the largest |output|, bias and LoRA included;
-    both have one value per step for the backbone and one for a text encoder. `samples` counts the input vectors seen
-    at each step.
+    `amax` is the range of |input| by the file's method. `output_amax` is the largest |output|, bias and LoRA included.
+    Both hold one value per step for the backbone and one value for a text encoder. `samples` counts the input vectors
+    seen at each step.
     """
 
     amax: tuple[float, ...]
@@ -54,7 +55,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Scales:
-    """The whole of `scales.json`; `sizes` are (height, width) in pixels."""
+    """The contents of `scales.json`; `sizes` are (height, width) in pixels."""
 
     base: Source
     adapter: Source
@@ -68,7 +69,7 @@ class Scales:
     guidance_scale: float | None
     seed: int
     tools: Mapping[str, str]
-    parts: Mapping[str, Mapping[str, Range]]
+    parts: Mapping[str, Mapping[str, ActivationRange]]
     dtype: DType = "float32"
     max_sequence_length: int | None = None
     shift: float | None = None
@@ -78,11 +79,11 @@ class Scales:
 
     @staticmethod
     def load(path: str | Path) -> Scales:
-        """Read and check a file of scales.
+        """Read and check a scales file.
 
         Raises:
-            CalibrationError: there is no such file, or it is no file of scales, of another version, edited, or breaks
-                a rule; the message names the place.
+            CalibrationError: the file does not exist, is not a scales file, has another version, was edited, or breaks
+                a rule; the message names the key.
         """
         path = Path(path)
         if not path.is_file():
@@ -94,7 +95,7 @@ class Scales:
         return scales
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all.
+        """Write the file atomically.
 
         Raises:
             CalibrationError: a value breaks a rule; nothing is written.
@@ -107,11 +108,11 @@ class Scales:
 
     @property
     def digest(self) -> str:
-        """The seal: SHA-256 of everything in the file."""
+        """SHA-256 of everything else in the file; the file ends with it, so that an edit is noticed."""
         return seal(self._data())
 
     def amax(self, part: str, layer: str) -> float:
-        """The range that serves every step: the largest over the steps.
+        """The largest `amax` over all steps: one range that holds at every step.
 
         Raises:
             CalibrationError: the part or the layer was not calibrated.
@@ -125,26 +126,26 @@ class Scales:
         return max(self.parts[part][layer].amax)
 
     def check_belongs(self, manifest: Manifest) -> None:
-        """Check that a bundle was made from the student that these scales were made from (S5).
+        """Check that the bundle and these scales come from the same student (S5).
 
         Raises:
-            CalibrationError: names every one of base, adapter and LoRAs that differs.
+            CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
         """
         p = manifest.provenance
         self.check_student(manifest.family, (p.base, p.adapter, p.loras))
 
     def check_student(self, family: str, sources: tuple[Source, Source, tuple[Source, ...]]) -> None:
-        """Check that these scales were made from the student of a bundle, written or to be written.
+        """Check that these scales belong to a student.
 
         Args:
-            family: of the student.
-            sources: its base, adapter and LoRAs, told apart by their digests.
+            family: the student's family.
+            sources: its base, adapter and LoRAs; their digests are compared.
 
         Raises:
-            CalibrationError: names every one of base, adapter and LoRAs that differs.
+            CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
         """
         if self.family != family:
-            raise CalibrationError(f"scales: they are of a {self.family} student, the bundle is {family}")
+            raise CalibrationError(f"scales: they belong to a {self.family} student, the bundle is {family}")
         base, adapter, loras = sources
         wrong = [
             f"{key} {_name(mine)}, the bundle {_name(other)}"
@@ -160,9 +161,10 @@ class Scales:
             )
 
     def warnings(self, manifest: Manifest) -> tuple[str, ...]:
-        """What differs between the runs that these scales were made from and those of a bundle, a sentence each.
+        """Warnings, one sentence each, about settings that differ between calibration and a bundle.
 
-        Other lengths and noise levels reach other ranges. Keys that older files do not have are not compared.
+        Other text lengths and noise levels give other ranges. A setting that an older scales file lacks is not
+        compared.
         """
         s = manifest.schedule
         pairs = (
@@ -179,10 +181,10 @@ class Scales:
         )
 
     def check(self, where: str) -> None:
-        """Check the rules beyond the types (S4).
+        """Check the rules that types do not cover (S4); `where` is the file's name, for messages.
 
         Raises:
-            CalibrationError: names the key at `where`, what it must be and what it is.
+            CalibrationError: a rule is broken; the message names the key, what it must be and what it is.
         """
         for ok, key, must, got in self._rules():
             if not ok:

@@ -1,4 +1,4 @@
-"""Family -> what makes its parts on the meta device; a new family is an entry here and a file of its own."""
+"""The functions that make the parts of each family; a new family needs an entry here and its own model file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from arcflow_export.families import facts
 from arcflow_export.models import flux, qwen, text, vae
-from arcflow_export.models.layers import Part
+from arcflow_export.models.layers import ModelPart
 from arcflow_runtime.disk.manifest import DType
 
 #: (component's folder, dtype, names of the checkpoint's tensors) -> a text encoder.
-MakeEncoder = Callable[[Path, DType, Collection[str]], Part]
-#: (the transformer's config, K, P, dtype of the conditioner, dtype of the backbone) -> the two of them.
-MakeNetwork = Callable[[dict[str, Any], int, int, DType, DType], list[Part]]
+MakeEncoder = Callable[[Path, DType, Collection[str]], ModelPart]
+#: (the transformer's config, K, P, dtype of the conditioner, dtype of the backbone) -> conditioner and backbone.
+MakeNetwork = Callable[[dict[str, Any], int, int, DType, DType], list[ModelPart]]
 #: (the VAE's config, dtype) -> its decoder.
-MakeDecoder = Callable[[dict[str, Any], DType], Part]
+MakeDecoder = Callable[[dict[str, Any], DType], ModelPart]
 
 
 @dataclass(frozen=True)
 class Makers:
-    """One family: its text encoders by component, in the order in which data flows, its network and its decoder."""
+    """The functions of one family: text encoders by component (in the order of the data), network, and decoder."""
 
     encoders: Mapping[str, MakeEncoder]
     network: MakeNetwork
@@ -36,7 +36,7 @@ MAKERS: dict[str, Makers] = {
 
 
 def makers(family: str) -> Makers:
-    """What makes the parts of a family.
+    """The functions that make the parts of a family.
 
     Raises:
         SourceError: the family is not in the table of families.

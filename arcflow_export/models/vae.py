@@ -16,7 +16,7 @@ from torch import nn
 
 from arcflow_export.errors import SourceError
 from arcflow_export.families import PACKED_CHANNELS
-from arcflow_export.models.layers import Constant, FrameConv, Part, make_part, replace_linears, wide_attention
+from arcflow_export.models.layers import Constant, FrameConv, ModelPart, make_part, replace_linears, wide_attention
 from arcflow_runtime.disk.manifest import DType
 
 
@@ -43,7 +43,7 @@ class _FluxAttention:
 
 
 class _QwenAttention(nn.Module):
-    """Qwen's middle block's attention on one frame, without a fused operator."""
+    """Attention of Qwen's middle block on one frame, without a fused operator."""
 
     def __init__(self, block: QwenImageAttentionBlock):
         super().__init__()
@@ -111,7 +111,7 @@ class _Norm(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Twice the size, nearest; at a factor of exactly 2 "nearest-exact" is the same and has no ONNX operator."""
+    """Upsample to twice the size, nearest. At a factor of 2 it equals diffusers' "nearest-exact", which ONNX lacks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, 2H, 2W]."""
@@ -137,11 +137,11 @@ def _replace_qwen(module: nn.Module) -> None:
             setattr(module, name, None)
 
 
-def kl_decoder(config: dict[str, Any], dtype: DType) -> Part:
+def kl_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
     """FLUX's VAE decoder, from the VAE's `config.json`.
 
     Raises:
-        SourceError: the config is not an `AutoencoderKL`'s, or has other than 16 latent channels.
+        SourceError: the VAE is not an `AutoencoderKL` with 16 latent channels and 4 levels.
     """
     _check("flux", config, AutoencoderKL, "latent_channels", "block_out_channels")
     with torch.device("meta"):
@@ -149,11 +149,11 @@ def kl_decoder(config: dict[str, Any], dtype: DType) -> Part:
     return _part("flux", module, dtype)
 
 
-def qwen_decoder(config: dict[str, Any], dtype: DType) -> Part:
+def qwen_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
     """Qwen-Image's VAE decoder, from the VAE's `config.json`.
 
     Raises:
-        SourceError: the config is not an `AutoencoderKLQwenImage`'s, or has other than 16 latent channels.
+        SourceError: the VAE is not an `AutoencoderKLQwenImage` with 16 latent channels and 4 levels.
     """
     _check("qwen-image", config, AutoencoderKLQwenImage, "z_dim", "dim_mult")
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def _check(family: str, config: dict[str, Any], wanted: type, channels_key: str,
         )
 
 
-def _part(family: str, module: nn.Module, dtype: DType) -> Part:
+def _part(family: str, module: nn.Module, dtype: DType) -> ModelPart:
     replace_linears(module)
     module.to(getattr(torch, dtype)).requires_grad_(False).eval()
     return make_part(family, "vae_decoder", module, dtype, {"channels": PACKED_CHANNELS}, lambda name: name)

@@ -1,7 +1,7 @@
-"""Family -> what differs where a student or its teacher runs in torch, with diffusers' own modules.
+"""The functions that differ by family when a student or its teacher runs in torch with diffusers' modules.
 
-It repeats what the runtime knows of rounding and latents on purpose: the torch student is the check of the bundle, and
-shares nothing with it.
+They repeat on purpose what the runtime knows about rounding and latents: the torch student is the independent check of
+a bundle, so it shares nothing with the bundle.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from arcflow_export.families import facts
 
 #: (text states [1, T, D], pooled vector [1, Dp] or None) of one prompt.
 Encoded = tuple[torch.Tensor, torch.Tensor | None]
-#: Rounds float32 numbers to the dtype that a network takes.
+#: Rounds float32 numbers to a network's input dtype.
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a network is told beside its latents, for B images of `height` x `width` tokens.
+    """A network's inputs besides latents and text states, for B images of `height` x `width` tokens.
 
-    `pooled` [B, Dp] is the pooled text, `mask` [B, T] bool marks the valid text tokens, where a family takes them.
+    `pooled` [B, Dp] is the pooled text, and `mask` [B, T] bool marks the valid text tokens; None if the family has
+    none.
     """
 
     batch: int
@@ -39,15 +40,15 @@ class Conditions:
 
 @dataclass(frozen=True)
 class TorchFamily:
-    """One family.
+    """The functions of one family.
 
     Args:
-        encode: (diffusers' pipeline, prompts, device, max_sequence_length) -> text of each prompt.
-        arguments: (transformer, conditions, device) -> those of its arguments that other families do not have.
-        embed: (time_text_embed, sigma [B] in `reference_dtype`, guidance scale, its other arguments, dtype of the
-            conditioner) -> the conditioning vector [B, D].
+        encode: (diffusers' pipeline, prompts, device, max_sequence_length) -> encoded text of each prompt.
+        arguments: (transformer, conditions, device) -> the transformer's arguments that only this family has.
+        embed: (time_text_embed, sigma [B] in `reference_dtype`, guidance scale, other arguments of the embedding, dtype
+            of the conditioner) -> the conditioning vector [B, D].
         decode: (VAE, latents [B, C, H/8, W/8] float32, rounding) -> images [B, 3, H, W] in [-1, 1].
-        rounds_rotary: the reference rounds rotary tables to its dtype.
+        rounds_rotary: True if the reference rounds rotary tables to its dtype.
     """
 
     encode: Callable[[Any, list[str], str, int], list[Encoded]]
@@ -65,7 +66,7 @@ def _encode_flux(pipe: Any, prompts: list[str], device: str, max_sequence_length
 
 
 def _encode_qwen(pipe: Any, prompts: list[str], device: str, max_sequence_length: int) -> list[Encoded]:
-    # One by one: prompts have lengths of their own, and in a batch they would be padded.
+    # One by one, because each prompt has its own length and a batch would be padded.
     return [
         (pipe.encode_prompt(prompt, device=device, max_sequence_length=max_sequence_length)[0], None)
         for prompt in prompts
@@ -100,7 +101,7 @@ def _embed_flux(
     rest: tuple[torch.Tensor, ...],
     conditioner: torch.dtype,
 ) -> torch.Tensor:
-    # Sigma and its product with 1000 are rounded; guidance likewise, if the student takes it.
+    # The reference rounds sigma and its product with 1000; guidance in the same way, if the student takes it.
     values = [(sigma * 1000).float()]
     if len(rest) == 2:
         values.append((torch.full_like(sigma, guidance_scale) * 1000).float())
@@ -114,7 +115,7 @@ def _embed_qwen(
     rest: tuple[torch.Tensor, ...],
     conditioner: torch.dtype,
 ) -> torch.Tensor:
-    # Sigma alone is rounded. Of the second argument only the dtype is read.
+    # The reference rounds only sigma. The embedding uses only the dtype of its second argument.
     return embed(sigma.float(), rest[0].to(conditioner), *rest[1:])
 
 
@@ -137,7 +138,7 @@ TORCH_FAMILIES: dict[str, TorchFamily] = {
 
 
 def torch_family(family: str) -> TorchFamily:
-    """What differs for a family.
+    """The torch functions of a family.
 
     Raises:
         SourceError: the family is not in the table of families.
@@ -147,7 +148,7 @@ def torch_family(family: str) -> TorchFamily:
 
 
 class RoundedRotary(nn.Module):
-    """Rotary tables rounded to the model's dtype, as FLUX's reference does."""
+    """Wraps a rotary embedding and rounds its tables to the model's dtype, as FLUX's reference does."""
 
     def __init__(self, inner: nn.Module, dtype: torch.dtype):
         super().__init__()

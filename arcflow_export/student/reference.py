@@ -1,8 +1,9 @@
-"""A base checkpoint and an adapter -> the student in torch, run the reference's way: the independent check.
+"""The student in torch, from its base checkpoint and adapter: the independent reference for bundles.
 
-diffusers' own transformer with peft's unmerged LoRA, the three heads on its last hidden state, and the closed-form
-update in torch. It shares no weight, graph or runtime code with the bundle. Weights that do not fit in memory stay in
-the checkpoint's files; the numbers are the same.
+`arcflow verify` compares bundles with it; calibration and evaluation generate with it. It is diffusers' own transformer
+with unmerged LoRA (peft), the three heads on its last hidden state, and the closed-form update in torch. It shares no
+weights, graph or runtime code with a bundle. Weights that do not fit in memory stay in the checkpoint's files and are
+read as they are used; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
 @dataclass(frozen=True)
 class TorchRun:
-    """What a torch run gives: packed latents [B, N, C] float32 after every step, and images [B, H, W, 3] in [0, 1]."""
+    """The result of a torch run: packed latents [B, N, C] float32 before the first step (`noise`) and after every step,
+    and images [B, H, W, 3] in [0, 1].
+    """
 
     noise: torch.Tensor
     steps: list[torch.Tensor]
@@ -34,7 +37,7 @@ class TorchRun:
 
 
 class TorchStudent:
-    """The student in torch; `on_disk` says whether its base is read from disk as it is used."""
+    """The student in torch; `on_disk` is True if the base's weights are read from disk as they are used."""
 
     def __init__(
         self,
@@ -51,16 +54,16 @@ class TorchStudent:
 
         Args:
             student: from `load_student`.
-            dtype: dtype of all weights and activations, or of each part by its name in a bundle; the update is float32
-                in any case.
-            reference_dtype: the dtype whose rounding the timestep, guidance and FLUX's rotary tables get, as if
-                the reference ran in it; None is the backbone's dtype.
-            device: where to run.
+            dtype: dtype of all weights and activations, or a dtype for each part by its name in a bundle. The update is
+                always float32.
+            reference_dtype: the dtype that the timestep, the guidance and FLUX's rotary tables are rounded to, as if
+                the reference ran in it; None means the backbone's dtype.
+            device: torch device to run on.
             float32_layers: linears to keep in float32, by part; layer names as in the graphs.
             offload: read the weights of transformer and text encoders from disk whenever they are used, so that one
                 layer's are in memory at a time; None is where all of them together do not fit in the free memory.
             shift: S of the student's schedule.
-            timestep_ratio: r of the student's schedule.
+            timestep_ratio: the ratio r of the student's schedule.
         """
         dtypes = dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
         dtype, conditioner = dtypes["backbone"], dtypes["conditioner"]
@@ -99,16 +102,16 @@ class TorchStudent:
 
     @torch.inference_mode()
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text states [1, T, D], and CLIP's pooled projection [1, Dp] for FLUX (None for Qwen)."""
+        """Encode a prompt: text states [1, T, D], and CLIP's pooled projection [1, Dp] for FLUX (None for Qwen)."""
         return self.encode_batch([prompt], max_sequence_length)[0]
 
     @torch.inference_mode()
     def encode_batch(
         self, prompts: list[str], max_sequence_length: int
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """`encode` of several prompts; FLUX's go through the encoders together, as one batch.
+        """`encode` several prompts; FLUX encodes them as one batch.
 
-        Qwen-Image's go one by one: its prompts have lengths of their own, and in a batch they would be padded.
+        Qwen-Image encodes them one by one, because its text length is the prompt's own and a batch would pad it.
         """
         return self.family.encode(self.pipe, prompts, self.device, max_sequence_length)
 
@@ -124,9 +127,9 @@ class TorchStudent:
         guidance_scale: float,
         rounding: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One network call: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas.
+        """Call the network once: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas.
 
-        `rounding` rounds the latents to the network's dtype up or down at random; see `round_randomly`.
+        With a generator `rounding`, the latents are rounded to the network's dtype at random; see `round_randomly`.
         """
         batch = latents.shape[0]
         self.conditioning.sigma, self.conditioning.guidance = sigma, guidance_scale
@@ -154,7 +157,7 @@ class TorchStudent:
         noise: torch.Tensor | None = None,
         rounding: torch.Generator | None = None,
     ) -> TorchRun:
-        """Generate one image; arguments as in the runtime's pipeline, `noise` [1, C, H/8, W/8] in place of the seed."""
+        """Generate one image; arguments as in the runtime's pipeline. `noise` [1, C, H/8, W/8] replaces the seed."""
         states, pooled = self.encode(prompt, max_sequence_length)
         generator = torch.Generator("cpu").manual_seed(seed)
         channels = self.transformer.config.in_channels // 4
@@ -175,7 +178,7 @@ class TorchStudent:
     def decode(
         self, latents: torch.Tensor, height: int, width: int, rounding: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Packed latents [B, N, C] -> images [B, H, W, 3] float32 in [0, 1]."""
+        """Decode packed latents [B, N, C] to images [B, H, W, 3] float32 in [0, 1]."""
         z = latents.unflatten(1, (height // 16, width // 16)).unflatten(-1, (-1, 2, 2))
         z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         image = self.family.decode(self.pipe.vae, z, lambda x: round_randomly(x, self.vae_dtype, rounding))
@@ -183,10 +186,11 @@ class TorchStudent:
 
 
 def round_randomly(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
-    """Round float32 numbers to `dtype`: up or down at random, closer neighbours more often, so that the mean stays.
+    """Round float32 numbers to `dtype` stochastically; a `generator` of None rounds to nearest.
 
-    Everything computed from the result is then rounded otherwise, so that runs with several generators show how far
-    rounding alone moves a result (Monte Carlo arithmetic: Parker, UCLA CSD-970002, 1997). None rounds to nearest.
+    A number is rounded up or down at random, with the probabilities that keep its mean. Everything computed from the
+    result then has other rounding errors, so several runs show how far rounding alone moves a result (Monte Carlo
+    arithmetic: Parker, UCLA CSD-970002, 1997).
     """
     if generator is None or dtype == torch.float32:
         return x.to(dtype)
@@ -233,7 +237,7 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 class _Conditioning(nn.Module):
-    """Gives the embeddings the timestep and guidance as the reference computes them in `dtype`."""
+    """Wraps the conditioning embeddings: passes them timestep and guidance as the reference computes them."""
 
     def __init__(self, inner: nn.Module, family: TorchFamily, dtype: torch.dtype, conditioner: torch.dtype):
         super().__init__()

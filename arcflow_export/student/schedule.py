@@ -1,4 +1,4 @@
-"""The shift of a base's own scheduler and the one that its student is to have -> a warning, or nothing."""
+"""Warn if the shift of a base's own scheduler differs from the shift that its student is run with."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 from arcflow_export.checkpoint.sources import read_json
 
 _CONFIG = Path("scheduler") / "scheduler_config.json"
-#: diffusers' default of FlowMatchEulerDiscreteScheduler, for files that leave it out.
+#: The default shift of diffusers' FlowMatchEulerDiscreteScheduler, for config files without one.
 _DEFAULT_SHIFT = 1.0
 
 
 def shift_warning(base: Path, shift: float) -> str | None:
-    """A sentence if the base's scheduler has a fixed shift other than `shift`.
+    """A warning if the base's scheduler has a fixed shift other than `shift`, else None.
 
-    A base whose shift depends on the image size says nothing of its students: those of FLUX.1-dev and Qwen-Image have
-    a fixed one all the same.
+    A base whose shift depends on the image size gives no warning, because it says nothing about its students: those of
+    FLUX.1-dev and Qwen-Image have a fixed shift nevertheless.
 
     Args:
-        base: the base's directory; one without a scheduler gives no warning.
-        shift: of the bundle or the calibration.
+        base: the base's directory; without a scheduler in it there is no warning.
+        shift: the shift of the bundle or the calibration.
 
     Raises:
         SourceError: the scheduler's config is damaged.

@@ -1,7 +1,7 @@
-"""A student and prompts -> the ranges of its linears' inputs and outputs, at the student's own timesteps and states.
+"""Collect the ranges of a student's linears while the torch student generates images for the calibration prompts.
 
-The torch student draws with diffusers' modules, its own closed-form update between the steps. modelopt's quantizers sit
-on the inputs of the linears and collect; nothing is quantised, so the student's numbers are unchanged.
+The torch student runs diffusers' modules with the closed-form update between steps, so the activations are those of
+real use. modelopt's quantizers on the linears' inputs only collect; nothing is quantised, so the images are unchanged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import Calibrator, make_calibrator
 from arcflow_export.errors import CalibrationError
 from arcflow_export.families import facts
 from arcflow_export.formats.prompts import Prompts
-from arcflow_export.formats.scales import STEPPED, Range, Scales
+from arcflow_export.formats.scales import STEPPED, ActivationRange, Scales
 from arcflow_export.models.layers import linear_names
 from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent, integrate, pack
@@ -33,11 +33,11 @@ _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
 
 
 @dataclass
-class Layer:
-    """One linear: the module that the graph's MatMul stands for, and what was collected, a calibrator per step.
+class CalibratedLayer:
+    """One linear and its results, with one calibrator per step.
 
-    `linear` is the nn.Linear itself, to which modelopt adds `input_quantizer`; `module` is what is called in its place,
-    which adds the LoRA factors' share.
+    `linear` is the nn.Linear, to which modelopt adds `input_quantizer`. `module` is the module that is called: the
+    linear itself, or peft's wrapper, which adds the LoRA product. `name` is the name of the MatMul in the graph.
     """
 
     name: str
@@ -49,15 +49,15 @@ class Layer:
 
 
 class Collector:
-    """The quantizers on a student's linears; `step` says which step's calibrators collect."""
+    """The quantizers on a student's linears; setting `step` selects the calibrators of that step."""
 
-    def __init__(self, student: Student, torch_student: TorchStudent, settings: Settings):
-        """Put modelopt's quantizers on every linear of the wanted parts, by name.
+    def __init__(self, student: Student, torch_student: TorchStudent, settings: CalibrationSettings):
+        """Put modelopt's quantizers on every linear of the parts to calibrate.
 
         Raises:
-            CalibrationError: a linear of the bundle's graph is not in the torch student.
+            CalibrationError: a linear of the bundle's graph is not a linear layer in the torch student.
         """
-        self.parts: dict[str, dict[str, Layer]] = {}
+        self.parts: dict[str, dict[str, CalibratedLayer]] = {}
         for part in settings.parts:
             steps = settings.num_inference_steps if part == STEPPED else 1
             self.parts[part] = {}
@@ -66,7 +66,7 @@ class Collector:
                 if not isinstance(linear, nn.Linear):
                     raise CalibrationError(f"{part}: {name} must be a linear layer, got {type(linear).__name__}")
                 calibrators = [make_calibrator(name, settings.method, settings.percentile) for _ in range(steps)]
-                layer = Layer(name, module, linear, calibrators, [0.0] * steps, [0] * steps)
+                layer = CalibratedLayer(name, module, linear, calibrators, [0.0] * steps, [0] * steps)
                 self.parts[part][name] = layer
         for part, layers in self.parts.items():
             _quantizers(part, layers)
@@ -76,7 +76,7 @@ class Collector:
 
     @property
     def step(self) -> int:
-        """The step that is being drawn, from 0; text encoders have step 0 alone."""
+        """The current step, counted from 0; text encoders have only step 0."""
         return self._step
 
     @step.setter
@@ -86,17 +86,17 @@ class Collector:
             for layer in layers.values():
                 layer.linear.input_quantizer._calibrator = layer.calibrators[step if part == STEPPED else 0]
 
-    def ranges(self) -> dict[str, dict[str, Range]]:
-        """Everything collected, by part and layer.
+    def ranges(self) -> dict[str, dict[str, ActivationRange]]:
+        """The collected ranges, by part and layer.
 
         Raises:
-            CalibrationError: a linear saw nothing but zeros, or nothing at all.
+            CalibrationError: a linear got only zeros as input, or was never called.
         """
         return {
             part: {name: _range(part, layer) for name, layer in layers.items()} for part, layers in self.parts.items()
         }
 
-    def _output_hook(self, part: str, layer: Layer) -> Any:
+    def _output_hook(self, part: str, layer: CalibratedLayer) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             step = self._step if part == STEPPED else 0
             peak = float(output.abs().amax())
@@ -109,7 +109,7 @@ class Collector:
 
 
 def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """The linears of the part's graph: contract name, and the module of the torch student that it stands for."""
+    """The linears of the part's graph: the name in the graph, and the module of the torch student."""
     described = next(p for p in student.parts("float32") if p.name == part)
     if part == STEPPED:
         root: nn.Module = nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
@@ -119,11 +119,11 @@ def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterat
         yield layer, root.get_submodule(name)
 
 
-def _quantizers(part: str, layers: dict[str, Layer]) -> None:
+def _quantizers(part: str, layers: dict[str, CalibratedLayer]) -> None:
     """Give each linear an input quantizer that collects and does not quantise.
 
-    modelopt is shown a collection of the linears alone: nothing of its default exclusions or of its replacements of
-    attention and LoRA layers, which would change the student's numbers, applies to it.
+    modelopt gets a ModuleDict with the linears only. So its default exclusions, and its replacements of attention and
+    LoRA layers, which would change the student's numbers, do not apply.
     """
     import modelopt.torch.quantization as mtq
 
@@ -136,7 +136,7 @@ def _quantizers(part: str, layers: dict[str, Layer]) -> None:
         ],
         "algorithm": None,
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many quantizers it inserted
         mtq.quantize(linears, config)
     enabled = {name for name, module in linears.named_modules() if getattr(module, "is_enabled", False)}
     assert enabled == wanted, f"{part}: modelopt quantises {sorted(enabled ^ wanted)} contrary to what it was told"
@@ -145,36 +145,42 @@ def _quantizers(part: str, layers: dict[str, Layer]) -> None:
         layer.linear.input_quantizer.enable_calib()
 
 
-def _range(part: str, layer: Layer) -> Range:
+def _range(part: str, layer: CalibratedLayer) -> ActivationRange:
     for step, calibrator in enumerate(layer.calibrators):
         if calibrator.peak == 0:
-            seen = "saw nothing but zeros" if layer.samples[step] else "was never called"
+            seen = "saw only zeros" if layer.samples[step] else "was never called"
             raise CalibrationError(f"{part}: {layer.name} {seen} at step {step}; calibrate on other prompts")
-    return Range(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
+    return ActivationRange(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Prompts that are drawn together: (index, text) each, and the size in pixels."""
+class PromptBatch:
+    """Prompts that run together, as (index, text) pairs, and their image size in pixels."""
 
     prompts: tuple[tuple[int, str], ...]
     height: int
     width: int
 
 
-def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
-    """Cut prompts into batches of one size each, always the same way."""
+def plan_batches(prompts: Prompts, settings: CalibrationSettings) -> list[PromptBatch]:
+    """Split the prompts into batches of one image size each; the split is deterministic."""
     batches = []
     for s, (height, width) in enumerate(settings.sizes):
         mine = list(enumerate(prompts.texts))[s :: len(settings.sizes)]
         for start in range(0, len(mine), settings.batch):
-            batches.append(Batch(tuple(mine[start : start + settings.batch]), height, width))
+            batches.append(PromptBatch(tuple(mine[start : start + settings.batch]), height, width))
     return batches
 
 
 @torch.inference_mode()
-def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale: float | None, on: Collector) -> None:
-    """Draw a batch without decoding it, while `on` collects; a text encoder sees each prompt once."""
+def generate_batch(
+    student: TorchStudent,
+    batch: PromptBatch,
+    settings: CalibrationSettings,
+    guidance_scale: float | None,
+    on: Collector,
+) -> None:
+    """Generate a batch without decoding it, while `on` collects; text encoders run once per prompt."""
     encoded = student.encode_batch([text for _, text in batch.prompts], settings.max_sequence_length)
     if STEPPED not in on.parts:
         return
@@ -204,18 +210,18 @@ def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale
 
 
 def _equal_lengths(lengths: list[int]) -> list[list[int]]:
-    """Indices of equal text lengths; Qwen-Image's states have their prompt's length and no mask."""
+    """Group indices by text length. Qwen-Image has no text mask, so only prompts of equal length can share a call."""
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault(length, []).append(i)
     return list(groups.values())
 
 
-def guidance(student: Student, settings: Settings) -> float | None:
-    """The guidance scale that the student is told; None where it takes none.
+def guidance(student: Student, settings: CalibrationSettings) -> float | None:
+    """The guidance scale for the student, or None if it takes none.
 
     Raises:
-        CalibrationError: one was asked for and the student takes none.
+        CalibrationError: the settings give a guidance scale, but the student takes none.
     """
     if student.outline.guidance:
         return DEFAULT_GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
@@ -224,8 +230,10 @@ def guidance(student: Student, settings: Settings) -> float | None:
     return None
 
 
-def describe(student: Student, prompts: Prompts, settings: Settings, parts: dict[str, dict[str, Range]]) -> Scales:
-    """The file of scales of what was collected."""
+def describe(
+    student: Student, prompts: Prompts, settings: CalibrationSettings, parts: dict[str, dict[str, ActivationRange]]
+) -> Scales:
+    """Put the collected ranges and their origin into a `Scales` object."""
     base, adapter, loras = student.sources
     return Scales(
         base=base,

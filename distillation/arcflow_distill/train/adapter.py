@@ -1,4 +1,4 @@
-"""Trained tensors -> an adapter in the released format: config.json and one safetensors file."""
+"""Write trained tensors as an adapter in the released format: config.json and one safetensors file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def write_adapter(
     dtype: torch.dtype,
     record: dict[str, Any],
 ) -> Path:
-    """Write an adapter directory, which appears whole or not at all and replaces an older one.
+    """Write an adapter directory atomically; it replaces an older one.
 
     Args:
         out: the directory.
-        tensors: by released name.
+        tensors: the trained tensors by their names in the released format.
         base_config: the base transformer's settings.
         family: the base's family.
-        modes: K.
-        dtype: to store the tensors in.
-        record: how the adapter came about, written beside it as training.json.
+        modes: K, the number of modes.
+        dtype: dtype in which the tensors are stored.
+        record: the settings and history of the training, written to training.json.
     """
     found = facts(family)
     config: dict[str, Any] = {"_class_name": found.adapter} | {key: base_config[key] for key in found.adapter_sizes}

@@ -1,8 +1,8 @@
-"""Teacher and student: one frozen base in memory, seen by two networks.
+"""The networks of a distillation: teacher and student share the parameters of one frozen base in memory.
 
-The teacher is a copy of the base's modules that shares its parameters. The student is the base itself with LoRA
-factors, its own `norm_out` and three heads in place of `proj_out`. Nothing is switched on or off between them: the
-trained `norm_out` is why disabling the LoRA factors alone would not give the teacher back.
+The teacher is a copy of the base's modules with shared parameters. The student is the base itself, with LoRA factors,
+its own `norm_out`, and three heads instead of `proj_out`. Two networks are needed because switching off the LoRA
+factors would not give the teacher back: the student's `norm_out` is trained too.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch
 from torch import nn
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.train.prompts import Text
+from arcflow_distill.train.prompts import TextBatch
 from arcflow_export.checkpoint.adapter import HEADS, SUB_PIXELS
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts, family_of_pipeline, pipelines
 from arcflow_export.models.student import Heads
 from arcflow_export.student.families import Conditions, RoundedRotary, torch_family
 
-#: Gammas that the modes begin with, log-spaced; mode 0 keeps gamma 1, a straight path.
+#: Range of the modes' initial gammas, log-spaced; mode 0 keeps gamma 1, a straight path.
 GAMMAS = (0.2, 4.0)
-#: Spread of the modes' initial biases, which tells them apart.
+#: Spread of the modes' initial biases, so that the modes start different.
 BIAS_NOISE = 0.05
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture's size in packed tokens (16 x 16 pixels each), and the guidance that networks are told."""
+    """An image's size in packed tokens (16 x 16 pixels each), and the guidance scale for the networks."""
 
     height: int
     width: int
@@ -40,7 +40,7 @@ class Canvas:
 
     @property
     def tokens(self) -> int:
-        """Packed tokens of the picture."""
+        """Number of packed tokens of the image."""
         return self.height * self.width
 
 
@@ -48,8 +48,8 @@ def base_family(base: Path) -> str:
     """The family of a base checkpoint in diffusers' format.
 
     Raises:
-        SourceError: there is no readable model_index.json.
-        DistillError: it is of another pipeline, or of a variant whose transformer cannot be distilled.
+        SourceError: model_index.json is missing or not readable.
+        DistillError: the pipeline is not supported, or its transformer is a variant that cannot be distilled.
     """
     name = read_json(base / "model_index.json", "base checkpoint").get("_class_name")
     family = family_of_pipeline(name)
@@ -68,7 +68,7 @@ def base_family(base: Path) -> str:
 
 
 def load_transformer(base: Path, family: str, dtype: torch.dtype) -> Any:
-    """The base checkpoint's transformer, frozen and in evaluation mode."""
+    """Load the base checkpoint's transformer, frozen and in evaluation mode."""
     import diffusers
 
     transformer = getattr(diffusers, facts(family).transformer).from_pretrained(
@@ -78,7 +78,7 @@ def load_transformer(base: Path, family: str, dtype: torch.dtype) -> Any:
 
 
 def lora_targets(transformer: nn.Module, family: str) -> list[str]:
-    """The linears of a base that get LoRA factors: those of the released adapters."""
+    """Names of the linears that get LoRA factors, the same as in the released adapters."""
     found = facts(family)
     names = [
         name
@@ -92,10 +92,10 @@ def lora_targets(transformer: nn.Module, family: str) -> list[str]:
 
 
 def make_heads(proj_out: nn.Linear, modes: int) -> Heads:
-    """Heads that predict, but for the bias noise, what the base's output layer does, for every gamma and weight.
+    """Make the initial heads. Apart from noise on the biases, they predict the same as the base's output layer.
 
-    Every mode's mean is a copy of the output layer with noise on the bias, the same for a latent channel's
-    sub-pixels. All weights are equal, and gammas do not depend on the token yet.
+    Every mode's mean is a copy of the output layer with noise on the bias, equal for the sub-pixels of a latent
+    channel. All mode weights are equal. Gammas do not depend on the token yet.
     """
     channels, dim = proj_out.weight.shape
     heads = Heads(dim, channels, modes, SUB_PIXELS)
@@ -112,7 +112,7 @@ def make_heads(proj_out: nn.Linear, modes: int) -> Heads:
 
 
 class _Output(nn.Module):
-    """The student's last layers, in float32: stands where the base has `norm_out`, and passes its result on."""
+    """The student's last layers (`norm_out` and heads) in float32; replaces the base's `norm_out`."""
 
     def __init__(self, norm_out: nn.Module, heads: Heads):
         super().__init__()
@@ -124,11 +124,11 @@ class _Output(nn.Module):
             return self.heads(self.norm_out(hidden.float(), temb.float()))
 
 
-class Student(nn.Module):
-    """The trained network: one call gives the three heads' float32 output."""
+class StudentNetwork(nn.Module):
+    """The trained network; a call returns the float32 output of the three heads."""
 
     def __init__(self, transformer: Any, family: str, modes: int, rank: int, dropout: float):
-        """Turn a base transformer, frozen, into a student, in place; random numbers are torch's global ones."""
+        """Turn a frozen base transformer into a student, in place; random numbers are from torch's global generator."""
         from peft import LoraConfig
 
         super().__init__()
@@ -155,7 +155,7 @@ class Student(nn.Module):
         self.transformer = transformer
 
     def forward(
-        self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas
+        self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents [B, N, C], sigma [B] -> means [B, N, K, C], logweights [B, N, K, P], loggammas [B, N, K-1, P]."""
         dtype = self.transformer.dtype
@@ -181,8 +181,8 @@ def _released_name(name: str) -> str:
     return name
 
 
-class Teacher:
-    """The base's own velocity, with optional classifier-free guidance; never trained."""
+class TeacherNetwork:
+    """The base's velocity, with optional classifier-free guidance; it is never trained."""
 
     def __init__(self, transformer: Any, family: str, true_cfg_scale: float = 1.0):
         """Copy a base's modules before it becomes a student; the parameters are shared, not copied."""
@@ -191,7 +191,7 @@ class Teacher:
         self.family, self.true_cfg_scale = family, true_cfg_scale
 
     @torch.no_grad()
-    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas) -> torch.Tensor:
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas) -> torch.Tensor:
         """Velocity [B, N, C] float32 at latents [B, N, C] and sigma [B].
 
         With guidance, `text` holds the negative prompts and then the prompts, [2 B].
@@ -202,14 +202,14 @@ class Teacher:
         negative, positive = both.chunk(2)
         return positive + (positive - negative) * (self.true_cfg_scale - 1)
 
-    def _velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas) -> torch.Tensor:
+    def _velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas) -> torch.Tensor:
         return self.transformer(**arguments(self.transformer, self.family, latents, sigma, text, canvas))[0].float()
 
 
 def arguments(
-    transformer: Any, family: str, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas
+    transformer: Any, family: str, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas
 ) -> dict[str, Any]:
-    """A transformer's keyword arguments; timestep and guidance are rounded to its dtype by the transformer itself."""
+    """A transformer's keyword arguments. The transformer itself rounds timestep and guidance to its dtype."""
     dtype, device, batch = transformer.dtype, latents.device, len(latents)
     common = {
         "hidden_states": latents.to(dtype),
@@ -225,7 +225,7 @@ def arguments(
 
 
 def count_by_kind(trained: dict[str, nn.Parameter]) -> dict[str, int]:
-    """How many parameters are trained, by kind: heads, norm_out, lora."""
+    """The number of trained parameters by kind: heads, norm_out, lora."""
     counts = {"heads": 0, "norm_out": 0, "lora": 0}
     for name, parameter in trained.items():
         kind = "lora" if "lora" in name else "heads" if name.startswith(HEADS) else "norm_out"
