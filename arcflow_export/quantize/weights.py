@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -37,26 +38,31 @@ def scan_weights(
     """
     wanted = {f"{layer}{_SUFFIX}" for layer in layers}
     digest = hashlib.sha256()
-    found: dict[str, torch.Tensor] = {}
     with path.open("rb") as f:
         size = f.read(8)
         header = f.read(int.from_bytes(size, "little"))
         digest.update(size + header)
         entries = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        # All of them first: a small array that is kept between two large blocks would keep the allocator from using
+        # the room of the first for the second, and memory would grow with the number of layers.
+        found = {key.removesuffix(_SUFFIX): torch.zeros(entries[key]["shape"][1]) for key in entries if key in wanted}
+        row_sizes = [
+            entries[key]["shape"][1] * DTYPES[entries[key]["dtype"]].itemsize for key in entries if key in wanted
+        ]
+        buffer = bytearray(max([BLOCK_BYTES, *row_sizes]))
         dropped = 0
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
             row_bytes = 1
             if key in wanted:
                 row_bytes = entry["shape"][1] * DTYPES[entry["dtype"]].itemsize
-                found[key.removesuffix(_SUFFIX)] = torch.zeros(entry["shape"][1])
-            for block in _read(f.read, stop - start, max(1, BLOCK_BYTES // row_bytes) * row_bytes):
+            for block in _read(f, buffer, stop - start, max(1, BLOCK_BYTES // row_bytes) * row_bytes):
                 digest.update(block)
                 progress(len(block))
                 if key in wanted:
-                    rows = torch.frombuffer(block, dtype=DTYPES[entry["dtype"]]).view(-1, entry["shape"][1])
+                    weight = torch.frombuffer(block, dtype=DTYPES[entry["dtype"]]).view(-1, entry["shape"][1])
                     amax = found[key.removesuffix(_SUFFIX)]
-                    torch.maximum(amax, rows.abs().amax(0).float(), out=amax)
+                    torch.maximum(amax, weight.abs().amax(0).float(), out=amax)
             if stop - dropped > _UNCACHE_BYTES:
                 uncache(path)
                 dropped = stop
@@ -107,11 +113,12 @@ class QuantizedWeights(PlainWeights):
             yield encode(block, scale)
 
 
-def _read(read: Callable[[int], bytes], num_bytes: int, block_bytes: int) -> Iterator[bytearray]:
-    """`num_bytes` in blocks of `block_bytes`, the last one shorter."""
+def _read(file: BinaryIO, buffer: bytearray, num_bytes: int, block_bytes: int) -> Iterator[memoryview]:
+    """`num_bytes` of the file in blocks of `block_bytes`, the last one shorter; each is in `buffer` until the next."""
     while num_bytes:
-        block = bytearray(read(min(block_bytes, num_bytes)))
-        if not block:
+        block = memoryview(buffer)[: min(block_bytes, num_bytes)]
+        read = file.readinto(block)  # type: ignore[attr-defined]
+        if not read:
             raise QuantizeError("the weights file ended early; was it changed while it was read?")
-        num_bytes -= len(block)
-        yield block
+        num_bytes -= read
+        yield block[:read]
