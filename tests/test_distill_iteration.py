@@ -179,7 +179,9 @@ def test_every_parameter_moves_by_its_rate(run):
     for name, p in run.trained.items():
         moved = 3e-3 * (0.25 if name.startswith("proj_out_loggamma") else 1)
         # Weights of about 1 are stored to 2^-24 of their size.
-        assert torch.allclose(before[name] - p, torch.tensor(moved), rtol=1e-3, atol=2**-23 * float(p.detach().abs().max()))
+        assert torch.allclose(
+            before[name] - p, torch.tensor(moved), rtol=1e-3, atol=2**-23 * float(p.detach().abs().max())
+        )
     assert run.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
 
 

@@ -295,7 +295,7 @@ def test_a_broken_scale_fails_by_its_layers_name_first(
 
 
 def drift_of(layer: str, error: float, reach: float = 1.0, scale: str | None = None) -> LayerDrift:
-    return LayerDrift("backbone", layer, (error, error / 2), (reach, reach / 2), scale or layer)
+    return LayerDrift("backbone", layer, (error / 2, error), (reach / 2, reach), scale or layer)
 
 
 def exactly(value: float) -> Interval:
@@ -419,11 +419,36 @@ def test_sensitivity_of_blocks_suggests_a_policy_that_holds(fp8, reference, prom
 @pytest.mark.parametrize("family", ["flux-tiny", "qwen-tiny"])
 def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     """Every part is run twice; and with each run once, the report is the same."""
+    ran: dict[str, list[int]] = {}
+
+    def spy(name: str) -> None:
+        real = getattr(Stages, name)
+
+        def call(self, *arguments):
+            ran.setdefault(name, []).append(id(self))
+            return real(self, *arguments)
+
+        monkeypatch.setattr(Stages, name, call)
+
+    for name in ("encode", "use_backbone", "decode"):
+        spy(name)
     bundle = Bundle.open(bundles(family))
     arguments = bundle, bundle, CASES, scene(bundle, 32, 64), Plan("test", "test", OPEN)
     once, _ = compare(*arguments)
+    # The candidate alone runs its backbone again and decodes what it drew by itself.
+    assert {name: (len(ids), len(set(ids))) for name, ids in ran.items()} == {
+        "encode": (1, 1),
+        "use_backbone": (2, 2),
+        "decode": (2, 2),
+    }
+    ran.clear()
     monkeypatch.setattr("arcflow_export.drift.compare_cases.same_parts", lambda *_: set())
     report, pictures = compare(*arguments)
+    assert {name: (len(ids), len(set(ids))) for name, ids in ran.items()} == {
+        "encode": (2, 2),
+        "use_backbone": (2, 2),
+        "decode": (3, 2),
+    }
     assert once == report
     values = {m.name: m.interval.value for m in report.measures}
     assert values.pop("PSNR") == 100 and set(values.values()) == {0.0}

@@ -116,10 +116,11 @@ def test_modulation_by_way_of_the_host(low_memory, on_device, plain, monkeypatch
 
 
 def test_a_replay_draws_what_is_staged(on_device, plain):
+    """Guidance changes while the prompt stays, and the prompt while all else does."""
     pipe = on_device()
     for seed in (1, 1, 2, 3):
-        for guidance in (3.5, 7.0):
-            for prompt in PROMPTS:
+        for prompt in PROMPTS:
+            for guidance in (3.5, 7.0):
                 found = draw(pipe, prompt, seed=seed, guidance_scale=guidance)
                 expected = draw(plain["flux"], prompt, seed=seed, guidance_scale=guidance)
                 np.testing.assert_allclose(found, expected, **CLOSE)
