@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,21 +143,21 @@ def test_writing_weights_to_a_full_disk():
 
 @pytest.fixture
 def running(tmp_path):
-    """An export in its own process, stopped by the test once it has begun to write."""
+    """An export in its own process, which waits after its first file for the test to stop it."""
     golden = GOLDEN / "qwen-tiny"
-    command = [sys.executable, "-m", "arcflow_runtime.cli", "export", "--base", golden / "base"]
+    command = [sys.executable, "-m", "tests.held_export", "export", "--base", golden / "base"]
     process = subprocess.Popen(
         [*command, "--adapter", golden / "adapter", "--out", tmp_path / "out"],
+        cwd=Path(__file__).parent.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background job ignores SIGINT (`nohup make test &`), and a child inherits that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    partial, limit = tmp_path / ".out.partial", time.monotonic() + 120
-    while not (partial.is_dir() and os.listdir(partial)):
-        assert process.poll() is None and time.monotonic() < limit, process.communicate()
-        time.sleep(0.02)
+    if "written\n" not in process.stdout:  # reads on until it comes, or the process has ended
+        pytest.fail(process.communicate()[1])
+    assert os.listdir(tmp_path / ".out.partial")
     yield process
     process.kill()
     process.communicate()
