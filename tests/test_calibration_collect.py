@@ -91,6 +91,12 @@ def test_a_student_without_guidance_or_pooled_text():
     settings = Settings(num_inference_steps=3, max_sequence_length=24)
     draw(student, Batch(((0, "a"),), 32, 32), settings, None, on)
     assert [step for step, *_ in student.seen] == [0, 1, 2]
+    # Each step moves by 2 for each unit of sigma: 3.2 t / (1 + 2.2 t) at t = 1, 2/3 and 1/3.
+    sigmas = [1.0, 3.2 * 2 / (3 + 4.4), 3.2 / (3 + 2.2)]
+    assert [sigma for _, _, sigma, *_ in student.seen] == pytest.approx(sigmas)
+    start = student.seen[0][1]
+    for (_, x, *_), sigma in zip(student.seen, sigmas, strict=True):
+        torch.testing.assert_close(x, start - 2 * (1 - sigma))
     assert {(pooled, size) for *_, pooled, size in student.seen} == {(None, (32, 32, 3.5))}
 
 
@@ -135,14 +141,14 @@ def test_a_step_without_a_range_is_named(samples, said):
 
 
 def test_a_percentile_by_hand():
-    """Of 1 to 8 in eight bins' worth of the span half are at most 4, whose bin ends at 4 and a bin's width."""
+    """Half of eight numbers are at most the fourth: the upper edge of its bin is given, within a bin's width of it."""
     calibrator = make_calibrator("x", "percentile", 50.0)
-    calibrator.collect(-torch.arange(1.0, 9.0))
+    calibrator.collect(-torch.tensor([1.0, 2.0, 3.0, 4.001, 5.001, 6.0, 7.0, 8.0]))
     assert calibrator.span == calibrator.peak == 8.0
-    assert 4 <= calibrator.amax() <= 4 + 8 / BINS + 1e-6
+    assert 4.001 < calibrator.amax() < 4.001 + 8 / BINS
     calibrator.collect(torch.tensor([20.0]))  # the span doubles twice: 8, 16, 32
     assert (calibrator.span, calibrator.peak, int(calibrator.counts.sum())) == (32.0, 20.0, 9)
-    assert 5 <= calibrator.amax() <= 5 + 32 / BINS + 1e-6
+    assert 5.001 < calibrator.amax() < 5.001 + 32 / BINS
 
 
 # The state.

@@ -19,7 +19,7 @@ from arcflow_distill import trainer
 from arcflow_distill.checkpoint import load_state, save_state
 from arcflow_distill.config import Config
 from arcflow_distill.ema import Ema
-from arcflow_distill.prompts import Prompt, TextSource, collate
+from arcflow_distill.prompts import Encoder, Prompt, TextSource, collate
 from arcflow_distill.trainer import Distillation, distill
 from tests.conftest import GOLDEN
 
@@ -34,7 +34,7 @@ def config(root, **settings) -> Config:
     small = {
         "prompts": str(root / "prompts.txt"),
         "max_sequence_length": 8,
-        "resolutions": [(32, 48), (48, 32), (32, 32)],
+        "resolutions": [(32, 48), (64, 32), (32, 32)],
         "modes": 3,
         "rank": 2,
         "lora_dropout": 0.0,
@@ -230,7 +230,7 @@ def test_processes_draw_other_noise_and_prompts_and_the_same_size(tmp_path):
         assert not torch.equal(text.states, other_text.states), "three of four prompts, drawn twice"
         again, *_ = first_call(run, iteration)
         assert torch.equal(x, again)
-    assert sizes == {(2, 3), (3, 2), (2, 2)}
+    assert sizes == {(2, 3), (4, 2), (2, 2)}
 
 
 def test_noise_is_standard_normal_and_another_in_every_iteration(tmp_path):
@@ -257,7 +257,7 @@ def test_the_teacher_with_guidance_gets_the_empty_prompt_first(tmp_path, monkeyp
     run.iterate(0)
     assert [time for time, _, _ in asked] == [1.0, 0.5]
     _, text, canvas = asked[1]
-    assert len(text.states) == 4 and canvas.tokens in (6, 4)
+    assert len(text.states) == 4 and canvas.tokens in (6, 8, 4)
     empty = run.text.negative
     assert all(torch.equal(row, empty.states) for row in text.states[:2])
     assert all(torch.equal(row, empty.pooled) for row in text.pooled[:2])
@@ -304,6 +304,13 @@ def test_prompts_are_encoded_once_where_they_are_few_enough(cached, whole):
     # "a" is in the list twice: half of the draws; four standard deviations of a share of a half.
     assert abs(float((lengths == 1).float().mean()) - 0.5) < 4 * 0.5 / 20
     assert set(lengths.tolist()) == {1.0, 2.0, 3.0}
+
+
+def test_prompts_are_encoded_in_small_batches_and_none_is_left_out():
+    encoder, seen = Encoder.__new__(Encoder), []
+    encoder._encode = lambda prompts: seen.append(len(prompts)) or prompts
+    assert encoder.encode([str(i) for i in range(70)]) == [str(i) for i in range(70)]
+    assert seen == [32, 32, 6]
 
 
 def test_a_batch_is_padded_and_masked_where_lengths_differ():

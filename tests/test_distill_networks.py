@@ -148,6 +148,17 @@ def test_the_factors_dropout_and_scale(base):
     assert layers and all(m.lora_dropout["default"].p == 0.25 and m.scaling["default"] == 1 for m in layers)
 
 
+def test_rotary_tables_of_a_student_are_rounded_to_its_base(tmp_path):
+    """FLUX's tables are float32 in the teacher, and numbers of bfloat16 in the student of a bfloat16 base."""
+    transformer = load_transformer(make_base(tmp_path / "base", SIZES[0]), "flux", torch.bfloat16)
+    teacher = Teacher(transformer, "flux")
+    student = Student(transformer, "flux", 2, 4, 0.0)
+    ids = torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 5.0]])
+    exact, rounded = teacher.transformer.pos_embed(ids), student.transformer.pos_embed(ids)
+    for a, b in zip(exact, rounded, strict=True):
+        assert torch.equal(b, a.bfloat16().float()) and b.dtype == torch.float32 and not torch.equal(a, b)
+
+
 def test_guidance_against_the_negative_prompt(base):
     teacher, _, sizes = open_both(base, true_cfg_scale=4.0)
     plain, _, _ = open_both(base)

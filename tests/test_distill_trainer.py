@@ -292,6 +292,8 @@ def test_prompts_are_checked(tmp_path):
 def test_captions_of_the_shapes():
     prompts = read_prompts(Config(prompts="shapes", prompt_count=50))
     assert len(prompts) == 50 and len(set(prompts)) > 25
+    # A background is named in both ways.
+    assert any(" on a " in p for p in prompts) and any(", " in p for p in prompts)
     assert prompts == read_prompts(Config(prompts="shapes", prompt_count=50))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from arcflow_distill.evaluate.statistics import Interval
 from arcflow_distill.shapes import judge as judge_module
-from arcflow_export.drift import compare, gate
+from arcflow_export.drift import compare, gate, sensitivity
 from arcflow_export.drift.cases import Case
 from arcflow_export.drift.compare_cases import CaseErrors, Quantity
 from arcflow_export.drift.judged import Judged, Share, judge_pictures
@@ -258,6 +259,34 @@ def test_how_far_an_effect_is_past_the_limits(effect, limits, times_over):
     assert effect.over(limits) == pytest.approx(times_over)
 
 
+@pytest.mark.parametrize("means", [(0.1, 0.3), (0.3, 0.1)])
+def test_an_effect_is_of_the_worst_step_and_the_last_latents(means, monkeypatch):
+    """Heads of error `means` at the two steps, on the reference's inputs; latents that are half of the reference's."""
+    ones = np.ones((2, 1, 4), np.float32)
+    stages = SimpleNamespace(sigmas=[1.0, 0.5, 0.0], decode=lambda x: np.full((2, 1, 1, 3), 0, np.uint8))
+    latents = [ones, 2 * ones, 8 * ones]
+    trajectory = SimpleNamespace(latents=latents, heads=[{"means": ones}, {"means": ones}])
+    asked = []
+
+    def predict(run, step, sets):
+        asked.append([float(x[0, 0, 0]) for _, x in sets])
+        return [{"means": ones * (1 + means[step])}, {"means": 0 * ones}][: len(sets)]
+
+    monkeypatch.setattr(sensitivity, "predict", predict)
+    monkeypatch.setattr(sensitivity, "advance", lambda x, heads, sigma, sigma_next: x + 3 * (sigma - sigma_next))
+    monkeypatch.setattr(sensitivity, "load_graph", lambda *_: None)
+    monkeypatch.setattr(sensitivity, "leave_out", lambda *_: None)
+    monkeypatch.setattr(sensitivity, "linears", lambda _: {})
+    monkeypatch.setattr(sensitivity, "quantized_layers", lambda _: ["a", "b"])
+    monkeypatch.setattr(sensitivity, "BlockEngine", lambda *_: SimpleNamespace(run_all=None, close=lambda: None))
+    experiment = sensitivity._Experiment(None, None, stages, [], trajectory)
+    effect = experiment.run(["a"], pictures=True)
+    # From 1 in two steps of 1.5 each to 4, half of 8; at the second step its own latents are asked for too.
+    assert asked == [[1.0], [2.0, 2.5]]
+    assert (effect.heads, effect.latents, effect.psnr) == (pytest.approx(0.3), pytest.approx(0.5), 100)
+    assert experiment.run(["a"]).psnr is None
+
+
 # The judge.
 
 
@@ -321,11 +350,11 @@ def test_the_table_puts_each_limit_beside_what_it_limits():
 def test_what_is_left_out_is_what_was_found():
     failed = (gate.Breach("heads", "x", 1.0, 0.1),)
     bad, good = layer("bad", (0.5,)), layer("good", (0.01,))
-    found = Sensitivity("layers", 2, Effect(1, 1), Effect(0, 0), (), ("u.*",))
+    found = Sensitivity("layers", 2, Effect(1, 1), Effect(0, 0), (), ("u.*", "v"))
     units = (Unit("u", ("u.a",), Effect(1, 1), Effect(0, 0)),)
     assert report(breaches=(), layers=(bad,)).exclude() == ({}, "")
     wanted = dataclasses.replace(found, units=units)
-    assert report(breaches=failed, sensitivity=wanted, layers=(bad,)).exclude()[0] == {"backbone": ("u.*",)}
+    assert report(breaches=failed, sensitivity=wanted, layers=(bad,)).exclude()[0] == {"backbone": ("u.*", "v")}
     assert report(breaches=failed, layers=(good, bad)).exclude()[0] == {"backbone": ("bad",)}
     none = dataclasses.replace(found, exclude=None)
     assert report(breaches=failed, sensitivity=none, layers=(good,)).exclude() == (

@@ -16,10 +16,12 @@ import pytest
 
 from arcflow_export.drift import compare as compare_module
 from arcflow_export.drift import sensitivity
+from arcflow_export.drift import stages as stages_module
 from arcflow_export.drift.cases import Case, Scene
 from arcflow_export.drift.comparable import check_comparable, same_parts
 from arcflow_export.drift.compare import Plan, compare
 from arcflow_export.drift.compare_cases import CaseErrors, compare_cases
+from arcflow_export.drift.stages import Stages
 from arcflow_export.drift.thresholds import Thresholds
 from arcflow_export.errors import ExportError
 from arcflow_runtime import Pipeline
@@ -294,6 +296,26 @@ def test_engines_are_measured_in_place_of_the_graphs(reference, changed, generat
     black = np.zeros_like(images)
     assert values["PSNR", None] == pytest.approx(psnr(black, images), abs=room_db(black, images, 1))
     assert values["VAE image", None].tolist() == [0] * 4
+
+
+def test_texts_of_several_lengths_keep_their_order(bundles, monkeypatch):
+    """Qwen-Image's prompts run by text length, two images at a time; each gets what its own pipeline gives it."""
+    bundle = Bundle.open(bundles("qwen-tiny"))
+    cases = tuple(Case(p, 10 + i) for i, p in enumerate(("aa", "bbbb", "cc", "dddd", "ee")))
+    size = Scene(32, 32, 2, None, 64)
+    monkeypatch.setattr(stages_module, "_BATCH_TOKENS", 2 * 4)
+    stages = Stages(bundle, cases, size, bundle.manifest.reference_dtype)
+    text = stages.encode()
+    batches = stages.batches(text, stages.modulation(text.pooled))
+    assert [b.rows for b in batches] == [[0, 2], [4], [1, 3]]
+    trajectory = stages.draw(batches)
+    images = stages.decode(trajectory.latents[-1])
+    with Pipeline.load(bundle.root) as pipe:
+        for i, case in enumerate(cases):
+            out = pipe(case.prompt, 32, 32, 2, seed=case.seed, max_sequence_length=64, output_type="latents").images
+            np.testing.assert_allclose(trajectory.latents[-1][i], out[0], atol=ROUNDING * np.abs(out).max())
+            image = np.asarray(pipe(case.prompt, 32, 32, 2, seed=case.seed, max_sequence_length=64).images[0])
+            assert np.abs(images[i].astype(int) - image).max() <= 1
 
 
 def test_each_field_of_the_student_must_be_the_same(reference):

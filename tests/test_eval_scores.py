@@ -80,20 +80,20 @@ def test_moments_and_distance_by_hand():
 class FakeJudge:
     """Reads a picture by its first pixel: red and green are the colour's and shape's index, blue is over 100 if clean.
 
-    The one feature is the red of the second pixel.
+    Two features are the red and green of the second pixel.
     """
 
     def read(self, pictures: torch.Tensor) -> Reading:
         levels = (pictures * 255).round().long()
         first, second = levels[:, :, 0, 0], levels[:, :, 0, 1]
         clean = torch.where(first[:, 2] > 100, 0.9, 0.1)
-        return Reading({"color": first[:, 0], "shape": first[:, 1]}, clean, second[:, :1].float())
+        return Reading({"color": first[:, 0], "shape": first[:, 1]}, clean, second[:, :2].float())
 
 
 def picture(words: dict[str, str], clean: bool, feature: int, shade: int) -> np.ndarray:
     found = np.full((2, 2, 3), shade, np.uint8)
     found[0, 0] = [ATTRIBUTES[a].index(words.get(a, ATTRIBUTES[a][0])) for a in ("color", "shape")] + [200 * clean]
-    found[0, 1] = feature
+    found[0, 1] = [feature, 7, 0]
     return found
 
 
@@ -159,6 +159,16 @@ def test_the_distance_of_features_is_in_units_of_the_real_ones(scorer):
     )
     # Means 2 and 6 apart by 4, deviations alike; in units of the variance 4.
     assert wide.score("s", drawn([0] * 4, [4, 8, 4, 8]))["all"].frechet.value == pytest.approx(4)
+
+
+def test_resampled_pictures_are_paired_with_the_real_ones_of_their_prompts():
+    """Features equal to the real ones, which differ from prompt to prompt: no resample of any group has a distance."""
+    features = [0, 2, 10, 30]
+    real = to_tensor(np.stack([picture({}, True, f, 0) for f in features]))
+    scores = Scorer(CASES, FakeJudge(), real, drawn([0, 0, 4, 4], features), 0).score("s", drawn([0] * 4, features))
+    for score in scores.values():
+        # A variance of about 1 that should vanish is rounded by 2^-52; after its root 1e-8, a few times over.
+        assert dataclasses.astuple(score.frechet) == pytest.approx((0, 0, 0), abs=1e-6)
 
 
 def test_the_reference_and_real_pictures_have_no_errors(scorer):
@@ -291,8 +301,9 @@ def test_a_bundle_shows_what_its_adapter_predicts(bundles):
     captions, seeds = ("a red circle", "two cats"), (5, 6)
     bundle, adapter = BundleSampler(bundles("flux-tiny")), AdapterSampler(FLUX / "base", FLUX / "adapter")
     ours, theirs = bundle.calls(captions, seeds), adapter.calls(captions, seeds)
-    assert [c.sigma for c in theirs] == pytest.approx([1.0, 3.2 / 4.2])
-    assert [c.sigma_next for c in theirs] == pytest.approx([3.2 / 4.2, 0.0])
+    for calls in (ours, theirs):
+        assert [c.sigma for c in calls] == pytest.approx([1.0, 3.2 / 4.2])
+        assert [c.sigma_next for c in calls] == pytest.approx([3.2 / 4.2, 0.0])
     for a, b in zip(ours, theirs, strict=True):
         for field in ("latents", "means", "logweights", "loggammas"):
             got, wanted = getattr(a, field), getattr(b, field)

@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from arcflow_export import merge
 from arcflow_export.errors import QuantizeError
 from arcflow_export.quantize import quantize, weights
-from arcflow_export.quantize.coverage import _flops
+from arcflow_export.quantize.coverage import _flops, cover_part
 from arcflow_export.quantize.fp8 import make_scale
 from arcflow_export.quantize.graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_export.tensors import TensorIndex
+from arcflow_runtime.bundle import Bundle
+from tests.fake_bundle import make_bundle
 
 #: Rows of "a": the largest of each column is in another row, the second one's is negative.
 A = torch.tensor([[9.0, 1.0, 2.0], [1.0, -7.0, 1.0], [0.5, 2.0, 1.0], [1.0, 1.0, 1.0], [2.0, 1.0, 8.0]])
@@ -164,6 +166,15 @@ def test_flops_of_one_linear():
     """Two per multiplication: 2 x (2 x 5 rows) x 4 x 3."""
     linear: Linear = find_linears(graph())["b"]
     assert _flops(linear, {"B": 2, "N": 5}) == 240
+
+
+def test_coverage_of_a_part_by_hand(tmp_path):
+    """64 x 96 pixels are 24 tokens: a 2 x 24 x 8, b 2 x 24 x 12, and c, which sees one vector, 2 x 8."""
+    manifest = Bundle.open(make_bundle(tmp_path / "bundle")).manifest
+    found = cover_part(manifest, "backbone", find_linears(graph()), ("a",), 64, 96)
+    assert (found.part, found.linears, found.quantized_linears, found.left) == ("backbone", 3, 1, ("c", "b"))
+    assert (found.parameters, found.quantized_parameters) == (7, 8), "the bundle's parts say that they have 7"
+    assert (found.flops, found.quantized_flops) == (384 + 576 + 16, 384)
 
 
 def test_linears_of_one_tensor_get_the_largest_of_their_own_ranges_only():
