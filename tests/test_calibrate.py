@@ -189,7 +189,7 @@ def test_mse_is_the_least_error(tmp_path, recorded):
 
 
 def test_batches_are_cut_by_size_and_text_length(tmp_path):
-    """Rounding depends on the batch; nothing else may: another noise or prompt would change ranges by percents."""
+    """Only rounding may depend on the batch: with the wrong noise or prompt, ranges would change by percents."""
     for name in SETTINGS:
         one, two = (run(name, tmp_path / f"{name}-{b}.json", batch=b) for b in (1, 3))
         for layer, r in one.parts["backbone"].items():
@@ -217,7 +217,7 @@ def stop_after(monkeypatch, count):
 
 @pytest.mark.parametrize("method", ["max", "percentile"])
 def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
-    """Stopped in the second prompt of three, and again in the third; of mse the same is kept as of percentile."""
+    """The run stops in the second of three prompts and again in the third; mse keeps the same state as percentile."""
     changes = {"method": method, "percentile": 99.9 if method == "percentile" else None}
     run("flux-tiny", tmp_path / "whole.json", **changes)
     out = tmp_path / "scales.json"

@@ -19,6 +19,7 @@ from arcflow_distill import trainer
 from arcflow_distill.checkpoint import load_state, save_state
 from arcflow_distill.config import Config
 from arcflow_distill.ema import Ema
+from arcflow_distill.errors import DistillError
 from arcflow_distill.prompts import Encoder, Prompt, TextSource, collate
 from arcflow_distill.trainer import Distillation, distill
 from tests.conftest import GOLDEN
@@ -387,3 +388,75 @@ def test_a_checkpoint_holds_weights_average_and_moments_apart(run, tmp_path):
     assert float(moments["step"]) == 1
     assert torch.allclose(moments["exp_avg"], torch.tensor(0.1))
     assert torch.allclose(moments["exp_avg_sq"], torch.tensor(0.05))
+
+
+# What a resumed run may change.
+
+#: Another valid value of every setting; `prompts` and the like too, since the numbers depend on them.
+OTHER = {
+    "prompts": "other.txt",
+    "prompt_count": 5,
+    "cached_prompts": 5,
+    "max_sequence_length": 16,
+    "resolutions": ((16, 16),),
+    "guidance_scale": 1.0,
+    "true_cfg_scale": 2.0,
+    "modes": 2,
+    "rank": 3,
+    "lora_dropout": 0.5,
+    "dtype": "bfloat16",
+    "adapter_dtype": "bfloat16",
+    "gradient_checkpointing": True,
+    "steps": 3,
+    "intermediate_states": 3,
+    "substeps": 64,
+    "window_substeps": 2,
+    "center_window": True,
+    "mode_dropout": 0.2,
+    "decay_iterations": 5,
+    "loss_scale": 1.0,
+    "iterations": 5,
+    "batch_size": 3,
+    "learning_rate": 0.5,
+    "gamma_rate": 0.5,
+    "betas": (0.8, 0.9),
+    "warmup": 1,
+    "schedule": "cosine",
+    "grad_clip": 1.0,
+    "ema_gamma": 1.0,
+    "ema_start": 1,
+    "seed": 1,
+    "save_every": 7,
+}
+FREE = {"iterations", "save_every", "cached_prompts", "gradient_checkpointing", "adapter_dtype"}
+
+
+def test_every_setting_of_a_run_is_tried():
+    assert OTHER.keys() == Config.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_resumed_run_has_the_settings_that_its_weights_depend_on(name, tmp_path, monkeypatch):
+    before = config(tmp_path)
+    after = Config(**before.model_dump() | {name: OTHER[name]})
+    assert getattr(after, name) != getattr(before, name)
+    stored = {"config": before.model_dump(mode="json"), "base_digest": "b", "iteration": 4}
+    monkeypatch.setattr(trainer, "read_facts", lambda _: stored)
+    facts = {"config": after.model_dump(mode="json"), "base_digest": "b"}
+    if name in FREE:
+        assert trainer._resumable(tmp_path / "s", facts) is stored
+    else:
+        with pytest.raises(DistillError, match=f"--resume: {name} was .* when the run began"):
+            trainer._resumable(tmp_path / "s", facts)
+
+
+def test_a_run_of_another_base_or_with_fewer_iterations_is_not_resumed(tmp_path, monkeypatch):
+    settings = config(tmp_path).model_dump(mode="json")
+    monkeypatch.setattr(
+        trainer, "read_facts", lambda _: {"config": settings, "base_digest": "b", "iteration": settings["iterations"]}
+    )
+    assert trainer._resumable(tmp_path / "s", {"config": settings, "base_digest": "b"})["iteration"] == 4
+    with pytest.raises(DistillError, match="another base checkpoint"):
+        trainer._resumable(tmp_path / "s", {"config": settings, "base_digest": "c"})
+    with pytest.raises(DistillError, match="4 iterations are done already"):
+        trainer._resumable(tmp_path / "s", {"config": settings | {"iterations": 3}, "base_digest": "b"})

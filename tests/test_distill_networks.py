@@ -149,7 +149,7 @@ def test_the_factors_dropout_and_scale(base):
 
 
 def test_rotary_tables_of_a_student_are_rounded_to_its_base(tmp_path):
-    """FLUX's tables are float32 in the teacher, and numbers of bfloat16 in the student of a bfloat16 base."""
+    """With a bfloat16 base the teacher gets float32 tables, the student the same rounded to bfloat16."""
     transformer = load_transformer(make_base(tmp_path / "base", SIZES[0]), "flux", torch.bfloat16)
     teacher = Teacher(transformer, "flux")
     student = Student(transformer, "flux", 2, 4, 0.0)

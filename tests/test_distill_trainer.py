@@ -165,7 +165,7 @@ def interrupt_after(monkeypatch, iterations, number=signal.SIGINT):
 
 @pytest.mark.usefixtures("ctrl_c_heeded")
 def test_a_resumed_run_is_the_same_to_the_bit(flux, tmp_path, monkeypatch):
-    """Stopped where the average is no longer the weights: from the third iteration on it holds earlier ones."""
+    """The run stops after three iterations, when the average holds more than the last weights."""
     settings = config(tmp_path, ema_start=0, intermediate_states=1, batch_size=1, resolutions=[(32, 32)])
     straight = distill(settings, flux, tmp_path / "straight", progress=False)
     out = tmp_path / "out"

@@ -13,8 +13,8 @@ import torch
 
 from arcflow_distill.evaluate.statistics import Interval
 from arcflow_distill.shapes import judge as judge_module
-from arcflow_export.drift import compare, gate, sensitivity
-from arcflow_export.drift.cases import Case
+from arcflow_export.drift import compare, engines, gate, sensitivity
+from arcflow_export.drift.cases import Case, Scene
 from arcflow_export.drift.compare_cases import CaseErrors, Quantity
 from arcflow_export.drift.judged import Judged, Share, judge_pictures
 from arcflow_export.drift.layers import LayerDrift, LayerErrors, _reach
@@ -285,6 +285,35 @@ def test_an_effect_is_of_the_worst_step_and_the_last_latents(means, monkeypatch)
     assert asked == [[1.0], [2.0, 2.5]]
     assert (effect.heads, effect.latents, effect.psnr) == (pytest.approx(0.3), pytest.approx(0.5), 100)
     assert experiment.run(["a"]).psnr is None
+
+
+# Engines.
+
+
+def test_engines_draw_each_case_with_its_own_seed_and_the_scene(monkeypatch):
+    """Latents come back by step and then by case, images by case."""
+    asked, scene = [], Scene(32, 48, 2, 2.5, 12)
+
+    class Fake:
+        @staticmethod
+        def load(root: Path, backend: str):
+            asked.append((root, backend))
+            return Fake()
+
+        def __call__(self, prompt, height, width, steps, guidance, seed, *, max_sequence_length, callback_on_step_end):
+            asked.append((prompt, height, width, steps, guidance, seed, max_sequence_length))
+            latents = np.zeros((1, 1, 4), np.float32)
+            for step in range(steps):
+                latents[:] = seed + step / 10  # in place, as the runtime may reuse its memory
+                callback_on_step_end(step, latents)
+            return SimpleNamespace(images=[np.full((1, 1, 3), seed, np.uint8)])
+
+    monkeypatch.setattr(engines, "Pipeline", Fake)
+    opened = engines.Engines(SimpleNamespace(root=Path("bundle")), "tensorrt", scene)
+    steps, images = opened.draw([Case("a", 7), Case("b", 3)])
+    assert asked == [(Path("bundle"), "tensorrt"), ("a", 32, 48, 2, 2.5, 7, 12), ("b", 32, 48, 2, 2.5, 3, 12)]
+    assert [x[:, 0, 0].tolist() for x in steps] == [pytest.approx([7, 3]), pytest.approx([7.1, 3.1])]
+    assert images[:, 0, 0, 0].tolist() == [7, 3]
 
 
 # The judge.

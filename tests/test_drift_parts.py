@@ -187,7 +187,7 @@ def test_the_error_of_a_changed_part_is_known_and_the_others_have_none(part, ref
 
 
 def test_only_the_conditioner_changed(reference, changed, generated):
-    """Four times the last layer's share of the modulation: what else the modulation holds is not changed."""
+    """The last layer's part of the modulation is four times as large, and the rest is unchanged."""
     candidate = changed("conditioner")
     values = by_name(errors_of(candidate, reference))
     assert (values["modulation", None] > 0.01).all() and (values["modulation", None] < 3).all()
@@ -279,7 +279,7 @@ def test_bytes_kept_of_a_case_by_hand(reference):
 
 
 class ZeroThenNothing:
-    """In place of engines: latents of zeros after the first step, then what is no number, and black images."""
+    """In place of engines: latents of 0 after two steps and NaN after the third, and black images."""
 
     def draw(self, cases):
         zeros = np.zeros((len(cases), 6, 64), np.float32)
@@ -287,7 +287,7 @@ class ZeroThenNothing:
 
 
 def test_engines_are_measured_in_place_of_the_graphs(reference, changed, generated):
-    """All of 0 has the relative error 1, what is no number an infinite one; the parts are still the graphs'."""
+    """Latents of 0 have the relative error 1, NaN an infinite one; parts are still measured with the graphs."""
     values = by_name(errors_of(changed("backbone"), reference, engines=ZeroThenNothing()))
     assert values["latents", 0].tolist() == values["latents", 1].tolist() == [1.0] * 4
     assert np.isinf(values["latents", 2]).all()

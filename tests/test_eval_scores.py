@@ -406,8 +406,8 @@ def test_the_table_has_every_number_in_its_place():
 # The judge.
 
 
-def test_rates_of_a_judge_that_sees_everything_clean(monkeypatch):
-    """It reads the true words of a plain render and finds all clean: attributes 1, no reject, every flaw accepted."""
+def test_rates_of_a_judge_that_is_always_or_never_content(monkeypatch):
+    """It reads every word rightly but the size, and calls all pictures clean, then none."""
     truth: list = []
 
     def known(count, generator, **kwargs):

@@ -42,12 +42,12 @@ def test_ties_go_to_even():
 
 
 def test_what_is_too_large_becomes_448_and_never_nan(monkeypatch):
-    """torch 2.13's cast saturates by itself; that of ml_dtypes gives NaN above 464, as other versions of torch do."""
+    """torch 2.13's cast saturates by itself; that of ml_dtypes gives NaN above 464, and so shows what was clamped."""
     values = torch.tensor([448.0, 449.0, 464.0, 465.0, 1e30, -1e30])
     assert np.isnan(values.numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float32)[3:]).all()
     got = encode(values, torch.tensor(1.0))
     assert got.dtype == E4M3 and got.float().tolist() == [448.0] * 5 + [-448.0]
-    monkeypatch.setattr(fp8, "E4M3", torch.float32)  # what is given to the cast
+    monkeypatch.setattr(fp8, "E4M3", torch.float32)  # so that encode returns what it would cast
     given = encode(torch.cat([values, torch.tensor([torch.inf])]), torch.tensor(1.0)).numpy()
     assert given.astype(ml_dtypes.float8_e4m3fn).astype(np.float32).tolist() == [448.0] * 5 + [-448.0, 448.0]
 

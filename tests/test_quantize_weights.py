@@ -53,14 +53,16 @@ def test_ranges_are_of_all_blocks(stored, rows, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("row", [0, 4])
-def test_a_number_that_is_none_is_found_in_every_block(tmp_path, monkeypatch, value, row):
+def test_nan_and_infinity_are_found_in_every_block(tmp_path, monkeypatch, value, row):
     monkeypatch.setattr(weights, "BLOCK_BYTES", 12)
     bad = A.clone()
     bad[row, 1] = value
     save_file({"a.weight": bad, "b.weight": B}, tmp_path / "w")
     with pytest.raises(QuantizeError, match=r"tensor 'a\.weight' holds NaN or Inf"):
         scan_weights(tmp_path / "w", ["a", "b"], lambda _: None)
-    assert list(scan_weights(tmp_path / "w", ["b"], lambda _: None)[1]) == ["b"], "what is not asked for may be"
+    assert list(scan_weights(tmp_path / "w", ["b"], lambda _: None)[1]) == ["b"], (
+        "a linear that is not asked for may hold it"
+    )
 
 
 def test_a_file_that_was_cut_is_refused(stored):
@@ -178,7 +180,7 @@ def test_coverage_of_a_part_by_hand(tmp_path):
 
 
 def test_linears_of_one_tensor_get_the_largest_of_their_own_ranges_only():
-    """ "c" reads another tensor, and a linear that stays as it is does not count."""
+    """ "c" reads another tensor, and a linear that is not quantised does not count."""
     ranges = {"a": 44.8, "b": 448.0, "c": 4.48}
 
     class Scales:
