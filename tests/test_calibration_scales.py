@@ -98,6 +98,16 @@ def test_reading_needs_neither_torch_nor_modelopt():
         (lambda d: d.update(method="entropy"), "method must be one of"),
         (lambda d: d.update(percentile=99.0), "percentile must be null for method max, got 99.0"),
         (lambda d: d.update(method="percentile"), "percentile must be above 0 and at most 100, got None"),
+        (
+            lambda d: d.update(method="percentile", percentile=0.0),
+            "percentile must be above 0 and at most 100, got 0.0",
+        ),
+        (lambda d: d.update(method="percentile", percentile=100.5), "percentile must be above 0 and at most 100"),
+        (lambda d: d.update(num_inference_steps=0), "num_inference_steps must be at least 1, got 0"),
+        (lambda d: d.update(guidance_scale=float("nan")), "guidance_scale must be finite, got nan"),
+        (lambda d: d.update(sizes=[[64, 64], [64, 72]]), "sizes must be pairs of multiples of 16"),
+        (lambda d: d.update(sizes=[[64, 0]]), "sizes must be pairs of multiples of 16"),
+        (lambda d: d.update(sizes=[]), "sizes must be pairs of multiples of 16"),
         (lambda d: d.update(sizes=[[64]]), r"sizes must be pairs of multiples of 16, got \[\[64\]\]"),
         (lambda d: d.update(parts={}), "parts must be at least one"),
         (lambda d: d["parts"].update(backbone={}), "parts.backbone must be at least one layer"),
@@ -237,6 +247,12 @@ def test_summary():
     assert (text.layers, text.ratio, text.differing, text.overflowing) == (1, 1.0, 0, ())
     assert "  overflows float16: single_transformer_blocks.0.proj_out" in table([backbone, text]).splitlines()
     json.dumps(as_dict([backbone, text]))
+
+
+def test_steps_that_differ_by_just_twice_are_not_counted():
+    ranges = {"a": Range((1.0, 2.0), 1, (65504.0, 1.0)), "b": Range((1.0, 1.5, 3.0), 1), "c": Range((3.0, 1.0), 1)}
+    (part,) = summarise(make(parts={"backbone": ranges}))
+    assert (part.differing, part.ratio, part.ratio_layer, part.overflowing) == (2, 3.0, "b", ())
 
 
 def test_presets():

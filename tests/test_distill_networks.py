@@ -13,6 +13,7 @@ from arcflow_distill.train.networks import (
     Canvas,
     StudentNetwork,
     TeacherNetwork,
+    arguments,
     base_family,
     count_by_kind,
     load_transformer,
@@ -71,6 +72,8 @@ def test_what_is_trained(base):
     counts = count_by_kind(trained)
     assert sum(counts.values()) == sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert counts["norm_out"] == 2 * sizes.dim * (sizes.dim + 1)
+    # Three modes: 3 x 64 means, 3 x 4 weights and 2 x 4 gammas from each of dim numbers and a bias.
+    assert counts["heads"] == (3 * 64 + 3 * 4 + 2 * 4) * (sizes.dim + 1)
 
 
 @pytest.mark.parametrize("modes", [1, 3])
@@ -118,6 +121,42 @@ def test_the_teacher_stays_as_it_was(base):
     shared = {p.data_ptr() for p in teacher.transformer.parameters()}
     own = [p for p in student.parameters() if not p.requires_grad]
     assert all(p.data_ptr() in shared for p in own), "the base is in memory once"
+
+
+def test_a_network_is_told_places_guidance_and_text(base):
+    """Of 2 x 3 tokens: rows and columns of the image in ids 1 and 2, zeros for text, guidance where it is taken."""
+    teacher, _, sizes = open_both(base)
+    latents, sigma = inputs()
+    mask = None if sizes.flux else torch.ones(2, 5, dtype=torch.bool)
+    given = text(sizes, mask=mask)
+    found = arguments(teacher.transformer, teacher.family, latents, sigma, given, Canvas(2, 3, 2.5))
+    assert torch.equal(found["hidden_states"], latents) and torch.equal(found["timestep"], sigma)
+    assert torch.equal(found["encoder_hidden_states"], given.states)
+    if sizes.flux:
+        assert found["img_ids"].tolist() == [[0, row, column] for row in range(2) for column in range(3)]
+        assert found["txt_ids"].tolist() == [[0, 0, 0]] * 5
+        assert torch.equal(found["pooled_projections"], given.pooled)
+        assert found["guidance"].tolist() == [2.5, 2.5] if sizes.guidance else found["guidance"] is None
+    else:
+        assert found["img_shapes"] == [[(1, 2, 3)]] * 2 and found["encoder_hidden_states_mask"] is mask
+
+
+def test_the_factors_dropout_and_scale(base):
+    path, _ = base
+    student = Student(load_transformer(path, base_family(path), torch.float32), base_family(path), 2, 4, 0.25)
+    layers = [m for m in student.modules() if hasattr(m, "lora_dropout")]
+    assert layers and all(m.lora_dropout["default"].p == 0.25 and m.scaling["default"] == 1 for m in layers)
+
+
+def test_rotary_tables_of_a_student_are_rounded_to_its_base(tmp_path):
+    """With a bfloat16 base the teacher gets float32 tables, the student the same rounded to bfloat16."""
+    transformer = load_transformer(make_base(tmp_path / "base", SIZES[0]), "flux", torch.bfloat16)
+    teacher = Teacher(transformer, "flux")
+    student = Student(transformer, "flux", 2, 4, 0.0)
+    ids = torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 5.0]])
+    exact, rounded = teacher.transformer.pos_embed(ids), student.transformer.pos_embed(ids)
+    for a, b in zip(exact, rounded, strict=True):
+        assert torch.equal(b, a.bfloat16().float()) and b.dtype == torch.float32 and not torch.equal(a, b)
 
 
 def test_guidance_against_the_negative_prompt(base):

@@ -165,16 +165,19 @@ def interrupt_after(monkeypatch, iterations, number=signal.SIGINT):
 
 @pytest.mark.usefixtures("ctrl_c_heeded")
 def test_a_resumed_run_is_the_same_to_the_bit(flux, tmp_path, monkeypatch):
-    settings = config(tmp_path)
+    """The run stops after three iterations, when the average holds more than the last weights."""
+    settings = config(tmp_path, ema_start=0, intermediate_states=1, batch_size=1, resolutions=[(32, 32)])
     straight = distill(settings, flux, tmp_path / "straight", progress=False)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
+        interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             distill(settings, flux, out, progress=False)
     state = tmp_path / "out.training" / "state.safetensors"
     assert not out.exists()
-    assert read_facts(state)["iteration"] == 2
+    assert read_facts(state)["iteration"] == 3
+    stored = load_file(state)
+    assert not torch.equal(stored["average.norm_out.linear.weight"], stored["parameter.norm_out.linear.weight"])
     with pytest.raises(DistillError, match="--resume continues it"):
         distill(settings, flux, out, progress=False)
     with pytest.raises(DistillError, match="seed was 0 when the run began and is 1 now"):
@@ -289,6 +292,8 @@ def test_prompts_are_checked(tmp_path):
 def test_captions_of_the_shapes():
     prompts = read_prompts(Config(prompts="shapes", prompt_count=50))
     assert len(prompts) == 50 and len(set(prompts)) > 25
+    # A background is named in both ways.
+    assert any(" on a " in p for p in prompts) and any(", " in p for p in prompts)
     assert prompts == read_prompts(Config(prompts="shapes", prompt_count=50))
 
 

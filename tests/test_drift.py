@@ -39,7 +39,7 @@ from tests.conftest import GOLDEN, SHAPES, SHAPES_OPTIONS
 from tests.quantized import edit_backbone, local_drift, make_fp8, scene
 
 CASES = (DriftCase("a red circle", 0), DriftCase("portrait of an old sailor, oil painting", 1), DriftCase("nothing", 2))
-#: Wide open, but for the limits of single layers.
+#: No limits but the defaults for single layers.
 OPEN = Thresholds()
 SIZE = ("--height", "64", "--width", "64")
 
@@ -92,7 +92,7 @@ def test_gmsd_sees_lost_edges_and_no_shift_of_brightness():
     flat = np.full_like(picture, 60)
     noisy = (picture + rng.integers(0, 12, picture.shape)).astype(np.uint8)
     assert gmsd(picture, picture) == 0
-    # The grey weights sum to 1, so that a shift is the same everywhere and its gradient is 0 but for rounding.
+    # The grey weights sum to 1, so that a shift is the same everywhere, and its gradient is 0 up to rounding.
     assert gmsd(picture + 40, picture) == pytest.approx(0, abs=1e-9)
     assert 0.005 < gmsd(noisy, picture)[0] < 0.5 * gmsd(flat, picture)[0]
 
@@ -186,7 +186,7 @@ def test_blocks(layer, block):
 
 
 def test_all_layers_left_out_is_the_reference(fp8, reference):
-    """The same operators on the same weights, so the same numbers but for how ONNX Runtime fuses them."""
+    """The operators and weights are the same; the numbers differ only by how ONNX Runtime fuses operators."""
     candidate, original = Bundle.open(fp8), Bundle.open(reference)
     stages = stages_of(original)
     text = stages.encode()
@@ -296,7 +296,7 @@ def test_a_broken_scale_fails_by_its_layers_name_first(
 
 
 def drift_of(layer: str, error: float, reach: float = 1.0, scale: str | None = None) -> LayerDrift:
-    return LayerDrift("backbone", layer, (error, error / 2), (reach, reach / 2), scale or layer)
+    return LayerDrift("backbone", layer, (error / 2, error), (reach / 2, reach), scale or layer)
 
 
 def exactly(value: float) -> Interval:
@@ -420,11 +420,36 @@ def test_sensitivity_of_blocks_suggests_a_policy_that_holds(fp8, reference, prom
 @pytest.mark.parametrize("family", ["flux-tiny", "qwen-tiny"])
 def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     """Every part is run twice; and with each run once, the report is the same."""
+    ran: dict[str, list[int]] = {}
+
+    def spy(name: str) -> None:
+        real = getattr(Stages, name)
+
+        def call(self, *arguments):
+            ran.setdefault(name, []).append(id(self))
+            return real(self, *arguments)
+
+        monkeypatch.setattr(Stages, name, call)
+
+    for name in ("encode", "use_backbone", "decode"):
+        spy(name)
     bundle = Bundle.open(bundles(family))
     arguments = bundle, bundle, CASES, scene(bundle, 32, 64), DriftPlan("test", "test", OPEN)
     once, _ = compare(*arguments)
+    # The candidate runs only its backbone, and decodes its own latents.
+    assert {name: (len(ids), len(set(ids))) for name, ids in ran.items()} == {
+        "encode": (1, 1),
+        "use_backbone": (2, 2),
+        "decode": (2, 2),
+    }
+    ran.clear()
     monkeypatch.setattr("arcflow_export.drift.compare_cases.same_parts", lambda *_: set())
     report, images = compare(*arguments)
+    assert {name: (len(ids), len(set(ids))) for name, ids in ran.items()} == {
+        "encode": (2, 2),
+        "use_backbone": (2, 2),
+        "decode": (3, 2),
+    }
     assert once == report
     values = {m.name: m.interval.value for m in report.measures}
     assert values.pop("PSNR") == 100 and set(values.values()) == {0.0}
@@ -455,7 +480,7 @@ def test_fp8_of_the_shapes_model_draws_what_was_asked(bundles, tmp_path, capsys)
     reference = bundles("shapes", **SHAPES_OPTIONS)
     cases = read_cases("shapes", 16, 100)
     fp8 = make_fp8(reference, tmp_path / "fp8", cases, "shapes")
-    # 1,024 prompts with a judge: fewer leave the shares, and the latents' error, which is in few prompts, to chance.
+    # With fewer than 1,024 prompts chance decides: only a few prompts have a large error in the latents.
     arguments = ["--judge", SHAPES / "judge", "--report", tmp_path / "report"]
     assert verify(fp8, reference, *arguments) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "drift.json").read_text())
@@ -592,7 +617,7 @@ def test_graph_constants_of_bfloat16_scales_are_read(tmp_path):
 
 
 def test_fp8_in_bfloat16_arithmetic_is_measured_against_float32(command_run, reference, tmp_path):
-    """Mixed as engines run it: bfloat16 activations and scales around E4M3 products, held against float32."""
+    """As engines run it, bfloat16 activations and scales around E4M3 products, compared with float32."""
     fp8 = make_fp8(command_run.bundle, tmp_path / "fp8", CASES)
     candidate, original = Bundle.open(fp8), Bundle.open(reference)
     drift = local_drift(original, candidate, CASES)

@@ -249,6 +249,18 @@ def test_damaged_records(bundle, text, message):
     assert find_engine(bundle, "backbone", HOST).path == built.path
 
 
+def test_an_engine_whose_record_is_damaged_is_no_orphan(bundle):
+    """A damaged record no longer says which engine it names, so building another engine must remove none."""
+    first = put(bundle, make_key(bundle), b"engine one")
+    record = bundle.root / "engines" / "backbone-tensorrt-rtx-sm89.json"
+    record.write_text("{")
+    second = put(bundle, make_key(bundle, "vae_decoder"), b"engine two")
+    assert first.path.read_bytes() == b"engine one" and second.path.read_bytes() == b"engine two"
+    # Once every record can be read, an engine that none of them names is removed.
+    put(bundle, make_key(bundle, platform="other"), b"engine three")
+    assert not first.path.exists() and second.path.exists()
+
+
 def edit_record(path, seal, **changes):
     data = json.loads(path.read_text()) | changes
     digest = data.pop("digest")

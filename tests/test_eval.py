@@ -206,6 +206,12 @@ def test_the_command_writes_everything(tmp_path, judge_dir, capsys):
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     result = json.loads((out / "eval.json").read_text())
     assert [s["name"] for s in result["samplers"]] == ["real", "teacher-3", "teacher-2", "linear", "arcflow"]
+    # Other pictures of the same captions: their distance from the first ones is not 0.
+    assert all(score["frechet"]["value"] > 1e-6 for score in result["samplers"][0]["scores"].values())
+    assert result["samplers"][1]["scores"]["all"]["latent_error"] is None
+    for sampler in result["samplers"]:
+        for score in sampler["scores"].values():
+            assert all(i is None or i["low"] <= i["value"] <= i["high"] for i in score.values())
     linear, arcflow = result["samplers"][3:]
     assert linear["scores"] == arcflow["scores"] and arcflow["network_calls"] == 2
     assert set(arcflow["scores"]) == {"all", "seen", "held-out"}

@@ -107,7 +107,7 @@ def test_float16(on_device, plain):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_modulation_by_way_of_the_host(low_memory, on_device, plain, monkeypatch):
-    """As for a conditioner in another dtype than the backbone's."""
+    """This is how a conditioner runs whose dtype differs from the backbone's."""
     monkeypatch.setattr("arcflow_runtime.gpu.denoiser.DeviceDenoiser._modulation_source", lambda self, d: "given")
     pipe = on_device(low_memory=low_memory)
     for prompt in (*PROMPTS, PROMPTS[0]):
@@ -116,10 +116,11 @@ def test_modulation_by_way_of_the_host(low_memory, on_device, plain, monkeypatch
 
 
 def test_a_replay_draws_what_is_staged(on_device, plain):
+    """The inner loop changes the guidance alone, with the same seed and prompt."""
     pipe = on_device()
     for seed in (1, 1, 2, 3):
-        for guidance in (3.5, 7.0):
-            for prompt in PROMPTS:
+        for prompt in PROMPTS:
+            for guidance in (3.5, 7.0):
                 found = draw(pipe, prompt, seed=seed, guidance_scale=guidance)
                 expected = draw(plain["flux"], prompt, seed=seed, guidance_scale=guidance)
                 np.testing.assert_allclose(found, expected, **CLOSE)
@@ -304,7 +305,7 @@ def test_threads(on_device, plain):
 
 
 def test_two_hundred_pictures_of_eight_threads(on_device):
-    """A replay's bits are those of any other, whoever drew in between."""
+    """A replay gives the same bits whatever other threads ran before it."""
     pipe = on_device()
     size = {"width": 16, "height": 16, "max_sequence_length": 4}
     alone = {(p, s): draw(pipe, p, seed=s, **size) for p in PROMPTS for s in range(5)}

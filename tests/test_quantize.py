@@ -275,7 +275,7 @@ def test_a_wrong_range_of_one_layer_changes_what_comes_out(made, tmp_path):
     assert np.isfinite(bad).all() and np.isfinite(good).all()
     old, new = weights(after, "backbone"), weights(other, "backbone")
     assert [k for k in new if not torch.equal(new[k].float(), old[k].float())] == [f"{layer}.input_scale"]
-    # Ten is no power of two, so every number of that linear's input meets another grid.
+    # Ten is not a power of two, so every input of that linear is rounded to other numbers.
     assert np.linalg.norm(bad - good) > 0.01 * np.linalg.norm(good - exact)
 
 
@@ -434,7 +434,7 @@ def test_an_interrupted_run_leaves_nothing(flux, monkeypatch, error):
 
 
 def test_a_damaged_source_is_refused(flux, tmp_path):
-    """Large weights are not hashed at opening, so the first reading of them is."""
+    """Large weights are not hashed when a bundle is opened, so they are hashed when they are first read."""
     root, _, out = flux
     copy = Path(shutil.copytree(root, tmp_path / "copy"))
     plan = plan_quantization(Bundle.open(copy), make_scales(Bundle.open(root), lambda *_: 4.0), load_policy("flux"))

@@ -38,6 +38,8 @@ def test_only_what_is_included_is_selected():
         "single_transformer_blocks.0.proj_out",
         "single_transformer_blocks.1.proj_out",
     )
+    several = PartPolicy(("*proj_out*", "x_*"), ("*.1.proj_out", "x_*"))
+    assert select(several, "backbone", NAMES) == ("single_transformer_blocks.0.proj_out", "proj_out_means")
     assert select(PartPolicy(("*",)), "backbone", NAMES) == tuple(NAMES), "nothing is left out unasked"
 
 
@@ -84,6 +86,12 @@ def test_bad_files(tmp_path, text, message):
     with pytest.raises(QuantizeError) as e:
         load_policy(str(path))
     assert message in str(e.value) and str(path) in str(e.value)
+
+
+def test_a_threshold_may_be_nothing(tmp_path):
+    (tmp_path / "p.toml").write_text(VALID + "[thresholds]\nheads = 0\npsnr = 0.0\n")
+    thresholds = load_policy(str(tmp_path / "p.toml")).thresholds
+    assert (thresholds.heads, thresholds.psnr, thresholds.latents, thresholds.judge) == (0.0, 0.0, None, None)
 
 
 def test_no_such_policy(tmp_path):
