@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_calibration.options import DTYPES, METHODS, PERCENTILE, CalibrationSettings
-from arcflow_calibration.summary import as_dict, summarise, table
 from arcflow_export.commands.announce import announce
 from arcflow_export.commands.sources import (
     add_schedule_arguments,
@@ -147,6 +146,8 @@ def _cost(student: Student, settings: CalibrationSettings, prompts: int, machine
 
 
 def _report(args: argparse.Namespace, scales: Scales) -> None:
+    from arcflow_calibration.summary import as_dict, summarise, table  # it imports numpy
+
     summary = summarise(scales)
     if args.json:
         print(json.dumps(as_dict(summary) | {"out": str(args.out), "digest": scales.digest}, indent=2))
