@@ -12,24 +12,32 @@ from tests.conftest import golden_student
 
 pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
 
-from arcflow_calibration.collect import Batch, Layer, _equal_lengths, _range, draw, guidance, plan_batches
-from arcflow_export.errors import CalibrationError
-from arcflow_calibration.options import Settings
-from arcflow_export.formats.prompts import Prompts
+from arcflow_calibration.collect import (
+    CalibratedLayer,
+    PromptBatch,
+    _equal_lengths,
+    _range,
+    generate_batch,
+    guidance,
+    plan_batches,
+)
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import BINS, make_calibrator
-from arcflow_export.formats.scales import Range
 from arcflow_calibration.state import check_state, load_state, save_state, settings_of
+from arcflow_export.errors import CalibrationError
+from arcflow_export.formats.prompts import Prompts
+from arcflow_export.formats.scales import ActivationRange
 
 PROMPTS = Prompts("test", ("a", "b", "c", "d", "e"))
 STEPPED, TEXT = "backbone", "text_encoder_2"
 
 
 def test_prompts_take_sizes_in_turn_and_are_cut_by_size():
-    settings = Settings(sizes=((32, 64), (64, 32)), batch=2)
+    settings = CalibrationSettings(sizes=((32, 64), (64, 32)), batch=2)
     assert plan_batches(PROMPTS, settings) == [
-        Batch(((0, "a"), (2, "c")), 32, 64),
-        Batch(((4, "e"),), 32, 64),
-        Batch(((1, "b"), (3, "d")), 64, 32),
+        PromptBatch(((0, "a"), (2, "c")), 32, 64),
+        PromptBatch(((4, "e"),), 32, 64),
+        PromptBatch(((1, "b"), (3, "d")), 64, 32),
     ]
 
 
@@ -68,9 +76,9 @@ def test_noise_steps_and_sizes_of_a_batch():
     """Prompt i has the noise of seed + i wherever it is; steps are told before the network is called."""
     on = SimpleNamespace(parts={STEPPED: {}}, step=0, texts=[])
     student = FakeStudent(on)
-    batch = Batch(((1, "aa"), (4, "b"), (6, "cc")), 32, 48)
-    settings = Settings(seed=100, num_inference_steps=2, max_sequence_length=24)
-    draw(student, batch, settings, 2.5, on)
+    batch = PromptBatch(((1, "aa"), (4, "b"), (6, "cc")), 32, 48)
+    settings = CalibrationSettings(seed=100, num_inference_steps=2, max_sequence_length=24)
+    generate_batch(student, batch, settings, 2.5, on)
     assert on.step == 0 and [t for t, _ in on.texts] == ["aa", "b", "cc"]
     noise = [torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(100 + i)) for i in (1, 4, 6)]
     packed = [n.view(16, 2, 2, 3, 2).permute(1, 3, 0, 2, 4).reshape(6, 64) for n in noise]
@@ -88,8 +96,8 @@ def test_noise_steps_and_sizes_of_a_batch():
 def test_a_student_without_guidance_or_pooled_text():
     on = SimpleNamespace(parts={STEPPED: {}}, step=0, texts=[])
     student = FakeStudent(on, pooled=False)
-    settings = Settings(num_inference_steps=3, max_sequence_length=24)
-    draw(student, Batch(((0, "a"),), 32, 32), settings, None, on)
+    settings = CalibrationSettings(num_inference_steps=3, max_sequence_length=24)
+    generate_batch(student, PromptBatch(((0, "a"),), 32, 32), settings, None, on)
     assert [step for step, *_ in student.seen] == [0, 1, 2]
     # Each step moves by 2 for each unit of sigma: 3.2 t / (1 + 2.2 t) at t = 1, 2/3 and 1/3.
     sigmas = [1.0, 3.2 * 2 / (3 + 4.4), 3.2 / (3 + 2.2)]
@@ -103,23 +111,25 @@ def test_a_student_without_guidance_or_pooled_text():
 def test_text_encoders_alone_draw_nothing():
     on = SimpleNamespace(parts={TEXT: {}}, step=0, texts=[])
     student = FakeStudent(on)
-    draw(student, Batch(((0, "a"),), 32, 32), Settings(max_sequence_length=24), None, on)
+    generate_batch(student, PromptBatch(((0, "a"),), 32, 32), CalibrationSettings(max_sequence_length=24), None, on)
     assert on.texts == [("a", 0)] and student.seen == []
 
 
 def test_guidance_is_the_given_one_or_3_5():
     flux = golden_student("flux-tiny")
-    assert guidance(flux, Settings()) == 3.5 and guidance(flux, Settings(guidance_scale=2.0)) == 2.0
-    assert guidance(golden_student("qwen-tiny"), Settings()) is None
+    assert (
+        guidance(flux, CalibrationSettings()) == 3.5 and guidance(flux, CalibrationSettings(guidance_scale=2.0)) == 2.0
+    )
+    assert guidance(golden_student("qwen-tiny"), CalibrationSettings()) is None
 
 
 # Ranges.
 
 
-def layer(name: str, steps: int, method="max") -> Layer:
+def layer(name: str, steps: int, method="max") -> CalibratedLayer:
     percentile = 50.0 if method == "percentile" else None
     calibrators = [make_calibrator(name, method, percentile) for _ in range(steps)]
-    return Layer(name, None, None, calibrators, [0.0] * steps, [0] * steps)
+    return CalibratedLayer(name, None, None, calibrators, [0.0] * steps, [0] * steps)
 
 
 def test_a_range_by_hand():
@@ -128,10 +138,10 @@ def test_a_range_by_hand():
         calibrator.collect(torch.tensor(values))
     found.calibrators[0].collect(torch.tensor([1.0]))
     found.output_peaks[:], found.samples[:] = [7.0, 6.0], [5, 5]
-    assert _range(STEPPED, found) == Range((3.0, 1.0), 5, (7.0, 6.0))
+    assert _range(STEPPED, found) == ActivationRange((3.0, 1.0), 5, (7.0, 6.0))
 
 
-@pytest.mark.parametrize(("samples", "said"), [([4, 4], "saw nothing but zeros"), ([4, 0], "was never called")])
+@pytest.mark.parametrize(("samples", "said"), [([4, 4], "saw only zeros"), ([4, 0], "was never called")])
 def test_a_step_without_a_range_is_named(samples, said):
     found = layer("x", 2)
     found.calibrators[0].collect(torch.tensor([1.0]))
@@ -211,17 +221,17 @@ OTHER = {
 
 
 def test_every_setting_is_tried():
-    assert OTHER.keys() == {f.name for f in dataclasses.fields(Settings)}
+    assert OTHER.keys() == {f.name for f in dataclasses.fields(CalibrationSettings)}
 
 
 @pytest.mark.parametrize("field", OTHER)
 def test_a_state_of_one_other_setting_is_refused_by_its_name(field, tmp_path):
     student, (value, name) = golden_student("flux-tiny"), OTHER[field]
-    save_state(tmp_path / "s", SimpleNamespace(parts={}), settings_of(student, PROMPTS, Settings()), 1)
-    check_state(tmp_path / "s", settings_of(student, PROMPTS, Settings()))
-    other = settings_of(student, PROMPTS, dataclasses.replace(Settings(), **{field: value}))
+    save_state(tmp_path / "s", SimpleNamespace(parts={}), settings_of(student, PROMPTS, CalibrationSettings()), 1)
+    check_state(tmp_path / "s", settings_of(student, PROMPTS, CalibrationSettings()))
+    other = settings_of(student, PROMPTS, dataclasses.replace(CalibrationSettings(), **{field: value}))
     with pytest.raises(CalibrationError, match=f"with other settings: {name} was "):
         check_state(tmp_path / "s", other)
-    words = settings_of(student, Prompts("test", ("a", "b")), Settings())
+    words = settings_of(student, Prompts("test", ("a", "b")), CalibrationSettings())
     with pytest.raises(CalibrationError, match="with other settings: prompts differ"):
         check_state(tmp_path / "s", words)

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from arcflow_distill.errors import DistillError
 from arcflow_distill.train import trainer
 from arcflow_distill.train.checkpoint import load_state, save_state
 from arcflow_distill.train.config import Config
 from arcflow_distill.train.ema import Ema
-from arcflow_distill.errors import DistillError
-from arcflow_distill.train.prompts import Encoder, Prompt, TextSource, collate
+from arcflow_distill.train.prompts import EncodedPrompt, Encoder, TextSource, collate
 from arcflow_distill.train.trainer import Distillation, distill
 from tests.conftest import GOLDEN
 
@@ -290,7 +290,9 @@ class Words:
 
     def encode(self, prompts):
         self.asked.append(list(prompts))
-        return [Prompt(torch.full((len(p) or 1, 2), float(len(p))), torch.tensor([float(len(p))])) for p in prompts]
+        return [
+            EncodedPrompt(torch.full((len(p) or 1, 2), float(len(p))), torch.tensor([float(len(p))])) for p in prompts
+        ]
 
 
 @pytest.mark.parametrize(("cached", "whole"), [(3, True), (2, False)])
@@ -322,7 +324,7 @@ def test_a_batch_is_padded_and_masked_where_lengths_differ():
     assert text.states[..., 0].tolist() == [[2, 2, 0], [1, 0, 0], [3, 3, 3]]
     equal = collate(rows[:1] * 2)
     assert equal.mask is None and equal.states.shape == (2, 2, 2)
-    assert collate([Prompt(torch.ones(1, 2), None)]).pooled is None
+    assert collate([EncodedPrompt(torch.ones(1, 2), None)]).pooled is None
 
 
 # The average.

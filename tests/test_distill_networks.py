@@ -143,7 +143,7 @@ def test_a_network_is_told_places_guidance_and_text(base):
 
 def test_the_factors_dropout_and_scale(base):
     path, _ = base
-    student = Student(load_transformer(path, base_family(path), torch.float32), base_family(path), 2, 4, 0.25)
+    student = StudentNetwork(load_transformer(path, base_family(path), torch.float32), base_family(path), 2, 4, 0.25)
     layers = [m for m in student.modules() if hasattr(m, "lora_dropout")]
     assert layers and all(m.lora_dropout["default"].p == 0.25 and m.scaling["default"] == 1 for m in layers)
 
@@ -151,8 +151,8 @@ def test_the_factors_dropout_and_scale(base):
 def test_rotary_tables_of_a_student_are_rounded_to_its_base(tmp_path):
     """With a bfloat16 base the teacher gets float32 tables, the student the same rounded to bfloat16."""
     transformer = load_transformer(make_base(tmp_path / "base", SIZES[0]), "flux", torch.bfloat16)
-    teacher = Teacher(transformer, "flux")
-    student = Student(transformer, "flux", 2, 4, 0.0)
+    teacher = TeacherNetwork(transformer, "flux")
+    student = StudentNetwork(transformer, "flux", 2, 4, 0.0)
     ids = torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 5.0]])
     exact, rounded = teacher.transformer.pos_embed(ids), student.transformer.pos_embed(ids)
     for a, b in zip(exact, rounded, strict=True):

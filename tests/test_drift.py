@@ -423,13 +423,13 @@ def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     ran: dict[str, list[int]] = {}
 
     def spy(name: str) -> None:
-        real = getattr(Stages, name)
+        real = getattr(BundleStages, name)
 
         def call(self, *arguments):
             ran.setdefault(name, []).append(id(self))
             return real(self, *arguments)
 
-        monkeypatch.setattr(Stages, name, call)
+        monkeypatch.setattr(BundleStages, name, call)
 
     for name in ("encode", "use_backbone", "decode"):
         spy(name)

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from arcflow_export.images.statistics import Interval
-from arcflow_export.images import judge as judge_module
 from arcflow_export.drift import compare, engines, gate, sensitivity
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.drift.compare_cases import CaseErrors, Quantity
-from arcflow_export.drift.judged import Judged, Share, judge_pictures
+from arcflow_export.drift.judged import Judged, Share, judge_images
 from arcflow_export.drift.layers import LayerDrift, LayerErrors, _reach
 from arcflow_export.drift.measures import gmsd, mean, psnr_db, relative_error, root_ratio
-from arcflow_export.drift.report import Measure, Report, shown_places
+from arcflow_export.drift.report import DriftReport, Measure, shown_places
 from arcflow_export.drift.sensitivity import Effect, Sensitivity, Unit
 from arcflow_export.formats.thresholds import Thresholds, times
+from arcflow_export.images import judge as judge_module
+from arcflow_export.images.statistics import Interval
 
 
 def exactly(value: float) -> Interval:
@@ -280,7 +280,7 @@ def test_an_effect_is_of_the_worst_step_and_the_last_latents(means, monkeypatch)
     monkeypatch.setattr(sensitivity, "quantized_layers", lambda _: ["a", "b"])
     monkeypatch.setattr(sensitivity, "BlockEngine", lambda *_: SimpleNamespace(run_all=None, close=lambda: None))
     experiment = sensitivity._Experiment(None, None, stages, [], trajectory)
-    effect = experiment.run(["a"], pictures=True)
+    effect = experiment.run(["a"], images=True)
     # From 1 in two steps of 1.5 each to 4, half of 8; at the second step its own latents are asked for too.
     assert asked == [[1.0], [2.0, 2.5]]
     assert (effect.heads, effect.latents, effect.psnr) == (pytest.approx(0.3), pytest.approx(0.5), 100)
@@ -292,7 +292,7 @@ def test_an_effect_is_of_the_worst_step_and_the_last_latents(means, monkeypatch)
 
 def test_engines_draw_each_case_with_its_own_seed_and_the_scene(monkeypatch):
     """Latents come back by step and then by case, images by case."""
-    asked, scene = [], Scene(32, 48, 2, 2.5, 12)
+    asked, scene = [], ImageSettings(32, 48, 2, 2.5, 12)
 
     class Fake:
         @staticmethod
@@ -310,7 +310,7 @@ def test_engines_draw_each_case_with_its_own_seed_and_the_scene(monkeypatch):
 
     monkeypatch.setattr(engines, "Pipeline", Fake)
     opened = engines.Engines(SimpleNamespace(root=Path("bundle")), "tensorrt", scene)
-    steps, images = opened.draw([Case("a", 7), Case("b", 3)])
+    steps, images = opened.draw([DriftCase("a", 7), DriftCase("b", 3)])
     assert asked == [(Path("bundle"), "tensorrt"), ("a", 32, 48, 2, 2.5, 7, 12), ("b", 32, 48, 2, 2.5, 3, 12)]
     assert [x[:, 0, 0].tolist() for x in steps] == [pytest.approx([7, 3]), pytest.approx([7.1, 3.1])]
     assert images[:, 0, 0, 0].tolist() == [7, 3]
@@ -345,10 +345,10 @@ def test_shares_of_the_judge_by_hand(monkeypatch):
 
     monkeypatch.setattr(judge_module, "Judge", Fake)
     first = next(iter(judge_module.ATTRIBUTES["color"]))
-    cases = [Case("x", i, {"color": first}) for i in range(4)]
+    cases = [DriftCase("x", i, {"color": first}) for i in range(4)]
     reference = np.full((4, 2, 2, 3), 10, np.uint8)
     candidate = np.stack([np.full((2, 2, 3), s, np.uint8) for s in (10, 20, 30, 40)])
-    judged = judge_pictures(Path("judge"), cases, reference, candidate)
+    judged = judge_images(Path("judge"), cases, reference, candidate)
     values = [(s.reference.value, s.candidate.value, s.difference.value) for s in (judged.named, judged.right)]
     assert values == [(1.0, 0.75, -0.25), (1.0, 0.5, -0.5)]
     assert judged.drop.value == 0.5 and judged.drop.low <= 0.5 <= judged.drop.high
@@ -357,7 +357,7 @@ def test_shares_of_the_judge_by_hand(monkeypatch):
 # The report.
 
 
-def report(**changes) -> Report:
+def report(**changes) -> DriftReport:
     settings = {"candidate": "c", "reference": "r", "count": 2, "prompts": "p", "seed": 0, "policy": "q"}
     settings |= {"width_px": 64, "height_px": 32, "num_inference_steps": 2}
     latents = [Measure("end to end", "latents", "", exactly(v), s) for s, v in enumerate((0.4, 0.3))]
@@ -365,7 +365,7 @@ def report(**changes) -> Report:
     psnr = Measure("end to end", "PSNR", "dB", exactly(30.0))
     values = {"settings": settings, "versions": {}, "notes": (), "thresholds": Thresholds(heads=0.25, latents=0.35)}
     values |= {"measures": (*means, *latents, psnr), "judged": None, "layers": (), "sensitivity": None, "breaches": ()}
-    return Report(**(values | changes))
+    return DriftReport(**(values | changes))
 
 
 def test_the_table_puts_each_limit_beside_what_it_limits():

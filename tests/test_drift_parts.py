@@ -17,22 +17,27 @@ import pytest
 from arcflow_export.drift import compare as compare_module
 from arcflow_export.drift import sensitivity
 from arcflow_export.drift import stages as stages_module
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.drift.comparable import check_comparable, same_parts
-from arcflow_export.drift.compare import Plan, compare
+from arcflow_export.drift.compare import DriftPlan, compare
 from arcflow_export.drift.compare_cases import CaseErrors, compare_cases
-from arcflow_export.drift.stages import Stages
-from arcflow_export.formats.thresholds import Thresholds
+from arcflow_export.drift.stages import BundleStages
 from arcflow_export.errors import ExportError
+from arcflow_export.formats.thresholds import Thresholds
 from arcflow_runtime import Pipeline
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.generate.text import PromptTokenizer
 from tests.fake_bundle import list_files, write_manifest
 
 #: Prompts of unlike words and other seeds than their places; the first comes twice.
-CASES = (Case("a red circle", 4), Case("two blue cats", 7), Case("an old sailor", 5), Case("a red circle", 6))
+CASES = (
+    DriftCase("a red circle", 4),
+    DriftCase("two blue cats", 7),
+    DriftCase("an old sailor", 5),
+    DriftCase("a red circle", 6),
+)
 #: No field has a default's value.
-SCENE = Scene(height_px=32, width_px=48, num_inference_steps=3, guidance_scale=2.0, max_sequence_length=12)
+SCENE = ImageSettings(height_px=32, width_px=48, num_inference_steps=3, guidance_scale=2.0, max_sequence_length=12)
 HEADS = ("means", "logweights", "loggammas")
 #: A sum in another order: some units of 2^-24 in every layer.
 ROUNDING = 2e-5
@@ -235,7 +240,7 @@ def test_the_gate_fails_by_the_last_step_and_the_prompts_mean(reference, changed
     last, first = (float(values["latents", step].mean()) for step in (2, 0))
     assert last != pytest.approx(first, rel=0.01)
     limit = (first + last) / 2
-    report, shown = compare(candidate, reference, CASES, SCENE, Plan("p", "q", Thresholds(latents=limit)))
+    report, shown = compare(candidate, reference, CASES, SCENE, DriftPlan("p", "q", Thresholds(latents=limit)))
     assert [b.value for b in report.breaches] == ([pytest.approx(last)] if last > first else [])
     measured = {(m.what, m.step): m.interval for m in report.measures}
     assert all(i.low <= i.value <= i.high for i in measured.values())
@@ -249,7 +254,7 @@ def test_the_gate_fails_by_the_last_step_and_the_prompts_mean(reference, changed
 
 def test_cases_compared_apart_give_the_same_report(reference, changed, monkeypatch):
     """With memory for three cases of four at a time: the batches are others, so rounding may differ."""
-    arguments = changed("backbone"), reference, CASES, SCENE, Plan("p", "q", Thresholds(heads=0.1))
+    arguments = changed("backbone"), reference, CASES, SCENE, DriftPlan("p", "q", Thresholds(heads=0.1))
     whole, pictures = compare(*arguments)
     monkeypatch.setattr(compare_module, "KEPT_BYTES", 3 * compare_module._case_bytes(reference, SCENE))
     seen = []
@@ -301,10 +306,10 @@ def test_engines_are_measured_in_place_of_the_graphs(reference, changed, generat
 def test_texts_of_several_lengths_keep_their_order(bundles, monkeypatch):
     """Qwen-Image's prompts run by text length, two images at a time; each gets what its own pipeline gives it."""
     bundle = Bundle.open(bundles("qwen-tiny"))
-    cases = tuple(Case(p, 10 + i) for i, p in enumerate(("aa", "bbbb", "cc", "dddd", "ee")))
-    size = Scene(32, 32, 2, None, 256)
+    cases = tuple(DriftCase(p, 10 + i) for i, p in enumerate(("aa", "bbbb", "cc", "dddd", "ee")))
+    size = ImageSettings(32, 32, 2, None, 256)
     monkeypatch.setattr(stages_module, "_BATCH_TOKENS", 2 * 4)
-    stages = Stages(bundle, cases, size, bundle.manifest.reference_dtype)
+    stages = BundleStages(bundle, cases, size, bundle.manifest.reference_dtype)
     text = stages.encode()
     batches = stages.batches(text, stages.modulation(text.pooled))
     assert [b.rows for b in batches] == [[0, 2], [4], [1, 3]]
@@ -350,7 +355,7 @@ def test_sensitivity_is_measured_on_cases_spread_over_all(reference, monkeypatch
     monkeypatch.setattr(compare_module, "measure_sensitivity", stop)
     monkeypatch.setattr(compare_module, "PROMPTS", 2)
     layers = [compare_module.LayerDrift("backbone", "x", (0.1,), None)]
-    plan = Plan("p", "q", Thresholds(), sensitivity="blocks")
+    plan = DriftPlan("p", "q", Thresholds(), sensitivity="blocks")
     compare_module._sensitivity(reference, reference, CASES, SCENE, layers, plan, lambda *_: None)
     assert taken == [CASES[0], CASES[2]]
     assert sensitivity.PROMPTS == 32

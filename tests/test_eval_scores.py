@@ -12,20 +12,19 @@ import pytest
 import torch
 
 from arcflow_distill.evaluate import paths
-from arcflow_export.images.cases import Cases, _described, draw_cases, real_pictures
-from arcflow_distill.evaluate.options import Options
-from arcflow_distill.evaluate.report import Report, SamplerReport
-from arcflow_distill.evaluate.samplers import Drawn as Drawing
-from arcflow_distill.evaluate.samplers import EulerSampler, Teacher, draw_all, noise, to_uint8
+from arcflow_distill.evaluate.options import EvaluationOptions
+from arcflow_distill.evaluate.report import EvaluationReport, SamplerReport
+from arcflow_distill.evaluate.samplers import EulerSampler, TeacherPipeline, generate_all, noise, to_uint8
+from arcflow_distill.evaluate.samplers import Generated
 from arcflow_distill.evaluate.scores import Difference, Score, Scorer
-from arcflow_export.images.judge import to_tensor
-from arcflow_export.images.statistics import Interval, frechet, mean_interval, moments, normal_interval, resample
 from arcflow_distill.evaluate.students import AdapterSampler, BundleSampler, Call
 from arcflow_distill.train.networks import Canvas, load_transformer
-from arcflow_distill.train.networks import Teacher as Network
+from arcflow_distill.train.networks import TeacherNetwork
 from arcflow_distill.train.prompts import Encoder, collate
-from arcflow_export.images.judge import Judge, Reading, judge_rates
+from arcflow_export.images.cases import Cases, _described, draw_cases, real_images
+from arcflow_export.images.judge import Judge, Reading, judge_rates, to_tensor
 from arcflow_export.images.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, PHRASES, sample
+from arcflow_export.images.statistics import Interval, frechet, mean_interval, moments, normal_interval, resample
 from arcflow_runtime.errors import RequestError
 from tests.checkpoints import GOLDEN
 
@@ -106,7 +105,7 @@ def drawn(latents: list[float], features: list[int], wrong: tuple[int, ...] = ()
             name: ATTRIBUTES[name][-1 - ATTRIBUTES[name].index(w)] if i in wrong else w for name, w in words.items()
         }
         pictures.append(picture(shown, i not in unclean, features[i], 10))
-    return Drawing(np.array(latents, np.float32).reshape(4, 1, 1), np.stack(pictures))
+    return Generated(np.array(latents, np.float32).reshape(4, 1, 1), np.stack(pictures))
 
 
 @pytest.fixture
@@ -139,7 +138,7 @@ def test_errors_are_from_the_reference_and_relative_to_its_variance(scorer):
 def test_the_psnr_is_a_mean_of_decibels(scorer):
     """One of four pictures differs, by 30 in all 3 channels of one of 4 pixels: mean square (30 / 255)^2 / 4."""
     other = drawn([0, 0, 4, 4], [0, 2, 0, 2])
-    other.pictures[1, 1, 1] += 30
+    other.images[1, 1, 1] += 30
     one = -10 * math.log10((30 / 255) ** 2 / 4)
     scores = scorer[0].score("s", other)
     assert scores["seen"].psnr_db.value == pytest.approx((100 + one) / 2)
@@ -238,14 +237,14 @@ def test_both_ways_of_naming_a_background_are_used():
 def test_real_pictures_are_of_the_words():
     """The corner has the named background, and some pixel the named colour."""
     cases = draw_cases(32, seed=2)
-    pictures = real_pictures(cases, seed=1)
+    pictures = real_images(cases, seed=1)
     for words, shown in zip(cases.words, pictures, strict=True):
         if "background" in words:
             assert torch.allclose(shown[:, 0, 0] * 255, torch.tensor(BACKGROUNDS[words["background"]]).float())
         if "color" in words:
             away = (shown * 255 - torch.tensor(COLORS[words["color"]])[:, None, None]).abs().amax(0)
             assert away.min() < 0.01
-    assert not torch.equal(pictures, real_pictures(cases, seed=2))
+    assert not torch.equal(pictures, real_images(cases, seed=2))
 
 
 def test_scenes_that_fit_have_every_word():
@@ -264,27 +263,27 @@ class Numbered:
 
     network_calls, batch = 1, 2
 
-    def draw(self, captions, seeds):
+    def generate(self, captions, seeds):
         assert len(captions) == len(seeds) <= self.batch
         pictures = np.array([len(c) for c in captions], np.uint8).reshape(-1, 1, 1, 1)
-        return Drawing(np.array(seeds, np.float32).reshape(-1, 1, 1), pictures)
+        return Generated(np.array(seeds, np.float32).reshape(-1, 1, 1), pictures)
 
 
 def test_batches_keep_captions_and_seeds_together():
-    found = draw_all(Numbered(), ["a", "bb", "ccc", "dddd", "eeeee"], [9, 8, 7, 6, 5])
+    found = generate_all(Numbered(), ["a", "bb", "ccc", "dddd", "eeeee"], [9, 8, 7, 6, 5])
     assert found.latents.ravel().tolist() == [9, 8, 7, 6, 5] and found.pictures.ravel().tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    return Teacher(FLUX / "base")
+def teacher() -> TeacherPipeline:
+    return TeacherPipeline(FLUX / "base")
 
 
 def test_two_euler_steps_by_hand(teacher):
     """x + (sigma' - sigma) v at 1 and 3.2/4.2, guidance 3.5 and 12 text tokens, with the distillation's own network."""
     captions, seeds = ("a red circle", "a shape"), (5, 6)
     path, _ = teacher.walk(captions, seeds, 2)
-    network = Network(load_transformer(FLUX / "base", "flux", torch.float32), "flux")
+    network = TeacherNetwork(load_transformer(FLUX / "base", "flux", torch.float32), "flux")
     text = collate(Encoder(FLUX / "base", "flux", torch.float32, torch.device("cpu"), 12).encode(captions))
     x, sigmas = noise(seeds), (1.0, 3.2 / 4.2, 0.0)
     np.testing.assert_array_equal(path[0], x.numpy())
@@ -293,7 +292,7 @@ def test_two_euler_steps_by_hand(teacher):
         # The two code paths round the timestep and the rotary tables alike; sums of float32 differ by their order.
         np.testing.assert_allclose(path[i + 1], x.numpy(), atol=1e-4)
     assert not np.allclose(path[1, 0], path[1, 1])
-    last = EulerSampler(teacher, 2).draw(captions, seeds)
+    last = EulerSampler(teacher, 2).generate(captions, seeds)
     np.testing.assert_array_equal(last.latents, path[2])
 
 
@@ -346,7 +345,7 @@ def test_walks_are_of_seen_prompts_that_name_little():
         return [Call(x + step, zeros, zeros, zeros[:, :, :0], 1.0 - step / 2, 0.5 - step / 2) for step in range(2)]
 
     student = SimpleNamespace(calls=calls, network_calls=2)
-    drawing = Drawing(np.zeros((6, 1, 1)), np.arange(20, 26))
+    drawing = Generated(np.zeros((6, 1, 1)), np.arange(20, 26))
     walks = paths.walk(cases, SimpleNamespace(walk=walk), student, drawing, 50)
     assert [w.caption for w in walks] == ["f", "b", "d", "e"]
     assert asked == [(["f", "b", "d", "e"], [15, 11, 13, 14], 50), (["f", "b", "d", "e"], [15, 11, 13, 14], 2)]
@@ -368,9 +367,9 @@ def test_the_plane_is_that_of_the_largest_spread():
 
 @pytest.mark.parametrize("bad", [{"count": 3}, {"seed": 2**32}, {"teacher_steps": (1001,)}, {"teacher_steps": (2, 0)}])
 def test_options_at_their_ends(bad):
-    Options(count=4, seed=2**32 - 1, teacher_steps=(1000, 1))
+    EvaluationOptions(count=4, seed=2**32 - 1, teacher_steps=(1000, 1))
     with pytest.raises(RequestError):
-        Options(**bad)
+        EvaluationOptions(**bad)
 
 
 def test_the_table_has_every_number_in_its_place():
@@ -385,7 +384,7 @@ def test_the_table_has_every_number_in_its_place():
     )
     difference = Difference("x", "real", "seen", Interval(-0.5, -0.6, -0.4), Interval(0.25, 0.2, 0.3))
     settings = {"prompts": {"seen": 3, "held-out": 2}, "teacher_steps": [50, 2]}
-    report = Report(settings, {}, {}, samplers, (difference,))
+    report = EvaluationReport(settings, {}, {}, samplers, (difference,))
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in report.table().splitlines() if line.startswith("| ")]
     real, x = ([r for r in rows if r[0] == label] for label in ("real", "X, 2 steps"))
     assert [r[2] for r in real] == ["100.0 [99.0, 102.0]", "200.0 [199.0, 202.0]", "300.0 [299.0, 302.0]"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from arcflow_runtime.disk import bundle as bundle_module
 from arcflow_runtime import cli
+from arcflow_runtime.disk import bundle as bundle_module
 from tests.fake_bundle import make_bundle
 
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from arcflow_export.checkpoint import merge
+from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
 from arcflow_export.quantize import quantize, weights
 from arcflow_export.quantize.coverage import _flops, cover_part
 from arcflow_export.quantize.fp8 import make_scale
-from arcflow_export.quantize.graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
+from arcflow_export.quantize.graph import LinearNode, QuantizeLinears, find_linears, is_quantized, shared_inputs
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
-from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_runtime.disk.bundle import Bundle
 from tests.fake_bundle import make_bundle
 
@@ -166,7 +166,7 @@ def test_unknown_linears_and_quantised_graphs_are_refused():
 
 def test_flops_of_one_linear():
     """Two per multiplication: 2 x (2 x 5 rows) x 4 x 3."""
-    linear: Linear = find_linears(graph())["b"]
+    linear: LinearNode = find_linears(graph())["b"]
     assert _flops(linear, {"B": 2, "N": 5}) == 240
 
 
@@ -190,7 +190,7 @@ def test_linears_of_one_tensor_get_the_largest_of_their_own_ranges_only():
 
     def scales_of(*chosen):
         found = find_linears(graph())
-        planned = quantize.PlannedPart("backbone", graph(), found, chosen)
+        planned = quantize.PartQuantizationPlan("backbone", graph(), found, chosen)
         got = quantize._input_scales(Scales(), planned, dict.fromkeys(chosen, torch.float32))
         return {name: pytest.approx(scale.item()) for name, scale in got.items()}
 
