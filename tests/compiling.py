@@ -16,6 +16,8 @@ import pytest
 from arcflow_export.pipeline import process
 from arcflow_runtime import cli
 
+# The command plans an export, whatever the stages are.
+pytest.importorskip("torch")
 HERE = Path(__file__).parent
 STAGES = ("export", "calibrate", "quantize", "verify", "build")
 FP8 = ("--precision", "fp8", "--backend", "tensorrt-rtx", "--target", "sm89")
