@@ -46,6 +46,7 @@ def test_example(bundles, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     """A function (section) that runs its commands, all in one folder."""
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("readme")
 
     def run(section: str) -> None:
