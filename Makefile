@@ -53,7 +53,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/maths/speedups.cpp $(wildcard runtime/kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev,docs]"
 	@touch $@
 
 demo: PRECISION := $(or $(PRECISION),fp32)
@@ -170,11 +170,8 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(MAKE) cpp-format
 
-docs: $(VENV)/.docs
+docs: setup
 	$(BIN)/mkdocs build --strict
-$(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[docs]"
-	@touch $@
 
 clean:
 	rm -rf $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -84,8 +84,9 @@ def test_the_walk_on_a_cpu(walk, capsys):
 
 def test_the_walk_to_engines(walk):
     pytest.importorskip("tensorrt_rtx")
-    if not (walk.folder / "fp8").exists():
-        pytest.skip("the walk on a CPU comes first")
+    # Another of xdist's workers may have run the first sections.
+    for section in WALK[:-1] if not (walk.folder / "fp8").exists() else ():
+        walk(section)
     walk(WALK[-1])
     assert list((walk.folder / "fp8" / "engines").iterdir())
 
