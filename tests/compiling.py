@@ -65,7 +65,8 @@ def records():
 def start(place, *arguments, **environment):
     """The command as a process of its own."""
     command = [sys.executable, str(HERE / "fake_compile.py"), "student.toml", *FP8, *arguments]
-    environment = os.environ | environment | {"PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | environment | {"PYTHONPATH": path}
     return subprocess.Popen(
         command,
         env=environment,
