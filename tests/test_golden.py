@@ -20,7 +20,7 @@ from tests.fake_bundle import TOKENIZERS
 CASES = [(f, i) for f in FAMILIES for i in range(3)]
 
 
-@pytest.fixture(scope="module", params=[20, 23], ids=["opset20", "opset23"])
+@pytest.fixture(scope="module", params=[pytest.param(20, marks=pytest.mark.slow), 23], ids=["opset20", "opset23"])
 def pipelines(request, bundles):
     return {f: Pipeline.load(bundles(f, opset=request.param, steps=(2, 4))) for f in FAMILIES}
 

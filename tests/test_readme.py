@@ -82,6 +82,7 @@ def test_the_walk_on_a_cpu(walk, capsys):
     assert found == ["again.png", "circle.png", "drift", "fp32", "fp8", "image-0.png", "image-1.png", "scales.json"]
 
 
+@pytest.mark.slow
 def test_the_walk_to_engines(walk):
     pytest.importorskip("tensorrt_rtx")
     # Another of xdist's workers may have run the first sections.
