@@ -214,7 +214,7 @@ def stop_after(monkeypatch, count):
     return calls
 
 
-@pytest.mark.parametrize("method", ["max", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["max", "percentile", pytest.param("mse", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
     changes = {"method": method, "percentile": 99.9 if method == "percentile" else None}
     run("flux-tiny", tmp_path / "whole.json", **changes)

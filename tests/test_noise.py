@@ -113,8 +113,8 @@ def test_a_megapixel_takes_milliseconds():
     randn(0, (16,))
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()  # what other processes take does not count
         randn(0, (1, 16, 128, 128))
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     # Measured 6 ms; ten times that still does not show beside a network call.
     assert min(times) < 0.06
