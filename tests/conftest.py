@@ -1,53 +1,92 @@
-"""Fixtures for all tests: bundles exported once per run from the golden checkpoints, the C++ library, the kernels."""
+"""Shared fixtures: bundles exported once per run from the golden checkpoints. Only these import torch."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from arcflow_export.checkpoint.sources import Location
-from arcflow_export.export.export import export_bundle, plan_export
-from arcflow_export.options import ExportOptions
-from arcflow_export.student.load import Student, load_student
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.maths import noise, speedups, update
 from tests.cpp import build_library, configure_cpp, embed, library_of
 from tests.kernel_source import build_host, open_gpu
-from tests.traces import Traces
+
+if TYPE_CHECKING:
+    from arcflow_export.student.load import Student
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
+#: What the extras `export`, `calibrate`, `distill` and `dev` bring and tests import; the runtime works without.
+EXTRAS = (
+    "diffusers",
+    "filelock",
+    "huggingface_hub",
+    "matplotlib",
+    "ml_dtypes",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "pydantic",
+    "torch",
+    "transformers",
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Skip, and say so, a test file that imports a package of an extra that is not installed."""
+    report = yield
+    if report.failed and isinstance(collector, pytest.Module):
+        missing = report.call.excinfo.value.__cause__
+        name = (getattr(missing, "name", None) or "").partition(".")[0]
+        if isinstance(missing, ModuleNotFoundError) and name in EXTRAS and importlib.util.find_spec(name) is None:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), None, f"Skipped: needs {name}, which is not installed")
+    return report
 
 
 def golden_student(name: str, loras: list | None = None) -> Student:
-    return load_student(Location(str(GOLDEN / name / "base")), Location(str(GOLDEN / name / "adapter")), loras or [])
+    return _load_student(GOLDEN / name / "base", GOLDEN / name / "adapter", loras or [])
 
 
 def shapes_student() -> Student:
-    return load_student(Location(str(SHAPES / "teacher")), Location(str(SHAPES / "adapter")), [])
+    return _load_student(SHAPES / "teacher", SHAPES / "adapter", [])
 
 
-#: Export options of the shapes model's bundle, as in `make engine`.
+def _load_student(base: Path, adapter: Path, loras: list) -> Student:
+    from arcflow_export.checkpoint.sources import Location
+    from arcflow_export.student.load import load_student
+
+    return load_student(Location(str(base)), Location(str(adapter)), loras)
+
+
+#: Of the shapes model's bundle, as `make engine` exports it.
 SHAPES_OPTIONS = {"max_px": 64, "max_sequence_length": 12}
 
 
 def export(student: Student, out: Path, **options) -> Path:
-    return export_bundle(plan_export(student, ExportOptions(**options)), out, "test")
+    from arcflow_export.export.export import export_bundle, plan_export
+    from arcflow_export.options import Options
+
+    return export_bundle(plan_export(student, Options(**options)), out, "test")
 
 
 @dataclass(frozen=True)
 class CommandRun:
-    """The result of `arcflow export`: its bundle, exit code and output."""
+    """What `arcflow export` wrote and printed."""
 
     bundle: Path
     code: int
@@ -55,48 +94,90 @@ class CommandRun:
     err: str
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def traces(request, tmp_path_factory):
-    """Trace each part once and reuse the result, also in later runs; see `Traces`."""
+    """Equal parts are traced once."""
+    pytest.importorskip("torch")
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    from tests.traces import Traces
+
     cache = getattr(request.config, "cache", None)
     kept = Traces(cache.mkdir("traces") if cache else tmp_path_factory.mktemp("traces"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("arcflow_export.graph.trace._convert", kept.convert)
-        # torch parses the source of its converters again for each program, which takes a second per part.
+        # torch reads the source of its converters again for each program: a second a part.
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 
-@pytest.fixture(scope="session")
-def command_run(tmp_path_factory) -> CommandRun:
-    """The golden FLUX student, exported in bfloat16 by the command once per test run."""
-    bundle = tmp_path_factory.mktemp("command") / "bundle"
-    arguments = ["--base", GOLDEN / "flux-tiny" / "base", "--adapter", GOLDEN / "flux-tiny" / "adapter"]
-    arguments += ["--out", bundle, "--dtype", "bfloat16", "--json"]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main(["export", *map(str, arguments)])
-    return CommandRun(bundle, code, out.getvalue(), err.getvalue())
+@pytest.fixture(scope="session", autouse=True)
+def _traces_with_torch(request):
+    """`traces` for tests that export on their own, but no import of torch for those that need none."""
+    if "torch" in sys.modules:
+        request.getfixturevalue("traces")
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory):
-    """A function (golden name or "shapes", **export options) -> bundle, exported on first use, shared by all tests."""
-    root, made = tmp_path_factory.mktemp("bundles"), {}
+def once(tmp_path_factory):
+    """A function (key, make) -> the folder that `make` filled, once per run for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    root.mkdir(exist_ok=True)
 
+    def get(key: str, make) -> Path:
+        from filelock import FileLock
+
+        folder = root / sha256(key.encode()).hexdigest()[:16]
+        with FileLock(folder.with_suffix(".lock")):
+            if not (done := folder / "done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def command_run(traces, once) -> CommandRun:
+    """The golden FLUX student exported in bfloat16 by the command, once per run."""
+
+    def make(folder: Path) -> None:
+        bundle = folder / "bundle"
+        arguments = ["--base", GOLDEN / "flux-tiny" / "base", "--adapter", GOLDEN / "flux-tiny" / "adapter"]
+        arguments += ["--out", bundle, "--dtype", "bfloat16", "--json"]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main(["export", *map(str, arguments)])
+        said = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+        (folder / "said.json").write_text(json.dumps(said), encoding="utf-8")
+
+    folder = once("arcflow export", make)
+    return CommandRun(folder / "bundle", **json.loads((folder / "said.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def bundles(traces, once):
+    """A function (golden name or "shapes", **options) -> bundle, exported on first use and shared by all tests."""
+
+    from arcflow_export.options import Options
+
+    @functools.cache
     def get(name: str, **options) -> Path:
-        key = (name, tuple(sorted(options.items())))
-        if key not in made:
+        def make(folder: Path) -> None:
             student = shapes_student() if name == "shapes" else golden_student(name)
-            made[key] = export(student, root / str(len(made)), **options)
-        return made[key]
+            export(student, folder / "bundle", **options)
+
+        return once(f"bundle {name} {Options(**options)}", make) / "bundle"
 
     return get
 
 
 @pytest.fixture(scope="session")
 def cpp_build(tmp_path_factory) -> Path:
-    """The build folder of the C++ library: $ARCFLOW_CPP_BUILD, which is built incrementally, or a new folder."""
+    """The build folder of the C++ library: ARCFLOW_CPP_BUILD, where only what changed is built, or a new one."""
     folder = Path(os.environ.get("ARCFLOW_CPP_BUILD") or tmp_path_factory.mktemp("cpp"))
     build_library(folder)
     return folder
@@ -104,7 +185,7 @@ def cpp_build(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trt_tool(tmp_path_factory):
-    """A function that runs `trt_tool`: (arguments, environment) -> exit code and its output."""
+    """A function (arguments, environment) -> exit code and what trt_tool said."""
     named = os.environ.get("ARCFLOW_CPP_BUILD")
     folder = Path(named or tmp_path_factory.mktemp("cpp_trt"))
     if not (folder / "CMakeCache.txt").exists():
@@ -128,24 +209,25 @@ def cpp_library(cpp_build):
 
 
 @pytest.fixture(scope="session")
-def cpp_bundles(bundles, tmp_path_factory):
-    """A function (golden name or "shapes") -> bundle with built OpenVINO tokenizers, for the C++ library."""
-    made: dict[str, Path] = {}
+def cpp_bundles(bundles, once):
+    """A function (golden name or "shapes") -> bundle with the tokenizers that the C++ library reads."""
 
+    @functools.cache
     def get(name: str) -> Path:
-        if name not in made:
+        def make(folder: Path) -> None:
             source = bundles(name, **(SHAPES_OPTIONS if name == "shapes" else {"steps": (2, 4)}))
-            made[name] = shutil.copytree(source, tmp_path_factory.mktemp("built") / name)
+            built = shutil.copytree(source, folder / name)
             with contextlib.redirect_stdout(io.StringIO()):
-                assert cli.main(["build", str(made[name]), "--backend", "openvino"]) == 0
-        return made[name]
+                assert cli.main(["build", str(built), "--backend", "openvino"]) == 0
+
+        return once(f"built {name}", make) / name
 
     return get
 
 
 @pytest.fixture(scope="session")
 def cpp_pipes(cpp_library, cpp_bundles):
-    """A function (golden name or "shapes") -> pipeline of the C++ library, loaded on first use."""
+    """A function (golden name or "shapes") -> pipeline of the C++ library, opened once."""
     made: dict[str, embed.Pipeline] = {}
 
     def get(name: str):
@@ -160,7 +242,7 @@ def cpp_pipes(cpp_library, cpp_bundles):
 
 @pytest.fixture(scope="session")
 def python_pipes(cpp_bundles):
-    """A function (golden name or "shapes") -> Python pipeline of the same bundle, loaded on first use."""
+    """A function -> the Python pipeline of the same bundle."""
     made: dict[str, Pipeline] = {}
 
     def get(name: str) -> Pipeline:
@@ -173,19 +255,19 @@ def python_pipes(cpp_bundles):
 
 @pytest.fixture(scope="session")
 def kernel_host(tmp_path_factory):
-    """The kernels' source compiled for this CPU, as a ctypes library."""
+    """The kernels' source built for this CPU."""
     return build_host(tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture(scope="session")
 def kernel_gpu():
-    """A GPU, a stream and the kernels loaded on it; skips where there is no GPU."""
+    """A device, a stream and the kernels on it."""
     return open_gpu()
 
 
 @pytest.fixture(params=["compiled", "numpy"])
 def both_ways(request, monkeypatch):
-    """Run the test with the compiled noise and update, and again with numpy."""
+    """The runtime's compiled part, then numpy in its place."""
     if request.param == "compiled" and speedups.compiled is None:
         pytest.skip("the runtime was installed without a C++ compiler")
     if request.param == "numpy":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,13 @@ from safetensors.numpy import save_file
 from arcflow_runtime.disk import manifest as b
 
 GOLDEN = Path(__file__).parent / "golden"
+#: The golden students' tokenizers as an export writes them: Hugging Face's tokenizer.json.
+TOKENIZERS = {
+    "flux-tiny/base/tokenizer": GOLDEN / "tokenizers" / "clip.json",
+    "flux-tiny/base/tokenizer_2": GOLDEN / "tokenizers" / "t5.json",
+    "qwen-tiny/base/tokenizer": GOLDEN / "tokenizers" / "qwen.json",
+}
 K, P, C, TEXT, POOLED, MODULATION = 3, 4, 16, 8, 6, 5
-
-
-@functools.lru_cache
-def tokenizer_json(name: str) -> str:
-    """The tokenizer.json of a golden base's tokenizer, such as "flux-tiny/base/tokenizer_2"."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(GOLDEN / name).backend_tokenizer.to_str()
 
 
 def _part(name: str, inputs: dict[str, tuple], outputs: dict[str, tuple], precision: b.DType) -> b.Part:
@@ -80,7 +78,7 @@ def make_bundle(
     found = parts(family, precision, conditioner=not baked)
     names = {"tokenizer": "tokenizer.json"} | ({"tokenizer_2": "tokenizer_2.json"} if flux else {})
     for key, name in names.items():
-        (root / name).write_text(tokenizer_json(f"{'flux' if flux else 'qwen'}-tiny/base/{key}"))
+        shutil.copyfile(TOKENIZERS[f"{'flux' if flux else 'qwen'}-tiny/base/{key}"], root / name)
     for name, part in found.items():
         (root / part.graph).write_text(f"graph of {name}")
         (root / part.weights).write_text(f"weights of {name}")

@@ -50,6 +50,7 @@ CASES = {
     "flux-float32": ("flux-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
     "qwen-float32": ("qwen-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
 }
+SLOW = pytest.mark.slow
 
 
 def build(root, *arguments):
@@ -96,7 +97,7 @@ def tensors(path):
     return {k: data[8 + size + v["data_offsets"][0] : 8 + size + v["data_offsets"][1]] for k, v in header.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c == "flux-bfloat16" else pytest.param(c, marks=SLOW) for c in CASES])
 def test_built_with_its_weights(engines, case):
     root, rows = engines(case)
     assert [row["part"] for row in rows] == CASES[case][2]
@@ -116,6 +117,7 @@ def output_dtypes(root, part, kind):
     return {layer.name: layer.get_output(0).dtype for layer in layers if layer.type == kind}
 
 
+@SLOW
 def test_mixed_parts_keep_their_precisions_in_the_network(engines):
     root, rows = engines("flux-mixed")
     for part in ("backbone", "text_encoder_2"):
@@ -126,6 +128,7 @@ def test_mixed_parts_keep_their_precisions_in_the_network(engines):
     assert precisions == ["bfloat16"] * 4 + ["float16"]
 
 
+@SLOW
 def test_kept_linears_are_float32_in_the_network(engines):
     root, _ = engines("flux-kept")
     dtypes = output_dtypes(root, "backbone", trt.LayerType.MATRIX_MULTIPLY)
@@ -134,7 +137,7 @@ def test_kept_linears_are_float32_in_the_network(engines):
     assert {dtype for name, dtype in dtypes.items() if name not in kept} == {trt.float16}
 
 
-@pytest.mark.parametrize("case", ["flux-bfloat16", "qwen-bfloat16"])
+@pytest.mark.parametrize("case", ["flux-bfloat16", pytest.param("qwen-bfloat16", marks=SLOW)])
 def test_found_by_the_runtime(engines, case):
     root, rows = engines(case)
     host = Host("tensorrt-rtx", trt.__version__, "sm89", None, this_platform())

@@ -250,7 +250,11 @@ def test_summary():
 
 
 def test_steps_that_differ_by_just_twice_are_not_counted():
-    ranges = {"a": ActivationRange((1.0, 2.0), 1, (65504.0, 1.0)), "b": ActivationRange((1.0, 1.5, 3.0), 1), "c": ActivationRange((3.0, 1.0), 1)}
+    ranges = {
+        "a": ActivationRange((1.0, 2.0), 1, (65504.0, 1.0)),
+        "b": ActivationRange((1.0, 1.5, 3.0), 1),
+        "c": ActivationRange((3.0, 1.0), 1),
+    }
     (part,) = summarise(make(parts={"backbone": ranges}))
     assert (part.differing, part.ratio, part.ratio_layer, part.overflowing) == (2, 3.0, "b", ())
 

@@ -129,6 +129,7 @@ def test_the_student_that_was_trained_is_the_one_that_draws(made, tmp_path):
         assert torch.allclose(x, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_exports(made, tmp_path):
     base, adapter, _ = made
     student = open_student(base, adapter)

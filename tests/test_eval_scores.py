@@ -14,12 +14,10 @@ import torch
 from arcflow_distill.evaluate import paths
 from arcflow_distill.evaluate.options import EvaluationOptions
 from arcflow_distill.evaluate.report import EvaluationReport, SamplerReport
-from arcflow_distill.evaluate.samplers import EulerSampler, TeacherPipeline, generate_all, noise, to_uint8
-from arcflow_distill.evaluate.samplers import Generated
+from arcflow_distill.evaluate.samplers import EulerSampler, Generated, TeacherPipeline, generate_all, noise, to_uint8
 from arcflow_distill.evaluate.scores import Difference, Score, Scorer
 from arcflow_distill.evaluate.students import AdapterSampler, BundleSampler, Call
-from arcflow_distill.train.networks import Canvas, load_transformer
-from arcflow_distill.train.networks import TeacherNetwork
+from arcflow_distill.train.networks import Canvas, TeacherNetwork, load_transformer
 from arcflow_distill.train.prompts import Encoder, collate
 from arcflow_export.images.cases import Cases, _described, draw_cases, real_images
 from arcflow_export.images.judge import Judge, Reading, judge_rates, to_tensor

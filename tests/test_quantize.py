@@ -61,7 +61,7 @@ def made(bundles, command_run, tmp_path_factory):
     return get
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[pytest.param(c, marks=pytest.mark.slow) if "opset20" in c else c for c in CASES])
 def case(request, made):
     return made(request.param)
 

@@ -12,7 +12,7 @@ from arcflow_runtime.disk.bundle import Bundle
     ("options", "expected"),
     [
         ({}, RunsOn(True, False)),
-        ({"opset": 20}, RunsOn(True, True)),
+        pytest.param({"opset": 20}, RunsOn(True, True), marks=pytest.mark.slow),
         ({"dtype": "bfloat16"}, RunsOn(False, True)),
         ({"dtype": "float16"}, RunsOn(True, True)),
         ({"precision": (("text_encoder_2", "bfloat16"),)}, RunsOn(False, False)),
