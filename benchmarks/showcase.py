@@ -1,7 +1,7 @@
-"""The README's picture: a bundle of the shapes student and its teacher -> docs/showcase.png.
+"""Make the README's image, docs/showcase.png, with a bundle of the shapes student and its teacher.
 
-Six prompts with the seeds 0 to 5, none of them selected by its result. Every column starts from the same noise: the
-teacher with 50 network calls, the student with 2, and the teacher with 2. diffusers runs the teacher.
+It shows six prompts with the seeds 0 to 5, not selected by their results. In each column, all images start from the
+same noise: the teacher with 50 network calls, the student with 2, and the teacher with 2. diffusers runs the teacher.
 
     python benchmarks/showcase.py out/shapes-fp32 --out docs/showcase.png
 """
@@ -28,7 +28,7 @@ PROMPTS = (
 )
 SEEDS = tuple(range(len(PROMPTS)))
 TEACHER = Path(__file__).parent.parent / "models" / "shapes" / "teacher"
-#: What the shapes model was trained for.
+#: The image size and text length that the shapes model was trained for.
 SIZE_PX, MAX_SEQUENCE_LENGTH = 64, 12
 #: Layout in pixels: an image on the sheet, gaps, the column of labels, the line of prompts.
 CELL, GAP, LABELS, PROMPT_LINE = 160, 10, 190, 52
@@ -64,7 +64,7 @@ def _teacher(pipe: FluxPipeline, calls: int) -> list[Image.Image]:
 
 
 def _sheet(rows: dict[tuple[str, str], list[Image.Image]]) -> Image.Image:
-    """A row for each sampler, a column for each prompt."""
+    """Make the sheet, with a row for each sampler and a column for each prompt."""
     step = CELL + GAP
     sheet = Image.new("RGB", (LABELS + len(PROMPTS) * step, PROMPT_LINE + len(rows) * step), _PAPER)
     draw = ImageDraw.Draw(sheet)

@@ -1,4 +1,4 @@
-"""Results -> the tables of the pages that show them, between the markers there: `python benchmarks/tables.py`."""
+"""Write the tables of the benchmark pages, between their markers, from the JSON results; run it without arguments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"
 SHAPES = HERE.parent / "models" / "shapes"
-#: Of the FP8 bundle that the rehearsal writes, which its record does not have.
+#: Size of the FP8 bundle that the rehearsal writes; its record does not have it.
 QUANTIZED_SIZE = "25.1 GB"
 
 
 def run_table() -> str:
-    """Everything that was run, for the project's README: student, stage, engine, disk, memory and time."""
+    """Every measured run, for the project's README: student, stage, engine, disk, memory and time."""
     cpu = {r["workload"]: r for r in _read("cpu_vs_torch")["results"]}
     exports = {name: _read(f"export_{name}") for name in ("flux", "qwen")}
     stages = _read("rehearsal_flux")["stages"]
@@ -55,8 +55,8 @@ def run_table() -> str:
         ["shapes, trained, 64 px", "training from nothing", "PyTorch", "", "", f"{training_s / 60:.0f} min"],
         ["", f"{count} in float32, {count} in FP8", "ONNX Runtime", f"{shapes_bytes / 1e6:.0f} MB", "", ""],
         ["tiny FLUX, random weights, 64 px", "one image", "ONNX Runtime", "", "", image("tiny")],
-        ["", f"{soak['python']['pictures']:,} images", "ONNX Runtime", "", resident("python"), ""],
-        ["", f"{soak['cpp']['pictures']:,} images in C++", "OpenVINO", "", resident("cpp"), ""],
+        ["", f"{soak['python']['images']:,} images", "ONNX Runtime", "", resident("python"), ""],
+        ["", f"{soak['cpp']['images']:,} images in C++", "OpenVINO", "", resident("cpp"), ""],
         ["", "one image in C++, besides the engine", "OpenVINO", "", "", f"{cpp['median_ms']:.2f} ms"],
         [f"{medium}, {cpu['medium']['size_px']} px", "one image", "ONNX Runtime", "", "", image("medium")],
         ["FLUX.1-dev's sizes, random weights", *export("flux")],
@@ -109,7 +109,7 @@ def quantize_table() -> str:
 
 
 def rehearsal_table() -> str:
-    """Every stage of a full-size student beside what was planned for it."""
+    """Every stage of a full-size student, beside its estimate."""
     r = _read("rehearsal_flux")
     rows = [
         "| stage | what | planned | took | CPU | planned | peak resident | read from disk |",
@@ -158,7 +158,7 @@ def cpu_table() -> str:
 
 
 def host_table() -> str:
-    """What an image takes besides the engines, one row per runtime."""
+    """The time of an image outside the engines, one row per runtime."""
     data = _read("host_time")
     names = {"python": "Python, ONNX Runtime", "cpp": "C++, OpenVINO"}
     shares = list(data["results"][0]["shares_ms"])
@@ -174,7 +174,7 @@ def host_table() -> str:
 
 
 def arcs_table() -> str:
-    """Students of many modes beside students of one: mean and standard deviation over the seeds."""
+    """Students with many modes beside students with one mode: mean and standard deviation over the seeds."""
     data = _read("arcs_vs_linear")
     results = data["results"]
     subsets = [name for name in results["teacher-50"] if name != "all"]
@@ -199,7 +199,7 @@ def arcs_table() -> str:
 
 
 def recipe_table() -> str:
-    """Where the shapes model's training time went."""
+    """The training time of the shapes model by stage."""
     seconds = json.loads((SHAPES / "recipe.json").read_text())["seconds"]
     rows = ["| stage | minutes |", "|---|---|"]
     rows += [f"| {stage} | {s / 60:.1f} |" for stage, s in seconds.items()]
@@ -207,7 +207,7 @@ def recipe_table() -> str:
 
 
 def eval_table() -> str:
-    """The shapes model's evaluation, a level deeper than in its own file."""
+    """The shapes model's evaluation, with headings one level deeper than in its own file."""
     return (SHAPES / "eval" / "table.md").read_text().strip().replace("## ", "### ")
 
 
