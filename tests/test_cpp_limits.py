@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_runtime.disk import bundle, engine_record, external_data, manifest, sealed, tokenizer_record
+from arcflow_runtime.disk import bundle, engine_record, external_data, families, manifest, sealed, tokenizer_record
 from arcflow_runtime.generate import request, text
 from arcflow_runtime.gpu import kernels, runtime_cache
 from arcflow_runtime.maths import noise, schedule
@@ -26,12 +26,12 @@ PYTHON = {
     "engine_format": engine_record.FORMAT,
     "engine_version": engine_record.VERSION,
     "tokenizers_folder": manifest.OPENVINO,
-    "tokenizers_record": tokenizer_record.RECORD,
+    "tokenizers_record": tokenizer_record.RECORD_FILE,
     "tokenizers_format": tokenizer_record.FORMAT,
     "tokenizers_version": tokenizer_record.VERSION,
     "max_runtime_cache_bytes": runtime_cache.MAX_BYTES,
     "default_size_px": request.DEFAULT_SIZE_PX,
-    "default_guidance_scale": request.DEFAULT_GUIDANCE_SCALE,
+    "default_guidance_scale": families.DEFAULT_GUIDANCE_SCALE,
     "max_guidance_scale": request.MAX_GUIDANCE_SCALE,
     "max_inference_steps": request.MAX_INFERENCE_STEPS,
     "timestep_scale": schedule.TIMESTEP_SCALE,
