@@ -79,9 +79,9 @@ SHAPES_OPTIONS = {"max_px": 64, "max_sequence_length": 12}
 
 def export(student: Student, out: Path, **options) -> Path:
     from arcflow_export.export.export import export_bundle, plan_export
-    from arcflow_export.options import Options
+    from arcflow_export.options import ExportOptions
 
-    return export_bundle(plan_export(student, Options(**options)), out, "test")
+    return export_bundle(plan_export(student, ExportOptions(**options)), out, "test")
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def command_run(traces, once) -> CommandRun:
 def bundles(traces, once):
     """A function (golden name or "shapes", **options) -> bundle, exported on first use and shared by all tests."""
 
-    from arcflow_export.options import Options
+    from arcflow_export.options import ExportOptions
 
     @functools.cache
     def get(name: str, **options) -> Path:
@@ -171,7 +171,7 @@ def bundles(traces, once):
             student = shapes_student() if name == "shapes" else golden_student(name)
             export(student, folder / "bundle", **options)
 
-        return once(f"bundle {name} {Options(**options)}", make) / "bundle"
+        return once(f"bundle {name} {ExportOptions(**options)}", make) / "bundle"
 
     return get
 

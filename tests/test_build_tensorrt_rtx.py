@@ -20,9 +20,9 @@ from attention_graph import attention_bundle, attention_profile
 from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.build.build import Settings, _fix_static_axes, build_engine
+from arcflow_runtime.build.build import BuildSettings, _fix_static_axes, build_engine
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
-from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines.store import Host, find_engine
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
@@ -175,7 +175,7 @@ def test_axes_with_one_value_are_static(bundle):
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
     assert trt.OnnxParser(network, logger).parse_from_file(str(opened.path("backbone.onnx")))
-    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), Range(1, 1))
+    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), SizeRange(1, 1))
     _fix_static_axes(network, profiles)
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     assert shapes["latents"] == (1, 16, 64)
@@ -248,14 +248,14 @@ def test_attention_without_a_kernel_says_what_to_do(tmp_path, precision):
     library = LIBRARIES["tensorrt-rtx"]
     bundle = attention_bundle(root, 8, precision)
     with pytest.raises(EngineError) as error:
-        build_engine(library, bundle, "p", "sm89", (attention_profile(8),), Settings(), io.BytesIO())
+        build_engine(library, bundle, "p", "sm89", (attention_profile(8),), BuildSettings(), io.BytesIO())
     assert str(error.value).splitlines()[0] == (
         "p: tensorrt-rtx cannot build an engine of a graph at opset 23: its Attention operator has no kernel for heads "
         "of this size; export with --opset 20, which writes attention as separate operators:"
     )
     out = io.BytesIO()
     bundle = attention_bundle(root, 32, precision)
-    build_engine(library, bundle, "p", "sm89", (attention_profile(32),), Settings(), out)
+    build_engine(library, bundle, "p", "sm89", (attention_profile(32),), BuildSettings(), out)
     assert out.tell() > 0
 
 

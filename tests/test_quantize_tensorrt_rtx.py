@@ -129,4 +129,4 @@ def test_targets_without_fp8_are_refused_before_building(made, target):
     before = set(os.listdir(root))
     code, err = build(root, "--target", target, "--parts", "backbone")
     assert code == 1 and set(os.listdir(root)) == before
-    assert f"backbone is in FP8, which {target} does not have; build for sm89 or newer, or the bundle that this" in err
+    assert f"backbone is in FP8, which {target} does not support; build for sm89 or newer, or build the" in err

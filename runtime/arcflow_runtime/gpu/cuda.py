@@ -1,9 +1,8 @@
-"""`device.py` with cuda-python: memory, copies, streams, events and graphs of one GPU.
+"""Implements `device.py` with cuda-python: memory, copies, streams, events and graphs of one GPU.
 
-`cuda.core` does it, and the driver's own functions from `cuda.bindings` where things go by address or need a flag.
-
-Written for cuda-core 1.2 and cuda-bindings 13. Device memory comes from `cuMemAlloc` and not from a pool: what is freed
-is at once free for the engines' libraries too.
+Uses `cuda.core`, and the driver API in `cuda.bindings` for calls that take addresses or flags. Written for cuda-core
+1.2 and cuda-bindings 13. Device memory comes from `cuMemAlloc`, not from a pool, so that freed memory is available to
+the engines' libraries at once.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from arcflow_runtime.gpu.device import (
     Device,
     Event,
     Graph,
-    Kernels,
+    KernelLauncher,
     Memory,
     OutOfMemory,
     PinnedMemory,
@@ -32,7 +31,7 @@ _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
 def open_device() -> Device:
-    """The first GPU that `CUDA_VISIBLE_DEVICES` leaves.
+    """Open the first GPU visible under `CUDA_VISIBLE_DEVICES`.
 
     Raises:
         EngineError: cuda-python is not installed, or there is no driver or no GPU.
@@ -53,7 +52,7 @@ def open_device() -> Device:
 
 
 class CudaDevice:
-    """A `cuda.core.Device`; see `device.Device`."""
+    """A GPU as a `cuda.core.Device`; implements `device.Device`."""
 
     def __init__(self, device: Any) -> None:
         self._device = device
@@ -63,7 +62,7 @@ class CudaDevice:
         """See `Device.use`."""
         from cuda.core import Device
 
-        Device(self._device.device_id).set_current()  # these objects belong to a thread each
+        Device(self._device.device_id).set_current()  # a new object, because each belongs to the thread that made it
 
     def allocate(self, nbytes: int) -> Memory:
         """See `Device.allocate`."""
@@ -102,10 +101,10 @@ class CudaDevice:
         """See `Device.make_event`."""
         from cuda.core import EventOptions
 
-        # A thread that waits leaves its core to others.
+        # blocking_sync: a waiting thread sleeps and leaves its core to other threads.
         return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
 
-    def kernels(self) -> Kernels:
+    def kernels(self) -> KernelLauncher:
         """See `Device.kernels`."""
         return load_kernels(self._device)
 
@@ -151,7 +150,7 @@ class _Event:
         return float(self.event - earlier.event)
 
 
-class _Graph:
+class _CudaGraph:
     def __init__(self, graph: Any, stream: Any) -> None:
         self._graph, self._stream = graph, stream
 
@@ -184,7 +183,7 @@ class _Stream:
         from cuda.bindings import driver
 
         assert isinstance(event, _Event)
-        # In a capture, only an external event can be asked for its time.
+        # An event recorded in a capture has a time only if it is external.
         flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL if self._builder is not None else 0
         _call(driver.cuEventRecordWithFlags(event.event.handle, self.handle, int(flags)))
 
@@ -197,7 +196,7 @@ class _Stream:
     def begin_capture(self) -> None:
         builder = self._stream.create_graph_builder()
         try:
-            # Of this thread only: others may allocate meanwhile. An engine that does so itself ends the capture.
+            # thread_local: other threads may allocate during the capture. If an engine itself allocates, it fails.
             self._builder = builder.begin_building("thread_local")
         except Exception as e:
             raise CaptureError(_first_line(e)) from e
@@ -205,7 +204,7 @@ class _Stream:
     def end_capture(self) -> Graph:
         builder, self._builder = self._builder, None
         try:
-            return _Graph(builder.end_building().complete(), self._stream)
+            return _CudaGraph(builder.end_building().complete(), self._stream)
         except Exception as e:
             raise CaptureError(_first_line(e)) from e
         finally:
@@ -217,11 +216,14 @@ class _Stream:
 
 
 def _call(result: tuple[Any, ...]) -> Any:
-    """The values of a driver's function, one by itself.
+    """The value of a call to the driver API, or a tuple if there are several.
+
+    Args:
+        result: what `cuda.bindings.driver` returned: the error code and the values.
 
     Raises:
-        OutOfMemory: the driver says so.
-        EngineError: it says anything else.
+        OutOfMemory: the error is CUDA_ERROR_OUT_OF_MEMORY.
+        EngineError: it is any other error.
     """
     error, *values = result
     if int(error):
