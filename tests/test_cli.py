@@ -228,6 +228,7 @@ def test_a_package_that_is_not_installed(capsys, monkeypatch, module, extra):
 
 def test_openvino_is_not_installed(root, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    monkeypatch.setattr(installing, "_CHECKOUT", CHECKOUT)
     assert cli.main(["build", root, "--backend", "openvino"]) == 1
     assert capsys.readouterr().err == (
         "arcflow build: error: needs openvino_tokenizers, which is not installed; "
