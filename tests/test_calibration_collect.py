@@ -66,6 +66,11 @@ class FakeStudent:
             for t in texts
         ]
 
+    def schedule(self, steps):
+        """Equal steps of t from 1 to 0, and sigma(t) = 3.2 t / (1 + 2.2 t)."""
+        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return 3.2 * t / (1 + 2.2 * t)
+
     def predict(self, x, sigma, states, pooled, height, width, guidance_scale):
         self.seen.append((self._on.step, x, float(sigma), states, pooled, (height, width, guidance_scale)))
         b, n, c = x.shape
@@ -217,6 +222,8 @@ OTHER = {
     "max_sequence_length": (8, "max-sequence-length"),
     "dtype": ("bfloat16", "dtype"),
     "device": ("cuda", "device"),
+    "shift": (3.0, "shift"),
+    "timestep_ratio": (0.5, "timestep-ratio"),
 }
 
 

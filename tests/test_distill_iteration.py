@@ -460,5 +460,5 @@ def test_a_run_of_another_base_or_with_fewer_iterations_is_not_resumed(tmp_path,
     assert trainer._resumable(tmp_path / "s", {"config": settings, "base_digest": "b"})["iteration"] == 4
     with pytest.raises(DistillError, match="another base checkpoint"):
         trainer._resumable(tmp_path / "s", {"config": settings, "base_digest": "c"})
-    with pytest.raises(DistillError, match="4 iterations are done already"):
+    with pytest.raises(DistillError, match="4 iterations are already done"):
         trainer._resumable(tmp_path / "s", {"config": settings | {"iterations": 3}, "base_digest": "b"})

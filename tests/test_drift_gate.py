@@ -310,7 +310,7 @@ def test_engines_draw_each_case_with_its_own_seed_and_the_scene(monkeypatch):
 
     monkeypatch.setattr(engines, "Pipeline", Fake)
     opened = engines.Engines(SimpleNamespace(root=Path("bundle")), "tensorrt", scene)
-    steps, images = opened.draw([DriftCase("a", 7), DriftCase("b", 3)])
+    steps, images = opened.generate([DriftCase("a", 7), DriftCase("b", 3)])
     assert asked == [(Path("bundle"), "tensorrt"), ("a", 32, 48, 2, 2.5, 7, 12), ("b", 32, 48, 2, 2.5, 3, 12)]
     assert [x[:, 0, 0].tolist() for x in steps] == [pytest.approx([7, 3]), pytest.approx([7.1, 3.1])]
     assert images[:, 0, 0, 0].tolist() == [7, 3]
@@ -391,6 +391,6 @@ def test_what_is_left_out_is_what_was_found():
         "leaving out layers does not help: the error is in the arithmetic or in another part",
     )
     empty = dataclasses.replace(found, exclude=())
-    assert "given the reference's text" in report(breaches=failed, sensitivity=empty, layers=(good,)).exclude()[1]
+    assert "with the reference's text" in report(breaches=failed, sensitivity=empty, layers=(good,)).exclude()[1]
     several = [layer(n, (e,)) for n, e in (("a", 0.01), ("b", 0.04), ("c", 0.03), ("d", 0.02))]
     assert report(breaches=failed, layers=tuple(several)).exclude()[0] == {"backbone": ("b", "c", "d")}

@@ -286,7 +286,7 @@ def test_bytes_kept_of_a_case_by_hand(reference):
 class ZeroThenNothing:
     """In place of engines: latents of 0 after two steps and NaN after the third, and black images."""
 
-    def draw(self, cases):
+    def generate(self, cases):
         zeros = np.zeros((len(cases), 6, 64), np.float32)
         return [zeros, zeros, np.full_like(zeros, np.nan)], np.zeros((len(cases), 32, 48, 3), np.uint8)
 
@@ -313,7 +313,7 @@ def test_texts_of_several_lengths_keep_their_order(bundles, monkeypatch):
     text = stages.encode()
     batches = stages.batches(text, stages.modulation(text.pooled))
     assert [b.rows for b in batches] == [[0, 2], [4], [1, 3]]
-    trajectory = stages.draw(batches)
+    trajectory = stages.generate(batches)
     images = stages.decode(trajectory.latents[-1])
     with Pipeline.load(bundle.root) as pipe:
         for i, case in enumerate(cases):

@@ -269,7 +269,7 @@ class Numbered:
 
 def test_batches_keep_captions_and_seeds_together():
     found = generate_all(Numbered(), ["a", "bb", "ccc", "dddd", "eeeee"], [9, 8, 7, 6, 5])
-    assert found.latents.ravel().tolist() == [9, 8, 7, 6, 5] and found.pictures.ravel().tolist() == [1, 2, 3, 4, 5]
+    assert found.latents.ravel().tolist() == [9, 8, 7, 6, 5] and found.images.ravel().tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def test_walks_are_of_seen_prompts_that_name_little():
     for w, seed in zip(walks, (15, 11, 13, 14), strict=True):
         assert w.teacher.shape == (51, 1) and w.teacher[0] == seed and w.chord.shape == (3, 1)
         assert [arc[0, 0] for arc in w.student] == [seed, seed + 1]
-        assert w.pictures == {"teacher": seed + 50, "student": seed + 10, "chord": seed + 2}
+        assert w.images == {"teacher": seed + 50, "student": seed + 10, "chord": seed + 2}
 
 
 def test_the_plane_is_that_of_the_largest_spread():

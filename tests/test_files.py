@@ -82,7 +82,7 @@ def test_a_folder_that_stays_empty_is_removed(tmp_path):
         (folder / "kept").touch()
     assert os.listdir(folder) == ["kept"]
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(EngineError, match=r"link cannot be written: it is a link; engines are kept beside their bun"):
+    with pytest.raises(EngineError, match=r"link cannot be written: it is a link; engines are stored in the bundle"):
         _enter(locked_folder(tmp_path / "link", "busy", "engines"))
 
 
