@@ -44,8 +44,9 @@ NOISE_THREADS, NOISE_SHARED_BYTES = 320, 2 * 624 * 4
 class UpdateShape:
     """What a launch of the update works on.
 
-    `tokens` are B*N. `heads` is the dtype of means, logweights and loggammas, `engine_input` the dtype of the second
-    output; both are "float32", "float16" or "bfloat16".
+    `tokens` are B*N, and `channels` are the C*P of a token's sub-pixels together. `heads` is the dtype of means,
+    logweights and loggammas, `engine_input` the dtype of the second output; both are "float32", "float16" or
+    "bfloat16".
     """
 
     tokens: int

@@ -198,7 +198,7 @@ class Plan:
         shape = UpdateShape(
             tokens=size.batch * size.image_tokens,
             modes=means.shape[2],
-            channels=means.shape[3] // buffers.region("logweights").shape[3],
+            channels=means.shape[3],
             sub_pixels=buffers.region("logweights").shape[3],
             heads=cast(DType, means.dtype),
             engine_input=buffers.input_dtype,
