@@ -56,8 +56,8 @@ bool joined(const CUgraph_st &graph, const std::vector<size_t> &last) {
     return std::all_of(seen.begin(), seen.end(), [](bool s) { return s; });
 }
 
-// Takes the streams of a capture out of it.
-void leave(const std::shared_ptr<Capture> &capture) {
+// Takes the streams of a capture out of it; without success, the graph is gone too.
+void end(const std::shared_ptr<Capture> &capture, bool success) {
     for (const auto &[handle, stream] : state().streams) {
         if (stream->capture != capture) continue;
         stream->capture = nullptr;
@@ -67,6 +67,7 @@ void leave(const std::shared_ptr<Capture> &capture) {
         if (stream->capture == capture) stream->capture = nullptr;
     auto &all = state().captures;
     all.erase(std::find(all.begin(), all.end(), capture));
+    if (!success) state().graphs.erase(capture->handle);
 }
 
 // Takes something out of its map, and destroys it without the lock: it may hold what is the program's.
@@ -150,11 +151,15 @@ CUresult cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode mode) {
 }
 
 CUresult cuStreamEndCapture(CUstream handle, CUgraph *graph) {
-    HOST_CUDA_CALL(context);
+    Call call(__func__, Needs::context);
     if (graph != nullptr) *graph = nullptr;
     const Stream stream = find(handle);
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     const auto capture = stream->capture;
+    if (call.error != CUDA_SUCCESS) {  // whatever is wrong, the stream captures no more
+        if (capture != nullptr) end(capture, false);
+        return call.error;
+    }
     if (capture == nullptr) return CUDA_ERROR_ILLEGAL_STATE;
     if (capture->origin != stream) {
         invalidate(*capture);
@@ -164,9 +169,8 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph *graph) {
         return CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD;
     CUresult result = capture->valid ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     if (result == CUDA_SUCCESS && !joined(*capture->graph, stream->last)) result = CUDA_ERROR_STREAM_CAPTURE_UNJOINED;
-    leave(capture);
-    if (result != CUDA_SUCCESS) state().graphs.erase(capture->handle);
-    else if (graph != nullptr) *graph = capture->handle;
+    end(capture, result == CUDA_SUCCESS);
+    if (result == CUDA_SUCCESS && graph != nullptr) *graph = capture->handle;
     return result;
 }
 

@@ -9,6 +9,8 @@ is at once free for the engines' libraries too.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,6 @@ from arcflow_runtime.gpu.device import (
 )
 from arcflow_runtime.gpu.kernels import load_kernels
 from arcflow_runtime.installing import install_command
-
-_OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
 def open_device() -> Device:
@@ -63,13 +63,17 @@ class CudaDevice:
         """See `Device.use`."""
         from cuda.core import Device
 
-        Device(self._device.device_id).set_current()  # these objects belong to a thread each
+        with _as_engine_error():
+            Device(self._device.device_id).set_current()  # these objects belong to a thread each
 
     def allocate(self, nbytes: int) -> Memory:
         """See `Device.allocate`."""
         from cuda.bindings import driver
 
-        return _Memory(int(_call(driver.cuMemAlloc(nbytes))), nbytes)
+        error, address = driver.cuMemAlloc(nbytes)
+        if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise OutOfMemory(error.name)
+        return _Memory(int(_call((error, address))), nbytes)
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
         """See `Device.allocate_pinned`."""
@@ -96,14 +100,16 @@ class CudaDevice:
 
     def make_stream(self) -> Stream:
         """See `Device.make_stream`."""
-        return _Stream(self._device.create_stream())
+        with _as_engine_error():
+            return _Stream(self._device.create_stream())
 
     def make_event(self) -> Event:
         """See `Device.make_event`."""
         from cuda.core import EventOptions
 
         # A thread that waits leaves its core to others.
-        return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
+        with _as_engine_error():
+            return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
 
     def kernels(self) -> Kernels:
         """See `Device.kernels`."""
@@ -118,7 +124,7 @@ class _Memory:
         from cuda.bindings import driver
 
         if self.address:
-            _call(driver.cuMemFree(self.address))
+            driver.cuMemFree(self.address)  # fails only where the driver has given up this process's memory as a whole
             self.address = 0
 
 
@@ -133,7 +139,8 @@ class _Pinned:
         return self._array
 
     def close(self) -> None:
-        self._buffer.close()
+        with suppress(Exception):  # as for `_Memory`
+            self._buffer.close()
 
 
 class _Event:
@@ -141,38 +148,37 @@ class _Event:
         self.event = event
 
     def wait(self) -> None:
-        try:
+        with _as_engine_error():
             self.event.sync()
-        except Exception as e:
-            raise _failed(e) from e
 
     def ms_since(self, earlier: Event) -> float:
         assert isinstance(earlier, _Event)
-        return float(self.event - earlier.event)
+        with _as_engine_error():
+            return float(self.event - earlier.event)
 
 
 class _Graph:
-    def __init__(self, graph: Any, stream: Any) -> None:
-        self._graph, self._stream = graph, stream
+    def __init__(self, executable: Any, stream: int) -> None:
+        self._executable, self._stream = executable, stream
 
     def launch(self) -> None:
-        try:
-            self._graph.launch(self._stream)
-        except Exception as e:
-            raise _failed(e) from e
+        from cuda.bindings import driver
+
+        _call(driver.cuGraphLaunch(self._executable, self._stream))
 
     def close(self) -> None:
-        self._graph.close()
+        from cuda.bindings import driver
+
+        if self._executable is not None:
+            driver.cuGraphExecDestroy(self._executable)
+            self._executable = None
 
 
 class _Stream:
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._builder: Any = None
+        self.core = stream  # which `kernels.Kernels` launches into
+        self._capturing = False
         self.handle = int(stream.handle)
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         from cuda.bindings import driver
@@ -185,54 +191,70 @@ class _Stream:
 
         assert isinstance(event, _Event)
         # In a capture, only an external event can be asked for its time.
-        flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL if self._builder is not None else 0
+        flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL if self._capturing else 0
         _call(driver.cuEventRecordWithFlags(event.event.handle, self.handle, int(flags)))
 
     def wait(self) -> None:
-        try:
-            self._stream.sync()
-        except Exception as e:
-            raise _failed(e) from e
+        with _as_engine_error():
+            self.core.sync()
+
+    # The driver's own functions: a `GraphBuilder` raises when it is closed after a capture that an error has broken, and
+    # ends a later capture of the stream when it is collected.
 
     def begin_capture(self) -> None:
-        builder = self._stream.create_graph_builder()
-        try:
-            # Of this thread only: others may allocate meanwhile. An engine that does so itself ends the capture.
-            self._builder = builder.begin_building("thread_local")
-        except Exception as e:
-            raise CaptureError(_first_line(e)) from e
+        from cuda.bindings import driver
+
+        # Of this thread only: others may allocate meanwhile. An engine that does so itself ends the capture.
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _captured(driver.cuStreamBeginCapture(self.handle, mode))
+        self._capturing = True
 
     def end_capture(self) -> Graph:
-        builder, self._builder = self._builder, None
+        from cuda.bindings import driver
+
+        self._capturing = False
+        graph = _captured(driver.cuStreamEndCapture(self.handle))
         try:
-            return _Graph(builder.end_building().complete(), self._stream)
-        except Exception as e:
-            raise CaptureError(_first_line(e)) from e
+            return _Graph(_captured(driver.cuGraphInstantiate(graph, 0)), self.handle)
         finally:
-            builder.close()
+            driver.cuGraphDestroy(graph)
 
     def abort_capture(self) -> None:
-        builder, self._builder = self._builder, None
-        builder.close()  # ends the capture
+        from cuda.bindings import driver
+
+        self._capturing = False
+        error, graph = driver.cuStreamEndCapture(self.handle)
+        if not int(error):  # else an error has broken the capture, which is ended all the same and has no graph
+            driver.cuGraphDestroy(graph)
 
 
 def _call(result: tuple[Any, ...]) -> Any:
     """The values of a driver's function, one by itself.
 
     Raises:
-        OutOfMemory: the driver says so.
-        EngineError: it says anything else.
+        EngineError: it failed.
     """
     error, *values = result
     if int(error):
-        if error.name == _OUT_OF_MEMORY:
-            raise OutOfMemory(error.name)
         raise EngineError(f"the CUDA driver failed: {error.name}; load the pipeline again")
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _failed(error: Exception) -> EngineError:
-    return EngineError(f"the GPU failed: {_first_line(error)}; load the pipeline again")
+def _captured(result: tuple[Any, ...]) -> Any:
+    """The same in a capture; raises `CaptureError` instead."""
+    error, *values = result
+    if int(error):
+        raise CaptureError(error.name)
+    return values[0] if values else None
+
+
+@contextmanager
+def _as_engine_error() -> Iterator[None]:
+    """What `cuda.core` raises, which has no public base, as an `EngineError`."""
+    try:
+        yield
+    except Exception as e:
+        raise EngineError(f"the GPU failed: {_first_line(e)}; load the pipeline again") from e
 
 
 def _first_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    from cuda.core import Device, Kernel, ObjectCode
+    from cuda.core import Device, Kernel, LaunchConfig, ObjectCode
 
 _log = logging.getLogger("arcflow")
 
@@ -96,7 +96,7 @@ class Kernels:
         """Enqueue one step; every argument but `step` is an address in device memory.
 
         Args:
-            stream: a `cuda.core` Stream or GraphBuilder, or an object with `__cuda_stream__`.
+            stream: a `cuda.core` Stream or GraphBuilder, or an object whose `core` is one.
             shape: sizes and dtypes.
             means: [tokens, K, C*P].
             logweights: [tokens, K, P].
@@ -108,15 +108,15 @@ class Kernels:
             step: goes from sigmas[step] to sigmas[step + 1].
 
         Raises:
-            EngineError: a token's modes do not fit in shared memory.
+            EngineError: a token's modes do not fit in shared memory, or the GPU does not take the launch.
         """
-        from cuda.core import LaunchConfig, launch
+        from cuda.core import LaunchConfig
 
         grid, block, shared = geometry(shape)
-        launch(
+        self._launch(
             stream,
             LaunchConfig(grid=grid, block=block, shmem_size=shared),
-            self.kernel(kernel_name(shape.heads, shape.engine_input)),
+            kernel_name(shape.heads, shape.engine_input),
             *(means, logweights, loggammas, latents, next_latents, engine_input, sigmas),
             np.int64(shape.tokens),
             *(np.int32(n) for n in (step, shape.modes, shape.channels, shape.sub_pixels)),
@@ -131,13 +131,16 @@ class Kernels:
             streams: [images, 2] int64, as `noise.streams` gives them. A captured launch reads them anew every time.
             latents: [images, N, C*p*p] float32.
             engine_input: [images, N, C*p*p], the same in `shape.engine_input`; 0 for none.
-        """
-        from cuda.core import LaunchConfig, launch
 
-        launch(
+        Raises:
+            EngineError: the GPU does not take the launch.
+        """
+        from cuda.core import LaunchConfig
+
+        self._launch(
             stream,
             LaunchConfig(grid=shape.images, block=NOISE_THREADS, shmem_size=NOISE_SHARED_BYTES),
-            self.kernel(f"arcflow_noise_{shape.engine_input}"),
+            f"arcflow_noise_{shape.engine_input}",
             *(streams, latents, engine_input),
             *(np.int32(n) for n in (shape.channels, shape.height, shape.width, shape.patch)),
         )
@@ -147,6 +150,15 @@ class Kernels:
         if name not in self._kernels:
             self._kernels[name] = self._code.get_kernel(name)
         return self._kernels[name]
+
+    def _launch(self, stream: Any, config: LaunchConfig, name: str, *arguments: Any) -> None:
+        from cuda.core import launch
+
+        try:
+            # cuda.core's own stream: passing another one is deprecated, and slow.
+            launch(getattr(stream, "core", stream), config, self.kernel(name), *arguments)
+        except Exception as e:  # cuda.core's errors share no public base
+            raise EngineError(f"the GPU does not take {name}: {str(e).splitlines()[0]}; load the pipeline again") from e
 
 
 def load_kernels(device: Device, cache: Path | None = None) -> Kernels:
