@@ -15,9 +15,36 @@ std::string unversioned(const std::string &name) {
     return name;
 }
 
+bool gives_back(const std::string &name) {
+    for (const char *part : {"Free", "Destroy", "Unload", "Release"})
+        if (name.find(part) != std::string::npos) return true;
+    return false;
+}
+
 bool matches(const Failure &failure, const std::string &name, bool is_work) {
     if (failure.function == name) return true;
-    return is_work ? failure.function == "run" : failure.function == "*";
+    return is_work ? failure.function == "run" : failure.function == "*" && !gives_back(name);
+}
+
+// What is destroyed goes without the lock: it may hold what is the program's.
+void forget_everything(Lock &lock) {
+    State &all = state();
+    const auto streams = std::move(all.streams);
+    const auto graphs = std::move(all.graphs);
+    const auto executables = std::move(all.executables);
+    const auto objects = std::move(all.objects);
+    all.streams.clear();
+    all.graphs.clear();
+    all.executables.clear();
+    all.objects.clear();
+    all.events.clear();
+    all.captures.clear();
+    all.unnamed.clear();
+    all.lost = CUDA_SUCCESS;
+    forget_memory();
+    lock.unlock();
+    for (const auto &[handle, stream] : streams) stream->queue.clear();
+    lock.lock();
 }
 
 }  // namespace
@@ -87,8 +114,8 @@ using namespace host_cuda;
 extern "C" {
 
 void host_cuda_reset() {
-    const Lock lock(state().mutex);
-    state().lost = CUDA_SUCCESS;
+    Lock lock(state().mutex);
+    if (state().lost != CUDA_SUCCESS) forget_everything(lock);
     state().fault.clear();
     state().calls.clear();
     state().log.clear();

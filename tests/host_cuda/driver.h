@@ -186,6 +186,7 @@ size_t live_device_bytes();
 size_t live_pinned_bytes();
 size_t live_modules();
 void set_memory(size_t bytes);
+void forget_memory();
 size_t memory();
 
 }  // namespace host_cuda

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnxruntime as ort
+from cuda.bindings.driver import CUresult
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.onnxruntime import open_session
@@ -66,7 +67,7 @@ class EngineContext:
 
         self._backend.before_enqueue(self._part, stream)
         if error := driver.enqueue(stream.handle, run, self._kept):
-            raise EngineError(f"{self._part}: the engine cannot be enqueued: CUDA error {error}")
+            raise EngineError(f"{self._part}: the engine cannot be enqueued: {CUresult(error).name}")
 
     def obstacle(self, stream: Stream) -> str | None:
         """See `Context.obstacle`."""

@@ -17,7 +17,8 @@
 extern "C" {
 #endif
 
-/* Start again: no counts, no failures to come, no lost context. What is allocated stays. */
+/* Start again: no counts, no failures to come. What is allocated stays, unless the context was lost: then everything is
+ * gone, as when a process ends. */
 void host_cuda_reset(void);
 
 /* The device has `bytes` of memory; 8 GiB at the start, or what the environment's HOST_CUDA_BYTES says. At most 32 GiB. */
@@ -33,7 +34,8 @@ enum host_cuda_when {
 };
 
 /* The n-th call from now on (1 is the next) of a driver function, by its name without version, gives `error` and does
- * nothing. "*" counts every call that needs a context. "run" counts work that is run, "run:copy", "run:memset",
+ * nothing. "*" counts every call that needs a context but does not give something back: what is not given back would be
+ * lost. "run" counts work that is run, "run:copy", "run:memset",
  * "run:kernel", "run:engine", "run:host" and "run:graph" those of one kind; such an error is told by the next wait,
  * and the context is lost. Several failures may be pending. `when` is a sum of host_cuda_when. */
 void host_cuda_fail(const char *function, long nth, CUresult error, int when);

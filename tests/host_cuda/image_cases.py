@@ -13,7 +13,6 @@ import pytest
 from cuda.bindings import driver as cuda
 
 from arcflow_runtime import EngineError
-from arcflow_runtime.gpu.cuda import open_device
 from tests.host_cuda.control import Code, When
 
 # Two runs of one float32 graph with another batch differ in summation order: a few units of 2^-24 per layer.
@@ -149,3 +148,90 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
     said = [r.message for r in caplog.records if "CUDA graph" in r.message]
     assert len(said) == 1
     assert said[0].startswith(WITHOUT_GRAPH), said
+
+
+@pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
+def test_every_allocation_may_fail(function, on_gpu, plain, driver):
+    """The image fails with what the memory was for, or succeeds after making room; the next one is right."""
+    expected = draw(plain["flux"])
+    for nth in itertools.count(1):
+        pipe = on_gpu()
+        driver.fail(function, nth, Code.OUT_OF_MEMORY)
+        try:
+            np.testing.assert_allclose(draw(pipe), expected, **CLOSE)
+        except EngineError as e:
+            assert re.match(r"\w+: .*(bytes of Host memory's memory|bytes of page-locked memory)", str(e)), e
+        reached = driver.pending_failures() == 0
+        driver.reset()
+        np.testing.assert_allclose(draw(pipe), expected, **CLOSE)
+        pipe.close()
+        if not reached:
+            break
+    assert nth > 5, "no allocation failed"
+
+
+@pytest.mark.parametrize("image", [1, 2, 3], ids=["plain", "captured", "replayed"])
+def test_every_call_may_fail(image, on_gpu, plain, driver):
+    """A call that a driver refuses is one sentence or a fallback, and the next image is right."""
+    expected = draw(plain["flux"])
+    pipe = on_gpu(max_plans=1)
+
+    def prepare():
+        draw(pipe, width=16)  # takes the place of what is left of the image before
+        for _ in range(image - 1):
+            draw(pipe)
+        driver.reset()
+
+    for _ in range(2):  # the first time, the kernels are loaded too
+        prepare()
+        draw(pipe)
+    calls = sum(not re.search("Free|Destroy", name) for name in driver.log())
+    for nth in range(1, calls + 1):
+        prepare()
+        driver.fail("*", nth, Code.UNKNOWN)
+        try:
+            np.testing.assert_allclose(draw(pipe), expected, **CLOSE)
+        except EngineError as e:
+            assert "CUDA_ERROR_UNKNOWN" in str(e) or "Failed to create" in str(e), e
+            assert "\n" not in str(e)
+        assert driver.pending_failures() == 0, f"call {nth} of {calls} was not made"
+        np.testing.assert_allclose(draw(pipe), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("work", ["run:copy", "run:kernel", "run:engine", "run:graph"])
+def test_work_that_fails_on_the_device_is_an_error(work, on_gpu, driver):
+    """The context is lost then, as on a GPU: every later image fails too, and closing does not raise."""
+    pipe = on_gpu()
+    for _ in range(2):
+        draw(pipe)
+    driver.fail(work, 1, Code.LAUNCH_FAILED)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"^[^\n]*CUDA_ERROR_LAUNCH_FAILED[^\n]*; start this process again$"):
+            draw(pipe)
+    pipe.close()
+    driver.reset()
+
+
+def test_a_device_that_runs_out_of_memory_drops_other_shapes(on_gpu, plain, driver, caplog):
+    pipe = on_gpu()
+    draw(pipe, width=64)
+    _, free, total = cuda.cuMemGetInfo()
+    driver.set_memory(total - free)
+    with caplog.at_level(logging.WARNING, "arcflow"):
+        np.testing.assert_allclose(draw(pipe, width=32), draw(plain["flux"], width=32), **CLOSE)
+    said = [r.message for r in caplog.records if "memory" in r.message]
+    assert said == ["out of device memory: graphs of 1 other shapes are dropped"]
+
+
+def test_changing_shapes_of_many_threads(on_gpu, driver):
+    """A replay's bits are those of any other, whoever drew in between and whatever was dropped meanwhile."""
+    pipe = on_gpu(max_plans=2)
+    cases = list(itertools.product(PROMPTS, (1, 2), (16, 32, 48)))
+    alone = [draw(pipe, prompt, seed=seed, width=width) for prompt, seed, width in cases]
+    again = 5
+    every = [case for case in cases for _ in range(again)]
+    with ThreadPoolExecutor(8) as pool:
+        drawn = pool.map(lambda case: draw(pipe, case[0], seed=case[1], width=case[2]), every)
+        for number, found in enumerate(drawn):
+            np.testing.assert_array_equal(found, alone[number // again])
+    assert driver.calls("cuGraphLaunch") > 0

@@ -148,6 +148,15 @@ std::vector<unsigned char> bytes_of(unsigned value) {
 
 size_t live_device_bytes() { return memories().used; }
 size_t live_pinned_bytes() { return memories().pinned_bytes; }
+
+void forget_memory() {
+    Memory &m = memories();
+    for (const auto &[address, bytes] : m.pinned) munmap(reinterpret_cast<void *>(address), round_up(bytes, page()));
+    m.pinned.clear();
+    m.blocks.clear();
+    m.used = m.pinned_bytes = 0;
+}
+
 void set_memory(size_t bytes) { memories().capacity = std::min(bytes, most_memory); }
 size_t memory() { return memories().capacity; }
 

@@ -9,7 +9,7 @@ is at once free for the engines' libraries too.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -30,6 +30,13 @@ from arcflow_runtime.gpu.device import (
 from arcflow_runtime.gpu.kernels import load_kernels
 from arcflow_runtime.installing import install_command
 
+_OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+#: After these, every call of this process fails (cuda.h: "the process must be terminated and relaunched").
+_LOST = {
+    *("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_TIMEOUT", "CUDA_ERROR_ASSERT", "CUDA_ERROR_HARDWARE_STACK_ERROR"),
+    *("CUDA_ERROR_ILLEGAL_INSTRUCTION", "CUDA_ERROR_MISALIGNED_ADDRESS", "CUDA_ERROR_INVALID_ADDRESS_SPACE"),
+    *("CUDA_ERROR_INVALID_PC", "CUDA_ERROR_LAUNCH_FAILED", "CUDA_ERROR_TENSOR_MEMORY_LEAK", "CUDA_ERROR_CONTAINED"),
+}
 
 def open_device() -> Device:
     """The first GPU that `CUDA_VISIBLE_DEVICES` leaves.
@@ -47,9 +54,20 @@ def open_device() -> Device:
         device.set_current()
     except Exception as e:  # the loader's and cuda.core's errors share no public base
         raise EngineError(
-            f"the CUDA driver finds no GPU here ({_first_line(e)}); check that nvidia-smi lists one"
+            f"the CUDA driver finds no GPU here ({_first_sentence(e)}); check that nvidia-smi lists one"
         ) from None
     return CudaDevice(device)
+
+
+def _failed(what: str) -> EngineError:
+    """`what` is an error's name in cuda.h, alone or followed by a colon and its meaning."""
+    then = "start this process again" if what.partition(":")[0] in _LOST else "load the pipeline again"
+    return EngineError(f"the GPU failed: {what}; {then}")
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of what an exception of `cuda.core` says: the error's name and meaning, without the advice that follows."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 class CudaDevice:
@@ -70,19 +88,13 @@ class CudaDevice:
         """See `Device.allocate`."""
         from cuda.bindings import driver
 
-        error, address = driver.cuMemAlloc(nbytes)
-        if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise OutOfMemory(error.name)
-        return _Memory(int(_call((error, address))), nbytes)
+        return _Memory(int(_allocated(driver.cuMemAlloc(nbytes))), nbytes)
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
         """See `Device.allocate_pinned`."""
-        from cuda.core import LegacyPinnedMemoryResource
+        from cuda.bindings import driver
 
-        try:
-            return _Pinned(LegacyPinnedMemoryResource().allocate(nbytes))
-        except Exception as e:
-            raise OutOfMemory(_first_line(e)) from None
+        return _Pinned(int(_allocated(driver.cuMemHostAlloc(nbytes, 0))), nbytes)
 
     def free_bytes(self) -> int:
         """See `Device.free_bytes`."""
@@ -129,18 +141,20 @@ class _Memory:
 
 
 class _Pinned:
-    def __init__(self, buffer: Any) -> None:
-        self._buffer = buffer
-        self.address, self.nbytes = int(buffer.handle), int(buffer.size)
-        self._array = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+        self._array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     @property
     def array(self) -> np.ndarray:
         return self._array
 
     def close(self) -> None:
-        with suppress(Exception):  # as for `_Memory`
-            self._buffer.close()
+        from cuda.bindings import driver
+
+        if self.address:
+            driver.cuMemFreeHost(self.address)  # fails as in `_Memory`
+            self.address = 0
 
 
 class _Event:
@@ -152,9 +166,10 @@ class _Event:
             self.event.sync()
 
     def ms_since(self, earlier: Event) -> float:
+        from cuda.bindings import driver
+
         assert isinstance(earlier, _Event)
-        with _as_engine_error():
-            return float(self.event - earlier.event)
+        return float(_call(driver.cuEventElapsedTime(earlier.event.handle, self.event.handle)))
 
 
 class _Graph:
@@ -206,16 +221,16 @@ class _Stream:
 
         # Of this thread only: others may allocate meanwhile. An engine that does so itself ends the capture.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        _captured(driver.cuStreamBeginCapture(self.handle, mode))
+        _call(driver.cuStreamBeginCapture(self.handle, mode), CaptureError)
         self._capturing = True
 
     def end_capture(self) -> Graph:
         from cuda.bindings import driver
 
         self._capturing = False
-        graph = _captured(driver.cuStreamEndCapture(self.handle))
+        graph = _call(driver.cuStreamEndCapture(self.handle), CaptureError)
         try:
-            return _Graph(_captured(driver.cuGraphInstantiate(graph, 0)), self.handle)
+            return _Graph(_call(driver.cuGraphInstantiate(graph, 0), CaptureError), self.handle)
         finally:
             driver.cuGraphDestroy(graph)
 
@@ -228,24 +243,21 @@ class _Stream:
             driver.cuGraphDestroy(graph)
 
 
-def _call(result: tuple[Any, ...]) -> Any:
+def _call(result: tuple[Any, ...], raised: Callable[[str], Exception] = _failed) -> Any:
     """The values of a driver's function, one by itself.
 
     Raises:
-        EngineError: it failed.
+        EngineError: it failed; or what `raised` makes of the error's name.
     """
     error, *values = result
     if int(error):
-        raise EngineError(f"the CUDA driver failed: {error.name}; load the pipeline again")
+        raise raised(error.name)
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _captured(result: tuple[Any, ...]) -> Any:
-    """The same in a capture; raises `CaptureError` instead."""
-    error, *values = result
-    if int(error):
-        raise CaptureError(error.name)
-    return values[0] if values else None
+def _allocated(result: tuple[Any, ...]) -> Any:
+    """The same for an allocation; that there is not as much memory is `OutOfMemory`."""
+    return _call(result, lambda name: OutOfMemory(name) if name == _OUT_OF_MEMORY else _failed(name))
 
 
 @contextmanager
@@ -254,8 +266,4 @@ def _as_engine_error() -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        raise EngineError(f"the GPU failed: {_first_line(e)}; load the pipeline again") from e
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _failed(_first_sentence(e)) from e

@@ -158,7 +158,8 @@ class Kernels:
             # cuda.core's own stream: passing another one is deprecated, and slow.
             launch(getattr(stream, "core", stream), config, self.kernel(name), *arguments)
         except Exception as e:  # cuda.core's errors share no public base
-            raise EngineError(f"the GPU does not take {name}: {str(e).splitlines()[0]}; load the pipeline again") from e
+            why = str(e).splitlines()[0].partition(".")[0]  # more would be advice
+            raise EngineError(f"the GPU does not take {name}: {why}; load the pipeline again") from e
 
 
 def load_kernels(device: Device, cache: Path | None = None) -> Kernels:

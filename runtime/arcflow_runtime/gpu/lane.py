@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Device, Memory, OutOfMemory, PinnedMemory, Stream
@@ -50,12 +50,20 @@ class Lane:
 
     def release_workspace(self) -> None:
         """Free the workspace once the stream is idle."""
-        with self.enter() as stream:
+        with self.enter():
             if self._workspace is not None:
-                stream.wait()
+                self.settle()
                 self._workspace.close()
                 self._workspace = None
                 self.generation += 1
+
+    def settle(self) -> None:
+        """Wait until all that was enqueued is done, before something is freed.
+
+        An error does not keep anything from being freed: whoever waited for the work was told, or the next one will be.
+        """
+        with self.enter() as stream, suppress(EngineError):
+            stream.wait()
 
     def allocate(self, nbytes: int, what: str) -> Memory:
         """Memory of the device.

@@ -85,8 +85,8 @@ class Plan:
 
     def close(self) -> None:
         """Free everything once the stream is idle."""
-        with self._lane.enter() as stream:
-            stream.wait()
+        with self._lane.enter():
+            self._lane.settle()
             self._drop_graph()
             for context in self.contexts.values():
                 context.close()
