@@ -69,7 +69,8 @@ def outcomes(environment, bundles, tmp_path_factory):
         list(map(str, command)), cwd=ROOT, env=environment | own, capture_output=True, text=True, timeout=TIMEOUT_S
     )
     if not report.is_file():
-        pytest.fail(f"the process of the cases ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-8000:]}")
+        end = done.stdout[-4000:] + done.stderr[-8000:]
+        pytest.fail(f"the process of the cases ended with {done.returncode}:\n{end}")
     found: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]

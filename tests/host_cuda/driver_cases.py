@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -483,6 +485,14 @@ def test_an_engine_that_fails_loses_the_context(stream, driver, capfd):
 
 
 # Code
+
+
+def test_the_functions_that_the_cpp_library_loads_are_there():
+    source = Path(__file__).parent.parent.parent / "runtime" / "cpp" / "src" / "trt_cuda.cpp"
+    names = set(re.findall(r"\bcu[A-Z]\w+\b(?=\))", source.read_text(encoding="utf-8")))
+    assert {"cuInit", "cuMemAlloc_v2", "cuGraphLaunch"} <= names
+    library = ctypes.CDLL("libcuda.so.1")
+    assert [name for name in sorted(names) if not hasattr(library, name)] == []
 
 
 def test_only_code_for_a_gpu_is_loaded_and_has_only_its_own_kernels():

@@ -96,8 +96,8 @@ class PartEngine:
 class HostCudaBackend:
     """Parts of a real bundle on the real `CudaDevice`, which the host driver serves.
 
-    `before_enqueue(part, stream)` is called where an engine's library would do something of its own; a test replaces it.
-    `contexts` has the part of every context that was made.
+    `before_enqueue(part, stream)` is called where an engine's library would do something of its own, and is for tests
+    to replace. `contexts` has the part of every context that was made.
     """
 
     def __init__(self, driver: Driver, max_plans: int = 8) -> None:

@@ -3,7 +3,6 @@
  * The driver (`libcuda.so.1`, built by build.py) has one device. Its memory is this process's, filled with 0xFF, which
  * is NaN in every float type, before use and after it. A device address is never readable by the host, as on a GPU:
  * reading one ends the process. Work in a stream is run by whoever waits for it, no earlier and no further than needed.
- * docs/gpu.md of the project tells what the tests do with it.
  *
  * All functions may be called from any thread. Nothing in here needs a context.
  */

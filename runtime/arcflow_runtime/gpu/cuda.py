@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,16 @@ from arcflow_runtime.installing import install_command
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 #: After these, every call of this process fails (cuda.h: "the process must be terminated and relaunched").
 _LOST = {
-    *("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_TIMEOUT", "CUDA_ERROR_ASSERT", "CUDA_ERROR_HARDWARE_STACK_ERROR"),
+    *(
+        "CUDA_ERROR_ILLEGAL_ADDRESS",
+        "CUDA_ERROR_LAUNCH_TIMEOUT",
+        "CUDA_ERROR_ASSERT",
+        "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    ),
     *("CUDA_ERROR_ILLEGAL_INSTRUCTION", "CUDA_ERROR_MISALIGNED_ADDRESS", "CUDA_ERROR_INVALID_ADDRESS_SPACE"),
     *("CUDA_ERROR_INVALID_PC", "CUDA_ERROR_LAUNCH_FAILED", "CUDA_ERROR_TENSOR_MEMORY_LEAK", "CUDA_ERROR_CONTAINED"),
 }
+
 
 def open_device() -> Device:
     """The first GPU that `CUDA_VISIBLE_DEVICES` leaves.
@@ -213,8 +219,8 @@ class _Stream:
         with _as_engine_error():
             self.core.sync()
 
-    # The driver's own functions: a `GraphBuilder` raises when it is closed after a capture that an error has broken, and
-    # ends a later capture of the stream when it is collected.
+    # The driver's own functions: closing a `GraphBuilder` raises where an error has broken the capture, and collecting
+    # it then ends a later capture of the stream.
 
     def begin_capture(self) -> None:
         from cuda.bindings import driver
