@@ -52,44 +52,74 @@ def environment(tmp_path_factory, request):
 
 
 @pytest.fixture(scope="module")
-def outcomes(environment, bundles, tmp_path_factory):
-    """By file and function, what the cases came to: (name, what kept it from passing or "", whether it was skipped)."""
+def run_cases(environment, bundles, tmp_path_factory):
+    """A function (*pytest's arguments, **variables) that runs cases in a process with the driver.
+
+    It returns by file and function what each case came to: its name, what kept it from passing or "", whether it was
+    skipped.
+    """
     roots = {
         "flux": bundles("flux-tiny"),
         "qwen": bundles("qwen-tiny"),
         "conditioner": bundles("qwen-tiny", keep_conditioner=True),
         "float16": bundles("flux-tiny", dtype="float16"),
     }
-    report = tmp_path_factory.mktemp("cases") / "report.xml"
     own = {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
-    # `-c`: with no options of this project's, so that what they import of it is not needed.
-    options = ["-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "-p", "no:cacheprovider"]
-    command = [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, f"--junit-xml={report}", *FILES]
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment | own, capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    if not report.is_file():
-        end = done.stdout[-4000:] + done.stderr[-8000:]
-        pytest.fail(f"the process of the cases ended with {done.returncode}:\n{end}")
-    found: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        text = "\n".join(f"{c.get('message', '')}\n{c.text or ''}" for c in wrong)
-        key = (case.get("classname", "").split(".")[-1], case.get("name", "").split("[")[0])
-        skipped = bool(wrong) and all(c.tag == "skipped" for c in wrong)
-        found.setdefault(key, []).append((case.get("name", ""), text, skipped))
-    return found
+
+    def run(*arguments, **variables):
+        report = tmp_path_factory.mktemp("cases") / "report.xml"
+        # `-c`: without the options of this project, some of which name modules that a runtime does not have.
+        options = ["-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "-p", "no:cacheprovider"]
+        command = [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, f"--junit-xml={report}", *arguments]
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment | own | variables,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        if not report.is_file():
+            end = done.stdout[-4000:] + done.stderr[-8000:]
+            pytest.fail(f"the process of the cases ended with {done.returncode}:\n{end}")
+        found: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
+        for case in ElementTree.parse(report).iter("testcase"):
+            wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]
+            text = "\n".join(f"{c.get('message', '')}\n{c.text or ''}" for c in wrong)
+            key = (case.get("classname", "").split(".")[-1], case.get("name", "").split("[")[0])
+            skipped = bool(wrong) and all(c.tag == "skipped" for c in wrong)
+            found.setdefault(key, []).append((case.get("name", ""), text, skipped))
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def outcomes(run_cases):
+    """All cases, run once."""
+    return run_cases(*FILES)
 
 
 @pytest.mark.parametrize(("file", "name"), CASES)
 def test_on_the_host_driver(file, name, outcomes):
     assert (file, name) in outcomes, "the case was not run"
-    cases = outcomes[file, name]
+    judge(outcomes[file, name])
+
+
+def judge(cases):
+    """Fail or skip as the cases of one function did."""
     failed = [f"{case}: {text}" for case, text, skipped in cases if text and not skipped]
     if failed:
         pytest.fail("\n\n".join(failed), pytrace=False)
     if all(skipped for _, _, skipped in cases):
         pytest.skip(cases[0][1].strip())
+
+
+@pytest.mark.slow
+def test_a_thousand_images_of_many_threads(run_cases):
+    """12 images of three shapes, each 84 times."""
+    outcomes = run_cases(HERE / "image_cases.py", "-k", "changing_shapes", HOST_CUDA_AGAIN="84")
+    judge(outcomes["image_cases", "test_changing_shapes_of_many_threads"])
 
 
 def test_without_a_device(environment):
