@@ -63,6 +63,8 @@ State &state() {
     return *all;
 }
 
+thread_local bool in_host_function = false;
+
 CUresult due(const std::string &name, bool is_work) {
     CUresult error = CUDA_SUCCESS;
     auto &failures = state().failures;
@@ -89,7 +91,9 @@ Call::Call(const char *function, Needs needs) : lock(state().mutex) {
     ++all.calls[name];
     if (needs == Needs::context && all.log.size() < most_log) all.log += name + "\n";
     if (needs == Needs::nothing) return;
-    if (!all.initialized && name != "cuInit") {
+    if (in_host_function) {
+        error = CUDA_ERROR_NOT_PERMITTED;
+    } else if (!all.initialized && name != "cuInit") {
         error = CUDA_ERROR_NOT_INITIALIZED;
     } else if (needs == Needs::context && current_context() == nullptr) {
         error = CUDA_ERROR_INVALID_CONTEXT;
@@ -182,6 +186,11 @@ size_t host_cuda_live(int kind) {
 
 CUresult host_cuda_enqueue(CUstream stream, int (*work)(void *), void *user) {
     HOST_CUDA_CALL(context);
-    return submit(stream, {"engine", [=] { return work(user) == 0 ? CUDA_SUCCESS : CUDA_ERROR_LAUNCH_FAILED; }, {}, {}});
+    return submit(stream, {"engine", [=] {
+        in_host_function = true;
+        const int failed = work(user);
+        in_host_function = false;
+        return failed ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
+    }, {}, {}});
 }
 }

@@ -152,6 +152,7 @@ public:
 
 // Of this thread.
 CUcontext current_context();
+extern thread_local bool in_host_function;  // which must not call the driver
 
 // The failure that is due for a call or work of this name, if any.
 CUresult due(const std::string &name, bool is_work);

@@ -297,6 +297,29 @@ def test_branches_of_a_graph_run_in_an_order_that_shows_what_is_missing(joins, b
     ok(cuda.cuGraphExecDestroy(executable))
 
 
+def test_host_functions_run_in_order_and_cannot_call_the_driver(begin, stream, memory, driver):
+    seen = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def look(_):
+        seen.append((ctypes.string_at(driver.at(memory, BYTES), 1)[0], error(cuda.cuMemGetInfo())))
+
+    def enqueue():
+        ok(cuda.cuMemsetD8Async(memory, 7, BYTES, stream))
+        ok(cuda.cuLaunchHostFunc(stream, cuda.CUhostFn(_ptr=ctypes.addressof(look)), 0))
+        ok(cuda.cuMemsetD8Async(memory, 8, BYTES, stream))
+
+    enqueue()
+    begin()
+    enqueue()
+    executable = end(stream)
+    ok(cuda.cuGraphLaunch(executable, stream))
+    assert seen == []
+    ok(cuda.cuStreamSynchronize(stream))
+    assert seen == [(7, "NOT_PERMITTED")] * 2
+    ok(cuda.cuGraphExecDestroy(executable))
+
+
 def captured_event(stream):
     made = ok(cuda.cuEventCreate(0))
     ok(cuda.cuEventRecord(made, stream))

@@ -270,7 +270,9 @@ CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void *user) {
     HOST_CUDA_CALL(context);
     if (function == nullptr) return CUDA_ERROR_INVALID_VALUE;
     return submit(stream, {"host", [=] {
+        in_host_function = true;
         function(user);
+        in_host_function = false;
         return CUDA_SUCCESS;
     }, {}, {}});
 }
