@@ -1,4 +1,4 @@
-# make demo: set up, export the shapes student and draw four prompts.  make test: set up and run the tests.
+# make demo: set up, export the shapes student and generate four images.  make test: set up and run the quick tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -34,16 +34,17 @@ PROMPTS_shapes := "a large red circle on the left, blue background" "a small yel
 	"a large green triangle" "a purple cross at the top, white background"
 SIZE_tiny := --height 64 --width 64
 
-.PHONY: help setup demo engine shapes test check cpp-test lint format clean
+.PHONY: help setup demo engine shapes test check lint format docs clean
 help:
-	@echo "make demo     export the shapes student and draw four prompts on this CPU  [PROMPT=...]"
-	@echo "make test     run the tests, those of the C++ library too"
-	@echo "make check    run the slow tests: students from a stand-in of the hub to engines, in minutes"
-	@echo "make cpp-test build, install and test the C++ library, with sanitizers too, and fuzz its reader"
-	@echo "make cpp-tsan the C++ library's own threads under ThreadSanitizer"
+	@echo "make demo     export the shapes student and generate four images on this CPU  [PROMPT=...]"
+	@echo "make test     build the C++ library once and run every quick test, in minutes"
+	@echo "make check    run all other tests: slow ones, packaging, sanitizers, fuzzing, static build  [CHECK=NAME]"
+	@echo "make lint     ruff, mypy, import-linter and clang-format, as pre-commit and CI run them"
+	@echo "make format   let ruff and clang-format rewrite the files"
+	@echo "make docs     build the documentation's site in out/site; a broken link is an error"
+	@echo "make cpp-test build, test and install the C++ library; make cpp-check its sanitizers, fuzzing and static build"
 	@echo "make engine   MODEL=shapes|tiny|flux|qwen|FILE.toml [PRECISION=fp32|bf16|fp16|fp8] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
 	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
-	@echo "make lint     ruff and mypy"
 
 # Bytecode is written when a module is first used, also where the environment forbids it: without, torch and
 # diffusers take nearly twice as long to import.
@@ -52,7 +53,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/maths/speedups.cpp $(wildcard runtime/kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev,docs]"
 	@touch $@
 
 demo: PRECISION := $(or $(PRECISION),fp32)
@@ -69,13 +70,19 @@ shapes: setup
 
 # Two processes of one thread take little more than half of the time of one with two.
 WORKERS ?= 2
-test: setup
-	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it needs a C++ compiler, CMake and OpenSSL's headers")
-	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+CPP_MISSING := needs a C++ compiler, CMake and OpenSSL's headers
+PYTEST = ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS)
 
-# CHECK names some of the slow tests, as pytest's -k does.
+# Every test is in one of two lanes: `make test` runs what is quick, `make check` what is marked slow and all of the C++
+# library's other builds.
+test: setup
+	$(if $(CPP_FOUND),$(MAKE) cpp-test,@echo "cpp-test was left out: it $(CPP_MISSING)")
+	$(PYTEST) --dist worksteal
+
+# CHECK names some of the slow tests, as pytest's -k does; then nothing else runs.
 check: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses $(WORKERS) $(addprefix -k ,$(CHECK))
+	$(if $(CHECK),,$(if $(CPP_FOUND),$(MAKE) cpp-check,@echo "cpp-check was left out: it $(CPP_MISSING)"))
+	$(PYTEST) -m slow $(addprefix -k ,$(CHECK))
 
 # The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
 # static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
@@ -150,14 +157,21 @@ cpp-fuzz: setup
 	$(CPP)-fuzz/fuzz/bundle_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 -print_final_stats=1 \
 		-verbosity=0 -dict=runtime/cpp/fuzz/json.dict -artifact_prefix=$(CPP)-fuzz/ $(CPP)-fuzz/corpus
 
+# .pre-commit-config.yaml calls the same tools.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(MAKE) cpp-lint
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(MAKE) cpp-format
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

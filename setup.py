@@ -1,4 +1,7 @@
-"""The compiled part of the runtime; everything else is in pyproject.toml. Without a compiler it is left out."""
+"""Builds the optional C++ extension of the runtime; all other metadata is in pyproject.toml.
+
+Without a C++ compiler the extension is skipped, and numpy computes the same.
+"""
 
 from pathlib import Path
 
@@ -11,7 +14,7 @@ setup(
             ["runtime/arcflow_runtime/maths/speedups.cpp"],
             include_dirs=["runtime/kernels"],
             depends=sorted(str(p) for p in Path("runtime/kernels").glob("*.h")),
-            # Products and sums are rounded as numpy and torch round them.
+            # No fused multiply-add where the source has none, so that results are rounded as in numpy and torch.
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off"],
             language="c++",
             optional=True,

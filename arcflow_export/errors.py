@@ -1,10 +1,10 @@
-"""The typed exceptions of the exporter."""
+"""The exceptions that the exporter, calibration and distillation raise for bad input or a failed stage."""
 
 from arcflow_runtime.errors import ArcFlowError
 
 
 class SourceError(ArcFlowError):
-    """A checkpoint, adapter or LoRA is missing, unreachable, damaged or not what it should be."""
+    """A checkpoint, adapter or LoRA is missing, unreachable or damaged, or does not fit the rest of the student."""
 
 
 class ExportError(ArcFlowError):
@@ -12,8 +12,8 @@ class ExportError(ArcFlowError):
 
 
 class QuantizeError(ArcFlowError):
-    """A bundle cannot be quantised: its policy, its scales or the bundle itself does not fit; the message names it."""
+    """A bundle cannot be quantised; the message names what is wrong: the policy, the scales or the bundle."""
 
 
 class CalibrationError(ArcFlowError):
-    """A calibration cannot start or go on, or a file of scales is damaged or of another student."""
+    """A calibration cannot start or continue, or a scales file is damaged or belongs to another student."""

@@ -1,4 +1,7 @@
-"""What an export can be told, and its defaults; light to import, so that the command line can read it."""
+"""The options of `arcflow export` and their defaults.
+
+Imports no heavy library, so that the command line can read the defaults quickly.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,30 @@ from dataclasses import dataclass
 from arcflow_runtime.disk.manifest import DType
 
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
-#: What people write for them.
+#: Short names that the command line accepts.
 SHORT_DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: Every part that a bundle may have, in the order in which data flows.
 PARTS = ("text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder")
 OPSETS = (20, 23)
+#: The schedule of the released students and of those that `arcflow distill` makes: a fixed shift that does not depend
+#: on the image size, and a last step as long as the others.
+SHIFT, TIMESTEP_RATIO = 3.2, 1.0
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to export and how.
+class ExportOptions:
+    """How to export a student.
 
-    `opset` 20 decomposes attention and RMS norm, 23 has both as operators. `steps` are the step counts to bake for
-    Qwen-Image; the first is the bundle's default for both families. `max_px` and `max_sequence_length` are the
-    largest height or width and number of text tokens that the bundle accepts.
+    `opset` 20 decomposes attention and RMS norm; opset 23 has both as operators. `steps` are the step counts whose
+    modulation tables are baked for Qwen-Image; the first one is the bundle's default for both families. `max_px` is
+    the largest height or width and `max_sequence_length` the largest number of text tokens that the bundle accepts.
 
-    `dtype` is every part's, but for those that `precision` names, and a VAE decoder in float16, which is left in
-    float32: both families' decoders are known to overflow there. `keep_float32` are patterns (fnmatch) of the names
-    of linears that stay in float32 in parts of reduced precision.
+    `dtype` applies to every part that `precision` does not name. With float16 the VAE decoder stays in float32 unless
+    `precision` says otherwise, because the decoders of both families overflow in float16. `keep_float32` holds
+    fnmatch patterns: linears with a matching name stay in float32 in parts of reduced precision.
+
+    `shift` and `timestep_ratio` are the schedule that the student was trained with: S and r in docs/bundle.md,
+    "Schedule".
     """
 
     dtype: DType = "float32"
@@ -35,6 +44,8 @@ class Options:
     max_sequence_length: int = 512
     precision: tuple[tuple[str, DType], ...] = ()
     keep_float32: tuple[str, ...] = ()
+    shift: float = SHIFT
+    timestep_ratio: float = TIMESTEP_RATIO
 
     def part_dtype(self, part: str) -> DType:
         """The dtype of one part."""
@@ -43,9 +54,10 @@ class Options:
 
     @property
     def reference_dtype(self) -> DType:
-        """The dtype whose rounding the conditioning gets.
+        """The dtype that timesteps, guidance and rotary tables are rounded to.
 
-        The students were trained in bfloat16; only a transformer in float32 reproduces the float32 reference.
+        The students were trained in bfloat16, so a reduced-precision bundle repeats bfloat16's rounding. A bundle whose
+        transformer is in float32 reproduces the float32 reference.
         """
         transformer = {self.part_dtype(part) for part in ("conditioner", "backbone")}
         return "float32" if transformer == {"float32"} else "bfloat16"

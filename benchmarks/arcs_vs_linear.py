@@ -1,9 +1,10 @@
-"""What the arcs buy: students of 16 modes against students of one (constant velocity), same teacher and iterations.
+"""Show the gain of curved paths: students with 16 modes against students with one mode (constant velocity).
 
     python benchmarks/arcs_vs_linear.py --work out/arcs --json benchmarks/results/arcs_vs_linear.json
 
-Per seed one student of each kind is distilled, both at once with half of the cores each; a pair whose directories exist
-in --work is used as it is. All draw the same prompts from the same noise as the teacher.
+Teacher and iterations are the same. For each seed, one student of each kind is distilled, both at once with half of the
+cores each. Students that already exist in --work are reused. All generate the same prompts from the same noise as the
+teacher.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from machine import describe
 from tqdm import tqdm
 
 from arcflow_distill.evaluate.options import STUDENT_STEPS
-from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, Teacher, generate_all
+from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, TeacherPipeline, generate_all
 from arcflow_distill.evaluate.students import AdapterSampler
 from arcflow_distill.shapes.loop import cores, environment
 from arcflow_export.commands.sources import quiet_libraries
-from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_pictures
+from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_images
 from arcflow_export.images.judge import Judge, to_tensor
 from arcflow_export.images.scenes import ATTRIBUTES
 from arcflow_export.images.statistics import frechet, moments
@@ -37,7 +38,7 @@ QUANTITIES = ("named", "right", "latent_error", "frechet")
 
 
 def distil(model: Path, work: Path, seed: int, iterations: int) -> None:
-    """Train the students of one seed that `work` lacks; the teacher's share of the walk is 0 after a quarter."""
+    """Train the missing students of one seed; the teacher's share is 0 after a quarter of the training."""
     running = []
     for kind, modes in KINDS.items():
         out = work / f"{kind}-{seed}"
@@ -61,11 +62,11 @@ def distil(model: Path, work: Path, seed: int, iterations: int) -> None:
             raise SystemExit(f"a distillation failed; see {log.name}")
 
 
-def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, real: np.ndarray) -> dict[str, Any]:
-    """Shares, latent error and Frechet distance: of all prompts, by group, and by how many attributes are open."""
-    reading = judge.read(to_tensor(drawn.pictures))
+def score(cases: Cases, generated: Generated, reference: Generated, judge: Judge, real: np.ndarray) -> dict[str, Any]:
+    """Shares, latent error and Frechet distance: for all prompts, by group, and by number of unnamed attributes."""
+    reading = judge.read(to_tensor(generated.images))
     named, right = reading.named(cases.words).numpy(), reading.right(cases.words).numpy()
-    error = np.square(drawn.latents - reference.latents, dtype=np.float64).mean((1, 2)) / reference.latents.var()
+    error = np.square(generated.latents - reference.latents, dtype=np.float64).mean((1, 2)) / reference.latents.var()
     features = reading.features.numpy()
     open_attributes = np.array([len(ATTRIBUTES) - len(words) for words in cases.words])
     subsets = {group: np.isin(np.arange(len(cases)), cases.rows(group)) for group in GROUPS}
@@ -73,7 +74,7 @@ def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, re
     subsets["all"] = np.ones(len(cases), bool)
     rows: dict[str, Any] = {
         name: {
-            "pictures": int(m.sum()),
+            "images": int(m.sum()),
             "named": float(named[m].mean()),
             "right": float(right[m].mean()),
             "latent_error": float(error[m].mean()),
@@ -85,19 +86,19 @@ def score(cases: Cases, drawn: Generated, reference: Generated, judge: Judge, re
 
 
 def summary(results: dict[str, dict[str, Any]], kind: str, subset: str, quantity: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds."""
+    """The mean and standard deviation of a quantity over the seeds."""
     values = [rows[subset][quantity] for name, rows in results.items() if name.startswith(f"{kind}-")]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Distil, draw, score, print and write JSON."""
+    """Distil, generate, score, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/shapes"), help="directory of teacher and judge")
     parser.add_argument("--work", type=Path, required=True, help="students are written here")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--iterations", type=int, default=5000, help="of each student; default: %(default)s")
-    parser.add_argument("--count", type=int, default=1024, help="prompts; default: %(default)s")
+    parser.add_argument("--iterations", type=int, default=5000, help="for each student; default: %(default)s")
+    parser.add_argument("--count", type=int, default=1024, help="number of prompts; default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args(argv)
     quiet_libraries()
@@ -105,18 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in tqdm(range(args.seeds), "distilling"):
         distil(args.model, args.work, seed, args.iterations)
 
-    judge, teacher = Judge.load(args.model / "judge"), Teacher(args.model / "teacher")
+    judge, teacher = Judge.load(args.model / "judge"), TeacherPipeline(args.model / "teacher")
     cases = draw_cases(args.count, seed=2000)
-    real = judge.read(real_pictures(cases, 2001)).features.numpy()
+    real = judge.read(real_images(cases, 2001)).features.numpy()
     samplers: dict[str, Sampler] = {f"euler-{n}": EulerSampler(teacher, n) for n in EULER_STEPS}
     for seed in range(args.seeds):
         for kind in KINDS:
             samplers[f"{kind}-{seed}"] = AdapterSampler(args.model / "teacher", args.work / f"{kind}-{seed}")
     reference = generate_all(EulerSampler(teacher, REFERENCE_STEPS), cases.captions, cases.seeds)
     results = {"teacher-50": score(cases, reference, reference, judge, real)}
-    for name, sampler in tqdm(samplers.items(), "drawing"):
-        drawn = generate_all(sampler, cases.captions, cases.seeds)
-        results[name] = score(cases, drawn, reference, judge, real)
+    for name, sampler in tqdm(samplers.items(), "generating"):
+        generated = generate_all(sampler, cases.captions, cases.seeds)
+        results[name] = score(cases, generated, reference, judge, real)
     machine = describe()
     print(f"{machine['cpu']}, {machine['cores']} cores; {args.count} prompts, {STUDENT_STEPS} steps")
     for name, rows in results.items():

@@ -1,7 +1,7 @@
-"""The same student through this runtime and through PyTorch, in one run: a checkpoint -> milliseconds per picture.
+"""Compare this runtime with PyTorch on the same student, in one run: milliseconds per image on a CPU.
 
-PyTorch runs it the reference's way: diffusers' transformer, LoRA unmerged through peft, the update in torch. Runs
-alternate between the two, so that a change in the machine's load meets both. Text embeddings are not cached.
+PyTorch runs as the reference does: diffusers' transformer, unmerged LoRA with peft, and the update in torch. Runs
+alternate between the two, so that a change in the machine's load affects both. Text embeddings are not cached.
 
     python benchmarks/cpu_vs_torch.py --json benchmarks/results/cpu_vs_torch.json
 """
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from arcflow_export.checkpoint.sources import Location
 from arcflow_export.commands.sources import quiet_libraries
 from arcflow_export.export.export import export_bundle, plan_export
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.student.load import Student, load_student
 from arcflow_export.student.reference import TorchStudent
 from arcflow_runtime import Pipeline
@@ -96,7 +96,7 @@ def make_medium(folder: Path) -> None:
 
 
 def measure(workload: Workload, student: Student, bundle: Path) -> dict[str, Any]:
-    """Time both, alternating, and compare what they draw."""
+    """Time both, alternating, and compare their images."""
     px, length = workload.size_px, workload.max_sequence_length
     reference = TorchStudent(student)
     pipe = Pipeline.load(bundle)
@@ -111,9 +111,9 @@ def measure(workload: Workload, student: Student, bundle: Path) -> dict[str, Any
     difference = float(np.abs(ours() - theirs()).max())
     times: dict[str, list[float]] = {"arcflow": [], "torch": []}
     for _ in tqdm(range(workload.runs), desc=workload.name, disable=None):
-        for name, draw in (("arcflow", ours), ("torch", theirs)):
+        for name, generate in (("arcflow", ours), ("torch", theirs)):
             started = time.perf_counter()
-            draw()
+            generate()
             times[name].append((time.perf_counter() - started) * 1e3)
     rows = {name: _spread(ms) for name, ms in times.items()}
     pipe.clear_cache()
@@ -156,7 +156,7 @@ def main() -> int:
                 source = root / "medium"
                 make_medium(source)
             student = load_student(Location(str(source / "base")), Location(str(source / "adapter")), [])
-            bundle = export_bundle(plan_export(student, Options()), root / f"{workload.name}.bundle", "benchmark")
+            bundle = export_bundle(plan_export(student, ExportOptions()), root / f"{workload.name}.bundle", "benchmark")
             results.append(measure(workload, student, bundle))
     machine = describe()
     print(f"{machine['cpu']}, {machine['cores']} cores; {machine['versions']}")

@@ -1,10 +1,10 @@
-"""A checkpoint of benchmarks/fullsize.py -> how long `arcflow export` takes, its peak memory, and a plain copy's time.
+"""Measure `arcflow export` of a checkpoint of benchmarks/fullsize.py: time and peak memory, beside a plain copy's time.
 
-The copy reads files with nothing of them in the page cache and writes as many bytes as the bundle's weights have, in
-blocks of 16 MiB. Of a random checkpoint it copies the checkpoint, before the export and again after it, and the faster
-of the two counts. Of a sparse one, whose holes cost nothing to read, it copies the bundle, after the export.
-Criterion: peak resident memory at most 4 GiB, wall time at most tracing plus twice the copy. Nothing is left of copy
-and bundle.
+The copy writes as many bytes as the bundle's weights have, in blocks of 16 MiB, from files that are not in the page
+cache. For a random checkpoint it copies the checkpoint, before the export and again after it, and the faster copy
+counts. For a sparse checkpoint, whose holes cost nothing to read, it copies the bundle after the export. Criterion:
+peak resident memory at most 4 GiB, and wall time at most that of tracing plus twice the copy. Copy and bundle are
+deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from machine import describe as describe_machine
 
 COPY_BLOCK_BYTES = 16 << 20
-#: Where the disk has no room for a whole copy, what fits beside this much is copied and the time scaled.
+#: If the disk has no room for a whole copy, leave this much free, copy what fits, and scale the time.
 SPARE_BYTES = 2 << 30
 MAX_RESIDENT_BYTES = 4 << 30
 SAMPLE_S = 0.2
@@ -36,7 +36,7 @@ class MeasureError(Exception):
 
 
 def drop_cache(files: list[Path]) -> None:
-    """Write back what is dirty and drop the files' pages from the page cache."""
+    """Write dirty pages to disk and drop the files' pages from the page cache."""
     os.sync()
     for file in files:
         fd = os.open(file, os.O_RDONLY)
@@ -45,10 +45,10 @@ def drop_cache(files: list[Path]) -> None:
 
 
 def copy_seconds(files: list[Path], num_bytes: int, folder: Path) -> tuple[float, int]:
-    """Copy `num_bytes` from the beginning of `files` (again where they end) into `folder` and delete the copy.
+    """Copy `num_bytes` of `files` (repeated if they are shorter) into `folder`, and delete the copy.
 
     Returns:
-        Seconds, scaled to `num_bytes` where the disk had room for less, and the bytes that were copied.
+        The seconds, scaled to `num_bytes` if the disk had room for less, and the number of bytes copied.
     """
     left = min(num_bytes, shutil.disk_usage(folder).free - SPARE_BYTES)
     if left < num_bytes // 4:
@@ -96,13 +96,13 @@ class _Sampler(threading.Thread):
 
 
 def run_arcflow(*arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run `arcflow ARGUMENTS --json` in a process of its own.
+    """Run `arcflow ARGUMENTS --json` in its own process.
 
     Returns:
-        What it printed, and its wall and CPU seconds and peaks of resident memory in bytes.
+        The printed JSON; and its wall and CPU seconds and peaks of resident memory in bytes.
 
     Raises:
-        MeasureError: it failed; its own message is on stderr.
+        MeasureError: the command failed; its message is on stderr.
     """
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
@@ -129,7 +129,7 @@ def measure(model: str, checkpoint: Path, dtype: str, out: Path) -> dict[str, An
     """Measure copy and export of one checkpoint; see the module's docstring.
 
     Raises:
-        MeasureError: the checkpoint or the disk does not allow it, or the export failed.
+        MeasureError: the checkpoint is not valid, the disk is too small, or the export failed.
     """
     files = sorted(checkpoint.glob("*/**/*.safetensors"))
     if not files or not out.parent.is_dir():
@@ -210,7 +210,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Parse the command line and measure; 0 criterion met, 1 failed or missed."""
+    """Parse the command line and measure; returns 0 if the criterion is met, 1 if it is missed or an error occurred."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("flux", "qwen"), required=True)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="from benchmarks/fullsize.py")

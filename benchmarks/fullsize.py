@@ -1,9 +1,10 @@
 """Write a random checkpoint with FLUX.1-dev's or Qwen-Image's real sizes, and an ArcFlow adapter that fits it.
 
-DIR/base is a diffusers pipeline with the hub's file names, shards, keys, shapes and dtype (bfloat16); DIR/adapter is
-an adapter in the released format. `--fill random` draws every value from a seeded generator, with exponents limited
-so that it is finite and small; `--fill sparse` makes files of the right size that are holes, so every value is 0.
-The tokenizers are those of the tiny golden checkpoints: a checkpoint made here exports, but its prompts mean nothing.
+DIR/base is a diffusers pipeline with the hub's file names, shards, keys, shapes and dtype (bfloat16). DIR/adapter is an
+adapter in the released format. With `--fill random`, every value comes from a seeded generator, with limited exponents
+so that it is finite and small. With `--fill sparse`, the files have the right size but are holes, so every value is 0.
+The tokenizers are those of the tiny golden checkpoints, so the checkpoint can be exported, but its prompts mean
+nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class File:
 
 
 def layout(component: Component) -> tuple[list[File], dict[str, Any] | None]:
-    """Split a component into files as diffusers and transformers do: in order, a new file when one is full.
+    """Split a component into files as diffusers and transformers do: in order, with a new file when one is full.
 
     Returns:
         The files, and the content of the index beside them (None for a single file).
@@ -95,13 +96,13 @@ def _header(shapes: Shapes, metadata: dict[str, str]) -> tuple[bytes, int]:
 
 
 def random_chunks(seed: int, path: str, num_bytes: int) -> Iterator[np.ndarray]:
-    """`num_bytes` of random finite bfloat16 as uint8 chunks; the same for the same seed and path.
+    """Yield `num_bytes` of random finite bfloat16 values as uint8 chunks; they depend only on seed and path.
 
-    A second thread draws the next chunk while the caller writes this one.
+    A second thread makes the next chunk while the caller writes this one.
     """
     stream = np.random.Generator(np.random.SFC64([seed, zlib.crc32(path.encode())]))
 
-    def draw(size: int) -> np.ndarray:
+    def make(size: int) -> np.ndarray:
         words = stream.integers(0, 2**64 - 1, size=-(-size // 8), dtype=np.uint64, endpoint=True)
         words &= _KEEP
         words |= _SET
@@ -109,20 +110,20 @@ def random_chunks(seed: int, path: str, num_bytes: int) -> Iterator[np.ndarray]:
 
     sizes = [CHUNK_BYTES] * (num_bytes // CHUNK_BYTES) + [num_bytes % CHUNK_BYTES]
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(draw, sizes[0])
+        ahead = pool.submit(make, sizes[0])
         for size in [*sizes[1:], 0]:
-            chunk, ahead = ahead.result(), pool.submit(draw, size)
+            chunk, ahead = ahead.result(), pool.submit(make, size)
             yield chunk
 
 
 def write_checkpoint(model: str, fill: str, out: Path, seed: int) -> None:
-    """Write the checkpoint; `out` appears with its files and is removed again if that fails.
+    """Write the checkpoint; `out` is removed again if that fails.
 
     Args:
         model: "flux" or "qwen".
         fill: "random" or "sparse".
         out: a directory that does not exist yet.
-        seed: of the random values.
+        seed: seed of the random values.
 
     Raises:
         FullsizeError: `out` exists, its parent does not, or the disk is too small.
@@ -139,7 +140,7 @@ def write_checkpoint(model: str, fill: str, out: Path, seed: int) -> None:
     if free < needed:
         raise FullsizeError(
             f"--out: {out.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB; "
-            "free some, or use --fill sparse"
+            "free some space, or use --fill sparse"
         )
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"{model} {fill}", disable=None) as bar:
@@ -185,11 +186,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Parse the command line and write the checkpoint; 0 done, 1 failed."""
+    """Parse the command line and write the checkpoint; returns 0 if done, 1 if it failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("flux", "qwen"), required=True)
     parser.add_argument("--fill", choices=("random", "sparse"), default="random", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the random values; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random values; default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
     args = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
-"""The released models' configs -> every component's configs, tensor names and shapes, as on the hub.
+"""The released models as on the hub: configs, tensor names and shapes of every component; for `fullsize.py`.
 
-Names and shapes are read from diffusers' and transformers' own classes on the meta device and renamed to what the
-hub's files hold.
+Names and shapes come from diffusers' and transformers' own classes on the meta device, and are renamed as in the hub's
+files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 Shapes = dict[str, tuple[int, ...]]
 
-#: The adapter's settings: LoRA rank, modes, sub-pixels of a packed token with weights of their own.
+#: The adapter's settings: LoRA rank, modes, and sub-pixels of a packed token, each with its own mode weights.
 RANK, NUM_GAUSSIANS, LOGWEIGHTS_CHANNELS = 256, 16, 4
 #: diffusers and transformers split a component's files at these sizes.
 _SHARD_10GB, _SHARD_5GB = 10_000_000_000, 5_000_000_000
@@ -76,13 +76,13 @@ _QWEN_VL = {
 }  # fmt: skip
 
 _TIMESTEP = r"time_text_embed\.timestep_embedder\.linear_[12]"
-#: The reference's LoRA targets, by model, as full matches of a linear's name.
+#: The reference's LoRA targets by model; a pattern matches a linear's full name.
 _TARGETS = {
     "flux": re.compile(
         r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
         r"|transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)|" + _TIMESTEP
     ),
-    # The last block's text stream feeds nothing, so it was not trained.
+    # The last block's text output is unused, so its layers were not trained.
     "qwen": re.compile(r"transformer_blocks\.(\d+\.img_mlp|(?!59\.)\d+\.txt_mlp)\.net\.(0\.proj|2)|" + _TIMESTEP),
 }
 
@@ -104,7 +104,7 @@ def components(model: str) -> list[Component]:
     import diffusers
     import transformers
 
-    transformers.logging.set_verbosity_error()  # the hub's older config keys are noted one by one
+    transformers.logging.set_verbosity_error()  # it warns about each older config key
 
     def diffusion(config: dict[str, Any]) -> Shapes:
         cls = getattr(diffusers, config["_class_name"])
@@ -196,7 +196,7 @@ def _adapter(model: str, class_name: str, config: dict[str, Any], transformer: S
             shapes[f"{module}.lora_A.weight"] = (RANK, shape[1])
             shapes[f"{module}.lora_B.weight"] = (shape[0], RANK)
     arc = {**config, "_class_name": class_name, "num_gaussians": k, "logweights_channels": p}
-    # The student's class has no patch_size, and its config is saved whole where the base's leaves defaults out.
+    # The student's class has no patch_size, and its config also holds defaults, which the base's config leaves out.
     del arc["patch_size"]
     arc |= {"axes_dims_rope": [16, 56, 56], "out_channels": None if model == "flux" else channels}
     metadata = {"format": "pt", "policy_config": '{"type": "ArcFlow"}'}

@@ -1,9 +1,9 @@
-"""Host time per picture outside the engines, in Python and in C++: a bundle -> milliseconds, and where they go.
+"""Measure the host's time per image outside the engines, in Python and in C++, and where it goes.
 
-A tiny bundle at 64 px, text embeddings cached, seed given, decoded to pixels. Runs alternate between the two, so that a
-change in the machine's load meets both. Engine time is what the calls into the engine take, ONNX Runtime's in Python
-and OpenVINO's in C++; the rest is the host's. With another `--backend` for Python, engine time is the device's, of its
-own events.
+Use a tiny bundle at 64 px; text embeddings are cached, the seed is given, and images are decoded to pixels. Runs
+alternate between the two runtimes, so that a change in the machine's load affects both. Engine time is the time of the
+calls into the engine (ONNX Runtime in Python, OpenVINO in C++); the rest is the host's time. With another `--backend`
+for Python, engine time is the device's, measured by its own events.
 
     python benchmarks/host_time.py BUNDLE --library build/libarcflow.so --json benchmarks/results/host_time.json
 """
@@ -30,17 +30,17 @@ from arcflow_runtime import Pipeline
 from arcflow_runtime.maths import noise, update
 
 PROMPT = "a large red circle on a blue background"
-#: Numbers behind the prompt, where each picture has a new one.
+#: Numbers appended to the prompt, for --new-prompts.
 NUMBERS = itertools.count()
-#: Stages that hold no engine call; what the others take beside theirs is "around engines".
+#: Stages without an engine call. Time of the other stages outside their engine calls is called "around engines".
 HOST_STAGES = ("tokenize", "noise", "rotary", "update")
 ENGINE_STAGES = ("encode", "condition", "backbone", "decode")
-#: What a denoiser on a device takes, of its own events.
+#: Stages of a denoiser that runs on a device, timed by its own events.
 DEVICE_STAGES = ("copy", "noise", "condition", "backbone", "update", "decode")
 
 
 class TimedEngine:
-    """An engine that adds up how long its runs take."""
+    """Wraps an engine and adds up the time of its runs."""
 
     def __init__(self, engine: Any) -> None:
         self._engine, self.ms = engine, 0.0
@@ -59,58 +59,62 @@ class TimedEngine:
         self._engine.close()
 
 
-def python_draw(bundle: Path, size_px: int, threads: int, prompt: Callable[[], str]) -> Callable[[], dict[str, float]]:
-    """A function that draws in Python and gives the stages' times, "engines" among them."""
+def python_runner(
+    bundle: Path, size_px: int, threads: int, prompt: Callable[[], str]
+) -> Callable[[], dict[str, float]]:
+    """A function that generates an image in Python and returns each stage's time in ms, and "engines"."""
     pipe = Pipeline.load(bundle, threads=threads)
     engines = {name: TimedEngine(engine) for name, engine in pipe._parts._engines.items()}
     pipe._parts._engines.update(engines)
 
-    def draw() -> dict[str, float]:
+    def generate() -> dict[str, float]:
         for engine in engines.values():
             engine.ms = 0.0
         timings = pipe(prompt(), size_px, size_px, seed=1, output_type="pil").timings_ms
         return dict(timings) | {"engines": sum(e.ms for e in engines.values())}
 
-    return draw
+    return generate
 
 
-def device_draw(bundle: Path, backend: str, size_px: int, prompt: Callable[[], str]) -> Callable[[], dict[str, float]]:
-    """The same with a backend that keeps the loop on its device."""
+def device_runner(
+    bundle: Path, backend: str, size_px: int, prompt: Callable[[], str]
+) -> Callable[[], dict[str, float]]:
+    """The same with a backend that keeps the denoising loop on its device."""
     pipe = Pipeline.load(bundle, backend=backend)
     if pipe._denoiser is None:
         raise SystemExit(f"error: {backend} does not keep the loop on its device here; see its warnings")
     pipe.warm_up([(1, size_px, size_px)])
 
-    def draw() -> dict[str, float]:
+    def generate() -> dict[str, float]:
         timings = dict(pipe(prompt(), size_px, size_px, seed=1, output_type="pil").timings_ms)
         engines = sum(timings.get(stage, 0.0) for stage in DEVICE_STAGES)
-        # As if they were one call of the backbone.
+        # Count the device's stages as one call of the backbone.
         return timings | dict.fromkeys(DEVICE_STAGES, 0.0) | {"backbone": engines, "engines": engines}
 
-    return draw
+    return generate
 
 
-def cpp_draw(
+def cpp_runner(
     bundle: Path, library: Path, size_px: int, threads: int, prompt: Callable[[], str]
 ) -> Callable[[], dict[str, float]]:
     """The same in C++."""
     embed = load_embed()
     pipe = embed.Pipeline(embed.load(str(library)), bundle, threads=threads)
 
-    def draw() -> dict[str, float]:
+    def generate() -> dict[str, float]:
         timings: dict[str, float] = pipe.draw([prompt()], seeds=[1], height=size_px, width=size_px).timings_ms
         return timings
 
-    return draw
+    return generate
 
 
 def new_prompt() -> str:
-    """A prompt that was not drawn before."""
+    """A prompt that was not used before."""
     return f"{PROMPT} {next(NUMBERS)}"
 
 
 def host_share(timings: Mapping[str, float]) -> dict[str, float]:
-    """One picture's time outside engines, in milliseconds: the sum, and by where it goes."""
+    """One image's time outside the engines in ms: the total, and its shares."""
     shares = {stage: timings[stage] for stage in HOST_STAGES}
     shares["around engines"] = sum(timings[stage] for stage in ENGINE_STAGES) - timings["engines"]
     host = timings["total"] - timings["engines"]
@@ -118,34 +122,34 @@ def host_share(timings: Mapping[str, float]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure both, print a table, write JSON."""
+    """Measure both runtimes, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle with the tokenizers of `arcflow build --backend openvino`")
     parser.add_argument("--library", type=Path, help="libarcflow; without it, Python alone")
-    parser.add_argument("--backend", default="onnxruntime", help="of Python (default: %(default)s)")
+    parser.add_argument("--backend", default="onnxruntime", help="for Python (default: %(default)s)")
     parser.add_argument("--size-px", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--runs", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="per engine (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--new-prompts", action="store_true", help="a new one for each picture, which is tokenised")
-    parser.add_argument("--numpy", action="store_true", help="Python without its compiled part")
+    parser.add_argument("--new-prompts", action="store_true", help="use a new prompt for each image")
+    parser.add_argument("--numpy", action="store_true", help="run Python without its compiled extension")
     args = parser.parse_args()
     if args.numpy:
         noise.compiled = update.compiled = None
     prompt = new_prompt if args.new_prompts else lambda: PROMPT
     on_host = args.backend == "onnxruntime"
-    draws = {
-        "python": python_draw(args.bundle, args.size_px, args.threads, prompt)
+    runners = {
+        "python": python_runner(args.bundle, args.size_px, args.threads, prompt)
         if on_host
-        else device_draw(args.bundle, args.backend, args.size_px, prompt)
+        else device_runner(args.bundle, args.backend, args.size_px, prompt)
     }
     if args.library:
-        draws["cpp"] = cpp_draw(args.bundle, args.library, args.size_px, args.threads, prompt)
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in draws}
-    engines: dict[str, list[float]] = {name: [] for name in draws}
+        runners["cpp"] = cpp_runner(args.bundle, args.library, args.size_px, args.threads, prompt)
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
+    engines: dict[str, list[float]] = {name: [] for name in runners}
     for i in trange(-5, args.runs, desc="runs", disable=None):
-        for name, draw in draws.items():
-            timings = draw()
+        for name, generate in runners.items():
+            timings = generate()
             if i >= 0:
                 measured[name].append(host_share(timings))
                 engines[name].append(timings["engines"])

@@ -1,4 +1,4 @@
-"""The machine a figure was measured on."""
+"""Describe the machine on which a benchmark ran."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("arcflow", "torch", "diffusers", "transformers", "onnxruntime", "num
 
 
 def describe() -> dict[str, Any]:
-    """CPU model, cores, memory, kernel and the versions of what was run."""
+    """CPU model, cores, memory, kernel, and versions of Python and packages."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

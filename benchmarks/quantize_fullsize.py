@@ -1,8 +1,8 @@
-"""A FLUX backbone of real size with random weights -> how long `arcflow quantize` takes, its peak memory and the sizes.
+"""Measure `arcflow quantize` on a FLUX backbone of real size with random weights: time, peak memory and sizes.
 
-The bundle is the tiny golden student's with its backbone replaced: the real graph of FLUX.1-dev, traced here, and
-weights drawn from a seeded generator, streamed into the file. `--blocks` makes it smaller. With `--build sm89` the
-result goes through TensorRT-RTX as well. Criterion: peak resident memory at most 6 GiB. What was written is deleted.
+The bundle is that of the tiny golden student with its backbone replaced: the real graph of FLUX.1-dev, traced here,
+with weights from a seeded generator. `--blocks` makes it smaller. With `--build sm89`, TensorRT-RTX also builds the
+result. Criterion: peak resident memory at most 6 GiB. The files are deleted at the end.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from arcflow_export.checkpoint.sources import Location
 from arcflow_export.export.export import export_bundle, plan_export
 from arcflow_export.export.write import attach, initializer_name, write_weights
 from arcflow_export.formats.policy import load_policy, select
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_export.graph.trace import trace
 from arcflow_export.models.flux import build
 from arcflow_export.models.layers import parameters
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.quantize.graph import find_linears
 from arcflow_export.student.load import load_student
 from arcflow_runtime.disk import manifest as b
@@ -47,7 +47,10 @@ _SEED = 0
 
 
 class RandomWeights:
-    """Tensors of random finite bfloat16 of at most 2^-7, the same for the same name, drawn as they will lie."""
+    """Random finite bfloat16 tensors with values of at most 2^-7; a tensor depends only on its name.
+
+    The bytes are made in the order in which the file stores them.
+    """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         self._shapes = shapes
@@ -57,24 +60,24 @@ class RandomWeights:
         return self._shapes[key]
 
     def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
-        """Tensor `key` in flat pieces: the writer only joins them."""
+        """Yield tensor `key` in flat pieces; the writer only joins them."""
         for chunk in random_chunks(_SEED, key, torch.Size(self._shapes[key]).numel() * dtype.itemsize):
             yield torch.from_numpy(chunk).view(dtype)
 
     def uncache(self) -> None:
-        """Nothing was read."""
+        """Do nothing: no file was read."""
 
 
 def make_bundle(root: Path, blocks: tuple[int, int]) -> Bundle:
     """Write the bundle; see the module's docstring."""
     student = load_student(Location(str(_GOLDEN / "base")), Location(str(_GOLDEN / "adapter")), [])
-    m = Bundle.open(export_bundle(plan_export(student, Options("bfloat16")), root, "benchmark")).manifest
+    m = Bundle.open(export_bundle(plan_export(student, ExportOptions("bfloat16")), root, "benchmark")).manifest
     (config,) = (c.config for c in components("flux") if c.folder == "transformer")
     config = {**config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
     built = build(config, NUM_GAUSSIANS, LOGWEIGHTS_CHANNELS, "bfloat16", "bfloat16")
     part = next(p for p in built if p.name == "backbone")
     params = [dataclasses.replace(p, transform="none") for p in parameters(part)]
-    model = trace(part, Options().opset)
+    model = trace(part, ExportOptions().opset)
     live = [p for p in params if initializer_name(p) in model.graph.initializers]
     weights, graph = root / "backbone.safetensors", root / "backbone.onnx"
     source = RandomWeights({p.key: p.shape for p in live if p.key is not None})
@@ -90,10 +93,10 @@ def make_bundle(root: Path, blocks: tuple[int, int]) -> Bundle:
 
 
 def make_scales(bundle: Bundle) -> Scales:
-    """Ranges between 1 and 64 for everything that the preset selects."""
+    """Scales with ranges between 1 and 64 for every linear that the preset selects."""
     linears = find_linears(ir.load(bundle.path("backbone.onnx")))
     layers = select(load_policy("flux").parts["backbone"], "backbone", list(linears))
-    ranges = {name: Range((2.0 ** (i % 7),) * 2, 1) for i, name in enumerate(layers)}
+    ranges = {name: ActivationRange((2.0 ** (i % 7),) * 2, 1) for i, name in enumerate(layers)}
     p, prompts = bundle.manifest.provenance, PromptSet("none", "0" * 64, 1)
     size = ((1024, 1024),)
     return Scales(
@@ -102,10 +105,10 @@ def make_scales(bundle: Bundle) -> Scales:
 
 
 def measure(folder: Path, blocks: tuple[int, int], target: str | None) -> dict[str, Any]:
-    """Make the bundle in `folder`, quantise it there, and build where `target` is given.
+    """Make the bundle in `folder`, quantise it there, and build an engine if `target` is given.
 
     Raises:
-        MeasureError: quantising failed; its own message is on stderr. A build that fails is part of the result.
+        MeasureError: quantising failed; its message is on stderr. A failed build is recorded in the result instead.
     """
     source, scales, out = folder / "bundle", folder / "scales.json", folder / "bundle8"
     bundle = make_bundle(source, blocks)
@@ -139,7 +142,7 @@ def measure(folder: Path, blocks: tuple[int, int], target: str | None) -> dict[s
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result of `measure` in lines."""
+    """A result of `measure` as text."""
     row, used = result["coverage"], result["quantize"]
     lines = [
         f"FLUX backbone, {result['blocks'][0]} + {result['blocks'][1]} blocks, "
@@ -162,11 +165,11 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Parse the command line and measure; 0 criterion met, 1 failed or missed."""
+    """Parse the command line and measure; returns 0 if the criterion is met, 1 if it is missed or an error occurred."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)), metavar="DOUBLE,SINGLE")
     parser.add_argument("--build", metavar="SM", help="build this target with TensorRT-RTX too, such as sm89")
-    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where to work; it must exist")
+    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="existing directory to work in")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/quantize_flux.json")
     args = parser.parse_args()
     double, single = map(int, args.blocks.split(","))

@@ -1,10 +1,10 @@
-"""FLUX.1-dev at full size with random weights, every stage of `arcflow compile` in turn -> what each takes.
+"""Rehearse every stage of `arcflow compile` with FLUX.1-dev at full size and random weights, and measure each stage.
 
-In DIR, which needs 75 GB: a checkpoint of `fullsize.py`, then export, calibration (one prompt, 256 px, bfloat16),
-quantisation, the drift gate (one prompt, 256 px) and the backbone's engine for sm89. What a later stage does not need
-is deleted. Beside each figure stands what `arcflow plan` says with the machine's speeds just before the stage. Stopped
-at any time, the same command goes on; `--until STAGE` stops after one. Criteria: at most 20 GiB in every stage; time
-within a factor of 1.5 of the plan, memory within 1.2.
+It works in DIR, which needs 75 GB: a checkpoint of `fullsize.py`, then export, calibration (one prompt, 256 px,
+bfloat16), quantisation, the drift gate (one prompt, 256 px), and the backbone's engine for sm89. Files that later
+stages do not need are deleted. Each figure is printed beside the estimate of `arcflow plan`, made with the machine's
+speeds just before the stage. The same command continues a stopped run; `--until STAGE` stops after a stage. Criteria:
+at most 20 GiB in every stage; time within a factor of 1.5 of the estimate, memory within 1.2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from machine import describe as describe_machine
 from arcflow_export.commands.sources import quiet_libraries
 from arcflow_export.costs.machine import Machine, measure
 from arcflow_export.pipeline.forecast import forecast
-from arcflow_export.pipeline.stages import Job
+from arcflow_export.pipeline.stages import CompileJob
 from arcflow_export.pipeline.students import load_student_file
 
 MAX_RESIDENT_BYTES = 20 << 30
@@ -72,14 +72,14 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def run_stage(name: str, arguments: list[str], log: Path) -> dict[str, Any]:
-    """Run one stage in a process of its own.
+    """Run one stage in its own process.
 
     Returns:
-        Its exit code, wall and CPU seconds, the bytes that it read from the disk, its peak resident memory, and that
-        without the pages of mapped files, which the kernel takes back when others need memory.
+        Its exit code, wall and CPU seconds, bytes read from disk, peak resident memory, and peak anonymous memory,
+        which excludes pages of mapped files (the kernel drops those when memory is needed).
 
     Raises:
-        MeasureError: it failed; a drift gate that does not hold with random weights is no failure.
+        MeasureError: the stage failed. A drift gate past its thresholds is not a failure, because weights are random.
     """
     with log.open("wb") as output:
         began = time.perf_counter()
@@ -106,7 +106,7 @@ def run_stage(name: str, arguments: list[str], log: Path) -> dict[str, Any]:
 
 
 def _field(pid: int, file: str, name: str) -> int:
-    """A number that the kernel gives for a process; 0 once it has ended."""
+    """A number from a process's file in /proc; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:
@@ -115,17 +115,19 @@ def _field(pid: int, file: str, name: str) -> int:
 
 
 def planned(folder: Path, name: str, machine: Machine) -> dict[str, Any]:
-    """What `arcflow plan` says of a stage on a machine of these speeds."""
+    """The estimate of `arcflow plan` for a stage on a machine with these speeds."""
     student = folder / "student.toml"
     student.write_text(_STUDENT, encoding="utf-8")
-    job = Job(load_student_file(str(student)), folder, "fp8", "tensorrt-rtx", "sm89")
+    job = CompileJob(load_student_file(str(student)), folder, "fp8", "tensorrt-rtx", "sm89")
     return dataclasses.asdict(next(cost for cost in forecast(job, machine) if cost.stage == name))
 
 
 def clear(folder: Path, name: str) -> None:
-    """Free what no later stage needs: the checkpoint's weights after calibration, the original after the gate.
+    """Delete what later stages do not need.
 
-    Of the weights holes of the same size are left, which the plan's sums are made of.
+    That is the checkpoint's weights after calibration, and the unquantised bundle after the gate.
+
+    Weight files become holes of the same size, because the estimates need the sizes.
     """
     if name == "calibrate":
         for file in (folder / "checkpoint").rglob("*.safetensors"):
@@ -137,7 +139,7 @@ def clear(folder: Path, name: str) -> None:
 
 
 def rehearse(folder: Path, until: str) -> dict[str, Any]:
-    """Run what is not done yet; the record in `folder` is written after each stage.
+    """Run the stages that are not done; the record in `folder` is written after each stage.
 
     Raises:
         MeasureError: a stage failed.
@@ -168,7 +170,7 @@ def rehearse(folder: Path, until: str) -> dict[str, Any]:
 
 
 def describe(name: str, row: dict[str, Any]) -> str:
-    """One stage as a line."""
+    """One stage as a line of text."""
     plan = row["planned"]
     return (
         f"{name:10} {row['wall_s']:7.0f} s of {plan['seconds']:7.0f} planned   "
@@ -178,7 +180,7 @@ def describe(name: str, row: dict[str, Any]) -> str:
 
 
 def met(row: dict[str, Any]) -> bool:
-    """Whether a stage keeps the criteria."""
+    """True if a stage meets the criteria."""
     time_ratio = row["wall_s"] / row["planned"]["seconds"]
     memory_ratio = row["peak_resident_bytes"] / row["planned"]["memory_bytes"]
     return (
@@ -189,9 +191,9 @@ def met(row: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    """Parse the command line and rehearse; 0 criteria met, 1 failed or missed."""
+    """Parse the command line and rehearse; returns 0 if the criteria are met, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where to work; it must exist")
+    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="existing directory to work in")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run (default: all)")
     parser.add_argument("--json", type=Path, default=_HERE / "results" / "rehearsal_flux.json", metavar="FILE")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Is memory flat: a bundle -> resident memory while thousands of pictures are drawn, in Python or, with --library, C++.
+"""Check that memory stays flat while thousands of images are generated, in Python or, with --library, in C++.
 
-Prompts, sizes and batches vary, so that caches and engines meet more of them than they keep. --reopen also closes the
-pipeline and opens it again. `--threads` tells what the engines' own threads add.
+Prompts, sizes and batches vary, so that caches and engines get more of them than they keep. --reopen also closes the
+pipeline and opens it again. Different --threads show what the engines' own threads add.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from arcflow_runtime import Pipeline
 
 EMBED = Path(__file__).parent.parent / "runtime" / "cpp" / "examples" / "embed.py"
 SIZES_PX = ((32, 32), (48, 32), (64, 64))
-#: More than the 16 whose embeddings are kept.
+#: More prompts than the 16 whose embeddings are cached.
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "blue", "green", "pink") for shape in ("star", "circle")]
 PROMPTS += [f"{prompt} on the {side}" for prompt in PROMPTS for side in ("left", "right")]
 
 
 def load_embed() -> ModuleType:
-    """The Python example, which binds the library."""
+    """Load the Python example that binds the C++ library."""
     spec = importlib.util.spec_from_file_location("embed", EMBED)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -45,58 +45,58 @@ def resident_bytes() -> int:
 
 
 class CppPipeline:
-    """The library's pipeline, called as Python's is."""
+    """The C++ library's pipeline, with the call of Python's pipeline."""
 
     def __init__(self, library: Path, bundle: Path, threads: int) -> None:
         embed = load_embed()
         self._pipe = embed.Pipeline(embed.load(str(library)), bundle, threads=threads)
 
     def __call__(self, prompts: list[str], height: int, width: int, seed: int) -> object:
-        """Draw."""
+        """Generate images."""
         return self._pipe.draw(prompts, seeds=[seed], height=height, width=width)
 
     def close(self) -> None:
-        """Free it."""
+        """Free the pipeline."""
         self._pipe.close()
 
 
 def soak(
-    library: Path | None, bundle: Path, pictures: int, every: int, reopen: int, threads: int
+    library: Path | None, bundle: Path, images: int, every: int, reopen: int, threads: int
 ) -> list[dict[str, int]]:
-    """Draw, and note the resident memory every so many pictures."""
+    """Generate images, and record the resident memory after every `every` images."""
 
     def load() -> CppPipeline | Pipeline:
         return CppPipeline(library, bundle, threads) if library else Pipeline.load(bundle, threads=threads or None)
 
     pipe = load()
     rows = []
-    for i in trange(1, pictures + 1, desc="pictures", disable=None):
+    for i in trange(1, images + 1, desc="images", disable=None):
         height, width = SIZES_PX[i % len(SIZES_PX)]
         pipe([PROMPTS[i % len(PROMPTS)]] * (1 + i % 2), height=height, width=width, seed=i)
         if reopen and i % reopen == 0:
             pipe.close()
             pipe = load()
         if i % every == 0:
-            rows.append({"pictures": i, "resident_bytes": resident_bytes()})
+            rows.append({"images": i, "resident_bytes": resident_bytes()})
     pipe.close()
     return rows
 
 
 def main() -> int:
-    """Soak, print the rows, write JSON; fails where the second half of the run grew by more than 1 %."""
+    """Run, print the rows, write JSON; fails if memory grew by more than 1 % in the second half of the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="for --library, with `arcflow build --backend openvino`")
-    parser.add_argument("--library", type=Path, help="libarcflow; without it, the Python runtime draws")
-    parser.add_argument("--pictures", type=int, default=2000, help="(default: %(default)s)")
-    parser.add_argument("--every", type=int, default=200, help="pictures between rows (default: %(default)s)")
-    parser.add_argument("--reopen", type=int, default=0, help="open the bundle again after so many (default: never)")
+    parser.add_argument("bundle", type=Path, help="for --library, after `arcflow build --backend openvino`")
+    parser.add_argument("--library", type=Path, help="libarcflow; without it, the Python runtime runs")
+    parser.add_argument("--images", type=int, default=2000, help="(default: %(default)s)")
+    parser.add_argument("--every", type=int, default=200, help="images between rows (default: %(default)s)")
+    parser.add_argument("--reopen", type=int, default=0, help="reopen the bundle after every N images (default: never)")
     parser.add_argument("--threads", type=int, default=0, help="per engine; 0 is one per core (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     started = time.perf_counter()
-    rows = soak(args.library, args.bundle, args.pictures, args.every, args.reopen, args.threads)
+    rows = soak(args.library, args.bundle, args.images, args.every, args.reopen, args.threads)
     for row in rows:
-        print(f"{row['pictures']:>7} pictures {row['resident_bytes'] / 2**20:8.1f} MiB")
+        print(f"{row['images']:>7} images {row['resident_bytes'] / 2**20:8.1f} MiB")
     half = rows[len(rows) // 2 :]
     growth = half[-1]["resident_bytes"] / half[0]["resident_bytes"] - 1
     machine = describe()

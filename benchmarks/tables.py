@@ -1,4 +1,4 @@
-"""Results -> the tables of the pages that show them, between the markers there: `python benchmarks/tables.py`."""
+"""Write the tables of the benchmark pages, between their markers, from the JSON results; run it without arguments."""
 
 from __future__ import annotations
 
@@ -6,12 +6,67 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"
 SHAPES = HERE.parent / "models" / "shapes"
+#: Size of the FP8 bundle that the rehearsal writes; its record does not have it.
+QUANTIZED_SIZE = "25.1 GB"
+
+
+def run_table() -> str:
+    """Every measured run, for the project's README: student, stage, engine, disk, memory and time."""
+    cpu = {r["workload"]: r for r in _read("cpu_vs_torch")["results"]}
+    exports = {name: _read(f"export_{name}") for name in ("flux", "qwen")}
+    stages = _read("rehearsal_flux")["stages"]
+    soak = {name: _read(f"soak_{name}")["results"]["rows"][-1] for name in ("python", "cpp")}
+    cpp = next(r for r in _read("host_time")["results"] if r["runtime"] == "cpp")
+    training_s = sum(json.loads((SHAPES / "recipe.json").read_text())["seconds"].values())
+    drift = json.loads((HERE.parent / "docs" / "drift" / "shapes" / "drift.json").read_text())
+    shapes_bytes = sum(path.stat().st_size for path in SHAPES.rglob("*.safetensors"))
+
+    def image(name: str) -> str:
+        medians = (cpu[name][runtime]["median_ms"] for runtime in ("arcflow", "torch"))
+        return "{} (PyTorch: {})".format(*(f"{ms:.1f} ms" if ms < 1e3 else f"{ms / 1e3:.1f} s" for ms in medians))
+
+    def peak(measured: dict[str, Any]) -> str:
+        return f"{measured['peak_resident_bytes'] / 2**30:.1f} GiB"
+
+    def export(name: str) -> list[str]:
+        measured = exports[name]["export"]
+        size = f"{exports[name]['bundle_bytes'] / 1e9:.1f} GB"
+        return ["export in bfloat16", "", size, peak(measured), f"{measured['wall_s']:.0f} s"]
+
+    def stage(name: str, what: str, engine: str, size: str = "") -> list[str]:
+        return ["", what, engine, size, peak(stages[name]), f"{stages[name]['wall_s']:,.0f} s"]
+
+    def resident(name: str) -> str:
+        return f"{soak[name]['resident_bytes'] / 2**20:.0f} MiB"
+
+    engine = f"{_read('quantize_flux')['build']['bytes'] / 1e9:.1f} GB"
+    medium = f"medium FLUX, {cpu['medium']['transformer_parameters'] / 1e6:.0f} M parameters, random weights"
+    count = f"{drift['settings']['count']:,} images"
+    rows = [
+        ["student", "what ran", "engine", "disk", "peak memory", "time"],
+        ["---"] * 6,
+        ["shapes, trained, 64 px", "training from nothing", "PyTorch", "", "", f"{training_s / 60:.0f} min"],
+        ["", f"{count} in float32, {count} in FP8", "ONNX Runtime", f"{shapes_bytes / 1e6:.0f} MB", "", ""],
+        ["tiny FLUX, random weights, 64 px", "one image", "ONNX Runtime", "", "", image("tiny")],
+        ["", f"{soak['python']['images']:,} images", "ONNX Runtime", "", resident("python"), ""],
+        ["", f"{soak['cpp']['images']:,} images in C++", "OpenVINO", "", resident("cpp"), ""],
+        ["", "one image in C++, besides the engine", "OpenVINO", "", "", f"{cpp['median_ms']:.2f} ms"],
+        [f"{medium}, {cpu['medium']['size_px']} px", "one image", "ONNX Runtime", "", "", image("medium")],
+        ["FLUX.1-dev's sizes, random weights", *export("flux")],
+        stage("calibrate", "calibration, one prompt of 256 px", "PyTorch"),
+        stage("quantize", "quantisation to FP8", "", QUANTIZED_SIZE),
+        stage("verify", "drift gate, one prompt of 256 px", "ONNX Runtime"),
+        stage("build", "building the backbone's engine for RTX 40 cards", "TensorRT-RTX", engine),
+        [f"Qwen-Image's sizes, {exports['qwen']['checkpoint']['fill']} weights", *export("qwen")],
+    ]
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows)
 
 
 def export_table() -> str:
@@ -54,7 +109,7 @@ def quantize_table() -> str:
 
 
 def rehearsal_table() -> str:
-    """Every stage of a full-size student beside what was planned for it."""
+    """Every stage of a full-size student, beside its estimate."""
     r = _read("rehearsal_flux")
     rows = [
         "| stage | what | planned | took | CPU | planned | peak resident | read from disk |",
@@ -63,7 +118,7 @@ def rehearsal_table() -> str:
     what = {
         "export": "bfloat16, 33.7 GB written",
         "calibrate": "1 prompt, 256 px, bfloat16, weights from disk",
-        "quantize": "25.1 GB written",
+        "quantize": f"{QUANTIZED_SIZE} written",
         "verify": "1 prompt, 256 px, piece by piece, every quantised linear",
         "build": "TensorRT-RTX, the backbone's engine for sm89",
     }
@@ -95,7 +150,7 @@ def cpu_table() -> str:
             f"| {cells[0]} | {cells[1]} | {r['speedup']:.2f}x |"
         )
     stages = {r["workload"]: r["stages_ms"] for r in data["results"]}
-    rows += ["", "Where one picture's time goes, in milliseconds:", ""]
+    rows += ["", "Where the time of one image goes, in milliseconds:", ""]
     names = list(next(iter(stages.values())))
     rows += ["| student | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     rows += [f"| {w} | " + " | ".join(f"{s[n]:.2f}" for n in names) + " |" for w, s in stages.items()]
@@ -103,7 +158,7 @@ def cpu_table() -> str:
 
 
 def host_table() -> str:
-    """What a picture costs outside the engines, one row per runtime."""
+    """The time of an image outside the engines, one row per runtime."""
     data = _read("host_time")
     names = {"python": "Python, ONNX Runtime", "cpp": "C++, OpenVINO"}
     shares = list(data["results"][0]["shares_ms"])
@@ -115,11 +170,11 @@ def host_table() -> str:
             f"| {names[r['runtime']]} | {r['median_ms']:.3f} ms ({r['p10_ms']:.3f}-{r['p90_ms']:.3f}) "
             f"| {cells} | {r['engines_median_ms']:.2f} ms |"
         )
-    return "\n".join([*rows, "", f"Medians of {r['runs']} pictures of {r['size_px']} px, in ms. {_machine(data)}"])
+    return "\n".join([*rows, "", f"Medians of {r['runs']} images of {r['size_px']} px, in ms. {_machine(data)}"])
 
 
 def arcs_table() -> str:
-    """Students of many modes beside students of one: mean and standard deviation over the seeds."""
+    """Students with many modes beside students with one mode: mean and standard deviation over the seeds."""
     data = _read("arcs_vs_linear")
     results = data["results"]
     subsets = [name for name in results["teacher-50"] if name != "all"]
@@ -144,7 +199,7 @@ def arcs_table() -> str:
 
 
 def recipe_table() -> str:
-    """Where the shapes model's training time went."""
+    """The training time of the shapes model by stage."""
     seconds = json.loads((SHAPES / "recipe.json").read_text())["seconds"]
     rows = ["| stage | minutes |", "|---|---|"]
     rows += [f"| {stage} | {s / 60:.1f} |" for stage, s in seconds.items()]
@@ -152,7 +207,7 @@ def recipe_table() -> str:
 
 
 def eval_table() -> str:
-    """The shapes model's evaluation, a level deeper than in its own file."""
+    """The shapes model's evaluation, with headings one level deeper than in its own file."""
     return (SHAPES / "eval" / "table.md").read_text().strip().replace("## ", "### ")
 
 
@@ -167,26 +222,35 @@ def _machine(data: dict[str, Any]) -> str:
     return f"{m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.1f} GiB, Python {m['python']}, {versions}."
 
 
+#: By page, what stands between the markers of each name.
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    HERE.parent / "README.md": {"run": run_table},
+    README: {
+        "export": export_table,
+        "quantize": quantize_table,
+        "rehearsal": rehearsal_table,
+        "cpu": cpu_table,
+        "host": host_table,
+        "arcs": arcs_table,
+    },
+    SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
+}
+
+
+def with_tables(page: Path) -> str:
+    """The page's text with its tables made from the results."""
+    text = page.read_text()
+    for name, table in PAGES[page].items():
+        found = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- end -->", text, re.DOTALL)
+        assert found, name
+        text = f"{text[: found.start(1)]}{table()}\n{text[found.end(1) :].lstrip()}"
+    return text
+
+
 def main() -> int:
     """Rewrite the tables."""
-    pages = {
-        README: {
-            "export": export_table,
-            "quantize": quantize_table,
-            "rehearsal": rehearsal_table,
-            "cpu": cpu_table,
-            "host": host_table,
-            "arcs": arcs_table,
-        },
-        SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
-    }
-    for page, tables in pages.items():
-        text = page.read_text()
-        for name, table in tables.items():
-            found = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- end -->", text, re.DOTALL)
-            assert found, name
-            text = f"{text[: found.start(1)]}{table()}\n{text[found.end(1) :].lstrip()}"
-        page.write_text(text)
+    for page in PAGES:
+        page.write_text(with_tables(page))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The update kernel's bandwidth on a GPU beside a device-to-device copy that moves as many bytes.
+"""Measure the update kernel's bandwidth on a GPU, beside a device-to-device copy that moves as many bytes.
 
-The kernel reads heads and latents and writes latents twice; the copy reads half of these bytes and writes half. Both go
-through buffers in turn that together are larger than the GPU's cache, and runs of the two alternate.
+The kernel reads heads and latents and writes latents twice. The copy reads half of these bytes and writes the other
+half. Both use several buffers in turn, which together are larger than the GPU's cache, and runs of the two alternate.
 
     python benchmarks/update_kernel.py --json benchmarks/results/update_kernel.json
 """
@@ -23,13 +23,13 @@ from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.errors import ArcFlowError
 from arcflow_runtime.gpu.kernels import UpdateShape, load_kernels
 
-#: Tokens of one picture of 512, 1024 and 1536 pixels, and of four of 1024.
+#: Tokens of one image of 512, 1024 and 1536 pixels, and of four images of 1024 pixels.
 TOKENS = (1024, 4096, 9216, 16384)
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 MODES, CHANNELS, SUB_PIXELS = 16, 64, 4
-#: More than the cache of any GPU, so that every run reads from memory.
+#: Larger than the cache of any GPU, so that every run reads from memory.
 WORKING_SET_BYTES = 512 << 20
-#: Launches between two events, whose resolution is about half a microsecond.
+#: Launches between two events, because an event's resolution is about half a microsecond.
 LAUNCHES = 20
 GOAL = 0.8
 
@@ -47,7 +47,7 @@ def moved_bytes(shape: UpdateShape) -> int:
 
 
 class Bench:
-    """A device with its kernel, and what measures on it."""
+    """Runs and times kernels on a device."""
 
     def __init__(self) -> None:
         from cuda.core import Device
@@ -58,7 +58,7 @@ class Bench:
         self.kernels = load_kernels(self.device)
 
     def put(self, array: np.ndarray) -> Any:
-        """A `cuda.core` Buffer with the array's bytes."""
+        """Copy an array to the device, into a `cuda.core` Buffer."""
         from cuda.bindings import driver
 
         buffer = self.device.allocate(array.nbytes, stream=self.stream)
@@ -69,7 +69,7 @@ class Bench:
         return buffer
 
     def spread(self, enqueues: dict[str, Any], runs: int) -> dict[str, dict[str, float]]:
-        """Microseconds of one launch of each function, which gets the launch's number; they take turns."""
+        """Time the functions in turn: microseconds per launch of each. A function gets the number of the launch."""
         from cuda.core import EventOptions
 
         timed = EventOptions(timing_enabled=True)
@@ -88,7 +88,7 @@ class Bench:
         return {name: _spread(us) for name, us in times.items()}
 
     def measure(self, shape: UpdateShape, runs: int) -> dict[str, Any]:
-        """One row of the table."""
+        """Measure one row of the table."""
         sets = max(2, -(-WORKING_SET_BYTES // moved_bytes(shape)))
         rng = np.random.default_rng(0)
         buffers = []
@@ -125,7 +125,7 @@ class Bench:
 
 
 def _narrow(x: np.ndarray, dtype: DType) -> np.ndarray:
-    """`x` in a dtype, bfloat16 cut rather than rounded and as uint16."""
+    """Cast `x` to a dtype; bfloat16 is truncated, and stored as uint16."""
     if dtype == "bfloat16":
         return (x.view(np.uint32) >> 16).astype(np.uint16)
     return x.astype(dtype)

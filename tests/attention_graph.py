@@ -1,4 +1,4 @@
-"""A bundle with one real part, `p`: attention as one operator, heads of any size."""
+"""Make a bundle with one real part, `p`: a single Attention operator with a chosen head size; for tests of builders."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.engine_record import Profile, Shapes
+from arcflow_runtime.disk.engine_record import Profile, ShapeRange
 from arcflow_runtime.disk.manifest import Part, TensorSpec
 
 HEADS, TOKENS = 4, 16
 
 
 def attention_bundle(root: Path, head: int, precision: str = "bfloat16") -> Bundle:
-    """A bundle whose part is y = Attention(q, k, v), each [1, heads, tokens, head size]."""
+    """A bundle whose only part computes y = Attention(q, k, v), each of shape [1, HEADS, TOKENS, head]."""
     shape = (1, HEADS, TOKENS, head)
     kind = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}[precision]
     graph = helper.make_graph(
@@ -38,5 +38,5 @@ def attention_bundle(root: Path, head: int, precision: str = "bfloat16") -> Bund
 
 
 def attention_profile(head: int) -> Profile:
-    """The one shape that the part takes."""
-    return {name: Shapes(*[(1, HEADS, TOKENS, head)] * 3) for name in "qkv"}
+    """The profile of the only shape that the part accepts."""
+    return {name: ShapeRange(*[(1, HEADS, TOKENS, head)] * 3) for name in "qkv"}

@@ -1,4 +1,4 @@
-"""Small complete checkpoints and adapters of random numbers, in the formats of diffusers, transformers and ArcFlow."""
+"""Write small but complete checkpoints and adapters of random numbers, in the formats of diffusers and ArcFlow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ ADAPTER_FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a checkpoint is made of; `text_dim` is T5's or Qwen's width, `pooled_dim` CLIP's."""
+    """Sizes and options of a checkpoint and its adapter.
+
+    `text_dim` is the width of T5's or Qwen's states, `pooled_dim` that of CLIP's pooled vector, `modes` is K, `rank`
+    that of the LoRA, and `prefix` comes before each of the adapter's keys.
+    """
 
     family: str = "flux"
     layers: int = 1
@@ -56,7 +60,7 @@ class Sizes:
         return self.heads * sum(self.axes)
 
 
-#: What the golden checkpoints and adapters are made of.
+#: Sizes of the golden checkpoints and adapters.
 GOLDEN_SIZES = {
     "flux": Sizes(layers=2, single_layers=3, axes=(8, 12, 12), text_dim=64, pooled_dim=32, modes=16),
     "qwen": Sizes("qwen", layers=3, axes=(8, 12, 12), text_dim=64, modes=16),
@@ -64,7 +68,7 @@ GOLDEN_SIZES = {
 
 
 def make_student(root: Path, sizes: Sizes, seed: int = 0) -> Student:
-    """Write `root/base` and `root/adapter` and open them."""
+    """Write a base to `root/base` and an adapter to `root/adapter`, and open the student."""
     make_base(root / "base", sizes, seed)
     make_adapter(root / "adapter", sizes, seed)
     return open_student(root)
@@ -90,7 +94,7 @@ def make_base(root: Path, sizes: Sizes, seed: int = 0) -> Path:
 
 
 def make_adapter(root: Path, sizes: Sizes, seed: int = 0) -> Path:
-    """An adapter whose LoRA changes the weights about as much as they are large, so that a missed merge shows."""
+    """Write an adapter. Its LoRA changes the weights by about their own size, so that tests notice a missing merge."""
     generator = torch.Generator().manual_seed(seed + 1)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -124,7 +128,7 @@ def adapter_config(sizes: Sizes) -> dict:
 
 
 def lora_targets(sizes: Sizes) -> dict[str, tuple[int, int]]:
-    """The released adapters' LoRA targets: module -> (out, in)."""
+    """The modules that the released adapters have LoRA factors for: module -> (out, in)."""
     dim, wide = sizes.dim, 4 * sizes.dim
     targets = {
         "time_text_embed.timestep_embedder.linear_1": (dim, 256),
@@ -227,7 +231,7 @@ def _text_encoders(sizes: Sizes) -> dict[str, torch.nn.Module]:
 
 
 def _randomise(model: torch.nn.Module) -> None:
-    """Move biases and norms off their initial zeros and ones, which would hide a missing one."""
+    """Change biases and norms from their initial zeros and ones, with which a missing one would go unnoticed."""
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() < 2:
@@ -235,7 +239,14 @@ def _randomise(model: torch.nn.Module) -> None:
 
 
 def make_style(path: Path, targets: dict[str, tuple[int, int]], rank: int = 2, alpha: float | None = None) -> Path:
-    """A style LoRA in diffusers' naming of `component.module` -> (out, in); alpha goes into the metadata."""
+    """Write a style LoRA in diffusers' naming.
+
+    Args:
+        path: the safetensors file to write.
+        targets: `component.module` -> (out, in).
+        rank: rank of the factors.
+        alpha: LoRA alpha, written into the metadata if given.
+    """
     generator = torch.Generator().manual_seed(7)
     tensors = {}
     for module, (out, inp) in targets.items():

@@ -1,4 +1,4 @@
-"""`arcflow compile` in a folder of its own, with stages that are quick and say what they do."""
+"""Run `arcflow compile` in a temporary folder with fake stages (`fake_stage.py`), which are quick and write a log."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pytest
 from arcflow_export.pipeline import process
 from arcflow_runtime import cli
 
+# The command plans an export, whatever the stages are.
+pytest.importorskip("torch")
 HERE = Path(__file__).parent
 STAGES = ("export", "calibrate", "quantize", "verify", "build")
 FP8 = ("--precision", "fp8", "--backend", "tensorrt-rtx", "--target", "sm89")
@@ -31,7 +33,7 @@ calibrate = "--prompts prompts.txt"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a student, and the fake stages in place of the real ones."""
+    """A temporary working folder with a student file; stages of `arcflow compile` are fake ones."""
     for name in ("base", "adapter"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text(name)
@@ -49,7 +51,7 @@ def compile_(*arguments):
 
 
 def log(what="start"):
-    """The stages that did `what` since the last call."""
+    """The stages that logged `what` since the last call of this function."""
     path = Path("fake/log")
     lines = path.read_text().splitlines() if path.exists() else []
     path.write_text("")
@@ -61,33 +63,34 @@ def records():
 
 
 def start(place, *arguments, **environment):
-    """The command as a process of its own."""
+    """Start the command as a separate process."""
     command = [sys.executable, str(HERE / "fake_compile.py"), "student.toml", *FP8, *arguments]
-    environment = os.environ | environment | {"PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | environment | {"PYTHONPATH": path}
     return subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where this process ignores Ctrl-C, as in the background of a shell, its children would too.
+        # A child inherits an ignored SIGINT, for example from tests in the background of a shell.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
 def reached(what, stage):
-    """Wait until a stage logs `what`; returns its process id."""
+    """Wait until a stage logs `what`, and return its process id."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         for line in Path("fake/log").read_text().splitlines() if Path("fake/log").exists() else ():
             if line.split()[:2] == [what, stage]:
                 return int(line.split()[2])
         time.sleep(0.01)
-    raise AssertionError(f"{stage} did not come to {what}")
+    raise AssertionError(f"{stage} did not log {what!r} within a minute")
 
 
 def said(run):
-    """The next line on stderr; none after a minute."""
+    """The next line on the process's stderr; "" after a minute without one."""
     ready, _, _ = select.select([run.stderr], [], [], 60)
     return run.stderr.readline() if ready else ""
 
@@ -96,7 +99,7 @@ def files():
     return sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
 
 
-#: Every file of a finished run.
+#: All output files of a finished run.
 WHOLE = [
     ".some.lock",
     ".some.stages.json",

@@ -1,40 +1,76 @@
-"""Shared fixtures: bundles exported once per run from the golden checkpoints."""
+"""Shared fixtures: bundles exported once per run from the golden checkpoints. Only these import torch."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from arcflow_export.checkpoint.sources import Location
-from arcflow_export.export.export import export_bundle, plan_export
-from arcflow_export.options import Options
-from arcflow_export.student.load import Student, load_student
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.maths import noise, speedups, update
 from tests.cpp import build_library, configure_cpp, embed, library_of
 from tests.kernel_source import build_host, open_gpu
-from tests.traces import Traces
+
+if TYPE_CHECKING:
+    from arcflow_export.student.load import Student
 
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
+#: What the extras `export`, `calibrate`, `distill` and `dev` bring and tests import; the runtime works without.
+EXTRAS = (
+    "diffusers",
+    "filelock",
+    "huggingface_hub",
+    "matplotlib",
+    "ml_dtypes",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "pydantic",
+    "torch",
+    "transformers",
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Skip, and say so, a test file that imports a package of an extra that is not installed."""
+    report = yield
+    if report.failed and isinstance(collector, pytest.Module):
+        missing = report.call.excinfo.value.__cause__
+        name = (getattr(missing, "name", None) or "").partition(".")[0]
+        if isinstance(missing, ModuleNotFoundError) and name in EXTRAS and importlib.util.find_spec(name) is None:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), None, f"Skipped: needs {name}, which is not installed")
+    return report
 
 
 def golden_student(name: str, loras: list | None = None) -> Student:
-    return load_student(Location(str(GOLDEN / name / "base")), Location(str(GOLDEN / name / "adapter")), loras or [])
+    return _load_student(GOLDEN / name / "base", GOLDEN / name / "adapter", loras or [])
 
 
 def shapes_student() -> Student:
-    return load_student(Location(str(SHAPES / "teacher")), Location(str(SHAPES / "adapter")), [])
+    return _load_student(SHAPES / "teacher", SHAPES / "adapter", [])
+
+
+def _load_student(base: Path, adapter: Path, loras: list) -> Student:
+    from arcflow_export.checkpoint.sources import Location
+    from arcflow_export.student.load import load_student
+
+    return load_student(Location(str(base)), Location(str(adapter)), loras)
 
 
 #: Of the shapes model's bundle, as `make engine` exports it.
@@ -42,7 +78,10 @@ SHAPES_OPTIONS = {"max_px": 64, "max_sequence_length": 12}
 
 
 def export(student: Student, out: Path, **options) -> Path:
-    return export_bundle(plan_export(student, Options(**options)), out, "test")
+    from arcflow_export.export.export import export_bundle, plan_export
+    from arcflow_export.options import ExportOptions
+
+    return export_bundle(plan_export(student, ExportOptions(**options)), out, "test")
 
 
 @dataclass(frozen=True)
@@ -55,9 +94,14 @@ class CommandRun:
     err: str
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def traces(request, tmp_path_factory):
     """Equal parts are traced once."""
+    pytest.importorskip("torch")
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    from tests.traces import Traces
+
     cache = getattr(request.config, "cache", None)
     kept = Traces(cache.mkdir("traces") if cache else tmp_path_factory.mktemp("traces"))
     with pytest.MonkeyPatch.context() as patch:
@@ -67,29 +111,66 @@ def traces(request, tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _traces_with_torch(request):
+    """`traces` for tests that export on their own, but no import of torch for those that need none."""
+    if "torch" in sys.modules:
+        request.getfixturevalue("traces")
+
+
 @pytest.fixture(scope="session")
-def command_run(tmp_path_factory) -> CommandRun:
+def once(tmp_path_factory):
+    """A function (key, make) -> the folder that `make` filled, once per run for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    root.mkdir(exist_ok=True)
+
+    def get(key: str, make) -> Path:
+        from filelock import FileLock
+
+        folder = root / sha256(key.encode()).hexdigest()[:16]
+        with FileLock(folder.with_suffix(".lock")):
+            if not (done := folder / "done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def command_run(traces, once) -> CommandRun:
     """The golden FLUX student exported in bfloat16 by the command, once per run."""
-    bundle = tmp_path_factory.mktemp("command") / "bundle"
-    arguments = ["--base", GOLDEN / "flux-tiny" / "base", "--adapter", GOLDEN / "flux-tiny" / "adapter"]
-    arguments += ["--out", bundle, "--dtype", "bfloat16", "--json"]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main(["export", *map(str, arguments)])
-    return CommandRun(bundle, code, out.getvalue(), err.getvalue())
+
+    def make(folder: Path) -> None:
+        bundle = folder / "bundle"
+        arguments = ["--base", GOLDEN / "flux-tiny" / "base", "--adapter", GOLDEN / "flux-tiny" / "adapter"]
+        arguments += ["--out", bundle, "--dtype", "bfloat16", "--json"]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main(["export", *map(str, arguments)])
+        said = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+        (folder / "said.json").write_text(json.dumps(said), encoding="utf-8")
+
+    folder = once("arcflow export", make)
+    return CommandRun(folder / "bundle", **json.loads((folder / "said.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory):
+def bundles(traces, once):
     """A function (golden name or "shapes", **options) -> bundle, exported on first use and shared by all tests."""
-    root, made = tmp_path_factory.mktemp("bundles"), {}
 
+    from arcflow_export.options import ExportOptions
+
+    @functools.cache
     def get(name: str, **options) -> Path:
-        key = (name, tuple(sorted(options.items())))
-        if key not in made:
+        def make(folder: Path) -> None:
             student = shapes_student() if name == "shapes" else golden_student(name)
-            made[key] = export(student, root / str(len(made)), **options)
-        return made[key]
+            export(student, folder / "bundle", **options)
+
+        return once(f"bundle {name} {ExportOptions(**options)}", make) / "bundle"
 
     return get
 
@@ -128,17 +209,18 @@ def cpp_library(cpp_build):
 
 
 @pytest.fixture(scope="session")
-def cpp_bundles(bundles, tmp_path_factory):
+def cpp_bundles(bundles, once):
     """A function (golden name or "shapes") -> bundle with the tokenizers that the C++ library reads."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def get(name: str) -> Path:
-        if name not in made:
+        def make(folder: Path) -> None:
             source = bundles(name, **(SHAPES_OPTIONS if name == "shapes" else {"steps": (2, 4)}))
-            made[name] = shutil.copytree(source, tmp_path_factory.mktemp("built") / name)
+            built = shutil.copytree(source, folder / name)
             with contextlib.redirect_stdout(io.StringIO()):
-                assert cli.main(["build", str(made[name]), "--backend", "openvino"]) == 0
-        return made[name]
+                assert cli.main(["build", str(built), "--backend", "openvino"]) == 0
+
+        return once(f"built {name}", make) / name
 
     return get
 

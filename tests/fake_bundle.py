@@ -1,11 +1,11 @@
-"""Bundles whose graphs are empty files, and a backend that answers for them with simple arithmetic."""
+"""Make bundles with valid manifests but dummy graphs, and a fake backend that computes simple arithmetic for them."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,13 @@ from safetensors.numpy import save_file
 from arcflow_runtime.disk import manifest as b
 
 GOLDEN = Path(__file__).parent / "golden"
+#: The golden students' tokenizers as an export writes them: Hugging Face's tokenizer.json.
+TOKENIZERS = {
+    "flux-tiny/base/tokenizer": GOLDEN / "tokenizers" / "clip.json",
+    "flux-tiny/base/tokenizer_2": GOLDEN / "tokenizers" / "t5.json",
+    "qwen-tiny/base/tokenizer": GOLDEN / "tokenizers" / "qwen.json",
+}
 K, P, C, TEXT, POOLED, MODULATION = 3, 4, 16, 8, 6, 5
-
-
-@functools.lru_cache
-def tokenizer_json(name: str) -> str:
-    """tokenizer.json of a golden base, such as "flux-tiny/base/tokenizer_2"."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(GOLDEN / name).backend_tokenizer.to_str()
 
 
 def _part(name: str, inputs: dict[str, tuple], outputs: dict[str, tuple], precision: b.DType) -> b.Part:
@@ -74,20 +72,20 @@ def make_bundle(
     baked: tuple[int, ...] = (),
     guidance=None,
 ) -> Path:
-    """Write a bundle; with `baked`, its modulation is a table and it has no conditioner."""
+    """Write a bundle. With step counts in `baked`, it has a modulation table for them and no conditioner."""
     root.mkdir()
     flux = family == "flux"
     found = parts(family, precision, conditioner=not baked)
     names = {"tokenizer": "tokenizer.json"} | ({"tokenizer_2": "tokenizer_2.json"} if flux else {})
     for key, name in names.items():
-        (root / name).write_text(tokenizer_json(f"{'flux' if flux else 'qwen'}-tiny/base/{key}"))
+        shutil.copyfile(TOKENIZERS[f"{'flux' if flux else 'qwen'}-tiny/base/{key}"], root / name)
     for name, part in found.items():
         (root / part.graph).write_text(f"graph of {name}")
         (root / part.weights).write_text(f"weights of {name}")
     if baked:
         table = {f"num_inference_steps_{n}": np.full((n, MODULATION), n, np.float32) for n in baked}
         save_file(table, root / "modulation.safetensors")
-    text = b.Text(64, clip_tokens=77, clip_pad_token_id=530, t5_pad_token_id=0)
+    text = b.PromptFormat(64, clip_tokens=77, clip_pad_token_id=530, t5_pad_token_id=0)
     manifest = b.Manifest(
         family=family,
         dtype=precision,
@@ -97,8 +95,8 @@ def make_bundle(
         schedule=b.Schedule(3.2, 1.0, 2),
         latents=b.Latents(C, 2, 8, K, P),
         rotary=b.Rotary(10000.0, (8, 12, 12)),
-        text=text if flux else b.Text(64, template="<|im_start|>user\n{}<|im_end|>\n", drop_tokens=3),
-        ranges=b.Ranges(b.Range(1, 4), b.Range(16, 256), b.Range(16, 128)),
+        text=text if flux else b.PromptFormat(64, template="<|im_start|>user\n{}<|im_end|>\n", drop_tokens=3),
+        ranges=b.Ranges(b.SizeRange(1, 4), b.SizeRange(16, 256), b.SizeRange(16, 128)),
         parts=found,
         tokenizers=names,
         files={},
@@ -127,7 +125,7 @@ def write_manifest(root: Path, manifest: b.Manifest) -> None:
 
 
 def edit_manifest(root: Path, **changes: object) -> None:
-    """Change keys of manifest.json, given as path__to__key=value; `...` deletes the key. It is sealed again."""
+    """Change keys of manifest.json and seal it again: path__to__key=value, or path__to__key=... to delete the key."""
     data = json.loads((root / b.MANIFEST).read_text())
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -143,7 +141,7 @@ def edit_manifest(root: Path, **changes: object) -> None:
 
 
 class FakeEngine:
-    """Arithmetic in which every image depends on its own inputs only."""
+    """An engine for each part, with simple arithmetic in which each image depends only on its own inputs."""
 
     def __init__(self, backend: FakeBackend, part: str, family: str) -> None:
         self.backend, self.part, self.family = backend, part, family
@@ -194,7 +192,7 @@ class FakeEngine:
 
 
 class FakeBackend:
-    """Records what was opened and run; `poison` multiplies the means."""
+    """A backend that records which parts were opened and run; `poison`, such as NaN, multiplies the means."""
 
     def __init__(self, poison: float = 1.0) -> None:
         self.opened: set[str] = set()
@@ -215,5 +213,5 @@ class FakeBackend:
 
 
 def create(threads):
-    """What `arcflow_runtime.engines` asks of a backend's module."""
+    """The function that `open_backend` calls in a backend's module."""
     return FakeBackend()

@@ -1,4 +1,8 @@
-"""`arcflow compile` with `tests/fake_stage.py` for its stages: killed at $FAKE_KILL, "put STAGE" or "replace STAGE"."""
+"""Run `arcflow compile` with the fake stages of `fake_stage.py`, and kill it at a chosen point.
+
+$FAKE_KILL is "put STAGE", before the stage's record is written, or "replace STAGE", before the record's file is
+renamed.
+"""
 
 import os
 import signal
@@ -7,12 +11,12 @@ from pathlib import Path
 
 from arcflow_export.export import staging
 from arcflow_export.pipeline import process
-from arcflow_export.pipeline.records import Records
+from arcflow_export.pipeline.records import StageRecords
 from arcflow_runtime import cli
 
 process.COMMAND = (sys.executable, str(Path(__file__).with_name("fake_stage.py")))
 point, _, stage = os.environ.get("FAKE_KILL", "").partition(" ")
-put, replace = Records.put, os.replace
+put, replace = StageRecords.put, os.replace
 
 
 def killed_before_it_puts(self, name, record):
@@ -24,5 +28,5 @@ def killed_before_it_puts(self, name, record):
 
 
 if point:
-    Records.put = killed_before_it_puts
+    StageRecords.put = killed_before_it_puts
 sys.exit(cli.main(["compile", *sys.argv[1:]]))

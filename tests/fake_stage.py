@@ -1,7 +1,8 @@
-"""In place of `arcflow STAGE ...`: writes a small output by a rename, and logs what it does into $FAKE/log.
+"""A fake of `arcflow STAGE ...`: writes a small output by a rename, and logs what it does to $FAKE/log.
 
-$FAKE holds more: `STAGE.before` and `STAGE.after` make a stage stop before and after the rename until they are removed,
-`STAGE.code` is its exit code, `STAGE.deaf` makes it ignore SIGTERM, `plan.json` is what `plan` prints.
+Other files in $FAKE control it. While `STAGE.before` or `STAGE.after` exists, the stage waits before or after the
+rename. `STAGE.code` holds its exit code, `STAGE.deaf` makes it ignore SIGTERM, and `plan.json` holds the output of
+`plan`.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ def log(what: str) -> None:
 def wait(point: str) -> None:
     if (FAKE / f"{STAGE}.{point}").exists():
         log(point)
-        end = time.monotonic() + 120  # a test that failed removes nothing
+        end = time.monotonic() + 120  # a test that fails does not remove the file
         while (FAKE / f"{STAGE}.{point}").exists() and time.monotonic() < end:
             time.sleep(0.01)
 
@@ -34,7 +35,7 @@ def value(option: str) -> str:
 
 
 def write(out: Path, files: dict[str, str]) -> None:
-    """A folder of files, or one file called "", which takes the place of `out`."""
+    """Write `files` (name -> text) as the folder `out`, or a single file named "" as the file `out`."""
     partial = out.with_name(f".{out.name}.partial")
     if "" in files:
         partial.write_text(files[""])
@@ -49,7 +50,7 @@ def write(out: Path, files: dict[str, str]) -> None:
 
 
 def contents(path: Path) -> str:
-    """What a stage reads, by contents and not by when it was written."""
+    """The contents of an input file or folder, which do not depend on when it was written."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     return "".join(f.read_text() for f in files)
 

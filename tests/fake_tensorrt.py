@@ -1,7 +1,7 @@
-"""The part of TensorRT-RTX's Python interface that the runtime uses, on a `HostDevice`: an engine is a JSON text that
-names its ONNX graph, which ONNX Runtime runs.
+"""A fake of the module `tensorrt_rtx` that runs engines on a `HostDevice`.
 
-`state` holds what tests look at and change. `test_gpu_tensorrt.py` checks that the real library has every name here.
+An engine is a JSON text that names an ONNX graph, which ONNX Runtime runs. `state` holds what tests inspect and change.
+`test_gpu_tensorrt.py` checks that the real library has every name used here.
 """
 
 from __future__ import annotations

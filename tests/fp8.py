@@ -1,4 +1,4 @@
-"""What tests of quantisation share: scales of a bundle, a policy file, and the tensors inside a part's graph."""
+"""Helpers for tests of quantisation: make scales and policies, and run a part's graph to see tensors inside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from arcflow_export.emulate.emulate import emulate
 from arcflow_export.formats.policy import load_policy
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_export.quantize.graph import find_linears
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime import Bundle
@@ -27,11 +27,13 @@ def linears(bundle: Bundle, part: str) -> dict:
 
 
 def make_scales(bundle: Bundle, amax, parts: Iterable[str] = ("backbone",)) -> Scales:
-    """`amax(part, layer)` for every linear of `parts`; the backbone's first step half of it."""
+    """Scales with range `amax(part, layer)` for each linear of `parts`; at the backbone's first step, half of that."""
     m = bundle.manifest
     found = {
         part: {
-            layer: Range((amax(part, layer) / 2, amax(part, layer)) if part == "backbone" else (amax(part, layer),), 1)
+            layer: ActivationRange(
+                (amax(part, layer) / 2, amax(part, layer)) if part == "backbone" else (amax(part, layer),), 1
+            )
             for layer in linears(bundle, part)
         }
         for part in parts
@@ -45,7 +47,7 @@ def make_scales(bundle: Bundle, amax, parts: Iterable[str] = ("backbone",)) -> S
 
 
 def feeds(bundle: Bundle, part: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of a part, of about the size that they have in a picture of 64 x 64."""
+    """Random inputs of a part, with the shapes and about the magnitudes of a 64 x 64 image."""
     random = np.random.default_rng(seed)
     m = bundle.manifest
     dims = {s.name: s.shape for s in m.parts[part].inputs}
@@ -63,7 +65,11 @@ def feeds(bundle: Bundle, part: str, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def run_graph(bundle: Bundle, part: str, inputs: dict[str, np.ndarray], inside: Iterable[str] = ()) -> dict:
-    """A part's outputs and the named values inside its graph; bfloat16 is emulated, values inside are float32."""
+    """Run a part with ONNX Runtime; bfloat16 is emulated in float32.
+
+    Returns:
+        The outputs, the values named in `inside`, and the inputs, by name.
+    """
     path = bundle.path(bundle.manifest.parts[part].graph)
     with tempfile.TemporaryDirectory() as folder:
         model = ir.load(path)
@@ -84,14 +90,14 @@ def run_graph(bundle: Bundle, part: str, inputs: dict[str, np.ndarray], inside: 
 
 
 def observed_amax(bundle: Bundle, part: str) -> dict[str, float]:
-    """Largest |input| of every linear of a part on `feeds`."""
+    """The largest absolute input of each linear of a part on the inputs from `feeds`."""
     found = linears(bundle, part)
     values = run_graph(bundle, part, feeds(bundle, part), [linear.input.name for linear in found.values()])
     return {name: float(np.abs(values[linear.input.name]).max()) for name, linear in found.items()}
 
 
 def calibrated(root: Path, parts: Iterable[str] = ("backbone",)) -> Scales:
-    """Scales of the ranges seen on `feeds`."""
+    """Scales with the ranges observed on the inputs from `feeds`."""
     bundle = Bundle.open(root)
     seen = {part: observed_amax(bundle, part) for part in parts}
     return make_scales(bundle, lambda part, layer: seen[part][layer], parts)

@@ -1,8 +1,8 @@
-"""`gpu/device.py` in this process's memory, and a backend whose engines run there with ONNX Runtime on the CPU.
+"""A fake GPU in host memory: implements `gpu/device.py`, with a backend that runs engines with ONNX Runtime on the CPU.
 
-Work given to a stream waits until something waits for it, as a GPU's may; copies and engines then read and write at the
-addresses that they were given. A captured graph runs the same work again. Memory is filled with NaN before use and
-after it, and what a GPU refuses in a capture is refused here.
+Work in a stream runs as late as a GPU may run it: when something waits for it. Copies and engines then use the
+addresses that they were given when enqueued. A captured graph runs its recorded work again. Memory is filled with NaN
+before its first use and after it is freed. Operations that a GPU forbids during a capture fail here too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from arcflow_runtime.maths.update import update
 
 
 def at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """The array at an address."""
+    """A view of the array at an address."""
     nbytes = int(np.prod(shape)) * np.dtype(NUMPY[dtype]).itemsize
     return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), NUMPY[dtype]).reshape(shape)
 
 
 class HostMemory:
-    _kept: list[np.ndarray] = []  # freed memory stays, so that late access reads NaN and does not crash  # noqa: RUF012
+    # Freed memory is kept, so that access after the free reads NaN and does not crash.
+    _kept: list[np.ndarray] = []  # noqa: RUF012
 
     def __init__(self, device: HostDevice, nbytes: int, pinned: bool) -> None:
         assert nbytes > 0
@@ -59,11 +60,11 @@ class HostEvent:
         self.seconds = float("nan")
 
     def wait(self) -> None:
-        assert self.stream is not None, "an event is waited for before it is recorded"
+        assert self.stream is not None, "an event must be recorded before it is waited for"
         self.stream.drain()
 
     def ms_since(self, earlier: HostEvent) -> float:
-        assert earlier.seconds <= self.seconds, "an event was not reached"
+        assert earlier.seconds <= self.seconds, "both events must have been reached"
         return (self.seconds - earlier.seconds) * 1e3
 
 
@@ -120,7 +121,7 @@ class HostStream:
         self.call(reach)
 
     def wait(self) -> None:
-        assert self._captured is None, "waiting ends a capture"
+        assert self._captured is None, "waiting is forbidden during a capture"
         self.drain()
 
     def begin_capture(self) -> None:
@@ -163,12 +164,12 @@ class HostKernels:
             numbers = shape.channels * shape.height * shape.width
             tokens = (shape.images, numbers // (shape.channels * shape.patch**2), shape.channels * shape.patch**2)
             image = (1, shape.channels, shape.height, shape.width)
-            drawn = []
+            images = []
             for seed, first in at(streams, (shape.images, 2), "int64").tolist():
                 assert 0 <= seed < 1 << 32
                 assert first % 16 == numbers % 16 == 0
-                drawn.append(pack(randn(seed, (first + numbers,))[first:].reshape(image), shape.patch))
-            x = np.concatenate(drawn)
+                images.append(pack(randn(seed, (first + numbers,))[first:].reshape(image), shape.patch))
+            x = np.concatenate(images)
             at(latents, tokens, "float32")[...] = x
             if engine_input:
                 at(engine_input, tokens, shape.engine_input)[...] = cast(x, shape.engine_input)
@@ -177,7 +178,7 @@ class HostKernels:
 
 
 class HostDevice:
-    """`capacity` bounds what may be allocated at once; the counters say what was done."""
+    """A fake GPU. `capacity` limits the memory that may be allocated at once; counters record the work for tests."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.name = "Host 1"
@@ -191,7 +192,7 @@ class HostDevice:
         self.threads.add(threading.get_ident())
 
     def allocate(self, nbytes: int) -> HostMemory:
-        assert not self.capturing, "allocating ends a capture"
+        assert not self.capturing, "allocating is forbidden during a capture"
         if self.capacity is not None and nbytes > self.free_bytes():
             raise OutOfMemory("no memory")
         memory = HostMemory(self, nbytes, pinned=False)
@@ -199,7 +200,7 @@ class HostDevice:
         return memory
 
     def allocate_pinned(self, nbytes: int) -> HostMemory:
-        assert not self.capturing, "allocating ends a capture"
+        assert not self.capturing, "allocating is forbidden during a capture"
         memory = HostMemory(self, nbytes, pinned=True)
         self.live.add(memory)
         return memory
@@ -224,7 +225,7 @@ class HostDevice:
 
 
 class HostContext:
-    """An `OrtContext` that runs when the stream comes to it, in a workspace that it overwrites."""
+    """An `OrtContext` that runs when its stream is waited for, and overwrites its whole workspace."""
 
     def __init__(self, backend: HostBackend, engine: OrtEngine, inputs, stream) -> None:
         self._inner, self._backend, self._part = engine.context(inputs, stream), backend, engine.part
@@ -275,7 +276,10 @@ class HostDeviceEngine:
 
 
 class HostBackend:
-    """Parts of a real bundle on a `HostDevice`. `limits` and `obstacles` are what a test makes of them."""
+    """A backend that runs a real bundle's parts on a `HostDevice`.
+
+    Tests set `limits`, the engines' check of input shapes, and `obstacles`, a part's reason not to be captured.
+    """
 
     def __init__(self, device: HostDevice | None = None, max_plans: int = 8) -> None:
         self.device = device or HostDevice()

@@ -1,4 +1,4 @@
-"""A stand-in for the hub on 127.0.0.1: a folder `owner/name/...` -> what huggingface_hub's own client asks for.
+"""A local stand-in for the Hugging Face hub: serves a folder `owner/name/...` to huggingface_hub's client on 127.0.0.1.
 
 with Hub(release(tmp_path / "hub")) as hub:
     subprocess.run(command, env=os.environ | hub.environment(tmp_path / "home"))
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 GOLDEN = Path(__file__).parent / "golden"
 FLUX, QWEN, ARCFLOW = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image", "ymyy307/ArcFlow"
 SUBFOLDERS = {"flux": "arcflow-flux-2steps", "qwen": "arcflow-qwen-2steps"}
-#: Files of the released repositories that no stage reads, and some that other repositories have.
+#: Files that no stage may download: some of the released repositories, some common in other repositories.
 DECOYS = {
     FLUX: (
         ".gitattributes",
@@ -46,7 +46,7 @@ DECOYS = {
     QWEN: (".gitattributes", "LICENSE", "README.md", "tokenizer/chat_template.jinja"),
     ARCFLOW: (".gitattributes", "README.md", "assets/teaser.png", "arcflow-flux-2steps/training_args.bin"),
 }
-#: Into how many files the released weights are split.
+#: Repository -> component -> number of files that its released weights are split into.
 _SHARDS = {
     FLUX: {"transformer": 3, "text_encoder_2": 2},
     QWEN: {"transformer": 9, "text_encoder": 4},
@@ -55,7 +55,7 @@ _SHARDS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request as the hub saw it: the first byte that was asked for, and how it was answered."""
+    """One HTTP request that the hub received: `start` is the first byte requested, `status` that of the answer."""
 
     method: str
     path: str
@@ -64,7 +64,7 @@ class Request:
 
 
 def release(folder: Path, decoys: bool = True) -> Path:
-    """Lay out the golden checkpoints under the released names, split as released. Returns `folder`."""
+    """Write the golden checkpoints into `folder` under the released names, split as released, and return `folder`."""
     for name, repository in (("flux", FLUX), ("qwen", QWEN)):
         shutil.copytree(GOLDEN / f"{name}-tiny" / "base", folder / repository)
         shutil.copytree(GOLDEN / f"{name}-tiny" / "adapter", folder / ARCFLOW / SUBFOLDERS[name])
@@ -92,10 +92,10 @@ def _split(file: Path, count: int) -> None:
 
 
 class Hub:
-    """Serves the repositories in a folder, each as one commit on `main`; use it as a context manager.
+    """Serves the repositories in a folder, each with one commit on `main`; use it as a context manager.
 
-    As the hub does, it lists a gated repository for everybody, sends weights by a redirect to another host, and names
-    each error in a header.
+    Like the real hub, it lists gated repositories to everybody, redirects downloads of weights to another host, and
+    names each error in a header.
     """
 
     def __init__(self, folder: Path):
@@ -118,12 +118,12 @@ class Hub:
         self.stop()
 
     def stop(self) -> None:
-        """Take no more connections; open ones stay, which a client may keep for its next request."""
+        """Accept no more connections. Open ones stay usable, and a client may reuse one for its next request."""
         self._server.shutdown()
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs in its environment to use this hub, with its cache below `home`."""
+        """The environment variables that make a process use this hub, with its cache below `home`."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
@@ -135,9 +135,9 @@ class Hub:
         }
 
     def connect(self, monkeypatch, home: Path) -> Path:
-        """Make the client in this process use this hub, with its cache below `home`; returns the cache's folder.
+        """Make the client in this process use this hub, with its cache below `home`; returns the cache folder.
 
-        The client reads its environment once, when it is imported.
+        The client reads its environment variables only once, at import, so its constants are patched too.
         """
         from huggingface_hub import close_session, constants
 
@@ -160,25 +160,25 @@ class Hub:
 
     @property
     def downloads(self) -> list[str]:
-        """Names `owner/name/file` of the files whose contents were asked for, sorted, each time one was."""
+        """The files that were downloaded, as sorted `owner/name/file`; a file appears once per request."""
         found = (re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", r.path) for r in self.requests if r.method == "GET")
         return sorted(f"{match.group(1)}/{match.group(2)}" for match in found if match)
 
     def commit(self, name: str) -> str:
-        """The commit of repository `name`."""
+        """The commit hash of repository `name`."""
         files = "".join(f"{path} {self.digest(self.folder / name / path)[0]}\n" for path in self.files(name))
         return hashlib.sha1(files.encode()).hexdigest()
 
     def gate(self, name: str, token: str | None = None) -> None:
-        """Let only those with `token` fetch the files of `name`."""
+        """Make repository `name` gated: only a login with `token` may download its files, or nobody if it is None."""
         self._gates[name] = token
 
     def cut(self, path: str, after_bytes: int) -> None:
-        """Close the connection whenever this many bytes of `owner/name/file` were sent, in one answer or several."""
+        """Send only the first `after_bytes` bytes of `owner/name/file`, in one answer or several, then disconnect."""
         self._cuts[path] = after_bytes
 
     def mend(self) -> None:
-        """Send every file whole again."""
+        """Undo all `cut` calls."""
         self._cuts.clear()
 
     def files(self, name: str) -> list[str]:
@@ -187,7 +187,7 @@ class Hub:
         return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
     def digest(self, file: Path) -> tuple[str, str]:
-        """Git's hash of a file and its SHA-256."""
+        """The git blob hash of a file, and its SHA-256."""
         with self._lock:
             if file not in self._digests:
                 data = file.read_bytes()
@@ -197,7 +197,7 @@ class Hub:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection of the client."""
+    """Answers the requests of one connection."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, *_: object) -> None:
-        """The hub keeps its own log."""
+        """Print nothing; `Hub.requests` is the log."""
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -226,9 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "EntryNotFound", f"no such address: {path}")
 
     def _commit(self, name: str, revision: str) -> str | None:
-        """The commit that `revision` is, once the errors of repository and revision are answered."""
+        """The commit that `revision` names; None after answering with an error if the repository or it is unknown."""
         if not (self.hub.folder / name).is_dir():
-            # Without a login the hub does not say whether a repository exists.
+            # Like the real hub, do not tell a client without a login whether a repository exists.
             known = "Authorization" in self.headers
             self._error(404 if known else 401, "RepoNotFound", "Repository not found")
             return None
@@ -270,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         size = str(file.stat().st_size)
         headers = {"X-Repo-Commit": commit, "X-Linked-Size": size, "X-Linked-ETag": f'"{sha256}"'}
-        # Another name of this machine, as the hub's storage is another host.
+        # "localhost" is another host name than 127.0.0.1, as the real hub's storage is on another host.
         self._send(302, b"", headers | {"Location": f"http://localhost:{self.hub.port}/lfs/{name}/{path}"})
 
     def _admitted(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The kernels' source built for this CPU (`kernel_host.cpp`), arrays for it, and memory of a GPU."""
+"""Helpers for tests of the kernels: compile their source for this CPU (`kernel_host.cpp`), guard arrays, use a GPU."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from arcflow_runtime.gpu import kernels
 
 ROOT = Path(__file__).parent.parent
 DTYPES = ("float32", "float16", "bfloat16")
-#: What holds each of them.
+#: Dtype -> the numpy type that stores it.
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 def build_host(folder: Path) -> ctypes.CDLL:
-    """Build the source for this CPU, or skip."""
+    """Compile the source for this CPU; skips without a C++ compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler here: the kernels' source cannot be built for this CPU")
     library = folder / "kernel_host.so"
-    # Fused and plain operations are where the source says.
+    # -ffp-contract=off: the compiler must not fuse operations that the source keeps apart.
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     source = ROOT / "tests" / "kernel_host.cpp"
     subprocess.run([compiler, *flags, f"-I{ROOT / 'runtime/kernels'}", source, "-o", library], check=True)
@@ -34,12 +34,12 @@ def build_host(folder: Path) -> ctypes.CDLL:
 
 
 def widen(x):
-    """float32 of an array in float32, float16, or bfloat16 stored as uint16."""
+    """Convert float32, float16, or bfloat16 stored as uint16 to float32."""
     return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.astype(np.float32)
 
 
 def narrow(x, dtype):
-    """`x` in a dtype, rounded to nearest even; bfloat16 as uint16."""
+    """Round `x` to `dtype`, ties to even; bfloat16 is returned as uint16."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return x.astype(dtype)
@@ -53,7 +53,7 @@ def pointer(x):
 
 
 class Guarded:
-    """Copies of arrays that end where memory that cannot be touched begins."""
+    """Copies arrays so that each ends at a protected page: access beyond the end crashes."""
 
     def __init__(self, host):
         self.host, self.made = host, []
@@ -76,7 +76,7 @@ class Guarded:
 
 
 def open_gpu():
-    """A device, a stream and the kernels, or skip."""
+    """Open a GPU: device, stream and loaded kernels; skips without one."""
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     from arcflow_runtime.engines.gpus import find_gpu
 
@@ -88,7 +88,7 @@ def open_gpu():
 
 
 class OnDevice:
-    """Arrays in device memory."""
+    """Copies arrays to and from device memory."""
 
     def __init__(self, device, stream):
         self.device, self.stream, self.kept = device, stream, []

@@ -1,4 +1,4 @@
-"""A bundle with one real graph, `p`: y = x @ W, with W in a safetensors file beside it."""
+"""Make a bundle with one small graph, `p`: y = x @ W with W in a safetensors file. Also edits that misplace W."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 def write_graph(root: Path, location: str = "p.safetensors", offset: int | None = None) -> None:
-    """Write p.onnx and p.safetensors; W is where `location` and `offset` say, by default in the latter."""
+    """Write p.onnx and p.safetensors. The graph says that W is at `location` and `offset`; by default, that is true."""
     save_file({"W": WEIGHT}, root / "p.safetensors")
     if offset is None:
         offset = (root / "p.safetensors").stat().st_size - WEIGHT.nbytes
@@ -38,7 +38,7 @@ def write_graph(root: Path, location: str = "p.safetensors", offset: int | None 
 
 
 def bundle_with(root: Path, inputs=("x",), outputs=("y",)) -> Bundle:
-    """A bundle whose only part is "p"; the manifest is not written, the engine only reads the object."""
+    """A bundle whose only part is "p". Its manifest exists only in memory, not in the file."""
     bundle = Bundle.open(root)
     spec = Part(
         "p.onnx",
@@ -53,14 +53,14 @@ def bundle_with(root: Path, inputs=("x",), outputs=("y",)) -> Bundle:
 
 
 def edit_graph(path: Path, change) -> None:
-    """Load a graph without its weights, change it in place, write it again."""
+    """Load a graph without its weights, call `change(model)`, and write it back."""
     model = onnx.load(path, load_external_data=False)
     change(model)
     path.write_bytes(model.SerializeToString())
 
 
 def set_external(key: str, value: str):
-    """A change of the first initializer that lies outside the graph; `{old}` in the value is what was there."""
+    """A change for `edit_graph`: sets a key of the first external initializer. `{old}` in `value` is the old value."""
 
     def change(model) -> None:
         tensor = next(t for t in model.graph.initializer if t.external_data)
@@ -77,31 +77,31 @@ def _hidden() -> TensorProto:
 
 
 def set_in_subgraph(model) -> None:
-    """External data of a constant in a branch of a node, which a check of the graph's initializers would miss."""
+    """Add external data in a constant inside a branch of an If node, which a check of initializers alone would miss."""
     constant = helper.make_node("Constant", [], ["c"], value=_hidden())
     branch = helper.make_graph([constant], "branch", [], [])
     model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch))
 
 
 def set_in_function_default(model) -> None:
-    """External data in the default value of a function's attribute."""
+    """Add external data in the default value of a function's attribute."""
     function = model.functions.add(name="f", domain="d")
     function.attribute_proto.append(helper.make_attribute("a", _hidden()))
 
 
 def set_two_values(model) -> None:
-    """The location twice in one entry: as the value, and in a field that onnx.proto does not have."""
+    """Give one entry two values: a wrong location first, then the right one in an unknown field of the message."""
     entry = next(e for t in model.graph.initializer for e in t.external_data if e.key == "location")
     good = entry.value.encode()
     entry.ParseFromString(b"\x0a\x08location\x12\x09../secret\x1a" + bytes([len(good)]) + good)
 
 
 def without_location(model) -> None:
-    """A tensor that is said to be outside and not where."""
+    """Mark a tensor as external without a location."""
     del next(t for t in model.graph.initializer if t.external_data).external_data[:]
 
 
-#: Changes that put external data elsewhere, each with a piece of the error; `{weights}` is the part's weights file.
+#: Changes that put external data elsewhere, and a part of the error of each; `{weights}` is the part's weights file.
 ELSEWHERE = [
     (set_external("location", "../secret"), "must lie in the part's weights {weights}, got '../secret'; export"),
     (set_external("location", "/etc/passwd"), "got '/etc/passwd'; export the bundle again"),

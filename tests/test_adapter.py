@@ -139,15 +139,14 @@ PROJ = "single_transformer_blocks.0.proj_mlp"
         ),
         (
             put("a.lora.down.weight", 1),
-            "adapter: {a}: key 'a.lora.down.weight' is a LoRA key of no known form; "
-            "expected '<module>.lora_A.weight' or '<module>.lora_B.weight'",
+            "adapter: {a}: LoRA key 'a.lora.down.weight' must be '<module>.lora_A.weight' or '<module>.lora_B.weight'",
         ),
-        (put("nothing.bias", 1), "adapter: {a}: key 'nothing.bias' fits nothing in the base transformer"),
+        (put("nothing.bias", 1), "adapter: {a}: key 'nothing.bias' does not exist in the base transformer"),
         (
             put("proj_out_means.scale", 1),
-            "adapter: {a}: key 'proj_out_means.scale' fits nothing in the base transformer",
+            "adapter: {a}: key 'proj_out_means.scale' does not exist in the base transformer",
         ),
-        (put("proj_out.bias", 64), "adapter: {a}: key 'proj_out.bias' is of a layer that the three heads replace"),
+        (put("proj_out.bias", 64), "adapter: {a}: key 'proj_out.bias' belongs to a layer that the three heads replace"),
         (
             put("norm_out.linear.bias", 64),
             "adapter: norm_out.linear.bias has shape [64], the base's is [128]; "
@@ -164,8 +163,8 @@ PROJ = "single_transformer_blocks.0.proj_mlp"
         ),
         (
             rename(f"{PROJ}.lora_A.weight", f"{PROJ}.lora_C.weight"),
-            "adapter: {a}: key '" + PROJ + ".lora_C.weight' is a LoRA key of no known form; "
-            "expected '<module>.lora_A.weight' or '<module>.lora_B.weight'",
+            "adapter: {a}: LoRA key '" + PROJ + ".lora_C.weight' must be "
+            "'<module>.lora_A.weight' or '<module>.lora_B.weight'",
         ),
     ],
 )
@@ -180,10 +179,10 @@ def test_tensors(root, change, message):
         ("nowhere.linear", "adapter: LoRA target 'nowhere.linear' does not exist in the base's transformer"),
         (
             "transformer_blocks.0.attn.norm_q",
-            "adapter: LoRA target 'transformer_blocks.0.attn.norm_q' of the base's transformer is no linear layer",
+            "adapter: LoRA target 'transformer_blocks.0.attn.norm_q' of the base's transformer is not a linear layer",
         ),
-        ("proj_out", "adapter: {a}: LoRA of 'proj_out', which the adapter replaces or adds whole"),
-        ("proj_out_means", "adapter: {a}: LoRA of 'proj_out_means', which the adapter replaces or adds whole"),
+        ("proj_out", "adapter: {a}: LoRA of 'proj_out' must not exist; the heads are full tensors"),
+        ("proj_out_means", "adapter: {a}: LoRA of 'proj_out_means' must not exist; the heads are full tensors"),
     ],
 )
 def test_lora_of_what_is_no_linear_of_the_base(root, module, message):

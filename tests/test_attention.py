@@ -29,7 +29,9 @@ def inputs_of(bundle: Bundle, part: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("part", ["backbone", "text_encoder_2", "vae_decoder"])
 @pytest.mark.parametrize(
-    "options", [{}, {"opset": 20}, {"dtype": "bfloat16"}], ids=["one operator", "opset 20", "bfloat16"]
+    "options",
+    [{}, pytest.param({"opset": 20}, marks=pytest.mark.slow), {"dtype": "bfloat16"}],
+    ids=["one operator", "opset 20", "bfloat16"],
 )
 def test_pieces_give_the_same(bundles, command_run, monkeypatch, part, options):
     """With a mask (T5's bias differs from row to row), without one, as one operator and as three."""
@@ -47,6 +49,7 @@ def test_pieces_give_the_same(bundles, command_run, monkeypatch, part, options):
         np.testing.assert_allclose(found[name].astype(np.float64), array, atol=bound, rtol=0)
 
 
+@pytest.mark.slow
 def test_scores_stay_within_the_bound(bundles, monkeypatch):
     """The decoder's one attention over 4 * 17 * 19 tokens: every value that has them twice is cut."""
     monkeypatch.setattr(attention, "SCORES_BYTES", 1 << 20)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from arcflow_export.drift.cases import Case
+from arcflow_export.drift.cases import DriftCase
 from arcflow_export.emulate import blocks
 from arcflow_export.emulate.blocks import BlockEngine, EmulatedBackend, cut
 from arcflow_export.emulate.emulate import load_graph, widened
@@ -38,7 +38,7 @@ def engine(bundle: Bundle, part: str, pieces: int) -> BlockEngine:
 
 @pytest.fixture(scope="module")
 def fp8(bundles, tmp_path_factory):
-    return make_fp8(bundles("flux-tiny"), tmp_path_factory.mktemp("fp8") / "bundle", (Case("a red circle", 0),))
+    return make_fp8(bundles("flux-tiny"), tmp_path_factory.mktemp("fp8") / "bundle", (DriftCase("a red circle", 0),))
 
 
 @pytest.fixture(params=["flux-tiny", "qwen-tiny", "bfloat16", "fp8"])

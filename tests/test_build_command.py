@@ -146,7 +146,7 @@ def test_a_part_that_was_damaged_is_not_built(root, builder, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--backend", "tensorrt-rtx"], 2, "--target must be given where there is no GPU, such as --target sm89"),
+        (["--backend", "tensorrt-rtx"], 2, "--target must be given on a machine without a GPU, such as --target sm89"),
         (
             ["--backend", "tensorrt-rtx", "--target", "sm90"],
             2,
@@ -155,8 +155,8 @@ def test_a_part_that_was_damaged_is_not_built(root, builder, capsys, monkeypatch
         (
             ["--backend", "tensorrt"],
             1,
-            "tensorrt builds on the GPU that it builds for, and the CUDA driver finds none here; "
-            "build there, or with --backend tensorrt-rtx, which needs none",
+            "tensorrt can build only on the GPU that it builds for, and the CUDA driver finds none here; "
+            "build on the GPU's machine, or with --backend tensorrt-rtx, which needs no GPU",
         ),
         ([*RTX, "--parts", "backbone,vea"], 2, "--parts must be among " + ", ".join(PARTS) + ", got vea"),
         ([*RTX, "--resolutions", "big"], 2, "--resolutions must be a number or a range such as 1-4, got 'big'"),
@@ -164,9 +164,9 @@ def test_a_part_that_was_damaged_is_not_built(root, builder, capsys, monkeypatch
             [*RTX, "--resolutions", "1024"],
             2,
             "--resolutions: height must be between 16 and 256 for this bundle, got 1024; "
-            "export one with a wider range or ask for less",
+            "export a bundle with a wider range, or choose values within it",
         ),
-        ([*RTX, "--batch", "0"], 2, "--batch: a range must go from 1 or more to no less than that, got '0'"),
+        ([*RTX, "--batch", "0"], 2, "--batch: a range must be LOW-HIGH with 1 <= LOW <= HIGH, got '0'"),
         ([*RTX, "--optimization-level", "6"], 2, "--optimization-level must be between 0 and 5, got 6"),
         ([*RTX, "--workspace", "0"], 2, "--workspace must be a positive number of GiB, got 0"),
         ([*RTX, "--workspace", "nan"], 2, "--workspace must be a positive number of GiB, got nan"),
@@ -178,7 +178,7 @@ def test_a_part_that_was_damaged_is_not_built(root, builder, capsys, monkeypatch
         (
             [*RTX, "--timing-cache", "cache"],
             2,
-            "--timing-cache: tensorrt-rtx times nothing while it builds; leave it out",
+            "--timing-cache: tensorrt-rtx builds without timing kernels; leave it out",
         ),
     ],
 )
@@ -199,7 +199,7 @@ def test_a_library_that_is_not_installed(root, builder, capsys, monkeypatch):
 
 def test_bfloat16_before_ampere(tmp_path, builder, capsys):
     root = str(make_bundle(tmp_path / "half", precision="bfloat16"))
-    message = "text_encoder is in bfloat16, which sm75 does not have; export the bundle with --dtype float16"
+    message = "text_encoder is in bfloat16, which sm75 does not support; export the bundle with --dtype float16"
     fails(capsys, 1, message, root, "--backend", "tensorrt-rtx", "--target", "sm75")
 
 

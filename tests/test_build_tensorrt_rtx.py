@@ -20,9 +20,9 @@ from attention_graph import attention_bundle, attention_profile
 from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.build.build import Settings, _fix_static_axes, build_engine
+from arcflow_runtime.build.build import BuildSettings, _fix_static_axes, build_engine
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
-from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines.store import Host, find_engine
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
@@ -50,6 +50,7 @@ CASES = {
     "flux-float32": ("flux-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
     "qwen-float32": ("qwen-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
 }
+SLOW = pytest.mark.slow
 
 
 def build(root, *arguments):
@@ -96,7 +97,7 @@ def tensors(path):
     return {k: data[8 + size + v["data_offsets"][0] : 8 + size + v["data_offsets"][1]] for k, v in header.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c == "flux-bfloat16" else pytest.param(c, marks=SLOW) for c in CASES])
 def test_built_with_its_weights(engines, case):
     root, rows = engines(case)
     assert [row["part"] for row in rows] == CASES[case][2]
@@ -116,6 +117,7 @@ def output_dtypes(root, part, kind):
     return {layer.name: layer.get_output(0).dtype for layer in layers if layer.type == kind}
 
 
+@SLOW
 def test_mixed_parts_keep_their_precisions_in_the_network(engines):
     root, rows = engines("flux-mixed")
     for part in ("backbone", "text_encoder_2"):
@@ -126,6 +128,7 @@ def test_mixed_parts_keep_their_precisions_in_the_network(engines):
     assert precisions == ["bfloat16"] * 4 + ["float16"]
 
 
+@SLOW
 def test_kept_linears_are_float32_in_the_network(engines):
     root, _ = engines("flux-kept")
     dtypes = output_dtypes(root, "backbone", trt.LayerType.MATRIX_MULTIPLY)
@@ -134,7 +137,7 @@ def test_kept_linears_are_float32_in_the_network(engines):
     assert {dtype for name, dtype in dtypes.items() if name not in kept} == {trt.float16}
 
 
-@pytest.mark.parametrize("case", ["flux-bfloat16", "qwen-bfloat16"])
+@pytest.mark.parametrize("case", ["flux-bfloat16", pytest.param("qwen-bfloat16", marks=SLOW)])
 def test_found_by_the_runtime(engines, case):
     root, rows = engines(case)
     host = Host("tensorrt-rtx", trt.__version__, "sm89", None, this_platform())
@@ -172,7 +175,7 @@ def test_axes_with_one_value_are_static(bundle):
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
     assert trt.OnnxParser(network, logger).parse_from_file(str(opened.path("backbone.onnx")))
-    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), Range(1, 1))
+    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), SizeRange(1, 1))
     _fix_static_axes(network, profiles)
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     assert shapes["latents"] == (1, 16, 64)
@@ -245,14 +248,14 @@ def test_attention_without_a_kernel_says_what_to_do(tmp_path, precision):
     library = LIBRARIES["tensorrt-rtx"]
     bundle = attention_bundle(root, 8, precision)
     with pytest.raises(EngineError) as error:
-        build_engine(library, bundle, "p", "sm89", (attention_profile(8),), Settings(), io.BytesIO())
+        build_engine(library, bundle, "p", "sm89", (attention_profile(8),), BuildSettings(), io.BytesIO())
     assert str(error.value).splitlines()[0] == (
         "p: tensorrt-rtx cannot build an engine of a graph at opset 23: its Attention operator has no kernel for heads "
         "of this size; export with --opset 20, which writes attention as separate operators:"
     )
     out = io.BytesIO()
     bundle = attention_bundle(root, 32, precision)
-    build_engine(library, bundle, "p", "sm89", (attention_profile(32),), Settings(), out)
+    build_engine(library, bundle, "p", "sm89", (attention_profile(32),), BuildSettings(), out)
     assert out.tell() > 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,7 +29,7 @@ pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
 
 from arcflow_calibration import calibrate as module
 from arcflow_calibration.calibrate import calibrate
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import BINS, make_calibrator
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
@@ -39,8 +40,8 @@ PROMPTS = Prompts("test", TEXTS)
 #: Two sizes, taken in turn.
 SIZES = ((64, 48), (32, 64))
 SETTINGS = {
-    "flux-tiny": Settings(parts=("backbone", "text_encoder_2"), sizes=SIZES, max_sequence_length=24, seed=5),
-    "qwen-tiny": Settings(parts=("backbone", "text_encoder"), sizes=SIZES, max_sequence_length=24, seed=5),
+    "flux-tiny": CalibrationSettings(parts=("backbone", "text_encoder_2"), sizes=SIZES, max_sequence_length=24, seed=5),
+    "qwen-tiny": CalibrationSettings(parts=("backbone", "text_encoder"), sizes=SIZES, max_sequence_length=24, seed=5),
 }
 
 
@@ -188,7 +189,7 @@ def test_mse_is_the_least_error(tmp_path, recorded):
 
 
 def test_batches_are_cut_by_size_and_text_length(tmp_path):
-    """Rounding depends on the batch; nothing else may: another noise or prompt would change ranges by percents."""
+    """Only rounding may depend on the batch: with the wrong noise or prompt, ranges would change by percents."""
     for name in SETTINGS:
         one, two = (run(name, tmp_path / f"{name}-{b}.json", batch=b) for b in (1, 3))
         for layer, r in one.parts["backbone"].items():
@@ -202,7 +203,7 @@ class Stop(BaseException):
 
 def stop_after(monkeypatch, count):
     """Stop in the middle of the batch after `count` whole ones, when part of it is collected."""
-    calls, original = [], module.draw
+    calls, original = [], module.generate_batch
 
     def draw(*args):
         calls.append(args)
@@ -210,24 +211,27 @@ def stop_after(monkeypatch, count):
         if len(calls) > count:
             raise Stop
 
-    monkeypatch.setattr(module, "draw", draw)
+    monkeypatch.setattr(module, "generate_batch", draw)
     return calls
 
 
-@pytest.mark.parametrize("method", ["max", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["max", "percentile", pytest.param("mse", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
+    """The run stops in the second of three prompts and again in the third; mse keeps the same state as percentile."""
     changes = {"method": method, "percentile": 99.9 if method == "percentile" else None}
     run("flux-tiny", tmp_path / "whole.json", **changes)
     out = tmp_path / "scales.json"
-    for count in (1, 0):  # stopped twice, the second time before anything more was done
-        stop_after(monkeypatch, count)
+    for done in (1, 2):
+        stop_after(monkeypatch, 1)
         with pytest.raises(Stop):
             run("flux-tiny", out, **changes)
         monkeypatch.undo()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["scales.json.state.safetensors", "whole.json"]
+        with safe_open(tmp_path / "scales.json.state.safetensors", "pt") as f:
+            assert json.loads(f.metadata()["calibration"])["done"] == done, "one more each time"
     calls = stop_after(monkeypatch, 99)
     run("flux-tiny", out, **changes)
-    assert len(calls) == 2, "one of three prompts was done already"
+    assert [[i for i, _ in batch.prompts] for _, batch, *_ in calls] == [[1]], "sizes take turns: 0, 2 and then 1"
     assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scales.json", "whole.json"]
 
@@ -265,7 +269,7 @@ def test_a_state_of_other_settings_is_refused(stopped, capsys, options, differen
     assert command(stopped, *options) == 1
     assert after_announcement(capsys.readouterr().err) == (
         f"arcflow calibrate: error: {stopped / 'scales.json.state.safetensors'} holds a stopped run with other "
-        f"settings: {difference}. Give the same ones to continue it, or --overwrite to begin anew\n"
+        f"settings: {difference}. Give the same settings to continue it, or --overwrite to start again\n"
     )
 
 
@@ -289,15 +293,13 @@ def test_a_damaged_state_is_refused(stopped, capsys):
     data = state.read_bytes()
     state.write_bytes(data[:100])
     assert command(stopped) == 1
-    assert "is no state of a calibration" in capsys.readouterr().err
-    from safetensors import safe_open
-
+    assert "is not a calibration state" in capsys.readouterr().err
     state.write_bytes(data)
     with safe_open(state, "pt") as f:
         metadata = f.metadata()
     save_file(load_file(state) | {"backbone.peak": torch.zeros(1)}, state, metadata)
     assert command(stopped) == 1
-    assert "is damaged (backbone.peak is torch.float32 [1]); --overwrite begins anew" in capsys.readouterr().err
+    assert "is damaged (backbone.peak is torch.float32 [1]); --overwrite starts again" in capsys.readouterr().err
     state.write_bytes(data)
 
 
@@ -322,7 +324,7 @@ def test_the_command(stopped, tmp_path, capsys, monkeypatch):
 def test_bad_options(stopped, capsys):
     for options, code, message in (
         (("--percentil", "99"), 2, "unknown argument '--percentil'; did you mean --percentile?"),
-        (("--percentile", "99"), 2, "--percentile is for --method percentile"),
+        (("--percentile", "99"), 2, "--percentile needs --method percentile"),
         (("--method", "percentile", "--percentile", "101"), 2, "must be above 0 and at most 100, got 101.0"),
         (("--method", "median"), 2, "argument --method: invalid choice: 'median'"),
         (("--sizes", "100x64"), 2, "sides must be positive multiples of 16, got '100x64'"),
@@ -346,10 +348,10 @@ def test_ctrl_c_says_what_was_kept(stopped, tmp_path, capsys, monkeypatch):
     stop_after(monkeypatch, 1)
     with pytest.raises(Stop):
         command(tmp_path)
-    monkeypatch.setattr(module, "draw", interrupted)
+    monkeypatch.setattr(module, "generate_batch", interrupted)
     assert command(tmp_path) == 130
     state = tmp_path / "scales.json.state.safetensors"
-    assert f"kept {state}; give the same command again to go on\n" in capsys.readouterr().err
+    assert f"kept {state}; run the same command again to continue\n" in capsys.readouterr().err
 
 
 def test_guidance_of_a_student_that_takes_none(tmp_path):

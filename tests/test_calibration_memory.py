@@ -13,7 +13,7 @@ pytest.importorskip("modelopt", reason="needs the extra 'calibrate'")
 from arcflow_calibration import calibrate as module
 from arcflow_calibration import memory
 from arcflow_calibration.collect import Collector
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from tests.test_calibrate import Stop, command, run, stop_after
 
 
@@ -53,7 +53,9 @@ def test_weights_on_disk_give_the_same_file(name, changes, tmp_path, monkeypatch
 def test_a_student_that_does_not_fit(tmp_path, capsys, monkeypatch):
     """Read from disk, and the command says so; refused where one layer does not fit either."""
     (tmp_path / "student").symlink_to(GOLDEN / "flux-tiny")
-    footprint = memory.measure(golden_student("flux-tiny"), Settings(sizes=((32, 32),), max_sequence_length=8))
+    footprint = memory.measure(
+        golden_student("flux-tiny"), CalibrationSettings(sizes=((32, 32),), max_sequence_length=8)
+    )
     monkeypatch.setattr(memory, "free_bytes", lambda device: footprint.least)
     monkeypatch.setattr(memory, "_gib", lambda value: f"{value} B")
     assert command(tmp_path) == 0
@@ -67,7 +69,7 @@ def test_a_student_that_does_not_fit(tmp_path, capsys, monkeypatch):
     assert after_announcement(capsys.readouterr().err) == (
         f"arcflow calibrate: error: calibration needs at least {footprint.least} B of memory in float32, even with one "
         f"layer in memory at a time, {footprint.least - 1} B are free; give --dtype bfloat16 or smaller --sizes or "
-        "--batch, or calibrate on a machine with more: scales.json is small and is used on any machine\n"
+        "--batch, or calibrate on a machine with more memory: scales.json is small and can be used on any machine\n"
     )
 
 
@@ -87,7 +89,7 @@ def test_footprint(name):
     largest = max(n for found in (used["transformer"], *encoders) for n in found.values())
     beside = sum(values["adapter"].values()) + sum(values["vae"].values())
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
-        settings = Settings(dtype=dtype, sizes=((64, 32), (32, 32)), max_sequence_length=24, batch=3)
+        settings = CalibrationSettings(dtype=dtype, sizes=((64, 32), (32, 32)), max_sequence_length=24, batch=3)
         footprint = memory.measure(golden_student(name), settings)
         assert footprint.weights == size * total
         assert footprint.read == 4 * sum(values["transformer"].values())

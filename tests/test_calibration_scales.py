@@ -14,7 +14,7 @@ from fake_bundle import make_bundle
 from arcflow_calibration.summary import as_dict, summarise, table
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import PRESETS, read_prompts
-from arcflow_export.formats.scales import PromptSet, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Source, seal
 
@@ -23,10 +23,13 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 def make(**changes) -> Scales:
     parts = {
-        "backbone": {LAYER: Range((1.5, 0.1 + 0.2), 128, (7.0, 0.0)), "single_transformer_blocks.0.proj_out": None},
-        "text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q": Range((3.0,), 64)},
+        "backbone": {
+            LAYER: ActivationRange((1.5, 0.1 + 0.2), 128, (7.0, 0.0)),
+            "single_transformer_blocks.0.proj_out": None,
+        },
+        "text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q": ActivationRange((3.0,), 64)},
     }
-    parts["backbone"]["single_transformer_blocks.0.proj_out"] = Range((2.0, 5.0), 128, (65505.0, 1.0))
+    parts["backbone"]["single_transformer_blocks.0.proj_out"] = ActivationRange((2.0, 5.0), 128, (65505.0, 1.0))
     values = {
         "base": Source("base", None, "a" * 64),
         "adapter": Source("owner/adapter", "1234", "b" * 64),
@@ -95,6 +98,16 @@ def test_reading_needs_neither_torch_nor_modelopt():
         (lambda d: d.update(method="entropy"), "method must be one of"),
         (lambda d: d.update(percentile=99.0), "percentile must be null for method max, got 99.0"),
         (lambda d: d.update(method="percentile"), "percentile must be above 0 and at most 100, got None"),
+        (
+            lambda d: d.update(method="percentile", percentile=0.0),
+            "percentile must be above 0 and at most 100, got 0.0",
+        ),
+        (lambda d: d.update(method="percentile", percentile=100.5), "percentile must be above 0 and at most 100"),
+        (lambda d: d.update(num_inference_steps=0), "num_inference_steps must be at least 1, got 0"),
+        (lambda d: d.update(guidance_scale=float("nan")), "guidance_scale must be finite, got nan"),
+        (lambda d: d.update(sizes=[[64, 64], [64, 72]]), "sizes must be pairs of multiples of 16"),
+        (lambda d: d.update(sizes=[[64, 0]]), "sizes must be pairs of multiples of 16"),
+        (lambda d: d.update(sizes=[]), "sizes must be pairs of multiples of 16"),
         (lambda d: d.update(sizes=[[64]]), r"sizes must be pairs of multiples of 16, got \[\[64\]\]"),
         (lambda d: d.update(parts={}), "parts must be at least one"),
         (lambda d: d["parts"].update(backbone={}), "parts.backbone must be at least one layer"),
@@ -146,8 +159,46 @@ def test_damaged_files(path, tmp_path):
         Scales.load(tmp_path / "none.json")
 
 
+def test_a_key_that_is_there_twice(path):
+    text = path.read_text()
+    path.write_text(text.replace('"seed": 0,', '"seed": 0,\n "seed": 0,'))
+    with pytest.raises(CalibrationError, match=r"is not valid JSON \(an object has the key 'seed' twice\); calibrate"):
+        Scales.load(path)
+
+
+def test_scales_of_other_runs_than_the_bundles_are_warned_of(tmp_path):
+    manifest = Bundle.open(make_bundle(tmp_path / "bundle")).manifest  # 64 text tokens, shift 3.2, ratio 1, 2 steps
+    assert make().warnings(manifest) == ()
+    same = {"max_sequence_length": 64, "shift": 3.2, "timestep_ratio": 1.0}
+    assert make(**same).warnings(manifest) == ()
+    other = {"max_sequence_length": 512, "shift": 2.0, "timestep_ratio": 0.5}
+    assert make(**other).warnings(manifest) == tuple(
+        f"the scales were made with {key} {mine}, the bundle has {theirs}; "
+        f"calibrate with --{key.replace('_', '-')} {theirs}, or the ranges may not fit"
+        for key, mine, theirs in (
+            ("max_sequence_length", 512, 64),
+            ("shift", 2, 3.2),
+            ("timestep_ratio", 0.5, 1),
+        )
+    )
+    (steps,) = make(num_inference_steps=4).warnings(manifest)
+    assert steps.startswith("the scales were made with num_inference_steps 4, the bundle has 2; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shift": 0.0}, "shift must be positive and finite, got 0.0"),
+        ({"timestep_ratio": 1.5}, "timestep_ratio must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_a_schedule_out_of_range(tmp_path, change, message):
+    with pytest.raises(CalibrationError, match=message):
+        make(**change).save(tmp_path / "scales.json")
+
+
 def test_bad_values_are_not_written(tmp_path):
-    bad = make(parts={"backbone": {LAYER: Range((1.0, float("nan")), 1)}})
+    bad = make(parts={"backbone": {LAYER: ActivationRange((1.0, float("nan")), 1)}})
     with pytest.raises(CalibrationError, match="positive and finite"):
         bad.save(tmp_path / "scales.json")
     assert not list(tmp_path.iterdir())
@@ -184,7 +235,7 @@ def test_scales_belong_to_base_adapter_and_loras(tmp_path):
             assert words in str(error.value)
         for name in {"base", "adapter", "LoRAs"} - {field, "LoRAs" if field == "loras" else field}:
             assert f"with {name} " not in str(error.value)
-    with pytest.raises(CalibrationError, match="they are of a qwen-image student, the bundle is flux"):
+    with pytest.raises(CalibrationError, match="they belong to a qwen-image student, the bundle is flux"):
         dataclasses.replace(scales, family="qwen-image").check_belongs(manifest)
 
 
@@ -196,6 +247,16 @@ def test_summary():
     assert (text.layers, text.ratio, text.differing, text.overflowing) == (1, 1.0, 0, ())
     assert "  overflows float16: single_transformer_blocks.0.proj_out" in table([backbone, text]).splitlines()
     json.dumps(as_dict([backbone, text]))
+
+
+def test_steps_that_differ_by_just_twice_are_not_counted():
+    ranges = {
+        "a": ActivationRange((1.0, 2.0), 1, (65504.0, 1.0)),
+        "b": ActivationRange((1.0, 1.5, 3.0), 1),
+        "c": ActivationRange((3.0, 1.0), 1),
+    }
+    (part,) = summarise(make(parts={"backbone": ranges}))
+    assert (part.differing, part.ratio, part.ratio_layer, part.overflowing) == (2, 3.0, "b", ())
 
 
 def test_presets():

@@ -34,7 +34,7 @@ def test_no_command_and_help(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "  generate      Draw pictures from prompts with a bundle." in out
+    assert "  generate      Generate images from prompts with a bundle." in out
     assert "  bench         Time a bundle stage by stage." in out
 
 
@@ -67,7 +67,7 @@ def test_missing_and_bad_arguments(root, capsys):
     assert generate(root, "--steps", "two") == 2
     assert "argument --steps: invalid int value: 'two'" in capsys.readouterr().err
     assert generate(root, "--seed", "1,x") == 2
-    assert "argument --seed: must be an integer, or several as in 1,2,3, got '1,x'" in capsys.readouterr().err
+    assert "argument --seed: must be an integer, or several such as 1,2,3, got '1,x'" in capsys.readouterr().err
 
 
 def test_generate(root, capsys):
@@ -146,7 +146,7 @@ def test_a_picture_is_replaced_whole_or_not_at_all(root, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "no/x.png"], "--out must be in a directory that exists, got 'no/x.png'; make no first"),
+        (["--out", "no/x.png"], "--out must be in a directory that exists, got 'no/x.png'; create no first"),
         (["--out", "x.jpg"], "--out must end in .png, got 'x.jpg'"),
         (["--height", "40"], "height must be a multiple of 16, got 40; the nearest is 32"),
         (["--steps", "0"], "num_inference_steps must be between 1 and 1000, got 0"),
@@ -231,8 +231,6 @@ def test_inspect(root, capsys):
     assert "    latents [B, N, 64] float32" in out
     assert "    -> means [B, N, 3, 64] float32" in out
     assert out.endswith("small files match their SHA-256\n")
-    assert cli.main(["inspect", root, "--check"]) == 0
-    assert capsys.readouterr().out.endswith("every file matches its SHA-256\n")
 
 
 def test_inspect_json(root, capsys):

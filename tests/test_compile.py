@@ -99,7 +99,7 @@ def test_the_plan_and_what_it_took(place, capsys):
     )
     assert not Path("out").exists()
     assert compile_() == 1
-    assert capsys.readouterr().err == "arcflow compile: error: a note (--anyway starts all the same)\n"
+    assert capsys.readouterr().err == "arcflow compile: error: a note (--anyway starts it nevertheless)\n"
     assert log() == []
     assert compile_("--json", "--anyway") == 0
     result = json.loads(capsys.readouterr().out)
@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_made(place, capsys):
     Path("file").touch()
     assert compile_("--out", "file/out") == 2
     assert capsys.readouterr().err == (
-        "arcflow compile: error: --out: file/out cannot be made (Not a directory); give another place\n"
+        "arcflow compile: error: --out: file/out cannot be created (Not a directory); give another folder\n"
     )
 
 

@@ -52,10 +52,10 @@ def test_killed_in_a_stage_the_next_run_goes_on(place, stage, point, how):
     code = {"SIGINT": 130, "SIGTERM": 143, "stage": 137}.get(how, -signal.SIGKILL)
     assert run.returncode == code
     if how in ("SIGINT", "SIGTERM"):
-        assert "stopped; run the same command again to go on\n" in err
+        assert "stopped; run the same command again to continue\n" in err
     if how == "stage":
         assert err == (
-            f"arcflow compile: error: {stage} was killed, perhaps because memory ran out; "
+            f"arcflow compile: error: {stage} was killed, maybe because memory ran out; "
             "run the same command again; finished stages are kept\n"
         )
     before = STAGES[: STAGES.index(stage) + 1]
@@ -212,7 +212,7 @@ def test_an_edited_record(place, capsys):
     ):
         path.write_text(text)
         assert compile_() == 1
-        expected = f"arcflow compile: error: out/.some.stages.json{message}; remove it to begin anew\n"
+        expected = f"arcflow compile: error: out/.some.stages.json{message}; remove it to start again\n"
         assert capsys.readouterr().err == expected
     assert log() == []
 
@@ -221,7 +221,7 @@ def test_a_stage_that_fails(place, capsys):
     Path("fake/quantize.code").write_text("2")
     assert compile_() == 2
     assert capsys.readouterr().err == (
-        "arcflow compile: error: quantize failed; once its error is mended, run the same command again; "
+        "arcflow compile: error: quantize failed; fix its error and run the same command again; "
         "finished stages are kept\n"
     )
     assert log() == ["export", "calibrate", "quantize"]
@@ -237,8 +237,8 @@ def test_a_failed_gate_runs_again(place, capsys):
         assert log() == again
     err = capsys.readouterr().err
     assert err.startswith(
-        "arcflow compile: error: the drift gate failed, as its tables say; leave layers out with --policy FILE, "
-        "or leave the gate out with --no-gate\n"
+        "arcflow compile: error: the drift gate failed, see its tables; leave layers out with --policy FILE, "
+        "or skip it with --no-gate\n"
     )
     # Killed after it had written its report, it failed all the same.
     shutil.rmtree("out/some-drift")

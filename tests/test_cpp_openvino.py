@@ -24,7 +24,7 @@ from arcflow_runtime import Bundle, cli
 from arcflow_runtime.backends import open_backend
 from arcflow_runtime.build.tokenizers.probes import probe_prompts
 from arcflow_runtime.disk.manifest import TensorSpec
-from arcflow_runtime.disk.tokenizer_record import read_record
+from arcflow_runtime.disk.tokenizer_record import read_tokenizer_record
 from tests.conftest import FAMILIES
 
 BOUND = (512 * 60) ** 0.5 * 2**-24
@@ -164,7 +164,7 @@ def copied(tokenized, tmp_path):
 
 def test_damaged_tokenizers_are_refused(tool, copied):
     record = copied / "openvino" / "tokenizers.json"
-    built = read_record(Bundle.open(copied)).tokenizers["tokenizer"]
+    built = read_tokenizer_record(Bundle.open(copied)).tokenizers["tokenizer"]
     graph, weights = (copied / "openvino" / f.file for f in (built.graph, built.weights))
     text, data = record.read_text(), graph.read_bytes()
     again = "run `arcflow build BUNDLE --backend openvino` again"

@@ -130,18 +130,18 @@ def diffusers_callback(pipe, step, timestep, callback_kwargs):
     [
         (
             {"negative_prompt": "ugly"},
-            "negative_prompt is not taken: the student is distilled to draw in one pass, without a negative prompt; "
-            "leave it out",
+            "negative_prompt is not supported: the student is distilled to run once per step, without a negative "
+            "prompt; leave it out",
         ),
-        ({"prompt_2": "x"}, "prompt_2 is not taken: both text encoders read the same prompt; leave it out"),
+        ({"prompt_2": "x"}, "prompt_2 is not supported: both text encoders read the same prompt; leave it out"),
         (
             {"sigmas": [1.0, 0.5]},
-            "sigmas is not taken: the student was trained for the bundle's schedule; give num_inference_steps; "
+            "sigmas is not supported: the student was trained for the bundle's schedule; give num_inference_steps; "
             "leave it out",
         ),
         (
             {"return_dict": False},
-            "return_dict is not taken: the result is always an object with the field images; leave it out",
+            "return_dict is not supported: the result is always an object with the field images; leave it out",
         ),
         ({"hight": 64}, "unknown argument 'hight'; see help(Pipeline.__call__)"),
         (
@@ -155,7 +155,7 @@ def diffusers_callback(pipe, step, timestep, callback_kwargs):
         ({"generator": 3}, "generator must be a torch.Generator or a list of them, got 3; or give seed"),
         (
             {"generator": [CUDA]},
-            "generator[0] must be a generator of the CPU, got one of cuda, which draws other numbers; or give seed",
+            "generator[0] must be a generator on the CPU, got one on cuda, which draws other numbers; or give seed",
         ),
         (
             {"generator": [torch.Generator(), torch.Generator()]},
@@ -177,7 +177,7 @@ def diffusers_callback(pipe, step, timestep, callback_kwargs):
         ),
         (
             EMBEDS | {"pooled_prompt_embeds": None},
-            "pooled_prompt_embeds must be given with prompt_embeds: this student reads pooled text",
+            "pooled_prompt_embeds must be given with prompt_embeds: this student needs pooled text",
         ),
         (
             EMBEDS | {"prompt_embeds": np.zeros((1, 65, TEXT))},
@@ -207,5 +207,7 @@ def test_what_is_not_taken_is_named(flux, arguments, message):
 
 
 def test_pooled_text_is_not_for_every_student(qwen):
-    with pytest.raises(RequestError, match=r"^pooled_prompt_embeds is not taken: this student reads no pooled text; "):
+    with pytest.raises(
+        RequestError, match=r"^pooled_prompt_embeds is not supported: this student has no pooled text; "
+    ):
         qwen(prompt_embeds=STATES, pooled_prompt_embeds=VECTOR)

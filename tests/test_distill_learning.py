@@ -1,4 +1,4 @@
-"""The loss teaches: on a curved field whose paths are known exactly, two student steps come to beat two Euler steps."""
+"""Training works: on a curved field with known paths, two steps of a trained student beat two Euler steps."""
 
 from __future__ import annotations
 

@@ -11,8 +11,9 @@ from arcflow_distill.errors import DistillError
 from arcflow_distill.train.networks import (
     BIAS_NOISE,
     Canvas,
-    Student,
-    Teacher,
+    StudentNetwork,
+    TeacherNetwork,
+    arguments,
     base_family,
     count_by_kind,
     load_transformer,
@@ -20,7 +21,7 @@ from arcflow_distill.train.networks import (
     make_heads,
 )
 from arcflow_distill.train.policy import Policy, warp
-from arcflow_distill.train.prompts import Text
+from arcflow_distill.train.prompts import TextBatch
 from tests.checkpoints import Sizes, make_base
 from tests.checkpoints import lora_targets as released_targets
 
@@ -37,7 +38,7 @@ def base(request, tmp_path_factory):
 def text(sizes, batch=2, mask=None, seed=3):
     g = torch.Generator().manual_seed(seed)
     pooled = torch.randn(batch, sizes.pooled_dim, generator=g) if sizes.flux else None
-    return Text(torch.randn(batch, 5, sizes.text_dim, generator=g), mask, pooled)
+    return TextBatch(torch.randn(batch, 5, sizes.text_dim, generator=g), mask, pooled)
 
 
 def inputs(batch=2):
@@ -50,8 +51,8 @@ def open_both(base, modes=3, rank=4, true_cfg_scale=1.0):
     family = base_family(path)
     torch.manual_seed(0)
     transformer = load_transformer(path, family, torch.float32)
-    teacher = Teacher(transformer, family, true_cfg_scale)
-    return teacher, Student(transformer, family, modes, rank, 0.0), sizes
+    teacher = TeacherNetwork(transformer, family, true_cfg_scale)
+    return teacher, StudentNetwork(transformer, family, modes, rank, 0.0), sizes
 
 
 def test_targets_are_the_released_adapters(base):
@@ -71,6 +72,8 @@ def test_what_is_trained(base):
     counts = count_by_kind(trained)
     assert sum(counts.values()) == sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert counts["norm_out"] == 2 * sizes.dim * (sizes.dim + 1)
+    # Three modes: 3 x 64 means, 3 x 4 weights and 2 x 4 gammas from each of dim numbers and a bias.
+    assert counts["heads"] == (3 * 64 + 3 * 4 + 2 * 4) * (sizes.dim + 1)
 
 
 @pytest.mark.parametrize("modes", [1, 3])
@@ -103,7 +106,7 @@ def test_heads_begin_with_log_spaced_gammas():
 def test_the_teacher_stays_as_it_was(base):
     """The base's parameters are shared, and no step of the student reaches the teacher."""
     path, sizes = base
-    fresh = Teacher(load_transformer(path, base_family(path), torch.float32), base_family(path))
+    fresh = TeacherNetwork(load_transformer(path, base_family(path), torch.float32), base_family(path))
     teacher, student, _ = open_both(base)
     latents, sigma = inputs()
     before = fresh(latents, sigma, text(sizes), CANVAS)
@@ -120,13 +123,49 @@ def test_the_teacher_stays_as_it_was(base):
     assert all(p.data_ptr() in shared for p in own), "the base is in memory once"
 
 
+def test_a_network_is_told_places_guidance_and_text(base):
+    """Of 2 x 3 tokens: rows and columns of the image in ids 1 and 2, zeros for text, guidance where it is taken."""
+    teacher, _, sizes = open_both(base)
+    latents, sigma = inputs()
+    mask = None if sizes.flux else torch.ones(2, 5, dtype=torch.bool)
+    given = text(sizes, mask=mask)
+    found = arguments(teacher.transformer, teacher.family, latents, sigma, given, Canvas(2, 3, 2.5))
+    assert torch.equal(found["hidden_states"], latents) and torch.equal(found["timestep"], sigma)
+    assert torch.equal(found["encoder_hidden_states"], given.states)
+    if sizes.flux:
+        assert found["img_ids"].tolist() == [[0, row, column] for row in range(2) for column in range(3)]
+        assert found["txt_ids"].tolist() == [[0, 0, 0]] * 5
+        assert torch.equal(found["pooled_projections"], given.pooled)
+        assert found["guidance"].tolist() == [2.5, 2.5] if sizes.guidance else found["guidance"] is None
+    else:
+        assert found["img_shapes"] == [[(1, 2, 3)]] * 2 and found["encoder_hidden_states_mask"] is mask
+
+
+def test_the_factors_dropout_and_scale(base):
+    path, _ = base
+    student = StudentNetwork(load_transformer(path, base_family(path), torch.float32), base_family(path), 2, 4, 0.25)
+    layers = [m for m in student.modules() if hasattr(m, "lora_dropout")]
+    assert layers and all(m.lora_dropout["default"].p == 0.25 and m.scaling["default"] == 1 for m in layers)
+
+
+def test_rotary_tables_of_a_student_are_rounded_to_its_base(tmp_path):
+    """With a bfloat16 base the teacher gets float32 tables, the student the same rounded to bfloat16."""
+    transformer = load_transformer(make_base(tmp_path / "base", SIZES[0]), "flux", torch.bfloat16)
+    teacher = TeacherNetwork(transformer, "flux")
+    student = StudentNetwork(transformer, "flux", 2, 4, 0.0)
+    ids = torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 5.0]])
+    exact, rounded = teacher.transformer.pos_embed(ids), student.transformer.pos_embed(ids)
+    for a, b in zip(exact, rounded, strict=True):
+        assert torch.equal(b, a.bfloat16().float()) and b.dtype == torch.float32 and not torch.equal(a, b)
+
+
 def test_guidance_against_the_negative_prompt(base):
     teacher, _, sizes = open_both(base, true_cfg_scale=4.0)
     plain, _, _ = open_both(base)
     latents, sigma = inputs()
     positive, negative = text(sizes), text(sizes, seed=5)
     pooled = torch.cat([negative.pooled, positive.pooled]) if sizes.flux else None
-    both = Text(torch.cat([negative.states, positive.states]), None, pooled)
+    both = TextBatch(torch.cat([negative.states, positive.states]), None, pooled)
     v, u = (plain(latents, sigma, t, CANVAS) for t in (positive, negative))
     assert torch.allclose(teacher(latents, sigma, both, CANVAS), u + 4 * (v - u), atol=1e-4)
 
@@ -137,8 +176,8 @@ def test_padding_is_not_seen(tmp_path):
     latents, sigma = inputs()
     full = text(sizes)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    batch = teacher(latents, sigma, Text(full.states, mask, None), CANVAS)
-    alone = teacher(latents[1:], sigma[1:], Text(full.states[1:, :3], None, None), CANVAS)
+    batch = teacher(latents, sigma, TextBatch(full.states, mask, None), CANVAS)
+    alone = teacher(latents[1:], sigma[1:], TextBatch(full.states[1:, :3], None, None), CANVAS)
     assert torch.allclose(batch[1:], alone, atol=1e-5)
 
 

@@ -17,14 +17,14 @@ from PIL import Image
 
 from arcflow_export.drift import gate, sensitivity
 from arcflow_export.drift import write_report as drift_folder
-from arcflow_export.drift.cases import Case, read_cases
+from arcflow_export.drift.cases import DriftCase, read_cases
 from arcflow_export.drift.comparable import check_comparable, same_parts
-from arcflow_export.drift.compare import Pictures, Plan, compare
+from arcflow_export.drift.compare import DriftPlan, ShownImages, compare
 from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import gmsd, mean, psnr_db, relative_error
 from arcflow_export.drift.sensitivity import Effect, Unit
-from arcflow_export.drift.stages import Stages
+from arcflow_export.drift.stages import BundleStages
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.errors import ExportError
@@ -38,8 +38,8 @@ from arcflow_runtime.errors import BundleError, RequestError
 from tests.conftest import GOLDEN, SHAPES, SHAPES_OPTIONS
 from tests.quantized import edit_backbone, local_drift, make_fp8, scene
 
-CASES = (Case("a red circle", 0), Case("portrait of an old sailor, oil painting", 1), Case("nothing", 2))
-#: Wide open, but for the limits of single layers.
+CASES = (DriftCase("a red circle", 0), DriftCase("portrait of an old sailor, oil painting", 1), DriftCase("nothing", 2))
+#: No limits but the defaults for single layers.
 OPEN = Thresholds()
 SIZE = ("--height", "64", "--width", "64")
 
@@ -65,8 +65,8 @@ def verify(candidate, reference, *more) -> int:
     return cli.main(["verify", str(candidate), "--against", str(reference), *SIZE, *map(str, more)])
 
 
-def stages_of(bundle: Bundle) -> Stages:
-    return Stages(bundle, CASES, scene(bundle), bundle.manifest.reference_dtype)
+def stages_of(bundle: Bundle) -> BundleStages:
+    return BundleStages(bundle, CASES, scene(bundle), bundle.manifest.reference_dtype)
 
 
 # Measures.
@@ -92,7 +92,7 @@ def test_gmsd_sees_lost_edges_and_no_shift_of_brightness():
     flat = np.full_like(picture, 60)
     noisy = (picture + rng.integers(0, 12, picture.shape)).astype(np.uint8)
     assert gmsd(picture, picture) == 0
-    # The grey weights sum to 1, so that a shift is the same everywhere and its gradient is 0 but for rounding.
+    # The grey weights sum to 1, so that a shift is the same everywhere, and its gradient is 0 up to rounding.
     assert gmsd(picture + 40, picture) == pytest.approx(0, abs=1e-9)
     assert 0.005 < gmsd(noisy, picture)[0] < 0.5 * gmsd(flat, picture)[0]
 
@@ -159,7 +159,7 @@ def test_modes_count_too(reference, tmp_path):
 
 def test_a_quantised_reference_is_refused(fp8, reference, capsys):
     assert verify(reference, fp8, "--limit", 1) == 1
-    assert "backbone must not be quantised to be a reference, its layer transformer_blocks.0" in capsys.readouterr().err
+    assert "a reference must not be quantised, but layer transformer_blocks.0" in capsys.readouterr().err
 
 
 # Graphs.
@@ -186,7 +186,7 @@ def test_blocks(layer, block):
 
 
 def test_all_layers_left_out_is_the_reference(fp8, reference):
-    """The same operators on the same weights, so the same numbers but for how ONNX Runtime fuses them."""
+    """The operators and weights are the same; the numbers differ only by how ONNX Runtime fuses operators."""
     candidate, original = Bundle.open(fp8), Bundle.open(reference)
     stages = stages_of(original)
     text = stages.encode()
@@ -296,7 +296,7 @@ def test_a_broken_scale_fails_by_its_layers_name_first(
 
 
 def drift_of(layer: str, error: float, reach: float = 1.0, scale: str | None = None) -> LayerDrift:
-    return LayerDrift("backbone", layer, (error, error / 2), (reach, reach / 2), scale or layer)
+    return LayerDrift("backbone", layer, (error / 2, error), (reach / 2, reach), scale or layer)
 
 
 def exactly(value: float) -> Interval:
@@ -313,7 +313,7 @@ def test_gate_names_every_threshold_and_how_far_past_it_is():
         "its input scale can hold: look at the weight's scale",
         "relative error of the means at step 1 0.2, must be at most 0.05 (heads, 4 times)",
         "drop of the judge's share 0.03, must be at most 0.02 (judge, 1.5 times)",
-        "PSNR of the pictures 28.50 dB, must be at least 30 dB (psnr)",
+        "PSNR of the images 28.50 dB, must be at least 30 dB (psnr)",
     ]
     assert [d.layer for d in gate.ranked(layers, limits)] == ["c", "b", "a"]
     within = [exactly(0.02), exactly(0.05)], exactly(0.1), exactly(30), exactly(0.02)
@@ -327,9 +327,9 @@ def test_gate_says_where_chance_may_be_the_cause():
     means = [Interval(0.06, 0.051, 0.07)], Interval(0.11, 0.09, 0.13), Interval(29, 27.5, 30.5), Interval(0.03, 0, 0.06)
     lines = {b.threshold: b.text() for b in gate.check(limits, [], *means)}
     assert lines["heads"].endswith("(heads, 1.2 times)"), "the whole interval is past the limit"
-    assert lines["latents"].endswith("the cause: 95 % interval 0.09 to 0.13; draw more prompts")
-    assert lines["psnr"].endswith("the cause: 95 % interval 27.5 to 30.5; draw more prompts")
-    assert lines["judge"].endswith("the cause: 95 % interval 0 to 0.06; draw more prompts")
+    assert lines["latents"].endswith("chance: 95 % interval 0.09 to 0.13; use more prompts")
+    assert lines["psnr"].endswith("chance: 95 % interval 27.5 to 30.5; use more prompts")
+    assert lines["judge"].endswith("chance: 95 % interval 0 to 0.06; use more prompts")
 
 
 def test_numbers_that_are_none_fail():
@@ -420,16 +420,41 @@ def test_sensitivity_of_blocks_suggests_a_policy_that_holds(fp8, reference, prom
 @pytest.mark.parametrize("family", ["flux-tiny", "qwen-tiny"])
 def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     """Every part is run twice; and with each run once, the report is the same."""
+    ran: dict[str, list[int]] = {}
+
+    def spy(name: str) -> None:
+        real = getattr(BundleStages, name)
+
+        def call(self, *arguments):
+            ran.setdefault(name, []).append(id(self))
+            return real(self, *arguments)
+
+        monkeypatch.setattr(BundleStages, name, call)
+
+    for name in ("encode", "use_backbone", "decode"):
+        spy(name)
     bundle = Bundle.open(bundles(family))
-    arguments = bundle, bundle, CASES, scene(bundle, 32, 64), Plan("test", "test", OPEN)
+    arguments = bundle, bundle, CASES, scene(bundle, 32, 64), DriftPlan("test", "test", OPEN)
     once, _ = compare(*arguments)
+    # The candidate runs only its backbone, and decodes its own latents.
+    assert {name: (len(ids), len(set(ids))) for name, ids in ran.items()} == {
+        "encode": (1, 1),
+        "use_backbone": (2, 2),
+        "decode": (2, 2),
+    }
+    ran.clear()
     monkeypatch.setattr("arcflow_export.drift.compare_cases.same_parts", lambda *_: set())
-    report, pictures = compare(*arguments)
+    report, images = compare(*arguments)
+    assert {name: (len(ids), len(set(ids))) for name, ids in ran.items()} == {
+        "encode": (2, 2),
+        "use_backbone": (2, 2),
+        "decode": (3, 2),
+    }
     assert once == report
     values = {m.name: m.interval.value for m in report.measures}
     assert values.pop("PSNR") == 100 and set(values.values()) == {0.0}
-    assert np.array_equal(pictures.reference, pictures.candidate) and pictures.reference.shape == (3, 32, 64, 3)
-    assert len(np.unique(pictures.reference)) > 10
+    assert np.array_equal(images.reference, images.candidate) and images.reference.shape == (3, 32, 64, 3)
+    assert len(np.unique(images.reference)) > 10
     heads = [f"step {i} {head}" for i in range(2) for head in ("means", "logweights", "loggammas")]
     text = ["text states", "pooled text"] if family == "flux-tiny" else ["text states"]
     ends = ["step 0 latents", "step 1 latents", "GMSD"]
@@ -441,9 +466,7 @@ def test_bfloat16_drifts_and_has_no_layers(command_run, reference, prompts, tmp_
     assert verify(command_run.bundle, reference, "--prompts", prompts, "--report", tmp_path / "report") == 0
     assert "PASSED" in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "drift.json").read_text())
-    assert report["notes"] == [
-        "Timesteps, guidance and rotary tables of both are rounded as the candidate's, to bfloat16."
-    ]
+    assert report["notes"] == ["Timesteps, guidance and rotary tables of both bundles are rounded to bfloat16."]
     errors = {(m["what"], m["step"]): m["interval"]["value"] for m in report["measures"] if m["unit"].startswith("rel")}
     # One rounding to 8 bits is off by up to 2^-9; a few dozen operators in a row stay below ten times that.
     for what in ("text states", "modulation"):
@@ -457,7 +480,7 @@ def test_fp8_of_the_shapes_model_draws_what_was_asked(bundles, tmp_path, capsys)
     reference = bundles("shapes", **SHAPES_OPTIONS)
     cases = read_cases("shapes", 16, 100)
     fp8 = make_fp8(reference, tmp_path / "fp8", cases, "shapes")
-    # 1,024 prompts with a judge: fewer leave the shares, and the latents' error, which is in few prompts, to chance.
+    # With fewer than 1,024 prompts chance decides: only a few prompts have a large error in the latents.
     arguments = ["--judge", SHAPES / "judge", "--report", tmp_path / "report"]
     assert verify(fp8, reference, *arguments) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "drift.json").read_text())
@@ -497,20 +520,20 @@ def test_report(fp8, reference, prompts, tmp_path, capsys):
 
 def test_a_report_that_cannot_be_finished_leaves_nothing(fp8, reference, tmp_path, monkeypatch):
     bundle = Bundle.open(reference)
-    report, pictures = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), Plan("test", "test", OPEN))
+    report, images = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), DriftPlan("test", "test", OPEN))
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("arcflow_export.drift.figures.contact_sheet", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        drift_folder.write_report(tmp_path / "report", report, Pictures(("a",), pictures.reference, pictures.candidate))
+        drift_folder.write_report(tmp_path / "report", report, ShownImages(("a",), images.reference, images.candidate))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_that_json_has_not_are_null(fp8, reference):
     bundle = Bundle.open(reference)
-    report, _ = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), Plan("test", "test", OPEN))
+    report, _ = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), DriftPlan("test", "test", OPEN))
     bad = dataclasses.replace(report.measures[0], interval=mean(np.array([np.nan])))
     data = json.loads(drift_folder.as_json(dataclasses.replace(report, measures=(bad,))))
     assert data["measures"][0]["interval"] == {"value": None, "low": None, "high": None}
@@ -537,7 +560,7 @@ def test_thresholds_of_policies(tmp_path):
         (["--prompts", "missing.txt"], 1, "missing.txt"),
         (["--report", "missing/report"], 1, "missing is not a directory; create it first"),
         (["--judge", str(SHAPES / "judge"), "--prompts", "general"], 2, "--judge needs --prompts shapes"),
-        (["--judge", str(SHAPES / "judge"), "--height", "32"], 2, "--judge reads pictures of 64x64, got 64x32"),
+        (["--judge", str(SHAPES / "judge"), "--height", "32"], 2, "--judge reads images of 64x64, got 64x32"),
     ],
 )
 def test_bad_arguments(fp8, reference, tmp_path, monkeypatch, capsys, arguments, code, message):
@@ -554,13 +577,13 @@ def test_without_against_base_and_adapter_are_needed(reference, capsys):
     assert cli.main(["verify", str(reference), *sources, "--report", "z"]) == 2
     assert "--report cannot be used without --against" in capsys.readouterr().err
     assert cli.main(["verify", str(reference), *sources, "--json", "z"]) == 2
-    assert "--json takes no file without --against, got 'z'" in capsys.readouterr().err
+    assert "--json takes a file only with --against, got 'z'" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_report_is_not_overwritten(fp8, reference, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert verify(fp8, reference, "--report", tmp_path / "mine") == 1
-    assert "exists and is no drift report; it will not be overwritten" in capsys.readouterr().err
+    assert "exists and is not a drift report; it will not be overwritten" in capsys.readouterr().err
 
 
 def test_cases():
@@ -594,7 +617,7 @@ def test_graph_constants_of_bfloat16_scales_are_read(tmp_path):
 
 
 def test_fp8_in_bfloat16_arithmetic_is_measured_against_float32(command_run, reference, tmp_path):
-    """Mixed as engines run it: bfloat16 activations and scales around E4M3 products, held against float32."""
+    """As engines run it, bfloat16 activations and scales around E4M3 products, compared with float32."""
     fp8 = make_fp8(command_run.bundle, tmp_path / "fp8", CASES)
     candidate, original = Bundle.open(fp8), Bundle.open(reference)
     drift = local_drift(original, candidate, CASES)
@@ -604,5 +627,5 @@ def test_fp8_in_bfloat16_arithmetic_is_measured_against_float32(command_run, ref
         # As in float32, and a few roundings to 8 bits on top.
         assert 0.005 < d.error < 0.055 and d.badness(OPEN) < 1, d
         assert max(d.reach) == pytest.approx(1, abs=0.05), "scales are from the same cases in bfloat16"
-    report, _ = compare(candidate, original, CASES[:1], scene(original), Plan("test", "test", OPEN))
+    report, _ = compare(candidate, original, CASES[:1], scene(original), DriftPlan("test", "test", OPEN))
     assert report.passed and len(report.layers) == len(layers)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arcflow_runtime.maths.dtypes import cast, item_bytes, to_float32
+from arcflow_runtime.maths.dtypes import cast, item_bytes, round_to, to_float32
 
 # every bfloat16, halfway points between them, their neighbours, and what float32 has beyond
 _UPPER = (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None]
@@ -20,6 +20,13 @@ def test_bfloat16_rounds_to_nearest_even():
     nan = np.isnan(VALUES)
     np.testing.assert_array_equal(found[~nan], expected.view(np.uint16)[~nan])
     assert np.isnan(to_float32(found[nan])).all()
+
+
+def test_rounding_and_casting_to_bfloat16_agree():
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(round_to(VALUES, "bfloat16"), to_float32(cast(VALUES, "bfloat16")))
+    scalar = round_to(3500.0, "bfloat16")  # between 3488 and 3504, 16 apart
+    assert scalar == 3504 and scalar.shape == () and scalar.dtype == np.float32
 
 
 def test_every_bfloat16_comes_back():

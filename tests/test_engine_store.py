@@ -14,7 +14,7 @@ from fake_bundle import edit_manifest, list_files, make_bundle
 
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.disk import manifest as b
-from arcflow_runtime.disk.engine_record import EngineKey, Shapes, part_key_fields, read_record
+from arcflow_runtime.disk.engine_record import EngineKey, ShapeRange, part_key_fields, read_record
 from arcflow_runtime.engines import gpus as gpu
 from arcflow_runtime.engines import store
 from arcflow_runtime.engines.gpus import Gpu, find_gpu
@@ -22,7 +22,7 @@ from arcflow_runtime.engines.store import Host, find_built, find_engine, locked_
 from arcflow_runtime.errors import BundleError, EngineError
 
 HOST = Host("tensorrt-rtx", "1.7.1", "sm89", None, "linux-x86_64")
-PROFILE = {"latents": Shapes((1, 1), (1, 2), (2, 4))}
+PROFILE = {"latents": ShapeRange((1, 1), (1, 2), (2, 4))}
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ CHANGES = {
     "graph": ("0" * 64, r"^the graph \(\w{12} to 000000000000\)$"),
     "weights": ("0" * 64, r"^the weights \(\w{12} to 000000000000\)$"),
     "precision": ("float16", r"^precision \(float32 to float16\)$"),
-    "profiles": (({"latents": Shapes((1, 1), (1, 2), (2, 8))},), "^the shape profile$"),
+    "profiles": (({"latents": ShapeRange((1, 1), (1, 2), (2, 8))},), "^the shape profile$"),
     "flags": (("REFIT_IDENTICAL", "STRIP_PLAN"), r"^flags \(none to REFIT_IDENTICAL\+STRIP_PLAN\)$"),
     "optimization_level": (0, r"^optimization_level \(none to 0\)$"),
     "workspace_bytes": (1 << 30, r"^workspace_bytes \(none to 1073741824\)$"),
@@ -249,6 +249,18 @@ def test_damaged_records(bundle, text, message):
     assert find_engine(bundle, "backbone", HOST).path == built.path
 
 
+def test_an_engine_whose_record_is_damaged_is_no_orphan(bundle):
+    """A damaged record no longer says which engine it names, so building another engine must remove none."""
+    first = put(bundle, make_key(bundle), b"engine one")
+    record = bundle.root / "engines" / "backbone-tensorrt-rtx-sm89.json"
+    record.write_text("{")
+    second = put(bundle, make_key(bundle, "vae_decoder"), b"engine two")
+    assert first.path.read_bytes() == b"engine one" and second.path.read_bytes() == b"engine two"
+    # Once every record can be read, an engine that none of them names is removed.
+    put(bundle, make_key(bundle, platform="other"), b"engine three")
+    assert not first.path.exists() and second.path.exists()
+
+
 def edit_record(path, seal, **changes):
     data = json.loads(path.read_text()) | changes
     digest = data.pop("digest")
@@ -322,7 +334,9 @@ def test_two_builds_exclude_each_other(bundle):
 
 def test_a_bundle_that_cannot_be_written(bundle):
     (bundle.root / "engines").write_text("a file")
-    with pytest.raises(EngineError, match=r"engines cannot be written: .*; engines are kept beside their bundle"):
+    with pytest.raises(
+        EngineError, match=r"engines cannot be written: .*; engines are stored in the bundle's folder, "
+    ):
         put(bundle, make_key(bundle))
 
 

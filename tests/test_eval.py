@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from arcflow_distill.evaluate import paths, run
-from arcflow_distill.evaluate.options import Options
-from arcflow_distill.evaluate.samplers import EulerSampler, Teacher, generate_all
+from arcflow_distill.evaluate.options import EvaluationOptions
+from arcflow_distill.evaluate.samplers import EulerSampler, TeacherPipeline, generate_all
 from arcflow_distill.evaluate.sheet import CAPTION, GAP, HEADING, MARGIN, TITLE, Section, contact_sheet
 from arcflow_distill.evaluate.students import AdapterSampler, BundleSampler, Call
 from arcflow_export.errors import SourceError
-from arcflow_export.images.cases import draw_cases, real_pictures
+from arcflow_export.images.cases import draw_cases, real_images
 from arcflow_export.images.judge import Judge
 from arcflow_export.images.scenes import HELD_OUT
 from arcflow_export.images.statistics import (
@@ -37,8 +37,8 @@ CAPTIONS, SEEDS = ("a red circle", "a blue square on the left", "a shape"), (5, 
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    return Teacher(FLUX / "base")
+def teacher() -> TeacherPipeline:
+    return TeacherPipeline(FLUX / "base")
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,14 @@ def test_prompts_repeat_and_each_group_keeps_to_its_pairs():
     assert len({len(w) for w in cases.words}) > 3
 
 
-def test_real_pictures_show_what_the_captions_name():
+def test_real_images_show_what_the_captions_name():
     cases = draw_cases(24, seed=0)
-    pictures = real_pictures(cases, seed=1)
-    assert torch.equal(pictures, real_pictures(cases, seed=1)) and pictures.shape == (24, 3, 64, 64)
+    images = real_images(cases, seed=1)
+    assert torch.equal(images, real_images(cases, seed=1)) and images.shape == (24, 3, 64, 64)
     left = [i for i, w in enumerate(cases.words) if w.get("position") == "left"]
     right = [i for i, w in enumerate(cases.words) if w.get("position") == "right"]
     for rows, half in ((left, slice(46, 64)), (right, slice(0, 18))):
-        assert rows and pictures[rows][..., half].flatten(2).std(2).max() < 1e-6  # plain background there
+        assert rows and images[rows][..., half].flatten(2).std(2).max() < 1e-6  # plain background there
 
 
 # Statistics.
@@ -128,8 +128,8 @@ def test_paired_resampling_cancels_what_samplers_share():
 def test_euler_with_one_step_is_the_velocity_at_the_noise(teacher):
     """And the schedule is the students' fixed shift, although this base's scheduler says otherwise."""
     assert teacher.pipe.scheduler.config.shift == 3.2 and not teacher.pipe.scheduler.config.use_dynamic_shifting
-    path, pictures = teacher.walk(CAPTIONS, SEEDS, 2)
-    assert path.shape == (3, 3, 16, 64) and pictures.shape == (3, 64, 64, 3) and pictures.dtype == np.uint8
+    path, images = teacher.walk(CAPTIONS, SEEDS, 2)
+    assert path.shape == (3, 3, 16, 64) and images.shape == (3, 64, 64, 3) and images.dtype == np.uint8
     np.testing.assert_allclose(teacher.pipe.scheduler.sigmas.numpy(), [1, 3.2 / 4.2, 0], rtol=1e-6)
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(SEEDS[1]))
     packed = noise.view(16, 4, 2, 4, 2).permute(1, 3, 0, 2, 4).reshape(16, 64)
@@ -151,7 +151,7 @@ def test_a_bundle_and_its_adapter_draw_the_same(bundles):
     ours, theirs = bundle.generate(CAPTIONS, SEEDS), adapter.generate(CAPTIONS, SEEDS)
     # `arcflow verify`'s bound for float32, and one step of rounding to 8 bits.
     np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-4 * np.abs(theirs.latents).max())
-    assert np.abs(ours.pictures.astype(int) - theirs.pictures).max() <= 1
+    assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
     for a, b in zip(bundle.calls(CAPTIONS, SEEDS), adapter.calls(CAPTIONS, SEEDS), strict=True):
         assert (a.sigma, a.sigma_next) == pytest.approx((b.sigma, b.sigma_next))
         assert a.latents.shape == b.latents.shape and a.means.shape == b.means.shape
@@ -186,9 +186,9 @@ def test_the_plane_of_a_flat_path_holds_it():
     np.testing.assert_allclose((points - center) @ plane.T @ plane + center, points, atol=1e-12)
 
 
-def test_the_contact_sheet_has_its_size_and_its_pictures():
-    pictures = {name: np.full((2, 64, 64, 3), value, np.uint8) for name, value in (("real", 10), ("ArcFlow", 200))}
-    sheet = contact_sheet([Section("first", ["a", "b"], pictures), Section("second", ["c", "d"], pictures)])
+def test_the_contact_sheet_has_its_size_and_its_images():
+    images = {name: np.full((2, 64, 64, 3), value, np.uint8) for name, value in (("real", 10), ("ArcFlow", 200))}
+    sheet = contact_sheet([Section("first", ["a", "b"], images), Section("second", ["c", "d"], images)])
     width = 2 * MARGIN + CAPTION + 2 * 128 + GAP
     assert sheet.size == (width, 2 * MARGIN + HEADING + 2 * TITLE + 4 * 128 + 3 * GAP)
     x, y = MARGIN + CAPTION + 128 + GAP, MARGIN + HEADING + TITLE
@@ -206,6 +206,12 @@ def test_the_command_writes_everything(tmp_path, judge_dir, capsys):
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     result = json.loads((out / "eval.json").read_text())
     assert [s["name"] for s in result["samplers"]] == ["real", "teacher-3", "teacher-2", "linear", "arcflow"]
+    # Other pictures of the same captions: their distance from the first ones is not 0.
+    assert all(score["frechet"]["value"] > 1e-6 for score in result["samplers"][0]["scores"].values())
+    assert result["samplers"][1]["scores"]["all"]["latent_error"] is None
+    for sampler in result["samplers"]:
+        for score in sampler["scores"].values():
+            assert all(i is None or i["low"] <= i["value"] <= i["high"] for i in score.values())
     linear, arcflow = result["samplers"][3:]
     assert linear["scores"] == arcflow["scores"] and arcflow["network_calls"] == 2
     assert set(arcflow["scores"]) == {"all", "seen", "held-out"}
@@ -233,10 +239,10 @@ def test_an_earlier_evaluation_stays_until_the_new_one_is_whole(tmp_path, judge_
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "Teacher", lambda _: teacher)
+    monkeypatch.setattr(run, "TeacherPipeline", lambda _: teacher)
     monkeypatch.setattr(run, "contact_sheet", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.evaluate(FLUX / "adapter", FLUX / "base", out, judge=judge_dir, options=Options(4, 0, (2,)))
+        run.evaluate(FLUX / "adapter", FLUX / "base", out, judge=judge_dir, options=EvaluationOptions(4, 0, (2,)))
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert (out / "eval.json").read_text() == "{}" and len(list(out.iterdir())) == 1
 
@@ -244,25 +250,27 @@ def test_an_earlier_evaluation_stays_until_the_new_one_is_whole(tmp_path, judge_
 def test_what_is_no_evaluation_is_not_overwritten(tmp_path, judge_dir, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert cli.main(arguments(FLUX / "adapter", tmp_path, judge_dir)) == cli.FAILED
-    assert "exists and is no evaluation; it will not be overwritten" in capsys.readouterr().err
+    assert "exists and is not an evaluation; it will not be overwritten" in capsys.readouterr().err
     assert cli.main(arguments(FLUX / "adapter", tmp_path / "no" / "out", judge_dir)) == cli.FAILED
     assert "is not a directory; create it first" in capsys.readouterr().err
 
 
 def test_bad_bases_are_named(tmp_path):
-    with pytest.raises(SourceError, match=r"base: .*nowhere is no directory; give the teacher's, in diffusers format"):
-        Teacher(tmp_path / "nowhere")
+    with pytest.raises(
+        SourceError, match=r"base: .*nowhere is not a directory; give the teacher's directory in diffusers format"
+    ):
+        TeacherPipeline(tmp_path / "nowhere")
     with pytest.raises(SourceError, match="_class_name must be 'FluxPipeline', got 'QwenImagePipeline'"):
-        Teacher(GOLDEN / "qwen-tiny" / "base")
+        TeacherPipeline(GOLDEN / "qwen-tiny" / "base")
     shutil.copytree(FLUX / "base", tmp_path / "base")
     vae = tmp_path / "base" / "vae" / "config.json"
     vae.write_text(json.dumps(json.loads(vae.read_text()) | {"block_out_channels": [4, 4], "latent_channels": 4}))
-    with pytest.raises(SourceError, match=r"must reduce pictures 8x to 16 channels, .*; got 2x and 4"):
-        Teacher(tmp_path / "base")
+    with pytest.raises(SourceError, match=r"must reduce images 8x to 16 channels, .*; got 2x and 4"):
+        TeacherPipeline(tmp_path / "base")
 
 
 def test_bad_targets_and_judges_are_named(tmp_path, judge_dir, monkeypatch, teacher, capsys):
-    monkeypatch.setattr(run, "Teacher", lambda _: teacher)
+    monkeypatch.setattr(run, "TeacherPipeline", lambda _: teacher)
     assert cli.main(arguments(tmp_path, tmp_path / "out", judge_dir)) == cli.FAILED
     assert "must be a bundle (with manifest.json) or an adapter (with config.json)" in capsys.readouterr().err
     assert cli.main(arguments(GOLDEN / "qwen-tiny" / "adapter", tmp_path / "out", judge_dir)) == cli.FAILED
@@ -293,10 +301,10 @@ def test_bad_usage_is_named(more, message, tmp_path, capsys):
 
 
 def test_options_are_sorted_and_checked():
-    assert Options(teacher_steps=(2, 50, 4, 2)).teacher_steps == (50, 4, 2)
-    assert Options(teacher_steps=(2, 50)).reference_steps == 50
+    assert EvaluationOptions(teacher_steps=(2, 50, 4, 2)).teacher_steps == (50, 4, 2)
+    assert EvaluationOptions(teacher_steps=(2, 50)).reference_steps == 50
     with pytest.raises(RequestError, match="teacher steps"):
-        Options(teacher_steps=())
+        EvaluationOptions(teacher_steps=())
 
 
 def test_the_judge_is_given_shipped_or_trained(tmp_path, judge_dir, monkeypatch):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from arcflow_export.commands.bars import Bars
+from arcflow_export.progress import ByteBars
 from arcflow_runtime import cli
 from tests.checkpoints import make_style
 from tests.conftest import GOLDEN
@@ -98,17 +98,17 @@ def test_dry_run_names_the_loras(here, capsys):
         (["--out", "o", "--max-sequence-length", "0"], 2, "--max-sequence-length must be at least 1, got 0"),
         (["--out", "o", "--dtpye", "float16"], 2, "unknown argument '--dtpye'; did you mean --dtype?"),
         (["--out", "no/o"], 1, "--out: {here}/no is not a directory; create it first"),
-        (["--out", "."], 1, "--out: {here} exists and is no bundle; it will not be overwritten"),
+        (["--out", "."], 1, "--out: {here} exists and is not a bundle; it will not be overwritten, give another name"),
         (
             ["--out", "o", "--lora", "missing.safetensors"],
             1,
-            "LoRA: 'missing.safetensors' is no file or directory here, nor a hub id of the form 'owner/name'; "
+            "LoRA: 'missing.safetensors' is not a file or directory here, nor a hub id of the form 'owner/name'; "
             "check the spelling",
         ),
         (
             ["--out", "o", "--lora", "loras/missing.safetensors:0.5"],
             1,
-            "LoRA: 'loras/missing.safetensors' is no file or directory here, nor a hub id of the form 'owner/name'; "
+            "LoRA: 'loras/missing.safetensors' is not a file or directory here, nor a hub id of the form 'owner/name'; "
             "check the spelling",
         ),
         (
@@ -160,7 +160,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal_and_silence_in_a_log(monkeypatch):
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with Bars() as bars:
+        with ByteBars() as bars:
             bars.stage("backbone: tracing", 0)
             bars.stage("backbone: weights", 2_000_000)
             bars.advance(2_000_000)

@@ -19,6 +19,8 @@ from arcflow_runtime import Pipeline
 from tests.checkpoints import Sizes, make_adapter, make_base, make_style, open_student
 from tests.conftest import export
 
+#: Three students that no other test exports; `test_golden.py` has the golden ones.
+pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle", "an old sailor in a dark street at night"]
 
 

@@ -8,7 +8,7 @@ from fake_bundle import make_bundle
 from small_graph import ELSEWHERE, WEIGHT, bundle_with, edit_graph, set_external, write_graph
 
 from arcflow_runtime.backends import open_backend
-from arcflow_runtime.build.build import Settings, build_engine
+from arcflow_runtime.build.build import BuildSettings, build_engine
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES
@@ -44,7 +44,7 @@ def test_the_builder_of_engines_sees_no_such_graph(root):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
     write_graph(root, "../secret.bin")
     with pytest.raises(BundleError, match=r"got '\.\./secret\.bin'; export the bundle again$"):
-        build_engine(LIBRARIES["tensorrt-rtx"], bundle_with(root), "p", "sm89", (), Settings(), io.BytesIO())
+        build_engine(LIBRARIES["tensorrt-rtx"], bundle_with(root), "p", "sm89", (), BuildSettings(), io.BytesIO())
 
 
 def test_what_is_not_a_graph(root):

@@ -143,7 +143,7 @@ def test_a_cache_without_locks_is_not_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", flock)
     file = RuntimeCacheFile(["key"], tmp_path)
     file.write(b"compiled")
-    assert f"what TensorRT-RTX compiled cannot be kept in {tmp_path}: {tmp_path} {NO_LOCKS}" in caplog.text
+    assert f"TensorRT-RTX's compiled kernels cannot be cached in {tmp_path}: {tmp_path} {NO_LOCKS}" in caplog.text
     assert file.read() is None
 
 

@@ -15,11 +15,12 @@ from safetensors.numpy import load_file
 from arcflow_runtime import Pipeline
 from arcflow_runtime.maths.noise import draw_latents
 from tests.conftest import FAMILIES, GOLDEN
+from tests.fake_bundle import TOKENIZERS
 
 CASES = [(f, i) for f in FAMILIES for i in range(3)]
 
 
-@pytest.fixture(scope="module", params=[20, 23], ids=["opset20", "opset23"])
+@pytest.fixture(scope="module", params=[pytest.param(20, marks=pytest.mark.slow), 23], ids=["opset20", "opset23"])
 def pipelines(request, bundles):
     return {f: Pipeline.load(bundles(f, opset=request.param, steps=(2, 4))) for f in FAMILIES}
 
@@ -55,6 +56,13 @@ def test_noise(name, index):
     noise = draw_latents(case["seed"], 1, 16, case["height"] // 8, case["width"] // 8, 2)
     # The reference's noise is torch's; ours is built from the same integers and differs by libm's last places.
     np.testing.assert_allclose(noise, reference["noise"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_are_what_transformers_makes_of_the_students(name):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(GOLDEN / name)
+    assert json.loads(TOKENIZERS[name].read_text()) == json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

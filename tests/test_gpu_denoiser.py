@@ -107,7 +107,7 @@ def test_float16(on_device, plain):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_modulation_by_way_of_the_host(low_memory, on_device, plain, monkeypatch):
-    """As for a conditioner in another dtype than the backbone's."""
+    """This is how a conditioner runs whose dtype differs from the backbone's."""
     monkeypatch.setattr("arcflow_runtime.gpu.denoiser.DeviceDenoiser._modulation_source", lambda self, d: "given")
     pipe = on_device(low_memory=low_memory)
     for prompt in (*PROMPTS, PROMPTS[0]):
@@ -116,10 +116,11 @@ def test_modulation_by_way_of_the_host(low_memory, on_device, plain, monkeypatch
 
 
 def test_a_replay_draws_what_is_staged(on_device, plain):
+    """The inner loop changes the guidance alone, with the same seed and prompt."""
     pipe = on_device()
     for seed in (1, 1, 2, 3):
-        for guidance in (3.5, 7.0):
-            for prompt in PROMPTS:
+        for prompt in PROMPTS:
+            for guidance in (3.5, 7.0):
                 found = draw(pipe, prompt, seed=seed, guidance_scale=guidance)
                 expected = draw(plain["flux"], prompt, seed=seed, guidance_scale=guidance)
                 np.testing.assert_allclose(found, expected, **CLOSE)
@@ -223,9 +224,7 @@ def test_what_cannot_be_captured_is_enqueued_and_logged_once(why, on_device, pla
     with caplog.at_level(logging.WARNING, "arcflow"):
         for _ in range(3):
             np.testing.assert_allclose(draw(pipe), draw(plain["flux"]), **CLOSE)
-    text = (
-        f"pictures are enqueued without a CUDA graph: {said.get(why, 'the capture failed: backbone: the run failed')}"
-    )
+    text = f"images are generated without a CUDA graph: {said.get(why, 'the capture failed: backbone: the run failed')}"
     assert [r.message for r in caplog.records] == [text]
     assert (pipe.backend.device.captures, pipe.backend.device.launches) == (0, 0)
 
@@ -306,7 +305,7 @@ def test_threads(on_device, plain):
 
 
 def test_two_hundred_pictures_of_eight_threads(on_device):
-    """A replay's bits are those of any other, whoever drew in between."""
+    """A replay gives the same bits whatever other threads ran before it."""
     pipe = on_device()
     size = {"width": 16, "height": 16, "max_sequence_length": 4}
     alone = {(p, s): draw(pipe, p, seed=s, **size) for p in PROMPTS for s in range(5)}
@@ -355,7 +354,7 @@ def test_out_of_memory_names_what_it_was_for(on_device):
     with pytest.raises(
         EngineError,
         match=r"^backbone: activations need 1,073,741,824 bytes of Host 1's memory, [0-9,]+ are free; "
-        r"load with low_memory=True \(--low-memory\), or draw fewer or smaller pictures at once$",
+        r"load with low_memory=True \(--low-memory\), or generate fewer or smaller images at once$",
     ):
         draw(pipe)
     pipe.backend.workspace_bytes = lambda part, inputs: 0
@@ -369,7 +368,7 @@ def test_other_shapes_make_room(on_device, caplog):
     device.capacity = device.used_bytes()
     with caplog.at_level(logging.WARNING, "arcflow"):
         draw(pipe, width=32)
-    assert [r.message for r in caplog.records] == ["out of device memory: graphs of 1 other shapes are dropped"]
+    assert [r.message for r in caplog.records] == ["out of GPU memory: the CUDA graphs of 1 other shapes are dropped"]
 
 
 def test_stages_are_timed(on_device):

@@ -22,13 +22,13 @@ from arcflow_runtime.backends import open_backend
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
-from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines import store
 from arcflow_runtime.engines import tensorrt_library as library
 from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 from arcflow_runtime.engines.store import locked_store, write_engine
-from arcflow_runtime.gpu.tensorrt import Options
+from arcflow_runtime.gpu.tensorrt import TensorRTOptions
 from arcflow_runtime.gpu.tensorrt_backend import TensorRTBackend
 from arcflow_runtime.maths.noise import draw_latents
 
@@ -58,7 +58,7 @@ def pipeline(machine, tmp_path):
 
     def make(root, name="tensorrt-rtx", device=None, low_memory=False, **options):
         device = device or HostDevice()
-        backend = TensorRTBackend(name, lambda: device, Options(cache=tmp_path / "cache", **options))
+        backend = TensorRTBackend(name, lambda: device, TensorRTOptions(cache=tmp_path / "cache", **options))
         pipe = Pipeline(Bundle.open(root), backend, low_memory)
         pipe.device = device
         made.append(pipe)
@@ -76,7 +76,7 @@ def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), **ch
         for part in bundle.manifest.parts:
             key = EngineKey(
                 **part_key_fields(bundle, part),
-                profiles=make_profiles(bundle.manifest, part, parse_sizes(sizes), Range(*batch)),
+                profiles=make_profiles(bundle.manifest, part, parse_sizes(sizes), SizeRange(*batch)),
                 flags=flags,
                 optimization_level=None,
                 workspace_bytes=None,
@@ -160,7 +160,7 @@ def test_streamed_weights_are_not_captured(root, pipeline, caplog):
     with caplog.at_level(logging.WARNING, "arcflow"):
         for _ in range(3):
             pipe("a red circle", **SIZE)
-    text = "pictures are enqueued without a CUDA graph: backbone: its weights are streamed from the host"
+    text = "images are generated without a CUDA graph: backbone: its weights are streamed from the host"
     assert [r.message for r in caplog.records] == [text]
 
 
@@ -176,7 +176,7 @@ def test_what_else_is_not_captured(root, pipeline, caplog):
         with caplog.at_level(logging.WARNING, "arcflow"):
             for _ in range(2):
                 pipe("a red circle", **SIZE)
-        assert [r.message for r in caplog.records] == [f"pictures are enqueued without a CUDA graph: backbone: {text}"]
+        assert [r.message for r in caplog.records] == [f"images are generated without a CUDA graph: backbone: {text}"]
         assert pipe.device.launches == 0
     own = fake_tensorrt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     assert fake_tensorrt.state.configs[0].cuda_graph_strategy is own
@@ -260,7 +260,7 @@ def test_a_run_that_fails_is_reported_with_what_the_library_said(root, pipeline,
 
 def test_layers_are_timed(root, machine, tmp_path, monkeypatch, capsys):
     build(root)
-    backend = TensorRTBackend("tensorrt-rtx", HostDevice, Options(cache=tmp_path / "cache"))
+    backend = TensorRTBackend("tensorrt-rtx", HostDevice, TensorRTOptions(cache=tmp_path / "cache"))
     monkeypatch.setattr("arcflow_runtime.commands.profile.open_backend", lambda name, threads: backend)
     arguments = ["--height", "32", "--width", "32", "--json", "--backend", "tensorrt-rtx"]
     assert cli.main(["profile", str(root), *arguments]) == 0

@@ -167,15 +167,15 @@ def test_gated(hub, monkeypatch):
 
 def test_offline_and_never_fetched(hub, monkeypatch):
     location = Location(ARCFLOW, SUBFOLDERS["flux"], offline=True)
-    head = f"adapter: {ARCFLOW!r} is no directory here and not in the hub's cache"
-    assert refused(location) == f"{head}; check the spelling, or leave out --offline to fetch it"
+    head = f"adapter: {ARCFLOW!r} is not a directory here and not in the hub's cache"
+    assert refused(location) == f"{head}; check the spelling, or leave out --offline to download it"
     assert refused(Location(ARCFLOW, None, "v1", True)) == (
-        f"{head} at revision 'v1'; check the spelling, or leave out --offline to fetch it"
+        f"{head} at revision 'v1'; check the spelling, or leave out --offline to download it"
     )
     commit = "0" * 40
     assert f"at revision '{commit}'" in refused(Location(ARCFLOW, None, commit, True))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused() == f"{head}; check the spelling, or unset HF_HUB_OFFLINE to fetch it"
+    assert refused() == f"{head}; check the spelling, or unset HF_HUB_OFFLINE to download it"
     assert hub.requests == []
 
 
@@ -184,8 +184,8 @@ def test_offline_with_a_cache_that_has_a_part(hub, monkeypatch):
     for name in (SHARD, "scheduler/scheduler_config.json", "tokenizer/merges.txt", "vae/config.json"):
         (found.path / name).unlink()
     message = (
-        f"base checkpoint: the hub's cache has {FLUX} only in part: scheduler/scheduler_config.json, "
-        f"tokenizer/merges.txt, {SHARD} and 1 more missing in {found.path}; {{}} to fetch what is missing"
+        f"base checkpoint: the hub's cache has only a part of {FLUX}: scheduler/scheduler_config.json, "
+        f"tokenizer/merges.txt, {SHARD} and 1 more missing in {found.path}; {{}} to download the rest"
     )
     location = Location(FLUX, offline=True)
     assert refused(location, base_files, "base checkpoint") == message.format("leave out --offline")
@@ -199,7 +199,7 @@ def test_link_to_a_missing_file_is_fetched_again(hub):
     blob(hub, ARCFLOW, BIG).unlink()
     assert os.path.islink(hub.cache / found.path / "diffusion_pytorch_model.safetensors")
     message = refused(Location(ARCFLOW, SUBFOLDERS["flux"], offline=True))
-    assert message.startswith(f"adapter: the hub's cache has {ARCFLOW} only in part: {BIG} missing in ")
+    assert message.startswith(f"adapter: the hub's cache has only a part of {ARCFLOW}: {BIG} missing in ")
     hub.requests.clear()
     again = fetch()
     assert hub.downloads == [f"{ARCFLOW}/{BIG}"]
@@ -224,8 +224,8 @@ def test_a_transfer_that_breaks_off_goes_on_in_the_next_run(hub):
     cut = len(whole) // 2
     hub.cut(f"{ARCFLOW}/{BIG}", cut)
     assert re.fullmatch(
-        rf"adapter: the transfer of {ARCFLOW} broke off \(peer closed connection [^\n]*\); "
-        "run the same command again, it goes on where it stopped",
+        rf"adapter: the download of {ARCFLOW} was interrupted \(peer closed connection [^\n]*\); "
+        "run the same command again to continue it",
         refused(),
     )
     contents = blob(hub, ARCFLOW, BIG)
@@ -269,8 +269,7 @@ def test_other_transfers_stop_when_one_fails(hub, monkeypatch):
     monkeypatch.setattr(file_download, "http_get", get)
     shards = [f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert refused(Location(FLUX), lambda _: shards) == (
-        f"adapter: the transfer of {FLUX} broke off (cable pulled); "
-        "run the same command again, it goes on where it stopped"
+        f"adapter: the download of {FLUX} was interrupted (cable pulled); run the same command again to continue it"
     )
     assert len(stopped) == 2
 
@@ -283,8 +282,8 @@ def test_what_an_interrupted_run_left_is_checked(hub):
     partial = contents.with_name(f"{contents.name}.incomplete")
     partial.write_bytes(b"x" * 1000)
     assert refused() == (
-        f"adapter: {BIG} of {ARCFLOW} was damaged when its transfer was cut off; "
-        "run the same command again to fetch it anew"
+        f"adapter: {BIG} of {ARCFLOW} was damaged by an interrupted download; "
+        "run the same command again to download it from the start"
     )
     assert not partial.exists()
     partial.write_bytes(b"x" * (size + 1))
@@ -300,7 +299,7 @@ def test_full_disk(hub, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(file_download, "http_get", full)
         assert refused() == (
-            f"adapter: the disk of {hub.cache} is full; free some and run the same command again to go on, "
+            f"adapter: the disk of {hub.cache} is full; free some space and run the same command again, "
             "or set HF_HOME to a folder on a larger disk"
         )
     usage = namedtuple("usage", "total used free")
@@ -308,7 +307,7 @@ def test_full_disk(hub, monkeypatch):
     hub.requests.clear()
     assert refused() == (
         f"adapter: {ARCFLOW} needs 0.0 GB more in the hub's cache, {hub.cache} has 0.0 GB free; "
-        "free some, or set HF_HOME to a folder on a larger disk"
+        "free some space, or set HF_HOME to a folder on a larger disk"
     )
     assert hub.downloads == []
 
@@ -320,7 +319,7 @@ def test_hub_that_is_gone(hub):
     close_session()
     assert fetch() == found
     assert refused(Location(FLUX)).startswith(
-        f"adapter: {FLUX!r} is no directory here and the hub could not be reached ([Errno 111] Connection refused"
+        f"adapter: {FLUX!r} is not a directory here and the hub cannot be reached ([Errno 111] Connection refused"
     )
 
 

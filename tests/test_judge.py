@@ -1,4 +1,4 @@
-"""The judge of shape pictures: its files, the flawed pictures it trains on, what counts as right, a short training."""
+"""The judge of shape images: its files, the flawed images it trains on, what counts as right, a short training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arcflow_export.errors import SourceError
-from arcflow_export.images.flaws import FLAWS, clean_pictures, flawed_pictures
+from arcflow_export.images.flaws import FLAWS, clean_images, flawed_images
 from arcflow_export.images.judge import FEATURES, Judge, Reading, judge_rates, train_judge
 from arcflow_export.images.scenes import ATTRIBUTES, BACKGROUNDS, COLORS, render, sample
 
@@ -80,25 +80,25 @@ def test_right_is_every_named_word_and_clean(named, clean, is_named, is_right):
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
-def test_every_flawed_picture_differs_from_every_clean_one(flaw, scenes):
-    """By more than the clean pictures' own errors do: blur, shift and noise of at most 0.02 each."""
-    flawed, plain = flawed_pictures(scenes, flaw, generator()), render(scenes)
+def test_every_flawed_image_differs_from_every_clean_one(flaw, scenes):
+    """By more than the clean images' own errors do: blur, shift and noise of at most 0.02 each."""
+    flawed, plain = flawed_images(scenes, flaw, generator()), render(scenes)
     assert flawed.shape == plain.shape and flawed.min() >= 0 and flawed.max() <= 1
-    assert (clean_pictures(scenes, generator()) - plain).square().mean((1, 2, 3)).sqrt().max() < 0.05
+    assert (clean_images(scenes, generator()) - plain).square().mean((1, 2, 3)).sqrt().max() < 0.05
     largest = (flawed - plain).abs().amax(1).flatten(1).topk(8).values[:, -1]  # in 8 pixels or more
     assert largest.min() > 0.06, flaw
 
 
 def test_mixed_colors_are_off_the_palette(scenes):
-    def nearest(pictures: torch.Tensor, palette: dict) -> torch.Tensor:
-        corner = pictures[:, :, :4, :4].mean((2, 3))  # always background
+    def nearest(images: torch.Tensor, palette: dict) -> torch.Tensor:
+        corner = images[:, :, :4, :4].mean((2, 3))  # always background
         return torch.cdist(corner, torch.tensor(list(palette.values())) / 255).amin(1)
 
     # The colour shift moves each channel by at most 0.02, a distance of 0.035.
-    assert nearest(clean_pictures(scenes, generator()), BACKGROUNDS).max() < 0.05
-    assert nearest(flawed_pictures(scenes, "background", generator()), BACKGROUNDS).min() > 0.04
+    assert nearest(clean_images(scenes, generator()), BACKGROUNDS).max() < 0.05
+    assert nearest(flawed_images(scenes, "background", generator()), BACKGROUNDS).min() > 0.04
     centers = (scenes.center * 64).long()
-    flawed = flawed_pictures(scenes, "color", generator())
+    flawed = flawed_images(scenes, "color", generator())
     inside = torch.stack(
         [p[:, y - 1 : y + 2, x - 1 : x + 2].mean((1, 2)) for p, (x, y) in zip(flawed, centers, strict=True)]
     )

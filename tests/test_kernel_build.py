@@ -54,10 +54,12 @@ def fatbin(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_nvcc_spills_nothing(fatbin):
     assert sorted(p.name for p in fatbin.iterdir()) == ["arcflow.fatbin", "arcflow.fatbin.json"]
 
 
+@pytest.mark.slow
 def test_the_fatbin_is_found_for_its_source_only(fatbin, tmp_path, monkeypatch, caplog):
     for name in kernels.SOURCES:
         shutil.copy(ROOT / "runtime" / "kernels" / name, tmp_path)
@@ -135,6 +137,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(nvrtc, tmp_path, monkeyp
     assert "the compiled kernels cannot be kept" in caplog.text
 
 
+@pytest.mark.slow
 def test_heads_are_read_16_bytes_at_a_time(tmp_path):
     build = builder()
     nvcc = build.find_nvcc()

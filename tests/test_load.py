@@ -9,7 +9,7 @@ import pytest
 
 from arcflow_export.errors import SourceError
 from arcflow_export.export.export import plan_export
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from tests.checkpoints import Sizes, make_adapter, make_base, open_student
 from tests.conftest import golden_student
 
@@ -29,7 +29,7 @@ def edit(path, **changes):
 
 def fails(root, message):
     with pytest.raises(SourceError) as error:
-        plan_export(open_student(root), Options())
+        plan_export(open_student(root), ExportOptions())
     assert str(error.value) == message.format(b=root / "base")
 
 
@@ -42,7 +42,7 @@ def test_flux_dev_has_no_axes_in_its_config(tmp_path):
         edit(tmp_path / config / "config.json", axes_dims_rope=..., out_channels=...)
         student = open_student(tmp_path)
         assert student.config["axes_dims_rope"] == [16, 56, 56]
-        plan_export(student, Options())
+        plan_export(student, ExportOptions())
 
 
 @pytest.mark.parametrize(
@@ -138,5 +138,7 @@ def test_qwen_flags_that_change_the_network(tmp_path):
 def test_qwen_does_not_ship_its_conditioner():
     names = {"text_encoder", "backbone", "vae_decoder"}
     student = golden_student("qwen-tiny")
-    assert {p.part.name for p in plan_export(student, Options()).parts} == names
-    assert {p.part.name for p in plan_export(student, Options(keep_conditioner=True)).parts} == names | {"conditioner"}
+    assert {p.part.name for p in plan_export(student, ExportOptions()).parts} == names
+    assert {p.part.name for p in plan_export(student, ExportOptions(keep_conditioner=True)).parts} == names | {
+        "conditioner"
+    }

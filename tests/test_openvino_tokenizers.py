@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.build.tokenizers import build, graph
 from arcflow_runtime.build.tokenizers.probes import different_prompts, probe_prompts
-from arcflow_runtime.disk.tokenizer_record import read_record
+from arcflow_runtime.disk.tokenizer_record import read_tokenizer_record
 from arcflow_runtime.errors import EngineError
 
 pytest.importorskip("openvino_tokenizers")
@@ -140,7 +140,7 @@ def test_builds_once_and_says_what_changed(bundle, capsys):
         ("tokenizer", False, []),
         ("tokenizer_2", False, []),
     ]
-    record = read_record(Bundle.open(bundle))
+    record = read_tokenizer_record(Bundle.open(bundle))
     assert record is not None
     for name, built in record.tokenizers.items():
         tokenizer = Tokenizer.from_file(str(bundle / Bundle.open(bundle).manifest.tokenizers[name]))
@@ -164,15 +164,15 @@ def test_builds_once_and_says_what_changed(bundle, capsys):
 @pytest.mark.parametrize(("kind", "message"), [("graph", "does not match its SHA-256"), ("weights", "must have")])
 def test_damaged_files_are_built_again(bundle, capsys, kind, message):
     assert run(bundle) == 0
-    record = read_record(Bundle.open(bundle))
+    record = read_tokenizer_record(Bundle.open(bundle))
     path = bundle / "openvino" / getattr(record.tokenizers["tokenizer"], kind).file
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b"x" if kind == "graph" else data[:-1])
     with pytest.raises(EngineError, match=message):
-        read_record(Bundle.open(bundle))
+        read_tokenizer_record(Bundle.open(bundle))
     capsys.readouterr()
     assert run(bundle) == 0
-    assert f"changed: what was built is damaged ({path} {message}" in capsys.readouterr().out
+    assert f"changed: the built tokenizers are damaged ({path} {message}" in capsys.readouterr().out
     assert path.read_bytes() == data
 
 
@@ -181,7 +181,7 @@ def test_an_edited_record_is_refused(bundle):
     path = bundle / "openvino" / "tokenizers.json"
     path.write_text(path.read_text().replace('"converter": 1', '"converter": 2'))
     with pytest.raises(EngineError, match="does not match its own digest"):
-        read_record(Bundle.open(bundle))
+        read_tokenizer_record(Bundle.open(bundle))
 
 
 def test_other_ids_are_refused_and_nothing_is_left(bundle, capsys, monkeypatch):
@@ -246,14 +246,14 @@ def test_a_byte_without_a_token_is_refused():
     data = json.loads(clip().to_str())
     del data["model"]["vocab"]["~</w>"]
     with pytest.raises(
-        EngineError, match=r"^x: BPE without a token for every byte, within and at the end of a word, has"
+        EngineError, match=r"^x: BPE without a token for every byte, within and at the end of a word, is"
     ):
         graph.build_graph(data, "x")
 
 
 def test_what_has_no_counterpart_is_refused():
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    with pytest.raises(EngineError, match=r"^x: model WordLevel has no counterpart in openvino-tokenizers; give token"):
+    with pytest.raises(EngineError, match=r"^x: model WordLevel is not supported by openvino-tokenizers; pass token"):
         graph.build_graph(json.loads(tokenizer.to_str()), "x")
 
 

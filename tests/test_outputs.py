@@ -146,7 +146,7 @@ def compared(tmp_path, monkeypatch):
 
 
 def test_summary_is_printed_although_the_report_cannot_be_written(compared, tmp_path, capsys):
-    kept = "what was printed is all that is kept of the comparison"
+    kept = "only the printed result is left of the comparison"
     assert compared() == 0
     assert capsys.readouterr().out == "the summary\n"
     assert compared("--report", tmp_path / "report", "--json", tmp_path / "drift.json") == 1

@@ -72,15 +72,15 @@ def test_an_overflowing_layer_is_named_and_kept(root, capsys):
 
 def test_advice():
     from arcflow_export.commands.verify import _advice
-    from arcflow_export.verify.verify import Row
+    from arcflow_export.verify.verify import VerifyRow
 
-    row = Row(0, "backbone: reach into float16", 2.0, 1.0, "a.b", ("a.b", "c"))
+    row = VerifyRow(0, "backbone: reach into float16", 2.0, 1.0, "a.b", ("a.b", "c"))
     assert not row.passed
     assert _advice([row], row.layers) == (
         "float16 overflows in backbone, first at a.b. Export again with --precision backbone=bfloat16, or with\n"
         "  --keep-float32 a.b,c"
     )
-    row = Row(0, "vae_decoder: reach into float16", math.inf, 1.0, "Conv node_7")
+    row = VerifyRow(0, "vae_decoder: reach into float16", math.inf, 1.0, "Conv node_7")
     assert _advice([row], ()) == (
         "float16 overflows in vae_decoder, first at Conv node_7. Export again with --precision vae_decoder=bfloat16"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_bundle import MODULATION, FakeBackend, edit_manifest, make_bundle
+from fake_bundle import MODULATION, FakeBackend, edit_manifest, list_files, make_bundle
+from safetensors.numpy import save_file
 
 from arcflow_runtime import BundleError, EngineError, Pipeline, RequestError
 from arcflow_runtime.disk.bundle import Bundle
@@ -151,7 +152,7 @@ def test_a_cached_prompt_is_not_tokenized_again_and_still_warns(flux, monkeypatc
 
 def test_one_step_is_allowed_and_says_it_is_blurry(flux):
     output = flux("x", height=16, width=16, num_inference_steps=1)
-    assert output.warnings == ("num_inference_steps 1 gives a blurry picture; use 2 or more",)
+    assert output.warnings == ("num_inference_steps 1 gives a blurry image; use 2 or more",)
 
 
 def test_low_memory_has_one_part_open_at_a_time(flux_root, flux):
@@ -240,6 +241,39 @@ def test_a_bundle_that_is_replaced_while_it_is_open(tmp_path):
     assert len(lean.backend.opens) == opened, "the new bundle's parts are not read"
     assert str(error.value) == f"{root} was replaced or removed since it was opened; load it again"
     np.testing.assert_array_equal(latents(kept, "x", seed=1), drawn)
+
+
+def test_nothing_stays_open_if_the_denoiser_cannot_be_opened(flux_root):
+    class Backend(FakeBackend):
+        def open_denoiser(self, bundle, parts):
+            assert self.opened
+            raise EngineError("no memory for the denoiser")
+
+    backend = Backend()
+    with pytest.raises(EngineError, match=r"^no memory for the denoiser$"):
+        Pipeline(Bundle.open(flux_root), backend)
+    assert backend.opens and not backend.opened
+
+
+@pytest.mark.parametrize(
+    ("table", "got"),
+    [
+        (np.zeros((2, MODULATION + 1), np.float32), rf"float32\[2, {MODULATION + 1}\]"),
+        (np.zeros((3, MODULATION), np.float32), rf"float32\[3, {MODULATION}\]"),
+        (np.zeros((2, MODULATION), np.float16), rf"float16\[2, {MODULATION}\]"),
+    ],
+)
+def test_a_modulation_table_that_does_not_fit_the_backbone(tmp_path, table, got):
+    root = make_bundle(tmp_path / "bundle", "qwen-image", baked=(2,))
+    path = root / "modulation.safetensors"
+    save_file({"num_inference_steps_2": table}, path)
+    edit_manifest(root, **{"files__modulation.safetensors": dataclasses.asdict(list_files(root)[path.name])})
+    with pytest.raises(
+        BundleError,
+        match=rf"num_inference_steps_2 must be float32 of shape \[2, {MODULATION}\], for the backbone's input "
+        rf"modulation, got {got}; export the bundle again$",
+    ):
+        open_fake(root)
 
 
 def test_a_bundle_that_is_replaced_while_it_is_loaded(tmp_path):
@@ -348,7 +382,7 @@ def test_a_black_picture_of_a_float16_decoder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fake_bundle.FakeEngine.vae_decoder", lambda self, inputs: black)
     with pytest.raises(
         EngineError,
-        match=r"^vae_decoder: pictures \[0\] must have more than one colour; "
+        match=r"^vae_decoder: images \[0\] must have more than one colour; "
         r"float16 overflows in some decoders, export with --precision vae_decoder=float32$",
     ):
         pipe("x", height=16, width=16)

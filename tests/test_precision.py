@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 from arcflow_export.export.bake import bake_modulation
 from arcflow_export.export.export import plan_export
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from arcflow_export.student.cast import cast_linears, keep_float32
 from arcflow_export.student.keep import ATTENTION_INPUTS, FLOAT16_MAX
 from arcflow_export.student.reference import round_randomly
-from arcflow_export.verify.verify import Case, _bound, verify_bundle
+from arcflow_export.verify.verify import VerifyCase, _bound, verify_bundle
 from arcflow_runtime import cli
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.maths.dtypes import round_to
@@ -45,7 +45,7 @@ def run(capsys, *arguments):
 
 
 def test_precision_of_each_part():
-    options = Options("float16", precision=(("text_encoder_2", "bfloat16"),))
+    options = ExportOptions("float16", precision=(("text_encoder_2", "bfloat16"),))
     of = {part: options.part_dtype(part) for part in ("text_encoder", "text_encoder_2", "backbone", "vae_decoder")}
     assert of == {
         "text_encoder": "float16",
@@ -53,7 +53,7 @@ def test_precision_of_each_part():
         "backbone": "float16",
         "vae_decoder": "float32",  # overflows in float16; left out unless asked for
     }
-    assert Options("float16", precision=(("vae_decoder", "float16"),)).part_dtype("vae_decoder") == "float16"
+    assert ExportOptions("float16", precision=(("vae_decoder", "float16"),)).part_dtype("vae_decoder") == "float16"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_precision_of_each_part():
     ],
 )
 def test_reference_dtype_follows_the_transformer(dtype, precision, reference):
-    assert Options(dtype, precision=precision).reference_dtype == reference
+    assert ExportOptions(dtype, precision=precision).reference_dtype == reference
 
 
 def test_the_command_takes_short_names_lists_and_repeats(capsys, tmp_path):
@@ -102,7 +102,7 @@ def test_the_command_takes_short_names_lists_and_repeats(capsys, tmp_path):
 
 
 def test_t5_keeps_its_known_overflows_in_float32():
-    plan = plan_export(golden_student("flux-tiny"), Options("float16"))
+    plan = plan_export(golden_student("flux-tiny"), ExportOptions("float16"))
     kept = {p.part.name: p.float32_layers for p in plan.parts}
     assert kept["text_encoder_2"] and all(name.endswith(".DenseReluDense.wo") for name in kept["text_encoder_2"])
     assert not any(layers for name, layers in kept.items() if name != "text_encoder_2")
@@ -122,17 +122,17 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
         (
             FLUX,
             ["--precision", "text_encoder2=bf16"],
-            f"--precision: no part is called 'text_encoder2', only {PARTS}; did you mean text_encoder_2?",
+            f"--precision: PART must be one of {PARTS}, got 'text_encoder2'; did you mean text_encoder_2?",
         ),
         (
             FLUX,
             ["--precision", "backbone=float61"],
-            "--precision: backbone must be in float32, bfloat16, float16, got 'float61'; did you mean float16?",
+            "--precision: backbone must be one of float32, bfloat16, float16, got 'float61'; did you mean float16?",
         ),
         (
             FLUX,
             ["--precision", "backbone=fp8"],
-            "--precision: backbone=fp8: FP8 comes after the export, from `arcflow quantize`",
+            "--precision: backbone=fp8: an export cannot write FP8; use `arcflow quantize` afterwards",
         ),
         (
             FLUX,
@@ -142,7 +142,7 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
         (
             FLUX,
             ["--precision", "backbone=bf16,,"],
-            "--precision must be names with commas between, got 'backbone=bf16,,'",
+            "--precision must be names separated by commas, got 'backbone=bf16,,'",
         ),
         (
             QWEN,
@@ -160,7 +160,7 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
             FLUX,
             ["--precision", "conditioner=bf16", "--keep-float32", "proj_out_means"],
             "--keep-float32: 'proj_out_means' matches no linear of a part in bfloat16 or float16 (conditioner); "
-            "backbone is in float32 as it is",
+            "backbone is in float32 already",
         ),
         (
             FLUX,
@@ -168,7 +168,11 @@ PARTS = "text_encoder, text_encoder_2, conditioner, backbone, vae_decoder"
             "--keep-float32: 'decoder.mid_block.*' matches no linear of a part in bfloat16 or float16 (none); "
             "keep the decoder as a whole with --precision vae_decoder=float32",
         ),
-        (FLUX, ["--scales", "none.json"], "--scales: no part is in float16, so nothing can overflow; leave it out"),
+        (
+            FLUX,
+            ["--scales", "none.json"],
+            "--scales: no part is in float16, so nothing can overflow; leave the option out",
+        ),
     ],
 )
 def test_refused(capsys, tmp_path, student, arguments, message):
@@ -187,7 +191,7 @@ def test_scales_keep_what_comes_near_the_limit(capsys, tmp_path):
         "transformer_blocks.1.ff.net.2": (limit * 0.99, 1.0),
         "x_embedder": None,
     }
-    ranges = {name: scales.Range((1.0, 1.0), 8, out) for name, out in seen.items()}
+    ranges = {name: scales.ActivationRange((1.0, 1.0), 8, out) for name, out in seen.items()}
     made = scales.Scales(
         base=base,
         adapter=adapter,
@@ -210,7 +214,7 @@ def test_scales_keep_what_comes_near_the_limit(capsys, tmp_path):
     assert json.loads(out)["parts"]["backbone"]["float32_layers"] == ["transformer_blocks.0.ff.net.2"]
     code, _, err = run(capsys, "export", *QWEN, "--dtype", "fp16", *arguments)
     assert code == 1
-    assert "they are of a flux student, the bundle is qwen-image" in err
+    assert "they belong to a flux student, the bundle is qwen-image" in err
 
 
 @pytest.fixture
@@ -237,7 +241,7 @@ def test_the_bundle_says_and_holds_each_precision(mixed, capsys):
 
 
 def test_a_mixed_bundle_draws_what_torch_draws(mixed):
-    rows = verify_bundle(Bundle.open(mixed), golden_student("flux-tiny"), [Case("a red circle", 48, 32, 2)])
+    rows = verify_bundle(Bundle.open(mixed), golden_student("flux-tiny"), [VerifyCase("a red circle", 48, 32, 2)])
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
     bounds = {row.what: row.bound for row in rows}
     assert bounds["text states"] == 1e-4, "a float32 part is held to float32"
@@ -249,7 +253,7 @@ def test_a_mixed_bundle_draws_what_torch_draws(mixed):
 
 
 def test_baked_modulation_has_both_precisions():
-    plan = plan_export(golden_student("qwen-tiny"), Options("bfloat16", precision=(("conditioner", "float32"),)))
+    plan = plan_export(golden_student("qwen-tiny"), ExportOptions("bfloat16", precision=(("conditioner", "float32"),)))
     timesteps = torch.tensor([1000.0, 761.71875])
     source = plan.student.source("conditioner")
     exact = bake_modulation(plan.baked, source, timesteps, torch.float32).numpy()

@@ -52,7 +52,7 @@ def test_bad_usage(bundles, capsys):
     assert capsys.readouterr().err == (
         "arcflow profile: error: --top must be at least 1, got 0\n"
         "arcflow profile: error: --trace must be in a directory that exists, got 'no/t.json'\n"
-        "arcflow profile: error: onnxruntime-cuda does not time layers; use another --backend\n"
+        "arcflow profile: error: onnxruntime-cuda cannot time layers; use another --backend\n"
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from arcflow_export.quantize import fp8
 from arcflow_export.quantize.fp8 import E4M3, encode, make_scale
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,8 +41,18 @@ def test_ties_go_to_even():
     assert encode(values, torch.tensor(1.0)).float().tolist() == [16.0, 20.0, 0.0, 2**-8]
 
 
-def test_what_is_too_large_becomes_448_and_never_nan():
+def test_what_is_too_large_becomes_448_and_never_nan(monkeypatch):
+    """torch 2.13's cast saturates by itself; that of ml_dtypes gives NaN above 464, and so shows what was clamped."""
     values = torch.tensor([448.0, 449.0, 464.0, 465.0, 1e30, -1e30])
+    assert np.isnan(values.numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float32)[3:]).all()
     got = encode(values, torch.tensor(1.0))
-    assert got.dtype == E4M3
-    assert got.float().tolist() == [448.0] * 5 + [-448.0]
+    assert got.dtype == E4M3 and got.float().tolist() == [448.0] * 5 + [-448.0]
+    monkeypatch.setattr(fp8, "E4M3", torch.float32)  # so that encode returns what it would cast
+    given = encode(torch.cat([values, torch.tensor([torch.inf])]), torch.tensor(1.0)).numpy()
+    assert given.astype(ml_dtypes.float8_e4m3fn).astype(np.float32).tolist() == [448.0] * 5 + [-448.0, 448.0]
+
+
+def test_values_are_divided_by_their_column_s_scale():
+    """Columns of scale 2 and 0.5 by hand: 6 / 2 = 3, 7 / 0.5 = 14, and 1 / 0.5 = 2."""
+    codes = encode(torch.tensor([[6.0, 7.0], [-2.0, 1.0]]), torch.tensor([2.0, 0.5]))
+    assert codes.float().tolist() == [[3.0, 14.0], [-1.0, 2.0]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from arcflow_export.errors import QuantizeError
-from arcflow_export.formats.policy import DEFAULT_PRESETS, PartPolicy, load_policy, presets, select
+from arcflow_export.families import FAMILIES
+from arcflow_export.formats.policy import PartPolicy, load_policy, presets, select
 from tests.fp8 import write_policy
 
 NAMES = [
@@ -24,7 +25,7 @@ def test_presets():
         assert (policy.name, policy.format) == (name, "fp8_e4m3")
         assert set(policy.parts) == ({"backbone", "text_encoder_2"} if name == "flux-t5" else {"backbone"})
         assert policy.thresholds.heads == 0.05 and (policy.thresholds.judge == 0.02) == (name == "shapes")
-    assert set(DEFAULT_PRESETS.values()) <= set(presets())
+    assert {found.policy for found in FAMILIES.values()} <= set(presets())
     assert load_policy("flux").parts == load_policy("shapes").parts
 
 
@@ -37,6 +38,8 @@ def test_only_what_is_included_is_selected():
         "single_transformer_blocks.0.proj_out",
         "single_transformer_blocks.1.proj_out",
     )
+    several = PartPolicy(("*proj_out*", "x_*"), ("*.1.proj_out", "x_*"))
+    assert select(several, "backbone", NAMES) == ("single_transformer_blocks.0.proj_out", "proj_out_means")
     assert select(PartPolicy(("*",)), "backbone", NAMES) == tuple(NAMES), "nothing is left out unasked"
 
 
@@ -47,13 +50,13 @@ def test_only_what_is_included_is_selected():
             ["transformer_blocks.*.attn.to_w"],
             [],
             "policy: parts.backbone.include: 'transformer_blocks.*.attn.to_w' matches none of the 12 linears of "
-            "backbone; near it are 'transformer_blocks.*.attn.to_q', ",
+            "backbone; similar names are 'transformer_blocks.*.attn.to_q', ",
         ),
         (
             ["*"],
             ["proj_out_mean"],
             "policy: parts.backbone.exclude: 'proj_out_mean' matches none of the 12 linears of backbone; "
-            "near it are 'proj_out_means'",
+            "similar names are 'proj_out_means'",
         ),
         (["x_embedder"], ["x_*"], "policy: parts.backbone excludes every linear that it includes; leave the part out"),
     ],
@@ -85,10 +88,16 @@ def test_bad_files(tmp_path, text, message):
     assert message in str(e.value) and str(path) in str(e.value)
 
 
+def test_a_threshold_may_be_nothing(tmp_path):
+    (tmp_path / "p.toml").write_text(VALID + "[thresholds]\nheads = 0\npsnr = 0.0\n")
+    thresholds = load_policy(str(tmp_path / "p.toml")).thresholds
+    assert (thresholds.heads, thresholds.psnr, thresholds.latents, thresholds.judge) == (0.0, 0.0, None, None)
+
+
 def test_no_such_policy(tmp_path):
     with pytest.raises(QuantizeError, match=r"'flix' is neither a preset nor a \.toml file; did you mean 'flux'\?"):
         load_policy("flix")
-    with pytest.raises(QuantizeError, match="is no file; the presets are flux, "):
+    with pytest.raises(QuantizeError, match="is not a file; the presets are flux, "):
         load_policy(str(tmp_path / "none.toml"))
 
 

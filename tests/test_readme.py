@@ -46,6 +46,7 @@ def test_example(bundles, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     """A function (section) that runs its commands, all in one folder."""
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("readme")
 
     def run(section: str) -> None:
@@ -71,20 +72,19 @@ def walk(tmp_path_factory):
 def test_the_walk_on_a_cpu(walk, capsys):
     for section in WALK[:-1]:
         walk(section)
-    assert (
-        "runs on: ONNX Runtime on a CPU, and TensorRT, from engines that arcflow build makes\n"
-        in capsys.readouterr().out
-    )
+    assert "runs on: ONNX Runtime on a CPU, and TensorRT after `arcflow build`\n" in capsys.readouterr().out
     again, second = (Image.open(walk.folder / f"{name}.png") for name in ("again", "image-1"))
     assert again.tobytes() == second.tobytes()
     found = sorted(p.name for p in walk.folder.iterdir())
     assert found == ["again.png", "circle.png", "drift", "fp32", "fp8", "image-0.png", "image-1.png", "scales.json"]
 
 
+@pytest.mark.slow
 def test_the_walk_to_engines(walk):
     pytest.importorskip("tensorrt_rtx")
-    if not (walk.folder / "fp8").exists():
-        pytest.skip("the walk on a CPU comes first")
+    # Another of xdist's workers may have run the first sections.
+    for section in WALK[:-1] if not (walk.folder / "fp8").exists() else ():
+        walk(section)
     walk(WALK[-1])
     assert list((walk.folder / "fp8" / "engines").iterdir())
 
@@ -101,13 +101,3 @@ def test_every_command_can_be_parsed():
     assert len(found) > 12
     for line in found:
         cli.check_usage(shlex.split(line, comments=True)[1:])
-
-
-def test_files_named_in_the_table_exist():
-    root = README.parent
-    for line in README.read_text().splitlines():
-        if line.startswith("|") and "`" in line:
-            names = re.findall(r"`([\w/]+(?:\.py|/))`", line)
-            if names:
-                folder = root / names[0] if names[0].endswith("/") else (root / names[0]).parent
-                assert all((root / n).exists() or (folder / n).exists() for n in names), line

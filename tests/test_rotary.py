@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 
 from arcflow_runtime.disk.manifest import Rotary
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
@@ -13,6 +12,7 @@ TINY = Rotary(10000.0, (8, 12, 12))
 @pytest.mark.parametrize("rotary", [TINY, RELEASED["flux"]])
 @pytest.mark.parametrize(("h", "w"), SIZES)
 def test_flux_equals_diffusers(rotary, h, w):
+    torch = pytest.importorskip("torch")
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
@@ -39,6 +39,7 @@ def test_flux_text_has_no_position():
 @pytest.mark.parametrize("rotary", [TINY, RELEASED["qwen-image"]])
 @pytest.mark.parametrize(("h", "w"), SIZES)
 def test_qwen_equals_diffusers(rotary, h, w):
+    torch = pytest.importorskip("torch")
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
     embed = QwenEmbedRope(int(rotary.theta), list(rotary.axes_dims), scale_rope=True)

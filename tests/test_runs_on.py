@@ -12,7 +12,7 @@ from arcflow_runtime.disk.bundle import Bundle
     ("options", "expected"),
     [
         ({}, RunsOn(True, False)),
-        ({"opset": 20}, RunsOn(True, True)),
+        pytest.param({"opset": 20}, RunsOn(True, True), marks=pytest.mark.slow),
         ({"dtype": "bfloat16"}, RunsOn(False, True)),
         ({"dtype": "float16"}, RunsOn(True, True)),
         ({"precision": (("text_encoder_2", "bfloat16"),)}, RunsOn(False, False)),
@@ -24,10 +24,9 @@ def test_by_dtype_and_opset(bundles, options, expected):
 
 def test_sentences():
     assert [RunsOn(*case).sentence() for case in ((True, False), (False, True), (True, True))] == [
-        "runs on: ONNX Runtime on a CPU; TensorRT has no attention in float32 as one operator, for that export with "
-        "--opset 20",
-        "runs on: TensorRT, from engines that arcflow build makes; ONNX Runtime has no bfloat16 on a CPU, for that "
-        "export with --dtype float32",
-        "runs on: ONNX Runtime on a CPU, and TensorRT, from engines that arcflow build makes",
+        "runs on: ONNX Runtime on a CPU. TensorRT has no float32 Attention operator: export with --opset 20 for it",
+        "runs on: TensorRT, after `arcflow build`. ONNX Runtime has no bfloat16 on a CPU: "
+        "export with --dtype float32 for it",
+        "runs on: ONNX Runtime on a CPU, and TensorRT after `arcflow build`",
     ]
-    assert RunsOn(False, False).sentence().startswith("runs on: neither ONNX Runtime on a CPU, which has no bfloat16, ")
+    assert RunsOn(False, False).sentence().startswith("runs on: nothing. ONNX Runtime has no bfloat16 on a CPU: ")

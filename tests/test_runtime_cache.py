@@ -42,7 +42,7 @@ def test_a_folder_that_cannot_be_written_is_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "arcflow"):
         RuntimeCacheFile(KEY, tmp_path / "file").write(b"kernels")
     assert [r.message for r in caplog.records] == [
-        f"what TensorRT-RTX compiled cannot be kept in {tmp_path / 'file'}: File exists"
+        f"TensorRT-RTX's compiled kernels cannot be cached in {tmp_path / 'file'}: File exists"
     ]
 
 

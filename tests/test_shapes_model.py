@@ -17,7 +17,7 @@ from arcflow_export.commands.verify import PROMPTS
 from arcflow_export.images.cases import draw_cases
 from arcflow_export.images.judge import Judge, to_tensor
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH
-from arcflow_export.verify.verify import Case, verify_bundle
+from arcflow_export.verify.verify import VerifyCase, verify_bundle
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.disk.bundle import Bundle
 from tests.conftest import SHAPES, SHAPES_OPTIONS, shapes_student
@@ -85,7 +85,7 @@ def test_teacher_draws_under_diffusers_as_it_is():
 
 
 def test_bundle_draws_what_the_torch_student_draws(bundle):
-    cases = [Case("a green triangle, pink background", 64, 64, 2), Case("a small shape", 64, 64, 2)]
+    cases = [VerifyCase("a green triangle, pink background", 64, 64, 2), VerifyCase("a small shape", 64, 64, 2)]
     rows = verify_bundle(Bundle.open(bundle), shapes_student(), cases)
     assert rows and all(row.passed for row in rows), [row for row in rows if not row.passed]
 
@@ -93,7 +93,7 @@ def test_bundle_draws_what_the_torch_student_draws(bundle):
 def test_bfloat16_bundle_is_as_near_to_float32_as_torch_is(bundles):
     """On the prompts of `arcflow verify`; in the first, the softmax over modes magnifies what rounding does."""
     bundle = Bundle.open(bundles("shapes", dtype="bfloat16", **SHAPES_OPTIONS))
-    rows = verify_bundle(bundle, shapes_student(), [Case(prompt, 64, 64, 2) for prompt in PROMPTS])
+    rows = verify_bundle(bundle, shapes_student(), [VerifyCase(prompt, 64, 64, 2) for prompt in PROMPTS])
     assert len(rows) == 24 and all(row.passed for row in rows), [row for row in rows if not row.passed]
 
 

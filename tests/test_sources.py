@@ -11,9 +11,10 @@ import time
 import huggingface_hub
 import pytest
 
-from arcflow_export.checkpoint.layout import BASES, adapter_files, base_files, lora_files
+from arcflow_export.checkpoint.layout import adapter_files, base_files, lora_files
 from arcflow_export.checkpoint.sources import Listing, Location, check_present, measure, read_json, resolve
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
 
 FLUX = [
     "model_index.json",
@@ -122,7 +123,7 @@ def test_weights_are_fetched_once(listing, copy):
 def test_every_folder_of_the_table_is_fetched():
     """A folder that is added to the table must be in the lists above too."""
     for family, names in (("flux", FLUX), ("qwen-image", QWEN)):
-        assert {f.name for f in BASES[family]} == {n.split("/")[0] for n in names if "/" in n}
+        assert {f.name for f in facts(family).folders} == {n.split("/")[0] for n in names if "/" in n}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_directory(tmp_path):
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "owner/na me", "a/b/c", "loras/missing.safetensors", "-a/b"])
 def test_names_that_are_no_hub_ids(name):
     fails(
-        f"adapter: {name!r} is no file or directory here, nor a hub id of the form 'owner/name'; check the spelling",
+        f"adapter: {name!r} is not a file or directory here, nor a hub id of the form 'owner/name'; check the spelling",
         name,
     )
 
@@ -206,7 +207,7 @@ def test_real_client_without_a_network_gives_up_soon(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     started = time.monotonic()
     fails(
-        "adapter: 'owner/name' is no directory here and the hub could not be reached "
+        "adapter: 'owner/name' is not a directory here and the hub cannot be reached "
         "([Errno 111] Connection refused); check the path or the network",
         "owner/name",
     )

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +18,7 @@ from arcflow_export.export import staging
 from arcflow_export.export.export import plan_export
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import write_weights
-from arcflow_export.options import Options
+from arcflow_export.options import ExportOptions
 from tests.conftest import GOLDEN, golden_student
 
 
@@ -79,7 +79,7 @@ def test_existing(tmp_path):
 def test_what_is_no_bundle_is_never_replaced(tmp_path, kind, overwrite):
     out = tmp_path / "out"
     {"file": out.touch, "directory": out.mkdir, "link": lambda: out.symlink_to("nowhere")}[kind]()
-    fails(out, f"--out: {out} exists and is no bundle; it will not be overwritten", overwrite)
+    fails(out, f"--out: {out} exists and is not a bundle; it will not be overwritten, give another name", overwrite)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -106,13 +106,13 @@ def test_second_writer(tmp_path):
 
 
 def test_killed_between_the_two_renames(tmp_path):
-    """Then neither name holds the bundle that was to be replaced; the next run gives it back."""
+    """The bundle that was to be replaced then has only its hidden name; the next run moves it back."""
     make(tmp_path / ".out.old")
     (tmp_path / ".out.partial").mkdir()
     out = tmp_path / "out"
     fails(out, f"--out: {out} exists; give another name, or --overwrite to replace it when done")
     assert os.listdir(tmp_path) == ["out"]
-    make(tmp_path / ".out.old", "older")  # killed after the renames: the replaced one is only in the way
+    make(tmp_path / ".out.old", "older")  # killed after the renames: the old bundle is only left over
     with staged(out, True, 0) as folder:
         (folder / "manifest.json").write_text("new")
     assert (out / "manifest.json").read_text() == "new"
@@ -136,28 +136,28 @@ def test_disk_that_fills_up(tmp_path, number):
 def test_writing_weights_to_a_full_disk():
     """/dev/full fails every write as a full disk does; the reading thread must end too."""
     student = golden_student("flux-tiny")
-    planned = next(p for p in plan_export(student, Options()).parts if p.part.name == "backbone")
+    planned = next(p for p in plan_export(student, ExportOptions()).parts if p.part.name == "backbone")
     with pytest.raises(OSError, match="No space left on device"):
         write_weights(staging.Path("/dev/full"), planned.params, student.source("backbone"), lambda _: None)
 
 
 @pytest.fixture
 def running(tmp_path):
-    """An export in its own process, stopped by the test once it has begun to write."""
+    """An export in its own process, which writes one file and then waits for the test to stop it."""
     golden = GOLDEN / "qwen-tiny"
-    command = [sys.executable, "-m", "arcflow_runtime.cli", "export", "--base", golden / "base"]
+    command = [sys.executable, "-m", "tests.held_export", "export", "--base", golden / "base"]
     process = subprocess.Popen(
         [*command, "--adapter", golden / "adapter", "--out", tmp_path / "out"],
+        cwd=Path(__file__).parent.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background job ignores SIGINT (`nohup make test &`), and a child inherits that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    partial, limit = tmp_path / ".out.partial", time.monotonic() + 120
-    while not (partial.is_dir() and os.listdir(partial)):
-        assert process.poll() is None and time.monotonic() < limit, process.communicate()
-        time.sleep(0.02)
+    if "written\n" not in process.stdout:  # reads until that line, or until the process ends
+        pytest.fail(process.communicate()[1])
+    assert os.listdir(tmp_path / ".out.partial")
     yield process
     process.kill()
     process.communicate()

@@ -220,12 +220,12 @@ QUERY_A = f"transformer.{QUERY}.lora_A.weight"
         ),
         (
             diffusers_naming() | put("transformer.x.dora_scale", 4),
-            "LoRA: {p} is a DoRA (transformer.x.dora_scale), which is no plain sum of products; not supported",
+            "LoRA: {p} is a DoRA (transformer.x.dora_scale), which is not supported; give a plain LoRA",
         ),
         (
             diffusers_naming() | put(f"transformer.{QUERY}.lora_magnitude_vector", 64),
             "LoRA: {p} is a DoRA (transformer." + QUERY + ".lora_magnitude_vector), "
-            "which is no plain sum of products; not supported",
+            "which is not supported; give a plain LoRA",
         ),
         (
             diffusers_naming()

@@ -54,7 +54,7 @@ def test_missing_shard(shards):
 
 def test_index_that_leaves_its_directory(shards):
     (shards / "m.safetensors.index.json").write_text('{"weight_map": {"a": "../m-1.safetensors"}}')
-    fails(shards, "vae: {p}/m.safetensors.index.json names '../m-1.safetensors', which leaves its directory")
+    fails(shards, "vae: {p}/m.safetensors.index.json names '../m-1.safetensors', which is outside its directory")
 
 
 def test_index_without_a_map(shards):

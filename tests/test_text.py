@@ -1,3 +1,4 @@
+import functools
 import logging
 
 import numpy as np
@@ -22,10 +23,9 @@ PROMPTS = [
 ]
 
 
+@functools.cache
 def reference_tokenizer(name):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(GOLDEN / name)
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(GOLDEN / name)
 
 
 @pytest.fixture(scope="module")

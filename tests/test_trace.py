@@ -30,7 +30,7 @@ ATTENTIONS = {
 SMALL = 64
 
 
-@pytest.fixture(params=[20, 23], ids=["opset20", "opset23"])
+@pytest.fixture(params=[pytest.param(20, marks=pytest.mark.slow), 23], ids=["opset20", "opset23"])
 def opset(request):
     return request.param
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from arcflow_export.costs.costs import Cost, Gate, check_fits, duration, gate_cost, misfit
+from arcflow_export.costs.costs import Cost, GateWork, check_fits, duration, gate_cost, misfit
 from arcflow_export.costs.machine import Machine
 from arcflow_export.costs.work import PartWork, bundle_work, call_sizes, graph_flops, part_work
 from arcflow_export.errors import ExportError
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_refused_with_what_makes_it_fit():
     with pytest.raises(ExportError) as error:
         check_fits(large, MACHINE)
     assert str(error.value) == (
-        "verify needs 9.0 GiB of memory, 8.0 are free; give --limit (--anyway starts all the same)"
+        "verify needs 9.0 GiB of memory, 8.0 are free; give --limit (--anyway starts it nevertheless)"
     )
     full = Cost("export", 10.0, GIB, 34 * 10**9)
     assert misfit(full, MACHINE) == (
@@ -82,7 +82,7 @@ def test_a_gate_of_twice_the_prompts_takes_as_much_longer_and_no_more_memory():
 
     def cost(cases, **changes):
         given = {"text_differs": False, "decoder_differs": False, "layers": 1.0, "kept_bytes": GIB}
-        return gate_cost(parts, Gate(cases, 2, **given | changes), MACHINE)
+        return gate_cost(parts, GateWork(cases, 2, **given | changes), MACHINE)
 
     one, two = cost(1), cost(2)
     # Reference 2, given 2, own 1, layers 2 with their quantised linears beside them: 2 more.

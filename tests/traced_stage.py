@@ -1,4 +1,4 @@
-"""`arcflow STAGE ...` that keeps what it traces in $TRACES, as the tests' own exports do."""
+"""Run `arcflow STAGE ...` with the tests' cache of traced parts in $TRACES; see `traces.py`."""
 
 import os
 import sys

@@ -1,7 +1,8 @@
-"""Parts' traces, kept between tests and runs: a part -> what `arcflow_export.graph.trace._convert` makes of it.
+"""A cache of traced parts for tests: a part -> the ONNX model that `arcflow_export.graph.trace._convert` makes of it.
 
-Tracing takes most of an export's time, and many tests export the same parts. Passes, weights and all that follows run
-for each export. A trace is found by the part's module as pickled, its inputs and outputs, and the code that makes it.
+Tracing takes most of an export's time, and many tests export the same parts. Only the trace is cached; passes, weights
+and everything after it run at each export. The key is a hash of the part's pickled module, its inputs and outputs, and
+the code of the exporter.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from transformers import PreTrainedConfig
 import arcflow_distill
 import arcflow_export
 from arcflow_export.graph import passes, trace
-from arcflow_export.models.layers import Part
+from arcflow_export.models.layers import ModelPart
 
 _LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers", "transformers")
 _convert = trace._convert
 
 
 class Traces:
-    """The traces of this code in `root`, which processes may share; those of other code are removed."""
+    """The cache in the folder `root`, which several processes may share. Traces made by other code are removed."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / _digest_of_code()
@@ -38,14 +39,15 @@ class Traces:
             if other != self._folder:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def convert(self, part: Part, opset: int) -> ir.Model:
-        """`trace._convert`, or what it gave before for an equal part."""
+    def convert(self, part: ModelPart, opset: int) -> ir.Model:
+        """Like `trace._convert`, but returns the cached result for an equal part."""
         path = self._folder / f"{part.name}-{_digest_of(part, opset)}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 model = _convert(part, opset)
                 for name, value in model.graph.initializers.items():
-                    if not passes._is_real(value):  # a weight; it is read from a file that does not exist
+                    # A weight has no values yet, so a reference to a file that does not exist stands for it.
+                    if not passes._is_real(value):
                         value.const_value = ir.ExternalTensor(
                             "none", None, None, value.dtype, shape=value.shape, name=name
                         )
@@ -69,7 +71,11 @@ def _digest_of_code() -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors by shape, dtype and which of them are one; everything else by value, not by identity or by its folder."""
+    """Pickles a part for hashing.
+
+    Tensors are written as shape and dtype, with a number that shows which are the same tensor. Everything else is
+    written by value, without object identities or paths.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -90,7 +96,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _digest_of(part: Part, opset: int) -> str:
+def _digest_of(part: ModelPart, opset: int) -> str:
     file = io.BytesIO()
     names = [part.rename(name) for name in part.module.state_dict()]
     _Pickler(file).dump((part.module, part.inputs, part.outputs, part.precision, names, opset))

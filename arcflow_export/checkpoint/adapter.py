@@ -1,4 +1,4 @@
-"""An adapter directory -> its config, full tensors and LoRA factors, checked against the base."""
+"""Read an ArcFlow adapter directory -> its config, full tensors and LoRA factors, checked against the base."""
 
 from __future__ import annotations
 
@@ -8,26 +8,11 @@ from typing import Any
 from arcflow_export.checkpoint.sources import Resolved, read_json
 from arcflow_export.checkpoint.tensors import TensorIndex, TensorRef
 from arcflow_export.errors import SourceError
+from arcflow_export.families import FAMILIES, adapter_sizes, facts, family_of_adapter
 
 HEADS = ("proj_out_means", "proj_out_logweights", "proj_out_loggamma")
-#: A packed token is 2x2 latent pixels, each with weights and gammas of its own.
+#: A packed token is 2x2 latent pixels; each of the four has its own mode weights and gammas.
 SUB_PIXELS = 4
-#: Adapter class -> (family, base class).
-CLASSES = {
-    "ArcFluxTransformer2DModel": ("flux", "FluxTransformer2DModel"),
-    "ArcQwenImageTransformer2DModel": ("qwen-image", "QwenImageTransformer2DModel"),
-}
-_SIZES = (
-    "in_channels",
-    "num_layers",
-    "num_single_layers",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "guidance_embeds",
-    "axes_dims_rope",
-)
 
 
 @dataclass(frozen=True)
@@ -41,7 +26,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked ArcFlow adapter."""
+    """A checked ArcFlow adapter: K modes, P sub-pixels, full tensors by key, LoRA factors by module."""
 
     family: str
     num_gaussians: int
@@ -66,8 +51,8 @@ def load_adapter(source: Resolved, base_config: dict[str, Any], base: TensorInde
         base: the base transformer's tensors.
 
     Raises:
-        SourceError: wrong family or size, a key that fits nothing, a shape that disagrees, K or P that
-            disagrees with the config.
+        SourceError: the family or a size is wrong, a key or shape does not fit the base, or K or P does not fit the
+            weights.
     """
     if not source.path.is_dir():
         raise SourceError(f"adapter: {source.path} must be a directory with config.json and one .safetensors file")
@@ -89,7 +74,7 @@ def read_modes(source: Resolved) -> tuple[int, int]:
     """K modes and P sub-pixels of an adapter, from its config.
 
     Raises:
-        SourceError: the config is missing or has none.
+        SourceError: the config is missing or does not say.
     """
     config = read_json(source.path / "config.json", "adapter")
     return _positive(config, "num_gaussians", source), _positive(config, "logweights_channels", source)
@@ -97,15 +82,17 @@ def read_modes(source: Resolved) -> tuple[int, int]:
 
 def _check_config(config: dict[str, Any], base_config: dict[str, Any], source: Resolved) -> str:
     name, base_name = config.get("_class_name"), base_config.get("_class_name")
-    if name not in CLASSES:
+    family = family_of_adapter(name)
+    if family is None:
+        known = sorted(found.adapter for found in FAMILIES.values())
         raise SourceError(
-            f"adapter: {source.path / 'config.json'}: _class_name must be one of {sorted(CLASSES)}, got {name!r}; "
+            f"adapter: {source.path / 'config.json'}: _class_name must be one of {known}, got {name!r}; "
             "is this an ArcFlow adapter?"
         )
-    family, wanted = CLASSES[name]
+    wanted = facts(family).transformer
     if base_name != wanted:
         raise SourceError(f"adapter: {name} needs a base of class {wanted}, but the base is {base_name!r}")
-    for key in _SIZES:
+    for key in adapter_sizes():
         if key in config and key in base_config and config[key] != base_config[key]:
             raise SourceError(
                 f"adapter: {key} is {config[key]} in the adapter and {base_config[key]} in the base; "
@@ -134,8 +121,7 @@ def _split(refs: dict[str, TensorRef], source: Resolved) -> tuple[dict[str, Tens
                 break
         else:
             raise SourceError(
-                f"adapter: {source.path}: key {key!r} is a LoRA key of no known form; "
-                "expected '<module>.lora_A.weight' or '<module>.lora_B.weight'"
+                f"adapter: {source.path}: LoRA key {key!r} must be '<module>.lora_A.weight' or '<module>.lora_B.weight'"
             )
     loras = {}
     for module, pair in sorted(factors.items()):
@@ -170,9 +156,9 @@ def _check_fit(full: dict[str, TensorRef], loras: dict[str, LoraPair], base: Ten
         if key in (f"{head}.{leaf}" for head in HEADS for leaf in ("weight", "bias")):
             continue
         if key in ("proj_out.weight", "proj_out.bias"):
-            raise SourceError(f"adapter: {source.path}: key {key!r} is of a layer that the three heads replace")
+            raise SourceError(f"adapter: {source.path}: key {key!r} belongs to a layer that the three heads replace")
         if key not in base:
-            raise SourceError(f"adapter: {source.path}: key {key!r} fits nothing in the base transformer")
+            raise SourceError(f"adapter: {source.path}: key {key!r} does not exist in the base transformer")
         if ref.shape != base[key].shape:
             raise SourceError(
                 f"adapter: {key} has shape {list(ref.shape)}, the base's is {list(base[key].shape)}; "
@@ -180,7 +166,7 @@ def _check_fit(full: dict[str, TensorRef], loras: dict[str, LoraPair], base: Ten
             )
     for module, pair in loras.items():
         if module in ("proj_out", *HEADS):
-            raise SourceError(f"adapter: {source.path}: LoRA of {module!r}, which the adapter replaces or adds whole")
+            raise SourceError(f"adapter: {source.path}: LoRA of {module!r} must not exist; the heads are full tensors")
         check_pair(module, pair, base, "adapter")
 
 
@@ -188,13 +174,13 @@ def check_pair(module: str, pair: LoraPair, base: TensorIndex, what: str, compon
     """Check that one LoRA pair fits the linear `module` of the base's `component`.
 
     Raises:
-        SourceError: no such linear, or a shape that does not fit.
+        SourceError: the linear does not exist, or a shape does not fit.
     """
     key = f"{module}.weight"
     if key not in base:
         raise SourceError(f"{what}: LoRA target {module!r} does not exist in the base's {component}")
     if len(base[key].shape) != 2:
-        raise SourceError(f"{what}: LoRA target {module!r} of the base's {component} is no linear layer")
+        raise SourceError(f"{what}: LoRA target {module!r} of the base's {component} is not a linear layer")
     (out, inp), a, b = base[key].shape, pair.a.shape, pair.b.shape
     if len(a) != 2 or len(b) != 2 or a[1] != inp or b[0] != out or a[0] != b[1]:
         raise SourceError(

@@ -1,9 +1,9 @@
-"""One commit of a model on the hub -> the wanted files in the hub's cache, through huggingface_hub's own client.
+"""Download files of one commit of a model on the hub into the hub's cache, with huggingface_hub's own client.
 
-The client forgets a file that it was fetching when the process ends. Weights are therefore fetched under a name that
-stays, so that the next run goes on where this one stopped. Files that the hub serves through Xet are left to the
-client, which fetches their chunks from several servers at once and begins a file anew; HF_HUB_DISABLE_XET=1 makes
-those resumable too.
+`sources.resolve` calls this. The client cannot continue a file after its process has ended. So weights are downloaded
+under a fixed temporary name, and the next run continues where this one stopped. Files that the hub serves through Xet
+are left to the client: it downloads their chunks from several servers at once, but starts an interrupted file again.
+With HF_HUB_DISABLE_XET=1 those can be continued too.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from typing import Any
 from arcflow_export.errors import SourceError
 from arcflow_runtime.disk.files import sha256_file
 
-#: Weights fetched at the same time: one connection seldom fills a line, and more files at once are more to resume.
+#: Weight files downloaded at the same time. One connection seldom uses the full bandwidth; more files at once leave
+#: more incomplete files after an interruption.
 _AT_ONCE = 4
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model at one commit: the size of every file by its name, and its folders in the hub's cache.
+    """A model at one commit: the size of every file by its name, and its folder `storage` in the hub's cache.
 
-    `offline` says how to leave the offline mode, None where the hub may be asked.
+    `offline` is None if the hub may be contacted; otherwise it tells the user how to leave the offline mode.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Repository:
 
     @property
     def root(self) -> Path:
-        """The folder in the cache that has this commit's files by their names."""
+        """The cache folder that holds this commit's files under their own names."""
         return self.storage / "snapshots" / self.revision
 
     def cached_bytes(self, name: str) -> int:
@@ -53,7 +54,7 @@ class Repository:
         return self.sizes[name] if (self.root / name).is_file() else 0
 
     def read(self, name: str) -> Path:
-        """The local path of one small file, fetched if need be.
+        """The local path of one small file; downloads it if it is not in the cache.
 
         Raises:
             SourceError: as for `fetch`.
@@ -67,10 +68,11 @@ class Repository:
         return self.root / name
 
     def fetch(self, names: list[str]) -> None:
-        """Fetch the files that are not in the cache.
+        """Download the files that are not in the cache.
 
         Raises:
-            SourceError: offline and a file is missing, the hub refused, the transfer broke off, or the disk is full.
+            SourceError: a file is missing while offline, the hub refused, the download was interrupted, or the disk is
+                full.
         """
         missing = [name for name in names if not (self.root / name).is_file()]
         if not missing:
@@ -78,27 +80,28 @@ class Repository:
         if self.offline is not None:
             more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
             raise SourceError(
-                f"{self.what}: the hub's cache has {self.name} only in part: {', '.join(missing[:_SHOWN])}{more} "
-                f"missing in {self.root}; {self.offline} to fetch what is missing"
+                f"{self.what}: the hub's cache has only a part of {self.name}: {', '.join(missing[:_SHOWN])}{more} "
+                f"missing in {self.root}; {self.offline} to download the rest"
             )
         self._check_space(missing)
         from huggingface_hub import snapshot_download
 
         with _explained(self.what, self.name, self.requested, self.offline, transfer=True):
             self._fetch_weights([name for name in missing if name.endswith(".safetensors")])
-            # The client links what is there and fetches the rest.
+            # The client links the blobs that are there and downloads the rest.
             patterns = [glob.escape(name) for name in missing]
             snapshot_download(self.name, revision=self.revision, allow_patterns=patterns, tqdm_class=_bar())
 
     def _check_space(self, missing: list[str]) -> None:
         folder = next(p for p in (self.storage, *self.storage.parents) if p.exists())
         free = shutil.disk_usage(folder).free
-        partial = [p for p in (self.storage / "blobs").glob("*.incomplete") if p.name.count(".") == 1]  # ours
+        # The client's own temporary names have two dots; names with one are ours and will be continued.
+        partial = [p for p in (self.storage / "blobs").glob("*.incomplete") if p.name.count(".") == 1]
         needed = sum(self.sizes[name] for name in missing) - sum(p.stat().st_size for p in partial)
         if free < needed:
             raise SourceError(
                 f"{self.what}: {self.name} needs {needed / 1e9:.1f} GB more in the hub's cache, {self.storage.parent} "
-                f"has {free / 1e9:.1f} GB free; free some, or set HF_HOME to a folder on a larger disk"
+                f"has {free / 1e9:.1f} GB free; free some space, or set HF_HOME to a folder on a larger disk"
             )
 
     def _fetch_weights(self, names: list[str]) -> None:
@@ -108,14 +111,14 @@ class Repository:
             try:
                 for run in as_completed(runs):
                     run.result()
-            except BaseException:  # Ctrl-C too: the other threads must not go on for hours
+            except BaseException:  # Ctrl-C too: the other threads must not continue for hours
                 stop.set()
                 for run in runs:
                     run.cancel()
                 raise
 
     def _fetch_resumably(self, name: str, stop: threading.Event) -> None:
-        """Put one file where the client keeps contents by their hash, going on with what an earlier run left."""
+        """Download one file to the client's folder of blobs, continuing the partial file of an earlier run."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.file_download import http_get, is_xet_available
         from huggingface_hub.utils import WeakFileLock, build_hf_headers
@@ -129,7 +132,7 @@ class Repository:
         lock = self.storage.parent / ".locks" / self.storage.name / f"{found.etag}.lock"
         for folder in (blob.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):  # the client's own lock: nobody else writes this file
+        with WeakFileLock(lock):  # the client takes the same lock, so no other process writes this file
             if blob.exists():
                 return
             if partial.exists() and partial.stat().st_size > found.size:
@@ -148,23 +151,24 @@ class Repository:
             if before and len(found.etag) == 64 and sha256_file(partial) != found.etag:
                 partial.unlink()
                 raise SourceError(
-                    f"{self.what}: {name} of {self.name} was damaged when its transfer was cut off; "
-                    "run the same command again to fetch it anew"
+                    f"{self.what}: {name} of {self.name} was damaged by an interrupted download; "
+                    "run the same command again to download it from the start"
                 )
             os.replace(partial, blob)
 
 
 def open_repository(name: str, revision: str | None, offline: bool, what: str) -> Repository:
-    """Find out which commit a revision is and which files it has, from the hub or from the cache.
+    """Find the commit of a revision and list its files, from the hub or from the cache.
 
     Args:
         name: `owner/name`.
         revision: branch, tag or commit; None for the default branch.
         offline: use the cache only, as HF_HUB_OFFLINE=1 does.
-        what: what it is, for messages.
+        what: the kind of checkpoint, for messages.
 
     Raises:
-        SourceError: no such repository or revision, no access to it, or neither the hub nor the cache has it.
+        SourceError: the repository or revision does not exist, access is refused, or the hub cannot be reached and the
+            cache does not have it.
     """
     from huggingface_hub import HfApi, constants, is_offline_mode
     from huggingface_hub.file_download import repo_folder_name
@@ -178,7 +182,7 @@ def open_repository(name: str, revision: str | None, offline: bool, what: str) -
 
 
 def _sizes(name: str, revision: Any, root: Path, offline: bool) -> dict[str, int]:
-    """The size of every file of a commit: a commit never changes, so the listing in the cache is as good."""
+    """The size of every file of a commit. A commit never changes, so a listing in the cache is used first."""
     from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, HTTPError, LocalEntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
@@ -194,7 +198,7 @@ def _sizes(name: str, revision: Any, root: Path, offline: bool) -> dict[str, int
         except (OSError, HTTPError):
             if not root.is_dir():
                 raise
-    # Fetched by a client that kept no listing. A link to a missing file counts: it is one of the commit's files.
+    # An older client kept no listing, so use the files that are there. A link to a missing file belongs to the commit.
     paths = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_symlink() or p.is_file()}
     if not paths:
         raise LocalEntryNotFoundError(f"{root} is empty")
@@ -202,9 +206,9 @@ def _sizes(name: str, revision: Any, root: Path, offline: bool) -> dict[str, int
 
 
 def _bar(stop: threading.Event | None = None) -> Any:
-    """huggingface_hub's progress bar, on a terminal only.
+    """huggingface_hub's progress bar, shown on a terminal only.
 
-    It ends the transfer when `stop` is set, for which the client has no other way.
+    It also ends the download when `stop` is set; the client has no other way to do that.
     """
     from huggingface_hub.utils import tqdm
 
@@ -214,7 +218,7 @@ def _bar(stop: threading.Event | None = None) -> Any:
 
         def update(self, n: float | None = 1) -> Any:
             if stop is not None and stop.is_set():
-                raise InterruptedError("another transfer failed")
+                raise InterruptedError("another download failed")
             return super().update(n)
 
     return Bar
@@ -224,13 +228,13 @@ def _bar(stop: threading.Event | None = None) -> Any:
 def _explained(
     what: str, name: str, revision: str | None, offline: str | None, transfer: bool = False
 ) -> Iterator[None]:
-    """Turn whatever the hub's client raises into one sentence that says what to do."""
+    """Turn the exceptions of the hub's client into a `SourceError` that says what to do."""
     from huggingface_hub.errors import HTTPError, RevisionResolutionError
 
     try:
         yield
-    # The client raises its HTTP library's errors as they are; Xet's are RuntimeErrors, a page that is no hub's answer
-    # is a ValueError.
+    # The client passes on its HTTP library's errors. Xet raises RuntimeError; a page that is not the hub's JSON raises
+    # ValueError.
     except (OSError, HTTPError, RevisionResolutionError, RuntimeError, ValueError) as e:
         raise SourceError(f"{what}: {_sentence(e, name, revision, offline, transfer)}") from None
 
@@ -251,12 +255,12 @@ def _sentence(e: Exception, name: str, revision: str | None, offline: str | None
     if offline is not None:
         at = f" at revision {revision!r}" if revision else ""
         return (
-            f"{name!r} is no directory here and not in the hub's cache{at}; "
-            f"check the spelling, or {offline} to fetch it"
+            f"{name!r} is not a directory here and not in the hub's cache{at}; "
+            f"check the spelling, or {offline} to download it"
         )
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"the disk of {constants.HF_HUB_CACHE} is full; free some and run the same command again to go on, "
+            f"the disk of {constants.HF_HUB_CACHE} is full; free some space and run the same command again, "
             "or set HF_HOME to a folder on a larger disk"
         )
     if isinstance(e, PermissionError) or (isinstance(e, OSError) and e.errno == errno.EROFS):
@@ -266,5 +270,5 @@ def _sentence(e: Exception, name: str, revision: str | None, offline: str | None
     text = str(e.__cause__ or e).strip()
     reason = text.splitlines()[0] if text else type(e).__name__
     if transfer:
-        return f"the transfer of {name} broke off ({reason}); run the same command again, it goes on where it stopped"
-    return f"{name!r} is no directory here and the hub could not be reached ({reason}); check the path or the network"
+        return f"the download of {name} was interrupted ({reason}); run the same command again to continue it"
+    return f"{name!r} is not a directory here and the hub cannot be reached ({reason}); check the path or the network"

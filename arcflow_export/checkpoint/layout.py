@@ -1,69 +1,32 @@
-"""What the stages read of a checkpoint: the names on the hub -> the files to download, and nothing else.
+"""Choose which files of a checkpoint on the hub to download: a listing -> file names.
 
-Every stage reads from these lists alone: export, calibration, the comparison with torch and distillation. So the stage
-that runs first fetches what the later ones need.
+Export, calibration, the comparison with torch and distillation all use these lists. So the stage that runs first
+downloads everything that the later ones need.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from arcflow_export.checkpoint.shards import pick_weights
 from arcflow_export.checkpoint.sources import Listing, read_json
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts, family_of_pipeline, pipelines
 
 MODEL_INDEX = "model_index.json"
-#: Pipeline class in model_index.json -> family.
-PIPELINES = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
-
-
-@dataclass(frozen=True)
-class Folder:
-    """One folder of a base: text files, fetched where the checkpoint has them, and the stem of its weights' names."""
-
-    name: str
-    texts: tuple[str, ...] = ("config.json",)
-    stem: str | None = None
-
-
-_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
-_BPE = (*_TOKENIZER, "vocab.json", "merges.txt")
-_SCHEDULER = Folder("scheduler", ("scheduler_config.json",))
-
-#: Family -> the folders of its base. Beside them a repository has pictures, pickles, other precisions and, in FLUX's
-#: root, the whole model again in its authors' format.
-BASES = {
-    "flux": (
-        _SCHEDULER,
-        Folder("tokenizer", _BPE),
-        Folder("tokenizer_2", (*_TOKENIZER, "spiece.model")),
-        Folder("text_encoder", stem="model"),
-        Folder("text_encoder_2", stem="model"),
-        Folder("transformer", stem="diffusion_pytorch_model"),
-        Folder("vae", stem="diffusion_pytorch_model"),
-    ),
-    "qwen-image": (
-        _SCHEDULER,
-        Folder("tokenizer", _BPE),
-        Folder("text_encoder", ("config.json", "generation_config.json"), "model"),
-        Folder("transformer", stem="diffusion_pytorch_model"),
-        Folder("vae", stem="diffusion_pytorch_model"),
-    ),
-}
 
 
 def base_files(listing: Listing) -> list[str]:
     """The files of a base checkpoint: configs, tokenizers, the scheduler's settings, and one copy of the weights.
 
     Raises:
-        SourceError: there is no model_index.json, its pipeline is not supported, or a folder has no usable weights.
+        SourceError: model_index.json is missing, its pipeline is not supported, or a folder has no usable weights.
     """
     if MODEL_INDEX not in listing.names:
         raise SourceError(no_model_index(listing.what, listing.where))
     family = read_family(listing.read(MODEL_INDEX), listing.what)
     found = [MODEL_INDEX]
-    for folder in BASES[family]:
+    for folder in facts(family).folders:
         names = listing.within(folder.name)
         picked = [name for name in folder.texts if name in names]
         if folder.stem is not None:
@@ -73,10 +36,10 @@ def base_files(listing: Listing) -> list[str]:
 
 
 def adapter_files(listing: Listing) -> list[str]:
-    """An adapter's config and weights.
+    """The files of an adapter: its config and weights.
 
     Raises:
-        SourceError: there are no weights, or several to choose from.
+        SourceError: the config or the weights are missing, or it is unclear which weights to use.
     """
     if "config.json" not in listing.names:
         folders = sorted(n.removesuffix("/config.json") for n in listing.names if n.endswith("/config.json"))
@@ -88,10 +51,10 @@ def adapter_files(listing: Listing) -> list[str]:
 
 
 def lora_files(listing: Listing) -> list[str]:
-    """A LoRA's weights.
+    """The weight files of a LoRA.
 
     Raises:
-        SourceError: there are none, or several to choose from.
+        SourceError: there are none, or it is unclear which to use.
     """
     return _weights(listing)
 
@@ -103,13 +66,14 @@ def read_family(model_index: Path, what: str) -> str:
         SourceError: the file cannot be read, or its pipeline is not supported.
     """
     name = read_json(model_index, what).get("_class_name")
-    if name not in PIPELINES:
-        raise SourceError(f"{what}: {model_index}: _class_name must be one of {sorted(PIPELINES)}, got {name!r}")
-    return PIPELINES[name]
+    family = family_of_pipeline(name)
+    if family is None:
+        raise SourceError(f"{what}: {model_index}: _class_name must be one of {pipelines()}, got {name!r}")
+    return family
 
 
 def no_model_index(what: str, where: object) -> str:
-    """The sentence for a base without its index."""
+    """The error message for a base without model_index.json."""
     return f"{what}: {where} has no {MODEL_INDEX}; give the directory of a whole diffusers pipeline"
 
 

@@ -1,4 +1,7 @@
-"""Base tensors, adapter and LoRAs -> merged tensors, read one at a time: W' = W + sum_i scale_i * B_i A_i."""
+"""Merge base tensors, adapter and LoRAs, one tensor at a time: W' = W + sum_i scale_i * B_i A_i.
+
+The exporter reads all weights through these classes, in blocks of a few MiB.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,34 @@ from arcflow_export.checkpoint.adapter import LoraPair
 from arcflow_export.checkpoint.tensors import TensorIndex, TensorRef, uncache
 from arcflow_export.errors import SourceError
 
-#: A tensor is converted in blocks of about this many bytes of float32: small enough that what one pass leaves in the
-#: last-level cache serves the next, and that the allocator reuses memory instead of faulting in new pages.
+#: A tensor is converted in blocks of about this many bytes of float32. A block this small is still in the last-level
+#: cache for the next pass over it, and the allocator reuses its memory instead of faulting in new pages.
 BLOCK_BYTES = 16 << 20
-#: Threads that convert blocks. Hashing and writing, in one thread, keep up with no more than these.
+#: Threads that convert blocks. One more thread hashes and writes; it cannot keep up with more than these.
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
 class WeightSource(Protocol):
-    """Where the exporter reads a component's weights."""
+    """The interface through which the exporter reads a component's weights."""
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of tensor `key`; raises `SourceError` if there is none."""
         ...
 
     def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
-        """Tensor `key` in `dtype`, as consecutive blocks of dimension 0; checked for NaN and Inf.
+        """Yield tensor `key` in `dtype`, as consecutive contiguous blocks of dimension 0; raises on NaN or Inf.
 
-        Every block is contiguous. With `transpose`, a matrix's blocks [rows, in] are [in, rows] instead.
+        With `transpose`, a matrix's blocks are [in, rows] instead of [rows, in].
         """
         ...
 
     def uncache(self) -> None:
-        """Let the kernel drop what was read so far from the page cache."""
+        """Let the kernel drop the pages read so far from the page cache."""
         ...
 
 
 class PlainWeights:
-    """A component's weights as stored, cast to the wanted dtype."""
+    """A component's stored weights, cast to the requested dtype."""
 
     def __init__(self, index: TensorIndex):
         self.index = index
@@ -55,17 +58,17 @@ class PlainWeights:
         return self.ref(key).shape
 
     def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
-        """Tensor `key` in `dtype`, block by block."""
+        """Yield tensor `key` in `dtype`, block by block."""
         yield from _convert(self.ref(key), lambda _, block: cast(block, dtype, key), transpose)
 
     def uncache(self) -> None:
-        """Let the kernel drop what was read so far from the page cache."""
+        """Let the kernel drop the pages read so far from the page cache."""
         for path in self.index.files:
             uncache(path)
 
 
 class MergedWeights(PlainWeights):
-    """A student's transformer: base, full tensors that replace or add, LoRA products summed in float32."""
+    """Merged weights: the base's tensors, full tensors that replace or add to them, and LoRA products in float32."""
 
     def __init__(self, index: TensorIndex, full: Mapping[str, TensorRef], loras: Mapping[str, list[LoraPair]]):
         super().__init__(index)
@@ -77,7 +80,7 @@ class MergedWeights(PlainWeights):
         return self.full[key] if key in self.full else self.index[key]
 
     def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
-        """Tensor `key` merged in float32 and rounded once to `dtype`, block by block."""
+        """Yield tensor `key`, merged in float32 and rounded once to `dtype`, block by block."""
         pairs = self.loras.get(key.removesuffix(".weight"), []) if key.endswith(".weight") else []
         if not pairs:
             yield from super().blocks(key, dtype, transpose)
@@ -102,7 +105,7 @@ def cast(block: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
     if block.dtype == dtype:
         return block
     out = block.to(dtype)
-    # Every dtype but float16 has the range of float32.
+    # Only a cast to float16 or from float64 can overflow; all other dtypes have float32's range.
     if (dtype == torch.float16 or block.dtype == torch.float64) and not torch.isfinite(out).all():
         worst = block.flatten()[block.abs().argmax()].item()
         advice = "export with --dtype bfloat16 or float32" if dtype == torch.float16 else "the file is damaged"
@@ -118,12 +121,12 @@ def _convert(
 
     Args:
         ref: the tensor.
-        convert: takes a block's first row and the block as stored; called in several threads.
+        convert: takes the index of a block's first row and the stored block; called from several threads.
         transpose: transpose every block.
     """
 
     def run(start: int, block: torch.Tensor) -> torch.Tensor:
-        _check_finite(block, ref)  # the first to touch the mapped file, so this is also where it is read
+        _check_finite(block, ref)  # first access to the mapped block, so the disk is read here, in this thread
         block = convert(start, block)
         return block.t().contiguous() if transpose else block
 
@@ -149,7 +152,7 @@ def _finite(ref: TensorRef) -> torch.Tensor:
 
 
 def _check_finite(block: torch.Tensor, ref: TensorRef) -> None:
-    # Least and largest value in one pass without a temporary: a NaN is passed on, an Inf is one of the two.
+    # One pass without a temporary. A NaN makes both results NaN; an Inf is the smallest or the largest value.
     if not block.numel() or all(map(torch.isfinite, torch.aminmax(block))):
         return
     bad = int((~torch.isfinite(block)).sum())

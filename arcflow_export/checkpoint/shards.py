@@ -1,4 +1,4 @@
-"""The names in a folder -> which safetensors files hold its weights, on this machine and on the hub alike."""
+"""Choose which safetensors files of a folder hold its weights, from their names: for local folders and for the hub."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.errors import SourceError
 
-#: Endings of files that can run code when read.
+#: Endings of pickle files, which can run code when read.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-#: diffusers writes a variant's name into the index in either place, by its version.
+#: Depending on its version, diffusers puts a variant's name before or after ".safetensors.index".
 _VARIANT = re.compile(r".+?\.([^.]+)\.safetensors\.index\.json|.+?\.safetensors\.index\.([^.]+)\.json")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """File names within one folder: the index, None for a single file, and the files with tensors."""
+    """File names within one folder: the index (None for a single file) and the files with tensors."""
 
     index: str | None
     files: tuple[str, ...]
@@ -27,18 +27,18 @@ class Weights:
 def pick_weights(
     names: Collection[str], read: Callable[[str], Path], where: object, what: str, stem: str | None = None
 ) -> Weights:
-    """Choose the plain weights; variants such as `model.fp16.safetensors` may lie beside them.
+    """Choose a folder's plain weights; variants such as `model.fp16.safetensors` are ignored.
 
     Args:
-        names: the names of the files in the folder.
-        read: gives the local path of one of them, to read an index.
+        names: names of the files in the folder.
+        read: returns the local path of a named file; used to read an index.
         where: the folder, for messages.
-        what: what it is, for messages.
-        stem: what the file's name must begin with, such as `diffusion_pytorch_model`; None for any.
+        what: the kind of checkpoint, for messages.
+        stem: the required beginning of the file's name, such as `diffusion_pytorch_model`; None for any.
 
     Raises:
-        SourceError: no safetensors, a pickle instead, only a variant, several to choose from, or an index that is
-            damaged or lists a file that is not there.
+        SourceError: there is no safetensors file, only pickles or only a variant; it is unclear which file to use; or
+            an index is damaged or lists a missing file.
     """
     if stem is not None:
         names = [n for n in names if n.startswith((f"{stem}.", f"{stem}-"))]
@@ -70,7 +70,7 @@ def pick_weights(
 
 
 def _variant(name: str, stem: str | None) -> str | None:
-    """The variant that a file's name gives: of an index, or of a single file whose stem is known."""
+    """The variant in the name of an index, or of a single file with this stem; None if there is none."""
     if match := _VARIANT.fullmatch(name):
         return match.group(1) or match.group(2)
     if stem is not None and (match := re.fullmatch(rf"{re.escape(stem)}\.([^.]+)\.safetensors", name)):
@@ -87,7 +87,7 @@ def _shards(
     shards = sorted({str(v) for v in weight_map.values()})
     for name in shards:
         if Path(name).name != name:
-            raise SourceError(f"{what}: {where}/{index} names {name!r}, which leaves its directory")
+            raise SourceError(f"{what}: {where}/{index} names {name!r}, which is outside its directory")
         if name not in names:
             raise SourceError(f"{what}: {where}/{name} is missing, but {index} lists it")
     return tuple(shards)

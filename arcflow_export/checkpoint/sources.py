@@ -1,4 +1,4 @@
-"""A directory or hub id -> a local directory that holds the wanted files."""
+"""Find a checkpoint: a directory or hub id -> a local directory, with the needed files downloaded if necessary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arcflow_export.errors import SourceError
 if TYPE_CHECKING:
     from arcflow_export.checkpoint.hub import Repository
 
-#: A name that ends so is meant as a file here, although the hub's rules would allow it.
+#: A name with one of these endings means a local file, although the hub's rules allow it as an id.
 _FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -30,7 +30,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checkpoint on this machine; `revision` is the hub's commit, None for a directory."""
+    """A checkpoint on this machine; `revision` is the hub's commit, or None for a plain directory."""
 
     name: str
     path: Path
@@ -39,9 +39,9 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a checkpoint on the hub, by their names below its subfolder.
+    """The files of a checkpoint on the hub; `names` are relative to its subfolder.
 
-    `read` fetches one small file and gives its local path; `where` and `what` name the checkpoint in messages.
+    `read` downloads one small file and returns its local path. `where` and `what` name the checkpoint in messages.
     """
 
     what: str
@@ -50,17 +50,17 @@ class Listing:
     read: Callable[[str], Path]
 
     def within(self, folder: str) -> set[str]:
-        """The names of the files directly in `folder`, "" for the top."""
+        """Names of the files directly inside `folder`; "" is the top folder."""
         return {name.rpartition("/")[2] for name in self.names if name.rpartition("/")[0] == folder}
 
 
-#: Chooses the files to fetch from a listing; `layout` has one for each kind of checkpoint.
+#: Chooses the files to download from a listing; `layout` has one such function for each kind of checkpoint.
 Choose = Callable[[Listing], list[str]]
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One wanted file on the hub: its size, and how many bytes of it are in the cache already."""
+    """One file on the hub: its size, and how many of its bytes are already in the cache."""
 
     name: str
     bytes: int
@@ -69,7 +69,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Download:
-    """What `resolve` would fetch; no files for a directory on this machine."""
+    """What `resolve` would download; `files` is empty for a local directory."""
 
     name: str
     revision: str | None
@@ -77,29 +77,29 @@ class Download:
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Total size of all files."""
         return sum(f.bytes for f in self.files)
 
     @property
     def cached_bytes(self) -> int:
-        """How many of `bytes` are in the hub's cache already."""
+        """How many of `bytes` are already in the hub's cache."""
         return sum(f.cached_bytes for f in self.files)
 
 
 def resolve(location: Location, what: str, choose: Choose, weights: bool = True) -> Resolved:
-    """Find a checkpoint on this machine, or fetch it from the hub into the shared cache.
+    """Find a checkpoint on this machine, or download it from the hub into the shared cache.
 
-    Files that are in the cache are not fetched again, and a file that was cut off goes on where it stopped.
+    Files that are already in the cache are not downloaded again, and an interrupted file continues where it stopped.
 
     Args:
         location: a directory, or a hub id such as `black-forest-labs/FLUX.1-dev`.
-        what: what it is, for messages ("base checkpoint", "adapter", "LoRA").
-        choose: the files to fetch from the hub.
-        weights: False fetches configs and tokenizers only.
+        what: the kind of checkpoint, for messages ("base checkpoint", "adapter", "LoRA").
+        choose: picks the files to download from the hub.
+        weights: False downloads configs and tokenizers only.
 
     Raises:
-        SourceError: there is no such directory, the hub could not be reached or refused, a transfer broke off, or the
-            disk is full.
+        SourceError: the directory does not exist, the hub cannot be reached or refuses, a download is interrupted, or
+            the disk is full.
     """
     if (found := _local(location, what)) is not None:
         return found
@@ -109,7 +109,7 @@ def resolve(location: Location, what: str, choose: Choose, weights: bool = True)
 
 
 def measure(location: Location, what: str, choose: Choose) -> Download:
-    """List what `resolve` would fetch, with sizes; fetches only the small files that say what belongs to a checkpoint.
+    """List what `resolve` would download, with sizes; downloads only the small index files that this needs.
 
     Args:
         location: as for `resolve`.
@@ -127,7 +127,7 @@ def measure(location: Location, what: str, choose: Choose) -> Download:
 
 
 def _local(location: Location, what: str) -> Resolved | None:
-    """The directory or file on this machine; None for a hub id."""
+    """The local directory or file that `location` names, or None if it is a hub id."""
     if not location.name:
         raise SourceError(f"{what}: the name is empty; give a directory or a hub id of the form 'owner/name'")
     local = Path(location.name).expanduser()
@@ -138,14 +138,14 @@ def _local(location: Location, what: str) -> Resolved | None:
         return Resolved(local.name or str(local), path, None)
     if not _is_hub_id(location.name):
         raise SourceError(
-            f"{what}: {location.name!r} is no file or directory here, nor a hub id of the form 'owner/name'; "
+            f"{what}: {location.name!r} is not a file or directory here, nor a hub id of the form 'owner/name'; "
             "check the spelling"
         )
     return None
 
 
 def _chosen(location: Location, what: str, choose: Choose) -> tuple[Repository, list[str]]:
-    """The opened repository, and the wanted files by their whole names in it."""
+    """The opened repository, and the files to download by their full names in it."""
     from arcflow_export.checkpoint.hub import open_repository
 
     repository = open_repository(location.name, location.revision, location.offline, what)
@@ -176,7 +176,7 @@ def check_present(path: Path, what: str) -> None:
     """Check that `path` is a file.
 
     Raises:
-        SourceError: it is missing, or a link to a file that is missing, as in a hub's cache that was cleaned by hand.
+        SourceError: it is missing, or is a link to a missing file, as in a hub cache that was cleaned by hand.
     """
     if path.is_symlink() and not path.exists():
         raise SourceError(
@@ -191,7 +191,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
     Raises:
-        SourceError: the file is missing or holds no JSON object.
+        SourceError: the file is missing or does not hold a JSON object.
     """
     check_present(path, what)
     try:

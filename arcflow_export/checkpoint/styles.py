@@ -1,4 +1,7 @@
-"""Ordinary style LoRAs, in diffusers' or Kohya's naming -> LoRA pairs per component, through diffusers' converters."""
+"""Read a style LoRA in diffusers' or Kohya's naming -> LoRA pairs by component and module.
+
+diffusers' own converters translate the key names.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,30 @@ from arcflow_export.checkpoint.layout import lora_files
 from arcflow_export.checkpoint.sources import Location, Resolved, resolve
 from arcflow_export.checkpoint.tensors import TensorIndex, TensorRef
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
 
 COMPONENTS = ("transformer", "text_encoder")
 _SUPPORTED = "bundles take LoRAs of the linears of transformer and text_encoder"
 _T5 = ("lora_te2_", "lora_te3_", "text_encoders.t5xxl.")
-#: The base's final projection, which a student's three heads replace; a LoRA of it has nothing to change.
+#: The base's final projection. A student's three heads replace it, so a LoRA for it is skipped.
 REPLACED = "transformer.proj_out"
 
 
 @dataclass(frozen=True)
 class MemoryRef(TensorRef):
-    """A factor that a converter made; it is small and stays in memory."""
+    """A LoRA factor that a converter made; it is small and stays in memory."""
 
     value: torch.Tensor | None = None
 
     def read(self) -> torch.Tensor:
-        """The factor."""
+        """Return the factor."""
         assert self.value is not None
         return self.value
 
 
 @dataclass(frozen=True)
 class Style:
-    """One style LoRA: pairs by component and module."""
+    """One style LoRA: its pairs by component and module, and the modules that were skipped."""
 
     source: Resolved
     scale: float
@@ -54,7 +58,7 @@ def parse_lora(text: str) -> tuple[str, float]:
         ValueError: the scale is not a finite number.
     """
     path, sep, tail = text.rpartition(":")
-    # A colon may belong to the path (a drive letter, say); only a number after it is a scale.
+    # The colon may belong to the path: `text` is a path if it exists and the part before the colon does not.
     if not sep or (Path(text).exists() and not Path(path).exists()):
         return text, 1.0
     try:
@@ -72,10 +76,11 @@ def load_style(location: Location, scale: float, family: str) -> Style:
     Args:
         location: a .safetensors file, a directory with one, or a hub id.
         scale: the strength given by the user; it multiplies alpha / rank.
-        family: "flux" or "qwen-image".
+        family: of the base.
 
     Raises:
-        SourceError: not a LoRA, a pickle, keys that no converter knows, or a component that bundles do not have.
+        SourceError: the file is not a LoRA or is a pickle, no converter knows its keys, or it changes a component that
+            bundles do not have.
     """
     source = resolve(location, "LoRA", lora_files)
     index = TensorIndex.open(source.path, "LoRA")
@@ -84,9 +89,9 @@ def load_style(location: Location, scale: float, family: str) -> Style:
         metadata = f.metadata() or {}
     raw = {key: ref.read() for key, ref in index.items()}
     if dora := [k for k in raw if "dora_scale" in k or "lora_magnitude_vector" in k]:
-        raise SourceError(f"LoRA: {file} is a DoRA ({dora[0]}), which is no plain sum of products; not supported")
+        raise SourceError(f"LoRA: {file} is a DoRA ({dora[0]}), which is not supported; give a plain LoRA")
     for key, value in raw.items():
-        # diffusers' converter drops these without a word.
+        # diffusers' converter drops these keys silently.
         if (key.startswith(_T5) or key.endswith((".diff", ".diff_b"))) and value.any():
             raise SourceError(f"LoRA: {file}: key {key!r} is not supported; {_SUPPORTED}")
     state, alphas, adapter = _convert(raw, metadata, family, file)
@@ -117,17 +122,19 @@ def load_style(location: Location, scale: float, family: str) -> Style:
 def _convert(
     raw: dict[str, torch.Tensor], metadata: dict[str, str], family: str, file: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, Any]]:
-    from diffusers import FluxPipeline, QwenImagePipeline
+    import diffusers
     from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_peft
 
+    found = facts(family)
+    pipeline = getattr(diffusers, found.pipeline)
     try:
-        if family == "flux":
-            state, alphas = FluxPipeline.lora_state_dict(dict(raw), return_alphas=True)
+        if found.lora_alphas:
+            state, alphas = pipeline.lora_state_dict(dict(raw), return_alphas=True)
         else:
-            state, alphas = QwenImagePipeline.lora_state_dict(dict(raw)), None
-    except Exception as e:  # the converters raise whatever their parsing runs into
+            state, alphas = pipeline.lora_state_dict(dict(raw)), None
+    except Exception as e:  # the converters raise many types for unknown keys
         raise SourceError(f"LoRA: {file}: diffusers' converter does not know its keys ({e})") from None
-    # The converter leaves CLIP's factors in an older naming of diffusers' own.
+    # The converter leaves CLIP's factors in an older naming of diffusers.
     text_encoder = {k: v for k, v in state.items() if k.startswith("text_encoder.")}
     state = {k: v for k, v in state.items() if k not in text_encoder}
     state |= convert_state_dict_to_peft(text_encoder, original_type=StateDictType.DIFFUSERS_OLD)
@@ -149,7 +156,7 @@ def _convert(
 def _alpha(
     alphas: dict[str, float], adapter: dict[str, Any], module: str, component: str, name: str, rank: int
 ) -> float:
-    """LoRA alpha of a module: its own key, else the adapter's metadata, else the rank (a scale of 1)."""
+    """The LoRA alpha of a module: from its own key, else from the adapter's metadata, else the rank (a scale of 1)."""
     for key in (f"{module}.alpha", f"{module}.lora_A.alpha", f"{name}.alpha"):
         if key in alphas:
             return alphas[key]

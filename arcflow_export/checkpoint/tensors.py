@@ -1,4 +1,4 @@
-"""A directory of safetensors (one file, or shards with an index) -> tensors by name, read one at a time."""
+"""Index the tensors of a safetensors file or directory by name, and read them one at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from arcflow_export.checkpoint.sources import check_present
 from arcflow_export.errors import SourceError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: What `TensorIndex.digest` reads of a file at most: 64 MiB.
+#: `TensorIndex.digest` reads at most this many blocks of this size from a file: 64 MiB.
 _SAMPLES, _SAMPLE_BYTES = 4096, 16 << 10
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One tensor in one file; reading it maps the file only for that long, so that resident memory stays small."""
+    """One tensor in one file. The file is mapped only while the tensor is read, so that resident memory stays small."""
 
     path: Path
     key: str
@@ -77,14 +77,14 @@ class TensorIndex(Mapping[str, TensorRef]):
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the tensors, in order of their names."""
+        """The files that hold the tensors, sorted by name."""
         return sorted({r.path for r in self._refs.values()})
 
     def digest(self) -> str:
-        """SHA-256 over every file's name, size and safetensors header, and its values or a sample of them.
+        """SHA-256 over every file's name, size, safetensors header and a sample of its values (all of a small file).
 
-        It tells weights apart, which training changes nearly everywhere, in well under a second for 24 GB; it is not
-        for finding damage.
+        It takes well under a second for 24 GB. It tells two sets of weights apart, because training changes nearly
+        every value. It does not detect damage to single values.
         """
         sha = hashlib.sha256()
         for path in self.files:
@@ -99,7 +99,8 @@ class TensorIndex(Mapping[str, TensorRef]):
         """Index a .safetensors file, or a directory with one such file or with shards and an index.
 
         Raises:
-            SourceError: no safetensors, a pickle instead, a missing or truncated shard, an unsupported dtype.
+            SourceError: there is no safetensors file, the file is a pickle, a shard is missing or truncated, or a dtype
+                is not supported.
         """
         files = [path] if path.is_file() else _files(path, what)
         refs: dict[str, TensorRef] = {}
@@ -121,10 +122,11 @@ class TensorIndex(Mapping[str, TensorRef]):
 
 
 def uncache(path: Path) -> None:
-    """Start writing a file's dirty pages and drop its clean ones, unless mapped, from the page cache.
+    """Drop a file's pages from the page cache: clean pages at once, dirty ones after they are written; not mapped ones.
 
-    What is read or written once then leaves the user's other files in the cache, and the kernel reuses a few pages
-    instead of finding new ones for every byte, which can take it as long as the copying. Only advice; not on macOS.
+    Without this, a file that is read or written only once pushes the user's other files out of the cache, and the
+    kernel looks for new pages for every byte, which can take as long as the copying. It is only a hint to the kernel,
+    and does nothing on macOS.
     """
     if hasattr(os, "posix_fadvise"):
         fd = os.open(path, os.O_RDONLY)
@@ -148,7 +150,7 @@ def _read_header(path: Path) -> bytes:
 
 
 def _sample(path: Path) -> Iterator[bytes]:
-    """Blocks at equal distances, which are the whole of a small file."""
+    """Blocks at equal distances; together they cover all of a small file."""
     size = path.stat().st_size
     with path.open("rb") as f:
         for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
@@ -157,7 +159,7 @@ def _sample(path: Path) -> Iterator[bytes]:
 
 
 def _check_file(path: Path, what: str) -> None:
-    """Name the usual ways a file is bad before the parser's own message."""
+    """Report the usual faults of a file in clearer words than the safetensors parser does."""
     check_present(path, what)
     if path.suffix in PICKLES:
         raise SourceError(f"{what}: {path} is a pickle, which can run code when read; convert it to safetensors")

@@ -1,4 +1,7 @@
-"""Say what a stage will take before it starts, and refuse one that cannot fit; for every command that takes long."""
+"""Print a stage's estimated time, memory and disk before it starts, and refuse a stage that cannot fit.
+
+Every command that takes long calls `announce`.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,25 @@ if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
     from arcflow_export.costs.machine import Machine
 
-#: Below this nobody waits for a measurement of the machine.
+#: Work shorter than this is estimated with typical speeds, because measuring the machine would take too long.
 _SHORT_S = 60.0
 
 
 def add_anyway(parser: argparse.ArgumentParser) -> None:
     """Declare --anyway."""
-    parser.add_argument(
-        "--anyway", action="store_true", help="start even if the memory or disk that it needs is not free"
-    )
+    parser.add_argument("--anyway", action="store_true", help="start even if there is not enough free memory or disk")
 
 
 def announce(cost_of: Callable[[Machine], Cost], folder: Path, anyway: bool) -> None:
     """Print a stage's cost on stderr.
 
     Args:
-        cost_of: the cost on a machine.
-        folder: on the disk that is written to.
-        anyway: do not refuse.
+        cost_of: computes the cost for a machine.
+        folder: a folder on the disk that will be written to.
+        anyway: do not refuse a stage that cannot fit.
 
     Raises:
-        ExportError: it cannot fit.
+        ExportError: the stage cannot fit.
     """
     from arcflow_export.costs.costs import check_fits
     from arcflow_export.costs.machine import measure, typical

@@ -1,8 +1,8 @@
-"""Compile a student: download, export, calibrate, quantise, verify and build, whatever of it is still to be done.
+"""Compile a student: download, export, calibrate, quantise, verify and build, skipping the stages that are done.
 
-STUDENT is flux, qwen, or a TOML file that names the base, the adapter and the options of each stage. Every stage is a
-process of its own. Stopped at any time, the same command goes on, and does no finished stage again; one whose inputs
-or options changed is done anew. A plan is printed first, and what each stage took at the end.
+STUDENT is flux, qwen, or a TOML file that names the base, the adapter and the options of each stage. Every stage runs
+in its own process. If the command is stopped, run it again: it continues and repeats no finished stage. A stage whose
+inputs or options have changed runs again. The plan is printed first, and what each stage took is printed at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from arcflow_export.pipeline.stages import Job
+    from arcflow_export.pipeline.stages import CompileJob
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what says what to compile, which `arcflow plan` takes too."""
+    """Declare the arguments that describe the job; `arcflow plan` takes them too."""
     parser.add_argument("student", metavar="STUDENT", help="flux, qwen or a .toml file")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the student's")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
@@ -37,15 +37,15 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("out"),
         metavar="FOLDER",
-        help="for NAME-PRECISION, NAME-scales.json and NAME-drift; default: %(default)s",
+        help="folder for NAME-PRECISION, NAME-scales.json and NAME-drift; default: %(default)s",
     )
     group = parser.add_argument_group("FP8")
     group.add_argument("--policy", metavar="NAME|FILE", help="which layers are quantised, and the gate's thresholds")
-    group.add_argument("--scales", type=Path, metavar="FILE", help="of an earlier calibration; made if it is not there")
-    group.add_argument("--no-gate", action="store_true", help="leave the drift gate out")
-    group.add_argument("--device", choices=("cpu", "cuda"), help="of calibration; default: the GPU if torch has one")
-    group.add_argument("--limit", type=int, metavar="N", help="prompts of calibration and of the gate")
-    group.add_argument("--size", type=_size, metavar="HEIGHTxWIDTH", help="images of calibration and gate, in pixels")
+    group.add_argument("--scales", type=Path, metavar="FILE", help="scales of a calibration; written if missing")
+    group.add_argument("--no-gate", action="store_true", help="skip the drift gate")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="for calibration; default: the GPU if torch has one")
+    group.add_argument("--limit", type=int, metavar="N", help="number of prompts for calibration and for the gate")
+    group.add_argument("--size", type=_size, metavar="HEIGHTxWIDTH", help="image size for calibration and gate, in px")
     parser.add_argument("--offline", action="store_true", help="use the hub's cache only")
     parser.add_argument("--anyway", action="store_true", help="start even if a stage does not fit in memory or on disk")
 
@@ -53,7 +53,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile."""
     from arcflow_export.pipeline.check import check_job
-    from arcflow_export.pipeline.run import Run
+    from arcflow_export.pipeline.run import CompileRun
 
     job = read_job(args)
     check_job(job)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print(text, flush=True)
 
-    task, code = Run(job, say, args.json), 0
+    task, code = CompileRun(job, say, args.json), 0
     if args.dry_run:
         task.plan(job_arguments(args))
     else:
@@ -72,21 +72,21 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def read_job(args: argparse.Namespace) -> Job:
-    """What the options of `add_job_arguments` say.
+def read_job(args: argparse.Namespace) -> CompileJob:
+    """The job that the options of `add_job_arguments` describe.
 
     Raises:
         RequestError: an option is out of range.
-        SourceError: the student file is missing or wrong.
+        SourceError: the student file is missing or not valid.
     """
-    from arcflow_export.pipeline.stages import Job
+    from arcflow_export.pipeline.stages import CompileJob
     from arcflow_export.pipeline.students import load_student_file
     from arcflow_runtime.errors import RequestError
 
     if args.limit is not None and args.limit < 1:
         raise RequestError(f"--limit must be at least 1, got {args.limit}")
     student = load_student_file(args.student)
-    return Job(
+    return CompileJob(
         student,
         args.out,
         args.precision or student.precision,
@@ -104,7 +104,7 @@ def read_job(args: argparse.Namespace) -> Job:
 
 
 def job_arguments(args: argparse.Namespace) -> list[str]:
-    """The options that `read_job` reads, as words again."""
+    """The options that `read_job` reads, as command-line words."""
     words = [args.student, "--backend", args.backend, "--out", str(args.out)]
     for name in ("precision", "target", "policy", "scales", "device", "limit"):
         if (value := getattr(args, name)) is not None:

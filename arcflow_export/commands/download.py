@@ -1,6 +1,6 @@
-"""Download a student's base, adapter and LoRAs from the hub into its cache: exactly what the later stages read.
+"""Download a student's base, adapter and LoRAs from the hub into its cache: exactly the files that later stages read.
 
-What is in the cache is not fetched again, and a file whose transfer was cut off goes on where it stopped.
+Files that are already in the cache are not downloaded again, and an interrupted download continues where it stopped.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_source_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print where everything is, and the commits, as JSON")
+    parser.add_argument("--json", action="store_true", help="print the paths and commits as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Download and print where everything is."""
+    """Download the files and print their paths."""
     from huggingface_hub.utils import logging
 
     from arcflow_export.checkpoint.sources import measure, resolve
 
     logging.set_verbosity_error()
     wanted = _wanted(args)
-    # A mistake in any of them is found before the first is fetched, which may take an hour.
+    # Check all of them before the first download, which may take an hour.
     sizes = [measure(location, what, choose) for what, location, choose in wanted]
     rows = []
     for (what, location, choose), size in zip(wanted, sizes, strict=True):
         if size.files:
-            here = f", of which {size.cached_bytes / 1e9:.2f} GB are here already" if size.cached_bytes else ""
+            here = f", {size.cached_bytes / 1e9:.2f} GB of it already in the cache" if size.cached_bytes else ""
             print(f"{what}: {size.name}, {size.bytes / 1e9:.2f} GB{here}", file=sys.stderr)
         found = resolve(location, what, choose)
         rows.append(

@@ -1,7 +1,7 @@
 """Merge a base checkpoint, an ArcFlow adapter and LoRAs, and write them as a bundle of ONNX graphs.
 
 Weights are read, merged and written one tensor at a time, so that a 20-billion-parameter student exports within
-4 GiB of memory. The bundle appears whole or not at all.
+4 GiB of memory. The bundle's directory appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -17,21 +17,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcflow_export.commands.announce import add_anyway, announce
-from arcflow_export.commands.bars import Bars
-from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
-from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, Options
+from arcflow_export.commands.sources import (
+    add_schedule_arguments,
+    add_source_arguments,
+    check_schedule,
+    open_student,
+    quiet_libraries,
+    warn_of_shift,
+)
+from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, ExportOptions
+from arcflow_export.progress import ByteBars
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
     from arcflow_export.costs.machine import Machine
-    from arcflow_export.export.export import Plan
+    from arcflow_export.export.export import ExportPlan
     from arcflow_export.student.load import Student
     from arcflow_runtime.disk.manifest import DType
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = Options()
+    default = ExportOptions()
     add_source_arguments(parser)
     group = parser.add_argument_group("bundle")
     group.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
@@ -41,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: SHORT_DTYPES.get(text, text),
         choices=DTYPES,
         default=default.dtype,
-        help="fp32, bf16 and fp16 for short; default: %(default)s",
+        help="or short: fp32, bf16, fp16; default: %(default)s",
     )
     group.add_argument(
         "--precision",
@@ -55,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN[,...]",
-        help="linears to keep in float32 in parts of reduced precision, by name; repeatable",
+        help="names of linears to keep in float32 in parts of reduced precision; repeatable",
     )
     group.add_argument(
         "--scales",
         type=Path,
         metavar="FILE",
-        help="of `arcflow calibrate`: keep in float32 what comes within half of float16's range there",
+        help="from `arcflow calibrate`: keep linears in float32 whose output exceeds half of float16's range there",
     )
     group.add_argument(
         "--opset",
@@ -75,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_steps,
         default=default.steps,
         metavar="N[,N...]",
-        help="step counts to bake for Qwen-Image; the first is the bundle's default (2)",
+        help="step counts whose modulation is baked for Qwen-Image; the first is the bundle's default; default: 2",
     )
     group.add_argument(
         "--keep-conditioner",
         action="store_true",
-        help="ship Qwen-Image's conditioner too, for step counts that are not baked",
+        help="also write Qwen-Image's conditioner, for step counts that are not baked",
     )
     group.add_argument(
         "--max-px", type=int, default=default.max_px, metavar="PX", help="largest height or width; default: %(default)s"
@@ -90,10 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=default.max_sequence_length,
         metavar="TOKENS",
-        help="largest number of text tokens, and the default; default: %(default)s",
+        help="largest number of text tokens, and the bundle's default; default: %(default)s",
     )
+    add_schedule_arguments(group)
     add_anyway(parser)
-    group.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
+    group.add_argument("--dry-run", action="store_true", help="check everything and print what would be written")
     group.add_argument("--json", action="store_true", help="print the plan or result as JSON")
 
 
@@ -108,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_export.export.export import export_bundle, plan_export
 
     student = open_student(args)
+    warn_of_shift(student, options.shift)
     if args.scales is not None:
         options = _with_measured(options, args.scales, student)
     plan = plan_export(student, options)
@@ -120,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"dry run: {plan.bytes:,} bytes of weights would be written to {args.out}")
         return 0
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
-    with Bars() as bars:
+    with ByteBars() as bars:
         out = export_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
     from arcflow_export.export.runs_on import runs_on
     from arcflow_runtime.disk.bundle import Bundle
@@ -131,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_as_dict(plan) | result, indent=2))
         return 0
     following = (
-        f'draw with: arcflow generate {out} "a prompt" --out picture.png'
+        f'generate with: arcflow generate {out} "a prompt" --out image.png'
         if found.onnxruntime
         else f"build engines with: arcflow build {out} --backend tensorrt-rtx --target sm89"
     )
@@ -139,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cost(plan: Plan, machine: Machine) -> Cost:
+def _cost(plan: ExportPlan, machine: Machine) -> Cost:
     from arcflow_export.costs.costs import export_cost
     from arcflow_export.costs.work import PartWork
 
@@ -162,14 +171,15 @@ def _steps(text: str) -> tuple[int, ...]:
     return steps
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace) -> ExportOptions:
     from arcflow_runtime.errors import RequestError
 
     if args.max_px < 16 or args.max_px % 16:
         raise RequestError(f"--max-px must be a positive multiple of 16, got {args.max_px}")
     if args.max_sequence_length < 1:
         raise RequestError(f"--max-sequence-length must be at least 1, got {args.max_sequence_length}")
-    return Options(
+    check_schedule(args)
+    return ExportOptions(
         args.dtype,
         args.opset,
         args.steps,
@@ -178,6 +188,8 @@ def _options(args: argparse.Namespace) -> Options:
         args.max_sequence_length,
         _precision(args.precision),
         tuple(pattern for text in args.keep_float32 for pattern in _items(text, "--keep-float32")),
+        args.shift,
+        args.timestep_ratio,
     )
 
 
@@ -186,12 +198,12 @@ def _items(text: str, option: str) -> list[str]:
 
     items = [item.strip() for item in text.split(",")]
     if not all(items):
-        raise RequestError(f"{option} must be names with commas between, got {text!r}")
+        raise RequestError(f"{option} must be names separated by commas, got {text!r}")
     return items
 
 
 def _precision(texts: list[str]) -> tuple[tuple[str, DType], ...]:
-    """The values of --precision -> (part, dtype) pairs, each part once."""
+    """Parse the values of --precision -> (part, dtype) pairs, each part once."""
     import difflib
 
     from arcflow_runtime.errors import RequestError
@@ -207,31 +219,31 @@ def _precision(texts: list[str]) -> tuple[tuple[str, DType], ...]:
             raise RequestError(f"--precision must be PART=DTYPE such as text_encoder_2=bf16, got {item!r}")
         part = "vae_decoder" if name == "vae" else name
         if part not in PARTS:
-            raise RequestError(f"--precision: no part is called {name!r}, only {', '.join(PARTS)}{close(name, PARTS)}")
+            raise RequestError(f"--precision: PART must be one of {', '.join(PARTS)}, got {name!r}{close(name, PARTS)}")
         if dtype in ("fp8", "float8", "fp8_e4m3"):
-            raise RequestError(f"--precision: {item}: FP8 comes after the export, from `arcflow quantize`")
+            raise RequestError(f"--precision: {item}: an export cannot write FP8; use `arcflow quantize` afterwards")
         known: dict[str, DType] = {**SHORT_DTYPES, **{d: d for d in DTYPES}}
         if dtype not in known:
             raise RequestError(
-                f"--precision: {name} must be in {', '.join(DTYPES)}, got {dtype!r}{close(dtype, known)}"
+                f"--precision: {name} must be one of {', '.join(DTYPES)}, got {dtype!r}{close(dtype, known)}"
             )
         if chosen.setdefault(part, known[dtype]) != known[dtype]:
             raise RequestError(f"--precision: {part} is given as {chosen[part]} and as {known[dtype]}; choose one")
     return tuple(chosen.items())
 
 
-def _with_measured(options: Options, scales: Path, student: Student) -> Options:
-    """The options with the layers added that a file of scales shows to come near float16's limit."""
+def _with_measured(options: ExportOptions, scales: Path, student: Student) -> ExportOptions:
+    """Add the layers to `keep_float32` whose outputs came near float16's limit in calibration."""
     from arcflow_export.student.keep import measured
     from arcflow_runtime.errors import RequestError
 
     if "float16" not in map(options.part_dtype, PARTS):
-        raise RequestError("--scales: no part is in float16, so nothing can overflow; leave it out")
+        raise RequestError("--scales: no part is in float16, so nothing can overflow; leave the option out")
     layers = measured(scales, student, options.part_dtype)
     return dataclasses.replace(options, keep_float32=(*options.keep_float32, *layers))
 
 
-def _describe(plan: Plan) -> str:
+def _describe(plan: ExportPlan) -> str:
     student = plan.student
     adapter = student.adapter
     ranks = sorted({pair.a.shape[0] for pair in adapter.loras.values()})
@@ -260,7 +272,7 @@ def _describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _as_dict(plan: Plan) -> dict[str, Any]:
+def _as_dict(plan: ExportPlan) -> dict[str, Any]:
     adapter = plan.student.adapter
     return {
         "family": plan.student.family,

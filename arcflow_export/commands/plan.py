@@ -1,7 +1,7 @@
-"""Say what `arcflow compile` will take, stage by stage: time, peak memory and disk, before anything runs.
+"""Estimate time, peak memory and disk of every stage of `arcflow compile`, before anything runs.
 
-From sums over the student's configs and the measured speed of this machine; of checkpoints on the hub the configs are
-fetched, and no weights. Takes the options of `arcflow compile`.
+The estimate uses the student's configs and the measured speed of this machine. Configs of checkpoints on the hub are
+downloaded, but no weights. Takes the options of `arcflow compile`.
 """
 
 from __future__ import annotations

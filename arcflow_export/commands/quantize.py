@@ -1,7 +1,7 @@
-"""Put the linears that a policy selects into FP8 (E4M3), with explicit Q and DQ, and write a new bundle.
+"""Quantise the linears that a policy selects to FP8 (E4M3), with explicit Q and DQ nodes, and write a new bundle.
 
-Weights get a scale per output channel, activations one per tensor from the calibrated ranges. Weights are read one
-tensor at a time, so that memory does not grow with the student. Parts that do not change are copied.
+Weights get one scale per output channel. Activations get one scale per tensor, from the calibrated ranges. Weights are
+read one tensor at a time, so that memory does not grow with the student. Unchanged parts are copied.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_export.commands.announce import add_anyway, announce
-from arcflow_export.commands.bars import Bars
 from arcflow_export.errors import QuantizeError
+from arcflow_export.families import facts
+from arcflow_export.progress import ByteBars
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
     from arcflow_export.costs.machine import Machine
     from arcflow_export.quantize.coverage import Coverage
-    from arcflow_export.quantize.quantize import Plan
+    from arcflow_export.quantize.quantize import QuantizationPlan
     from arcflow_runtime.disk.bundle import Bundle
 
 _SHOWN = 8
@@ -36,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="NAME|FILE", help="preset or .toml file (default: the family's preset)")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE8", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
-    parser.add_argument("--height", type=int, metavar="PX", help="to count FLOPs for (default: the bundle's)")
-    parser.add_argument("--width", type=int, metavar="PX", help="to count FLOPs for (default: the bundle's)")
+    parser.add_argument("--height", type=int, metavar="PX", help="image height for FLOPs (default: the bundle's)")
+    parser.add_argument("--width", type=int, metavar="PX", help="image width for FLOPs (default: the bundle's)")
     add_anyway(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise the bundle and print what is covered."""
+    """Quantise the bundle and print how much of it is quantised."""
     from arcflow_export.export.staging import check_out
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.generate.request import check_request
@@ -55,17 +56,20 @@ def run(args: argparse.Namespace) -> int:
         raise QuantizeError(f"--out: {args.out} is the bundle itself; give another name")
     check_out(args.out, args.overwrite)
 
-    from arcflow_export.formats.policy import DEFAULT_PRESETS, load_policy
+    from arcflow_export.formats.policy import load_policy
     from arcflow_export.formats.scales import Scales
     from arcflow_export.quantize.coverage import cover_part
     from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 
-    policy = load_policy(args.policy or DEFAULT_PRESETS[m.family])
-    plan = plan_quantization(bundle, Scales.load(args.scales), policy)
+    policy = load_policy(args.policy or facts(m.family).policy)
+    scales = Scales.load(args.scales)
+    plan = plan_quantization(bundle, scales, policy)
+    for warning in scales.warnings(m):
+        print(f"warning: {warning}", file=sys.stderr)
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     size = (request.height_px, request.width_px)
     rows = [cover_part(m, p.name, p.linears, p.chosen, *size) for p in plan.parts]
-    with Bars() as bars:
+    with ByteBars() as bars:
         out = quantize_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
     quantized = Bundle.open(out)
     if args.json:
@@ -73,13 +77,13 @@ def run(args: argparse.Namespace) -> int:
         result = {"out": str(out), "policy": policy.name, "height_px": size[0], "width_px": size[1], "parts": parts}
         print(json.dumps(result | {"stages": bars.stages}, indent=2))
     else:
-        print(f"policy {policy.name}, {policy.format}; FLOPs of linears, one {size[1]}x{size[0]} picture")
+        print(f"policy {policy.name}, {policy.format}; FLOPs of linears, one {size[1]}x{size[0]} image")
         print(_table(rows, bundle, quantized))
         print(f"wrote {out}")
     return 0
 
 
-def _cost(plan: Plan, machine: Machine) -> Cost:
+def _cost(plan: QuantizationPlan, machine: Machine) -> Cost:
     from arcflow_export.costs.costs import quantize_cost
     from arcflow_export.costs.work import PartWork
 
@@ -125,5 +129,5 @@ def _table(rows: list[Coverage], before: Bundle, after: Bundle) -> str:
     for r in rows:
         if r.quantized_linears and r.left:
             more = f" and {len(r.left) - _SHOWN} more" if len(r.left) > _SHOWN else ""
-            lines.append(f"  left as they are in {r.part}: {', '.join(r.left[:_SHOWN])}{more}")
+            lines.append(f"  not quantised in {r.part}: {', '.join(r.left[:_SHOWN])}{more}")
     return "\n".join(lines)

@@ -1,16 +1,20 @@
-"""The options that name a student: base, adapter and LoRAs, shared by every command that reads one."""
+"""The command-line options that name a student (base, adapter, LoRAs), for every command that reads one."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from typing import TYPE_CHECKING
+
+from arcflow_export.options import SHIFT, TIMESTEP_RATIO
 
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Declare --base, --adapter, --lora and what refines them; the first two may be `required`."""
+    """Declare --base, --adapter, --lora and their further options; `required` applies to the first two."""
     group = parser.add_argument_group("student")
     group.add_argument("--base", required=required, metavar="DIR|ID", help="base checkpoint in diffusers format")
     group.add_argument("--base-subfolder", metavar="NAME")
@@ -28,10 +32,50 @@ def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True)
     group.add_argument("--offline", action="store_true", help="use the hub's cache only")
 
 
-def quiet_libraries() -> None:
-    """Silence the chatter of transformers, diffusers and the hub's client; their errors are exceptions.
+def add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
+    """Declare --shift and --timestep-ratio."""
+    group.add_argument(
+        "--shift",
+        type=float,
+        default=SHIFT,
+        metavar="S",
+        help="timestep shift that the student was trained with; default: %(default)s, as for the released students",
+    )
+    group.add_argument(
+        "--timestep-ratio",
+        type=float,
+        default=TIMESTEP_RATIO,
+        metavar="R",
+        help="length of the last step relative to the others, above 0 and at most 1; default: %(default)s",
+    )
 
-    The hub's own bars stay, which transformers would switch off with its own: a download can take an hour.
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Check --shift and --timestep-ratio.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    from arcflow_runtime.errors import RequestError
+
+    if not (math.isfinite(args.shift) and args.shift > 0):
+        raise RequestError(f"--shift must be above 0 and finite, got {args.shift:g}")
+    if not 0 < args.timestep_ratio <= 1:
+        raise RequestError(f"--timestep-ratio must be above 0 and at most 1, got {args.timestep_ratio:g}")
+
+
+def warn_of_shift(student: Student, shift: float) -> None:
+    """Print a warning if the base's scheduler has another fixed shift."""
+    from arcflow_export.student.schedule import shift_warning
+
+    if warning := shift_warning(student.base.path, shift):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def quiet_libraries() -> None:
+    """Silence log output of transformers, diffusers and the hub's client; their errors are exceptions.
+
+    The hub's progress bars stay, because a download can take an hour. transformers would switch them off with its own.
     """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
@@ -48,11 +92,11 @@ def quiet_libraries() -> None:
 
 
 def open_student(args: argparse.Namespace) -> Student:
-    """The student that the options name.
+    """Open the student that the options name.
 
     Raises:
         RequestError: --lora is malformed.
-        SourceError: anything is missing, damaged or does not fit.
+        SourceError: a file is missing or damaged, or does not fit the others.
     """
     from arcflow_export.checkpoint.sources import Location
     from arcflow_export.checkpoint.styles import parse_lora

@@ -1,14 +1,15 @@
 """Compare a bundle with the torch student it was made from, or --against another bundle, per part and end to end.
 
-With --base and --adapter, those that the bundle was made from: the torch side shares nothing with the bundle:
-diffusers' transformer, LoRA unmerged, its own update. Every quantity is compared with torch in float32: a float32 part
-must agree to 1e-4, one in bfloat16 or float16 may be as far as twice what torch is in that precision, itself run
-several times with other roundings. float16 parts are checked for overflow. Weights that do not fit in memory are read
-from disk as they are used. Exit code 1 if anything disagrees.
+With --base and --adapter: compare with torch. Give the base and adapter that the bundle was made from. The torch side
+shares nothing with the bundle: it is diffusers' transformer with unmerged LoRA and its own update. Every quantity is
+compared with torch in float32. A float32 part must agree to 1e-4. For a bfloat16 or float16 part the bound is about
+twice torch's own error in that precision, over several runs with random rounding. float16 parts are checked for
+overflow. Weights that do not fit in memory are read from disk as they are used. Exit code 1 if anything disagrees.
 
-With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, FP8 with its own
-rounding. Errors are reported per part on the reference's inputs, end to end, and for every quantised layer. Exit code
-1 past a threshold of the policy; it says which, by how much, and which layers to leave out.
+With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, and FP8 is rounded
+as on a GPU. Errors are reported for each part on the reference's inputs, end to end, and for every quantised layer.
+Exit code 1 if a threshold of the policy does not hold; the output says which, by how much, and which layers to leave
+out.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
     from arcflow_export.costs.machine import Machine
     from arcflow_export.student.load import Student
-    from arcflow_export.verify.verify import Row
+    from arcflow_export.verify.verify import VerifyRow
     from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.disk.manifest import Range
+    from arcflow_runtime.disk.manifest import SizeRange
     from arcflow_runtime.generate.request import Request
 
 HEIGHT_PX, WIDTH_PX = 64, 96
@@ -44,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser, required=False)
     add_drift_arguments(parser)
     parser.add_argument(
-        "--prompt", action="append", default=[], help="repeatable; two are built in; see --prompts for --against"
+        "--prompt", action="append", default=[], help="repeatable; default: two built-in ones; --against has --prompts"
     )
-    against = "or the nearest that the bundle has; with --against what it draws"
+    against = "or the nearest allowed size; with --against the bundle's default"
     parser.add_argument("--height", type=int, help=f"in pixels; default: {HEIGHT_PX} {against}")
     parser.add_argument("--width", type=int, help=f"in pixels; default: {WIDTH_PX} {against}")
     parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="print JSON instead of tables; with --against into FILE"
+        "--json", nargs="?", const="-", metavar="FILE", help="print JSON instead of tables; FILE only with --against"
     )
 
 
@@ -62,12 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_mode(args: argparse.Namespace) -> None:
-    """Refuse options of the other kind of comparison, which would be ignored."""
+    """Refuse options that belong to the other kind of comparison, because they would be ignored."""
     if args.against is None:
         if missing := [f"--{name}" for name in ("base", "adapter") if getattr(args, name) is None]:
             raise RequestError(f"give {' and '.join(missing)}, or --against BUNDLE to compare with another bundle")
         if args.json not in (None, "-"):
-            raise RequestError(f"--json takes no file without --against, got {args.json!r}; redirect the output")
+            raise RequestError(f"--json takes a file only with --against, got {args.json!r}; redirect the output")
     kinds = {True: ("base", "adapter", "lora", "prompt"), False: ("report", "prompts", "limit", "judge", "policy")}
     if wrong := [f"--{name}" for name in kinds[args.against is not None] if getattr(args, name)]:
         how = "with" if args.against is not None else "without"
@@ -94,7 +95,7 @@ def _run_torch(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from arcflow_export.drift.comparable import check_student
-    from arcflow_export.verify.verify import Case, as_dict, verify_bundle
+    from arcflow_export.verify.verify import VerifyCase, as_dict, verify_bundle
 
     student = open_student(args)
     if student.family != bundle.manifest.family:
@@ -104,7 +105,7 @@ def _run_torch(args: argparse.Namespace) -> int:
         )
     check_student(bundle, student.sources)
     announce(partial(_cost, bundle, student, request, len(prompts)), Path.cwd(), args.anyway)
-    cases = [Case(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
+    cases = [VerifyCase(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
     with tqdm(total=len(cases) + 1, disable=None) as bar:
 
         def progress(stage: str) -> None:
@@ -140,11 +141,11 @@ def _cost(bundle: Bundle, student: Student, request: Request, cases: int, machin
     return verify_cost(parts, cases, steps, RUNS if reduced else 0, student.base_bytes, student.adapter_bytes, machine)
 
 
-def _nearest(size_px: int, allowed: Range) -> int:
+def _nearest(size_px: int, allowed: SizeRange) -> int:
     return min(max(size_px, allowed.min), allowed.max)
 
 
-def _advice(overflowing: list[Row], layers: tuple[str, ...]) -> str:
+def _advice(overflowing: list[VerifyRow], layers: tuple[str, ...]) -> str:
     parts = list(dict.fromkeys(r.what.partition(":")[0] for r in overflowing))
     first = overflowing[0]
     advice = f"float16 overflows in {', '.join(parts)}, first at {first.node}. "

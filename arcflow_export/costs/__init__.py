@@ -1,1 +1,1 @@
-"""What a stage will take: operations, bytes and the machine's speed -> seconds, memory and disk."""
+"""Estimate the time, memory and disk of a stage before it starts, from counts of its work and the machine's speed."""

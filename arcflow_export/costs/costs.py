@@ -1,7 +1,8 @@
-"""What each stage will take: a student's or a bundle's sums and the machine's speeds -> time, memory and disk.
+"""Estimate time, memory and disk of each stage, from counts of its work and the machine's speeds.
 
-Every sum is of things that are counted before the stage starts: operations, bytes read and written, tensors. The
-factors in front of them were measured with FLUX.1-dev's sizes and with the small students (`benchmarks/rehearsal.py`).
+The commands print these estimates and refuse a stage that cannot fit. The counts are known before the stage starts:
+operations, bytes read and written, tensors. Their factors were measured with FLUX.1-dev's sizes and with the small
+students (`benchmarks/rehearsal.py`).
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ from arcflow_export.student.memory import stays_on_disk
 from arcflow_runtime.build.cost import builder_bytes, builder_seconds
 
 GIB = 1 << 30
-#: Resident memory of a process that has imported what export and the gate need.
+#: Resident memory of a process that has imported the libraries of export and the gate.
 _IMPORTED_BYTES = 7 * GIB // 10
-#: Of one that has imported torch and diffusers alone.
+#: Resident memory of a process that has imported torch and diffusers only.
 _TORCH_BYTES = 9 * GIB // 20
-#: Seconds that such a process takes to start, on a machine that does `_STEPS` simple statements a second.
+#: Seconds that such a process takes to start, on a machine that runs `_STEPS` simple Python statements per second.
 _START_S, _STEPS = 12.0, 33e6
 
 
-#: Seconds to trace and convert what belongs to one parameter tensor: about four operators of a graph.
+#: Seconds to trace and convert the graph per parameter tensor; each tensor has about four operators.
 _TRACE_S = 0.05
-#: Passes over a weight's elements while it is merged, quantised or widened, and elements a second of one such pass.
+#: Elements per second of one pass over a weight while it is merged, quantised or widened.
 _ELEMENTS = 1.2e9
-#: Values of the largest size that are in memory at once: in the gate what a node takes and gives, and both rounded; in
-#: torch what a calibrator compares as well.
+#: Number of values of the largest size in memory at once. In the gate: a node's input and output, and both rounded. In
+#: torch: input, output, and the copy that a calibrator compares.
 _VALUES, _TORCH_VALUES = 4, 3
-#: How much longer a network takes than its products alone: norms, activations, rotations; in the gate every result is
-#: rounded too.
+#: Time of a network over the time of its matrix products: norms, activations and rotations add to it, and in the gate
+#: the rounding of every result.
 _TORCH, _EMULATED = 1.25, 1.4
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage takes: `memory_bytes` is the peak of its process, `disk_bytes` what it adds to the disk.
+    """The estimate for one stage: `memory_bytes` is the peak of its process, `disk_bytes` what it adds to the disk.
 
-    `seconds` is None where nothing is known of it, as of a download. `smaller` says what makes it fit.
+    `seconds` is None if the time is unknown, as for a download. `smaller` tells the user how to make the stage fit.
     """
 
     stage: str
@@ -51,14 +52,14 @@ class Cost:
     smaller: str = ""
 
     def sentence(self) -> str:
-        """One line for the terminal."""
+        """The estimate as one line for the terminal."""
         time = "" if self.seconds is None else f"about {duration(self.seconds)}, "
         disk = f", {self.disk_bytes / 1e9:.1f} GB of disk" if self.disk_bytes >= 5e7 else ""
         return f"{self.stage}: {time}{self.memory_bytes / GIB:.1f} GiB of memory{disk}"
 
 
 def misfit(cost: Cost, machine: Machine) -> str | None:
-    """A sentence that says why a stage cannot fit and what makes it fit; None where it does."""
+    """If a stage cannot fit, a sentence that says why and what to do; else None."""
     for what, unit, scale, needed, free in (
         ("memory", "GiB", GIB, cost.memory_bytes, machine.free_memory_bytes),
         ("disk", "GB", 1e9, cost.disk_bytes, machine.free_disk_bytes),
@@ -70,17 +71,17 @@ def misfit(cost: Cost, machine: Machine) -> str | None:
 
 
 def check_fits(cost: Cost, machine: Machine) -> None:
-    """Refuse a stage that cannot fit, before it starts.
+    """Check that a stage fits, before it starts.
 
     Raises:
-        ExportError: says what is needed, what is free, and what makes it fit.
+        ExportError: it does not fit; the message says what is needed, what is free, and what to do.
     """
     if (said := misfit(cost, machine)) is not None:
-        raise ExportError(f"{said} (--anyway starts all the same)")
+        raise ExportError(f"{said} (--anyway starts it nevertheless)")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "40 s", "12 min", "3 h 20 min"."""
+    """Seconds as readable text: "40 s", "12 min", "3 h 20 min"."""
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     minutes = round(seconds / 60)
@@ -90,15 +91,15 @@ def duration(seconds: float) -> str:
 def export_cost(
     parts: Mapping[str, PartWork], base_bytes: int, adapter_bytes: int, width: int, machine: Machine
 ) -> Cost:
-    """Tracing without weights, then every weight read, merged and written once, a block at a time.
+    """Estimate an export: tracing without weights, then every weight is read, merged and written once, block by block.
 
     Args:
-        parts: what is written.
-        base_bytes: of the base's weights.
-        adapter_bytes: of the adapter's and LoRAs', which are taken to be bfloat16.
-        width: of the transformer. B A of a LoRA of rank r takes 2 r in out operations for r (in + out) parameters, and
-            in out / (in + out) is about 0.8 of the width in both networks.
-        machine: measured.
+        parts: the parts that are written.
+        base_bytes: bytes of the base's weights.
+        adapter_bytes: bytes of the adapter's and LoRAs' weights, assumed to be bfloat16.
+        width: width of the transformer. B A of a LoRA with rank r takes 2 r in out operations for r (in + out)
+            parameters, and in out / (in + out) is about 0.8 of the width in both networks.
+        machine: free resources and speeds.
     """
     merged_flops = adapter_bytes / 2 * 2 * 0.8 * width
     written = sum(p.weight_bytes for p in parts.values())
@@ -109,7 +110,7 @@ def export_cost(
     merging += merged_flops / machine.float32_flops + elements / _ELEMENTS
     writing = written / machine.write + written / machine.hash
     seconds = _start(machine, _START_S + _TRACE_S * tensors) + max(merging, writing)
-    # Besides what is imported: graphs without weights, and a few blocks of the largest weights in float32.
+    # In addition to the imports: graphs without weights, and a few blocks of the largest weights in float32.
     return Cost("export", seconds, _IMPORTED_BYTES + tensors * 300_000 + (192 << 20), written)
 
 
@@ -122,9 +123,9 @@ def network_bytes(
     steps: int,
     free_bytes: int,
 ) -> tuple[int, int]:
-    """Memory of a student in torch beside what is imported, and what is read of its weights for each batch of prompts.
+    """Memory of a student in torch without the imports, and the bytes of weights read for each batch of prompts.
 
-    Where the weights do not fit they are read from disk as they are used, the text encoders' once and the
+    If the weights do not fit in memory, they are read from disk as they are used: the text encoders' once, and the
     transformer's at every step.
     """
     item = _ITEM[dtype]
@@ -132,7 +133,7 @@ def network_bytes(
     activations = batch * _TORCH_VALUES * item * max(p.activation for n, p in parts.items() if n != "vae_decoder")
     if not stays_on_disk(weights, free_bytes):
         return weights + activations, 0
-    # One weight is in memory at a time, and the stored tensor beside it where it is cast.
+    # One weight is in memory at a time, plus the stored tensor if it is cast.
     largest = max(p.largest for p in parts.values()) * (item if item == 2 else item + 2)
     transformer = 2 * (parts["backbone"].parameters + parts["conditioner"].parameters)
     return adapter_bytes * item // 2 + largest + activations, base_bytes + (steps - 1) * transformer
@@ -147,16 +148,16 @@ def calibrate_cost(
     memory_bytes: int,
     machine: Machine,
 ) -> Cost:
-    """Every prompt through text encoders and backbone in torch.
+    """Estimate a calibration: every prompt goes through text encoders and backbone in torch.
 
     Args:
-        parts: with the operations of calibration's own sizes.
-        prompts: how many.
-        steps: network calls of each.
-        dtype: of weights and activations.
-        read_bytes: what is read of weights in all.
-        memory_bytes: of weights and activations.
-        machine: measured.
+        parts: the parts, with the operations for calibration's image size.
+        prompts: number of prompts.
+        steps: network calls per prompt.
+        dtype: dtype of weights and activations.
+        read_bytes: bytes of weights read from disk in total.
+        memory_bytes: bytes of weights and activations.
+        machine: free resources and speeds.
     """
     text = sum(p.flops for name, p in parts.items() if name.startswith("text_encoder"))
     flops = prompts * (text + steps * parts["backbone"].flops)
@@ -169,13 +170,13 @@ def calibrate_cost(
 def quantize_cost(
     parts: Mapping[str, PartWork], chosen: Mapping[str, int], unchanged_bytes: int, machine: Machine
 ) -> Cost:
-    """Weights of the parts that have FP8 are read twice and written once; other files are copied.
+    """Estimate a quantisation: weights of quantised parts are read twice and written once; other files are copied.
 
     Args:
-        parts: of the bundle.
-        chosen: by part, elements that become FP8.
-        unchanged_bytes: of the files that are copied.
-        machine: measured.
+        parts: the bundle's parts.
+        chosen: by part, the number of elements that become FP8.
+        unchanged_bytes: bytes of the files that are copied.
+        machine: free resources and speeds.
     """
     read = sum(2 * parts[name].weight_bytes for name in chosen) + unchanged_bytes
     written = unchanged_bytes + sum(
@@ -183,7 +184,7 @@ def quantize_cost(
     )
     elements = sum(chosen.values())
     hashed = sum(parts[name].weight_bytes for name in chosen) + written - unchanged_bytes
-    # Ranges and codes are worked out while the kernel writes what is done.
+    # Ranges and FP8 values are computed while the kernel writes earlier data.
     working = read / machine.read + hashed / machine.hash + 4 * elements / _ELEMENTS
     seconds = _start(machine, _START_S) + max(working, written / machine.write)
     return Cost("quantize", seconds, _IMPORTED_BYTES + (384 << 20), written)
@@ -198,7 +199,7 @@ def verify_cost(
     adapter_bytes: int,
     machine: Machine,
 ) -> Cost:
-    """The bundle twice, the student in torch three times in float32 and twice for every rounding of its precision."""
+    """Estimate a comparison with torch: the bundle runs twice, torch three times in float32 and twice per rounding."""
     text = sum(p.flops for name, p in parts.items() if name.startswith("text_encoder"))
     flops = cases * (text + steps * parts["backbone"].flops + parts["vae_decoder"].flops)
     memory, read = network_bytes(parts, base_bytes, adapter_bytes, "float32", 1, steps, machine.free_memory_bytes)
@@ -211,10 +212,11 @@ def verify_cost(
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What a gate does: cases, steps, and what its bundles have in different files; `kept_bytes` of the cases together.
+class GateWork:
+    """The work of a drift gate: cases, steps, and which files differ between its bundles.
 
-    `layers` is the share of the backbone's operations that is in quantised linears.
+    `layers` is the share of the backbone's operations that is in quantised linears. `kept_bytes` is the memory for the
+    cases that are compared together.
     """
 
     cases: int
@@ -226,8 +228,10 @@ class Gate:
     end_to_end: bool = True
 
 
-def gate_cost(parts: Mapping[str, PartWork], gate: Gate, machine: Machine) -> Cost:
-    """Both bundles on this CPU in float32, the candidate's backbone twice, and quantised linears beside their own."""
+def gate_cost(parts: Mapping[str, PartWork], gate: GateWork, machine: Machine) -> Cost:
+    """Estimate a drift gate: both bundles run on this CPU in float32, the candidate's backbone twice. Each quantised
+    linear runs once more beside the reference's.
+    """
     text = sum(p.flops for name, p in parts.items() if name.startswith("text_encoder"))
     own = gate.end_to_end * (gate.steps - (not gate.text_differs))
     layered = gate.layers > 0
@@ -239,7 +243,7 @@ def gate_cost(parts: Mapping[str, PartWork], gate: Gate, machine: Machine) -> Co
     read = sweeps * parts["backbone"].weight_bytes + 2 * sum(p.weight_bytes for p in parts.values())
     seconds = _start(machine, 2 * _START_S) + _EMULATED * gate.cases * flops / machine.float32_flops
     seconds += widened / _ELEMENTS + read / machine.read
-    # A piece's weights are there as float32 and once more where a smaller graph is made ready for many runs.
+    # A piece's weights are in memory as float32, and a second time if the graph is small enough to stay open.
     weights = max(
         min(4 * p.parameters * (2 if 4 * p.parameters <= PIECE_BYTES else 1), 2 * PIECE_BYTES) for p in parts.values()
     )
@@ -249,7 +253,9 @@ def gate_cost(parts: Mapping[str, PartWork], gate: Gate, machine: Machine) -> Co
 
 
 def build_cost(parts: Mapping[str, PartWork], targets: int, machine: Machine) -> Cost:
-    """One engine per part and target, one after the other; the builder holds graph, weights and engine at once."""
+    """Estimate an engine build: one engine per part and target, one after the other. The builder holds graph, weights
+    and engine in memory at once.
+    """
     sizes = [p.weight_bytes for p in parts.values()]
     written = targets * sum(sizes)
     seconds = _start(machine, targets * sum(map(builder_seconds, sizes))) + sum(sizes) / machine.hash
@@ -262,5 +268,5 @@ _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def _start(machine: Machine, seconds: float) -> float:
-    """Seconds of plain Python work, on this machine."""
+    """Scale `seconds` of plain Python work to this machine."""
     return seconds * _STEPS / machine.steps

@@ -1,4 +1,4 @@
-"""How fast this machine is and what it has free, so that a stage can say what it will take: a folder -> `Machine`."""
+"""Measure this machine for cost estimates: free memory and disk, and speeds of products, disk, hashing and Python."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from arcflow_export.student.memory import free_bytes
 
 _MIB = 1 << 20
-#: What is written and read to time the disk. Smaller ones end in a disk's own cache.
+#: Bytes written and read to time the disk. Fewer would stay in the disk's own cache.
 _DISK_BYTES = 256 * _MIB
 _BLOCK = b"\x5a" * (4 * _MIB)
-#: Side of the square matrices that are multiplied, and how long; a network's own products are about as large.
+#: Side of the square matrices that are multiplied (about the size of a network's products), and the seconds to measure.
 _SIDE, _SECONDS = 1536, 0.4
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is free, and measured speeds: floating-point operations and bytes per second.
+    """Free memory and disk, and speeds in floating-point operations and bytes per second.
 
-    `steps`: simple Python statements per second, which tracing and graph passes are made of.
+    `steps` is the number of simple Python statements per second; it limits tracing and graph passes.
     """
 
     free_memory_bytes: int
@@ -39,7 +39,7 @@ class Machine:
 
 
 def typical(folder: Path) -> Machine:
-    """What is free here, and speeds of two cores of a server, where a measurement would take longer than the work."""
+    """Free memory and disk of this machine with typical speeds (two cores of a server), without a measurement."""
     free_disk = shutil.disk_usage(folder).free
     return Machine(free_bytes(), free_disk, 150e9, 300e9, 1.5e9, 0.8e9, 1.8e9, 33e6)
 
@@ -66,7 +66,7 @@ def measure(folder: Path) -> Machine:
 
 
 def _rate(work: Callable[[], object], amount: float) -> float:
-    """Amount per second of the fastest run: others have the machine for themselves less."""
+    """Amount per second in the fastest run, which other processes disturbed least."""
     work()
     best, until = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < until:

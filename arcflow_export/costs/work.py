@@ -1,6 +1,6 @@
-"""What one call of a part does: a part before its export, or a bundle's, and sizes -> operations, weights, activations.
+"""Count the work of one call of a part, before its export or in a bundle: operations, weights, largest activation.
 
-Counted are multiplications and additions of products, attention and convolutions; the rest is small beside them.
+Operations are the multiplications and additions of matrix products, attention and convolutions; others are negligible.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.emulate.sizes import Sizes, dimensions
-from arcflow_export.models.layers import Part, parameters
+from arcflow_export.models.layers import ModelPart, parameters
 from arcflow_runtime.disk.bundle import Bundle
 
-#: Square values of fewer tokens than this are not taken to be the scores of an attention.
+#: A square value is taken for the scores of an attention if its side has at least this many tokens.
 _SCORE_TOKENS = 2048
 
 
@@ -29,9 +29,9 @@ _SCORE_TOKENS = 2048
 class PartWork:
     """One part, and one call of it for one image.
 
-    `weight_bytes` in the bundle, `tensors` the number of its weights, `largest` the elements of the largest, `flops` of
-    the call, `activation` the elements of its largest value but for the scores of attention, `precision` the dtype of
-    its arithmetic.
+    `weight_bytes`: bytes of its weights in the bundle. `tensors`: number of weights. `largest`: elements of the largest
+    weight. `flops`: operations of the call. `activation`: elements of the largest value, not counting scores of
+    attention. `precision`: dtype of its arithmetic.
     """
 
     parameters: int
@@ -43,19 +43,19 @@ class PartWork:
     precision: str
 
 
-#: Pixels of a token's side: packing of 2 x 2 latents of 8 x 8 pixels, in both families.
+#: Side of a token in pixels, in both families: a token packs 2 x 2 latents of 8 x 8 pixels.
 TOKEN_PX = 16
 
 
 def call_sizes(height_px: int, width_px: int, text_tokens: int, steps: int) -> dict[str, int]:
-    """The dimensions that the parts' inputs name, for one image."""
+    """The sizes of the symbolic dimensions of the parts' inputs, for one image."""
     height, width = height_px // TOKEN_PX, width_px // TOKEN_PX
     sizes = {"batch": 1, "steps": steps, "text_tokens": text_tokens, "image_tokens": height * width}
     return sizes | {"latent_height": height, "latent_width": width}
 
 
-def part_work(part: Part, sizes: Sizes) -> PartWork:
-    """Of a part before its export, counted by torch on tensors without values."""
+def part_work(part: ModelPart, sizes: Sizes) -> PartWork:
+    """Count the work of a part before its export; torch runs it on meta tensors."""
     inputs = [
         torch.empty(
             [sizes[d] if isinstance(d, str) else d for d in s.shape], dtype=getattr(torch, s.dtype), device="meta"
@@ -77,7 +77,7 @@ def part_work(part: Part, sizes: Sizes) -> PartWork:
 
 
 def bundle_work(bundle: Bundle, part: str, sizes: Sizes) -> PartWork:
-    """Of a part of a bundle, counted on its graph."""
+    """Count the work of a bundle's part, from its graph."""
     spec = bundle.manifest.parts[part]
     graph = load_graph(bundle, part).graph
     values = (dimensions(v, sizes) for node in graph for v in node.outputs)
@@ -93,7 +93,7 @@ def bundle_work(bundle: Bundle, part: str, sizes: Sizes) -> PartWork:
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that an operator gives."""
+    """Records the number of elements of the largest tensor that an operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ class _Largest(TorchDispatchMode):
 
 
 def _scores(dims: Sequence[int | None]) -> bool:
-    """Whether a value is [..., tokens, tokens]: scores, which are computed some rows at a time."""
+    """True if a value [..., tokens, tokens] holds scores of attention, which are computed for some rows at a time."""
     return len(dims) > 2 and dims[-1] == dims[-2] and (dims[-1] or 0) >= _SCORE_TOKENS
 
 
 def graph_flops(graph: ir.Graph, sizes: Sizes) -> int:
-    """Operations of a graph; dimensions that it leaves open are taken to be a token count where attention has them."""
+    """Operations of a graph; an unknown dimension of an attention is assumed to be the number of tokens."""
     return sum(node_flops(node, sizes) for node in graph)
 
 

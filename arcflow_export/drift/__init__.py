@@ -1,1 +1,1 @@
-"""The drift gate: how far a quantised bundle's images moved from its original's, against a policy's thresholds."""
+"""The drift gate: measure how far a quantised bundle differs from its original, and apply a policy's thresholds."""

@@ -1,4 +1,4 @@
-"""What to draw on both sides: a prompt set's name or file -> prompts and the seeds of their noise."""
+"""The cases of a drift gate: a prompt set's name or a file -> prompts with the seeds of their noise."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from arcflow_runtime.errors import RequestError
 
-#: Captions of shapes, the only set whose named words a judge can look for.
+#: The prompt set of shape captions, the only one that a judge can check.
 SHAPES = "shapes"
-#: Prompts without and with a judge: of 256 pairs a drop of two points is two standard errors, of 1,024 four.
+#: Default number of prompts, without and with a judge. A drop of two percentage points is two standard errors with 256
+#: pairs and four with 1,024.
 LIMIT, LIMIT_WITH_JUDGE = 32, 1024
 
 
 @dataclass(frozen=True)
-class Case:
-    """One prompt, the seed of its noise, and for the judge the words that it names."""
+class DriftCase:
+    """One prompt, the seed of its noise, and for the judge the attributes that it names."""
 
     prompt: str
     seed: int
@@ -23,8 +24,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What every case is drawn with."""
+class ImageSettings:
+    """The settings with which every case is generated."""
 
     height_px: int
     width_px: int
@@ -33,18 +34,18 @@ class Scene:
     max_sequence_length: int
 
 
-def read_cases(name: str, limit: int, seed: int) -> tuple[Case, ...]:
-    """The first `limit` prompts of a set; case i gets the noise of `seed` + i.
+def read_cases(name: str, limit: int, seed: int) -> tuple[DriftCase, ...]:
+    """Read the first `limit` prompts of a set; case i gets the noise of seed `seed` + i.
 
     Args:
-        name: "shapes", whose captions are drawn from `seed` and name what they show; another preset of
-            `arcflow_export.formats.prompts`; or a file with one prompt per line.
-        limit: how many.
-        seed: of the noise, and of the captions of shapes.
+        name: "shapes" for random captions of shapes; another preset of `arcflow_export.formats.prompts`; or a file with
+            one prompt per line.
+        limit: number of prompts.
+        seed: seed of the first case's noise, and of the captions of shapes.
 
     Raises:
         RequestError: `limit` or `seed` is out of range.
-        ArcFlowError: there is no such set or file, or it is empty.
+        ArcFlowError: the set or file does not exist, or is empty.
     """
     if limit < 1:
         raise RequestError(f"--limit must be at least 1, got {limit}")
@@ -53,9 +54,9 @@ def read_cases(name: str, limit: int, seed: int) -> tuple[Case, ...]:
     if name == SHAPES:
         from arcflow_export.images.cases import draw_cases
 
-        drawn = draw_cases(max(limit, 2), seed)
-        rows = zip(drawn.captions, drawn.seeds, drawn.words, strict=True)
-        return tuple(Case(caption, s, words) for caption, s, words in rows)[:limit]
+        shapes = draw_cases(max(limit, 2), seed)
+        rows = zip(shapes.captions, shapes.seeds, shapes.words, strict=True)
+        return tuple(DriftCase(caption, s, words) for caption, s, words in rows)[:limit]
     from arcflow_export.formats.prompts import read_prompts
 
-    return tuple(Case(text, seed + i) for i, text in enumerate(read_prompts(name, limit).texts))
+    return tuple(DriftCase(text, seed + i) for i, text in enumerate(read_prompts(name, limit).texts))

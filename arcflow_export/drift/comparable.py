@@ -1,4 +1,4 @@
-"""Whether two bundles, or a bundle and a student, can be compared: their sources -> an error, notes or equal parts."""
+"""Check that two bundles, or a bundle and a student, were made from the same weights, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from arcflow_export.errors import ExportError
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import FileEntry, Manifest, Source
 
-#: Base, adapter and LoRAs of a student, as provenance records them.
-Sources = tuple[Source, Source, tuple[Source, ...]]
-#: Keys of the manifest that must be equal: with them the same request means the same picture.
+#: Base, adapter and LoRAs of a student, as a bundle's provenance records them.
+StudentSources = tuple[Source, Source, tuple[Source, ...]]
+#: Keys of the manifest that must be equal: with them the same request means the same image.
 _KEYS = ("family", "latents", "schedule", "rotary", "text", "guidance")
 
 
 def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
-    """Refuse bundles of different students.
+    """Check that two bundles belong to the same student.
 
-    Precision, scales, opset and sizes may differ. `reference_dtype` may too: it is the rounding of the timesteps that
-    the student was trained with, not a loss of this bundle, so both are run with the candidate's.
+    Precision, scales, opset and sizes may differ. So may `reference_dtype`: it is the rounding of the timesteps in
+    training, not an error of this bundle, so both bundles run with the candidate's.
 
     Args:
         candidate: the bundle to check.
-        reference: what it is compared with.
+        reference: the bundle to compare it with.
 
     Returns:
-        Notes on what differs but does not forbid a comparison.
+        Notes on differences that still allow a comparison.
 
     Raises:
-        ExportError: names everything that differs.
+        ExportError: the students differ; the message names every difference.
     """
     c, r = candidate.manifest, reference.manifest
     if differing := list(_differences(c, r)):
@@ -43,18 +43,18 @@ def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
             f"The modulation tables were baked for different reference dtypes ({r.reference_dtype} and "
             f"{c.reference_dtype}); that counts as drift here.",
         )
-    return (f"Timesteps, guidance and rotary tables of both are rounded as the candidate's, to {c.reference_dtype}.",)
+    return (f"Timesteps, guidance and rotary tables of both bundles are rounded to {c.reference_dtype}.",)
 
 
-def check_student(bundle: Bundle, sources: Sources) -> None:
-    """Refuse a bundle that was made from other weights than a student's.
+def check_student(bundle: Bundle, sources: StudentSources) -> None:
+    """Check that a bundle was made from a student's weights.
 
     Args:
         bundle: an opened bundle.
-        sources: base, adapter and LoRAs, as `Student.sources` gives them.
+        sources: the student's base, adapter and LoRAs, from `Student.sources`.
 
     Raises:
-        ExportError: names every one of base, adapter and LoRAs that differs.
+        ExportError: the weights differ; the message names which of base, adapter and LoRAs.
     """
     made = bundle.manifest.provenance
     base, adapter, loras = sources
@@ -69,7 +69,7 @@ def check_student(bundle: Bundle, sources: Sources) -> None:
 
 
 def same_parts(candidate: Bundle, reference: Bundle) -> set[str]:
-    """The parts that both bundles have in the same files: they compute the same, so one of each needs to be run."""
+    """The parts whose files are equal in both bundles. They compute the same, so they need to run only once."""
     c, r = candidate.manifest, reference.manifest
     both = c.parts.keys() & r.parts.keys()
     return {name for name in both if _files(c, name) == _files(r, name)}

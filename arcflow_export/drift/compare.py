@@ -1,6 +1,7 @@
-"""Compare a bundle with its reference: two bundles and cases -> `Report`, and the pictures to show.
+"""Compare a bundle with its reference: two bundles and cases -> the report, and images for its contact sheet.
 
-The cases are compared some at a time, as many as fit in a fixed amount of memory: see `compare_cases.py`.
+This is the drift gate's entry, called by `arcflow verify --against`. The cases are compared in groups that fit in a
+fixed amount of memory; `compare_cases.py` compares one group.
 """
 
 from __future__ import annotations
@@ -15,31 +16,32 @@ from pathlib import Path
 import numpy as np
 
 from arcflow_export.drift import gate
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.drift.comparable import check_comparable
-from arcflow_export.drift.compare_cases import CaseErrors, EndToEnd, Progress, compare_cases
+from arcflow_export.drift.compare_cases import CaseErrors, EndToEnd, compare_cases
 from arcflow_export.drift.graphs import quantized_layers
-from arcflow_export.drift.judged import Judged, check_judge, judge_pictures
+from arcflow_export.drift.judged import Judged, check_judge, judge_images
 from arcflow_export.drift.layers import LayerDrift, drift_of_layers
 from arcflow_export.drift.measures import mean
-from arcflow_export.drift.report import GROUPS, Measure, Report, shown_places
+from arcflow_export.drift.report import GROUPS, DriftReport, Measure, shown_places
 from arcflow_export.drift.sensitivity import PROMPTS, Kind, Sensitivity, measure_sensitivity
-from arcflow_export.drift.stages import Stages
+from arcflow_export.drift.stages import BundleStages
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.errors import ExportError
 from arcflow_export.formats.thresholds import Thresholds
 from arcflow_export.images.statistics import Interval
+from arcflow_export.progress import StageProgress
 from arcflow_runtime.disk.bundle import Bundle
 
-#: What may be kept of the cases that are compared together: heads, text states and what passes between pieces.
+#: Memory for the data of the cases that are compared together: heads, text states, and values between pieces.
 KEPT_BYTES = 1 << 30
 _PACKAGES = ("arcflow", "onnxruntime", "onnx", "onnx-ir", "numpy")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What both sides drew of some of the prompts, spread over all: [n, H, W, 3] uint8."""
+class ShownImages:
+    """Both bundles' images for some of the prompts, for the contact sheet: [n, H, W, 3] uint8."""
 
     prompts: tuple[str, ...]
     reference: np.ndarray
@@ -47,10 +49,11 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Names of the prompts and the policy, its limits, and what to measure beyond the parts.
+class DriftPlan:
+    """Names of the prompts and the policy, the policy's limits, and which optional measurements to make.
 
-    `engines` draws the candidate end to end, and `backend` is the name of what runs them; None: the graphs are run.
+    `engines` generates the candidate's images end to end, and `backend` is the name of the backend that runs them. If
+    both are None, the candidate's graphs generate them.
     """
 
     prompts: str
@@ -65,26 +68,26 @@ class Plan:
 def compare(
     candidate: Bundle,
     reference: Bundle,
-    cases: Sequence[Case],
-    scene: Scene,
-    plan: Plan,
-    progress: Progress = lambda stage, done, total: None,
-) -> tuple[Report, Pictures]:
-    """Measure the drift of `candidate` from `reference` and hold it against the thresholds.
+    cases: Sequence[DriftCase],
+    scene: ImageSettings,
+    plan: DriftPlan,
+    progress: StageProgress = lambda stage, done, total: None,
+) -> tuple[DriftReport, ShownImages]:
+    """Measure the drift of `candidate` from `reference` and compare it with the thresholds.
 
-    Memory: the weights of one part, or one piece of a large part, in float32, its activations, and `KEPT_BYTES`.
+    Memory: the float32 weights of one part (or one piece of a large part), its activations, and `KEPT_BYTES`.
 
     Args:
         candidate: the bundle to check.
         reference: an unquantised bundle of the same student.
-        cases: what to draw.
-        scene: with what; both bundles must accept it.
-        plan: what to measure and the limits.
-        progress: called as the work goes on.
+        cases: prompts and seeds to generate.
+        scene: image size, steps, guidance and text length; both bundles must accept them.
+        plan: what to measure, and the limits.
+        progress: receives each stage's name, the work done and its total.
 
     Raises:
         ExportError: the bundles are of different students, or the reference is quantised.
-        RequestError: the judge cannot read these pictures.
+        RequestError: the judge cannot read these images.
         ArcFlowError: a part cannot be run.
     """
     notes = check_comparable(candidate, reference)
@@ -92,7 +95,7 @@ def compare(
     for part in reference.manifest.parts:
         if names := quantized_layers(load_graph(reference, part)):
             raise ExportError(
-                f"{reference.root}: {part} must not be quantised to be a reference, its layer {names[0]} is; "
+                f"{reference.root}: a reference must not be quantised, but layer {names[0]} of {part} is; "
                 "give the bundle that it was made from"
             )
     if plan.judge is not None:
@@ -114,11 +117,11 @@ def compare(
     judged = None
     places = shown_places(len(cases))
     if plan.judge is not None:
-        judged = judge_pictures(plan.judge, cases, found.reference, found.candidate)
+        judged = judge_images(plan.judge, cases, found.reference, found.candidate)
         found.reference, found.candidate = found.reference[places], found.candidate[places]
-    shown = Pictures(tuple(cases[i].prompt for i in places), found.reference, found.candidate)
+    shown = ShownImages(tuple(cases[i].prompt for i in places), found.reference, found.candidate)
     sensitivity = _sensitivity(reference, candidate, cases, scene, layers, plan, progress)
-    report = Report(
+    report = DriftReport(
         settings=_settings(candidate, reference, cases, scene, plan),
         versions={package: version(package) for package in _PACKAGES},
         notes=notes,
@@ -132,15 +135,15 @@ def compare(
     return report, shown
 
 
-def kept_bytes(reference: Bundle, scene: Scene, cases: int) -> int:
-    """About how many bytes are kept of the cases that are compared together."""
+def kept_bytes(reference: Bundle, scene: ImageSettings, cases: int) -> int:
+    """About how many bytes are kept for the cases that are compared together."""
     one = _case_bytes(reference, scene)
     return max(min(one * cases, KEPT_BYTES), one)
 
 
-def _case_bytes(reference: Bundle, scene: Scene) -> int:
-    """About how many bytes are kept of one case while it is compared: both sides' heads and text states, pictures, and
-    what passes between the pieces of a large backbone, for two runs of it.
+def _case_bytes(reference: Bundle, scene: ImageSettings) -> int:
+    """About how many bytes are kept for one case: both bundles' heads, text states and images, and the values between
+    the pieces of a large backbone, for two runs of it.
     """
     m, spec = reference.manifest, reference.manifest.parts["backbone"]
     k = m.latents
@@ -152,18 +155,18 @@ def _case_bytes(reference: Bundle, scene: Scene) -> int:
     text = scene.max_sequence_length * int(states)
     sizes = {"batch": 1, "image_tokens": tokens, "text_tokens": scene.max_sequence_length}
     passed = BlockEngine("backbone", load_graph(reference, "backbone")).kept_bytes(sizes)
-    pictures = 2 * 3 * scene.height_px * scene.width_px
-    return 4 * ((scene.num_inference_steps + 2) * heads + 2 * text) + 2 * passed + pictures
+    images = 2 * 3 * scene.height_px * scene.width_px
+    return 4 * ((scene.num_inference_steps + 2) * heads + 2 * text) + 2 * passed + images
 
 
-def _named(progress: Progress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:
-    """Report a stage; where not all cases are compared together with the cases that it is for."""
+def _named(progress: StageProgress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:
+    """Report progress of a stage; if the cases are compared in several groups, name the group's prompts."""
     some = "" if count == total else f", prompts {start + 1} to {start + count} of {total}"
     progress(f"{stage}{some}", done, end)
 
 
-def _wanted(cases: Sequence[Case], plan: Plan) -> list[int]:
-    """Whose pictures are kept: all for the judge, and those that the report shows."""
+def _wanted(cases: Sequence[DriftCase], plan: DriftPlan) -> list[int]:
+    """The indices of the cases whose images are kept: all for the judge, else those on the contact sheet."""
     return list(range(len(cases))) if plan.judge is not None else shown_places(len(cases))
 
 
@@ -181,17 +184,17 @@ def _joined(a: CaseErrors, b: CaseErrors) -> CaseErrors:
 def _sensitivity(
     reference: Bundle,
     candidate: Bundle,
-    cases: Sequence[Case],
-    scene: Scene,
+    cases: Sequence[DriftCase],
+    scene: ImageSettings,
     layers: Sequence[LayerDrift],
-    plan: Plan,
-    progress: Progress,
+    plan: DriftPlan,
+    progress: StageProgress,
 ) -> Sensitivity | None:
-    """On some of the cases, spread over all."""
+    """Measure the sensitivity on at most `PROMPTS` of the cases, spread evenly."""
     if plan.sensitivity == "none" or not any(d.part == "backbone" for d in layers):
         return None
     some = list(cases[:: -(-len(cases) // PROMPTS)])
-    stages = Stages(reference, some, scene, candidate.manifest.reference_dtype)
+    stages = BundleStages(reference, some, scene, candidate.manifest.reference_dtype)
     encoded = stages.encode()
     batches = stages.batches(encoded, stages.modulation(encoded.pooled))
     trajectory = stages.generate(batches)
@@ -225,7 +228,7 @@ def _breaches(
 
 
 def _settings(
-    candidate: Bundle, reference: Bundle, cases: Sequence[Case], scene: Scene, plan: Plan
+    candidate: Bundle, reference: Bundle, cases: Sequence[DriftCase], scene: ImageSettings, plan: DriftPlan
 ) -> dict[str, object]:
     return {
         "candidate": candidate.root.absolute().name,

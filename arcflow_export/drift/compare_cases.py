@@ -1,7 +1,7 @@
-"""Compare two bundles on some cases -> one error per case of every part, the errors of layers, and the pictures.
+"""Compare two bundles on a group of cases -> errors of every part for each case, errors of layers, and images.
 
-Each part is given the reference's own inputs, so that an error shows in the part that makes it; then both draw from the
-same noise by themselves. Parts run one after the other, and what they give is kept for these cases alone.
+Each part runs on the reference's inputs, so that an error shows in the part that causes it. Then each bundle generates
+by itself from the same noise. Parts run one after the other; their outputs are kept for this group only.
 """
 
 from __future__ import annotations
@@ -13,22 +13,30 @@ from typing import Protocol
 
 import numpy as np
 
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.drift.comparable import same_parts
 from arcflow_export.drift.layers import LayerErrors, measure_layers
 from arcflow_export.drift.measures import gmsd, psnr_db, relative_error
-from arcflow_export.drift.stages import HEADS, Batch, Stages, Text, Trajectory, advance, backbone_inputs, predict
+from arcflow_export.drift.stages import (
+    HEADS,
+    BundleStages,
+    CaseBatch,
+    EncodedCases,
+    Trajectory,
+    advance,
+    backbone_inputs,
+    predict,
+)
 from arcflow_export.errors import ExportError
+from arcflow_export.progress import StageProgress
 from arcflow_runtime.disk.bundle import Bundle
 
-#: Called as the stage named goes on, with how much of it is done and its total.
-Progress = Callable[[str, int, int], None]
 _RELATIVE, _DB, _PLAIN = "relative RMS error", "dB", "0 is equal"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured: `group` is of `report.GROUPS`, `step` None where there is none."""
+    """A measured quantity: `group` is one of `report.GROUPS`; `step` is None if the quantity has no step."""
 
     group: str
     what: str
@@ -38,8 +46,8 @@ class Quantity:
 
 @dataclass
 class CaseErrors:
-    """Of n cases: every quantity's value for each [n], the errors of layers by part, and both sides' pictures
-    [n, H, W, 3] uint8.
+    """Results for n cases: the values [n] of every quantity, the errors of layers by part, and the images [n, H, W, 3]
+    uint8 of reference and candidate.
     """
 
     values: dict[Quantity, np.ndarray]
@@ -49,36 +57,34 @@ class CaseErrors:
 
 
 class EndToEnd(Protocol):
-    """Draws the cases with the candidate's engines in place of its graphs."""
+    """Generates the cases with the candidate's engines instead of its graphs."""
 
-    def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Latents [n, N, C] float32 after every step, and pictures [n, H, W, 3] uint8."""
+    def generate(self, cases: Sequence[DriftCase]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Generate the cases: latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         ...
 
 
 def compare_cases(
     candidate: Bundle,
     reference: Bundle,
-    cases: Sequence[Case],
-    scene: Scene,
+    cases: Sequence[DriftCase],
+    scene: ImageSettings,
     quantized: Sequence[str],
     engines: EndToEnd | None,
-    progress: Progress,
+    progress: StageProgress,
 ) -> CaseErrors:
-    """Measure some cases.
-
-    What both bundles have in the same files is run once.
+    """Measure a group of cases. A part whose files are equal in both bundles runs once.
 
     Args:
         candidate: the bundle to check.
         reference: an unquantised bundle of the same student.
-        cases: what to draw.
-        scene: with what.
+        cases: prompts and seeds to generate.
+        scene: image size, steps, guidance and text length for all cases.
         quantized: the candidate's parts that have quantised layers.
-        engines: what draws the candidate end to end; None draws with its graphs.
-        progress: called as the work goes on.
+        engines: generates the candidate's images end to end; None uses its graphs.
+        progress: receives each stage's name, the work done and its total.
     """
-    ours, theirs = (Stages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
+    ours, theirs = (BundleStages(b, cases, scene, candidate.manifest.reference_dtype) for b in (candidate, reference))
     same = same_parts(candidate, reference)
     values: dict[Quantity, np.ndarray] = {}
 
@@ -99,9 +105,9 @@ def compare_cases(
     trajectory = theirs.generate(batches, _counter(progress, "reference", steps * len(batches)))
     ends, heads = _backbone(ours, batches, own_batches, trajectory, engines is None, progress)
     values |= heads
-    own_pictures = None
+    own_images = None
     if engines is not None:
-        ends, own_pictures = engines.generate(cases)
+        ends, own_images = engines.generate(cases)
     for step, x in enumerate(ends):
         errors = relative_error(x, trajectory.latents[step + 1])
         values[Quantity("end to end", "latents", _RELATIVE, step)] = errors
@@ -112,19 +118,19 @@ def compare_cases(
         layers[part] = measure_layers(reference, candidate, part, inputs, count)
     trajectory.heads.clear()
 
-    progress("pictures", 0, 3)
-    drawn = theirs.decode(trajectory.latents[-1])
-    progress("pictures", 1, 3)
-    given_pictures = drawn if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
-    progress("pictures", 2, 3)
-    if own_pictures is None:
-        own_pictures = ours.decode(ends[-1])
-    progress("pictures", 3, 3)
-    values |= _pictures(drawn, given_pictures, own_pictures)
-    return CaseErrors(values, layers, drawn, own_pictures)
+    progress("images", 0, 3)
+    reference_images = theirs.decode(trajectory.latents[-1])
+    progress("images", 1, 3)
+    given_images = reference_images if "vae_decoder" in same else ours.decode(trajectory.latents[-1])
+    progress("images", 2, 3)
+    if own_images is None:
+        own_images = ours.decode(ends[-1])
+    progress("images", 3, 3)
+    values |= _images(reference_images, given_images, own_images)
+    return CaseErrors(values, layers, reference_images, own_images)
 
 
-def _text(cases: Sequence[Case], got: Text, reference: Text) -> dict[Quantity, np.ndarray]:
+def _text(cases: Sequence[DriftCase], got: EncodedCases, reference: EncodedCases) -> dict[Quantity, np.ndarray]:
     def errors(name: str) -> list[np.ndarray]:
         pairs = [
             (getattr(got.embeddings[c.prompt], name), getattr(reference.embeddings[c.prompt], name)) for c in cases
@@ -139,9 +145,9 @@ def _text(cases: Sequence[Case], got: Text, reference: Text) -> dict[Quantity, n
 
 
 def _modulation(
-    cases: Sequence[Case], text: Text, got: np.ndarray, reference: np.ndarray
+    cases: Sequence[DriftCase], text: EncodedCases, got: np.ndarray, reference: np.ndarray
 ) -> dict[Quantity, np.ndarray]:
-    """[S, U, M] twice; of all steps together."""
+    """Errors of the modulation, two arrays [S, U, M], over all steps together."""
     place = {p: i for i, p in enumerate(text.embeddings)}
     rows = [place[c.prompt] if reference.shape[1] > 1 else 0 for c in cases]
     values = relative_error(np.moveaxis(got, 1, 0), np.moveaxis(reference, 1, 0))[rows]
@@ -149,12 +155,17 @@ def _modulation(
 
 
 def _backbone(
-    stages: Stages, given: list[Batch], own: list[Batch], reference: Trajectory, end_to_end: bool, progress: Progress
+    stages: BundleStages,
+    given: list[CaseBatch],
+    own: list[CaseBatch],
+    reference: Trajectory,
+    end_to_end: bool,
+    progress: StageProgress,
 ) -> tuple[list[np.ndarray], dict[Quantity, np.ndarray]]:
-    """The candidate's backbone on the reference's inputs and, where asked for, by itself.
+    """Run the candidate's backbone on the reference's inputs and, with `end_to_end`, also on its own latents.
 
     Returns:
-        Its own latents [n, N, C] after every step, and the errors of its heads.
+        Its own latents [n, N, C] after every step (none without `end_to_end`), and the errors of its heads.
     """
     heads: dict[Quantity, np.ndarray] = {}
     ends: list[np.ndarray] = []
@@ -177,9 +188,9 @@ def _backbone(
 
 
 def _layer_inputs(
-    part: str, candidate: Bundle, text: Text, batches: list[Batch], trajectory: Trajectory
+    part: str, candidate: Bundle, text: EncodedCases, batches: list[CaseBatch], trajectory: Trajectory
 ) -> list[list[Mapping[str, np.ndarray]]]:
-    """What a part got in the reference's run, by step and batch."""
+    """A part's inputs in the reference's run, by step and batch."""
     if part == "backbone":
         return [list(backbone_inputs(batches, trajectory, step)) for step in range(len(trajectory.heads))]
     if part in ("text_encoder", "text_encoder_2"):
@@ -190,8 +201,8 @@ def _layer_inputs(
     )
 
 
-def _pictures(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict[Quantity, np.ndarray]:
-    """The decoder on the reference's latents, and whole pictures."""
+def _images(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict[Quantity, np.ndarray]:
+    """Errors of the decoder on the reference's latents, and of the images end to end."""
     return {
         Quantity("parts", "VAE image", _RELATIVE): _one_by_one(relative_error, given, reference),
         Quantity("end to end", "PSNR", _DB): _one_by_one(psnr_db, own, reference),
@@ -202,14 +213,14 @@ def _pictures(reference: np.ndarray, given: np.ndarray, own: np.ndarray) -> dict
 def _one_by_one(
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray], got: np.ndarray, reference: np.ndarray
 ) -> np.ndarray:
-    """A measure in float64 of uint8 pictures, one picture's at a time in memory."""
+    """Apply a measure to uint8 images one by one, so that only one is in memory as float64."""
     return np.concatenate(
         [measure(a[None].astype(np.float64), b[None].astype(np.float64)) for a, b in zip(got, reference, strict=True)]
     )
 
 
-def _counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
-    """A function to call `total` times."""
+def _counter(progress: StageProgress, stage: str, total: int) -> Callable[[], None]:
+    """A function that reports one more unit of `total` each time that it is called."""
     steps: Iterator[int] = iter(range(1, total + 1))
     progress(stage, 0, total)
     return lambda: progress(stage, next(steps), total)

@@ -1,4 +1,4 @@
-"""A quantised bundle's engines -> its own pictures and latents, for the part of the gate that runs end to end."""
+"""Generate images and latents with a bundle's engines, for the end-to-end part of the drift gate (`--backend`)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from functools import partial
 
 import numpy as np
 
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.generate.pipeline import Pipeline
 
 
 class Engines:
-    """The candidate in the runtime, one image at a time."""
+    """Runs the candidate in the runtime's pipeline, one image at a time."""
 
-    def __init__(self, bundle: Bundle, backend: str, scene: Scene) -> None:
+    def __init__(self, bundle: Bundle, backend: str, scene: ImageSettings) -> None:
         """Open the engines.
 
         Args:
             bundle: the candidate.
             backend: a key of `arcflow_runtime.backends.BACKENDS`.
-            scene: what every case is drawn with.
+            scene: image size, steps, guidance and text length for all cases.
 
         Raises:
-            EngineError: the backend cannot run the bundle here, such as for want of a GPU or of engines.
+            EngineError: the backend cannot run the bundle here; for example, there is no GPU or no engine.
         """
         self._pipeline = Pipeline.load(bundle.root, backend=backend)
         self._scene = scene
 
-    def generate(self, cases: Sequence[Case]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
+    def generate(self, cases: Sequence[DriftCase]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Generate the cases: latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         s, rows = self._scene, []
         images = []
         for case in cases:

@@ -1,4 +1,4 @@
-"""The report's figures: layers and their errors -> drift.svg; pictures of both sides -> a contact sheet."""
+"""Draw the drift report's figures: errors of layers -> drift.svg; images of both bundles -> a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.formats.thresholds import Thresholds
 
-#: By how much differences are amplified.
+#: Factor that amplifies the differences on the contact sheet.
 AMPLIFIED = 8
-#: Sizes in pixels: a picture's longer side, gaps, margins, the rows' labels and the captions.
+#: Sizes in pixels: an image's longer side, gaps, margins, the rows' labels and the captions.
 SIDE, GAP, MARGIN, LABEL, CAPTION = 128, 8, 24, 112, 76
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 _COLORS = ("#1b6ca8", "#d7263d", "#5f7a3a", "#8a5a9e")
@@ -46,13 +46,13 @@ def drift_figure(layers: Sequence[LayerDrift], limits: Thresholds, path: Path) -
     axes.grid(axis="x", color="#e8eaed", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=5, frameon=False, fontsize=8)
-    # Without dates and random ids, so that the same drift is the same file.
+    # No dates and random ids, so that the same drift gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "arcflow"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def contact_sheet(prompts: Sequence[str], reference: np.ndarray, candidate: np.ndarray) -> Image.Image:
-    """Three rows: the reference, the candidate, and their difference amplified; a column per prompt.
+    """Make a sheet with one column per prompt and three rows: reference, candidate, and their amplified difference.
 
     Args:
         prompts: [n].
@@ -75,10 +75,10 @@ def contact_sheet(prompts: Sequence[str], reference: np.ndarray, candidate: np.n
         x = MARGIN + LABEL + column * (size[0] + GAP)
         lines = textwrap.wrap(prompt, _SHOWN_CHARACTERS)[:_LINES]
         draw.multiline_text((x, MARGIN), "\n".join(lines), _INK, _font(11), spacing=3)
-        for row, pictures in enumerate(rows.values()):
+        for row, images in enumerate(rows.values()):
             method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
             sheet.paste(
-                Image.fromarray(pictures[column]).resize(size, method), (x, MARGIN + CAPTION + row * (size[1] + GAP))
+                Image.fromarray(images[column]).resize(size, method), (x, MARGIN + CAPTION + row * (size[1] + GAP))
             )
     for row, label in enumerate(rows):
         y = MARGIN + CAPTION + row * (size[1] + GAP) + size[1] / 2

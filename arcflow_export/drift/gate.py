@@ -1,4 +1,4 @@
-"""The gate: what was measured and the thresholds -> which are passed, by how much, and what to do."""
+"""Compare measurements with a policy's thresholds -> the thresholds that do not hold, by how much, and hints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.formats.thresholds import Thresholds, times
 from arcflow_export.images.statistics import Interval
 
-#: Layers named when a threshold is passed.
+#: Number of worst layers to name when a threshold does not hold.
 SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Breach:
-    """A threshold that does not hold: its name, what was measured and found, its limit, and the layer at fault."""
+    """A threshold that does not hold: its name, what was measured, the value and limit, the layer at fault, a hint."""
 
     threshold: str
     what: str
@@ -25,7 +25,7 @@ class Breach:
     hint: str = ""
 
     def text(self) -> str:
-        """One line."""
+        """The breach as one line of text."""
         where = f"{self.layer}: " if self.layer else ""
         if self.threshold == "psnr":
             line = f"{where}{self.what} {self.value:.2f} dB, must be at least {self.limit:g} dB ({self.threshold})"
@@ -44,24 +44,24 @@ def check(
     psnr: Interval,
     judge_drop: Interval | None,
 ) -> tuple[Breach, ...]:
-    """Compare the means with the thresholds; layers come first, the worst of them first of all.
+    """Compare the measurements with the thresholds. Breaches of layers come first, the worst layer first.
 
-    Where the interval of a mean past its limit includes the limit, the breach says that it may be chance.
+    If the 95 % interval of a mean includes the limit, its breach says that it may be chance.
 
     Args:
         limits: the thresholds.
-        layers: drift of single layers.
-        heads: relative error of the means, by step.
+        layers: drift of the single layers.
+        heads: relative error of the means at each step.
         latents: relative error of the final latents.
-        psnr: of the pictures, in dB.
-        judge_drop: loss of the judge's share, or None without a judge.
+        psnr: PSNR of the images in dB.
+        judge_drop: drop of the judge's share, or None without a judge.
     """
     breaches: list[Breach] = []
     scales: set[str] = set()
     for d in ranked(layers, limits):
         name, error = d.layer, d.error
         if d.scale is not None and d.scale_at_fault(limits):
-            # One line for the linears that share a scale, with the largest of their errors.
+            # Linears that share a wrong scale get one breach, with the largest of their errors.
             if d.scale in scales:
                 continue
             scales.add(d.scale)
@@ -75,14 +75,14 @@ def check(
     breaches += _mean_past("judge", "drop of the judge's share", judge_drop, limits.judge)
     if limits.psnr is not None and not psnr.value >= limits.psnr:
         chance = _chance(psnr, psnr.high >= limits.psnr)
-        breaches.append(Breach("psnr", "PSNR of the pictures", psnr.value, limits.psnr, None, chance))
+        breaches.append(Breach("psnr", "PSNR of the images", psnr.value, limits.psnr, None, chance))
     return tuple(breaches)
 
 
 def ranked(layers: Sequence[LayerDrift], limits: Thresholds) -> list[LayerDrift]:
-    """Layers from the worst: first those past a limit, by how far, then by their error.
+    """Sort layers from the worst: first those past a limit, by how far, then the others by their error.
 
-    Linears that share an input scale which is wrong stay together, the one that it is named after first.
+    Linears that share a wrong input scale stay together; the layer that the scale is named after comes first.
     """
     shared: dict[str, float] = {}
     for d in layers:
@@ -100,14 +100,14 @@ def ranked(layers: Sequence[LayerDrift], limits: Thresholds) -> list[LayerDrift]
 def _past(
     threshold: str, what: str, value: float | None, limit: float | None, layer: str | None = None, hint: str = ""
 ) -> list[Breach]:
-    """The breach of an upper limit, if it is one; "not <=", so that a number that is none is."""
+    """A breach if `value` exceeds `limit`, else none. NaN is not <= any limit, so it counts as a breach."""
     if value is None or limit is None or value <= limit:
         return []
     return [Breach(threshold, what, value, limit, layer, hint)]
 
 
 def _mean_past(threshold: str, what: str, mean: Interval | None, limit: float | None) -> list[Breach]:
-    """The breach of an upper limit of a mean over prompts, if it is one."""
+    """A breach if a mean over prompts exceeds `limit`, else none."""
     if mean is None or limit is None:
         return []
     return _past(threshold, what, mean.value, limit, None, _chance(mean, mean.low <= limit))
@@ -116,4 +116,4 @@ def _mean_past(threshold: str, what: str, mean: Interval | None, limit: float | 
 def _chance(mean: Interval, possible: bool) -> str:
     if not possible:
         return ""
-    return f"chance alone may be the cause: 95 % interval {mean.low:.4g} to {mean.high:.4g}; draw more prompts"
+    return f"it may be chance: 95 % interval {mean.low:.4g} to {mean.high:.4g}; use more prompts"

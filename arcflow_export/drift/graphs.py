@@ -1,4 +1,4 @@
-"""A part's graph -> its linears by name, and the same graph with some of them unquantised."""
+"""Find the linears of a part's graph, quantised or not, and undo the quantisation of some of them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-#: The largest number of E4M3.
-E4M3_MAX = 448.0
-#: What stands between a weight and its MatMul, or an activation's QuantizeLinear and it.
+#: The largest E4M3 number.
+#: Nodes allowed between a weight and its MatMul, and between an activation's QuantizeLinear and the MatMul.
 _WEIGHT_CHAIN = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity")
 _ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")
 
 
 @dataclass(frozen=True)
-class Linear:
+class GraphLinear:
     """One MatMul by a weight.
 
-    `source` is its activation before quantisation, `weight` the initializer. `scale` is the activation's scale and
-    `scale_name` that of its tensor, which several linears may share: None where the activation is not quantised.
-    `quantized`: whether the weight or the activation is.
+    `source` is its activation before quantisation, and `weight` the initializer. `scale` is the activation's scale and
+    `scale_name` the name of the scale's tensor, which several linears may share; both are None if the activation is not
+    quantised. `quantized` is True if the weight or the activation is quantised.
     """
 
     name: str
@@ -35,8 +34,8 @@ class Linear:
     quantized: bool
 
 
-def linears(model: ir.Model) -> dict[str, Linear]:
-    """The graph's linears in its order, by the name of their weight without `.weight`."""
+def linears(model: ir.Model) -> dict[str, GraphLinear]:
+    """The graph's linears by name, in graph order; the name is the weight's without `.weight`."""
     found = {}
     for node in model.graph:
         if node.op_type != "MatMul":
@@ -53,18 +52,18 @@ def quantized_layers(model: ir.Model) -> list[str]:
 
 
 def block_of(layer: str) -> str:
-    """The block that a layer is in, such as `transformer_blocks.0`; the layer itself where it is in none."""
+    """The block of a layer, such as `transformer_blocks.0`, or the layer's own name if it is not in a block."""
     match = re.match(r"(?:[^.]+\.)+?\d+(?=\.)", layer)
     return match[0] if match else layer
 
 
-def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, Linear]) -> ir.Model:
-    """Undo the quantisation of some linears in place: the activation unquantised, the reference's weight.
+def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, GraphLinear]) -> ir.Model:
+    """Undo the quantisation of some linears in place: use the unquantised activation and the reference's weight.
 
     Args:
         model: the quantised graph.
-        layers: names of quantised linears.
-        weights: the reference's linears; weights are rounded to the precision of the MatMul here.
+        layers: names of the linears to undo.
+        weights: the reference's linears, for their weights, which are rounded to the precision of the MatMul.
 
     Returns:
         The same model.
@@ -90,7 +89,7 @@ def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, Li
 
 
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """A constant of the graph."""
+    """Add a constant to the graph."""
     value = ir.Value(
         name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
@@ -99,12 +98,12 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
 
 
 def _cast_later(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
-    """The tensor in another dtype, read and cast when its values are asked for."""
+    """The tensor in another dtype; it is read and cast only when its values are needed."""
     shape = ir.Shape(tensor.shape.numpy())
     return ir.LazyTensor(lambda: ir.tensor(tensor.numpy().astype(dtype.numpy())), dtype=dtype, shape=shape)
 
 
-def _linear(node: ir.Node) -> Linear | None:
+def _linear(node: ir.Node) -> GraphLinear | None:
     weight, dequantized = node.inputs[1], False
     while weight is not None and (producer := weight.producer()) is not None and producer.op_type in _WEIGHT_CHAIN:
         dequantized |= producer.op_type == "DequantizeLinear"
@@ -123,11 +122,11 @@ def _linear(node: ir.Node) -> Linear | None:
             break
         value = producer.inputs[0]
     name, quantized = weight.name.removesuffix(".weight"), dequantized or scale is not None
-    return Linear(name, node, source, weight, scale, scale_name, quantized)
+    return GraphLinear(name, node, source, weight, scale, scale_name, quantized)
 
 
 def _scalar(value: ir.Value) -> float:
-    """A constant scale; a cast of one is followed."""
+    """The value of a constant scale; looks through casts."""
     while value.const_value is None and (producer := value.producer()) is not None:
         assert producer.inputs[0] is not None
         value = producer.inputs[0]

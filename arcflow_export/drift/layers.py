@@ -1,4 +1,4 @@
-"""Each quantised linear by itself: the reference's inputs -> the error of its output, and its scale's reach."""
+"""Measure each quantised linear by itself, on the reference's inputs: its output error, and how its scale fits."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from arcflow_export.drift.graphs import E4M3_MAX, Linear, add_initializer, linears
+from arcflow_export.drift.graphs import GraphLinear, add_initializer, linears
 from arcflow_export.drift.measures import root_ratio
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.formats.thresholds import Thresholds, times
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.maths.dtypes import E4M3_MAX
 
-#: An input beyond this many times a scale's range: percentiles and MSE clip outliers, but not most of a range.
+#: A scale is too small if the largest input exceeds its range this many times. Percentile and MSE calibration clip
+#: outliers, but never that much.
 TOO_SMALL = 2.0
-#: Above this the largest input is clipped; scales are rounded.
+#: The largest input counts as clipped above this ratio to the scale's range; the margin covers rounding of scales.
 _CLIPPED = 1.01
-#: A scale beyond this many times its largest input is said to be too large.
+#: A scale is called too large if its range exceeds the largest input this many times.
 TOO_LARGE = 4.0
 
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """One quantised linear, by step; text encoders have one.
+    """The drift of one quantised linear, with one value per step (a text encoder has one step).
 
-    `errors`: RMS of the difference of its output over RMS of the reference's, both given the reference's input, mean
-    over prompts. `reach`: the largest |input| of all prompts over the largest number that the activation's scale can
-    hold: above 1 it is clipped, far below 1 the scale is too large. `scale`: whose `<layer>.input_scale` it is; linears
-    with one input share it. Both None where the activation is not quantised.
+    `errors`: relative RMS error of its output, given the reference's input; mean over prompts. `reach`: the largest
+    |input| of all prompts divided by the largest number that the activation's scale can represent. Above 1 the input is
+    clipped; far below 1 the scale is too large. `scale`: the layer that the scale `<layer>.input_scale` is named after;
+    linears with the same input share it. `reach` and `scale` are None if the activation is not quantised.
     """
 
     part: str
@@ -42,26 +44,26 @@ class LayerDrift:
 
     @property
     def error(self) -> float:
-        """Of the worst step."""
+        """The error of the worst step."""
         return max(self.errors)
 
     @property
     def headroom(self) -> float | None:
-        """How many times the largest input of any step the scale reaches; None where every input was 0."""
+        """The scale's range divided by the largest input of any step; None if every input was 0."""
         return 1 / max(self.reach) if self.reach is not None and max(self.reach) > 0 else None
 
     def badness(self, limits: Thresholds) -> float:
-        """Above 1: its error or its scale is past the limits, by that factor."""
+        """The factor by which its error or its scale exceeds a limit; at most 1 if none is exceeded."""
         return max(times(self.error, limits.layers), times(self.headroom or 0.0, limits.headroom))
 
     def scale_at_fault(self, limits: Thresholds) -> bool:
-        """Whether the input scale, rather than the weight's, is what is wrong."""
+        """True if the input scale is wrong, rather than the weight's scale."""
         return self.reach is not None and (
             max(self.reach) > TOO_SMALL or times(self.headroom or 0.0, limits.headroom) > 1
         )
 
     def reason(self) -> str:
-        """What its scale says about its error."""
+        """A sentence on how the input scale may explain the error."""
         if self.reach is None or self.headroom is None:
             return ""
         largest = max(self.reach)
@@ -75,15 +77,15 @@ class LayerDrift:
 
 @dataclass
 class LayerErrors:
-    """What was measured of a part's quantised linears, by name and step: the relative RMS error of the output for every
-    input, [n] each, and the largest |input| of all.
+    """Measurements of a part's quantised linears, by name and step: the relative RMS error of the output for each of n
+    inputs, [n], and the largest |input| of all.
     """
 
     errors: dict[str, list[np.ndarray]]
     largest: dict[str, list[float]]
 
     def extend(self, more: LayerErrors) -> None:
-        """Add what was measured on more inputs."""
+        """Add the measurements on more inputs."""
         for name, steps in self.errors.items():
             steps[:] = [np.concatenate(pair) for pair in zip(steps, more.errors[name], strict=True)]
             largest = self.largest[name]
@@ -101,9 +103,9 @@ def measure_layers(
 
     Args:
         reference: the unquantised bundle.
-        candidate: the quantised one.
-        part: its name.
-        inputs: for each step the part's inputs in the reference's run, batch by batch.
+        candidate: the quantised bundle.
+        part: name of the part.
+        inputs: for each step, the part's inputs in the reference's run, batch by batch.
         progress: called after each batch.
     """
     theirs = linears(load_graph(candidate, part))
@@ -146,15 +148,16 @@ def _reach(largest: list[float], scale: float | None) -> tuple[float, ...] | Non
     return tuple(x / (E4M3_MAX * scale) if scale > 0 else float("inf") for x in largest)
 
 
-def _owner(linear: Linear) -> str | None:
+def _owner(linear: GraphLinear) -> str | None:
     return None if linear.scale_name is None else linear.scale_name.removesuffix(".input_scale")
 
 
-def _probe(model: ir.Model, candidate: Mapping[str, Linear], layers: list[str]) -> None:
-    """Give the reference's graph other outputs: per quantised linear and image the squared error, the squared output
-    and the largest |input|, the candidate's linear being grafted onto the reference's activation.
+def _probe(model: ir.Model, candidate: Mapping[str, GraphLinear], layers: list[str]) -> None:
+    """Replace the outputs of the reference's graph: for each quantised linear and image, give the sum of the squared
+    error, the sum of the squared output, and the largest |input|.
 
-    What is added stands behind the reference's linear, so that nothing of one linear is kept while the next one runs.
+    The candidate's linear is copied into the graph and reads the reference's activation. Its nodes directly follow the
+    reference's linear, so that no values of one linear are kept while the next one runs.
     """
     graph, own = model.graph, linears(model)
     graph.outputs.clear()
@@ -178,14 +181,14 @@ def _probe(model: ir.Model, candidate: Mapping[str, Linear], layers: list[str]) 
 
 
 class _Graft:
-    """Nodes to put in one place of a graph; `known` maps values of another graph to this one's."""
+    """Collects nodes to insert at one place of a graph; `known` maps the other graph's values to this graph's."""
 
     def __init__(self, graph: ir.Graph, known: dict[ir.Value, ir.Value]) -> None:
         self._graph, self._known = graph, known
         self.nodes: list[ir.Node] = []
 
     def copy(self, value: ir.Value) -> ir.Value:
-        """Copy what computes `value` in the other graph, down to values that are known here."""
+        """Copy the nodes that compute `value` in the other graph, back to values that are known here."""
         if value in self._known:
             return self._known[value]
         if value.is_initializer():
@@ -203,7 +206,7 @@ class _Graft:
         return copy
 
     def cast(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """The value in `dtype`; itself where it is that already."""
+        """The value cast to `dtype`, or the value itself if it has that dtype."""
         if dtype is None or value.dtype == dtype:
             return value
         cast = self.node("Cast", [value], to=dtype)
@@ -211,7 +214,7 @@ class _Graft:
         return cast
 
     def node(self, op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
-        """What a new node gives, in float32."""
+        """Add a node and return its output, in float32."""
         node = ir.node(op, inputs, attributes=attributes or None)
         self.nodes.append(node)
         node.outputs[0].dtype = ir.DataType.FLOAT

@@ -1,4 +1,4 @@
-"""Measures of drift in float64: two arrays -> relative RMS error, PSNR and GMSD per case, and means with intervals."""
+"""Drift measures in float64: relative RMS error, PSNR and GMSD of each case, and means with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from arcflow_export.images.statistics import Interval, mean_interval, resample
 
 #: Resamples of the prompts for 95 % intervals, and their seed.
 RESAMPLES, SEED = 1000, 0
-#: A mean squared error below this counts as it, so that equal pictures have 100 dB.
+#: Mean squared errors are clipped to at least this, so that equal images have a PSNR of 100 dB.
 _LEAST_ERROR = 1e-10
-#: Of the gradient magnitude similarity, for grey levels in [0, 255] (Xue et al. 2014, arXiv 1308.3052).
+#: The constant of the gradient magnitude similarity for grey levels in [0, 255] (Xue et al. 2014, arXiv 1308.3052).
 _GMSD_CONSTANT = 170.0
 
 
 def relative_error(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """RMS of the difference over RMS of the reference, of each row: [n, ...] twice -> [n]; Inf where not finite."""
+    """RMS of the difference over RMS of the reference for each row: two arrays [n, ...] -> [n]; Inf if not finite."""
     rows = len(reference)
-    if reference[0].size == 0:  # the gammas of a student of one mode
+    if reference[0].size == 0:  # a student with one mode has no gammas
         return np.zeros(rows)
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.square(got.astype(np.float64) - reference).reshape(rows, -1).sum(1)
@@ -25,24 +25,24 @@ def relative_error(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def root_ratio(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """sqrt(error / energy) of sums of squares [n]; 0 where both are 0, Inf where the error is not finite."""
+    """sqrt(error / energy) for sums of squares [n]; 0 where both are 0, Inf where the error is not finite."""
     error, energy = error.astype(np.float64), energy.astype(np.float64)
     ratio = np.sqrt(np.where(np.isfinite(error), error, np.inf) / np.maximum(energy, 1e-60))
     return np.where(error == 0, 0.0, ratio)
 
 
 def psnr_db(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of uint8 pictures [n, H, W, 3] in dB, [n]; 100 where they are equal."""
+    """Peak signal-to-noise ratio of uint8 images [n, H, W, 3] in dB, [n]; 100 where they are equal."""
     error = np.square(got.astype(np.float64) - reference).reshape(len(got), -1).mean(1) / 255**2
     return -10 * np.log10(error.clip(min=_LEAST_ERROR))
 
 
 def gmsd(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Gradient magnitude similarity deviation of uint8 pictures [n, H, W, 3]: [n], 0 for equal ones, below 0.5.
+    """Gradient magnitude similarity deviation of uint8 images [n, H, W, 3]: [n], 0 for equal ones, below 0.5.
 
-    Xue, Zhang, Mou and Bovik 2014: grey levels are halved in size, m is the length of the Prewitt gradient, the
-    similarity at a pixel (2 m m' + c) / (m^2 + m'^2 + c), and its standard deviation over the picture the result. It
-    needs no weights, and like LPIPS is blind to small shifts of brightness and sees lost or invented edges.
+    Xue, Zhang, Mou and Bovik 2014. The grey images are halved in size. m is the length of the Prewitt gradient. The
+    similarity at a pixel is (2 m m' + c) / (m^2 + m'^2 + c), and the result is its standard deviation over the image.
+    GMSD needs no weights. Like LPIPS, it ignores small shifts of brightness and notices lost or invented edges.
     """
     a, b = (_gradient(_half(p.astype(np.float64) @ (0.299, 0.587, 0.114))) for p in (got, reference))
     similarity = (2 * a * b + _GMSD_CONSTANT) / (a**2 + b**2 + _GMSD_CONSTANT)
@@ -50,7 +50,7 @@ def gmsd(got: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def mean(values: np.ndarray) -> Interval:
-    """The mean of one value per prompt with its 95 % bootstrap interval; Inf if any is not finite."""
+    """The mean of one value per prompt with its 95 % bootstrap interval; Inf if a value is not finite."""
     if not np.isfinite(values).all():
         return Interval(float("inf"), float("inf"), float("inf"))
     return mean_interval(values, resample(len(values), RESAMPLES, SEED))
@@ -63,7 +63,7 @@ def _half(grey: np.ndarray) -> np.ndarray:
 
 
 def _gradient(grey: np.ndarray) -> np.ndarray:
-    """Length of the Prewitt gradient, edges repeated."""
+    """Length of the Prewitt gradient; the image is padded by repeating its edges."""
     p = np.pad(grey, ((0, 0), (1, 1), (1, 1)), mode="edge")
     rows = (p[:, :-2] + p[:, 1:-1] + p[:, 2:]) / 3
     columns = (p[:, :, :-2] + p[:, :, 1:-1] + p[:, :, 2:]) / 3

@@ -1,4 +1,4 @@
-"""The result: what was measured -> drift.json and the tables people read."""
+"""The report of the drift gate: measurements -> the contents of drift.json, and tables for people."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from arcflow_export.formats.thresholds import Thresholds
 from arcflow_export.images.statistics import Interval
 
 FORMAT, VERSION = "arcflow-drift", 1
-#: Where a measure is taken: on the reference's own inputs, or from the noise on.
+#: How a measure is taken: each part on the reference's inputs, or a whole run from the noise.
 GROUPS = ("parts", "end to end")
 
 
-#: Most prompts whose pictures the contact sheet shows.
+#: Largest number of prompts on the contact sheet.
 COLUMNS = 8
 
 
 def shown_places(count: int) -> list[int]:
-    """Which of `count` cases the contact sheet shows: some spread over all."""
+    """The indices of the cases that the contact sheet shows, spread evenly over `count` cases."""
     return list(range(0, count, -(-count // COLUMNS)))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity, mean over prompts; `group` is of `GROUPS`."""
+    """One measured quantity, its mean over prompts; `group` is one of `GROUPS`."""
 
     group: str
     what: str
@@ -43,13 +43,13 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """With its step."""
+        """The quantity's name, with its step if it has one."""
         return self.what if self.step is None else f"step {self.step} {self.what}"
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that was found; `settings` and `versions` are what to repeat it with."""
+class DriftReport:
+    """All results of a comparison; `settings` and `versions` allow to repeat it."""
 
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -63,39 +63,39 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every threshold holds."""
+        """True if every threshold holds."""
         return not self.breaches
 
     def as_json(self) -> dict[str, Any]:
-        """What `drift.json` holds; numbers that are none or infinite are null."""
+        """The contents of `drift.json`; NaN and infinite numbers become null."""
         head = {"format": FORMAT, "version": VERSION, "passed": self.passed, "exclude": self.exclude()[0]}
         data = head | dataclasses.asdict(self)
         cleaned: dict[str, Any] = _finite(data)
         return cleaned
 
     def exclude(self) -> tuple[dict[str, tuple[str, ...]], str]:
-        """Patterns to leave out by part, and how they were found; none where the gate passes or it would not help."""
+        """Suggested `exclude` patterns by part, and the reason; empty if the gate passes or they would not help."""
         if self.passed:
             return {}, ""
         s = self.sensitivity
         if s is not None and s.exclude:
-            return {SENSITIVE: s.exclude}, f"the fewest {s.kind} found without which the thresholds hold"
+            return {SENSITIVE: s.exclude}, f"the smallest set of {s.kind} found that makes the thresholds hold"
         worst = ranked(self.layers, self.thresholds)
         if broken := [d for d in worst if d.badness(self.thresholds) > 1]:
-            return _by_part(broken), "the layers past their own limit; calibrating again may mend them"
+            return _by_part(broken), "the layers past their own limit; calibrating again may fix them"
         if s is not None and s.exclude is None:
             return {}, "leaving out layers does not help: the error is in the arithmetic or in another part"
         if s is not None:
             return (
                 {},
-                "leaving out layers does not help: given the reference's text the backbone is within the thresholds",
+                "leaving out layers does not help: with the reference's text the backbone is within the thresholds",
             )
         return _by_part(
             worst[:SHOWN]
-        ), "a first guess by their errors; --sensitivity layers finds the fewest that suffice"
+        ), "a first guess from their errors; --sensitivity layers finds the smallest set that is enough"
 
     def verdict(self) -> str:
-        """What the gate says, for the terminal and the report."""
+        """The gate's result in text, for the terminal and the report."""
         if self.passed:
             return "PASSED: every threshold holds"
         lines = [f"FAILED: {len(self.breaches)} thresholds do not hold", *(f"  {b.text()}" for b in self.breaches)]
@@ -158,8 +158,8 @@ class Report:
             mark = "past its limit" if d.badness(self.thresholds) > 1 else ""
             rows.append((d.layer, d.part, errors, reach, mark))
         note = (
-            "By step: the relative RMS error of the layer's output when its input is the reference's, and its largest "
-            "input over the largest number that its scale can hold."
+            "For each step: the relative RMS error of the layer's output, given the reference's input, and its largest "
+            "input divided by the largest number that its scale can represent."
         )
         return f"{note}\n\n{_markdown(('layer', 'part', 'error', 'input / range', ''), rows, left=2)}"
 
@@ -172,9 +172,9 @@ class Report:
             rows.append((u.name, *(f"{e:.4f}" for e in effects)))
         head = (s.kind, "alone: heads", "alone: latents", "left out: heads", "left out: latents")
         note = (
-            f"{s.prompts} prompts; the backbone with the reference's text and modulation. Relative RMS errors of the "
-            "means at the worst step and of the final latents, with one unit quantised alone and with all but it. "
-            "Those that gain most when left out come first; `all` left out is the error of the arithmetic by itself."
+            f"{s.prompts} prompts; the backbone runs with the reference's text and modulation. Relative RMS errors of "
+            "the means at the worst step and of the final latents: with only one unit quantised, and with all but "
+            "that one. Units that gain most when left out come first. `all` left out is the error of the arithmetic."
         )
         return f"{note}\n\n{_markdown(head, rows)}"
 
@@ -200,7 +200,7 @@ def _percent(interval: Interval) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table whose columns line up in plain text too; all but the first `left` aligned right."""
+    """A Markdown table that is also aligned as plain text; columns after the first `left` are aligned right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
@@ -212,7 +212,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1)
 
 
 def _finite(value: Any) -> Any:
-    """The value with infinities and NaN replaced by None, which is what JSON can say."""
+    """Replace infinities and NaN by None, because JSON has neither."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

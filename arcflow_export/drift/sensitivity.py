@@ -1,4 +1,7 @@
-"""Each block or layer quantised alone and left out alone -> errors of heads and latents, and what to leave out."""
+"""Measure how much each block or layer of the backbone adds to the drift, and suggest which to leave unquantised.
+
+Each unit is quantised alone, and left out alone.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import psnr_db, relative_error
-from arcflow_export.drift.stages import Batch, Stages, Trajectory, advance, predict
+from arcflow_export.drift.stages import BundleStages, CaseBatch, Trajectory, advance, predict
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import load_graph
 from arcflow_export.formats.thresholds import Thresholds, times
@@ -21,15 +24,15 @@ from arcflow_runtime.disk.bundle import Bundle
 
 Kind = Literal["none", "blocks", "layers"]
 KINDS: tuple[Kind, ...] = ("none", "blocks", "layers")
-#: Most prompts that it is measured on.
+#: Largest number of prompts to measure on.
 PROMPTS = 32
 PART = "backbone"
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Means over prompts: relative RMS error of the means at the worst step, on the reference's inputs, and of the
-    final latents, given the reference's text and modulation; and the pictures' PSNR where it was taken.
+    """The drift of one experiment, as means over prompts: relative RMS error of the means at the worst step on the
+    reference's inputs, and of the final latents given the reference's text and modulation; PSNR of the images or None.
     """
 
     heads: float
@@ -37,9 +40,9 @@ class Effect:
     psnr: float | None = None
 
     def over(self, limits: Thresholds) -> float:
-        """Above 1: past a threshold, by that factor of the error."""
+        """The factor by which the error exceeds a threshold; at most 1 if none is exceeded."""
         worst = max(times(self.heads, limits.heads), times(self.latents, limits.latents))
-        # 20 log10 of the ratio of two RMS errors is their distance in dB.
+        # Two PSNRs that differ by d dB differ by a factor of 10^(d/20) in RMS error.
         if self.psnr is None or limits.psnr is None:
             return worst
         return max(worst, 10 ** ((limits.psnr - self.psnr) / 20))
@@ -47,7 +50,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Unit:
-    """A block or layer: quantised alone, and everything but it quantised."""
+    """A block or layer: its effect when only it is quantised, and when everything but it is quantised."""
 
     name: str
     layers: tuple[str, ...]
@@ -57,10 +60,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`whole`: all quantised; `none`: nothing, which leaves the arithmetic's own error. Units by what leaving them out
-    gains for the final latents, the most first. `exclude`: patterns to add to the policy's `exclude` so that the
-    thresholds for heads, latents, PSNR and single layers hold: empty if they do, None if leaving out everything does
-    not help.
+    """The sensitivity of the backbone.
+
+    `whole`: everything is quantised. `none`: nothing is, which leaves the error of the arithmetic. `units` are sorted
+    by how much leaving them out improves the final latents, best first. `exclude`: patterns for the policy's `exclude`
+    so that the thresholds for heads, latents, PSNR and single layers hold; empty if they hold already, None if leaving
+    out everything does not help.
     """
 
     kind: Kind
@@ -75,16 +80,21 @@ class _Experiment:
     """Runs the candidate's backbone with any set of its layers quantised."""
 
     def __init__(
-        self, reference: Bundle, candidate: Bundle, stages: Stages, batches: list[Batch], trajectory: Trajectory
+        self,
+        reference: Bundle,
+        candidate: Bundle,
+        stages: BundleStages,
+        batches: list[CaseBatch],
+        trajectory: Trajectory,
     ) -> None:
         self._candidate, self._stages = candidate, stages
         self._batches, self._trajectory = batches, trajectory
         self._weights = linears(load_graph(reference, PART))
         self.layers = quantized_layers(load_graph(candidate, PART))
-        self._pictures: np.ndarray | None = None
+        self._images: np.ndarray | None = None
 
-    def run(self, quantized: Collection[str], pictures: bool = False) -> Effect:
-        """The effect of quantising just these layers."""
+    def run(self, quantized: Collection[str], images: bool = False) -> Effect:
+        """The effect of quantising only these layers; `images` also decodes, for the PSNR."""
         out = [name for name in self.layers if name not in quantized]
         model = leave_out(load_graph(self._candidate, PART), out, self._weights)
         reference = self._trajectory
@@ -97,19 +107,19 @@ class _Experiment:
                 heads.append(float(relative_error(given["means"], reference.heads[step]["means"]).mean()))
                 x = advance(x, own[0] if own else given, float(sigma), float(sigma_next))
         latents = float(relative_error(x, reference.latents[-1]).mean())
-        return Effect(max(heads), latents, self._psnr(x) if pictures else None)
+        return Effect(max(heads), latents, self._psnr(x) if images else None)
 
     def _psnr(self, latents: np.ndarray) -> float:
-        if self._pictures is None:
-            self._pictures = self._stages.decode(self._trajectory.latents[-1])
-        return float(psnr_db(self._stages.decode(latents), self._pictures).mean())
+        if self._images is None:
+            self._images = self._stages.decode(self._trajectory.latents[-1])
+        return float(psnr_db(self._stages.decode(latents), self._images).mean())
 
 
 def measure_sensitivity(
     reference: Bundle,
     candidate: Bundle,
-    stages: Stages,
-    batches: list[Batch],
+    stages: BundleStages,
+    batches: list[CaseBatch],
     trajectory: Trajectory,
     drift: Sequence[LayerDrift],
     kind: Kind,
@@ -120,14 +130,14 @@ def measure_sensitivity(
 
     Args:
         reference: the unquantised bundle.
-        candidate: the quantised one.
-        stages: the reference's, with at most `PROMPTS` cases.
+        candidate: the quantised bundle.
+        stages: the reference's stages, with at most `PROMPTS` cases.
         batches: these cases, encoded by the reference.
-        trajectory: the reference's run of them.
-        drift: of single layers; those past the limits are always left out.
+        trajectory: the reference's run of these cases.
+        drift: the drift of single layers; layers past a limit are always left out.
         kind: "blocks" or "layers".
-        limits: what the suggestion must hold.
-        progress: called with the runs done and their number, the suggestion's not counted.
+        limits: thresholds that must hold with the suggested layers left out.
+        progress: called with the number of runs done and their total; runs that search for a suggestion do not count.
     """
     experiment = _Experiment(reference, candidate, stages, batches, trajectory)
     layers = experiment.layers
@@ -136,21 +146,21 @@ def measure_sensitivity(
         groups.setdefault(block_of(name) if kind == "blocks" else name, []).append(name)
     total, done = 2 * len(groups) + 2, 0
 
-    def run(quantized: Collection[str], pictures: bool = False) -> Effect:
+    def run(quantized: Collection[str], images: bool = False) -> Effect:
         nonlocal done
-        effect = experiment.run(quantized, pictures)
+        effect = experiment.run(quantized, images)
         done = min(done + 1, total)
         progress(done, total)
         return effect
 
-    whole, none = run(layers, pictures=True), run((), pictures=True)
+    whole, none = run(layers, images=True), run((), images=True)
     units = []
     for name, members in groups.items():
         rest = [layer for layer in layers if layer not in members]
         units.append(Unit(name, tuple(members), run(members), run(rest)))
     units.sort(key=lambda u: u.left_out.latents)
     broken = {d.layer for d in drift if d.part == PART and d.badness(limits) > 1}
-    chosen = _choose(units, broken, whole, lambda quantized: experiment.run(quantized, pictures=True), layers, limits)
+    chosen = _choose(units, broken, whole, lambda quantized: experiment.run(quantized, images=True), layers, limits)
     exclude = None if chosen is None else tuple(_pattern(u) for u in chosen)
     return Sensitivity(kind, len(stages.cases), whole, none, tuple(units), exclude)
 
@@ -163,7 +173,10 @@ def _choose(
     layers: Sequence[str],
     limits: Thresholds,
 ) -> list[Unit] | None:
-    """The fewest units to leave out, by what each gains alone; then those are put back that turn out not to matter."""
+    """Choose a small set of units to leave out so that the thresholds hold; None if leaving out all does not help.
+
+    Units are added in the order of their own gain until the thresholds hold. Then unneeded units are removed.
+    """
 
     def holds(left: Sequence[Unit]) -> bool:
         gone = {layer for u in left for layer in u.layers}
@@ -186,5 +199,5 @@ def _choose(
 
 
 def _pattern(unit: Unit) -> str:
-    """The policy's pattern of a unit: a layer's name, or everything in a block."""
+    """The policy pattern for a unit: the layer's name, or the block's name with `.*`."""
     return unit.name if unit.layers == (unit.name,) else f"{unit.name}.*"

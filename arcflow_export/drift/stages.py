@@ -1,4 +1,7 @@
-"""One bundle, a part in memory at a time: prompts -> text, modulation, heads along latents, pictures."""
+"""Run one bundle's stages on the CPU for the drift gate, one part in memory at a time.
+
+Prompts -> text states, modulation, latents and heads at every step, images.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from arcflow_export.drift.cases import Case, Scene
+from arcflow_export.drift.cases import DriftCase, ImageSettings
 from arcflow_export.emulate.blocks import EmulatedBackend
 from arcflow_export.emulate.emulate import widened
 from arcflow_runtime.disk.bundle import Bundle
@@ -26,14 +29,14 @@ from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_t
 from arcflow_runtime.maths.update import update
 
 HEADS = ("means", "logweights", "loggammas")
-#: Image tokens that are run together: some pictures of shapes, one of 1024 px.
+#: Image tokens that run together: several images of shapes, or one image of 1024 px.
 _BATCH_TOKENS = 1024
 Heads = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Cases of one text length: their places, text states [b, T, Dt], modulation [S, b, M] and rotary tables."""
+class CaseBatch:
+    """Cases with the same text length: their indices, text states [b, T, Dt], modulation [S, b, M], rotary tables."""
 
     rows: list[int]
     states: np.ndarray
@@ -42,7 +45,7 @@ class Batch:
     text_rotary: np.ndarray
 
     def inputs(self, step: int, latents: np.ndarray) -> dict[str, np.ndarray]:
-        """What the backbone takes at a step, with the latents [b, N, C] of these cases."""
+        """The backbone's inputs at a step, for the latents [b, N, C] of these cases."""
         return {
             "latents": latents,
             "encoder_hidden_states": self.states,
@@ -54,8 +57,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The reference's run of n cases: latents before the first and after every step, S + 1 of [n, N, C] float32, and
-    the heads of every step, [n, N, ...] by name.
+    """A run of n cases: latents [n, N, C] float32 before the first step and after every step (S + 1 arrays), and the
+    heads [n, N, ...] by name at every step.
     """
 
     latents: list[np.ndarray]
@@ -63,30 +66,32 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Text:
-    """What a bundle's encoders make of the cases' prompts, by prompt, and the tokens they got."""
+class EncodedCases:
+    """The encoded prompts of the cases: tokens and embeddings by prompt."""
 
     tokens: Mapping[str, Tokens]
     embeddings: Mapping[str, Embeddings]
 
     @property
     def pooled(self) -> np.ndarray | None:
-        """Pooled vectors of the distinct prompts [U, Dp], or None."""
+        """Pooled vectors of the U distinct prompts [U, Dp], or None if the family has none."""
         found = [e.pooled for e in self.embeddings.values() if e.pooled is not None]
         return np.concatenate(found) if found else None
 
 
-class Stages:
-    """A bundle's stages on the CPU; bfloat16 is emulated."""
+class BundleStages:
+    """Runs the stages of a bundle on the CPU for a set of cases; bfloat16 is emulated."""
 
-    def __init__(self, bundle: Bundle, cases: Sequence[Case], scene: Scene, reference_dtype: DType) -> None:
-        """Prepare.
+    def __init__(
+        self, bundle: Bundle, cases: Sequence[DriftCase], scene: ImageSettings, reference_dtype: DType
+    ) -> None:
+        """Prepare the run; loads no weights.
 
         Args:
             bundle: an opened bundle.
-            cases: what to draw.
-            scene: with what.
-            reference_dtype: whose rounding the conditioning gets, whatever the bundle's own is.
+            cases: prompts and seeds to generate.
+            scene: image size, steps, guidance and text length for all cases.
+            reference_dtype: the dtype that the conditioning is rounded to, instead of the bundle's own.
         """
         self.bundle = bundle
         self.cases, self.scene = cases, scene
@@ -96,15 +101,15 @@ class Stages:
         token_px = self.manifest.latents.patch_size * self.manifest.latents.vae_scale_factor
         self.grid = (scene.height_px // token_px, scene.width_px // token_px)
 
-    def encode(self) -> Text:
+    def encode(self) -> EncodedCases:
         """Encode the distinct prompts."""
         tokenizer = PromptTokenizer(self.bundle)
         prompts = dict.fromkeys(case.prompt for case in self.cases)
         tokens = {p: tokenizer.tokenize(p, self.scene.max_sequence_length) for p in prompts}
-        return Text(tokens, encode_prompts(self._parts, self.manifest, tokens))
+        return EncodedCases(tokens, encode_prompts(self._parts, self.manifest, tokens))
 
     def modulation(self, pooled: np.ndarray | None) -> np.ndarray:
-        """[S, U, M] of the distinct prompts' pooled vectors, or [S, 1, M] where it does not depend on them."""
+        """Modulation [S, U, M] for the distinct prompts' pooled vectors, or [S, 1, M] if it does not depend on them."""
         m = self.manifest
         timesteps = conditioning_timesteps(self.sigmas, m.family, m.reference_dtype)
         guidance = None
@@ -113,14 +118,14 @@ class Stages:
         return np.asarray(Conditioner(self.bundle).modulation(self._parts, timesteps, guidance, pooled), np.float32)
 
     def noise(self) -> np.ndarray:
-        """[n, N, C] float32: every case's own seed."""
+        """Noise [n, N, C] float32, from the seed of each case."""
         k = self.manifest.latents
         seeds = [case.seed for case in self.cases]
         h, w = (side * k.patch_size for side in self.grid)
         return draw_latents(seeds, len(seeds), k.channels, h, w, k.patch_size)
 
-    def batches(self, text: Text, modulation: np.ndarray) -> list[Batch]:
-        """The cases, those of one text length together."""
+    def batches(self, text: EncodedCases, modulation: np.ndarray) -> list[CaseBatch]:
+        """Group the cases by text length into batches."""
         m = self.manifest
         place = {p: i for i, p in enumerate(text.embeddings)}
         by_length: dict[int, list[int]] = {}
@@ -132,7 +137,7 @@ class Stages:
                 prompts = [self.cases[i].prompt for i in chunk]
                 where = [place[p] for p in prompts] if modulation.shape[1] > 1 else [0] * len(chunk)
                 found.append(
-                    Batch(
+                    CaseBatch(
                         chunk,
                         np.concatenate([text.embeddings[p].states for p in prompts]),
                         modulation[:, where],
@@ -142,17 +147,17 @@ class Stages:
                 )
         return found
 
-    def generate(self, batches: list[Batch], progress: Callable[[], None] = lambda: None) -> Trajectory:
-        """Run every step; `progress` is called after each batch and step."""
+    def generate(self, batches: list[CaseBatch], progress: Callable[[], None] = lambda: None) -> Trajectory:
+        """Run all steps from noise; `progress` is called after each batch of each step."""
         with self.use_backbone() as run_all:
             return walk(run_all, batches, self.noise(), self.sigmas, progress)
 
     def use_backbone(self) -> AbstractContextManager[RunAll]:
-        """A function that runs the bundle's backbone, for the length of a block."""
+        """A context manager that gives a function to run the bundle's backbone."""
         return self._parts.use_all("backbone")
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """[n, N, C] -> pictures [n, H, W, 3] uint8."""
+        """Decode latents [n, N, C] to images [n, H, W, 3] uint8."""
         chunks = _chunks(list(range(len(latents))), self._size())
         grids = [{"latents": latents[chunk].reshape(len(chunk), *self.grid, -1)} for chunk in chunks]
         with self._parts.use_all("vae_decoder") as run_all:
@@ -164,12 +169,12 @@ class Stages:
 
 def walk(
     run_all: RunAll,
-    batches: list[Batch],
+    batches: list[CaseBatch],
     noise: np.ndarray,
     sigmas: np.ndarray,
     progress: Callable[[], None] = lambda: None,
 ) -> Trajectory:
-    """The steps from `noise` [n, N, C], one backbone run per batch and step."""
+    """Run all steps from `noise` [n, N, C], with one backbone run per batch and step."""
     latents, heads = [noise], []
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         (found,) = predict(run_all, step, [(batches, latents[-1])], progress)
@@ -181,12 +186,12 @@ def walk(
 def predict(
     run_all: RunAll,
     step: int,
-    asked: Sequence[tuple[list[Batch], np.ndarray]],
+    asked: Sequence[tuple[list[CaseBatch], np.ndarray]],
     progress: Callable[[], None] = lambda: None,
 ) -> list[Heads]:
-    """The heads of all cases at a step, float32, for each of several sets of batches and latents [n, N, C].
+    """Compute the float32 heads of all cases at one step, for each of several sets of batches and latents [n, N, C].
 
-    All sets together, so that a backbone which is not all in memory is read once.
+    All sets run together, so that a backbone that does not fit in memory is read only once.
     """
     inputs = [batch.inputs(step, latents[batch.rows]) for batches, latents in asked for batch in batches]
     outputs = run_all(inputs)
@@ -201,19 +206,19 @@ def predict(
 
 
 def advance(latents: np.ndarray, heads: Heads, sigma: float, sigma_next: float) -> np.ndarray:
-    """The closed-form step; infinities stay, to be counted as drift."""
+    """Do the closed-form update of one step; infinities are kept, because they count as drift."""
     with np.errstate(all="ignore"):
         return update(latents, heads["means"], heads["logweights"], heads["loggammas"], sigma, sigma, sigma_next)
 
 
-def backbone_inputs(batches: list[Batch], trajectory: Trajectory, step: int) -> Iterator[dict[str, np.ndarray]]:
-    """What the backbone got at a step of a trajectory, batch by batch."""
+def backbone_inputs(batches: list[CaseBatch], trajectory: Trajectory, step: int) -> Iterator[dict[str, np.ndarray]]:
+    """The backbone's inputs at a step of a trajectory, batch by batch."""
     for batch in batches:
         yield batch.inputs(step, trajectory.latents[step][batch.rows])
 
 
 def _gathered(parts: list[tuple[list[int], Heads]]) -> Heads:
-    """Batches of heads in the order of the cases."""
+    """Join the heads of several batches, in the order of the cases."""
     order = np.argsort(np.concatenate([rows for rows, _ in parts]))
     return {name: np.concatenate([heads[name] for _, heads in parts])[order] for name in HEADS}
 

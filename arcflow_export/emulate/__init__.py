@@ -1,1 +1,1 @@
-"""Run a bundle's graphs on a CPU in their own precision, block by block where they do not fit in memory."""
+"""Run a bundle's graphs on a CPU in their own precision, in pieces if they do not fit in memory; used for checking."""

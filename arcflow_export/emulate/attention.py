@@ -1,7 +1,7 @@
-"""Attention over many tokens, some rows at a time: a graph -> the same graph whose scores take little memory.
+"""Rewrite a graph to compute attention for some rows at a time, so that the scores take little memory.
 
-The scores of one attention are [batch, heads, tokens, tokens]: 2 GB in float32 for FLUX at 1024 px. Each row of them
-needs its own query alone, so queries are cut into pieces and the results put together again: the same sums.
+The scores of one attention are [batch, heads, tokens, tokens]: 2 GB in float32 for FLUX at 1024 px. Each row depends
+on one query only. So the queries are split into pieces and the results joined, which gives the same sums.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import onnx_ir as ir
 
 from arcflow_export.emulate.sizes import Sizes, dimensions
 
-#: The most that the scores of one piece may take in float32.
+#: Largest size of one piece's scores in float32.
 SCORES_BYTES = 32 << 20
-#: What stands between the product of queries and keys, the softmax, and the product with the values.
+#: Operators allowed between the two matrix products and the softmax of an attention.
 _BETWEEN = ("Add", "Mul", "Div", "Cast", "Where")
-#: By the name of what an attention gives: in how many pieces it is computed.
+#: (name of an attention's output, number of pieces in which to compute it) pairs.
 Rows = tuple[tuple[str, int], ...]
 
 
 def plan_rows(graph: ir.Graph, sizes: Sizes) -> Rows:
-    """In how many pieces to compute the attentions that are too large for one.
+    """Find the attentions that are too large for one piece, and the number of pieces for each.
 
     Args:
-        graph: with attention as one operator, or as MatMul, Softmax, MatMul.
-        sizes: of the dimensions that the graph's inputs name.
+        graph: a graph with attention as one operator, or as MatMul, Softmax, MatMul.
+        sizes: the size of each symbolic dimension.
     """
     found = []
     for node in graph:
@@ -37,8 +37,8 @@ def plan_rows(graph: ir.Graph, sizes: Sizes) -> Rows:
         if None in dims[:-1] or not rows:
             continue
         pieces = -(-4 * prod(d or 1 for d in dims[:-1]) * rows // SCORES_BYTES)
-        # Split makes equal pieces and a smaller last one, which is not empty while there are more than pieces**2 rows;
-        # half of that, since a shorter text has fewer.
+        # Split makes equal pieces and a smaller last one, which is not empty if there are more than pieces**2 rows. The
+        # number is halved, because a shorter text has fewer rows.
         pieces = min(pieces, isqrt(rows) // 2)
         if pieces > 1:
             found.append((str(result.name), pieces))
@@ -46,7 +46,7 @@ def plan_rows(graph: ir.Graph, sizes: Sizes) -> Rows:
 
 
 def split_rows(graph: ir.Graph, plan: Rows) -> None:
-    """Compute the attentions that `plan` names in pieces, in place."""
+    """Split the attentions that `plan` names into pieces, in place."""
     pieces = dict(plan)
     for node in list(graph):
         result = _result(node)
@@ -55,7 +55,7 @@ def split_rows(graph: ir.Graph, plan: Rows) -> None:
 
 
 def _result(node: ir.Node) -> ir.Value | None:
-    """What an attention gives, if the node is one or is its softmax."""
+    """The output of an attention, if the node is an Attention or an attention's Softmax; else None."""
     if node.op_type == "Attention":
         causal = node.attributes.get("is_causal")
         plain = len(node.outputs) == 1 and len(node.inputs) <= 4 and (causal is None or not causal.as_int())
@@ -67,7 +67,7 @@ def _result(node: ir.Node) -> ir.Value | None:
 
 
 def _chain(softmax: ir.Node) -> list[ir.Node] | None:
-    """The nodes from the product of queries and keys to the product with the values; None for another softmax."""
+    """The nodes from the query-key product to the product with the values; None if this is another softmax."""
     axis = softmax.attributes.get("axis")
     rank = None if softmax.outputs[0].shape is None else len(softmax.outputs[0].shape)
     if axis is not None and axis.as_int() not in (-1, None if rank is None else rank - 1):
@@ -94,7 +94,7 @@ def _chain(softmax: ir.Node) -> list[ir.Node] | None:
 
 
 def _alone(node: ir.Node) -> bool:
-    """Whether one node alone reads what this one gives."""
+    """True if exactly one node reads this node's output."""
     return len(node.outputs) == 1 and len(node.outputs[0].uses()) == 1 and not node.outputs[0].is_graph_output()
 
 
@@ -108,7 +108,7 @@ def _split(graph: ir.Graph, node: ir.Node, result: ir.Value, pieces: int) -> Non
     cut: dict[ir.Value, Sequence[ir.Value]] = {}
 
     def of(value: ir.Value, i: int) -> ir.Value:
-        """Piece i of a value that has rows."""
+        """Piece i of a value that is split along its rows."""
         if value not in cut:
             split = ir.node("Split", [value], attributes={"axis": -2, "num_outputs": pieces}, num_outputs=pieces)
             new.append(split)
@@ -143,12 +143,12 @@ def _split(graph: ir.Graph, node: ir.Node, result: ir.Value, pieces: int) -> Non
 
 
 def _has_rows(value: ir.Value) -> bool:
-    """Whether a value beside the scores differs from row to row: a mask that is not the same for all queries."""
+    """True if a value that is combined with the scores has one row per query, such as a mask per query."""
     return value.shape is not None and len(value.shape) > 1 and value.shape[-2] != 1
 
 
 def _replace(graph: ir.Graph, at: ir.Node, old: ir.Value, new: ir.Value, nodes: list[ir.Node]) -> None:
-    """Put `nodes` before `at`, and `new` in the place of `old` everywhere."""
+    """Insert `nodes` before `at` and replace all uses of `old` by `new`."""
     graph.insert_before(at, nodes)
     new.type, new.shape, name = old.type, old.shape, old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -1,10 +1,10 @@
-"""Run a graph on a CPU piece by piece, so that its memory is bounded: inputs -> outputs.
+"""Run a graph on a CPU piece by piece with bounded memory; the drift gate and `arcflow verify` run bundles this way.
 
-A graph whose weights fit in one piece is one session, which stays open. A larger one is cut between its nodes. The
-pieces run one after the other over all inputs, and each has its weights in memory only while it runs: they are read
-from the bundle's files. What one piece gives to later ones is kept as arrays.
+A graph whose weights fit in one piece becomes one ONNX Runtime session, which stays open. A larger graph is cut between
+nodes. Its pieces run one after the other over all inputs. A piece's weights are read from the bundle's files and are in
+memory only while it runs. Values that later pieces need are kept as arrays.
 
-Attention over many tokens is computed for some of its rows at a time: see `attention.py`.
+Attention over many tokens is computed for some rows at a time; see `attention.py`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.onnxruntime import check_names, first_line, session_options
 from arcflow_runtime.errors import EngineError
 
-#: Weights of one piece, counted in float32. One is in memory at a time, as float32 and once more while it is opened.
+#: Largest weights of one piece, counted in float32. One piece is in memory at a time; twice while it is opened.
 PIECE_BYTES = 1 << 30
-#: Smaller constants stay in the graph, where the optimiser sees them; larger ones are given to it as they are needed.
+#: Smaller constants stay in the graph, where the optimiser sees them; larger ones are passed when the session runs.
 _INLINE_BYTES = 64 << 10
-#: What stands between a weight or an activation and its linear in FP8: no piece ends there, since what a
-#: DequantizeLinear gives is not rounded (`emulate.py`).
+#: Nodes between an FP8 linear and its weight or activation. No piece ends there, because the output of a
+#: DequantizeLinear is not rounded (see `emulate.py`).
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _FLOAT32_BYTES = 4
 Arrays = Mapping[str, np.ndarray]
@@ -42,23 +42,23 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive nodes of a graph: the values that they take from before, and those that are needed afterwards."""
+    """Consecutive nodes of a graph: the values that they read from earlier nodes, and those that are needed later."""
 
     inputs: tuple[ir.Value, ...]
     outputs: tuple[ir.Value, ...]
 
 
 class BlockEngine:
-    """A graph as an engine; bfloat16 and float16 are emulated. One thread at a time may run it."""
+    """An engine that runs a graph in pieces; bfloat16 and float16 are emulated. One thread at a time may run it."""
 
     def __init__(self, part: str, model: ir.Model, rounded: bool = True, piece_bytes: int = PIECE_BYTES) -> None:
-        """Cut the graph; nothing is read yet.
+        """Cut the graph into pieces; reads no weights yet.
 
         Args:
-            part: its name, for errors.
-            model: the graph, its weights in files.
+            part: name of the part, for errors.
+            model: the graph, with its weights in files.
             rounded: see `emulate`.
-            piece_bytes: the most that a piece's weights may take in float32; a single node may have more.
+            piece_bytes: largest size of a piece's weights in float32; a single node may exceed it.
         """
         self._part, self._model, self._rounded = part, model, rounded
         common.RemoveUnusedNodesPass()(model)
@@ -73,7 +73,7 @@ class BlockEngine:
         return outputs
 
     def run_all(self, batches: Sequence[Arrays]) -> Iterator[dict[str, np.ndarray]]:
-        """Run the graph on several sets of inputs; every piece is opened once. See `StreamedEngine.run_all`."""
+        """Run the graph on several sets of inputs, opening every piece once. See `StreamedEngine.run_all`."""
         if self._closed:
             raise EngineError(f"{self._part}: the engine is closed; load the pipeline again")
         if len(self.pieces) == 1:
@@ -101,13 +101,13 @@ class BlockEngine:
         self._open, self._closed = None, True
 
     def kept_bytes(self, sizes: Sizes) -> int:
-        """The most bytes that are kept of one set of inputs between two pieces, the inputs themselves left out."""
+        """The largest number of bytes kept between two pieces for one set of inputs, without the inputs themselves."""
         given = set(self._model.graph.inputs)
         kept = ([v for v in p.inputs if v not in given] for p in self.pieces)
         return max(sum(_FLOAT32_BYTES * (elements(v, sizes) or 0) for v in values) for values in kept)
 
     def _whole(self, batch: Arrays) -> _Session:
-        """The one session, opened again where these inputs need attention in other pieces."""
+        """The only session. It is opened again if these inputs need their attention split differently."""
         sizes = bind(self._model.graph.inputs, batch)
         rows = plan_rows(self._model.graph, sizes)
         if self._open is None or self._open[0] != rows:
@@ -126,7 +126,7 @@ class EmulatedBackend:
     """Runs bundles of any precision and size on a CPU; bfloat16 and float16 are emulated."""
 
     def check(self, bundle: Bundle) -> None:
-        """Every bundle can be run."""
+        """Accept every bundle: the emulation runs any precision."""
 
     def open(self, bundle: Bundle, part: str) -> Engine:
         """Load part `part` of a `widened` bundle; raises `EngineError` as ONNX Runtime's backend does."""
@@ -136,20 +136,22 @@ class EmulatedBackend:
 
 
 def cut(graph: ir.Graph, piece_bytes: int) -> tuple[Piece, ...]:
-    """Cut a graph where little is handed on, so that each piece's weights take at most `piece_bytes` in float32.
+    """Cut a graph into pieces whose weights take at most `piece_bytes` in float32, at places where few values cross.
 
-    A single node may have more weights than that. No piece ends between a quantised linear and its Q or DQ.
+    A single node may have more weights than that. No cut lies between a quantised linear and its Q or DQ.
     """
     nodes = list(graph)
-    handed = _handed_on(graph, nodes)
+    crossing = _crossing_elements(graph, nodes)
     ends = [0]
     while ends[-1] < len(nodes):
-        ends.append(_end(nodes, handed, ends[-1], piece_bytes))
+        ends.append(_end(nodes, crossing, ends[-1], piece_bytes))
     return tuple(_piece(graph, nodes[a:b]) for a, b in pairwise(ends))
 
 
-def _end(nodes: Sequence[ir.Node], handed: Sequence[float], start: int, piece_bytes: int) -> int:
-    """Where the piece that begins at `start` ends: where least is handed on, in the second half of what it may hold."""
+def _end(nodes: Sequence[ir.Node], crossing: Sequence[float], start: int, piece_bytes: int) -> int:
+    """The end of the piece that begins at `start`: the place that the fewest elements cross, among those where the
+    piece is at least half full.
+    """
     open_places: list[int] = []
     late: list[int] = []
     seen: set[ir.Value] = set()
@@ -159,8 +161,8 @@ def _end(nodes: Sequence[ir.Node], handed: Sequence[float], start: int, piece_by
         seen |= new
         held += _weight_bytes(new)
         if held > piece_bytes and open_places:
-            return min(late or open_places[-1:], key=lambda place: (handed[place], -place))
-        if handed[i + 1] < inf:
+            return min(late or open_places[-1:], key=lambda place: (crossing[place], -place))
+        if crossing[i + 1] < inf:
             open_places.append(i + 1)
             if 2 * held > piece_bytes:
                 late.append(i + 1)
@@ -169,8 +171,10 @@ def _end(nodes: Sequence[ir.Node], handed: Sequence[float], start: int, piece_by
     return len(nodes)
 
 
-def _handed_on(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[float]:
-    """By place i: elements of the values that nodes before i give and nodes from i on take; Inf where no cut may be."""
+def _crossing_elements(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[float]:
+    """For each place i, the number of elements that cross it from nodes before i to nodes from i on; Inf where no cut
+    is allowed.
+    """
     sizes = nominal(graph.inputs)
     place = {node: i for i, node in enumerate(nodes)}
     change = [0.0] * (len(nodes) + 1)
@@ -211,12 +215,12 @@ def _largest(found: Sequence[Sizes]) -> dict[str, int]:
 
 
 class _Session:
-    """One piece in ONNX Runtime. `resident`: its weights are the session's, made ready once for many runs."""
+    """One piece in ONNX Runtime. With `resident`, the session owns its weights and prepares them once for many runs."""
 
     def __init__(self, part: str, model: ir.Model, resident: bool) -> None:
         self._part = part
         options = session_options(None)
-        # In the order of the file every value is used soon after it is made. An arena would keep what it once had.
+        # In the graph's order, values are used soon after they are computed. A memory arena would never shrink again.
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = False
         graph = model.graph
@@ -232,7 +236,7 @@ class _Session:
                 continue
             weights[name], shape = _ort_value(tensor), ir.Shape(tensor.shape.numpy())
             self._mapped.append(tensor)
-            if resident:  # named in the graph as lying in a file, and given beside it
+            if resident:  # the graph refers to an external file of this name; the values are passed in `options`
                 value.const_value = ir.ExternalTensor(name, 0, None, tensor.dtype, shape=shape, name=name)
             else:
                 del graph.initializers[name]
@@ -259,14 +263,14 @@ class _Session:
         return {name: value.numpy() for name, value in zip(self._outputs, found, strict=True)}
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Free the session and its weights."""
         del self._session, self._weights
         for tensor in self._mapped:
             release(tensor)
 
 
 def _ort_value(tensor: ir.TensorProtocol) -> ort.OrtValue:
-    """The tensor as ONNX Runtime takes it, not copied."""
+    """The tensor as an OrtValue, without a copy."""
     array = tensor.numpy()
     if tensor.dtype == ir.DataType.FLOAT8E4M3FN:  # numpy has no such dtype
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), int(tensor.dtype))

@@ -1,11 +1,12 @@
-"""A part in bfloat16 or float16 on a CPU: each operator in float32, its result rounded to the part's precision.
+"""Emulate a bfloat16 or float16 graph on a CPU: compute in float32 and round each result to the graph's precision.
 
-This is what an engine with float32 accumulation computes, so it measures such a part's real error, and overflows
-where it does: ONNX Runtime has no bfloat16 kernels on a CPU, and of float16 it runs whole chains of operators in
-float32. It is for checking, not for serving: the weights are expanded to float32.
+An engine that accumulates in float32 computes the same, so the emulation shows a part's real error, and overflows where
+the engine does. ONNX Runtime cannot do this on a CPU: it has no bfloat16 kernels, and runs chains of float16 operators
+in float32. The drift gate and `arcflow verify` use the emulation. It is not for serving, because weights are expanded
+to float32.
 
-What a DequantizeLinear gives is not rounded: an engine multiplies the FP8 numbers themselves and the float32 sum by
-both scales, so no dequantised number exists there.
+The output of a DequantizeLinear is not rounded. An engine multiplies the FP8 values themselves and applies both scales
+to the float32 sum, so a dequantised number never exists there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part, TensorSpec
 from arcflow_runtime.maths.dtypes import to_float32
 
-#: Operators that only move values, so that their results need no rounding.
+#: Operators that only move values; their results need no rounding.
 MOVES = {
     "Concat",
     "Expand",
@@ -41,10 +42,10 @@ _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
 def load_graph(bundle: Bundle, part: str) -> ir.Model:
-    """The part's graph; its weights stay in their file until they are used.
+    """Load a part's graph; its weights stay in their file until they are used.
 
-    onnx-ir refuses a weights file with several hard links, as tools that save space by linking equal files make. So its
-    path is given whole, after the check of rule B8.
+    onnx-ir refuses a relative path to a weights file with several hard links, which tools that link equal files make.
+    So the full path is given, after the check of rule B8.
 
     Raises:
         BundleError: a tensor lies in another file.
@@ -62,7 +63,7 @@ def load_graph(bundle: Bundle, part: str) -> ir.Model:
 
 
 def widened(bundle: Bundle) -> Bundle:
-    """The bundle as the emulation shows it: inputs and outputs in bfloat16 and float16 are float32."""
+    """The bundle with the signatures that an emulated part has: bfloat16 and float16 inputs and outputs as float32."""
 
     def spec(s: TensorSpec) -> TensorSpec:
         return dataclasses.replace(s, dtype="float32") if s.dtype in ("bfloat16", "float16") else s
@@ -79,14 +80,14 @@ def emulate(model: ir.Model, rounded: bool = True) -> ir.Model:
 
     Args:
         model: the graph; weights in bfloat16 and float16 are expanded when they are read.
-        rounded: False leaves the rounding out, so that nothing overflows.
+        rounded: False leaves out the rounding, so that nothing overflows.
     """
     graph = model.graph
     for value in graph.initializers.values():
         if value.dtype in _NARROW:
             assert value.const_value is not None
             value.const_value, value.type = _widened(value.const_value), _FLOAT
-    nodes = list(graph)  # without the casts that are put in below
+    nodes = list(graph)  # before the casts below are inserted
     for value in list(graph.inputs):
         if (dtype := value.dtype) in _NARROW:
             value.type = _FLOAT
@@ -105,7 +106,7 @@ def emulate(model: ir.Model, rounded: bool = True) -> ir.Model:
 
 
 def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, after: ir.Node | None) -> None:
-    """Round `value` to `dtype` and back before anyone reads it."""
+    """Insert casts that round `value` to `dtype` and back; all readers of `value` read the result."""
     narrow = ir.node("Cast", [value], attributes={"to": dtype})
     wide = ir.node("Cast", [narrow.outputs[0]], attributes={"to": ir.DataType.FLOAT})
     for node, index in list(value.uses()):
@@ -123,10 +124,7 @@ def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, after: ir.Node 
 
 
 def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap the file that a tensor lies in; it is mapped again when it is read again.
-
-    Pages of mapped files count as resident memory until then.
-    """
+    """Unmap the file of a tensor, because mapped pages count as resident memory; the next read maps it again."""
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
 
@@ -135,7 +133,7 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def expand() -> ir.TensorProtocol:
         array = tensor.numpy()
         wide = to_float32(array.view(np.uint16) if tensor.dtype == ir.DataType.BFLOAT16 else array)
-        del array  # a mapping that is looked into cannot be closed
+        del array  # a mapping cannot be closed while an array refers to it
         release(tensor)
         return ir.tensor(wide, name=tensor.name)
 

@@ -1,4 +1,4 @@
-"""Sizes of a graph's values: symbolic dimensions and the arrays that go in -> numbers of elements."""
+"""Sizes of a graph's values: bind its symbolic dimensions to numbers, and count elements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Sizes = Mapping[str, int]
 
 
 def bind(inputs: Iterable[ir.Value], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The size of every dimension that the graph's inputs name, from the arrays given for them."""
+    """The size of every symbolic dimension of the graph's inputs, taken from the input arrays."""
     sizes: dict[str, int] = {}
     for value in inputs:
         array = arrays.get(str(value.name))
@@ -23,17 +23,17 @@ def bind(inputs: Iterable[ir.Value], arrays: Mapping[str, np.ndarray]) -> dict[s
 
 
 def nominal(inputs: Iterable[ir.Value], size: int = 1024) -> dict[str, int]:
-    """The same size for every dimension that the graph's inputs name, where only proportions matter."""
+    """Give every symbolic dimension of the graph's inputs the same size, where only proportions matter."""
     return {str(d): size for value in inputs for d in value.shape or () if _named(d)}
 
 
 def dimensions(value: ir.Value, sizes: Sizes) -> list[int | None]:
-    """The value's dimensions; None where `sizes` does not say one. Empty where its rank is unknown too."""
+    """The value's dimensions: None for one that `sizes` does not determine; an empty list if the rank is unknown."""
     return [d if isinstance(d, int) else _evaluate(str(d), tuple(sorted(sizes.items()))) for d in value.shape or ()]
 
 
 def elements(value: ir.Value, sizes: Sizes) -> int | None:
-    """Number of elements of the value, None where it is unknown."""
+    """Number of elements of the value, or None if it is unknown."""
     if value.shape is None:
         return None
     found = dimensions(value, sizes)

@@ -1,1 +1,1 @@
-"""Write a bundle: trace each part, merge its weights tensor by tensor, appear whole or not at all."""
+"""Write a bundle: trace each part, merge its weights tensor by tensor, and rename the finished directory into place."""

@@ -1,4 +1,4 @@
-"""Qwen-Image's conditioner and a schedule -> a table of modulations, so that its weights need not be shipped."""
+"""Run Qwen-Image's conditioner at export for the steps of a schedule, so that its weights need not be shipped."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import torch
 import torch.nn.functional as F
 
 from arcflow_export.checkpoint.merge import WeightSource
-from arcflow_export.models.layers import MatMul, Part, Sinusoid
+from arcflow_export.models.layers import MatMul, ModelPart, Sinusoid
 
 
-def bake_modulation(part: Part, source: WeightSource, timesteps: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
-    """Run a Qwen conditioner with one linear's weights in memory at a time.
+def bake_modulation(
+    part: ModelPart, source: WeightSource, timesteps: torch.Tensor, precision: torch.dtype
+) -> torch.Tensor:
+    """Compute the modulation table of a schedule, with one linear's weights in memory at a time.
 
     Args:
         part: the conditioner of `models.qwen.build`, still on the meta device.
         source: the student's merged weights.
-        timesteps: what the sinusoidal embedding sees, [S] float32.
-        precision: the backbone's.
+        timesteps: the timesteps as the sinusoidal embedding gets them, [S] float32.
+        precision: the backbone's dtype.
 
     Returns:
-        Modulation [S, M] float32, holding values rounded to the part's precision, then the backbone's.
+        Modulation [S, M] float32; its values are rounded to the conditioner's precision, then to the backbone's.
     """
     names = {id(m): n for n, m in part.module.named_modules()}
 

@@ -1,4 +1,7 @@
-"""A checked student -> a bundle: trace each part, stream its weights, bake, describe, and rename into place."""
+"""Export a checked student as a bundle: trace the parts, stream their weights, bake modulation, write the manifest.
+
+`plan_export` checks everything from headers alone; `export_bundle` writes the bundle atomically.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import onnx_ir as ir
 import torch
@@ -17,39 +19,31 @@ from arcflow_export.checkpoint.tokenizer import export_tokenizer
 from arcflow_export.export.bake import bake_modulation
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, check_source, initializer_name, num_bytes, write_weights
+from arcflow_export.families import facts
 from arcflow_export.graph.trace import MAX_BATCH, trace
-from arcflow_export.models.layers import Parameter, Part, parameters
-from arcflow_export.models.text import CLIP_TOKENS
-from arcflow_export.options import Options
+from arcflow_export.models.layers import ModelPart, Parameter, parameters
+from arcflow_export.options import ExportOptions
+from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import timestamp
 from arcflow_runtime.disk.files import sha256_file
+from arcflow_runtime.disk.signatures import bakes_modulation
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.maths.schedule import conditioning_timesteps, sigmas
 
-#: The released students' schedule: fixed shift 3.2, timestep ratio 1.
-SHIFT, TIMESTEP_RATIO = 3.2, 1.0
-#: diffusers' QwenImagePipeline: the system prompt, and how many of its tokens are dropped from the states.
-QWEN_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-    "<|im_start|>assistant\n"
-)
-QWEN_DROP_TOKENS = 34
-
 
 @dataclass(frozen=True)
-class PlannedPart:
-    """What one part will take: its module, parameters and bytes of weights."""
+class PartExportPlan:
+    """The plan for one part: its module and parameters."""
 
-    part: Part
+    part: ModelPart
     params: list[Parameter] = field(repr=False)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, constants left out."""
+        """Number of parameters, without constants."""
         return sum(int(torch.Size(p.shape).numel()) for p in self.params if p.key is not None)
 
     @property
@@ -59,18 +53,18 @@ class PlannedPart:
 
     @property
     def float32_layers(self) -> tuple[str, ...]:
-        """Linears that stay in float32 although the part has another precision."""
+        """Names of the linears that stay in float32 although the part has another precision."""
         return float32_layers(self.part)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A whole export before anything is written."""
+class ExportPlan:
+    """The plan for a whole bundle; it can be used once. `baked` is Qwen-Image's conditioner, or None."""
 
     student: Student
-    options: Options
-    parts: tuple[PlannedPart, ...]
-    baked: Part | None
+    options: ExportOptions
+    parts: tuple[PartExportPlan, ...]
+    baked: ModelPart | None
 
     @property
     def bytes(self) -> int:
@@ -78,32 +72,12 @@ class Plan:
         return sum(p.bytes for p in self.parts)
 
 
-class Progress(Protocol):
-    """What an export reports to."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """A stage begins; `total_bytes` is 0 where it does not move bytes."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Bytes were written."""
-
-
-class Silent:
-    """Reports nothing."""
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        """Ignored."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Ignored."""
-
-
-def plan_export(student: Student, options: Options) -> Plan:
-    """Work out every part and check every tensor's name and shape; reads only headers.
+def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
+    """Plan every part and check every tensor's name and shape; reads only headers.
 
     Raises:
-        SourceError: a tensor is missing or has another shape than the config says.
-        RequestError: a part or a pattern of the options is not of this student.
+        SourceError: a tensor is missing, or its shape differs from the config.
+        RequestError: the options name a part that this student does not have, or a pattern that matches nothing.
     """
     described = student.parts(options.part_dtype)
     names = [part.name for part in described]
@@ -116,25 +90,25 @@ def plan_export(student: Student, options: Options) -> Plan:
     for part in described:
         params = parameters(part)
         check_source(params, student.source(part.name), part.name)
-        if part.name == "conditioner" and student.family == "qwen-image":
+        if part.name == "conditioner" and bakes_modulation(student.family):
             baked = part
             if not options.keep_conditioner:
                 continue
-        parts.append(PlannedPart(part, params))
-    return Plan(student, options, tuple(parts), baked)
+        parts.append(PartExportPlan(part, params))
+    return ExportPlan(student, options, tuple(parts), baked)
 
 
 def export_bundle(
-    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
+    plan: ExportPlan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
 ) -> Path:
-    """Write the bundle of `plan` to `out`, whole or not at all.
+    """Write the bundle of `plan` to `out` atomically; `plan` cannot be used again.
 
     Args:
         plan: from `plan_export`.
         out: the bundle's directory.
-        command: recorded as provenance.
+        command: the command line, recorded as provenance.
         overwrite: replace an existing bundle when the new one is complete.
-        progress: told of every stage.
+        progress: receives the stages and the bytes written.
 
     Returns:
         `out`.
@@ -158,16 +132,18 @@ def export_bundle(
     return out
 
 
-def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress) -> b.ModulationTable | None:
+def _bake(
+    plan: ExportPlan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
+) -> b.ModulationTable | None:
     if plan.baked is None:
         return None
     from safetensors.torch import save
 
     progress.stage("modulation: baking", 0)
-    schedule = _schedule(plan.options)
+    schedule, family = _schedule(plan.options), _family(plan.student)
     tables = {}
     for n in plan.options.steps:
-        timesteps = conditioning_timesteps(sigmas(n, schedule), "qwen-image", plan.options.reference_dtype)
+        timesteps = conditioning_timesteps(sigmas(n, schedule), family, plan.options.reference_dtype)
         source = plan.student.source("conditioner")
         precision = getattr(torch, plan.options.part_dtype("backbone"))
         tables[f"num_inference_steps_{n}"] = bake_modulation(plan.baked, source, torch.from_numpy(timesteps), precision)
@@ -178,7 +154,7 @@ def _bake(plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Pro
 
 
 def _export_part(
-    planned: PlannedPart, plan: Plan, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    planned: PartExportPlan, plan: ExportPlan, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> b.Part:
     part = planned.part
     progress.stage(f"{part.name}: tracing", 0)
@@ -196,7 +172,7 @@ def _export_part(
 
 
 def _export_tokenizers(
-    student: Student, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    student: Student, folder: Path, files: dict[str, b.FileEntry], progress: ByteProgress
 ) -> tuple[dict[str, str], dict[str, int | None]]:
     progress.stage("tokenizers", 0)
     names, pads = {}, {}
@@ -212,12 +188,16 @@ def _entry(path: Path) -> b.FileEntry:
     return b.FileEntry(path.stat().st_size, sha256_file(path))
 
 
-def _schedule(options: Options) -> b.Schedule:
-    return b.Schedule(SHIFT, TIMESTEP_RATIO, options.steps[0])
+def _family(student: Student) -> b.Family:
+    return student.family  # type: ignore[return-value]
+
+
+def _schedule(options: ExportOptions) -> b.Schedule:
+    return b.Schedule(options.shift, options.timestep_ratio, options.steps[0])
 
 
 def _manifest(
-    plan: Plan,
+    plan: ExportPlan,
     parts: Mapping[str, b.Part],
     tokenizers: Mapping[str, str],
     pads: Mapping[str, int | None],
@@ -226,31 +206,29 @@ def _manifest(
     command: str,
 ) -> b.Manifest:
     student, options = plan.student, plan.options
-    flux = student.family == "flux"
-    if flux:
-        text = b.Text(
-            options.max_sequence_length,
-            clip_tokens=CLIP_TOKENS,
-            clip_pad_token_id=pads["tokenizer"],
-            t5_pad_token_id=pads["tokenizer_2"],
-        )
-    else:
-        text = b.Text(options.max_sequence_length, QWEN_TEMPLATE, QWEN_DROP_TOKENS)
-    px = b.Range(16, options.max_px)
+    found = facts(student.family)
+    text = b.PromptFormat(
+        options.max_sequence_length,
+        template=found.template,
+        drop_tokens=found.drop_tokens,
+        clip_tokens=found.clip_tokens,
+        **{key: pads[tokenizer] for key, tokenizer in found.pad_tokenizers.items()},
+    )
+    px = b.SizeRange(16, options.max_px)
     config = student.config
     return b.Manifest(
-        family=student.family,  # type: ignore[arg-type]
+        family=_family(student),
         dtype=options.dtype,
         reference_dtype=options.reference_dtype,
         opset=options.opset,
-        guidance=flux and bool(config.get("guidance_embeds")),
+        guidance=student.outline.guidance,
         schedule=_schedule(options),
         latents=b.Latents(
             config["in_channels"] // 4, 2, 8, student.adapter.num_gaussians, student.adapter.logweights_channels
         ),
         rotary=b.Rotary(10000.0, tuple(config["axes_dims_rope"])),
         text=text,
-        ranges=b.Ranges(b.Range(1, MAX_BATCH), px, px),
+        ranges=b.Ranges(b.SizeRange(1, MAX_BATCH), px, px),
         parts=parts,
         tokenizers=tokenizers,
         files=files,

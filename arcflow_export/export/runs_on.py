@@ -1,4 +1,4 @@
-"""A bundle that was just exported -> what it will run on, and what to export for the rest."""
+"""Tell which engines can run a bundle, and how to export for the others. `arcflow export` prints it at the end."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from arcflow_runtime.disk.bundle import Bundle
 
 @dataclass(frozen=True)
 class RunsOn:
-    """Whether ONNX Runtime's CPU provider runs the bundle, and whether TensorRT can build it."""
+    """True for each engine that can run the bundle: ONNX Runtime's CPU provider, and TensorRT."""
 
     onnxruntime: bool
     tensorrt: bool
 
     def sentence(self) -> str:
-        """For the end of an export."""
+        """One sentence for the terminal."""
         if not self.onnxruntime and not self.tensorrt:
             return (
-                "runs on: neither ONNX Runtime on a CPU, which has no bfloat16, nor TensorRT, which has no attention "
-                "in float32 as one operator; export with --opset 20 for TensorRT, or all parts in float32 for a CPU"
+                "runs on: nothing. ONNX Runtime has no bfloat16 on a CPU: export all parts in float32 for it. TensorRT "
+                "has no float32 Attention operator: export with --opset 20 for it"
             )
         if not self.onnxruntime:
             return (
-                "runs on: TensorRT, from engines that arcflow build makes; ONNX Runtime has no bfloat16 on a CPU, "
-                "for that export with --dtype float32"
+                "runs on: TensorRT, after `arcflow build`. ONNX Runtime has no bfloat16 on a CPU: "
+                "export with --dtype float32 for it"
             )
         if not self.tensorrt:
             return (
-                "runs on: ONNX Runtime on a CPU; TensorRT has no attention in float32 as one operator, "
-                "for that export with --opset 20"
+                "runs on: ONNX Runtime on a CPU. TensorRT has no float32 Attention operator: "
+                "export with --opset 20 for it"
             )
-        return "runs on: ONNX Runtime on a CPU, and TensorRT, from engines that arcflow build makes"
+        return "runs on: ONNX Runtime on a CPU, and TensorRT after `arcflow build`"
 
 
 def runs_on(bundle: Bundle) -> RunsOn:
-    """What a bundle runs on, by its parts' dtypes and operators; reads the graphs without weights."""
+    """Find out which engines can run a bundle, from its parts' dtypes and operators; reads graphs without weights."""
     parts = bundle.manifest.parts.values()
     attention = any(
         node.op_type == "Attention"

@@ -1,4 +1,7 @@
-"""A bundle's directory appears whole or not at all: the exporter writes under a hidden name and renames at the end."""
+"""Write a bundle's directory atomically: under a hidden name at first, renamed when it is complete.
+
+`arcflow export` and `arcflow quantize` use this.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from arcflow_runtime.disk.outputs import check_writable
 def staged(out: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
     """Yield a directory to write into; it becomes `out` if the block ends without an error.
 
-    What an earlier run left behind after being killed is removed. Two runs with the same `out` exclude each other.
+    Leftovers of an earlier run that was killed are removed. A lock keeps a second run from writing the same `out`.
 
     Args:
         out: the final directory.
-        overwrite: replace `out` if it exists; it stays as it was until the new one is complete.
-        needed_bytes: about how much will be written, checked against the free space first.
+        overwrite: replace `out` if it exists; it stays unchanged until the new one is complete.
+        needed_bytes: about how many bytes will be written; compared with the free space first.
 
     Raises:
         ExportError: `out` exists, its parent does not, another run holds it, or the disk is (or becomes) full.
@@ -52,10 +55,10 @@ def staged(out: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Check that `out` can be written, before any work is done for it.
+    """Check that a bundle can be written to `out`; called before any long work.
 
     Raises:
-        ExportError: `out` exists and may not be replaced, or its parent does not exist or cannot be written to.
+        ExportError: `out` exists and may not be replaced, or its parent does not exist or is not writable.
     """
     out = out.absolute()
     if not out.parent.is_dir():
@@ -64,14 +67,14 @@ def check_out(out: Path, overwrite: bool) -> None:
         check_writable(out, "--out", ExportError)
         return
     if out.is_symlink() or not (out / "manifest.json").is_file():
-        raise ExportError(f"--out: {out} exists and is no bundle; it will not be overwritten")
+        raise ExportError(f"--out: {out} exists and is not a bundle; it will not be overwritten, give another name")
     if not overwrite:
         raise ExportError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
     check_writable(out, "--out", ExportError)
 
 
 def _recover(out: Path, partial: Path, old: Path) -> None:
-    """Clear away what a killed run left; the replaced bundle comes back if the new one had not taken its place."""
+    """Remove what a killed run left behind. If it was killed between its two renames, put the old bundle back."""
     shutil.rmtree(partial, ignore_errors=True)
     if old.exists() and not out.exists():
         os.rename(old, out)

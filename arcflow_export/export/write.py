@@ -1,4 +1,4 @@
-"""Parameters and their sources -> one safetensors file that an ONNX graph points into, a block at a time."""
+"""Stream a part's parameters into one safetensors file, block by block, and point the ONNX graph's weights into it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from arcflow_runtime.disk.manifest import FileEntry
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 #: Tensor data starts at a multiple of this, so that a mapped file is aligned for any dtype.
 _ALIGNMENT = 4096
-#: What was read or written leaves the page cache after about this many bytes; see `tensors.uncache`.
+#: Pages are dropped from the page cache each time that this many bytes have been written; see `tensors.uncache`.
 _UNCACHE_BYTES = 512 << 20
-#: Blocks between the producing thread and the writing one; tensors with LoRAs take longer than others, so a few.
+#: Blocks queued between the producing and the writing thread. Tensors with LoRAs take longer, so there are a few.
 _AHEAD = 4
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where one tensor lies in its file."""
+    """The position of one tensor in its file, in bytes."""
 
     name: str
     offset: int
@@ -52,7 +52,7 @@ def check_source(params: list[Parameter], source: WeightSource, part: str) -> No
     """Check that every parameter has a tensor of the right shape, before anything is traced or written.
 
     Raises:
-        SourceError: a tensor is missing or has another shape; the message names it.
+        SourceError: a tensor is missing or has the wrong shape; the message names it.
     """
     for p in params:
         if p.key is None:
@@ -75,10 +75,10 @@ def write_weights(
 ) -> tuple[FileEntry, dict[str, Placed]]:
     """Stream parameters into the safetensors file `path`.
 
-    Other threads read, merge and cast while this one writes and hashes; at most `_AHEAD` + 2 tensors are in memory.
+    Other threads read, merge and cast while this one writes and hashes. At most `_AHEAD` + 2 tensors are in memory.
 
     Returns:
-        The file's size and SHA-256, and where each tensor lies.
+        The file's size and SHA-256, and the position of each tensor.
 
     Raises:
         SourceError: a weight is NaN or Inf, or overflows the dtype.
@@ -89,7 +89,7 @@ def write_weights(
     header, placed = _layout(ordered)
     digest = hashlib.sha256(header)
     total = dropped = len(header)
-    # The source has threads of its own; torch's would only take turns with them and wait for each other.
+    # The source uses its own threads. torch's threads would only compete with them.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     blocks = _Prefetch(_blocks(ordered, source))
@@ -150,8 +150,8 @@ def _layout(params: list[Parameter]) -> tuple[bytes, dict[str, Placed]]:
 
 
 def _blocks(params: list[Parameter], source: WeightSource) -> Iterator[memoryview]:
-    # Memory of transposed tensors is used in turn. A block's turn comes again when `_AHEAD` blocks after it are queued
-    # and one more is being written, so nobody reads it any more.
+    # Transposed tensors reuse `_AHEAD` + 2 buffers in turn. A buffer is reused only when `_AHEAD` later blocks are
+    # queued and one more is being written, so nobody reads it any more.
     largest = max((num_bytes(p) for p in params if p.transform == "transpose"), default=0)
     turns = itertools.cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(_AHEAD + 2)])
     for p in params:
@@ -178,7 +178,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class _Prefetch:
-    """Run an iterator in a second thread, `_AHEAD` items ahead."""
+    """Run an iterator in a second thread, up to `_AHEAD` items ahead of the reader."""
 
     def __init__(self, items: Iterator[memoryview]):
         self._queue: queue.Queue[memoryview | BaseException | None] = queue.Queue(maxsize=_AHEAD)

@@ -1,4 +1,7 @@
-"""A preset or TOML file -> which linears of which parts are quantised, and how far the result may drift."""
+"""Read a quantisation policy: a preset's name or a TOML file -> which linears to quantise, and the drift thresholds.
+
+`arcflow quantize` uses the patterns, `arcflow verify --against` the thresholds.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-#: The preset for each family of bundles.
-DEFAULT_PRESETS = {"flux": "flux", "qwen-image": "qwen-image"}
 _NEAR = 3
 _NO_THRESHOLDS = Thresholds()
 
 
 @dataclass(frozen=True)
 class PartPolicy:
-    """Glob patterns on the names of one part's linears, as in `fnmatch`: `*` matches dots too.
+    """Glob patterns for the names of one part's linears, as in `fnmatch`: `*` matches dots too.
 
-    A linear is quantised if a pattern of `include` matches it and none of `exclude` does; nothing else decides.
+    A linear is quantised if it matches a pattern of `include` and no pattern of `exclude`. There are no built-in
+    exclusions.
     """
 
     include: tuple[str, ...]
@@ -44,8 +46,8 @@ class PartPolicy:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The whole of a policy file."""
+class QuantizationPolicy:
+    """The contents of a policy file: its name, the number format, the patterns by part, and the drift thresholds."""
 
     name: str
     format: QuantFormat
@@ -53,7 +55,7 @@ class Policy:
     thresholds: Thresholds = _NO_THRESHOLDS
 
     def digest(self) -> str:
-        """SHA-256 of the policy in canonical JSON, as the manifest records it."""
+        """SHA-256 of the policy in canonical JSON; the manifest of a quantised bundle records it."""
         return seal(json.loads(json.dumps(dataclasses.asdict(self))))
 
 
@@ -62,17 +64,18 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
 
 
-def load_policy(name_or_path: str) -> Policy:
+def load_policy(name_or_path: str) -> QuantizationPolicy:
     """Read a preset by its bare name, or a TOML file.
 
     Raises:
-        QuantizeError: there is no such preset or file, it is no TOML, or a key is unknown, missing or out of range.
+        QuantizeError: the preset or file does not exist, it is not valid TOML, or a key is unknown, missing or out of
+            range.
     """
     known = presets()
     path = Path(name_or_path)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise QuantizeError(f"--policy: {path} is no file; the presets are {', '.join(known)}")
+            raise QuantizeError(f"--policy: {path} is not a file; the presets are {', '.join(known)}")
         data = path.read_bytes()
     elif name_or_path in known:
         data = (_folder() / f"{name_or_path}.toml").read_bytes()
@@ -84,10 +87,10 @@ def load_policy(name_or_path: str) -> Policy:
         )
     try:
         decoded = tomllib.loads(data.decode())
-    except ValueError as e:  # TOMLDecodeError and UnicodeDecodeError are both
+    except ValueError as e:  # both TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise QuantizeError(f"{name_or_path}: not valid TOML ({e})") from None
     try:
-        policy: Policy = parse(Policy, decoded, name_or_path)
+        policy: QuantizationPolicy = parse(QuantizationPolicy, decoded, name_or_path)
     except BundleError as e:
         raise QuantizeError(str(e)) from None
     _check(policy, name_or_path)
@@ -95,15 +98,16 @@ def load_policy(name_or_path: str) -> Policy:
 
 
 def select(policy: PartPolicy, part: str, linears: Sequence[str]) -> tuple[str, ...]:
-    """The linears that a policy quantises, in their given order.
+    """Choose the linears of one part that a policy quantises; keeps the order of `linears`.
 
     Args:
-        policy: of this part.
-        part: its name, for messages.
+        policy: the policy's patterns for this part.
+        part: name of the part, for messages.
         linears: names of the part's linears.
 
     Raises:
-        QuantizeError: a pattern matches none of them, or nothing is left; the message names near ones.
+        QuantizeError: a pattern matches no linear (the message suggests similar names), or `exclude` removes every
+            linear that `include` matched.
     """
     for key, patterns in (("include", policy.include), ("exclude", policy.exclude)):
         for pattern in patterns:
@@ -123,14 +127,14 @@ def select(policy: PartPolicy, part: str, linears: Sequence[str]) -> tuple[str, 
 
 
 def _near(pattern: str, linears: Sequence[str]) -> str:
-    """Names close to a pattern; where it has wildcards, the blocks' numbers become one too."""
+    """A hint with names similar to `pattern`; for a pattern with wildcards, block numbers are shown as `*`."""
     wild = any(c in pattern for c in "*?[")
     names = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) if wild else name: None for name in linears}
     close = difflib.get_close_matches(pattern, list(names), _NEAR, 0.5)
-    return f"; near it are {', '.join(map(repr, close))}" if close else ""
+    return f"; similar names are {', '.join(map(repr, close))}" if close else ""
 
 
-def _check(policy: Policy, where: str) -> None:
+def _check(policy: QuantizationPolicy, where: str) -> None:
     if not policy.parts:
         raise QuantizeError(f"{where}: parts must name at least one part, such as [parts.backbone]")
     for part, patterns in policy.parts.items():

@@ -1,4 +1,4 @@
-"""Prompts for calibration: a preset's name or a file -> lines of text."""
+"""Read the prompts that calibration and the drift gate use: a preset's name or a text file -> prompts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.scales import PromptSet
 
 _FOLDER = Path(__file__).parent / "prompt_sets"
-#: Their provenance is in `prompt_sets/README.md`.
+#: `prompt_sets/README.md` says where these prompts come from.
 PRESETS = ("general", "shapes")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts in the order in which they are used, and where they came from."""
+    """Prompts in the order in which they are used, and the name of their preset or file."""
 
     name: str
     texts: tuple[str, ...]
 
     @property
     def record(self) -> PromptSet:
-        """What the file of scales says about them."""
+        """The entry that describes these prompts in a scales file."""
         sha = hashlib.sha256("".join(f"{text}\n" for text in self.texts).encode()).hexdigest()
         return PromptSet(self.name, sha, len(self.texts))
 
@@ -33,10 +33,10 @@ def read_prompts(name: str, limit: int | None = None) -> Prompts:
 
     Args:
         name: a preset's name, or a path.
-        limit: use only so many, from the beginning.
+        limit: use only the first `limit` prompts; None uses all.
 
     Raises:
-        CalibrationError: there is no such preset or file, it is not UTF-8, or it holds no prompt.
+        CalibrationError: the preset or file does not exist, is not UTF-8, or holds no prompt.
     """
     path = _FOLDER / f"{name}.txt" if name in PRESETS else Path(name)
     if not path.is_file():

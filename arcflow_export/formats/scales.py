@@ -1,6 +1,7 @@
-"""The file of activation ranges, `scales.json` <-> frozen dataclasses; imports neither torch nor modelopt.
+"""Read and write `scales.json`, the activation ranges of a student's linears, as frozen dataclasses.
 
-The format is specified in `docs/calibration.md`; rule numbers (`S1`...) below cite it.
+`arcflow calibrate` writes the file; `arcflow quantize` and `arcflow export --scales` read it. This module imports
+neither torch nor modelopt. The format is specified in `docs/calibration.md`; rule numbers (`S1`...) below cite it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ from typing import Literal
 from arcflow_export.errors import CalibrationError
 from arcflow_runtime.disk.files import whole_file
 from arcflow_runtime.disk.manifest import Family, Manifest, Source, seal
-from arcflow_runtime.disk.parse import parse
-from arcflow_runtime.errors import BundleError
+from arcflow_runtime.disk.sealed import read_sealed
 
 FORMAT = "arcflow-scales"
 VERSION = 1
 MAX_BYTES = 16 << 20
-#: The part whose activations differ from step to step; the others run once per prompt.
+#: The only part that runs at every step, so its ranges are recorded per step. The others run once per prompt.
 STEPPED = "backbone"
-#: Largest finite number of float16.
-FP16_MAX = 65504.0
 
 Method = Literal["max", "percentile", "mse"]
 DType = Literal["float32", "bfloat16"]
@@ -34,7 +32,7 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts calibrated on: preset or file name, SHA-256 of the prompts, each ended by a newline, and count."""
+    """The calibration prompts: preset or file name, SHA-256 of the prompts (a newline after each), and their count."""
 
     name: str
     sha256: str
@@ -42,12 +40,12 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class Range:
-    """What one linear was seen to take and give.
+class ActivationRange:
+    """The measured ranges of one linear's input and output.
 
-    `amax` is the range of |input| by the file's method and `output_amax` the largest |output|, bias and LoRA included;
-    both have one value per step for the backbone and one for a text encoder. `samples` counts the input vectors seen
-    at each step.
+    `amax` is the range of |input| by the file's method. `output_amax` is the largest |output|, bias and LoRA included.
+    Both hold one value per step for the backbone and one value for a text encoder. `samples` counts the input vectors
+    seen at each step.
     """
 
     amax: tuple[float, ...]
@@ -57,7 +55,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Scales:
-    """The whole of `scales.json`; `sizes` are (height, width) in pixels."""
+    """The contents of `scales.json`; `sizes` are (height, width) in pixels."""
 
     base: Source
     adapter: Source
@@ -71,47 +69,33 @@ class Scales:
     guidance_scale: float | None
     seed: int
     tools: Mapping[str, str]
-    parts: Mapping[str, Mapping[str, Range]]
+    parts: Mapping[str, Mapping[str, ActivationRange]]
     dtype: DType = "float32"
     max_sequence_length: int | None = None
+    shift: float | None = None
+    timestep_ratio: float | None = None
     format: str = FORMAT
     version: int = VERSION
 
     @staticmethod
     def load(path: str | Path) -> Scales:
-        """Read and check a file of scales.
+        """Read and check a scales file.
 
         Raises:
-            CalibrationError: there is no such file, or it is no file of scales, of another version, edited, or breaks
-                a rule; the message names the place.
+            CalibrationError: the file does not exist, is not a scales file, has another version, was edited, or breaks
+                a rule; the message names the key.
         """
         path = Path(path)
         if not path.is_file():
             raise CalibrationError(f"{path} is no file; make one with `arcflow calibrate`")
-        if path.stat().st_size > MAX_BYTES:
-            raise CalibrationError(f"{path} is larger than {MAX_BYTES} bytes; it is no file of scales")
-        try:
-            data = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as e:
-            raise CalibrationError(f"{path} is not valid JSON ({e}); calibrate again") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise CalibrationError(f"{path}: 'format' must be {FORMAT!r}; this is no file of scales")
-        version = data.get("version")
-        if version != VERSION or isinstance(version, bool):
-            what = "update arcflow" if isinstance(version, int) and version > VERSION else "calibrate again"
-            raise CalibrationError(f"{path}: version must be {VERSION}, got {version!r}; {what}")
-        digest = data.pop("digest", None)
-        try:
-            scales: Scales = parse(Scales, data, str(path))
-        except BundleError as e:
-            raise CalibrationError(f"{e}; calibrate again") from None
-        if digest != seal(data):  # S3
-            raise CalibrationError(f"{path} does not match its own digest; it was edited, calibrate again")
+        scales: Scales = read_sealed(
+            Scales, path, "a scales file", "calibrate again", "update arcflow", CalibrationError, MAX_BYTES
+        )
         scales.check(str(path))
         return scales
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all.
+        """Write the file atomically.
 
         Raises:
             CalibrationError: a value breaks a rule; nothing is written.
@@ -124,11 +108,11 @@ class Scales:
 
     @property
     def digest(self) -> str:
-        """The seal: SHA-256 of everything in the file."""
+        """SHA-256 of everything else in the file; the file ends with it, so that an edit is noticed."""
         return seal(self._data())
 
     def amax(self, part: str, layer: str) -> float:
-        """The range that serves every step: the largest over the steps.
+        """The largest `amax` over all steps: one range that holds at every step.
 
         Raises:
             CalibrationError: the part or the layer was not calibrated.
@@ -142,32 +126,65 @@ class Scales:
         return max(self.parts[part][layer].amax)
 
     def check_belongs(self, manifest: Manifest) -> None:
-        """Check that a bundle was made from the student that these scales were made from (S5).
+        """Check that the bundle and these scales come from the same student (S5).
 
         Raises:
-            CalibrationError: names every one of base, adapter and LoRAs that differs.
+            CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
         """
-        if self.family != manifest.family:
-            raise CalibrationError(f"scales: they are of a {self.family} student, the bundle is {manifest.family}")
-        theirs = manifest.provenance
+        p = manifest.provenance
+        self.check_student(manifest.family, (p.base, p.adapter, p.loras))
+
+    def check_student(self, family: str, sources: tuple[Source, Source, tuple[Source, ...]]) -> None:
+        """Check that these scales belong to a student.
+
+        Args:
+            family: the student's family.
+            sources: its base, adapter and LoRAs; their digests are compared.
+
+        Raises:
+            CalibrationError: they do not; the message names which of base, adapter and LoRAs differ.
+        """
+        if self.family != family:
+            raise CalibrationError(f"scales: they belong to a {self.family} student, the bundle is {family}")
+        base, adapter, loras = sources
         wrong = [
-            f"{what} {_name(mine)}, the bundle {_name(other)}"
-            for what, mine, other in (("base", self.base, theirs.base), ("adapter", self.adapter, theirs.adapter))
+            f"{key} {_name(mine)}, the bundle {_name(other)}"
+            for key, mine, other in (("base", self.base, base), ("adapter", self.adapter, adapter))
             if mine.sha256 != other.sha256
         ]
-        if _loras(self.loras) != _loras(theirs.loras):
-            wrong.append(f"LoRAs {_names(self.loras)}, the bundle {_names(theirs.loras)}")
+        if _loras(self.loras) != _loras(loras):
+            wrong.append(f"LoRAs {_names(self.loras)}, the bundle {_names(loras)}")
         if wrong:
             raise CalibrationError(
                 f"scales: they belong to another student. They were made with {'; with '.join(wrong)}. "
                 "Calibrate the bundle's own base, adapter and LoRAs"
             )
 
+    def warnings(self, manifest: Manifest) -> tuple[str, ...]:
+        """Warnings, one sentence each, about settings that differ between calibration and a bundle.
+
+        Other text lengths and noise levels give other ranges. A setting that an older scales file lacks is not
+        compared.
+        """
+        s = manifest.schedule
+        pairs = (
+            ("max_sequence_length", self.max_sequence_length, manifest.text.max_sequence_length),
+            ("shift", self.shift, s.shift),
+            ("timestep_ratio", self.timestep_ratio, s.timestep_ratio),
+            ("num_inference_steps", self.num_inference_steps, s.num_inference_steps),
+        )
+        return tuple(
+            f"the scales were made with {key} {mine:g}, the bundle has {theirs:g}; "
+            f"calibrate with --{key.replace('_', '-')} {theirs:g}, or the ranges may not fit"
+            for key, mine, theirs in pairs
+            if mine is not None and mine != theirs
+        )
+
     def check(self, where: str) -> None:
-        """Check the rules beyond the types (S4).
+        """Check the rules that types do not cover (S4); `where` is the file's name, for messages.
 
         Raises:
-            CalibrationError: names the key at `where`, what it must be and what it is.
+            CalibrationError: a rule is broken; the message names the key, what it must be and what it is.
         """
         for ok, key, must, got in self._rules():
             if not ok:
@@ -185,6 +202,9 @@ class Scales:
         yield pairs, "sizes", "pairs of multiples of 16", [list(s) for s in self.sizes]
         g = self.guidance_scale
         yield g is None or math.isfinite(g), "guidance_scale", "finite", g
+        yield self.shift is None or 0 < self.shift < math.inf, "shift", "positive and finite", self.shift
+        ratio = self.timestep_ratio
+        yield ratio is None or 0 < ratio <= 1, "timestep_ratio", "above 0 and at most 1", ratio
         yield bool(self.parts), "parts", "at least one", {}
         for part, layers in self.parts.items():
             yield bool(layers), f"parts.{part}", "at least one layer", {}

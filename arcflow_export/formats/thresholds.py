@@ -1,4 +1,4 @@
-"""What the drift gate enforces: the [thresholds] of a policy, which `arcflow_export.formats.policy` reads."""
+"""The limits that the drift gate enforces: the `[thresholds]` table of a policy file (read by `formats.policy`)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits of the drift from the reference; None is not enforced. Those of single layers have defaults.
+    """Limits for the drift from the reference; a limit of None is not enforced.
 
     Args:
-        heads: relative RMS error of the means on the reference's own inputs, mean over prompts, worst step; at most.
-        latents: relative RMS error of the final latents, mean over prompts; at most.
-        psnr: of the pictures, in dB, mean over prompts; at least.
-        judge: drop of the judge's shares of pictures, named right and right and clean, the larger; at most.
-        layers: relative RMS error of any quantised linear's output on the reference's own input, worst step; at most.
-            Two E4M3 operands of 3 mantissa bits give about 0.04, so several times that is a wrong scale.
-        headroom: how many times the largest input seen an activation scale may reach; at most. E4M3 has exponents, so
-            a scale far too large costs little here and much where inputs are small: it is found by this alone.
+        heads: largest relative RMS error of the means, given the reference's inputs; mean over prompts, worst step.
+        latents: largest relative RMS error of the final latents; mean over prompts.
+        psnr: smallest PSNR of the images in dB; mean over prompts.
+        judge: largest drop of the judge's two shares of images (attributes right; attributes right and clean).
+        layers: largest relative RMS error of any quantised linear's output, given the reference's input; worst step.
+            Two E4M3 operands with 3 mantissa bits give about 0.04, so several times that means a wrong scale.
+        headroom: largest ratio of an activation scale's range to the largest input seen. E4M3 has exponents, so a scale
+            that is far too large barely raises `layers`, but it hurts small inputs; only this limit finds it.
     """
 
     heads: float | None = None
@@ -30,7 +30,7 @@ class Thresholds:
 
 
 def times(value: float, limit: float | None) -> float:
-    """How many times `limit` a value is; Inf for anything above a limit of 0, 0 where there is none."""
+    """value / limit. Returns 0 if `limit` is None; for a limit of 0, Inf if the value is above 0, else 0."""
     if limit is None:
         return 0.0
     if limit > 0:

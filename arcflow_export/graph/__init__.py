@@ -1,1 +1,1 @@
-"""Trace a module without weights to an ONNX graph, and the passes that tidy the graph."""
+"""Trace a module without weights to an ONNX graph, and clean up the graph."""

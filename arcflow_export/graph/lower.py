@@ -1,7 +1,7 @@
-"""An exported program -> operators that have ONNX converters, by rewriting nodes where they stand.
+"""Rewrite an exported program in place so that every operator has an ONNX converter. `trace.py` calls this.
 
-`torch.onnx.export` gets there by `ExportedProgram.run_decompositions`, which traces the whole program once more and
-takes longer than the first trace did. Few operators of our parts need it, and each has a plain equivalent.
+`torch.onnx.export` uses `ExportedProgram.run_decompositions` for that, which traces the whole program again and takes
+longer than the first trace. Only a few operators of our parts need it, and each has a simple equivalent.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Table = dict[OpOverload, Callable[..., Any]]
 
 
 class _UnknownError(Exception):
-    """An operator, or a use of one, that is left to `run_decompositions`."""
+    """Raised for an operator, or a use of one, that must be left to `run_decompositions`."""
 
 
 def lower(program: ExportedProgram, table: Table) -> ExportedProgram:
-    """Do to a program of an inference what `run_decompositions(table)` does, in its own graph.
+    """Replace `run_decompositions(table)` for an inference program; changes the program's own graph.
 
     Args:
-        program: what `torch.export.export` made; its graph is changed.
-        table: the operators without a converter, as `torch.onnx.export` gives them to `run_decompositions`.
+        program: the result of `torch.export.export`; its graph is changed.
+        table: the operators without a converter, as `torch.onnx.export` passes them to `run_decompositions`.
 
     Returns:
-        `program`; where it uses an operator that is not known here, what its class's `run_decompositions` makes of it.
+        `program`. If it uses an operator that is not known here, the result of `run_decompositions` instead.
     """
     lowering = _Lowering(program, table)
     try:
@@ -58,7 +58,7 @@ class _Lowering:
         self._sizes: dict[Any, Node] = {}
 
     def rewrite(self, node: Node) -> None:
-        """Rewrite a node; the program computes what it did before, whether or not others follow."""
+        """Rewrite one node. The program computes the same as before, also if no other node is rewritten."""
         op, value = node.target, cast(Any, node.meta.get("val"))
         source: Any = node.args[0] if node.args else None
         if op is aten._assert_tensor_metadata.default:
@@ -84,14 +84,14 @@ class _Lowering:
             raise _UnknownError
 
     def _reshape(self, node: Node, first: int, last: int, sizes: Any) -> None:
-        """The input with `sizes` in place of its axes from `first` to `last`."""
+        """Turn `node` into a reshape that replaces the input's axes `first` to `last` by `sizes`."""
         source = cast(Node, node.args[0])
         shape = source.meta["val"].shape
         kept = [self._size(node, i) if not first <= i <= last else None for i in range(len(shape))]
         _become(node, aten.reshape.default, source, [*kept[:first], *sizes, *kept[last + 1 :]])
 
     def _size(self, node: Node, axis: int) -> int | Node:
-        """The size of an axis of a node's input: a number, or a node that takes it from where it is known first."""
+        """The size of an axis of a node's input: an int, or a `sym_size` node, on a graph input where possible."""
         source = cast(Node, node.args[0])
         size = source.meta["val"].shape[axis]
         if isinstance(size, int):
@@ -116,7 +116,7 @@ def _become(node: Node, op: OpOverload, *args: Any, **kwargs: Any) -> None:
 
 
 def _is_identity(node: Node) -> bool:
-    """Whether a node gives what it takes, perhaps elsewhere in memory."""
+    """True if the node only returns or copies its input."""
     source: Any = node.args[0] if node.args else None
     if node.target is aten.dropout.default:
         return node.args[2] is False
@@ -128,7 +128,7 @@ def _is_identity(node: Node) -> bool:
 
 
 def _shape(node: Node) -> list[Any]:
-    """A tensor's sizes, which compare without a guard on a symbolic one."""
+    """A tensor's sizes, with expressions for symbolic ones: comparing those adds no guard to the program."""
     return [size.node.expr if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
 
 
@@ -138,7 +138,7 @@ def _axis(node: Node, argument: int, default: int) -> int:
 
 
 def _owns(node: Node, source: Node) -> bool:
-    """Whether `source` is new memory that only `node` reads."""
+    """True if `source` is newly allocated and only `node` reads it, so that an in-place operator may be replaced."""
     return (
         set(source.users) == {node}
         and isinstance(source.target, OpOverload)
@@ -148,7 +148,7 @@ def _owns(node: Node, source: Node) -> bool:
 
 
 def _is_kept(op: Any) -> bool:
-    """Whether `run_decompositions` leaves an operator alone that its table does not name."""
+    """True if `run_decompositions` keeps this operator when its table does not name it."""
     return isinstance(op, OpOverload) and not op._schema.is_mutable and not (op._can_decompose() and _aliases(op))
 
 

@@ -1,4 +1,4 @@
-"""Graph passes on a freshly traced model -> a clean graph with named dimensions and checkpoint names."""
+"""Clean up a freshly traced ONNX graph: optimise it, name its dimensions, give weights their checkpoint names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnxscript.optimizer
 from onnxscript.rewriter import RewriteRuleSet
 from onnxscript.rewriter.rules import common as rules
 
-from arcflow_export.models.layers import Part, parameters
+from arcflow_export.models.layers import ModelPart, parameters
 
 _RULES = RewriteRuleSet(
     [
@@ -34,16 +34,16 @@ _RULES = RewriteRuleSet(
 )
 
 
-def finish(model: ir.Model, part: Part) -> ir.Model:
+def finish(model: ir.Model, part: ModelPart) -> ir.Model:
     """Optimise a traced graph in place and return it.
 
-    1. Weights lose their fake values, so that no pass tries to read them.
-    2. Constants are folded, trivial nodes rewritten and dead ones dropped: what onnxscript's own optimizer does, less
-       its rule that joins Slices to a Split, whose time grows with the square of the nodes.
+    1. The fake values of weights are removed, so that no pass tries to read them.
+    2. Constants are folded, trivial nodes simplified and dead nodes removed. This is what onnxscript's optimizer does,
+       without its rule that joins Slices to a Split, whose time grows with the square of the number of nodes.
     3. Dimensions get the names of the part's specs.
-    4. Reshapes to computed shapes become Reshapes to constant ones where only one dimension is unknown.
-    5. Initializers get their checkpoint names, or `constant.<name>`, and the nodes that read a weight are called by
-       its module, so that a policy can name them; the tracer's source locations are removed.
+    4. A Reshape to a computed shape becomes a Reshape to a constant shape if at most one dimension is unknown.
+    5. Initializers get their checkpoint names, or `constant.<name>`. Nodes that read a weight get the name of its
+       module, so that a quantisation policy can name them. The tracer's source locations are removed.
     """
     for value in model.graph.initializers.values():
         if not _is_real(value):
@@ -57,7 +57,7 @@ def finish(model: ir.Model, part: Part) -> ir.Model:
 
 
 def _optimize(model: ir.Model) -> None:
-    """Fold, rewrite and drop until nothing changes (in practice twice); keep one of each equal constant."""
+    """Fold constants, simplify and remove dead nodes, twice (a third time changes nothing); merge equal constants."""
     common.InlinePass()(model)
     for _ in range(2):
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
@@ -83,7 +83,7 @@ def _is_real(value: ir.Value) -> bool:
     )
 
 
-def _name_dimensions(model: ir.Model, part: Part) -> None:
+def _name_dimensions(model: ir.Model, part: ModelPart) -> None:
     """Replace the tracer's symbols (s24, s27 ...) by the names in the part's specs, in every value's shape."""
     names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, part.inputs, strict=True):
@@ -112,10 +112,10 @@ def _name_dimensions(model: ir.Model, part: Part) -> None:
 
 
 def simplify_reshapes(model: ir.Model) -> bool:
-    """Give Reshape nodes a constant shape where the known shapes allow it; returns whether any changed.
+    """Give Reshape nodes a constant shape where the known shapes allow it; returns True if any node changed.
 
-    A dimension that is the input's at the same place becomes 0 (copy), one other unknown becomes -1. The chains of
-    Shape, Squeeze, Concat that computed the shape die with it.
+    A dimension equal to the input's dimension at the same position becomes 0 (copy); one other unknown dimension
+    becomes -1. The Shape, Squeeze and Concat nodes that computed the shape are dead afterwards.
     """
     changed = False
     for node in list(model.graph):
@@ -152,11 +152,11 @@ def _constant(model: ir.Model, values: list[int]) -> ir.Value:
     return model.graph.initializers[name]
 
 
-def _name_initializers(model: ir.Model, part: Part) -> None:
+def _name_initializers(model: ir.Model, part: ModelPart) -> None:
     for p in parameters(part):
         value = model.graph.initializers.pop(p.name, None)
         if value is None:
-            continue  # dead in the graph: the exporter dropped it
+            continue  # not used by the graph, so a pass removed it
         value.name = p.key if p.key is not None else f"constant.{p.name}"
         model.graph.initializers[value.name] = value
         if p.key is not None and p.name.endswith(".weight"):

@@ -1,4 +1,4 @@
-"""A part on the meta device -> its ONNX graph, traced on fake tensors so that no weight is in memory."""
+"""Trace a part on the meta device to its ONNX graph; fake tensors are used, so no weight is in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from arcflow_export.errors import ExportError
 from arcflow_export.graph.lower import lower
 from arcflow_export.graph.passes import finish
-from arcflow_export.models.layers import Part
+from arcflow_export.models.layers import ModelPart
 from arcflow_export.options import OPSETS
 
-#: diffusers' VAE takes another path from 64 images on.
+#: Largest batch of a bundle. diffusers' VAE takes another code path from 64 images on.
 MAX_BATCH = 32
-#: Sizes to trace with. They must differ from each other and from 0 and 1, or the tracer takes them for equal.
+#: Sizes to trace with. They must differ from each other and from 0 and 1; else the tracer assumes that they are equal.
 _EXAMPLE = {
     "batch": 2,
     "steps": 3,
@@ -41,15 +41,15 @@ _LARGEST = {
 }
 
 
-def trace(part: Part, opset: int) -> ir.Model:
+def trace(part: ModelPart, opset: int) -> ir.Model:
     """Trace a part into an ONNX model whose weights are named initializers without values.
 
     Args:
-        part: the part; its module's parameters become fake tensors, so it cannot be used afterwards.
+        part: the part; its parameters become fake tensors, so it cannot be used afterwards.
         opset: 20, which decomposes attention and RMS norm, or 23, which has both as operators.
 
     Returns:
-        The optimised graph; its initializers carry the checkpoint's names.
+        The optimised graph; its initializers have the checkpoint's names.
 
     Raises:
         ExportError: the tracer or the converter failed; the message names the part.
@@ -63,7 +63,7 @@ def trace(part: Part, opset: int) -> ir.Model:
         raise ExportError(f"{part.name}: conversion to ONNX failed: {type(e).__name__}: {e}") from e
 
 
-def _convert(part: Part, opset: int) -> ir.Model:
+def _convert(part: ModelPart, opset: int) -> ir.Model:
     dims = {name: torch.export.Dim(name, min=1, max=largest) for name, largest in _LARGEST.items()}
     shapes: list[dict[int, Any]] = [
         {i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in part.inputs
@@ -75,7 +75,7 @@ def _convert(part: Part, opset: int) -> ir.Model:
             for s in part.inputs
         )
         dynamic: Any = tuple(shapes)
-        # A variadic forward takes its tail as one tuple.
+        # `forward(timesteps, *rest)` of a conditioner: torch.export wants the rest as one tuple.
         if part.name == "conditioner" and len(shapes) > 1:
             dynamic = (shapes[0], tuple(shapes[1:]))
         program = torch.export.export(part.module, args, dynamic_shapes=dynamic, strict=False)
@@ -94,7 +94,7 @@ def _convert(part: Part, opset: int) -> ir.Model:
 
 
 def _fake(module: nn.Module) -> None:
-    """Turn meta tensors into fake ones of the active mode, keeping ties."""
+    """Replace meta tensors by fake tensors of the active mode; tied parameters stay tied."""
     memo: dict[int, Any] = {}
     for owner in module.modules():
         for name, tensor in owner._parameters.items():
@@ -108,7 +108,7 @@ def _fake(module: nn.Module) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the converters' progress notes; their errors are exceptions."""
+    """Silence the log output and warnings of the converters; their errors are exceptions."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

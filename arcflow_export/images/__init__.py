@@ -1,1 +1,4 @@
-"""What images are judged by: scenes of shapes, the judge that reads them, statistics."""
+"""Test images of shapes: their renderer and captions, the judge that reads images back, and statistics.
+
+The drift gate and the evaluation of students use them.
+"""

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation and real pictures of them: count and seed -> captions, named words, renders."""
+"""The prompts of an evaluation, and real images for them: count and seed -> captions, named words, renders."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from arcflow_export.images.scenes import ATTRIBUTES, Scenes, caption, name_some, render, sample
 
-#: The groups in which everything is scored: pairs of shape and colour that training drew, and those it never did.
+#: The groups that are scored separately: pairs of shape and colour seen in training, and pairs never seen.
 GROUPS = ("seen", "held-out")
-#: Both together.
+#: The name for both groups together.
 ALL = "all"
-#: Scenes drawn at a time when looking for one that a caption describes; the rarest is one in 1,200.
+#: Scenes sampled at a time when looking for one that fits a caption; the rarest caption fits one scene in 1,200.
 _POOL = 16384
 
 
 @dataclass(frozen=True)
 class Cases:
-    """Prompts: the words each names, its caption, its group and the seed of its noise, all of one length."""
+    """Prompts, as tuples of equal length: named words, caption, group, and seed of the noise of each."""
 
     words: tuple[dict[str, str], ...]
     captions: tuple[str, ...]
@@ -30,14 +30,14 @@ class Cases:
         return len(self.words)
 
     def rows(self, group: str) -> list[int]:
-        """The places of a group's prompts, or of all."""
+        """The indices of a group's prompts, or of all prompts for `ALL`."""
         return [i for i, g in enumerate(self.groups) if group in (g, ALL)]
 
 
 def draw_cases(count: int, seed: int) -> Cases:
-    """Captions of random scenes, each naming a random subset of the attributes.
+    """Make captions of random scenes, each naming a random subset of the attributes.
 
-    The last count // 2 are of held-out pairs and always name both shape and colour.
+    The last count // 2 have held-out pairs of shape and colour, and always name both.
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = count // 2
@@ -53,10 +53,11 @@ def draw_cases(count: int, seed: int) -> Cases:
     return Cases(tuple(words), captions, groups, tuple(range(seed, seed + count)))
 
 
-def real_pictures(cases: Cases, seed: int) -> torch.Tensor:
-    """Renders of scenes that the captions describe, unnamed attributes drawn anew: [B, 3, 64, 64] in [0, 1].
+def real_images(cases: Cases, seed: int) -> torch.Tensor:
+    """Render a scene for each caption; unnamed attributes are random: [B, 3, 64, 64] in [0, 1].
 
-    Of a seen prompt only pairs of shape and colour that training drew, of a held-out prompt its own.
+    Scenes for a seen prompt have only pairs of shape and colour that training used; those for a held-out prompt have
+    only held-out pairs.
     """
     generator = torch.Generator().manual_seed(seed)
     pools = {group: sample(_POOL, generator, held_out=group == GROUPS[1]) for group in GROUPS}
@@ -69,7 +70,7 @@ def real_pictures(cases: Cases, seed: int) -> torch.Tensor:
 
 
 def _described(scenes: Scenes, words: dict[str, str]) -> torch.Tensor:
-    """Which scenes have every word: their places, int64."""
+    """The indices of the scenes that have every word, int64."""
     fits = torch.ones(len(scenes), dtype=torch.bool)
     for name, word in words.items():
         fits &= scenes.attributes[name] == ATTRIBUTES[name].index(word)

@@ -1,4 +1,4 @@
-"""Pictures with one known flaw: scenes -> pictures [B, 3, 64, 64] that a judge of clean pictures must refuse."""
+"""Render scenes with one known flaw: scenes -> images [B, 3, 64, 64] in [0, 1]. They train and test the judge."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from arcflow_export.images.scenes import (
     sample,
 )
 
-#: What spoils a picture, by the name the reports use. The attributes stay readable in those of `READABLE`.
+#: The flaws, by the names that reports use. In those of `READABLE` the attributes can still be read.
 FLAWS = ("double", "two", "blur", "color", "background", "erased", "noise", "morph", "fused")
 READABLE = ("blur", "noise")
-#: Mixtures of two palette colours nearer than this (Euclidean, sRGB in [0, 1]) to one of the palette are no flaw.
+#: A mixture of two palette colours counts as a flaw only if it is farther than this (Euclidean, sRGB in [0, 1]) from
+#: every palette colour.
 _OFF_PALETTE = 0.08
 
 
-def clean_pictures(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
-    """Renders with the small errors of a good autoencoder, still clean: [B, 3, 64, 64] in [0, 1]."""
+def clean_images(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
+    """Render scenes with an autoencoder's small errors, which still count as clean: [B, 3, 64, 64] in [0, 1]."""
     coverage, color, background = _layers(scenes)
     return _finish(_paint(coverage, color, background), generator)
 
 
-def flawed_pictures(scenes: Scenes, flaw: str, generator: torch.Generator) -> torch.Tensor:
-    """The scenes spoilt in the way `flaw` names, one of `FLAWS`: [B, 3, 64, 64] in [0, 1]."""
+def flawed_images(scenes: Scenes, flaw: str, generator: torch.Generator) -> torch.Tensor:
+    """Render scenes with the flaw named `flaw`, one of `FLAWS`: [B, 3, 64, 64] in [0, 1]."""
     return _finish(_FLAWED[flaw](scenes, generator), generator)
 
 
-# Pictures in layers: coverage [B, 1, 64, 64], color and background [B, 3, 1, 1].
+# An image is composed of coverage [B, 1, 64, 64], color and background [B, 3, 1, 1].
 
 
 def _layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A render taken apart; the coverage is solved for, so it is the renderer's own."""
+    """Split a render into coverage, color and background; the coverage is solved from the render itself."""
     color = _color(COLORS, scenes.attributes["color"])
     background = _color(BACKGROUNDS, scenes.attributes["background"])
     contrast = color - background
@@ -55,28 +56,28 @@ def _paint(coverage: torch.Tensor, color: torch.Tensor, under: torch.Tensor) -> 
     return under + coverage * (color - under)
 
 
-def _finish(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur of sigma up to 0.5 pixels, a colour shift of up to 0.02 per channel, noise of std up to 0.02."""
-    count = len(pictures)
-    pictures = _blur(pictures, _uniform(count, 0.0, 0.5, generator))
-    pictures = pictures + (torch.rand(count, 3, 1, 1, generator=generator) - 0.5) * 0.04
+def _finish(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Add a blur of sigma up to 0.5 pixels, a colour shift of up to 0.02 per channel and noise of std up to 0.02."""
+    count = len(images)
+    images = _blur(images, _uniform(count, 0.0, 0.5, generator))
+    images = images + (torch.rand(count, 3, 1, 1, generator=generator) - 0.5) * 0.04
     std = _uniform(count, 0.0, 0.02, generator)
-    return (pictures + std * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
+    return (images + std * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-def _blur(pictures: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def _blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Gaussian blur, sigma [B, 1, 1, 1] in pixels: a row-stochastic matrix from each side."""
-    i = torch.arange(pictures.shape[-1])
+    i = torch.arange(images.shape[-1])
     squared = (i[:, None] - i[None, :]).square()
     matrix = torch.softmax(-squared / (2 * sigma.clamp(min=0.05).square()), dim=-1)  # [B, 1, 64, 64]
-    return matrix @ pictures @ matrix.mT
+    return matrix @ images @ matrix.mT
 
 
-# One function per flaw: (scenes, generator) -> pictures [B, 3, 64, 64].
+# One function per flaw: (scenes, generator) -> images [B, 3, 64, 64].
 
 
 def _double(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
-    """Two exposures, half of them of scenes that differ in one attribute only."""
+    """A double exposure of two scenes; in half of the cases they differ in one attribute only."""
     other = sample(len(scenes), generator, held_out=None, jitter=WIDE)
     attributes = _other_words(scenes, ("shape", "color", "size", "position", "background"), generator)
     near = _place(attributes, generator)
@@ -86,7 +87,7 @@ def _double(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
 
 
 def _two(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
-    """A second, small object elsewhere on top."""
+    """A second, small object at another position."""
     moved = _other_words(scenes, ("position",), generator)
     changed = sample(len(scenes), generator, held_out=None).attributes
     attributes = moved | {"shape": changed["shape"], "color": changed["color"], "size": torch.zeros_like(moved["size"])}
@@ -109,7 +110,7 @@ def _mixed_background(scenes: Scenes, generator: torch.Generator) -> torch.Tenso
 
 
 def _erased(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
-    """A half or a round bite of the object missing."""
+    """A half of the object, or a round bite, is missing."""
     count, radius = len(scenes), scenes.radius.view(-1, 1, 1, 1)
     along, across = _turned(scenes, generator)
     half = along - _uniform(count, -0.3, 0.3, generator) * radius
@@ -121,8 +122,8 @@ def _erased(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
 
 
 def _noisy(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
-    pictures = render(scenes)
-    return pictures + _uniform(len(scenes), 0.06, 0.25, generator) * torch.randn(pictures.shape, generator=generator)
+    images = render(scenes)
+    return images + _uniform(len(scenes), 0.06, 0.25, generator) * torch.randn(images.shape, generator=generator)
 
 
 def _morphed(scenes: Scenes, generator: torch.Generator) -> torch.Tensor:
@@ -160,7 +161,7 @@ _FLAWED = {
 
 
 def _turned(scenes: Scenes, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates of the pixels around the centre along a random direction and across: [B, 1, 64, 64] each."""
+    """Pixel coordinates relative to the centre, along a random direction and across it: [B, 1, 64, 64] each."""
     axis = (torch.arange(RESOLUTION) + 0.5) / RESOLUTION
     x = axis.view(1, 1, 1, -1) - scenes.center[:, 0].view(-1, 1, 1, 1)
     y = axis.view(1, 1, -1, 1) - scenes.center[:, 1].view(-1, 1, 1, 1)
@@ -169,7 +170,7 @@ def _turned(scenes: Scenes, generator: torch.Generator) -> tuple[torch.Tensor, t
 
 
 def _other_words(scenes: Scenes, names: tuple[str, ...], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The scenes' attributes with one of `names`, drawn per scene, changed to another word."""
+    """The scenes' attributes, with one attribute of `names` (random per scene) changed to another word."""
     which = torch.randint(len(names), (len(scenes),), generator=generator)
     attributes = dict(scenes.attributes)
     for i, name in enumerate(names):
@@ -180,7 +181,7 @@ def _other_words(scenes: Scenes, names: tuple[str, ...], generator: torch.Genera
 
 
 def _place(attributes: dict[str, torch.Tensor], generator: torch.Generator) -> Scenes:
-    """Scenes with these attributes and new jitter, as `sample` draws it."""
+    """Scenes with these attributes and new jitter, distributed as in `sample`."""
     jitter = torch.rand(len(attributes["size"]), 3, generator=generator) * 2 - 1
     center = torch.tensor(list(POSITIONS.values()))[attributes["position"]] + WIDE * SHIFT * jitter[:, :2]
     radius = torch.tensor(list(SIZES.values()))[attributes["size"]] * (1 + WIDE * STRETCH * jitter[:, 2])
@@ -196,7 +197,7 @@ def _color(palette: dict[str, tuple[int, int, int]], index: torch.Tensor) -> tor
 
 
 def _mixtures(palette: dict[str, tuple[int, int, int]]) -> torch.Tensor:
-    """Every mixture of two colours, 0.3 to 0.7 of each, that is not itself near one of the palette: [M, 3]."""
+    """Every mixture of two palette colours, 0.3 to 0.7 of each, that is not close to a palette colour: [M, 3]."""
     colors = torch.tensor(list(palette.values())) / 255
     i, j = torch.triu_indices(len(colors), len(colors), 1)
     mixed = torch.cat([torch.lerp(colors[i], colors[j], t) for t in torch.linspace(0.3, 0.7, 9).tolist()])

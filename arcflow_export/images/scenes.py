@@ -1,7 +1,7 @@
 """Scenes of one shape on a plain background: grammar, captions and an anti-aliased renderer.
 
-A scene has five attributes; its caption names a random subset of them, so the same caption has many right pictures
-and the starting noise decides which one is drawn.
+A scene has five attributes. Its caption names a random subset of them, so many images are right for one caption, and
+the starting noise decides which one is generated.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ BACKGROUNDS = {
     "blue": (176, 216, 242),
     "pink": (250, 196, 208),
 }
-#: Radius in units of the picture's height.
+#: Radius in units of the image's height.
 SIZES = {"small": 0.14, "large": 0.25}
-#: Centre (x, y) in units of the picture's size, y down, and its phrase.
+#: Centre (x, y) in units of the image's size, y down, and its phrase.
 POSITIONS = {
     "left": (0.29, 0.5),
     "right": (0.71, 0.5),
@@ -52,7 +52,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 #: How often a caption names an attribute.
 NAMED = {"shape": 0.95, "color": 0.8, "size": 0.75, "position": 0.6, "background": 0.75}
-#: Shape and colour pairs that are never drawn or named in training: each shape and each colour once.
+#: Shape and colour pairs that never occur in training: each shape and each colour once.
 HELD_OUT = (
     ("circle", "orange"),
     ("square", "purple"),
@@ -63,10 +63,12 @@ HELD_OUT = (
 )
 #: Largest shift of the centre and largest change of the radius, uniform, as fractions of the size and the radius.
 SHIFT, STRETCH = 0.005, 0.0125
-#: Factor of both for the VAE and the judge, which must read pictures that are a little off.
+#: The VAE and the judge are trained with shifts and changes this many times larger, because they must read images that
+#: are slightly off.
 WIDE = 4.0
 RESOLUTION = 64
-#: T5 tokens of a caption, end mark and padding included; the pipeline masks nothing, so drawing uses the same number.
+#: T5 tokens of a caption, end mark and padding included. FLUX masks no padding, so training and generation must use the
+#: same number.
 MAX_SEQUENCE_LENGTH = 12
 
 
@@ -87,13 +89,13 @@ class Scenes:
 
 
 def sample(count: int, generator: torch.Generator, held_out: bool | None = False, jitter: float = 1.0) -> Scenes:
-    """Draw scenes uniformly.
+    """Sample random scenes, all attributes uniform.
 
     Args:
-        count: how many.
+        count: number of scenes.
         generator: a CPU generator; the same state gives the same scenes.
         held_out: False for training pairs of shape and colour only, True for held-out pairs only, None for all.
-        jitter: factor of `SHIFT` and `STRETCH`.
+        jitter: factor for `SHIFT` and `STRETCH`.
     """
     kept = [(s, c) for s in SHAPES for c in COLORS if held_out is None or ((s, c) in HELD_OUT) == held_out]
     shapes = torch.tensor([SHAPES.index(s) for s, _ in kept])
@@ -109,7 +111,7 @@ def sample(count: int, generator: torch.Generator, held_out: bool | None = False
 
 
 def caption(words: dict[str, str], variant: int = 0) -> str:
-    """The caption that names `words`, a subset of a scene's attributes; variant 0 or 1 is how a background is named."""
+    """The caption for `words`, a subset of a scene's attributes; `variant` (0 or 1) selects the background's phrase."""
     parts = [*(words[name] for name in ("size", "color") if name in words), words.get("shape", "shape")]
     parts.insert(0, "an" if parts[0][0] in "aeiou" else "a")
     if "position" in words:
@@ -123,13 +125,13 @@ def caption(words: dict[str, str], variant: int = 0) -> str:
 
 
 def name_some(words: dict[str, str], generator: torch.Generator) -> dict[str, str]:
-    """A random subset of a scene's attributes, each kept as often as `NAMED` says."""
+    """A random subset of a scene's attributes; each is kept with its probability in `NAMED`."""
     draws = torch.rand(len(words), generator=generator).tolist()
     return {name: word for (name, word), u in zip(words.items(), draws, strict=True) if u < NAMED[name]}
 
 
 def render(scenes: Scenes, resolution: int = RESOLUTION) -> torch.Tensor:
-    """Draw scenes, edges one pixel wide: float32 [B, 3, resolution, resolution] in [0, 1], sRGB values."""
+    """Render scenes with edges one pixel wide: float32 [B, 3, resolution, resolution] in [0, 1], sRGB values."""
     axis = (torch.arange(resolution) + 0.5) / resolution
     x = axis[None, None, :] - scenes.center[:, 0, None, None]
     y = axis[None, :, None] - scenes.center[:, 1, None, None]

@@ -1,4 +1,4 @@
-"""Intervals and distances: samples -> estimates with bootstrap 95 % intervals; pure numpy in float64."""
+"""Statistics in float64 numpy: bootstrap 95 % intervals and the Frechet distance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Interval:
 
 
 def resample(count: int, times: int, seed: int) -> np.ndarray:
-    """Bootstrap draws of `count` places with replacement: int64 [times, count]."""
+    """Draw `times` bootstrap resamples of `count` indices, with replacement: int64 [times, count]."""
     return np.random.default_rng(seed).integers(count, size=(times, count))
 
 
@@ -29,9 +29,10 @@ def mean_interval(values: np.ndarray, draws: np.ndarray) -> Interval:
 
 
 def normal_interval(value: float, replicates: np.ndarray) -> Interval:
-    """`value` plus and minus 1.96 bootstrap standard errors, of replicates [R].
+    """`value` plus and minus 1.96 standard errors of the bootstrap replicates [R].
 
-    For estimates with a small-sample bias: a resample repeats it, so percentiles would sit to one side of `value`.
+    For estimates with a small-sample bias. Resampling adds the bias again, so percentiles would lie to one side of
+    `value`.
     """
     error = 1.959964 * float(np.std(replicates, ddof=1))
     return Interval(value, value - error, value + error)
@@ -46,7 +47,7 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def frechet(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians, |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2).
 
-    Dowson and Landau 1982; on features of a network it is the FID's formula. Singular covariances are allowed.
+    Dowson and Landau 1982. Applied to a network's features it is the formula of FID. Covariances may be singular.
     """
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
@@ -55,5 +56,5 @@ def frechet(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np
 
 
 def frechet_replicates(features: np.ndarray, real: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The distance of resampled features [n, D] from resampled real ones [n, D], pairs kept: draws [R, n] -> [R]."""
+    """Frechet distances [R] of features from real features, [n, D] each, both resampled by the same draws [R, n]."""
     return np.array([frechet(*moments(features[rows]), *moments(real[rows])) for rows in draws])

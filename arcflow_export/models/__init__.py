@@ -1,1 +1,1 @@
-"""The model families: how each is split in parts, and modules that trace well."""
+"""The model families: split diffusers' and transformers' models into parts, with modules that trace well."""

@@ -1,4 +1,4 @@
-"""FLUX student: diffusers' FluxTransformer2DModel -> conditioner and backbone parts."""
+"""Split a FLUX student (diffusers' FluxTransformer2DModel) into its conditioner and backbone parts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from arcflow_export.models.layers import Part, Sinusoid, attention, replace_linears, rotate
+from arcflow_export.models.layers import ModelPart, Sinusoid, attention, make_part, replace_linears, rotate
 from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
+
+_FAMILY = "flux"
 
 
 class _Attention:
-    """Attention processor over [text, image] tokens, with rotary tables as inputs."""
+    """Attention processor over [text, image] tokens; takes rotary tables of cosines and sines as inputs."""
 
     def __call__(
         self,
@@ -71,7 +74,7 @@ class FluxBackbone(nn.Module):
         for block in t.transformer_blocks:
             text, x = block(hidden_states=x, encoder_hidden_states=text, temb=modulation, image_rotary_emb=rotary)
         text_tokens = text.shape[1]
-        # diffusers' single blocks join and split the two streams in every block; joined once they are the same.
+        # diffusers joins and splits the two streams in every single block; joining them once gives the same numbers.
         x = torch.cat([text, x], dim=1)
         for block in t.single_transformer_blocks:
             normed, gate = block.norm(x, emb=modulation)
@@ -79,7 +82,7 @@ class FluxBackbone(nn.Module):
             mlp = block.act_mlp(block.proj_mlp(normed))
             x = x + gate.unsqueeze(1) * block.proj_out(torch.cat([mixed, mlp], dim=2))
             if x.dtype == torch.float16:
-                x = x.clip(-65504, 65504)  # as diffusers does
+                x = x.clip(-int(FLOAT16_MAX), int(FLOAT16_MAX))  # as diffusers does
         x = t.norm_out(x[:, text_tokens:], modulation)
         means, logweights, loggammas = (head.to(latents.dtype) for head in self.heads(x))
         return means, logweights, loggammas
@@ -107,15 +110,15 @@ class FluxConditioner(nn.Module):
 
 def build(
     config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
-) -> list[Part]:
+) -> list[ModelPart]:
     """The conditioner and backbone of a FLUX student, on the meta device.
 
     Args:
         config: the base transformer's `config.json`.
         num_gaussians: K, the number of modes.
-        logweights_channels: P, the number of sub-pixels with weights of their own.
-        conditioner_dtype: arithmetic of the conditioner.
-        dtype: arithmetic of the backbone.
+        logweights_channels: P, the number of sub-pixels of a token, each with its own mode weights.
+        conditioner_dtype: dtype of the conditioner's weights and arithmetic.
+        dtype: dtype of the backbone's weights and arithmetic.
     """
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
@@ -137,12 +140,9 @@ def build(
     for module, torch_dtype in zip((conditioner, backbone), dtypes, strict=True):
         replace_linears(module)
         module.to(torch_dtype).requires_grad_(False).eval()
-    inputs = [TensorSpec("timesteps", "float32", ("steps",))]
-    if guidance:
-        inputs.append(TensorSpec("guidance", "float32", ("batch",)))
-    inputs.append(TensorSpec("pooled_projections", conditioner_dtype, ("batch", config["pooled_projection_dim"])))
-    output = TensorSpec("modulation", conditioner_dtype, ("steps", "batch", size))
+    sizes = {"pooled_width": config["pooled_projection_dim"], "modulation": size}
+    without = () if guidance else ("guidance",)
     return [
-        Part("conditioner", conditioner, tuple(inputs), (output,), rename_linears(names), dtypes[0]),
-        backbone_part(backbone, config, num_gaussians, logweights_channels, size, dtype),
+        make_part(_FAMILY, "conditioner", conditioner, conditioner_dtype, sizes, rename_linears(names), without),
+        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype),
     ]

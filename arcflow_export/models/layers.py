@@ -1,9 +1,12 @@
-"""Small modules that replace diffusers' and transformers' own where a graph wants another form."""
+"""Modules that replace diffusers' and transformers' layers to give a simpler graph; `ModelPart`, the tracer's input.
+
+All model files of this folder use them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arcflow_runtime.disk.manifest import TensorSpec
+from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.signatures import signature, tensor_specs
 
 Transform = Literal["none", "transpose", "last_frame"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a bundle before export: a module on the meta device and what goes in and out.
+class ModelPart:
+    """One part of a bundle before export: a module on the meta device, with its inputs and outputs.
 
-    `rename` maps a parameter's name in the module to its key in the checkpoint. A dimension of the specs is an
-    int, or the name of a dynamic dimension.
+    `rename` maps a parameter's name in the module to its key in the checkpoint. A dimension in a spec is an int, or
+    the name of a dynamic dimension.
     """
 
     name: str
@@ -32,12 +36,37 @@ class Part:
     precision: torch.dtype
 
 
+def make_part(
+    family: str,
+    name: str,
+    module: nn.Module,
+    dtype: DType,
+    sizes: Mapping[str, int],
+    rename: Callable[[str], str],
+    without: tuple[str, ...] = (),
+) -> ModelPart:
+    """Make a part with the inputs and outputs of rule B9.
+
+    Args:
+        family: the family of the bundle.
+        name: the part's name.
+        module: the part's module, on the meta device.
+        dtype: the part's precision.
+        sizes: the value of each symbol of the part's signature that is a size of the model.
+        rename: maps a parameter's name to its key in the checkpoint.
+        without: names of optional inputs that this part does not have.
+    """
+    tensors = signature(family, name)
+    inputs = tensor_specs(tensors.inputs, dtype, sizes, without)
+    return ModelPart(name, module, inputs, tensor_specs(tensors.outputs, dtype, sizes), rename, getattr(torch, dtype))
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """One initializer of a part: its name in the module, and where its values come from.
+    """One initializer of a part: its name in the module, and the source of its values.
 
-    Exactly one of `key` (a tensor of the checkpoint) and `constant` is set. `shape` is the shape in the graph,
-    after `transform`.
+    Exactly one of `key` (a tensor of the checkpoint) and `constant` is set. `shape` is the shape in the graph, after
+    `transform`.
     """
 
     name: str
@@ -49,9 +78,9 @@ class Parameter:
 
 
 class MatMul(nn.Module):
-    """x W + b with W stored [in, out], so that the graph has a plain MatMul and no Transpose to fold at load.
+    """x W + b with W stored as [in, out], so that the graph has a plain MatMul and no Transpose.
 
-    It computes in its weight's dtype, and returns that or `output`.
+    It computes in its weight's dtype, and casts the result to `output` if that is set.
     """
 
     transforms: ClassVar[dict[str, Transform]] = {"weight": "transpose"}
@@ -73,7 +102,7 @@ class MatMul(nn.Module):
 
 
 class Slice(nn.Module):
-    """Stands where a modulation linear was: returns columns [start, stop) of the modulation [B, M]."""
+    """Replaces a modulation linear: returns columns [start, stop) of the modulation [B, M]."""
 
     def __init__(self, start: int, stop: int):
         super().__init__()
@@ -85,7 +114,7 @@ class Slice(nn.Module):
 
 
 class FrameConv(nn.Module):
-    """A causal Conv3d on one frame: the frames before it are zeros, so only the kernel's last frame counts."""
+    """A causal Conv3d on one frame. The earlier frames are zeros, so only the kernel's last frame is used."""
 
     transforms: ClassVar[dict[str, Transform]] = {"weight": "last_frame"}
 
@@ -119,7 +148,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with weight and bias that takes float32 too; the result has the weight's dtype."""
+    """Layer norm with weight and bias. It accepts float32 input; the result has the weight's dtype."""
 
     def __init__(self, norm: nn.LayerNorm):
         super().__init__()
@@ -134,7 +163,7 @@ class LayerNorm(nn.Module):
 
 
 class Constant(nn.Module):
-    """A module whose buffers hold real values although everything else is traced without any."""
+    """A module whose buffers keep real values, while everything else is traced without values."""
 
     def __init__(self, **values: torch.Tensor):
         super().__init__()
@@ -143,7 +172,7 @@ class Constant(nn.Module):
             self.register_buffer(name, value.to("meta"))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Constant:
-        return self  # `module.to(dtype)` must not round them
+        return self  # `module.to(dtype)` must not round the constants
 
 
 class Sinusoid(Constant):
@@ -155,7 +184,7 @@ class Sinusoid(Constant):
         super().__init__(freqs=torch.exp(exponent))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """[S] float32, the values that the embedding sees -> [S, channels] float32."""
+        """Embed values [S] float32 -> [S, channels] float32."""
         angle = values[:, None] * self.get_buffer("freqs")[None]
         return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
 
@@ -200,8 +229,17 @@ def replace_linears(module: nn.Module) -> None:
             replace_linears(child)
 
 
-def parameters(part: Part) -> list[Parameter]:
-    """Every parameter and constant of a part, in the order of the module; tied parameters once."""
+def linear_names(part: ModelPart) -> dict[str, str]:
+    """The linears of a part: layer name (the key of the weight without `.weight`) -> name in the part's module."""
+    return {
+        part.rename(f"{name}.weight").removesuffix(".weight"): name
+        for name, module in part.module.named_modules()
+        if isinstance(module, MatMul) and module.weight.numel()  # with one mode the gamma head is empty
+    }
+
+
+def parameters(part: ModelPart) -> list[Parameter]:
+    """Every parameter and constant of a part, in the module's order; tied parameters are listed once."""
     found: dict[int, Parameter] = {}
     for name, tensor, owner, leaf in _tensors(part.module):
         constants = getattr(owner, "constants", {})

@@ -1,4 +1,4 @@
-"""Qwen-Image student: diffusers' QwenImageTransformer2DModel -> conditioner and backbone parts."""
+"""Split a Qwen-Image student (diffusers' QwenImageTransformer2DModel) into its conditioner and backbone parts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
-from arcflow_export.models.layers import Part, RMSNorm, Sinusoid, attention, replace_linears, rotate
+from arcflow_export.models.layers import ModelPart, RMSNorm, Sinusoid, attention, make_part, replace_linears, rotate
 from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.manifest import DType
+
+_FAMILY = "qwen-image"
 
 
 class _Attention:
-    """Joint attention over [text, image] tokens, with real rotary tables as inputs."""
+    """Attention processor over [text, image] tokens; takes rotary tables of cosines and sines as inputs."""
 
     def __call__(
         self,
@@ -49,7 +51,7 @@ class QwenBackbone(nn.Module):
     def __init__(self, transformer: QwenImageTransformer2DModel, heads: Heads):
         super().__init__()
         transformer.time_text_embed = transformer.proj_out = transformer.pos_embed = None
-        # The last block's text stream is never read again; without these its weights are not shipped.
+        # The last block's text output is never read, so its layers are removed and their weights are not shipped.
         transformer.transformer_blocks[-1].txt_mlp = nn.Identity()
         transformer.transformer_blocks[-1].attn.to_add_out = nn.Identity()
         for block in transformer.transformer_blocks:
@@ -101,8 +103,8 @@ class QwenConditioner(nn.Module):
 
 def build(
     config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
-) -> list[Part]:
-    """The conditioner and backbone of a Qwen-Image student, on the meta device; arguments as for FLUX."""
+) -> list[ModelPart]:
+    """The conditioner and backbone of a Qwen-Image student, on the meta device; arguments as for `flux.build`."""
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(config)
         heads = Heads(transformer.inner_dim, config["in_channels"], num_gaussians, logweights_channels)
@@ -120,15 +122,8 @@ def build(
     for module, torch_dtype in zip((conditioner, backbone), dtypes, strict=True):
         replace_linears(module)
         module.to(torch_dtype).requires_grad_(False).eval()
-    output = TensorSpec("modulation", conditioner_dtype, ("steps", 1, size))
+    sizes = {"modulation": size}
     return [
-        Part(
-            "conditioner",
-            conditioner,
-            (TensorSpec("timesteps", "float32", ("steps",)),),
-            (output,),
-            rename_linears(names),
-            dtypes[0],
-        ),
-        backbone_part(backbone, config, num_gaussians, logweights_channels, size, dtype),
+        make_part(_FAMILY, "conditioner", conditioner, conditioner_dtype, sizes, rename_linears(names)),
+        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype),
     ]

@@ -1,4 +1,4 @@
-"""An ArcFlow student's transformer -> its conditioner and backbone (the split of the two is exact)."""
+"""What both families share when a student's transformer is split into conditioner and backbone; the split is exact."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arcflow_export.models.layers import Part, Slice
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_export.models.layers import ModelPart, Slice, make_part
+from arcflow_runtime.disk.manifest import DType
 
 
 class Heads(nn.Module):
@@ -21,7 +21,7 @@ class Heads(nn.Module):
         self.k, self.c, self.p = num_gaussians, channels, logweights_channels
         self.proj_out_means = nn.Linear(dim, self.k * self.c)
         self.proj_out_logweights = nn.Linear(dim, self.k * self.p)
-        with warnings.catch_warnings():  # one mode has no gammas, and torch remarks on the empty layer
+        with warnings.catch_warnings():  # with one mode there are no gammas, and torch warns about an empty layer
             warnings.simplefilter("ignore")
             self.proj_out_loggamma = nn.Linear(dim, (self.k - 1) * self.p)
 
@@ -48,7 +48,7 @@ class Modulations(nn.Module):
 
 
 def lift_modulations(slots: list[tuple[str, nn.Module, str]]) -> tuple[list[nn.Linear], list[str], int]:
-    """Take the modulation linears out of a transformer and leave slices of the modulation in their place.
+    """Take the modulation linears out of a transformer and put slices of the modulation vector in their place.
 
     Args:
         slots: (checkpoint name, owner module, attribute) of each linear, in the order of the modulation vector.
@@ -68,38 +68,43 @@ def lift_modulations(slots: list[tuple[str, nn.Module, str]]) -> tuple[list[nn.L
 
 
 def backbone_part(
+    family: str,
     module: nn.Module,
     config: dict[str, Any],
     num_gaussians: int,
     logweights_channels: int,
     modulation: int,
     dtype: DType,
-) -> Part:
-    """The backbone's inputs and outputs, the same for every family."""
-    channels, half = config["in_channels"], config["attention_head_dim"] // 2
-    tokens: tuple[str, str] = ("batch", "image_tokens")
-    return Part(
-        "backbone",
-        module,
-        (
-            TensorSpec("latents", dtype, (*tokens, channels)),
-            TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config["joint_attention_dim"])),
-            TensorSpec("modulation", dtype, ("batch", modulation)),
-            TensorSpec("image_rotary", "float32", (2, "image_tokens", half)),
-            TensorSpec("text_rotary", "float32", (2, "text_tokens", half)),
-        ),
-        (
-            TensorSpec("means", dtype, (*tokens, num_gaussians, channels)),
-            TensorSpec("logweights", dtype, (*tokens, num_gaussians, logweights_channels)),
-            TensorSpec("loggammas", dtype, (*tokens, num_gaussians - 1, logweights_channels)),
-        ),
-        lambda name: name.removeprefix("transformer.").removeprefix("heads."),
-        getattr(torch, dtype),
-    )
+) -> ModelPart:
+    """Make the backbone part, with its sizes from the transformer's config.
+
+    Args:
+        family: the family of the bundle.
+        module: the backbone on the meta device.
+        config: the base transformer's `config.json`.
+        num_gaussians: K, the number of modes.
+        logweights_channels: P, the number of sub-pixels of a token, each with its own mode weights.
+        modulation: M, the length of the modulation vector.
+        dtype: dtype of the backbone's weights and arithmetic.
+    """
+    sizes = {
+        "channels": config["in_channels"],
+        "text_width": config["joint_attention_dim"],
+        "modulation": modulation,
+        "half_head": config["attention_head_dim"] // 2,
+        "modes": num_gaussians,
+        "gammas": num_gaussians - 1,
+        "sub_pixels": logweights_channels,
+    }
+
+    def rename(name: str) -> str:
+        return name.removeprefix("transformer.").removeprefix("heads.")
+
+    return make_part(family, "backbone", module, dtype, sizes, rename)
 
 
 def rename_linears(names: list[str]) -> Callable[[str], str]:
-    """Map a conditioner's parameter names to checkpoint keys."""
+    """A function that maps a conditioner's parameter names to checkpoint keys; `names` are the linears' keys."""
 
     def rename(name: str) -> str:
         if name.startswith("modulations.linears."):

@@ -1,8 +1,7 @@
-"""Text encoders: transformers' CLIP, T5 and Qwen2.5-VL language model -> graph-ready parts.
+"""Text encoders: transformers' CLIP, T5 and Qwen2.5-VL language model -> parts that can be traced.
 
-The layers are transformers' own; only the loop around them is ours, because its mask building depends on the
-input and none of the three needs a mask here: CLIP and Qwen attend causally to tokens before padding, and FLUX
-gives T5 no mask.
+The layers are transformers' own. The loop over them is ours, because transformers builds a mask from the input and
+none of the three needs one here: CLIP and Qwen attend causally, and padding comes last; FLUX gives T5 no mask.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.errors import SourceError
-from arcflow_export.models.layers import Constant, Part, RMSNorm, replace_linears
-from arcflow_runtime.disk.manifest import DType, TensorSpec
-
-CLIP_TOKENS = 77
+from arcflow_export.families import CLIP_TOKENS
+from arcflow_export.models.layers import Constant, ModelPart, RMSNorm, make_part, replace_linears
+from arcflow_runtime.disk.manifest import DType
 
 
 def _grouped_causal_attention(
@@ -34,7 +32,7 @@ def _grouped_causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention with key heads repeated: the decomposition of grouped heads in opset 20 is wrong.
+    """Causal attention that repeats the key and value heads, because opset 20 decomposes grouped heads wrongly.
 
     query [B, H, T, D], key and value [B, H/g, T, D] -> [B, T, H, D].
     """
@@ -54,7 +52,7 @@ class ClipText(nn.Module):
     def __init__(self, model: CLIPTextModel):
         super().__init__()
         self.embeddings = model.embeddings
-        self.embeddings.position_ids = None  # a slice of the table takes its place
+        self.embeddings.position_ids = None  # `forward` slices the table instead
         self.encoder, self.final_layer_norm = model.encoder, model.final_layer_norm
         self.eos_token_id = model.config.eos_token_id
 
@@ -64,7 +62,7 @@ class ClipText(nn.Module):
         x = self.embeddings.token_embedding(input_ids) + positions
         x = self.encoder(inputs_embeds=x, attention_mask=None, is_causal=True).last_hidden_state
         x = self.final_layer_norm(x)
-        # Configs written before transformers 4.31 carry eos_token_id 2; there the highest id ends the text.
+        # Configs from before transformers 4.31 say eos_token_id 2, which is wrong; there the highest id ends the text.
         ids = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).long()
         end = ids.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[-1])
         return x.gather(1, end).squeeze(1)
@@ -88,7 +86,7 @@ class T5Encoder(nn.Module):
 
 
 class QwenText(nn.Module):
-    """Qwen2.5-VL's language model on text alone; its three rotary axes coincide there."""
+    """Qwen2.5-VL's language model on text alone, where its three rotary axes have equal positions."""
 
     def __init__(self, model: Qwen2_5_VLTextModel, theta: float):
         super().__init__()
@@ -128,13 +126,13 @@ def _replace_norms(module: nn.Module) -> None:
             _replace_norms(child)
 
 
-def clip(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
+def clip(folder: Path, dtype: DType, keys: Collection[str]) -> ModelPart:
     """FLUX's first text encoder, from its component folder.
 
     Args:
-        folder: has its config.
-        dtype: of the part.
-        keys: names of the checkpoint's tensors; none where only sizes matter.
+        folder: the component's folder, with its config.
+        dtype: dtype of the part.
+        keys: names of the checkpoint's tensors; empty if only sizes are needed.
 
     Raises:
         SourceError: the folder does not hold a CLIP text model.
@@ -145,20 +143,20 @@ def clip(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     replace_linears(model)
     model.to(getattr(torch, dtype)).requires_grad_(False).eval()
     prefix = "text_model." if any(k.startswith("text_model.") for k in keys) else ""
-    return Part(
+    return make_part(
+        "flux",
         "text_encoder",
         model,
-        (TensorSpec("input_ids", "int64", ("batch", CLIP_TOKENS)),),
-        (TensorSpec("pooled_projections", dtype, ("batch", config.hidden_size)),),
+        dtype,
+        {"clip_tokens": CLIP_TOKENS, "pooled_width": config.hidden_size},
         lambda name: prefix + name,
-        getattr(torch, dtype),
     )
 
 
-def t5(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
+def t5(folder: Path, dtype: DType, keys: Collection[str]) -> ModelPart:
     """FLUX's second text encoder, from its component folder.
 
-    In float16 the feed-forward output projections stay in float32, as transformers keeps them: they overflow.
+    In float16 the feed-forward output projections stay in float32, as in transformers, because they overflow.
 
     Raises:
         SourceError: the folder does not hold a T5 encoder.
@@ -179,17 +177,10 @@ def t5(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
             return name if name in keys else "encoder.embed_tokens.weight"
         return f"encoder.{name}"
 
-    return Part(
-        "text_encoder_2",
-        model,
-        (TensorSpec("input_ids", "int64", ("batch", "text_tokens")),),
-        (TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config.d_model)),),
-        rename,
-        getattr(torch, dtype),
-    )
+    return make_part("flux", "text_encoder_2", model, dtype, {"text_width": config.d_model}, rename)
 
 
-def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
+def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> ModelPart:
     """Qwen-Image's text encoder (the language model of Qwen2.5-VL), from its component folder.
 
     Raises:
@@ -202,15 +193,15 @@ def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> Part:
     _replace_norms(model)
     replace_linears(model)
     model.to(getattr(torch, dtype)).requires_grad_(False).eval()
-    # Three generations of transformers wrote three prefixes.
+    # Three versions of transformers wrote three different prefixes.
     prefixes = [p for p in ("model.language_model.", "language_model.model.", "model.") if f"{p}norm.weight" in keys]
     if keys and not prefixes:
         raise SourceError(f"text_encoder: {folder} has no Qwen2.5-VL language model weights")
-    return Part(
+    return make_part(
+        "qwen-image",
         "text_encoder",
         model,
-        (TensorSpec("input_ids", "int64", ("batch", "text_tokens")),),
-        (TensorSpec("encoder_hidden_states", dtype, ("batch", "text_tokens", config.hidden_size)),),
+        dtype,
+        {"text_width": config.hidden_size},
         lambda name: (prefixes or [""])[0] + name,
-        getattr(torch, dtype),
     )

@@ -15,8 +15,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from torch import nn
 
 from arcflow_export.errors import SourceError
-from arcflow_export.models.layers import Constant, FrameConv, Part, replace_linears, wide_attention
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_export.families import PACKED_CHANNELS
+from arcflow_export.models.layers import Constant, FrameConv, ModelPart, make_part, replace_linears, wide_attention
+from arcflow_runtime.disk.manifest import DType
 
 
 def _unpack(latents: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,7 @@ class _FluxAttention:
 
 
 class _QwenAttention(nn.Module):
-    """Qwen's middle block's attention on one frame, without a fused operator."""
+    """Attention of Qwen's middle block on one frame, without a fused operator."""
 
     def __init__(self, block: QwenImageAttentionBlock):
         super().__init__()
@@ -110,7 +111,7 @@ class _Norm(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Twice the size, nearest; at a factor of exactly 2 "nearest-exact" is the same and has no ONNX operator."""
+    """Upsample to twice the size, nearest. At a factor of 2 it equals diffusers' "nearest-exact", which ONNX lacks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, 2H, 2W]."""
@@ -136,35 +137,43 @@ def _replace_qwen(module: nn.Module) -> None:
             setattr(module, name, None)
 
 
-def decoder(config: dict[str, Any], family: str, dtype: DType) -> Part:
-    """The VAE decoder of a family, from the VAE's `config.json`.
+def kl_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
+    """FLUX's VAE decoder, from the VAE's `config.json`.
 
     Raises:
-        SourceError: the config is not this family's VAE, or has other than 16 latent channels.
+        SourceError: the VAE is not an `AutoencoderKL` with 16 latent channels and 4 levels.
     """
-    wanted = {"flux": "AutoencoderKL", "qwen-image": "AutoencoderKLQwenImage"}[family]
-    if config.get("_class_name") != wanted:
-        raise SourceError(f"vae: a {family} base must have a {wanted}, got {config.get('_class_name')!r}")
-    channels = config.get("latent_channels" if family == "flux" else "z_dim", 16)
-    levels = len(config.get("block_out_channels" if family == "flux" else "dim_mult", range(4)))
+    _check("flux", config, AutoencoderKL, "latent_channels", "block_out_channels")
+    with torch.device("meta"):
+        module = FluxDecoder(AutoencoderKL.from_config(config))
+    return _part("flux", module, dtype)
+
+
+def qwen_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
+    """Qwen-Image's VAE decoder, from the VAE's `config.json`.
+
+    Raises:
+        SourceError: the VAE is not an `AutoencoderKLQwenImage` with 16 latent channels and 4 levels.
+    """
+    _check("qwen-image", config, AutoencoderKLQwenImage, "z_dim", "dim_mult")
+    with torch.device("meta"):
+        module = QwenDecoder(AutoencoderKLQwenImage.from_config(config))
+    _replace_qwen(module)
+    return _part("qwen-image", module, dtype)
+
+
+def _check(family: str, config: dict[str, Any], wanted: type, channels_key: str, levels_key: str) -> None:
+    if config.get("_class_name") != wanted.__name__:
+        raise SourceError(f"vae: a {family} base must have a {wanted.__name__}, got {config.get('_class_name')!r}")
+    channels, levels = config.get(channels_key, 16), len(config.get(levels_key, range(4)))
     if (channels, levels) != (16, 4):
         raise SourceError(
             f"vae: a {family} base must have 16 latent channels and 4 levels (8 pixels per latent), "
             f"got {channels} and {levels}"
         )
-    with torch.device("meta"):
-        if family == "flux":
-            module: nn.Module = FluxDecoder(AutoencoderKL.from_config(config))
-        else:
-            module = QwenDecoder(AutoencoderKLQwenImage.from_config(config))
-    _replace_qwen(module)
+
+
+def _part(family: str, module: nn.Module, dtype: DType) -> ModelPart:
     replace_linears(module)
     module.to(getattr(torch, dtype)).requires_grad_(False).eval()
-    return Part(
-        "vae_decoder",
-        module,
-        (TensorSpec("latents", "float32", ("batch", "latent_height", "latent_width", 64)),),
-        (TensorSpec("images", "uint8", ("batch", "height", "width", 3)),),
-        lambda name: name,
-        getattr(torch, dtype),
-    )
+    return make_part(family, "vae_decoder", module, dtype, {"channels": PACKED_CHANNELS}, lambda name: name)

@@ -1,1 +1,1 @@
-"""All stages in order, from a student file to engines: what is done, what is left, how it went."""
+"""`arcflow compile`: run all stages in order, from a student file to engines, and skip those that are done."""

@@ -1,24 +1,24 @@
-"""A job -> an error before the first stage, where a later one would fail after hours."""
+"""Check a compile job before its first stage, so that no later stage fails after hours."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 from arcflow_export.errors import ExportError
-from arcflow_export.pipeline.stages import CALIBRATE, Job, plan_stages
+from arcflow_export.pipeline.stages import CALIBRATE, CompileJob, plan_stages
 from arcflow_runtime.cli import check_usage
 from arcflow_runtime.errors import EngineError, RequestError
 
-#: Modules that only some stages need, and what to install for them.
+#: (module, package to install, stage that needs it or None for all) of the libraries that stages need.
 _NEEDED = (("torch", "arcflow[export]", None), ("modelopt", "arcflow[calibrate]", CALIBRATE))
 
 
-def check_job(job: Job) -> None:
-    """Check every stage's options, the policy, the target, and that what the stages need is installed.
+def check_job(job: CompileJob) -> None:
+    """Check every stage's options, the policy, the target, and that the needed libraries are installed.
 
     Raises:
         RequestError: an option of a stage, or --target, is wrong.
-        QuantizeError: there is no such policy.
+        QuantizeError: the policy does not exist or is not valid.
         EngineError, ExportError: a library is missing.
     """
     stages = plan_stages(job, {})
@@ -35,7 +35,7 @@ def check_job(job: Job) -> None:
         _check_target(job)
 
 
-def _check_target(job: Job) -> None:
+def _check_target(job: CompileJob) -> None:
     from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES
@@ -45,11 +45,11 @@ def _check_target(job: Job) -> None:
         raise EngineError(f"{library.name} is not installed; run: pip install '{library.package}'")
     if gpu is None and not library.ahead_of_time:
         raise EngineError(
-            f"{job.backend} builds on the GPU that it builds for, and the CUDA driver finds none here; "
-            "build there, or with --backend tensorrt-rtx, which needs none"
+            f"{job.backend} must build on the GPU that it builds for, but the CUDA driver finds none here; "
+            "build on a machine with that GPU, or use --backend tensorrt-rtx, which needs no GPU"
         )
     if job.target is None and gpu is None:
-        raise RequestError("--target must be given where there is no GPU, such as --target sm89")
+        raise RequestError("--target must be given, such as --target sm89, because there is no GPU here")
     targets = [t.strip() for t in job.target.split(",")] if job.target is not None else [gpu.target] if gpu else []
     for target in targets:
         if library.ahead_of_time:

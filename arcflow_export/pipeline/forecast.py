@@ -1,4 +1,7 @@
-"""What the stages of a job will take: its student's configs, the stages' own options and the machine -> a cost each."""
+"""Estimate every stage of a compile job, from the student's configs, the stages' options and the machine's speeds.
+
+`arcflow plan` prints the result.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from arcflow_export.checkpoint.layout import adapter_files, base_files, lora_fil
 from arcflow_export.checkpoint.sources import Location, measure
 from arcflow_export.costs.costs import (
     Cost,
-    Gate,
+    GateWork,
     build_cost,
     calibrate_cost,
     export_cost,
@@ -21,29 +24,37 @@ from arcflow_export.costs.costs import (
 )
 from arcflow_export.costs.machine import Machine
 from arcflow_export.costs.work import PartWork, call_sizes, part_work
-from arcflow_export.options import Options
-from arcflow_export.pipeline.stages import BUILD, CALIBRATE, DOWNLOAD, EXPORT, QUANTIZE, VERIFY, Job, Stage, plan_stages
+from arcflow_export.options import ExportOptions
+from arcflow_export.pipeline.stages import (
+    BUILD,
+    CALIBRATE,
+    DOWNLOAD,
+    EXPORT,
+    QUANTIZE,
+    VERIFY,
+    CompileJob,
+    Stage,
+    plan_stages,
+)
 from arcflow_export.pipeline.students import Checkpoint
 from arcflow_export.student.load import Outline, read_outline
 from arcflow_runtime.cli import COMMANDS
-
-#: Of a baked conditioner no weights are written.
-_BAKED = "qwen-image"
+from arcflow_runtime.disk.signatures import bakes_modulation
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Bytes of the weights of base and adapter, and what of them is still to be downloaded."""
+class SourceBytes:
+    """Bytes of the weights of base and adapter (with LoRAs), and how many must still be downloaded."""
 
     base_bytes: int
     adapter_bytes: int
     missing_bytes: int
 
 
-def forecast(job: Job, machine: Machine) -> list[Cost]:
-    """The cost of every stage, as if none was done.
+def forecast(job: CompileJob, machine: Machine) -> list[Cost]:
+    """The cost of every stage, as if no stage was done.
 
-    Fetches the configs of checkpoints on the hub, and no weights.
+    Downloads the configs of checkpoints on the hub, but no weights.
 
     Raises:
         SourceError: a checkpoint is missing or wrong.
@@ -53,11 +64,11 @@ def forecast(job: Job, machine: Machine) -> list[Cost]:
     return [_cost(stage, job, outline, sources, machine) for stage in plan_stages(job, {})]
 
 
-def _cost(stage: Stage, job: Job, outline: Outline, sources: Sources, machine: Machine) -> Cost:
+def _cost(stage: Stage, job: CompileJob, outline: Outline, sources: SourceBytes, machine: Machine) -> Cost:
     if stage.name == DOWNLOAD:
         return Cost(DOWNLOAD, None, 0, sources.missing_bytes)
     export = _options(EXPORT, next(s for s in plan_stages(job, {}) if s.name == EXPORT))
-    options = Options(dtype=export.dtype)
+    options = ExportOptions(dtype=export.dtype)
     text, px = export.max_sequence_length, min(1024, export.max_px)
 
     def works(height: int, width: int, tokens: int, steps: int) -> dict[str, PartWork]:
@@ -88,7 +99,7 @@ def _cost(stage: Stage, job: Job, outline: Outline, sources: Sources, machine: M
 def _calibrate(
     args: argparse.Namespace,
     works: Callable[[int, int, int, int], dict[str, PartWork]],
-    sources: Sources,
+    sources: SourceBytes,
     machine: Machine,
 ) -> Cost:
     from arcflow_export.formats.prompts import read_prompts
@@ -117,24 +128,25 @@ def _gate(
     steps = args.steps or 2
     parts = works(args.height or px, args.width or px, text, steps)
     heads = 4 * (args.height or px) * (args.width or px) // 256 * 1200 * (steps + 2)
-    gate = Gate(cases, steps, False, False, 1.0, kept_bytes=min(cases * heads, 1 << 30))
+    gate = GateWork(cases, steps, False, False, 1.0, kept_bytes=min(cases * heads, 1 << 30))
     return gate_cost(parts, gate, machine)
 
 
 def _shipped(parts: dict[str, PartWork], outline: Outline) -> dict[str, PartWork]:
-    return {n: p for n, p in parts.items() if not (n == "conditioner" and outline.family == _BAKED)}
+    """The parts whose weights are written; a conditioner that is baked into a table is not."""
+    return {n: p for n, p in parts.items() if n != "conditioner" or not bakes_modulation(outline.family)}
 
 
-def _measure(job: Job) -> Sources:
+def _measure(job: CompileJob) -> SourceBytes:
     base = _bytes(job.student.base, "base checkpoint", base_files, job.offline)
     adapter = _bytes(job.student.adapter, "adapter", adapter_files, job.offline)
     loras = [_bytes(lora, "LoRA", lora_files, job.offline) for lora in job.student.loras]
     missing = base[1] + adapter[1] + sum(m for _, m in loras)
-    return Sources(base[0], adapter[0] + sum(n for n, _ in loras), missing)
+    return SourceBytes(base[0], adapter[0] + sum(n for n, _ in loras), missing)
 
 
 def _bytes(checkpoint: Checkpoint, what: str, choose: Callable[..., list[str]], offline: bool) -> tuple[int, int]:
-    """Bytes of a checkpoint's weights, and of what is to be downloaded."""
+    """Bytes of a checkpoint's weights, and how many of them must be downloaded."""
     if checkpoint.path is not None:
         folder = checkpoint.path / (checkpoint.subfolder or "")
         files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
@@ -149,7 +161,7 @@ def _location(checkpoint: Checkpoint, offline: bool) -> Location:
 
 
 def _options(name: str, stage: Stage) -> argparse.Namespace:
-    """A stage's own reading of its options, defaults included."""
+    """Parse a stage's options with the stage's own parser, so that its defaults apply."""
     module = importlib.import_module(COMMANDS[name])
     parser = argparse.ArgumentParser(allow_abbrev=False)
     module.add_arguments(parser)

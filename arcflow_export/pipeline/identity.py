@@ -1,4 +1,4 @@
-"""A file or folder that a stage reads or writes -> a short text that differs where its contents do."""
+"""Identify the contents of files and folders that stages read and write: equal text means unchanged contents."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ REPORT = "drift.json"
 
 @dataclass(frozen=True)
 class Output:
-    """What a stage writes; it appears whole, by a rename."""
+    """The output of a stage, which the stage writes atomically."""
 
     path: Path
     kind: Literal["bundle", "scales", "report"]
 
     def identity(self) -> str | None:
-        """Of a bundle its manifest's digest and its files' sizes, else a SHA-256; None where it is not there."""
+        """A hash of the contents: for a bundle of its manifest's digest and file sizes; None if it is missing."""
         try:
             if self.kind == "bundle":
                 return _bundle(self.path)
@@ -37,7 +37,7 @@ class Output:
             return None
 
     def passed(self) -> bool:
-        """False for the report of a drift gate that failed."""
+        """False if this is the report of a failed drift gate, else True."""
         if self.kind != "report":
             return True
         try:
@@ -46,7 +46,7 @@ class Output:
             return False
 
     def bytes(self) -> int:
-        """Its size on disk; without what is built from a bundle."""
+        """Its size on disk; for a bundle without engines and built tokenizers."""
         if self.path.is_file():
             return self.path.stat().st_size
         built = (self.path / ENGINES, self.path / OPENVINO)
@@ -54,8 +54,9 @@ class Output:
         return sum(p.stat().st_size for p in files if p.is_file())
 
     def clear_leftovers(self) -> None:
-        """Remove what a process left beside it that was killed between the rename and its end."""
-        with suppress(ExportError), locked(hidden(self.path, "lock"), ExportError):  # another that writes it clears it
+        """Remove the leftovers of a process that was killed after it had renamed this output into place."""
+        # If another process holds the lock, it writes this output and clears up itself.
+        with suppress(ExportError), locked(hidden(self.path, "lock"), ExportError):
             for name in ("partial", "old"):
                 shutil.rmtree(hidden(self.path, name), ignore_errors=True)
             if self.kind == "scales":
@@ -63,9 +64,9 @@ class Output:
 
 
 def identify(path: Path) -> str:
-    """SHA-256 of a small file's contents, or of the names, sizes and times of change of a folder's or a large one's.
+    """SHA-256 of a small file's contents; for a folder or a large file, of names, sizes and modification times.
 
-    Weights are too large to be read again for each run.
+    Weights are too large to be read for every run.
     """
     if path.is_file() and path.stat().st_size <= 1 << 20:
         return sha256_file(path)
@@ -81,7 +82,7 @@ def digest(facts: object) -> str:
 
 @functools.cache
 def version(package: str) -> str | None:
-    """The installed version of a package, None where it is missing."""
+    """The installed version of a package, or None if it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""One stage as a subprocess of its own: a command -> its exit code and peak memory; it ends when this process does."""
+"""Run one stage as a subprocess: command -> exit code and peak memory. It ends when this process ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-#: Runs one of the package's commands, given its name and arguments.
+#: The beginning of a command line that runs one of the package's commands.
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "arcflow_runtime.cli")
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 1.0
@@ -18,7 +18,7 @@ _GRACE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended; a negative `code` is the signal that killed it. `output` is its captured stdout."""
+    """The result of a process: exit code (minus the signal if it was killed), peak resident bytes, captured stdout."""
 
     code: int
     peak_bytes: int
@@ -32,12 +32,12 @@ def run_process(
 
     Args:
         arguments: the command's name and arguments.
-        lock: a descriptor that the process inherits, so that a lock lasts as long as it does.
+        lock: a descriptor of a lock that the process inherits, so that the lock lasts until the process ends.
         stdout: as for `subprocess.Popen`; `subprocess.PIPE` captures it.
-        stderr: likewise; it is not captured.
+        stderr: as for `subprocess.Popen`; it is not captured.
 
     Raises:
-        KeyboardInterrupt, SystemExit: this process was told to stop; the stage has ended.
+        KeyboardInterrupt, SystemExit: this process was told to stop; the subprocess has ended by then.
     """
     process = subprocess.Popen(
         [*COMMAND, *arguments],
@@ -62,7 +62,7 @@ def run_process(
 def _stop(process: subprocess.Popen[bytes], ask: bool) -> None:
     """Wait for the process to clean up and end; a second Ctrl-C kills it.
 
-    A terminal's Ctrl-C has reached it too; where it has not, it is told to stop a second later.
+    Ctrl-C in a terminal reaches the process too. If it has not ended after a second, it gets SIGTERM.
     """
     try:
         if not ask:
@@ -80,12 +80,12 @@ def _stop(process: subprocess.Popen[bytes], ask: bool) -> None:
 
 
 def _ends_with(parent: int) -> Callable[[], None]:
-    """What a process does before it starts, so that it gets SIGTERM when process `parent` dies in any way."""
+    """A function that a new process runs first, so that it gets SIGTERM when process `parent` dies for any reason."""
     prctl = ctypes.CDLL(None).prctl
 
     def prepare() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
+        if os.getppid() != parent:  # the parent died before prctl took effect
             os.kill(os.getpid(), signal.SIGTERM)
 
     return prepare

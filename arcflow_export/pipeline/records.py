@@ -1,6 +1,6 @@
-"""`.NAME.stages.json`, what earlier runs of `arcflow compile` did, and `.NAME.lock`, which keeps two runs apart.
+"""The files beside a compiled student: `.NAME.stages.json` records earlier runs, `.NAME.lock` keeps two runs apart.
 
-The file is specified in `docs/compile.md`.
+The format is specified in `docs/compile.md`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FORMAT, VERSION = "arcflow-stages", 1
 
 
 @dataclass(frozen=True)
-class Record:
-    """One stage's last run.
+class StageRecord:
+    """The last run of one stage.
 
-    `key` is that of the stage's arguments and of what it read. While it runs, `before` is the identity of the output
-    that it will replace, null for none. Once it has ended, `output` is the identity of what it wrote.
+    `key` is `Stage.key` at that time. While the stage runs, `before` is the identity of the output that it will
+    replace, or None. When it has ended, `output` is the identity of its output.
     """
 
     stage: str
@@ -42,23 +42,23 @@ class Record:
 
 
 @dataclass
-class Records:
-    """The file: each output's record by the output's name, and the hub's commits by id and revision."""
+class StageRecords:
+    """The records file: each output's record by the output's name, and commits on the hub by id and revision."""
 
     path: Path
-    outputs: dict[str, Record] = field(default_factory=dict)
+    outputs: dict[str, StageRecord] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def read(path: Path) -> Records:
-        """Read the file; no records where there is none.
+    def read(path: Path) -> StageRecords:
+        """Read the file; returns empty records if it does not exist.
 
         Raises:
             ExportError: it is damaged, of another version, or has an unknown key.
         """
         if not path.exists():
-            return Records(path)
-        again = "remove it to begin anew"
+            return StageRecords(path)
+        again = "remove it to start again"
         try:
             data = read_json(path.read_bytes())
         except (ValueError, RecursionError) as e:
@@ -71,15 +71,15 @@ class Records:
             file: _File = parse(_File, data, str(path))
         except BundleError as e:
             raise ExportError(f"{e}; {again}") from None
-        return Records(path, dict(file.outputs), dict(file.commits))
+        return StageRecords(path, dict(file.outputs), dict(file.commits))
 
-    def put(self, name: str, record: Record) -> None:
+    def put(self, name: str, record: StageRecord) -> None:
         """Set one record and write the file."""
         self.outputs[name] = record
         self.write()
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         outputs = {name: dataclasses.asdict(record) for name, record in self.outputs.items()}
         data = {"format": FORMAT, "version": VERSION, "commits": self.commits, "outputs": outputs}
         with whole_file(self.path) as partial:
@@ -91,18 +91,18 @@ class _File:
     format: str
     version: int
     commits: Mapping[str, str]
-    outputs: Mapping[str, Record]
+    outputs: Mapping[str, StageRecord]
 
 
 @contextmanager
 def only_run(path: Path, waits: Callable[[], None]) -> Iterator[int]:
-    """Hold the lock file `path`, waiting until it is free; `waits` is called first if it is not.
+    """Hold the lock file `path`; if another process holds it, call `waits` and wait.
 
-    Yields the descriptor that holds it: the lock lasts until every process that inherited it has ended. The file stays,
-    since a lock on a removed file excludes nobody.
+    Yields the descriptor of the lock. The lock lasts until every process that inherited the descriptor has ended. The
+    file is not removed, because a lock on a removed file excludes nobody.
 
     Raises:
-        ExportError: the file system has no locks.
+        ExportError: the file system does not support locks.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

@@ -1,4 +1,4 @@
-"""A student file and the options of `arcflow compile` -> the stages in order, each with its command and its key."""
+"""Plan a compile job: student file and options of `arcflow compile` -> the stages in order, with commands and keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arcflow_runtime.disk.manifest import ENGINES
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 DOWNLOAD, EXPORT, CALIBRATE, QUANTIZE, VERIFY, BUILD = "download", "export", "calibrate", "quantize", "verify", "build"
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-#: Packages whose version changes what a stage writes.
+#: Packages whose versions change a stage's output.
 _PACKAGES = {
     EXPORT: ("arcflow", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript"),
     CALIBRATE: ("arcflow", "torch", "diffusers", "transformers", "peft", "nvidia-modelopt"),
@@ -25,12 +25,11 @@ _PACKAGES = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to compile: the options of `arcflow compile`, checked.
+class CompileJob:
+    """The checked options of `arcflow compile`; None leaves a default to the stage.
 
-    `scales` is a file of scales of one's own, None for the one in `out`; `size` is (height, width) in pixels of the
-    images that calibration and the gate draw; None leaves a default to the stage. `anyway` starts stages that do not
-    fit in the memory or on the disk.
+    `scales` is the user's own scales file, or None for the one in `out`. `size` is (height, width) in pixels of the
+    images that calibration and the gate generate. `anyway` starts stages that do not fit in memory or on the disk.
     """
 
     student: StudentFile
@@ -48,32 +47,34 @@ class Job:
     anyway: bool = False
 
     def bundle(self, precision: str) -> Output:
-        """The bundle of one precision."""
+        """The output bundle for a precision."""
         return Output(self.out / f"{self.student.name}-{precision}", "bundle")
 
     @property
     def exported(self) -> Output:
-        """The bundle that is exported: FP8 is made from another, and ONNX Runtime has no bfloat16 on a CPU."""
+        """The bundle that the export writes. For FP8 it is the unquantised one: bf16, or fp32 for ONNX Runtime on a
+        CPU, which has no bfloat16.
+        """
         if self.precision != "fp8":
             return self.bundle(self.precision)
         return self.bundle("fp32" if self.backend == "onnxruntime" else "bf16")
 
     @property
     def result(self) -> Output:
-        """The bundle to run."""
+        """The final bundle, which users run."""
         return self.bundle(self.precision)
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file or folder that a stage reads, as a word of its command; `output` where an earlier stage writes it."""
+    """A file or folder that a stage reads, given in its command; `output` is set if an earlier stage writes it."""
 
     path: Path
     output: Output | None = None
     suffix: str = ""
 
     def identity(self) -> str | None:
-        """None where it is not there."""
+        """A text that differs if the contents differ; None if the file or folder is missing."""
         if self.output is not None:
             return self.output.identity()
         return identify(self.path) if self.path.exists() else None
@@ -81,11 +82,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Stage:
-    """One subprocess `arcflow NAME ...`.
+    """One stage, run as the subprocess `arcflow NAME ...`.
 
-    `words` are its arguments, `target` those that do not change its output, such as where it is; `facts` are further
-    things that its output depends on. `folder` is what it writes into, where that is no output of its own. `record`
-    names it among the records.
+    `words` are its arguments. `target` are further arguments that do not change the contents of its output, such as the
+    path. `facts` are other things that the output depends on. `folder` is the folder that it writes into, if that is
+    not an output of its own. `record` is its name in the records.
     """
 
     name: str
@@ -98,17 +99,20 @@ class Stage:
 
     @property
     def command(self) -> list[str]:
-        """Its whole argument list."""
+        """The full argument list, starting with the command's name."""
         words = [f"{w.path}{w.suffix}" if isinstance(w, Input) else w for w in self.words]
         return [self.name, *words, *self.target]
 
     @property
     def inputs(self) -> list[Input]:
-        """What it reads."""
+        """The files and folders that it reads."""
         return [w for w in self.words if isinstance(w, Input)]
 
     def key(self) -> str | None:
-        """SHA-256 of its arguments, of what it reads and of its packages' versions; None while an input is missing."""
+        """SHA-256 of its arguments, inputs and package versions; None while an input is missing.
+
+        A stage whose key has changed since its last run is run again.
+        """
         words: list[object] = []
         for word in self.words:
             if isinstance(word, Input):
@@ -120,12 +124,12 @@ class Stage:
         return digest([self.name, words, self.facts, [[p, version(p)] for p in _PACKAGES.get(self.name, ())]])
 
 
-def plan_stages(job: Job, commits: Mapping[str, str]) -> list[Stage]:
+def plan_stages(job: CompileJob, commits: Mapping[str, str]) -> list[Stage]:
     """The stages of a job in the order in which they run.
 
     Args:
-        job: what to compile.
-        commits: the hub's commits as far as they are known, by `commit_name`.
+        job: the compile job.
+        commits: the known commits on the hub, by `commit_name`.
     """
     student, exported, bundle = job.student, job.exported, job.result
     remote = [c for c in student.checkpoints if c.path is None]
@@ -134,7 +138,7 @@ def plan_stages(job: Job, commits: Mapping[str, str]) -> list[Stage]:
     stages = []
     if remote:
         stages.append(Stage(DOWNLOAD, (*sources, *(["--offline"] if job.offline else []), "--json")))
-        sources = (*sources, "--offline")  # every stage uses the files of the download
+        sources = (*sources, "--offline")  # later stages use the downloaded files
     opset = ["--opset", "20"] if exported == job.bundle("fp32") and job.backend != "onnxruntime" else []
     words = (*sources, "--dtype", _DTYPES[exported.path.name.rpartition("-")[2]], *opset, *_files(student.export))
     stages.append(_writing(job, EXPORT, words, exported, ("--out", str(exported.path), "--overwrite"), loras))
@@ -154,11 +158,11 @@ def plan_stages(job: Job, commits: Mapping[str, str]) -> list[Stage]:
 
 
 def commit_name(checkpoint: Checkpoint) -> str:
-    """How the records call a checkpoint on the hub: ID, or ID@REVISION."""
+    """The name of a checkpoint on the hub in the records: ID, or ID@REVISION."""
     return f"{checkpoint.name}@{checkpoint.revision}" if checkpoint.revision else checkpoint.name
 
 
-def _quantise(job: Job, sources: Iterable[str | Input], loras: tuple[str, ...]) -> list[Stage]:
+def _quantise(job: CompileJob, sources: Iterable[str | Input], loras: tuple[str, ...]) -> list[Stage]:
     exported, bundle, student = job.exported, job.result, job.student
     scales = Output(job.scales or job.out / f"{student.name}-scales.json", "scales")
     report = Output(job.out / f"{student.name}-drift", "report")
@@ -181,7 +185,7 @@ def _quantise(job: Job, sources: Iterable[str | Input], loras: tuple[str, ...]) 
 
 
 def _writing(
-    job: Job,
+    job: CompileJob,
     name: str,
     words: Iterable[str | Input],
     output: Output,
@@ -194,7 +198,7 @@ def _writing(
 
 
 def _sources(student: StudentFile, commits: Mapping[str, str]) -> tuple[str | Input, ...]:
-    """The options that name the student; a checkpoint on the hub by its commit, once that is known."""
+    """The options that name the student; a checkpoint on the hub is given by its commit once that is known."""
     words: list[str | Input] = []
     for name, checkpoint in (("base", student.base), ("adapter", student.adapter)):
         words += [f"--{name}", checkpoint.name if checkpoint.path is None else Input(checkpoint.path)]
@@ -208,7 +212,7 @@ def _sources(student: StudentFile, commits: Mapping[str, str]) -> tuple[str | In
 
 
 def _files(words: tuple[str, ...]) -> list[str | Input]:
-    """A student file's options, with the files that they name as inputs."""
+    """A student file's options, with the files that they name turned into inputs."""
     named = [i + 1 for i, word in enumerate(words[:-1]) if word in FILE_OPTIONS]
     return [Input(Path(w)) if i in named and Path(w).is_absolute() else w for i, w in enumerate(words)]
 
@@ -219,7 +223,7 @@ def _policy(policy: str | None) -> list[str | Input]:
     return ["--policy", Input(Path(policy)) if policy.endswith(".toml") else policy]
 
 
-def _anyway(job: Job) -> tuple[str, ...]:
+def _anyway(job: CompileJob) -> tuple[str, ...]:
     return ("--anyway",) if job.anyway else ()
 
 

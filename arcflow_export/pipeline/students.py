@@ -1,4 +1,4 @@
-"""A preset or TOML file -> what `arcflow compile` needs to know of a student: its weights and its stages' options."""
+"""Read a student file for `arcflow compile`: a preset or TOML file -> checkpoints and options of each stage."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ else:
     import tomli as tomllib
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
-#: Options of stages whose value is a file, or a folder; a relative one counts from the student file's folder.
+#: Options of stages whose value is a file or folder; a relative path starts at the student file's folder.
 FILE_OPTIONS = ("--prompts", "--scales", "--judge")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Command-line options of each stage, beside those that `arcflow compile` gives it."""
+    """Additional command-line options for each stage."""
 
     export: str = ""
     calibrate: str = ""
@@ -58,7 +58,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base, adapter or LoRA: `path` where it is on this machine, None for the hub id `name`."""
+    """A base, adapter or LoRA: `path` if it is on this machine; None if `name` is a hub id."""
 
     name: str
     path: Path | None
@@ -69,7 +69,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StudentFile:
-    """A student file, with the paths in it made absolute and its options split into words."""
+    """A student file with its paths made absolute and its options split into words."""
 
     name: str
     base: Checkpoint
@@ -89,18 +89,19 @@ class StudentFile:
 
 
 def presets() -> list[str]:
-    """Names of the students that come with the package."""
+    """Names of the student files that come with the package."""
     return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
 
 
 def load_student_file(name_or_path: str) -> StudentFile:
     """Read a preset by its bare name, or a TOML file.
 
-    A path in the file counts from the file's folder where something is there, else from the working directory; what is
-    in neither is a hub id.
+    A path in the file is looked up in the file's folder, then in the working directory. If it is in neither, it is
+    taken as a hub id.
 
     Raises:
-        SourceError: there is no such preset or file, it is not TOML, or a key is unknown, missing or of another type.
+        SourceError: the preset or file does not exist, it is not valid TOML, or a key is unknown, missing or has the
+            wrong type.
     """
     known, path = presets(), Path(name_or_path)
     if path.suffix == ".toml":
@@ -116,7 +117,7 @@ def load_student_file(name_or_path: str) -> StudentFile:
         )
     try:
         decoded = tomllib.loads(data.decode())
-    except ValueError as e:  # TOMLDecodeError and UnicodeDecodeError are both
+    except ValueError as e:  # both TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise SourceError(f"{name_or_path}: not valid TOML ({e})") from None
     return _resolve(_parse(decoded, name_or_path), folder, name_or_path)
 
@@ -169,7 +170,7 @@ def _lora(text: str, folder: Path, where: str) -> Checkpoint:
 
 
 def _words(text: str, folder: Path, where: str) -> tuple[str, ...]:
-    """A stage's options, with the files that they name as absolute paths."""
+    """A stage's options as words, with absolute paths for the files that they name."""
     try:
         words = shlex.split(text)
     except ValueError as e:
@@ -182,13 +183,13 @@ def _words(text: str, folder: Path, where: str) -> tuple[str, ...]:
 
 
 def _split(word: str) -> Sequence[str]:
-    """`--option=value` as two words, for options that name files."""
+    """Split `--option=value` into two words, for options that name files."""
     option, equals, value = word.partition("=")
     return (option, value) if equals and option in FILE_OPTIONS else (word,)
 
 
 def _found(name: str, folder: Path) -> Path | None:
-    """Where something of this name is on this machine."""
+    """The absolute path if something with this name is on this machine, else None."""
     path = Path(name).expanduser()
     return next((p.absolute() for p in (folder / path, path) if name and p.exists()), None)
 

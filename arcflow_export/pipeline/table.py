@@ -1,4 +1,4 @@
-"""Rows of stages -> the table of the plan, and the table of what each stage took."""
+"""Format the tables of `arcflow compile`: the plan before, and what each stage took after."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What a row's `state` may be.
+#: The values of a row's `state`.
 DONE, TO_DO, CHECKED, GIVEN, RAN, FAILED = "done", "to do", "checked again", "given", "ran", "failed"
 
 
 @dataclass
-class Row:
-    """One stage: planned and real figures, None where they are not known."""
+class StageRow:
+    """One stage: its planned and its measured figures; None if unknown."""
 
     stage: str
     state: str
@@ -26,8 +26,8 @@ class Row:
     bytes: int | None = None
 
 
-def plan_table(rows: Sequence[Row]) -> str:
-    """What is to be done and what it takes."""
+def plan_table(rows: Sequence[StageRow]) -> str:
+    """The table of the stages to run and their estimates."""
     cells = [("stage", "state", "time", "memory", "disk")]
     waiting = [r for r in rows if r.state in (TO_DO, CHECKED)]
     for r in rows:
@@ -40,8 +40,8 @@ def plan_table(rows: Sequence[Row]) -> str:
     return "\n".join([_columns(cells), *notes])
 
 
-def result_table(rows: Sequence[Row]) -> str:
-    """What each stage took, beside what was planned for it."""
+def result_table(rows: Sequence[StageRow]) -> str:
+    """The table of what each stage took, beside its estimate."""
     cells = [("stage", "state", "planned", "took", "planned", "peak", "size", "output")]
     for r in rows:
         cells.append(
@@ -60,7 +60,7 @@ def result_table(rows: Sequence[Row]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Such as "48 s", "12 min", "3.4 h"; empty where it is not known."""
+    """Seconds as text, such as "48 s", "12 min", "3.4 h"; empty if unknown."""
     if seconds is None:
         return ""
     if seconds < 100:
@@ -69,12 +69,12 @@ def duration(seconds: float | None) -> str:
 
 
 def gibibytes(count: int | None) -> str:
-    """A size of memory."""
+    """A size of memory as text; empty if unknown."""
     return "" if count is None else f"{count / (1 << 30):.2f} GiB"
 
 
 def gigabytes(count: int | None) -> str:
-    """A size on disk."""
+    """A size on disk as text; empty if unknown."""
     if count is None:
         return ""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -1,1 +1,1 @@
-"""Put the linears that a policy names in FP8: bundle, scales -> bundle."""
+"""Quantise a bundle: put the linears that a policy names into FP8, with calibrated scales; `arcflow quantize`."""

@@ -1,20 +1,22 @@
-"""What a quantisation covers: the linears of each part -> shares of linears, parameters and FLOPs."""
+"""Count how much of each part is quantised: linears, parameters and FLOPs. `arcflow quantize` prints the result."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_export.quantize.graph import Linear
-from arcflow_runtime.build.profiles import Size, make_profiles
-from arcflow_runtime.disk.manifest import Manifest, Range
+from arcflow_export.quantize.graph import LinearNode
+from arcflow_runtime.disk.families import facts
+from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.disk.signatures import signature
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """One part: how many linears, parameters and FLOPs of one call there are, and how many of them are quantised.
+    """One part: its linears, parameters and FLOPs per call, and how many of each are quantised.
 
-    FLOPs are those of linears alone, two per multiplication, for one picture; `parameters` are all of the part.
+    FLOPs count the linears only, two per multiplication, for one image. `parameters` counts the whole part. `left` are
+    the names of the linears that are not quantised.
     """
 
     part: str
@@ -28,26 +30,24 @@ class Coverage:
 
 
 def cover_part(
-    manifest: Manifest, part: str, linears: Mapping[str, Linear], chosen: tuple[str, ...], height_px: int, width_px: int
+    manifest: Manifest,
+    part: str,
+    linears: Mapping[str, LinearNode],
+    chosen: tuple[str, ...],
+    height_px: int,
+    width_px: int,
 ) -> Coverage:
     """Count one part.
 
     Args:
-        manifest: gives the part's inputs, the length of texts and the part's parameters.
-        part: its name.
-        linears: all of its linears.
-        chosen: names of those to quantise.
-        height_px: a picture's height, within the manifest's range.
-        width_px: its width.
+        manifest: the bundle's manifest, for the part's inputs, its parameters and the text length.
+        part: name of the part.
+        linears: all linears of the part, by name.
+        chosen: names of the linears to quantise.
+        height_px: image height, within the manifest's range.
+        width_px: image width, within the manifest's range.
     """
-    size = Size(Range(height_px, height_px), Range(width_px, width_px))
-    (profile,) = make_profiles(manifest, part, (size,), Range(1, 1))
-    dimensions = {
-        name: value
-        for spec in manifest.parts[part].inputs
-        for name, value in zip(spec.shape, profile[spec.name].opt, strict=True)
-        if isinstance(name, str)
-    }
+    dimensions = _dimensions(manifest, part, height_px, width_px)
     flops = {name: _flops(linear, dimensions) for name, linear in linears.items()}
     return Coverage(
         part,
@@ -61,7 +61,35 @@ def cover_part(
     )
 
 
-def _flops(linear: Linear, dimensions: Mapping[str, int]) -> int:
+def _dimensions(manifest: Manifest, part: str, height_px: int, width_px: int) -> dict[str, int]:
+    """The sizes of the part's symbolic dimensions, for one image and a prompt of usual length.
+
+    A dimension is identified by its position in the table of rule B9, not by its name.
+    """
+    inputs = signature(manifest.family, part)
+    token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
+    height, width = height_px // token_px, width_px // token_px
+    text = facts(manifest.family).usual_text_tokens(manifest.text.max_sequence_length)
+    if inputs.input("input_ids") is not None:
+        text += manifest.text.drop_tokens
+    sizes: dict[str, int] = {
+        "batch": 1,
+        "steps": manifest.schedule.num_inference_steps,
+        "text_tokens": text,
+        "image_tokens": height * width,
+        "latent_height": height,
+        "latent_width": width,
+    }
+    return {
+        name: sizes[str(axis)]
+        for spec in manifest.parts[part].inputs
+        if (tensor := inputs.input(spec.name)) is not None
+        for name, axis in zip(spec.shape, tensor.axes, strict=True)
+        if isinstance(name, str)
+    }
+
+
+def _flops(linear: LinearNode, dimensions: Mapping[str, int]) -> int:
     assert linear.input.shape is not None
     rows = 1
     for dim in list(linear.input.shape)[:-1]:

@@ -1,8 +1,8 @@
-"""The graph's side of quantisation: an ONNX graph and names of linears -> the graph with explicit Q and DQ around them.
+"""Insert QuantizeLinear (Q) and DequantizeLinear (DQ) nodes around named linears of an ONNX graph.
 
-A quantised linear is MatMul(DQ(Q(x, s_x)), DQ(w, s_w)): the activation with one scale per tensor, the weight, stored in
-E4M3, with one per output channel. Linears that read the same tensor share one Q and DQ, so that an engine can join them
-into one product, as it does for queries, keys and values.
+A quantised linear is MatMul(DQ(Q(x, s_x)), DQ(w, s_w)). The activation has one scale per tensor; the weight is stored
+in E4M3 with one scale per output channel. Linears that read the same tensor share one Q and DQ, so that an engine can
+join them into one product, as it does for queries, keys and values.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-#: Its dtype is what makes a QuantizeLinear give E4M3, in opset 20 (which has no attribute for it) as in 23.
+#: QuantizeLinear takes its output type from the zero point. This works in opset 20, which has no attribute for it, and
+#: in 23.
 _ZERO_POINT = "constant.e4m3_zero_point"
 _SCALE_DTYPES = (ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
-#: Of a weight [in, out].
+#: The output axis of a weight [in, out].
 _OUTPUT_AXIS = 1
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearNode:
     """One linear of a graph: `node` multiplies by the weight `<name>.weight` [in_features, out_features]."""
 
     name: str
@@ -44,13 +45,13 @@ class Linear:
 
     @property
     def dtype(self) -> ir.DataType:
-        """The dtype that the linear computes in, and its scales are in."""
+        """The dtype of the linear's arithmetic and of its scales."""
         assert self.input.dtype in _SCALE_DTYPES
         return self.input.dtype
 
 
-def find_linears(model: ir.Model) -> dict[str, Linear]:
-    """Every product of an activation and a stored matrix that the exporter named after its module, in graph order."""
+def find_linears(model: ir.Model) -> dict[str, LinearNode]:
+    """The linears of a graph by name, in graph order: each MatMul that the exporter named after its weight's module."""
     found = {}
     for node in model.graph:
         if node.op_type != "MatMul" or node.name is None or node.inputs[1] is None:
@@ -58,13 +59,13 @@ def find_linears(model: ir.Model) -> dict[str, Linear]:
         weight = node.inputs[1]
         if weight.name == f"{node.name}.weight" and weight.is_initializer() and weight.shape is not None:
             rows, columns = weight.shape.numpy()
-            found[node.name] = Linear(node.name, node, rows, columns)
+            found[node.name] = LinearNode(node.name, node, rows, columns)
     return found
 
 
-def shared_inputs(linears: Iterable[Linear]) -> list[tuple[Linear, ...]]:
-    """The linears grouped by the tensor they read, in graph order."""
-    groups: dict[ir.Value, list[Linear]] = {}
+def shared_inputs(linears: Iterable[LinearNode]) -> list[tuple[LinearNode, ...]]:
+    """Group linears by the tensor that they read; keeps the graph's order."""
+    groups: dict[ir.Value, list[LinearNode]] = {}
     for linear in linears:
         groups.setdefault(linear.input, []).append(linear)
     return [tuple(group) for group in groups.values()]
@@ -74,10 +75,12 @@ class QuantizeLinears(ir.passes.InPlacePass):
     """Put Q and DQ around the named linears; their scales become initializers without values, for `write.attach`.
 
     1. Requires: every name is a linear of the graph, and the graph has no Q or DQ yet.
-    2. The first linear of those that read a tensor gives Q and DQ, and their scale `<name>.input_scale` [], its name.
+    2. Linears that read the same tensor share one Q and DQ. These, and the scale `<name>.input_scale` [], are named
+       after the first of the linears.
     3. A weight becomes E4M3 and is read through a DQ with the scale `<name>.weight_scale` [out].
-    4. Scales have the dtype that the linear computes in: in a strongly typed network DQ's result has its scale's.
-    5. Ensures: the named linears read two DQ each, and nothing else does.
+    4. Scales have the dtype of the linear's arithmetic, because in a strongly typed network the output of DQ has the
+       dtype of its scale.
+    5. Ensures: each named linear reads two DQ, and no other node reads one.
     """
 
     def __init__(self, layers: Sequence[str]) -> None:
@@ -113,11 +116,11 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
 
 def is_quantized(model: ir.Model) -> bool:
-    """Whether the graph has any Q or DQ."""
+    """True if the graph has any Q or DQ node."""
     return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph)
 
 
-def _quantize_input(graph: ir.Graph, group: tuple[Linear, ...], zero_point: ir.Value) -> None:
+def _quantize_input(graph: ir.Graph, group: tuple[LinearNode, ...], zero_point: ir.Value) -> None:
     first = group[0]
     source = first.input
     scale = _initializer(graph, f"{first.name}.input_scale", (), first.dtype)
@@ -132,7 +135,7 @@ def _quantize_input(graph: ir.Graph, group: tuple[Linear, ...], zero_point: ir.V
         linear.node.replace_input_with(0, values)
 
 
-def _quantize_weight(graph: ir.Graph, linear: Linear) -> None:
+def _quantize_weight(graph: ir.Graph, linear: LinearNode) -> None:
     weight = linear.node.inputs[1]
     assert weight is not None
     scale = _initializer(graph, f"{linear.name}.weight_scale", (linear.out_features,), linear.dtype)

@@ -1,4 +1,7 @@
-"""A bundle, scales and a policy -> the bundle with the selected linears in FP8, whole or not at all."""
+"""Quantise a bundle: bundle, scales and policy -> a new bundle with the selected linears in FP8.
+
+`plan_quantization` checks everything without reading weights; `quantize_bundle` writes the bundle atomically.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ import torch
 
 from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
-from arcflow_export.export.export import Progress, Silent
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, write_weights
-from arcflow_export.formats.policy import Policy, select
+from arcflow_export.formats.policy import QuantizationPolicy, select
 from arcflow_export.formats.scales import Scales
 from arcflow_export.models.layers import Parameter
+from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.quantize.fp8 import E4M3, make_scale
-from arcflow_export.quantize.graph import Linear, QuantizeLinears, find_linears, is_quantized, shared_inputs
+from arcflow_export.quantize.graph import LinearNode, QuantizeLinears, find_linears, is_quantized, shared_inputs
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import Bundle, timestamp
@@ -39,23 +42,23 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class PlannedPart:
-    """One part before anything is written: its graph, all of its linears, and which of them become FP8."""
+class PartQuantizationPlan:
+    """The plan for one part: its graph, all of its linears, and the names of those that become FP8."""
 
     name: str
     model: ir.Model = field(repr=False)
-    linears: Mapping[str, Linear] = field(repr=False)
+    linears: Mapping[str, LinearNode] = field(repr=False)
     chosen: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A whole quantisation before anything is written."""
+class QuantizationPlan:
+    """The plan for a whole bundle; `quantize_bundle` changes its graphs, so a plan can be used once."""
 
     bundle: Bundle
     scales: Scales
-    policy: Policy
-    parts: tuple[PlannedPart, ...]
+    policy: QuantizationPolicy
+    parts: tuple[PartQuantizationPlan, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -69,13 +72,13 @@ class Plan:
         )
 
 
-def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
-    """Work out what becomes FP8 and check that everything for it is there; reads graphs, but no weights.
+def plan_quantization(bundle: Bundle, scales: Scales, policy: QuantizationPolicy) -> QuantizationPlan:
+    """Decide which linears become FP8 and check that their scales exist; reads graphs, but no weights.
 
     Raises:
-        QuantizeError: the bundle is quantised already, the policy names a part or linear that it does not have, or
-            selects linears that were not calibrated.
-        CalibrationError: the scales are of another student.
+        QuantizeError: the bundle is quantised already, the policy names a part or linear that the bundle does not have,
+            or it selects linears that were not calibrated.
+        CalibrationError: the scales belong to another student.
     """
     m = bundle.manifest
     if done := sorted(name for name, part in m.parts.items() if part.quantization is not None):
@@ -91,29 +94,32 @@ def plan_quantization(bundle: Bundle, scales: Scales, policy: Policy) -> Plan:
     for name, part in m.parts.items():
         model = ir.load(checked_graph(bundle, name))
         if is_quantized(model):
-            raise QuantizeError(f"{bundle.path(part.graph)} has Q or DQ that the manifest does not name")
+            raise QuantizeError(
+                f"{bundle.path(part.graph)} has Q or DQ nodes, but the manifest does not say that {name} is quantised; "
+                "export the bundle again"
+            )
         linears = find_linears(model)
         chosen: tuple[str, ...] = ()
         if name in policy.parts:
             chosen = select(policy.parts[name], name, list(linears))
             _check_calibrated(scales, name, chosen)
-        parts.append(PlannedPart(name, model, linears, chosen))
-    return Plan(bundle, scales, policy, tuple(parts))
+        parts.append(PartQuantizationPlan(name, model, linears, chosen))
+    return QuantizationPlan(bundle, scales, policy, tuple(parts))
 
 
 def quantize_bundle(
-    plan: Plan, out: Path, command: str, overwrite: bool = False, progress: Progress | None = None
+    plan: QuantizationPlan, out: Path, command: str, overwrite: bool = False, progress: ByteProgress | None = None
 ) -> Path:
-    """Write the quantised bundle to `out`, whole or not at all; `plan` is used up.
+    """Write the quantised bundle to `out` atomically; `plan` cannot be used again.
 
-    Files of parts that do not change are copied; hard links would make onnx refuse both bundles.
+    Files of unchanged parts are copied, because onnx refuses weights files with several hard links.
 
     Args:
         plan: from `plan_quantization`.
         out: the new bundle's directory.
-        command: recorded as provenance, after the bundle's own.
+        command: the command line, recorded as provenance after the bundle's own.
         overwrite: replace an existing bundle when the new one is complete.
-        progress: told of every stage.
+        progress: receives the stages and the bytes read and written.
 
     Returns:
         `out`.
@@ -158,7 +164,11 @@ def _check_calibrated(scales: Scales, part: str, layers: tuple[str, ...]) -> Non
 
 
 def _quantize_part(
-    plan: Plan, planned: PlannedPart, folder: Path, files: dict[str, b.FileEntry], progress: Progress
+    plan: QuantizationPlan,
+    planned: PartQuantizationPlan,
+    folder: Path,
+    files: dict[str, b.FileEntry],
+    progress: ByteProgress,
 ) -> b.Part:
     spec = plan.bundle.manifest.parts[planned.name]
     source = plan.bundle.path(spec.weights)
@@ -189,8 +199,10 @@ def _quantize_part(
     return dataclasses.replace(spec, quantization=quantization)
 
 
-def _input_scales(scales: Scales, planned: PlannedPart, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Each layer's scale; those that read one tensor have the largest of their ranges."""
+def _input_scales(
+    scales: Scales, planned: PartQuantizationPlan, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """The input scale of each layer. Layers that read the same tensor get the same scale, from their largest range."""
     found = {}
     for group in shared_inputs(planned.linears[name] for name in planned.chosen):
         amax = max(scales.amax(planned.name, linear.name) for linear in group)
@@ -205,8 +217,8 @@ def _parameters(index: TensorIndex, weights: QuantizedWeights, chosen: tuple[str
     return params + [Parameter(key, tuple(scale.shape), scale.dtype, key=key) for key, scale in weights.scales.items()]
 
 
-def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progress: Progress) -> None:
-    """Copy every file that is not there yet."""
+def _take_over(plan: QuantizationPlan, folder: Path, files: Mapping[str, b.FileEntry], progress: ByteProgress) -> None:
+    """Copy the bundle's files that were not rewritten."""
     left = [name for name in files if not (folder / name).exists()]
     progress.stage("unchanged files", sum(files[name].bytes for name in left))
     for name in left:
@@ -216,7 +228,7 @@ def _take_over(plan: Plan, folder: Path, files: Mapping[str, b.FileEntry], progr
         progress.advance(files[name].bytes)
 
 
-def _needed_bytes(plan: Plan) -> int:
+def _needed_bytes(plan: QuantizationPlan) -> int:
     m = plan.bundle.manifest
     unchanged = {name for p in plan.parts if not p.chosen for name in (m.parts[p.name].graph, m.parts[p.name].weights)}
     return plan.weight_bytes + sum(m.files[name].bytes for name in unchanged)

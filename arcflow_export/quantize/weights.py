@@ -1,4 +1,7 @@
-"""A part's stored weights -> the same with some in FP8 and their scales beside them; read twice, never held whole."""
+"""Convert some of a part's stored weights to FP8, with their scales.
+
+The file is read twice, once for the ranges and once for the values, and is never in memory as a whole.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,22 @@ from arcflow_export.errors import QuantizeError
 from arcflow_export.quantize.fp8 import encode
 
 _SUFFIX = ".weight"
-#: As in `write.py`: what was read leaves the page cache after about this many bytes.
+#: As in `write.py`: pages are dropped from the page cache each time that this many bytes have been read.
 _UNCACHE_BYTES = 512 << 20
 
 
 def scan_weights(
     path: Path, layers: Iterable[str], progress: Callable[[int], None]
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """Read a weights file once, from its beginning to its end.
+    """Read a weights file once, from start to end, for its hash and the ranges of some weights.
 
     Args:
-        path: a safetensors file, already found valid.
+        path: a valid safetensors file.
         layers: linears whose weights `<layer>.weight` are [in, out].
-        progress: told of the bytes read.
+        progress: called with the number of bytes read.
 
     Returns:
-        SHA-256 of the file, and per layer the largest absolute weight of each output channel [out] in float32.
+        SHA-256 of the file, and for each layer the largest absolute weight of each output channel, [out] float32.
 
     Raises:
         QuantizeError: a layer's weight holds NaN or Inf.
@@ -43,8 +46,8 @@ def scan_weights(
         header = f.read(int.from_bytes(size, "little"))
         digest.update(size + header)
         entries = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
-        # All of them first: a small array that is kept between two large blocks would keep the allocator from using
-        # the room of the first for the second, and memory would grow with the number of layers.
+        # Allocate all results first. A small array kept between two large blocks would keep the allocator from reusing
+        # the first block's memory for the second, and memory would grow with the number of layers.
         found = {key.removesuffix(_SUFFIX): torch.zeros(entries[key]["shape"][1]) for key in entries if key in wanted}
         row_sizes = [
             entries[key]["shape"][1] * DTYPES[entries[key]["dtype"]].itemsize for key in entries if key in wanted
@@ -73,9 +76,9 @@ def scan_weights(
 
 
 class QuantizedWeights(PlainWeights):
-    """A part's weights: those of quantised linears in E4M3, their scales, everything else as stored.
+    """A part's weights with those of quantised linears in E4M3, the scales added, and everything else as stored.
 
-    `weight_scales` [out] and `input_scales` [] are by layer, in the dtype that the graph reads them in.
+    `weight_scales` [out] and `input_scales` [] are given by layer, in the dtype that the graph reads.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class QuantizedWeights(PlainWeights):
         return tuple(self._scales[key].shape) if key in self._scales else super().shape(key)
 
     def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
-        """Tensor `key` block by block; `dtype` must be what this source has it in."""
+        """Yield tensor `key` block by block; `dtype` must be the dtype that this source has for it."""
         assert not transpose
         if key in self._scales:
             assert dtype == self._scales[key].dtype
@@ -114,7 +117,7 @@ class QuantizedWeights(PlainWeights):
 
 
 def _read(file: BinaryIO, buffer: bytearray, num_bytes: int, block_bytes: int) -> Iterator[memoryview]:
-    """`num_bytes` of the file in blocks of `block_bytes`, the last one shorter; each is in `buffer` until the next."""
+    """Read `num_bytes` in blocks of `block_bytes` (the last may be shorter); each is valid until the next is read."""
     while num_bytes:
         block = memoryview(buffer)[: min(block_bytes, num_bytes)]
         read = file.readinto(block)  # type: ignore[attr-defined]

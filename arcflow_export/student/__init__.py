@@ -1,1 +1,1 @@
-"""A student in torch: which files make it up, the reference pipeline, weights read from disk as they are used."""
+"""A student in torch: open and check its files, run it as the reference does, with weights on disk if necessary."""

@@ -1,7 +1,7 @@
-"""A base checkpoint, an adapter and LoRAs -> diffusers' pipeline with all of them in it, and the three heads.
+"""Build diffusers' pipeline for a student: base checkpoint, adapter and LoRAs -> the pipeline and the three heads.
 
-The adapter's LoRA factors stay unmerged, as in the reference. Where the base stays on disk they are in memory, as are
-the heads and the tensors that the adapter replaces.
+`reference.TorchStudent` calls this. The adapter's LoRA factors stay unmerged, as in the reference. If the base's
+weights stay on disk, only the factors, the heads and the tensors that the adapter replaces are in memory.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxPipeline, QwenImagePipeline
 from safetensors.torch import load_file
 from torch import nn
 
 from arcflow_export.checkpoint.adapter import HEADS
+from arcflow_export.families import facts
 from arcflow_export.models.student import Heads
 from arcflow_export.student.load import Student
 from arcflow_export.student.memory import component_dtypes
 from arcflow_export.student.offload import DiskWeights, empty_components, merge, read_when_used
-
-_PIPELINES = {"flux": FluxPipeline, "qwen-image": QwenImagePipeline}
 
 
 def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, on_disk: bool) -> tuple[Any, Heads]:
@@ -28,16 +27,16 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
 
     Args:
         student: from `load_student`.
-        dtypes: of the weights, by the part's name in a bundle.
-        device: where to run.
+        dtypes: dtype of the weights, by the part's name in a bundle.
+        device: torch device to run on.
         on_disk: leave the weights of transformer and text encoders in their files until they are used.
 
     Raises:
-        SourceError: `on_disk`, and the checkpoint lacks a weight.
+        SourceError: `on_disk` is True and the checkpoint lacks a weight.
     """
     components = component_dtypes(student, dtypes)
     empty = empty_components(student, components) if on_disk else {}
-    pipe = _PIPELINES[student.family].from_pretrained(
+    pipe = getattr(diffusers, facts(student.family).pipeline).from_pretrained(
         student.base.path,
         dtype=components | {"default": dtypes["backbone"]},
         use_safetensors=True,
@@ -46,8 +45,8 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     pipe.set_progress_bar_config(disable=True)
     heads = _attach(pipe.transformer, student, dtypes["backbone"])
     _merge_text_loras(pipe.text_encoder, student, empty["text_encoder"][1] if on_disk else None)
-    if student.family == "qwen-image":
-        pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and its logits are large
+    if hasattr(pipe.text_encoder, "lm_head"):
+        pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and the logits would be large
     if not on_disk:
         pipe.to(device)
     for module, weights in empty.values():
@@ -57,7 +56,7 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
 
 
 def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
-    """Give a base transformer the adapter: full tensors, heads, and LoRA kept unmerged as the reference does."""
+    """Put the adapter into a base transformer: full tensors, heads, and unmerged LoRA factors."""
     adapter = student.adapter
     state = {k.removeprefix("transformer."): v for k, v in load_file(_file(student)).items()}
     heads = Heads(
@@ -67,7 +66,7 @@ def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
     full = {k: v.to(dtype) for k, v in state.items() if "lora" not in k and k.split(".")[0] not in HEADS}
     _, unexpected = transformer.load_state_dict(full, strict=False, assign=True)
     assert not unexpected, unexpected
-    transformer.proj_out = nn.Identity()  # the heads take its input
+    transformer.proj_out = nn.Identity()  # the heads read its input instead
     lora = {k: v.to(dtype) for k, v in state.items() if "lora" in k}
     names, scales = [], []
     if lora:
@@ -90,7 +89,7 @@ def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
 
 def _load_factors(transformer: Any, factors: dict[str, torch.Tensor], name: str) -> None:
     transformer.load_lora_adapter(dict(factors), prefix=None, adapter_name=name, low_cpu_mem_usage=True)
-    # peft moves factors to the device of their linear's weight, which is "meta" where that stays on disk.
+    # peft moves factors to the device of their linear's weight. That is "meta" if the weight stays on disk.
     for key, value in factors.items():
         factor = transformer.get_submodule(f"{key.removesuffix('.weight')}.{name}")
         if factor.weight.is_meta:

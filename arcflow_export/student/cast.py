@@ -1,6 +1,6 @@
-"""A torch pipeline with one dtype per component -> modulation in a dtype of its own, chosen linears in float32.
+"""Give a torch pipeline the mixed precision of a bundle: another dtype for the modulation, some linears in float32.
 
-What a mixed bundle does in its graphs, done with hooks on diffusers' and transformers' own modules.
+A bundle does this in its graphs. Here it is done with hooks on diffusers' and transformers' own modules.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import nn
 from arcflow_export.student.keep import ATTENTION_INPUTS
 
 _MODULATIONS = (".norm1.linear", ".norm1_context.linear", ".norm.linear", ".img_mod.1", ".txt_mod.1")
-#: What precedes a text encoder's names in files or in transformers, by their versions.
+#: Prefixes of a text encoder's parameter names in files and in transformers; they depend on the version.
 _PREFIXES = ("model.language_model.", "language_model.model.", "text_model.", "model.")
 
 
 def cast_linears(root: nn.Module) -> None:
-    """Let every linear take any dtype: its input is cast to its weight's."""
+    """Cast every linear's input to its weight's dtype, so that it accepts any dtype."""
     for module in root.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda m, args: (args[0].to(m.weight.dtype), *args[1:]))
 
 
 def cast_conditioner(transformer: Any, dtype: torch.dtype, backbone: torch.dtype) -> None:
-    """Give a transformer's conditioner another dtype than the rest; the modulation is cast to the rest's."""
+    """Run a transformer's conditioning layers in `dtype` and cast the modulation to the dtype of the `backbone`."""
     transformer.time_text_embed.to(dtype)
     for name, module in transformer.named_modules():
         if name == "norm_out.linear" or name.endswith(_MODULATIONS):
@@ -35,12 +35,12 @@ def cast_conditioner(transformer: Any, dtype: torch.dtype, backbone: torch.dtype
 
 
 def keep_float32(root: nn.Module, layers: Iterable[str], dtype: torch.dtype) -> None:
-    """Keep linears of a component in float32, in place, and let its norms take float32.
+    """Keep some linears of a component in float32, in place, and let its norms accept float32.
 
     Args:
         root: the component, after `cast_linears`.
         layers: layer names, as in the graph.
-        dtype: the component's.
+        dtype: dtype of the rest of the component.
     """
     modules = {_plain(name): module for name, module in root.named_modules()}
     for name in layers:

@@ -1,7 +1,8 @@
-"""Patterns, or measured ranges, and parts -> the linears that stay in float32 in a part of reduced precision.
+"""Choose the linears that stay in float32 in a part of reduced precision, from name patterns or measured ranges.
 
-A kept linear multiplies and adds its bias in float32, and what it gives stays in float32 until the next linear or
-norm of the part's precision, as transformers does with T5's `wo`: cast back at once it would overflow all the same.
+The export (`--keep-float32`, `--scales`) uses this. A kept linear multiplies and adds its bias in float32. Its output
+stays in float32 until the next linear or norm of the part's precision, as with T5's `wo` in transformers: if it were
+cast back at once, it would still overflow.
 """
 
 from __future__ import annotations
@@ -10,51 +11,47 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from arcflow_export.models.layers import LayerNorm, MatMul, Part, RMSNorm
+from arcflow_export.formats.scales import Scales
+from arcflow_export.models.layers import LayerNorm, MatMul, ModelPart, RMSNorm, linear_names
 from arcflow_runtime.errors import RequestError
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
 
-#: Largest finite float16.
-FLOAT16_MAX = 65504.0
-#: Linears beyond this share of float16's range on the calibration prompts are kept. Other prompts reach further, and
-#: what a block adds up of two such outputs must still fit: a factor of two, one bit of float16's five-bit exponent.
+#: A linear whose output exceeds this share of float16's range on the calibration prompts is kept in float32. Other
+#: prompts can give larger values, and a block adds two such outputs: a factor of two, one bit of the exponent.
 MARGIN = 0.5
-#: What these give goes into attention without a norm between; attention takes the part's precision.
+#: Outputs of these linears go into attention with no norm between; attention runs in the part's precision.
 ATTENTION_INPUTS = frozenset({"to_v", "add_v_proj", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
-#: A VAE decoder's few linears feed convolutions; it is kept in float32 as a whole.
+#: The few linears of a VAE decoder feed convolutions, so this part is kept in float32 as a whole or not at all.
 _WHOLE = "vae_decoder"
 
 
-def linears(part: Part) -> dict[str, MatMul]:
-    """The linears of a part by layer name, the key of the weight without `.weight`."""
-    found = {}
-    for name, module in part.module.named_modules():
-        if isinstance(module, MatMul) and module.weight.numel():  # one mode has no gammas
-            found[part.rename(f"{name}.weight").removesuffix(".weight")] = module
-    return found
+def linears(part: ModelPart) -> dict[str, MatMul]:
+    """The linears of a part by layer name: the key of the weight without `.weight`."""
+    found = {layer: part.module.get_submodule(name) for layer, name in linear_names(part).items()}
+    return {layer: module for layer, module in found.items() if isinstance(module, MatMul)}
 
 
-def float32_layers(part: Part) -> tuple[str, ...]:
-    """Names of the linears in float32 of a part whose precision is another."""
+def float32_layers(part: ModelPart) -> tuple[str, ...]:
+    """Names of the linears that are in float32 in a part of reduced precision; empty for a float32 part."""
     if part.precision == torch.float32:
         return ()
     return tuple(name for name, module in linears(part).items() if module.weight.dtype == torch.float32)
 
 
-def matching(parts: list[Part], patterns: Iterable[str]) -> list[tuple[Part, list[str]]]:
-    """The linears that patterns name, by part.
+def matching(parts: list[ModelPart], patterns: Iterable[str]) -> list[tuple[ModelPart, list[str]]]:
+    """The linears whose names match a pattern, by part.
 
     Args:
         parts: all parts of a student.
-        patterns: of fnmatch, on layer names.
+        patterns: fnmatch patterns for layer names.
 
     Raises:
         RequestError: a pattern matches no linear of a part in reduced precision; the message suggests one.
@@ -70,8 +67,8 @@ def matching(parts: list[Part], patterns: Iterable[str]) -> list[tuple[Part, lis
     return [(part, matched[part.name]) for part in parts if matched.get(part.name)]
 
 
-def keep_float32(part: Part, layers: Iterable[str]) -> None:
-    """Keep linears of a part in float32, in place, and let its norms take float32."""
+def keep_float32(part: ModelPart, layers: Iterable[str]) -> None:
+    """Keep some linears of a part in float32, in place, and let its norms accept float32."""
     found = linears(part)
     for name in layers:
         found[name].float()
@@ -81,21 +78,18 @@ def keep_float32(part: Part, layers: Iterable[str]) -> None:
 
 
 def measured(path: Path, student: Student, dtype_of: Any) -> tuple[str, ...]:
-    """The layers of float16 parts whose outputs went beyond `MARGIN` of float16's range in calibration.
+    """The layers of float16 parts whose outputs exceeded `MARGIN` of float16's range during calibration.
 
     Args:
-        path: a file of `arcflow calibrate`.
-        student: the student it must belong to.
+        path: the scales file of `arcflow calibrate`.
+        student: the student that it must belong to.
         dtype_of: a function from a part's name to its dtype.
 
     Raises:
-        ArcFlowError: the file is damaged, or of another student.
+        ArcFlowError: the file is damaged, or belongs to another student.
     """
-    from arcflow_export.formats.scales import Scales
-
-    scales: Any = Scales.load(path)
-    provenance = SimpleNamespace(base=student.sources[0], adapter=student.sources[1], loras=student.sources[2])
-    scales.check_belongs(SimpleNamespace(family=student.family, provenance=provenance))
+    scales = Scales.load(path)
+    scales.check_student(student.family, student.sources)
     return tuple(
         layer
         for part, layers in scales.parts.items()
@@ -105,18 +99,18 @@ def measured(path: Path, student: Student, dtype_of: Any) -> tuple[str, ...]:
     )
 
 
-def _reduced(part: Part) -> bool:
+def _reduced(part: ModelPart) -> bool:
     return part.precision != torch.float32 and part.name != _WHOLE
 
 
-def _no_match(pattern: str, parts: list[Part], layers: dict[str, list[str]]) -> str:
+def _no_match(pattern: str, parts: list[ModelPart], layers: dict[str, list[str]]) -> str:
     where = ", ".join(layers) or "none"
     message = f"--keep-float32: {pattern!r} matches no linear of a part in bfloat16 or float16 ({where})"
     for part in parts:
         if any(fnmatchcase(name, pattern) for name in linears(part)):
             if part.name == _WHOLE:
                 return f"{message}; keep the decoder as a whole with --precision {_WHOLE}=float32"
-            return f"{message}; {part.name} is in float32 as it is"
+            return f"{message}; {part.name} is in float32 already"
     close = difflib.get_close_matches(pattern, [name for names in layers.values() for name in names], 1)
     return message + (f"; did you mean {close[0]}?" if close else "; names are the weights' keys without '.weight'")
 

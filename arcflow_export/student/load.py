@@ -1,4 +1,7 @@
-"""A base checkpoint, an adapter and LoRAs -> checked parts on the meta device and where their weights come from."""
+"""Open a student (base checkpoint, adapter, LoRAs) and check it: -> parts on the meta device and their weight sources.
+
+Export, calibration, verification and evaluation all start from `load_student`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+import diffusers
 
 from arcflow_export.checkpoint.adapter import Adapter, LoraPair, check_pair, load_adapter, read_modes
 from arcflow_export.checkpoint.layout import (
@@ -25,16 +29,17 @@ from arcflow_export.checkpoint.sources import Location, Resolved, measure, read_
 from arcflow_export.checkpoint.styles import Style, load_style
 from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import SourceError
-from arcflow_export.models import flux, qwen, text, vae
-from arcflow_export.models.layers import Part
+from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts
+from arcflow_export.models.families import makers
+from arcflow_export.models.layers import ModelPart
+from arcflow_runtime.disk.families import facts as family_facts
 from arcflow_runtime.disk.manifest import DType, Source
-
-_TRANSFORMERS = {"flux": FluxTransformer2DModel, "qwen-image": QwenImageTransformer2DModel}
+from arcflow_runtime.disk.signatures import signature
 
 
 @dataclass(frozen=True)
 class Student:
-    """A base with its adapter and LoRAs, checked, nothing read but headers and configs."""
+    """A base with its adapter and LoRAs, checked; only headers and configs have been read."""
 
     family: str
     base: Resolved
@@ -47,18 +52,18 @@ class Student:
 
     @property
     def base_bytes(self) -> int:
-        """Bytes of the base's weights in its files."""
+        """Bytes of the base's weights as stored."""
         return sum(ref.num_bytes for index in self.indexes.values() for ref in index.values())
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the adapter's and LoRAs' weights in their files."""
+        """Bytes of the adapter's and LoRAs' weights as stored."""
         pairs = [pair for style in self.styles for found in style.pairs.values() for pair in found.values()]
         loras = sum(pair.a.num_bytes + pair.b.num_bytes for pair in pairs)
         return loras + sum(ref.num_bytes for ref in self.adapter.index.values())
 
     def source(self, part: str) -> WeightSource:
-        """Where the weights of part `part` come from."""
+        """The source of the weights of part `part`."""
         if part in ("backbone", "conditioner"):
             return self.transformer
         component = "vae" if part == "vae_decoder" else part
@@ -69,12 +74,12 @@ class Student:
 
     @property
     def base_parameters(self) -> int:
-        """Parameters of the base's transformer."""
+        """Number of parameters of the base's transformer."""
         return sum(r.numel for r in self.indexes["transformer"].values())
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Source, Source, tuple[Source, ...]]:
-        """Base, adapter and LoRAs by name and digest, as provenance records them."""
+        """Base, adapter and LoRAs by name and digest, as a bundle's provenance records them; reads the files once."""
         adapter = self.adapter.source
         return (
             Source(self.base.name, self.base.revision, self.transformer.index.digest()),
@@ -82,7 +87,7 @@ class Student:
             tuple(Source(s.source.name, s.source.revision, s.digest, s.scale) for s in self.styles),
         )
 
-    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[ModelPart]:
         """Every part of the bundle, on the meta device, in the order in which data flows.
 
         Args:
@@ -92,16 +97,16 @@ class Student:
 
     @property
     def outline(self) -> Outline:
-        """What its configs say."""
+        """The part of the student that is known from its configs alone."""
         k, p = self.adapter.num_gaussians, self.adapter.logweights_channels
         return Outline(self.family, self.base.path, self.config, self.vae_config, k, p, self.indexes)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a student's configs say of it: family, networks' sizes, K modes and P sub-pixels.
+    """A student as its configs describe it: family, network sizes, K modes and P sub-pixels.
 
-    `folder` is the base's; `keys` has the names of its tensors by component, none where its weights are not there.
+    `folder` is the base's folder. `keys` has the names of its tensors by component, and is empty without its weights.
     """
 
     family: str
@@ -114,32 +119,32 @@ class Outline:
 
     @property
     def width(self) -> int:
-        """Of the transformer."""
+        """Width of the transformer: number of heads times head dimension."""
         return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
-    def parts(self, dtype: DType | Callable[[str], DType]) -> list[Part]:
+    @property
+    def guidance(self) -> bool:
+        """True if the student takes a guidance scale."""
+        embeds = bool(self.config.get("guidance_embeds"))
+        return embeds and signature(self.family, "conditioner").input("guidance") is not None
+
+    def parts(self, dtype: DType | Callable[[str], DType]) -> list[ModelPart]:
         """See `Student.parts`."""
         of = dtype if callable(dtype) else lambda _: dtype
         folder, k, p = self.folder, self.num_gaussians, self.logweights_channels
-        if self.family == "flux":
-            return [
-                text.clip(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
-                text.t5(folder / "text_encoder_2", of("text_encoder_2"), self.keys.get("text_encoder_2", ())),
-                *flux.build(self.config, k, p, of("conditioner"), of("backbone")),
-                vae.decoder(self.vae_config, self.family, of("vae_decoder")),
-            ]
+        make = makers(self.family)
         return [
-            text.qwen(folder / "text_encoder", of("text_encoder"), self.keys.get("text_encoder", ())),
-            *qwen.build(self.config, k, p, of("conditioner"), of("backbone")),
-            vae.decoder(self.vae_config, self.family, of("vae_decoder")),
+            *(encoder(folder / name, of(name), self.keys.get(name, ())) for name, encoder in make.encoders.items()),
+            *make.network(self.config, k, p, of("conditioner"), of("backbone")),
+            make.decoder(self.vae_config, of("vae_decoder")),
         ]
 
 
 def read_outline(base: Location, adapter: Location) -> Outline:
-    """Read a student's configs, fetched if need be, without its weights.
+    """Read a student's configs without its weights; downloads the configs if they are not here.
 
     Raises:
-        SourceError: anything is missing or damaged; the message names it.
+        SourceError: a file is missing or damaged; the message names it.
     """
     folder = resolve(base, "base checkpoint", base_files, weights=False).path
     if not (folder / MODEL_INDEX).exists():
@@ -152,12 +157,17 @@ def read_outline(base: Location, adapter: Location) -> Outline:
 
 
 def load_student(base: Location, adapter: Location, loras: list[tuple[Location, float]]) -> Student:
-    """Find, open and check everything an export needs, reading only configs and headers.
+    """Find, download, open and check a base, an adapter and LoRAs; reads only configs and headers.
+
+    Args:
+        base: the base checkpoint.
+        adapter: the ArcFlow adapter.
+        loras: style LoRAs with their scales.
 
     Raises:
-        SourceError: anything is missing, damaged, or does not fit; the message names it.
+        SourceError: a file is missing or damaged, or does not fit the others; the message names it.
     """
-    # A mistake in any of them is found before the first is fetched, which may take an hour.
+    # Check all three before the first download, which may take an hour.
     measure(base, "base checkpoint", base_files)
     measure(adapter, "adapter", adapter_files)
     for location, _ in loras:
@@ -166,14 +176,14 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
     if not (base_dir.path / MODEL_INDEX).exists():
         raise SourceError(no_model_index("base checkpoint", base_dir.path))
     family = read_family(base_dir.path / MODEL_INDEX, "base checkpoint")
-    components = ["transformer", "vae", "text_encoder"] + (["text_encoder_2"] if family == "flux" else [])
+    components = ["transformer", "vae", *facts(family).encoders]
     indexes = {c: TensorIndex.open(base_dir.path / c, f"base checkpoint, {c}") for c in components}
     config = _transformer_config(base_dir.path / "transformer" / "config.json", family)
     vae_config = read_json(base_dir.path / "vae" / "config.json", "base checkpoint")
     adapter_dir = resolve(adapter, "adapter", adapter_files)
     arc = load_adapter(adapter_dir, config, indexes["transformer"])
     if arc.family != family:
-        raise SourceError(f"adapter: it is for {arc.family}, the base checkpoint is {family}")
+        raise SourceError(f"adapter: it is made for {arc.family}, but the base checkpoint is {family}")
     styles = tuple(_fitted(load_style(location, scale, family), indexes) for location, scale in loras)
     merged: dict[str, list[LoraPair]] = {m: [pair] for m, pair in arc.loras.items()}
     for module, more in _pairs(styles, "transformer").items():
@@ -183,12 +193,12 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
 
 
 def _transformer_config(path: Path, family: str) -> dict[str, Any]:
-    """The base transformer's config, with the class's defaults for what the file leaves out.
+    """The base transformer's config, with the class's defaults for missing keys.
 
-    FLUX.1-dev's own file has no `axes_dims_rope`, for one.
+    For example, FLUX.1-dev's own file has no `axes_dims_rope`.
     """
     data = read_json(path, "base checkpoint")
-    signature = inspect.signature(_TRANSFORMERS[family].__init__).parameters.values()
+    signature = inspect.signature(getattr(diffusers, facts(family).transformer).__init__).parameters.values()
     config = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty} | data
     for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
         if not isinstance(config[key], int) or config[key] < 1:
@@ -199,25 +209,25 @@ def _transformer_config(path: Path, family: str) -> dict[str, Any]:
             f"base checkpoint: {path}: axes_dims_rope must add up to attention_head_dim "
             f"{config['attention_head_dim']}, got {axes}"
         )
-    if config["in_channels"] != 64:
+    if config["in_channels"] != PACKED_CHANNELS:
         raise SourceError(
-            f"base checkpoint: {path}: in_channels must be 64, got {config['in_channels']}; "
+            f"base checkpoint: {path}: in_channels must be {PACKED_CHANNELS}, got {config['in_channels']}; "
             "students of inpainting and control models are not supported"
         )
-    for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+    for key in UNSUPPORTED_SETTINGS:
         if config.get(key):
             raise SourceError(f"base checkpoint: {path}: {key} is not supported; the base must be Qwen/Qwen-Image's")
     return config
 
 
 def _fitted(style: Style, indexes: dict[str, TensorIndex]) -> Style:
-    """The style with its modules called as in the base's files, every pair checked against its linear."""
+    """Rename a style's modules as in the base's files, and check every pair against its linear."""
     pairs: dict[str, dict[str, LoraPair]] = {}
     for component, found in style.pairs.items():
         index = indexes[component]
         for module, pair in found.items():
-            # CLIP's files carry a prefix or not, by the version of transformers that wrote them; so do LoRAs.
-            # diffusers' converter for Qwen-Image adds a prefix even to keys that have it.
+            # Depending on the version of transformers, CLIP's files and LoRAs have the prefix or not.
+            # diffusers' converter for Qwen-Image adds its prefix even to keys that already have it.
             other = module.removeprefix("text_model.").removeprefix("transformer.")
             names = (module, other, f"text_model.{module}")
             name = next((n for n in names if f"{n}.weight" in index), module)
@@ -236,5 +246,4 @@ def _pairs(styles: tuple[Style, ...], component: str) -> dict[str, list[LoraPair
 
 def tokenizer_folders(student: Student) -> dict[str, Path]:
     """The tokenizer folders of the base, by the bundle's name for them."""
-    names = ["tokenizer", "tokenizer_2"] if student.family == "flux" else ["tokenizer"]
-    return {n: student.base.path / n for n in names}
+    return {name: student.base.path / name for name in family_facts(student.family).tokenizers}

@@ -1,8 +1,9 @@
-"""A base checkpoint and an adapter -> the student in torch, run the reference's way: the independent check.
+"""The student in torch, from its base checkpoint and adapter: the independent reference for bundles.
 
-diffusers' own transformer with peft's unmerged LoRA, the three heads on its last hidden state, and the closed-form
-update in torch. It shares no weight, graph or runtime code with the bundle. Weights that do not fit in memory stay in
-the checkpoint's files; the numbers are the same.
+`arcflow verify` compares bundles with it; calibration and evaluation generate with it. It is diffusers' own transformer
+with unmerged LoRA (peft), the three heads on its last hidden state, and the closed-form update in torch. It shares no
+weights, graph or runtime code with a bundle. Weights that do not fit in memory stay in the checkpoint's files and are
+read as they are used; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import torch
 from torch import nn
 
 from arcflow_export.checkpoint.adapter import HEADS
-from arcflow_export.options import PARTS
+from arcflow_export.options import PARTS, SHIFT, TIMESTEP_RATIO
 from arcflow_export.student.assemble import assemble
 from arcflow_export.student.cast import cast_conditioner, cast_linears, keep_float32
+from arcflow_export.student.families import Conditions, RoundedRotary, TorchFamily, torch_family
 from arcflow_export.student.load import Student
 from arcflow_export.student.memory import free_bytes, stays_on_disk, weight_bytes
-
-SHIFT = 3.2
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
 
 @dataclass(frozen=True)
 class TorchRun:
-    """What a torch run gives: packed latents [B, N, C] float32 after every step, and images [B, H, W, 3] in [0, 1]."""
+    """The result of a torch run: packed latents [B, N, C] float32 before the first step (`noise`) and after every step,
+    and images [B, H, W, 3] in [0, 1].
+    """
 
     noise: torch.Tensor
     steps: list[torch.Tensor]
@@ -34,7 +37,7 @@ class TorchRun:
 
 
 class TorchStudent:
-    """The student in torch; `on_disk` says whether its base is read from disk as it is used."""
+    """The student in torch; `on_disk` is True if the base's weights are read from disk as they are used."""
 
     def __init__(
         self,
@@ -44,24 +47,29 @@ class TorchStudent:
         device: str = "cpu",
         float32_layers: Mapping[str, Iterable[str]] | None = None,
         offload: bool | None = None,
+        shift: float = SHIFT,
+        timestep_ratio: float = TIMESTEP_RATIO,
     ):
         """Load base, adapter and LoRAs.
 
         Args:
             student: from `load_student`.
-            dtype: dtype of all weights and activations, or of each part by its name in a bundle; the update is float32
-                in any case.
-            reference_dtype: the dtype whose rounding the timestep, guidance and FLUX's rotary tables get, as if
-                the reference ran in it; None is the backbone's dtype.
-            device: where to run.
+            dtype: dtype of all weights and activations, or a dtype for each part by its name in a bundle. The update is
+                always float32.
+            reference_dtype: the dtype that the timestep, the guidance and FLUX's rotary tables are rounded to, as if
+                the reference ran in it; None means the backbone's dtype.
+            device: torch device to run on.
             float32_layers: linears to keep in float32, by part; layer names as in the graphs.
             offload: read the weights of transformer and text encoders from disk whenever they are used, so that one
                 layer's are in memory at a time; None is where all of them together do not fit in the free memory.
+            shift: S of the student's schedule.
+            timestep_ratio: the ratio r of the student's schedule.
         """
         dtypes = dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
         dtype, conditioner = dtypes["backbone"], dtypes["conditioner"]
         kept = {part: list(layers) for part, layers in (float32_layers or {}).items()}
-        self.family, self.dtype, self.vae_dtype, self.device = student.family, dtype, dtypes["vae_decoder"], device
+        self.family, self.shift, self.timestep_ratio = torch_family(student.family), shift, timestep_ratio
+        self.dtype, self.vae_dtype, self.device = dtype, dtypes["vae_decoder"], device
         self.on_disk = stays_on_disk(weight_bytes(student, dtypes), free_bytes(device)) if offload is None else offload
         self.pipe, self.heads = assemble(student, dtypes, device, self.on_disk)
         self.transformer = self.pipe.transformer
@@ -73,10 +81,10 @@ class TorchStudent:
         for part, layers in kept.items():
             self._keep_float32(part, layers, dtypes[part])
         reference = reference_dtype or dtype
-        self.conditioning = _Conditioning(self.transformer.time_text_embed, student.family, reference, conditioner)
+        self.conditioning = _Conditioning(self.transformer.time_text_embed, self.family, reference, conditioner)
         self.transformer.time_text_embed = self.conditioning
-        if student.family == "flux":
-            self.transformer.pos_embed = _Rounded(self.transformer.pos_embed, reference)
+        if self.family.rounds_rotary:
+            self.transformer.pos_embed = RoundedRotary(self.transformer.pos_embed, reference)
 
     def _keep_float32(self, part: str, layers: list[str], dtype: torch.dtype) -> None:
         if part in ("backbone", "conditioner"):
@@ -88,28 +96,24 @@ class TorchStudent:
             cast_linears(component)
             keep_float32(component, layers, dtype)
 
+    def schedule(self, num_inference_steps: int) -> torch.Tensor:
+        """The student's sigmas [S + 1] float32."""
+        return schedule(num_inference_steps, self.shift, self.timestep_ratio)
+
     @torch.inference_mode()
     def encode(self, prompt: str, max_sequence_length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text states [1, T, D], and CLIP's pooled projection [1, Dp] for FLUX (None for Qwen)."""
+        """Encode a prompt: text states [1, T, D], and CLIP's pooled projection [1, Dp] for FLUX (None for Qwen)."""
         return self.encode_batch([prompt], max_sequence_length)[0]
 
     @torch.inference_mode()
     def encode_batch(
         self, prompts: list[str], max_sequence_length: int
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """`encode` of several prompts; FLUX's go through the encoders together, as one batch.
+        """`encode` several prompts; FLUX encodes them as one batch.
 
-        Qwen-Image's go one by one: its prompts have lengths of their own, and in a batch they would be padded.
+        Qwen-Image encodes them one by one, because its text length is the prompt's own and a batch would pad it.
         """
-        if self.family == "flux":
-            states, pooled, _ = self.pipe.encode_prompt(
-                prompts, prompt_2=None, device=self.device, max_sequence_length=max_sequence_length
-            )
-            return list(zip(states.split(1), pooled.split(1), strict=True))
-        return [
-            (self.pipe.encode_prompt(prompt, device=self.device, max_sequence_length=max_sequence_length)[0], None)
-            for prompt in prompts
-        ]
+        return self.family.encode(self.pipe, prompts, self.device, max_sequence_length)
 
     @torch.inference_mode()
     def predict(
@@ -123,9 +127,9 @@ class TorchStudent:
         guidance_scale: float,
         rounding: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One network call: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas.
+        """Call the network once: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas.
 
-        `rounding` rounds the latents to the network's dtype up or down at random; see `round_randomly`.
+        With a generator `rounding`, the latents are rounded to the network's dtype at random; see `round_randomly`.
         """
         batch = latents.shape[0]
         self.conditioning.sigma, self.conditioning.guidance = sigma, guidance_scale
@@ -135,25 +139,9 @@ class TorchStudent:
             "encoder_hidden_states": states.to(self.dtype).expand(batch, -1, -1),
             "return_dict": False,
         }
-        h, w = height // 16, width // 16
-        if self.family == "flux":
-            assert pooled is not None
-            ids = torch.zeros(h, w, 3, device=self.device)
-            ids[..., 1] += torch.arange(h, device=self.device)[:, None]
-            ids[..., 2] += torch.arange(w, device=self.device)[None]
-            guidance = None
-            if self.transformer.config.guidance_embeds:
-                guidance = torch.full([batch], guidance_scale, device=self.device, dtype=torch.float32)
-            hidden = self.transformer(
-                **common,
-                pooled_projections=pooled.expand(batch, -1),
-                img_ids=ids.reshape(-1, 3),
-                txt_ids=torch.zeros(states.shape[1], 3, device=self.device),
-                guidance=guidance,
-            )[0]
-        else:
-            hidden = self.transformer(**common, img_shapes=[[(1, h, w)]] * batch)[0]
-        return self.heads(hidden)
+        vector = None if pooled is None else pooled.expand(batch, -1)
+        told = Conditions(batch, height // 16, width // 16, states.shape[1], guidance_scale, vector)
+        return self.heads(self.transformer(**common, **self.family.arguments(self.transformer, told, self.device))[0])
 
     @torch.inference_mode()
     def generate(
@@ -163,13 +151,13 @@ class TorchStudent:
         width: int,
         num_inference_steps: int = 2,
         seed: int = 0,
-        guidance_scale: float = 3.5,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         max_sequence_length: int = 512,
         on_step: Callable[[int], None] | None = None,
         noise: torch.Tensor | None = None,
         rounding: torch.Generator | None = None,
     ) -> TorchRun:
-        """Generate one image; arguments as in the runtime's pipeline, `noise` [1, C, H/8, W/8] in place of the seed."""
+        """Generate one image; arguments as in the runtime's pipeline. `noise` [1, C, H/8, W/8] replaces the seed."""
         states, pooled = self.encode(prompt, max_sequence_length)
         generator = torch.Generator("cpu").manual_seed(seed)
         channels = self.transformer.config.in_channels // 4
@@ -177,7 +165,7 @@ class TorchStudent:
             noise = torch.randn(1, channels, height // 8, width // 8, generator=generator)
         x = pack(noise.to(self.device))
         first, steps = x, []
-        sigmas = schedule(num_inference_steps)
+        sigmas = self.schedule(num_inference_steps)
         for i in range(num_inference_steps):
             heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale, rounding)
             x = integrate(x, *heads, float(sigmas[i]), float(sigmas[i + 1]))
@@ -190,25 +178,19 @@ class TorchStudent:
     def decode(
         self, latents: torch.Tensor, height: int, width: int, rounding: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Packed latents [B, N, C] -> images [B, H, W, 3] float32 in [0, 1]."""
-        vae, h, w = self.pipe.vae, height // 16, width // 16
-        z = latents.unflatten(1, (h, w)).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        if self.family == "flux":
-            z = z / vae.config.scaling_factor + vae.config.shift_factor
-            image = vae.decode(round_randomly(z, self.vae_dtype, rounding), return_dict=False)[0]
-        else:
-            mean = torch.tensor(vae.config.latents_mean, device=self.device).view(1, -1, 1, 1)
-            std = torch.tensor(vae.config.latents_std, device=self.device).view(1, -1, 1, 1)
-            z = round_randomly(z * std + mean, self.vae_dtype, rounding)
-            image = vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0]
+        """Decode packed latents [B, N, C] to images [B, H, W, 3] float32 in [0, 1]."""
+        z = latents.unflatten(1, (height // 16, width // 16)).unflatten(-1, (-1, 2, 2))
+        z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        image = self.family.decode(self.pipe.vae, z, lambda x: round_randomly(x, self.vae_dtype, rounding))
         return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def round_randomly(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
-    """Round float32 numbers to `dtype`: up or down at random, closer neighbours more often, so that the mean stays.
+    """Round float32 numbers to `dtype` stochastically; a `generator` of None rounds to nearest.
 
-    Everything computed from the result is then rounded otherwise, so that runs with several generators show how far
-    rounding alone moves a result (Monte Carlo arithmetic: Parker, UCLA CSD-970002, 1997). None rounds to nearest.
+    A number is rounded up or down at random, with the probabilities that keep its mean. Everything computed from the
+    result then has other rounding errors, so several runs show how far rounding alone moves a result (Monte Carlo
+    arithmetic: Parker, UCLA CSD-970002, 1997).
     """
     if generator is None or dtype == torch.float32:
         return x.to(dtype)
@@ -218,10 +200,10 @@ def round_randomly(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generat
     return (bits >> dropped << dropped).view(torch.float32).to(dtype)
 
 
-def schedule(num_inference_steps: int) -> torch.Tensor:
-    """Sigmas [S + 1] float32 of the released students, falling from 1 to 0."""
-    t = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
-    return torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
+def schedule(num_inference_steps: int, shift: float = SHIFT, timestep_ratio: float = TIMESTEP_RATIO) -> torch.Tensor:
+    """Sigmas [S + 1] float32, falling from 1 to 0: t_i = 1 - i/(S - 1 + r), sigma = shift t / (1 + (shift - 1) t)."""
+    t = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / (num_inference_steps - 1 + timestep_ratio)
+    return torch.cat([shift * t / (1 + (shift - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
 
 
 def integrate(
@@ -255,33 +237,13 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 class _Conditioning(nn.Module):
-    """Gives the embeddings the timestep and guidance as the reference computes them in `dtype`.
+    """Wraps the conditioning embeddings: passes them timestep and guidance as the reference computes them."""
 
-    FLUX rounds sigma and its product with 1000, Qwen-Image rounds sigma and multiplies in float32.
-    """
-
-    def __init__(self, inner: nn.Module, family: str, dtype: torch.dtype, conditioner: torch.dtype):
+    def __init__(self, inner: nn.Module, family: TorchFamily, dtype: torch.dtype, conditioner: torch.dtype):
         super().__init__()
         self.inner, self.family, self.dtype, self.conditioner = inner, family, dtype, conditioner
-        self.sigma, self.guidance = torch.tensor(1.0), 3.5
+        self.sigma, self.guidance = torch.tensor(1.0), DEFAULT_GUIDANCE_SCALE
 
     def forward(self, timestep: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma.to(timestep.device).to(self.dtype).expand(timestep.shape[0])
-        if self.family != "flux":  # of the second argument only the dtype is read
-            return self.inner(sigma.float(), rest[0].to(self.conditioner), *rest[1:])
-        values = [(sigma * 1000).float()]
-        if len(rest) == 2:
-            guidance = torch.full_like(sigma, self.guidance)
-            values.append((guidance * 1000).float())
-        return self.inner(*values, rest[-1].to(self.conditioner))
-
-
-class _Rounded(nn.Module):
-    """The reference rounds FLUX's rotary tables to the model's dtype."""
-
-    def __init__(self, inner: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.inner, self.dtype = inner, dtype
-
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(t.to(self.dtype).float() for t in self.inner(ids))
+        return self.family.embed(self.inner, sigma, self.guidance, rest, self.conditioner)

@@ -1,8 +1,8 @@
-"""A part in float16 and real inputs -> how far its values reach into float16's range, and which linears to keep wider.
+"""Check a float16 part for overflow on real inputs, and find the linears to keep in float32.
 
-The graph runs in float32 without rounding, so that nothing overflows and every place that would is found in one run;
-beside each value stands its largest magnitude. Values that only saturate a Tanh, Sigmoid or Erf do no harm, nor do
-negative ones that only a Softmax reads: a mask adds as low a number as there is.
+The graph runs in float32 without rounding and records the largest magnitude of each value. So nothing overflows, and
+one run finds every place that would. Two kinds of large values are harmless: those that only saturate a Tanh, Sigmoid
+or Erf, and large negative ones that only a Softmax reads, because a mask adds the lowest number that there is.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import onnx_ir as ir
 
 from arcflow_export.emulate.blocks import BlockEngine
 from arcflow_export.emulate.emulate import MOVES, load_graph
-from arcflow_export.student.keep import FLOAT16_MAX
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
-#: Bounded functions whose limits at infinity are right.
+#: Bounded functions: an infinite input gives their correct limit.
 _SATURATING = {"Tanh", "Sigmoid", "Erf"}
-#: What a value may pass on its way to one of them.
+#: Operators that a value may pass through on its way to one of them.
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Cast"}
-#: What passes float32 on, beside these and what only moves values.
+#: Operators whose output is float32 if their input is.
 _PASS_ON = _ELEMENTWISE | MOVES | {"Clip", "Gelu", "Max", "Min", "Relu", "Where", *_SATURATING}
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The value of a part that reaches furthest, over float16's largest number; above 1 it overflows.
+    """How far a part's values reach into float16's range.
 
-    `node` is the first that overflows, or the one that reaches furthest; `layers` are the linears to keep in float32,
-    in the order of the graph. What a kept linear gives stays in float32 until the next linear or norm, so one may
-    stand for many values.
+    `share` is the largest value divided by float16's largest number; above 1 it overflows. `node` is the first node
+    that overflows, or the one with the largest value. `layers` are the linears to keep in float32, in graph order. The
+    output of a kept linear stays in float32 until the next linear or norm, so one linear may fix many values.
     """
 
     share: float
@@ -40,21 +40,21 @@ class Reach:
     layers: tuple[str, ...]
 
     def joined(self, other: Reach) -> Reach:
-        """Of two runs: the further share, the first's node if it overflowed, and the layers of both."""
+        """Combine two runs: the larger share, the node of the first overflow (else of the larger share), all layers."""
         leading = self if self.share > 1 or self.share >= other.share else other
         return Reach(max(self.share, other.share), leading.node, tuple(dict.fromkeys((*self.layers, *other.layers))))
 
 
 @dataclass(frozen=True)
 class _Watch:
-    """A float16 value: what gives it, and the linears to keep for it."""
+    """A float16 value to watch: the name of its node, and the linears to keep in float32 if it overflows."""
 
     node: str
     linears: tuple[ir.Node, ...]
 
 
 class OverflowCheck:
-    """Runs one part of a `widened` bundle and tells how far its float16 values reach."""
+    """Runs one part of a `widened` bundle and measures how far its float16 values reach."""
 
     def __init__(self, bundle: Bundle, part: str):
         """Load the part; raises `EngineError`."""
@@ -67,7 +67,7 @@ class OverflowCheck:
     def run(self, inputs: Mapping[str, np.ndarray]) -> Reach:
         """Measure on one set of inputs; raises `EngineError`."""
         found = self._engine.run(inputs)
-        # Infinity in float32 is meant: a mask.
+        # An infinity in float32 is intended: it is a mask.
         peaks = [float(p) if np.isfinite(p) else 0.0 for p in map(found.__getitem__, self._peaks)]
         furthest = int(np.argmax(peaks))
         values = zip(self._watched.items(), peaks, strict=True)
@@ -84,7 +84,7 @@ class OverflowCheck:
 
 
 def _watch(graph: ir.Graph) -> dict[ir.Value, _Watch]:
-    """Every float16 value that a node computes and whose overflow would do harm, in the order of the graph."""
+    """Every computed float16 value whose overflow would do harm, in graph order."""
     left_out = _harmless(graph) | _limits(graph)
     watched = {}
     for node in graph:
@@ -117,7 +117,7 @@ def _only_softmax(value: ir.Value) -> bool:
 
 
 def _limits(graph: ir.Graph) -> set[ir.Value]:
-    """Values chosen among constants: the limits of a clamp, such as 65504 itself."""
+    """Values that are selected from constants, such as the limit of a clamp at 65504; they cannot overflow."""
     found: set[ir.Value] = set()
     for node in graph:
         floats = [v for v in node.inputs if v is not None and v.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)]
@@ -131,9 +131,9 @@ def _has_elements(value: ir.Value) -> bool:
 
 
 def _remedy(value: ir.Value) -> list[ir.Node]:
-    """The nearest linear that `value` comes from, and those that take it: with them kept it is float32 throughout."""
+    """The nearest linear before `value` and the linears that read it: if they are kept, `value` is in float32."""
     nodes = [value.producer()]
-    for node in nodes:  # breadth first; it grows
+    for node in nodes:  # breadth first; the list grows in the loop
         if node is None or _is_linear(node):
             break
         producers = [source.producer() for source in node.inputs if source is not None]
@@ -145,10 +145,10 @@ def _remedy(value: ir.Value) -> list[ir.Node]:
 
 
 def _widened(linear: ir.Node) -> set[ir.Value]:
-    """The values that are float32 if this linear is kept."""
+    """The values that are in float32 if this linear is kept."""
     found = set(linear.outputs)
     reached = list(linear.outputs)
-    for value in reached:  # it grows
+    for value in reached:  # the list grows in the loop
         for user, _ in value.uses():
             if user.op_type in _PASS_ON and not found.issuperset(user.outputs):
                 found |= set(user.outputs)
@@ -161,13 +161,13 @@ def _is_linear(node: ir.Node) -> bool:
 
 
 def _layer(node: ir.Node) -> str | None:
-    """The layer name of a linear in float16."""
+    """The layer name of a float16 linear; None for other nodes."""
     weight = node.inputs[1] if _is_linear(node) else None
     return node.name if weight is not None and weight.dtype == ir.DataType.FLOAT16 else None
 
 
 def _name(node: ir.Node) -> str:
-    """The layer of a linear's product or bias, or what the node does and its name."""
+    """A node's name for the user: the layer if it is a linear's product or bias, else its operator and name."""
     if name := _layer(node):
         return name
     inputs = [v for v in node.inputs if v is not None]
@@ -179,9 +179,9 @@ def _name(node: ir.Node) -> str:
 
 
 def _add_peaks(graph: ir.Graph, values: list[ir.Value]) -> list[str]:
-    """Give the graph the largest magnitude of each value as its outputs, and only those.
+    """Replace the graph's outputs by the largest magnitude of each value; returns their names.
 
-    Of what only a Softmax reads it is the largest value.
+    For a value that only a Softmax reads, it is the largest value instead.
     """
     graph.outputs.clear()
     names = []

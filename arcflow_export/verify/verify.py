@@ -1,14 +1,16 @@
-"""A bundle and the torch student it came from -> errors per part and end to end, each against a derived bound.
+"""Compare a bundle with the torch student that it came from: errors of each part and end to end, with derived bounds.
 
-A float32 part is held to torch's float32 numbers. A part in reduced precision is held to the distance that torch has
-from those numbers in the same precision, on the same inputs. That distance is itself a draw of many roundings, and of
-few effective ones where a sensitive place (a softmax between two modes) magnifies them: between two prompts of the
-shapes student it varies fivefold, and the bundle's distance over torch's between 0.5 and 2.6. So torch runs `RUNS`
-times, its latents rounded to the precision up or down at random, and the bound is what another such run may reach:
+A float32 part must agree with torch's float32 numbers. For a part in reduced precision, the bound is the distance of
+torch in the same precision from torch in float32, on the same inputs. That distance is random, because it comes from
+many rounding errors; it depends on few of them where a sensitive place (a softmax between two modes) magnifies them.
+Between two prompts of the shapes student it varies fivefold, and the bundle's distance over torch's varies between 0.5
+and 2.6. So torch runs `RUNS` times with its latents rounded up or down at random, and the bound is what one more such
+run may reach:
 
     bound = SPREADS * sqrt(m + 3 s sqrt(1 + 1/RUNS)),  m and s: mean and standard deviation of the squared distances
 
-Squares, because independent errors add in them. Text encoders have no latents to round: one run, and s is 0.
+The distances are squared because the squares of independent errors add. Text encoders have no latents to round, so they
+run once and s is 0.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent
 from arcflow_export.verify.overflow import OverflowCheck, Reach
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
+from arcflow_runtime.disk.signatures import encoder_of
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.errors import EngineError
@@ -38,19 +42,20 @@ from arcflow_runtime.generate.text import PromptTokenizer
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
 
-#: A float32 bundle differs from torch only by the order of float32 sums; the golden cases' bound.
+#: Bound for float32 parts, the same as for the golden cases: they differ from torch only in the order of float32 sums.
 FLOAT32_BOUND = 1e-4
-#: The graph rounds after every operator, torch's kernels once per kernel: the bias of a linear, the steps of a group
-#: norm. Measured on the shapes student this makes 1.05 times torch's distance for the heads and 1.5 for the VAE.
+#: Factor for the graph's extra rounding. The graph rounds after every operator, torch once per kernel (for example a
+#: linear with its bias, or a whole group norm). On the shapes student the measured factor is 1.05 for the heads and 1.5
+#: for the VAE.
 SPREADS = 2.0
-#: Runs of torch in the reduced precision, the first rounded to nearest.
+#: Number of runs of torch in the reduced precision; the first rounds to nearest.
 RUNS = 4
-#: An image has 8 bits: a spread below one grey level cannot be seen.
+#: Bound for images, 1.5 grey levels: an image has 8 bits, so smaller differences are rounding.
 IMAGE_BOUND = 1.5 / 255
 
 
 @dataclass(frozen=True)
-class Case:
+class VerifyCase:
     """One request to compare on."""
 
     prompt: str
@@ -58,15 +63,15 @@ class Case:
     width: int
     num_inference_steps: int
     seed: int = 42
-    guidance_scale: float = 3.5
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison: RMS of the difference from torch in float32 over RMS of that, and the largest it may be.
+class VerifyRow:
+    """One comparison: the relative RMS error against torch in float32, and its bound.
 
-    For a part in float16 also how far it reaches into float16's range: `error` is the largest value over 65504,
-    `node` where it is or first overflows, `layers` the linears to keep in float32.
+    For a part in float16 there is also a row for overflow. There, `error` is the largest value divided by 65504, `node`
+    is the first node that overflows (or the one with the largest value), and `layers` are linears to keep in float32.
     """
 
     case: int
@@ -78,22 +83,22 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is a number and within its bound."""
+        """True if the error is within its bound; False for NaN."""
         return self.error <= self.bound
 
 
 def verify_bundle(
-    bundle: Bundle, student: Student, cases: list[Case], progress: Callable[[str], None] = lambda _: None
-) -> list[Row]:
-    """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole pictures.
+    bundle: Bundle, student: Student, cases: list[VerifyCase], progress: Callable[[str], None] = lambda _: None
+) -> list[VerifyRow]:
+    """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole images.
 
-    Parts in bfloat16 and float16 are emulated on the CPU, and those in float16 checked for overflow.
+    Parts in bfloat16 and float16 are emulated on the CPU; parts in float16 are also checked for overflow.
 
     Args:
         bundle: an opened bundle.
         student: the same base, adapter and LoRAs.
-        cases: what to draw.
-        progress: told of each stage.
+        cases: the requests to compare on.
+        progress: called with the name of each stage as it begins.
 
     Returns:
         One row per case and quantity.
@@ -101,12 +106,20 @@ def verify_bundle(
     progress("loading the torch student")
     m = bundle.manifest
     reference = getattr(torch, m.reference_dtype)
-    exact = TorchStudent(student, torch.float32, reference)
+    shift, ratio = m.schedule.shift, m.schedule.timestep_ratio
+    exact = TorchStudent(student, torch.float32, reference, shift=shift, timestep_ratio=ratio)
     same = exact
     if any(part.precision != "float32" for part in m.parts.values()):
-        same = TorchStudent(student, _dtypes(bundle), reference, float32_layers=_float32_layers(bundle))
+        same = TorchStudent(
+            student,
+            _dtypes(bundle),
+            reference,
+            float32_layers=_float32_layers(bundle),
+            shift=shift,
+            timestep_ratio=ratio,
+        )
     shown = widened(bundle)
-    rows: list[Row] = []
+    rows: list[VerifyRow] = []
     backend = _CheckedBackend()
     with Pipeline(shown, EmulatedBackend()) as pipe:
         parts = Parts(shown, backend, keep=True)
@@ -115,13 +128,13 @@ def verify_bundle(
             compare = _Comparison(i, rows)
             _compare_parts(shown, parts, exact, same, case, compare)
             try:
-                _compare_pictures(pipe, exact, same, case, compare)
-            except EngineError:  # the pipeline refuses NaN
+                _compare_images(pipe, exact, same, case, compare)
+            except EngineError:  # the pipeline refuses NaN, which an overflow causes
                 if all(reach.share <= 1 for reach in backend.furthest.values()):
                     raise
-                rows.append(Row(i, "end to end: image", math.nan, IMAGE_BOUND))
+                rows.append(VerifyRow(i, "end to end: image", math.nan, IMAGE_BOUND))
             rows += [
-                Row(i, f"{part}: reach into float16", r.share, 1.0, r.node, r.layers)
+                VerifyRow(i, f"{part}: reach into float16", r.share, 1.0, r.node, r.layers)
                 for part, r in backend.furthest.items()
             ]
             backend.furthest.clear()
@@ -130,13 +143,13 @@ def verify_bundle(
 
 
 def _dtypes(bundle: Bundle) -> dict[str, torch.dtype]:
-    """Every part's dtype; a conditioner that is baked and not shipped is taken to have the backbone's."""
+    """The dtype of every part; a conditioner that was baked and not shipped gets the backbone's."""
     found = {name: getattr(torch, part.precision) for name, part in bundle.manifest.parts.items()}
     return {"conditioner": found["backbone"]} | found
 
 
 def _float32_layers(bundle: Bundle) -> dict[str, list[str]]:
-    """Linears whose weights are in float32 in a part of reduced precision."""
+    """By part of reduced precision, the linears whose weights are in float32."""
     kept = {}
     for name, part in bundle.manifest.parts.items():
         if part.precision != "float32":
@@ -148,7 +161,7 @@ def _float32_layers(bundle: Bundle) -> dict[str, list[str]]:
 
 
 class _CheckedBackend(EmulatedBackend):
-    """Emulates, and measures on the same inputs how far parts in float16 reach; `furthest` has the worst by part."""
+    """Emulates parts, and checks float16 parts for overflow on the same inputs; `furthest` has the worst by part."""
 
     def __init__(self) -> None:
         self.furthest: dict[str, Reach] = {}
@@ -177,19 +190,19 @@ class _CheckedEngine:
 
 
 class _Comparison:
-    """Adds rows, each with the bound that the precision of what it compares allows."""
+    """Adds rows of comparisons, each with the bound for the precision of the compared part."""
 
-    def __init__(self, case: int, rows: list[Row]):
+    def __init__(self, case: int, rows: list[VerifyRow]):
         self.case, self.rows = case, rows
 
     def add(
         self, what: str, got: np.ndarray, runs: list[torch.Tensor], exact: torch.Tensor, floor: float = FLOAT32_BOUND
     ) -> None:
-        """Compare with torch in float32; `runs` are torch's in the bundle's precision, none for one in float32."""
+        """Compare `got` with torch in float32 (`exact`); `runs` are torch's results in the part's reduced precision."""
         reference = exact.float().numpy()
         bound = _bound([_relative(run.float().numpy(), reference) for run in runs]) if runs else 0.0
-        # Where torch overflows too, the bound is NaN, and nothing but float32 numbers passes.
-        self.rows.append(Row(self.case, what, _relative(got, reference), bound if bound > floor else floor))
+        # If torch overflows too, the bound is NaN. Then the floor applies, and only float32's accuracy passes.
+        self.rows.append(VerifyRow(self.case, what, _relative(got, reference), bound if bound > floor else floor))
 
 
 def _bound(distances: list[float]) -> float:
@@ -201,13 +214,13 @@ def _bound(distances: list[float]) -> float:
 
 def _relative(got: np.ndarray, reference: np.ndarray) -> float:
     difference = np.asarray(got, np.float64) - reference
-    if not difference.size:  # the gammas of a student of one mode
+    if not difference.size:  # a student with one mode has no gammas
         return 0.0
     return float(np.sqrt(np.mean(difference**2)) / max(np.sqrt(np.mean(np.square(reference, dtype=np.float64))), 1e-30))
 
 
 def _roundings(bundle: Bundle, *parts: str) -> list[torch.Generator | None]:
-    """How torch's latents are rounded in each run: once to nearest, then at random if a part takes them rounded."""
+    """The rounding of torch's latents in each run: first to nearest (None), then at random; empty for float32 parts."""
     precisions = {bundle.manifest.parts[p].precision for p in parts if p in bundle.manifest.parts}
     if precisions <= {"float32"}:
         return []
@@ -215,16 +228,17 @@ def _roundings(bundle: Bundle, *parts: str) -> list[torch.Generator | None]:
 
 
 def _compare_parts(
-    bundle: Bundle, parts: Parts, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison
+    bundle: Bundle, parts: Parts, exact: TorchStudent, same: TorchStudent, case: VerifyCase, compare: _Comparison
 ) -> None:
-    """Each part on what torch gives it in float32, so that an error shows in the part that makes it."""
+    """Compare each part on torch's float32 inputs, so that an error shows in the part that causes it."""
     m = bundle.manifest
     length = m.text.max_sequence_length
     tokens = PromptTokenizer(bundle).tokenize(case.prompt, length)
     encoded = encode_prompts(parts, m, {case.prompt: tokens})[case.prompt]
     states, pooled = exact.encode(case.prompt, length)
     rounded_states, rounded_pooled = same.encode(case.prompt, length)
-    encoder = "text_encoder_2" if m.family == "flux" else "text_encoder"
+    encoder = encoder_of(m.family, "encoder_hidden_states")
+    assert encoder is not None
     compare.add("text states", encoded.states, [rounded_states] if _roundings(bundle, encoder) else [], states)
     if pooled is not None and rounded_pooled is not None and encoded.pooled is not None:
         runs = [rounded_pooled] if _roundings(bundle, "text_encoder") else []
@@ -269,10 +283,10 @@ def _compare_parts(
     compare.add("vae image", pixels / np.float32(255), images, exact_image, IMAGE_BOUND)
 
 
-def _compare_pictures(
-    pipe: Pipeline, exact: TorchStudent, same: TorchStudent, case: Case, compare: _Comparison
+def _compare_images(
+    pipe: Pipeline, exact: TorchStudent, same: TorchStudent, case: VerifyCase, compare: _Comparison
 ) -> None:
-    """The whole pipeline from the same noise."""
+    """Compare the whole pipeline, from the same noise."""
     m = pipe.bundle.manifest
     steps: list[np.ndarray] = []
     images = pipe(
@@ -303,8 +317,8 @@ def _compare_pictures(
     compare.add("end to end: image", np.asarray(images), [run.images for run in every], torch_run.images, IMAGE_BOUND)
 
 
-def as_dict(row: Row) -> dict[str, object]:
-    """A row for JSON, which has no NaN and no infinity."""
+def as_dict(row: VerifyRow) -> dict[str, object]:
+    """A row as JSON values; NaN and infinities become None."""
     numbers = {
         key: value if math.isfinite(value) else None for key, value in (("error", row.error), ("bound", row.bound))
     }

@@ -1,1 +1,1 @@
-"""Calibration: a student and prompts -> the ranges of its linears' activations, for FP8."""
+"""Calibration: measure the ranges of a student's activations over prompts; FP8 scales are made from them."""

@@ -1,7 +1,7 @@
-"""A student and prompts -> the ranges of its linears' inputs and outputs, at the student's own timesteps and states.
+"""Collect the ranges of a student's linears while the torch student generates images for the calibration prompts.
 
-The torch student draws with diffusers' modules, its own closed-form update between the steps. modelopt's quantizers sit
-on the inputs of the linears and collect; nothing is quantised, so the student's numbers are unchanged.
+The torch student runs diffusers' modules with the closed-form update between steps, so the activations are those of
+real use. modelopt's quantizers on the linears' inputs only collect; nothing is quantised, so the images are unchanged.
 """
 
 from __future__ import annotations
@@ -12,30 +12,32 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import Calibrator, make_calibrator
 from arcflow_export.errors import CalibrationError
+from arcflow_export.families import facts
 from arcflow_export.formats.prompts import Prompts
-from arcflow_export.formats.scales import STEPPED, Range, Scales
-from arcflow_export.models.layers import MatMul
+from arcflow_export.formats.scales import STEPPED, ActivationRange, Scales
+from arcflow_export.models.layers import linear_names
 from arcflow_export.student.load import Student
-from arcflow_export.student.reference import TorchStudent, integrate, pack, schedule
+from arcflow_export.student.reference import TorchStudent, integrate, pack
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
-_GUIDANCE_SCALE = 3.5
 _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
 
 
 @dataclass
-class Layer:
-    """One linear: the module that the graph's MatMul stands for, and what was collected, a calibrator per step.
+class CalibratedLayer:
+    """One linear and its results, with one calibrator per step.
 
-    `linear` is the nn.Linear itself, to which modelopt adds `input_quantizer`; `module` is what is called in its place,
-    which adds the LoRA factors' share.
+    `linear` is the nn.Linear, to which modelopt adds `input_quantizer`. `module` is the module that is called: the
+    linear itself, or peft's wrapper, which adds the LoRA product. `name` is the name of the MatMul in the graph.
     """
 
     name: str
@@ -47,15 +49,15 @@ class Layer:
 
 
 class Collector:
-    """The quantizers on a student's linears; `step` says which step's calibrators collect."""
+    """The quantizers on a student's linears; setting `step` selects the calibrators of that step."""
 
-    def __init__(self, student: Student, torch_student: TorchStudent, settings: Settings):
-        """Put modelopt's quantizers on every linear of the wanted parts, by name.
+    def __init__(self, student: Student, torch_student: TorchStudent, settings: CalibrationSettings):
+        """Put modelopt's quantizers on every linear of the parts to calibrate.
 
         Raises:
-            CalibrationError: a linear of the bundle's graph is not in the torch student.
+            CalibrationError: a linear of the bundle's graph is not a linear layer in the torch student.
         """
-        self.parts: dict[str, dict[str, Layer]] = {}
+        self.parts: dict[str, dict[str, CalibratedLayer]] = {}
         for part in settings.parts:
             steps = settings.num_inference_steps if part == STEPPED else 1
             self.parts[part] = {}
@@ -64,7 +66,7 @@ class Collector:
                 if not isinstance(linear, nn.Linear):
                     raise CalibrationError(f"{part}: {name} must be a linear layer, got {type(linear).__name__}")
                 calibrators = [make_calibrator(name, settings.method, settings.percentile) for _ in range(steps)]
-                layer = Layer(name, module, linear, calibrators, [0.0] * steps, [0] * steps)
+                layer = CalibratedLayer(name, module, linear, calibrators, [0.0] * steps, [0] * steps)
                 self.parts[part][name] = layer
         for part, layers in self.parts.items():
             _quantizers(part, layers)
@@ -74,7 +76,7 @@ class Collector:
 
     @property
     def step(self) -> int:
-        """The step that is being drawn, from 0; text encoders have step 0 alone."""
+        """The current step, counted from 0; text encoders have only step 0."""
         return self._step
 
     @step.setter
@@ -84,17 +86,17 @@ class Collector:
             for layer in layers.values():
                 layer.linear.input_quantizer._calibrator = layer.calibrators[step if part == STEPPED else 0]
 
-    def ranges(self) -> dict[str, dict[str, Range]]:
-        """Everything collected, by part and layer.
+    def ranges(self) -> dict[str, dict[str, ActivationRange]]:
+        """The collected ranges, by part and layer.
 
         Raises:
-            CalibrationError: a linear saw nothing but zeros, or nothing at all.
+            CalibrationError: a linear got only zeros as input, or was never called.
         """
         return {
             part: {name: _range(part, layer) for name, layer in layers.items()} for part, layers in self.parts.items()
         }
 
-    def _output_hook(self, part: str, layer: Layer) -> Any:
+    def _output_hook(self, part: str, layer: CalibratedLayer) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             step = self._step if part == STEPPED else 0
             peak = float(output.abs().amax())
@@ -107,28 +109,21 @@ class Collector:
 
 
 def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterator[tuple[str, nn.Module]]:
-    """The linears of the part's graph: contract name, and the module of the torch student that it stands for."""
+    """The linears of the part's graph: the name in the graph, and the module of the torch student."""
     described = next(p for p in student.parts("float32") if p.name == part)
-    root = _root(torch_student, part)
-    for name, module in described.module.named_modules():
-        if isinstance(module, MatMul) and module.weight.numel():  # one mode has no gammas
-            yield described.rename(f"{name}.weight").removesuffix(".weight"), root.get_submodule(name)
-
-
-def _root(torch_student: TorchStudent, part: str) -> nn.Module:
-    """The module below which the torch student has the part's names."""
     if part == STEPPED:
-        return nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
-    if part == "text_encoder_2":
-        return torch_student.pipe.text_encoder_2.encoder
-    return torch_student.pipe.text_encoder.model.language_model
+        root: nn.Module = nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
+    else:
+        root = attrgetter(facts(student.family).calibrated[part])(torch_student.pipe)
+    for layer, name in linear_names(described).items():
+        yield layer, root.get_submodule(name)
 
 
-def _quantizers(part: str, layers: dict[str, Layer]) -> None:
+def _quantizers(part: str, layers: dict[str, CalibratedLayer]) -> None:
     """Give each linear an input quantizer that collects and does not quantise.
 
-    modelopt is shown a collection of the linears alone: nothing of its default exclusions or of its replacements of
-    attention and LoRA layers, which would change the student's numbers, applies to it.
+    modelopt gets a ModuleDict with the linears only. So its default exclusions, and its replacements of attention and
+    LoRA layers, which would change the student's numbers, do not apply.
     """
     import modelopt.torch.quantization as mtq
 
@@ -141,7 +136,7 @@ def _quantizers(part: str, layers: dict[str, Layer]) -> None:
         ],
         "algorithm": None,
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many it inserted
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many quantizers it inserted
         mtq.quantize(linears, config)
     enabled = {name for name, module in linears.named_modules() if getattr(module, "is_enabled", False)}
     assert enabled == wanted, f"{part}: modelopt quantises {sorted(enabled ^ wanted)} contrary to what it was told"
@@ -150,36 +145,42 @@ def _quantizers(part: str, layers: dict[str, Layer]) -> None:
         layer.linear.input_quantizer.enable_calib()
 
 
-def _range(part: str, layer: Layer) -> Range:
+def _range(part: str, layer: CalibratedLayer) -> ActivationRange:
     for step, calibrator in enumerate(layer.calibrators):
         if calibrator.peak == 0:
-            seen = "saw nothing but zeros" if layer.samples[step] else "was never called"
+            seen = "saw only zeros" if layer.samples[step] else "was never called"
             raise CalibrationError(f"{part}: {layer.name} {seen} at step {step}; calibrate on other prompts")
-    return Range(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
+    return ActivationRange(tuple(c.amax() for c in layer.calibrators), layer.samples[0], tuple(layer.output_peaks))
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Prompts that are drawn together: (index, text) each, and the size in pixels."""
+class PromptBatch:
+    """Prompts that run together, as (index, text) pairs, and their image size in pixels."""
 
     prompts: tuple[tuple[int, str], ...]
     height: int
     width: int
 
 
-def plan_batches(prompts: Prompts, settings: Settings) -> list[Batch]:
-    """Cut prompts into batches of one size each, always the same way."""
+def plan_batches(prompts: Prompts, settings: CalibrationSettings) -> list[PromptBatch]:
+    """Split the prompts into batches of one image size each; the split is deterministic."""
     batches = []
     for s, (height, width) in enumerate(settings.sizes):
         mine = list(enumerate(prompts.texts))[s :: len(settings.sizes)]
         for start in range(0, len(mine), settings.batch):
-            batches.append(Batch(tuple(mine[start : start + settings.batch]), height, width))
+            batches.append(PromptBatch(tuple(mine[start : start + settings.batch]), height, width))
     return batches
 
 
 @torch.inference_mode()
-def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale: float | None, on: Collector) -> None:
-    """Draw a batch without decoding it, while `on` collects; a text encoder sees each prompt once."""
+def generate_batch(
+    student: TorchStudent,
+    batch: PromptBatch,
+    settings: CalibrationSettings,
+    guidance_scale: float | None,
+    on: Collector,
+) -> None:
+    """Generate a batch without decoding it, while `on` collects; text encoders run once per prompt."""
     encoded = student.encode_batch([text for _, text in batch.prompts], settings.max_sequence_length)
     if STEPPED not in on.parts:
         return
@@ -194,7 +195,7 @@ def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale
         )
         for index, _ in batch.prompts
     ]
-    sigmas = schedule(settings.num_inference_steps)
+    sigmas = student.schedule(settings.num_inference_steps)
     for group in _equal_lengths([states.shape[1] for states, _ in encoded]):
         states = torch.cat([encoded[i][0] for i in group])
         vectors = [pooled for i in group if (pooled := encoded[i][1]) is not None]
@@ -202,35 +203,37 @@ def draw(student: TorchStudent, batch: Batch, settings: Settings, guidance_scale
         x = pack(torch.cat([noise[i] for i in group]).to(student.device))
         for step in range(settings.num_inference_steps):
             on.step = step
-            size = (batch.height, batch.width, _GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
+            size = (batch.height, batch.width, DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
             heads = student.predict(x, sigmas[step], states, pooled, *size)
             x = integrate(x, *heads, float(sigmas[step]), float(sigmas[step + 1]))
     on.step = 0
 
 
 def _equal_lengths(lengths: list[int]) -> list[list[int]]:
-    """Indices of equal text lengths; Qwen-Image's states have their prompt's length and no mask."""
+    """Group indices by text length. Qwen-Image has no text mask, so only prompts of equal length can share a call."""
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault(length, []).append(i)
     return list(groups.values())
 
 
-def guidance(student: Student, settings: Settings) -> float | None:
-    """The guidance scale that the student is told; None where it takes none.
+def guidance(student: Student, settings: CalibrationSettings) -> float | None:
+    """The guidance scale for the student, or None if it takes none.
 
     Raises:
-        CalibrationError: one was asked for and the student takes none.
+        CalibrationError: the settings give a guidance scale, but the student takes none.
     """
-    if student.family == "flux" and student.config.get("guidance_embeds"):
-        return _GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
+    if student.outline.guidance:
+        return DEFAULT_GUIDANCE_SCALE if settings.guidance_scale is None else settings.guidance_scale
     if settings.guidance_scale is not None:
         raise CalibrationError("--guidance-scale: this student takes none; leave it out")
     return None
 
 
-def describe(student: Student, prompts: Prompts, settings: Settings, parts: dict[str, dict[str, Range]]) -> Scales:
-    """The file of scales of what was collected."""
+def describe(
+    student: Student, prompts: Prompts, settings: CalibrationSettings, parts: dict[str, dict[str, ActivationRange]]
+) -> Scales:
+    """Put the collected ranges and their origin into a `Scales` object."""
     base, adapter, loras = student.sources
     return Scales(
         base=base,
@@ -248,6 +251,8 @@ def describe(student: Student, prompts: Prompts, settings: Settings, parts: dict
         parts=parts,
         dtype=settings.dtype,
         max_sequence_length=settings.max_sequence_length,
+        shift=settings.shift,
+        timestep_ratio=settings.timestep_ratio,
     )
 
 

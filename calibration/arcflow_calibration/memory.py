@@ -1,4 +1,4 @@
-"""A student and settings -> whether its weights stay on disk, and what that costs, before anything is loaded."""
+"""Decide before loading whether a student's weights must stay on disk during calibration, and what that costs."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
-from arcflow_calibration.options import Settings
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_export.errors import CalibrationError
 from arcflow_export.options import PARTS
 from arcflow_export.student.load import Student
 from arcflow_export.student.memory import GIB, added_bytes, free_bytes, stays_on_disk, weight_bytes
 
-#: Values of the transformer's width that one token needs at once: in a single block of FLUX the input and output, the
-#: MLP before and after its activation (4 each), q, k, v before and after the rotation (6), the concatenated input of
-#: the last linear (5), its absolute value for the calibrator (5).
+#: Values in memory at once for one token, in units of the transformer's width. In a single block of FLUX: input and
+#: output (2), the MLP before and after its activation (4 each), q, k, v before and after the rotation (6), the
+#: concatenated input of the last linear (5), and its absolute value for the calibrator (5).
 _WIDTHS = 26
-#: Of Qwen-Image's text encoder only the language model is used, up to its hidden states.
+#: Unused weights of Qwen-Image's text encoder: only its language model is used, up to the hidden states.
 _UNUSED = ("visual.", "model.visual.", "lm_head.")
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a calibration: all `weights`; the `least` memory it can do with; what is `read` from disk otherwise.
+    """Memory and disk traffic of a calibration, in bytes.
 
-    `read` is per network call, `read_text` per batch of prompts.
+    `weights`: all weights in memory. `least`: the smallest memory that is enough, with weights on disk. Then `read` is
+    read from disk for each network call, and `read_text` for each batch of prompts.
     """
 
     weights: int
@@ -33,11 +34,12 @@ class Footprint:
     read_text: int
 
 
-def plan_memory(student: Student, settings: Settings) -> tuple[bool, str | None]:
-    """Whether the base's weights stay on disk, and a sentence that says why and what it costs, for the user.
+def plan_memory(student: Student, settings: CalibrationSettings) -> tuple[bool, str | None]:
+    """Decide whether the base's weights stay on disk; if so, also return a sentence with the reason and cost.
 
     Raises:
-        CalibrationError: not even one layer's weights fit at a time; says how much is needed and free, and what to do.
+        CalibrationError: even one layer at a time does not fit; the message says what is needed, what is free, and what
+            to do.
     """
     footprint, free = measure(student, settings), free_bytes(settings.device)
     if not stays_on_disk(footprint.weights, free):
@@ -47,7 +49,7 @@ def plan_memory(student: Student, settings: Settings) -> tuple[bool, str | None]
         raise CalibrationError(
             f"calibration needs at least {_gib(footprint.least)} of memory in {settings.dtype}, even with one layer in "
             f"memory at a time, {_gib(free)} are free; give {smaller}smaller --sizes or --batch, or calibrate on a "
-            "machine with more: scales.json is small and is used on any machine"
+            "machine with more memory: scales.json is small and can be used on any machine"
         )
     return True, (
         f"the student's weights need {_gib(footprint.weights)} of memory in {settings.dtype}, {_gib(free)} are free: "
@@ -56,8 +58,8 @@ def plan_memory(student: Student, settings: Settings) -> tuple[bool, str | None]
     )
 
 
-def measure(student: Student, settings: Settings) -> Footprint:
-    """The bytes of a calibration, from the files' headers and the settings alone."""
+def measure(student: Student, settings: CalibrationSettings) -> Footprint:
+    """Compute the footprint of a calibration, from file headers and settings alone."""
     dtype = getattr(torch, settings.dtype)
     dtypes = dict.fromkeys(PARTS, dtype)
     vae = sum(ref.numel for ref in student.indexes["vae"].values()) * dtype.itemsize

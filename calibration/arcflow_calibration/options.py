@@ -1,26 +1,29 @@
-"""What a calibration can be told, and its defaults; light to import, so that the command line can read it."""
+"""The settings of `arcflow calibrate` and their defaults.
+
+Imports no heavy library, so that the command line can read the defaults quickly.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from arcflow_export.formats.scales import STEPPED, DType, Method
+from arcflow_export.options import SHIFT, TIMESTEP_RATIO
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
-#: The parts with linears to quantise, by family. CLIP is a hundredth of FLUX and stays as it is.
-PARTS = {"flux": (STEPPED, "text_encoder_2"), "qwen-image": (STEPPED, "text_encoder")}
-#: Of --method percentile: 1 value in 100,000 is clipped.
+#: Default of --percentile: 1 value in 100,000 is clipped.
 PERCENTILE = 99.999
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationSettings:
     """How to calibrate.
 
-    `percentile` is None for the other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
-    number. Prompt i starts from the noise of seed `seed` + i. `guidance_scale` None is the student's usual 3.5, or
-    nothing where it takes none. `batch` prompts of one size and text length share a network call.
+    `percentile` is None for other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
+    number. Prompt i starts from the noise of seed `seed` + i. A `guidance_scale` of None means the usual 3.5, or no
+    guidance if the student takes none. Up to `batch` prompts of one size and text length share a network call. `shift`
+    and `timestep_ratio` are the student's schedule, the same as for the export.
     """
 
     method: Method = "max"
@@ -34,3 +37,5 @@ class Settings:
     max_sequence_length: int = 512
     dtype: DType = "float32"
     device: str = "cpu"
+    shift: float = SHIFT
+    timestep_ratio: float = TIMESTEP_RATIO

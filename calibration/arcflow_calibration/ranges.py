@@ -1,13 +1,14 @@
-"""Ranges of one linear's input at one step: modelopt's calibrators, in a form that can be saved and resumed.
+"""Calibrators: the range of one linear's input at one step. They make modelopt's calibrators resumable.
 
-nvidia-modelopt 0.47's histogram calibrator was made for integers, and three of its ways are wrong here:
+nvidia-modelopt 0.47's histogram calibrator was made for integers. Three things in it are wrong for our use:
 
-1. Counts are float32 and read as int32: a bin stops at 2^24 values per call and wraps at 2^31 in all, and FLUX has
-   5 10^7 activations per linear and prompt. So calls are split, and counts are kept in int64.
-2. The number of bins grows with the range without bound. Here it is fixed: the range doubles, pairs of bins merge.
-3. Its percentile is the bin's lower edge, which is 0 where one value is 2048 times the rest; its search for the least
-   squared error raises TypeError for E4M3. So the upper edge is taken, and modelopt's other search, MseCalibrator, is
-   run on the bins' centres, weighted by their counts.
+1. It counts in float32 and reads the counts as int32, so a bin stops at 2^24 values per call and wraps at 2^31 in
+   total. FLUX has 5 10^7 activations per linear and prompt. Here calls are split, and counts are kept in int64.
+2. Its number of bins grows with the range without bound. Here the number is fixed: if the range must grow, it doubles,
+   and pairs of bins are merged.
+3. Its percentile is the lower edge of a bin, which is 0 if one value is 2048 times the others. Its search for the least
+   squared error raises TypeError for E4M3. Here the upper edge is used, and modelopt's other search, MseCalibrator,
+   runs on the centres of the bins, weighted by their counts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.scales import Method
 
-with warnings.catch_warnings():  # it remarks on any transformers newer than itself
+with warnings.catch_warnings():  # modelopt warns about every newer version of transformers
     warnings.simplefilter("ignore", UserWarning)
     from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
     from modelopt.torch.quantization.calib.mse import MseCalibrator
@@ -28,21 +29,21 @@ with warnings.catch_warnings():  # it remarks on any transformers newer than its
 
 E4M3 = (4, 3)
 BINS = 4096
-#: float32 counts whole numbers up to here.
+#: float32 counts integers exactly up to here.
 _EXACT = 1 << 24
-#: The least share of the largest value that --method mse may clip to, and its step.
+#: The search of --method mse: it clips to shares of the largest value from _LEAST to 1, in steps of _STEP.
 _LEAST, _STEP = 1 / 16, 1 / 512
 
 
 class Calibrator(Protocol):
-    """What collects a range: `peak` is the largest |value| seen, `counts` [BINS] int64 its histogram over `span`."""
+    """Collects a range: `peak` is the largest |value|, `counts` [BINS] int64 a histogram of |value| over [0, span]."""
 
     peak: float
     counts: torch.Tensor | None
     span: float
 
     def restore(self, peak: float, counts: torch.Tensor | None, span: float) -> None:
-        """Go on from what a calibrator held."""
+        """Continue from the saved values of a calibrator."""
 
     def amax(self) -> float:
         """The range by the calibrator's method."""
@@ -54,7 +55,7 @@ def make_calibrator(layer: str, method: Method, percentile: float | None) -> Cal
 
 
 class _Max(MaxCalibrator):
-    """The largest absolute value."""
+    """Collects the largest absolute value."""
 
     _calib_amax: torch.Tensor | None
     counts: torch.Tensor | None = None
@@ -65,23 +66,23 @@ class _Max(MaxCalibrator):
         self._layer = layer
 
     def collect(self, x: torch.Tensor) -> None:
-        """Take in activations of any shape.
+        """Add activations of any shape.
 
         Raises:
-            CalibrationError: one of them is NaN or Inf.
+            CalibrationError: an activation is NaN or Inf.
         """
         _largest(x, self._layer)
         if self._calib_amax is not None:
-            self._calib_amax = self._calib_amax.to(x.device)  # a restored one is on the host
+            self._calib_amax = self._calib_amax.to(x.device)  # a restored value is on the host
         super().collect(x)
 
     @property
     def peak(self) -> float:
-        """The largest |value|, 0 before anything was collected."""
+        """The largest |value|, or 0 if nothing was collected."""
         return 0.0 if self._calib_amax is None else float(self._calib_amax)
 
     def restore(self, peak: float, counts: torch.Tensor | None, span: float) -> None:
-        """Go on from `peak`."""
+        """Continue from `peak`."""
         self._calib_amax = torch.tensor(peak)
 
     def amax(self) -> float:
@@ -90,9 +91,9 @@ class _Max(MaxCalibrator):
 
 
 class _Histogram(HistogramCalibrator):
-    """A histogram of absolute values over [0, span]; the method is percentile, or mse where `percentile` is None."""
+    """A histogram of absolute values over [0, span]; the method is percentile, or mse if `percentile` is None."""
 
-    #: Tensors while modelopt collects into them, arrays when it reads them.
+    #: modelopt collects into tensors, but reads numpy arrays.
     _calib_hist: Any
     _calib_bin_edges: Any
 
@@ -103,10 +104,10 @@ class _Histogram(HistogramCalibrator):
         self.counts = torch.zeros(BINS, dtype=torch.int64)
 
     def collect(self, x: torch.Tensor) -> None:
-        """Take in activations of any shape.
+        """Add activations of any shape.
 
         Raises:
-            CalibrationError: one of them is NaN or Inf.
+            CalibrationError: an activation is NaN or Inf.
         """
         peak = _largest(x, self._layer)
         if self.span == 0:
@@ -125,23 +126,23 @@ class _Histogram(HistogramCalibrator):
             self.counts += self._calib_hist.long().cpu()
 
     def restore(self, peak: float, counts: torch.Tensor | None, span: float) -> None:
-        """Go on from another's state."""
+        """Continue from the saved values of a calibrator."""
         assert counts is not None
         self.peak, self.counts, self.span = peak, counts.clone(), span
 
     def amax(self) -> float:
-        """The range by percentile or least squared error, at most the largest |value|."""
+        """The range, by percentile or by least squared error; at most the largest |value|."""
         edges = torch.linspace(0, self.span, BINS + 1, dtype=torch.float64)
         if self._percentile is None:
             return min(self.peak, _least_error(self.counts, edges, self.peak))
-        # As numpy arrays they are taken as they are, not through int32.
+        # modelopt converts tensors to int32, but uses numpy arrays unchanged.
         self._calib_hist, self._calib_bin_edges = self.counts.numpy(), edges.numpy()
         lower = float(self.compute_amax("percentile", percentile=self._percentile))
         return min(self.peak, lower + self.span / BINS)
 
 
 def _least_error(counts: torch.Tensor, edges: torch.Tensor, peak: float) -> float:
-    """The range up to `peak` with the least squared error of E4M3, of values at the bins' centres."""
+    """The range up to `peak` that gives the least squared error in E4M3, for values at the centres of the bins."""
     weights = counts.double()
     search = MseCalibrator(
         torch.tensor(peak),

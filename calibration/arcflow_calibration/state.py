@@ -1,8 +1,8 @@
-"""The state of a running calibration <-> one safetensors file, which cannot run code when read.
+"""Save and load the state of a running calibration, as one safetensors file (which cannot run code when read).
 
-Per part and with L layers and S steps: `PART.peak`, `PART.span`, `PART.output` [L, S] float64, `PART.samples` [L, S]
-int64 and, where there are histograms, `PART.counts` [L, S, bins] int64. The metadata holds JSON: the settings, the
-layers' names, and how many batches are done.
+For each part with L layers and S steps it holds `PART.peak`, `PART.span`, `PART.output` [L, S] float64, `PART.samples`
+[L, S] int64 and, for methods with histograms, `PART.counts` [L, S, bins] int64. The metadata holds JSON: the settings,
+the layers' names, and the number of batches done.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from arcflow_calibration.collect import Collector, Layer, guidance, tools
-from arcflow_calibration.options import Settings
+from arcflow_calibration.collect import CalibratedLayer, Collector, guidance, tools
+from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import BINS
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
@@ -31,15 +31,15 @@ _KEY = "calibration"
 
 
 def state_path(out: Path) -> Path:
-    """Where the state of the calibration that writes `out` is."""
+    """The path of the state of the calibration that writes `out`."""
     return out.with_name(f"{out.name}.state.safetensors")
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Check that `out` can be written, before any work is done for it.
+    """Check that `out` can be written; called before any long work.
 
     Raises:
-        CalibrationError: `out` exists and may not be replaced, or its folder does not exist or cannot be written to.
+        CalibrationError: `out` exists and may not be replaced, or its folder does not exist or is not writable.
     """
     if not out.absolute().parent.is_dir():
         raise CalibrationError(f"--out: {out.absolute().parent} is not a directory; create it first")
@@ -52,18 +52,18 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Keep others from calibrating for the same `out`.
+    """Hold a lock, so that no other run calibrates for the same `out`.
 
     Raises:
-        CalibrationError: another run does, or the file system has no locks.
+        CalibrationError: another run holds it, or the file system does not support locks.
     """
     busy = f"another run is writing {out}; wait for it or give another name"
     with locked(hidden(out, "lock"), lambda text: CalibrationError(f"--out: {text}"), busy):
         yield
 
 
-def settings_of(student: Student, prompts: Prompts, settings: Settings) -> dict[str, Any]:
-    """Everything that the numbers depend on, by the name that an error calls it."""
+def settings_of(student: Student, prompts: Prompts, settings: CalibrationSettings) -> dict[str, Any]:
+    """Everything that the numbers depend on, by the name that error messages use."""
     base = [index for _, index in sorted(student.indexes.items())]
     return {
         "base": _fingerprint([path for index in base for path in index.files]),
@@ -79,6 +79,8 @@ def settings_of(student: Student, prompts: Prompts, settings: Settings) -> dict[
         "seed": settings.seed,
         "batch": settings.batch,
         "max-sequence-length": settings.max_sequence_length,
+        "shift": settings.shift,
+        "timestep-ratio": settings.timestep_ratio,
         "dtype": settings.dtype,
         "device": settings.device,
         "tools": tools(),
@@ -86,7 +88,7 @@ def settings_of(student: Student, prompts: Prompts, settings: Settings) -> dict[
 
 
 def save_state(path: Path, collector: Collector, settings: dict[str, Any], done: int) -> None:
-    """Write what was collected in the first `done` batches; an older file stays until this one is complete."""
+    """Save the results of the first `done` batches; an older file stays until this one is complete."""
     tensors: dict[str, torch.Tensor] = {}
     for part, layers in collector.parts.items():
         rows = layers.values()
@@ -104,10 +106,10 @@ def save_state(path: Path, collector: Collector, settings: dict[str, Any], done:
 
 
 def load_state(path: Path, collector: Collector, settings: dict[str, Any]) -> int:
-    """Put a saved state back into `collector`; `check_state` comes first. Returns how many batches are done.
+    """Load a saved state into `collector` and return the number of batches done. Call `check_state` first.
 
     Raises:
-        CalibrationError: the file is damaged or of other layers.
+        CalibrationError: the file is damaged, or its layers are not the student's.
     """
     facts = _facts(path)
     names = {part: list(layers) for part, layers in collector.parts.items()}
@@ -119,7 +121,7 @@ def load_state(path: Path, collector: Collector, settings: dict[str, Any]) -> in
             for part, layers in collector.parts.items():
                 _restore(f, part, list(layers.values()), settings["method"] != "max")
     except (SafetensorError, ValueError) as e:
-        raise CalibrationError(f"{path} is damaged ({e}); --overwrite begins anew") from None
+        raise CalibrationError(f"{path} is damaged ({e}); --overwrite starts again") from None
     return done
 
 
@@ -127,15 +129,15 @@ def check_state(path: Path, settings: dict[str, Any]) -> None:
     """Check that a saved state was made with these settings and weights.
 
     Raises:
-        CalibrationError: it was not, and the message names every setting that differs; or the file is damaged.
+        CalibrationError: settings differ (the message names all of them), or the file is damaged.
     """
     theirs = _facts(path).get("settings")
     theirs = theirs if isinstance(theirs, dict) else {}
     wrong = [_difference(name, theirs.get(name), mine) for name, mine in settings.items() if theirs.get(name) != mine]
     if wrong:
         raise CalibrationError(
-            f"{path} holds a stopped run with other settings: {'; '.join(wrong)}. Give the same ones to continue it, "
-            "or --overwrite to begin anew"
+            f"{path} holds a stopped run with other settings: {'; '.join(wrong)}. "
+            "Give the same settings to continue it, or --overwrite to start again"
         )
 
 
@@ -150,13 +152,13 @@ def _facts(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as f:
             facts = json.loads((f.metadata() or {})[_KEY])
         if not isinstance(facts, dict):
-            raise ValueError("no object")
+            raise ValueError("not a JSON object")
         return facts
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as e:
-        raise CalibrationError(f"{path} is no state of a calibration ({e}); --overwrite begins anew") from None
+        raise CalibrationError(f"{path} is not a calibration state ({e}); --overwrite starts again") from None
 
 
-def _restore(f: Any, part: str, layers: list[Layer], histograms: bool) -> None:
+def _restore(f: Any, part: str, layers: list[CalibratedLayer], histograms: bool) -> None:
     shape = (len(layers), len(layers[0].calibrators))
     peak, span, output = (_tensor(f, f"{part}.{name}", shape, torch.float64) for name in ("peak", "span", "output"))
     samples = _tensor(f, f"{part}.samples", shape, torch.int64)
@@ -184,6 +186,6 @@ def _files(path: Path) -> list[Path]:
 
 
 def _fingerprint(paths: list[Path]) -> str:
-    """Names, sizes and times of change: a file that was written again differs, even if its header does not."""
+    """A hash of names, sizes and modification times; it differs if a file was written again, even unchanged."""
     facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,19 +1,24 @@
-"""A file of scales -> what to look at: how far the steps differ, and what would overflow float16."""
+"""Summarise a scales file: how much the ranges differ between steps, and which layers would overflow float16."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 
-from arcflow_export.formats.scales import FP16_MAX, Range, Scales
+from arcflow_export.formats.scales import ActivationRange, Scales
+from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
-#: Steps that differ by more are counted: E4M3 holds 15 binades at full precision, this is one of them.
+#: Layers whose steps differ by more than this factor are counted. It is one of E4M3's 15 binades of full precision.
 FACTOR = 2.0
 
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One part: `ratio` is the largest of a layer's steps over its smallest, at `ratio_layer`."""
+    """The summary of one part.
+
+    `ratio`: the largest ratio between two steps of one layer, `ratio_layer`. `differing`: number of layers whose steps
+    differ by more than `FACTOR`. `overflowing`: layers whose output exceeds float16's range.
+    """
 
     part: str
     layers: int
@@ -24,7 +29,7 @@ class PartSummary:
 
 
 def summarise(scales: Scales) -> list[PartSummary]:
-    """A summary per part."""
+    """Summarise each part."""
     summaries = []
     for part, layers in scales.parts.items():
         ratios = {name: max(r.amax) / min(r.amax) for name, r in layers.items()}
@@ -35,12 +40,12 @@ def summarise(scales: Scales) -> list[PartSummary]:
     return summaries
 
 
-def _overflows(r: Range) -> bool:
-    return r.output_amax is not None and max(r.output_amax) > FP16_MAX
+def _overflows(r: ActivationRange) -> bool:
+    return r.output_amax is not None and max(r.output_amax) > FLOAT16_MAX
 
 
 def table(summaries: list[PartSummary]) -> str:
-    """The summary as text."""
+    """The summary as a text table."""
     lines = [f"{'part':16}{'layers':>8}{'largest ratio of steps':>24}{'steps differ > 2x':>20}{'output > 65504':>16}"]
     for s in summaries:
         lines.append(f"{s.part:16}{s.layers:>8}{s.ratio:>23.2f}x{s.differing:>20}{len(s.overflowing):>16}")
@@ -52,5 +57,5 @@ def table(summaries: list[PartSummary]) -> str:
 
 
 def as_dict(summaries: list[PartSummary]) -> dict[str, object]:
-    """The summary for JSON."""
+    """The summary as JSON values."""
     return {"parts": [dataclasses.asdict(s) for s in summaries]}

@@ -1,1 +1,1 @@
-"""ArcFlow distillation: a FLUX or Qwen-Image teacher -> a two-step student, and the small model that shows it."""
+"""Distillation: train a two-step student of a FLUX or Qwen-Image teacher; and the small shapes model."""

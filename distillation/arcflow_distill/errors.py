@@ -1,11 +1,11 @@
-"""The typed exceptions of distillation; each message names the thing, what was expected and what to do."""
+"""The exceptions of distillation and evaluation."""
 
 from arcflow_runtime.errors import ArcFlowError, RequestError
 
 
 class ConfigError(RequestError):
-    """A preset or configuration is missing, malformed or out of range; nothing was run."""
+    """A preset or configuration is missing, malformed or out of range; nothing has been run."""
 
 
 class DistillError(ArcFlowError):
-    """A distillation cannot start or go on."""
+    """A distillation or evaluation cannot start or continue."""

@@ -1,4 +1,4 @@
-"""Run an ArcFlow bundle: prompt -> picture, without torch.
+"""Run an ArcFlow bundle: prompt -> image, without torch.
 
 from arcflow_runtime import Pipeline
 image = Pipeline.load("bundle")("a red circle", seed=42).images[0]
@@ -24,7 +24,7 @@ __all__ = [
     "RequestError",
 ]
 
-# Modules are imported on first use of a name, so that the command line's --help costs no numpy import.
+# Modules are imported on first use of a name, so that `arcflow --help` does not import numpy.
 _MODULES = {
     "ArcFlowError": "arcflow_runtime.errors",
     "Bundle": "arcflow_runtime.disk.bundle",

@@ -1,4 +1,7 @@
-"""Engines by name: a backend's name -> the object that opens a bundle's parts with it."""
+"""Open a backend by name: "onnxruntime", "tensorrt", ... -> a `Backend`, which loads a bundle's parts as engines.
+
+Called by `Pipeline.load`, the commands and the exporter's checks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from arcflow_runtime.errors import EngineError
 if TYPE_CHECKING:
     from arcflow_runtime.engines.base import Backend
 
-#: Each module has a function `create(threads) -> Backend`.
+#: Backend name -> its module, which has a function `create(threads) -> Backend`.
 BACKENDS = {
     "onnxruntime": "arcflow_runtime.engines.onnxruntime",
     "onnxruntime-cuda": "arcflow_runtime.gpu.onnxruntime_backend",
@@ -21,14 +24,15 @@ DEFAULT_BACKEND = "onnxruntime"
 
 
 def open_backend(name: str, threads: int | None = None) -> Backend:
-    """The backend called `name`.
+    """Open the backend `name`.
 
     Args:
         name: a key of `BACKENDS`.
         threads: CPU threads per engine; None lets the engine choose.
 
     Raises:
-        EngineError: no backend has this name.
+        EngineError: there is no backend of this name.
+        RequestError: `threads` is invalid for this backend.
     """
     if name not in BACKENDS:
         raise EngineError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")

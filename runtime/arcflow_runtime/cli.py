@@ -1,4 +1,7 @@
-"""The `arcflow` command: argument list -> exit code (0 done, 1 failed, 2 bad usage, 130 Ctrl-C, 143 terminated)."""
+"""The `arcflow` command: run the subcommand named by the first argument and return an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 Ctrl-C, 143 terminated by SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from types import ModuleType
 from arcflow_runtime.errors import ArcFlowError, RequestError
 from arcflow_runtime.installing import install_command
 
-#: Each module has a docstring for its help, `add_arguments(parser)` and `run(args) -> int`.
+#: Subcommand -> its module. The module's docstring is the help text; it has `add_arguments(parser)` and
+#: `run(args) -> int`.
 COMMANDS = {
     "compile": "arcflow_export.commands.compile",
     "plan": "arcflow_export.commands.plan",
@@ -35,7 +39,7 @@ DONE, FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which option was meant when one is misspelt."""
+    """An argument parser that suggests the nearest option when one is misspelt."""
 
     def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
         args, rest = self.parse_known_intermixed_args(argv)
@@ -46,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; `argv` is `sys.argv[1:]` where None. Returns the exit code."""
+    """Run one subcommand and return its exit code; `argv` defaults to `sys.argv[1:]`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arcflow: error: unknown command {name!r}{_suggest(name, COMMANDS)}", file=sys.stderr)
         print(f"the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return BAD_USAGE
-    # As an exception, so that what is half-written is cleaned up.
+    # SIGTERM raises an exception, so that `finally` blocks remove unfinished files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         return _run(name, argv[1:])
@@ -89,10 +93,10 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def check_usage(argv: Sequence[str]) -> None:
-    """Parse the arguments of one subcommand, `argv[0]`, without running it.
+    """Check the arguments of the subcommand `argv[0]` without running it.
 
     Raises:
-        SystemExit: they are wrong; what is wrong was printed.
+        SystemExit: the arguments are wrong; the reason was printed.
     """
     name, *rest = argv
     _parser(name, importlib.import_module(COMMANDS[name])).parse_strictly(rest)
@@ -118,11 +122,11 @@ def _overview() -> str:
         except ModuleNotFoundError:
             summary = f"(not installed: {install_command(_package(name))})"
         lines.append(f"  {name:14}{summary}")
-    return "\n".join([*lines, "", "`arcflow COMMAND --help` explains one."])
+    return "\n".join([*lines, "", "Run `arcflow COMMAND --help` for the options of a command."])
 
 
 def _package(name: str) -> str:
-    """The package that a command is in."""
+    """The package that holds the command `name`."""
     return COMMANDS[name].split(".")[0]
 
 

@@ -1,17 +1,17 @@
-"""The typed exceptions of the runtime; each message names the thing, what was expected and what to do."""
+"""The runtime's exception classes. Each message says what must be, what was found and what to do next."""
 
 
 class ArcFlowError(Exception):
-    """Base of every error raised on purpose; the command line prints it without a traceback."""
+    """Base class of every error raised on purpose; the command line prints it without a traceback."""
 
 
 class BundleError(ArcFlowError):
-    """A bundle is missing, damaged, of another version, or does not hold what was asked of it."""
+    """A bundle is missing, damaged, of an unsupported version, or lacks something that it must contain."""
 
 
 class RequestError(ArcFlowError, ValueError):
-    """A request's argument is out of range; nothing was run."""
+    """An argument of a request or command is invalid; nothing was run."""
 
 
 class EngineError(ArcFlowError):
-    """An engine cannot run a graph, or failed while running it."""
+    """An engine cannot be found, built or loaded, or it failed while running."""

@@ -1,10 +1,10 @@
-"""What to run for a package that is missing: a module's name -> a pip command."""
+"""Name the pip command that installs a missing module; used in error messages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: The extra of this project that installs a module; see pyproject.toml.
+#: Third-party module -> the extra of this project (see pyproject.toml) that installs it.
 _EXTRA_OF_MODULE = {
     "cuda": "gpu",
     "modelopt": "calibrate",
@@ -14,20 +14,20 @@ _EXTRA_OF_MODULE = {
     "pydantic": "distill",
     "tensorrt_rtx": "tensorrt-rtx",
 }
-#: The extra of a package of this project, whose modules need more than the runtime.
+#: Package of this project that needs more than the runtime -> its extra.
 _EXTRA_OF_PACKAGE = {"arcflow_export": "export", "arcflow_calibration": "calibrate", "arcflow_distill": "distill"}
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def install_command(package: str, module: str = "") -> str:
-    """The command that installs what `package` of this project lacks.
+    """The pip command that installs what `package` needs.
 
     Args:
-        package: such as "arcflow_export".
-        module: the module that was not found; its own extra, where it has one, goes before the package's.
+        package: a package of this project, such as "arcflow_export".
+        module: the module whose import failed. If it has an extra of its own, that extra is named, not the package's.
 
     Returns:
-        A pip command, with the path of the checkout where this code runs from one.
+        A pip command. It names the checkout's path if this code runs from a checkout.
     """
     extra = _EXTRA_OF_MODULE.get(module.partition(".")[0]) or _EXTRA_OF_PACKAGE.get(package)
     wanted = f"[{extra}]" if extra else ""

@@ -1,10 +1,10 @@
-"""Compile the kernels with nvcc: their source -> `arcflow.fatbin`, a record of it, and a table of registers.
+"""Compile the CUDA kernels with nvcc: their source -> `arcflow.fatbin` with a JSON record, and a table of registers.
 
     python runtime/kernels/build.py [--nvcc NVCC] [--arch 75,90] [--out FOLDER] [--json]
 
-Fails if a kernel spills registers or needs a stack on any architecture. The fatbin holds machine code of each
-architecture that this nvcc has and PTX of the newest, which drivers compile for GPUs that are newer still.
-`arcflow.fatbin.json` beside it names the source and architectures, so that the runtime knows whether to use it.
+Fails if a kernel spills registers or needs a stack on any architecture. The fatbin holds machine code for each
+architecture that this nvcc supports, and PTX for the newest, which drivers compile for newer GPUs. The record,
+`arcflow.fatbin.json`, has the source's hash and the architectures, by which the runtime decides whether to use it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-#: Files of the one program, in order; those that include others stand behind them.
+#: Source files, concatenated in this order into one program; a file comes after those that it includes.
 SOURCES = ("update_math.h", "update.cu", "noise_math.h", "noise.cu")
-#: Compute capabilities of GPUs in use; those that nvcc does not know are left out.
+#: Compute capabilities, as in sm_75, to compile for; those that nvcc does not support are skipped.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 110, 120, 121)
 
 _KERNEL = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'")
@@ -38,7 +38,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel needs on one architecture, of ptxas's report."""
+    """Resources of one kernel on one architecture, from ptxas's report."""
 
     arch: int
     kernel: str
@@ -48,25 +48,25 @@ class Usage:
 
 
 def find_nvcc(named: str | None = None) -> str | None:
-    """The nvcc that is named, on the path, or in CUDA's usual folder; None where there is none."""
+    """The path of nvcc: the `named` one, or else one on PATH or in CUDA's usual folder; None if there is none."""
     candidates = [named] if named else ["nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"]
     return next((found for c in candidates if c and (found := shutil.which(c))), None)
 
 
 def known_architectures(nvcc: str) -> list[int]:
-    """Those of `ARCHITECTURES` that this nvcc compiles for."""
+    """The members of `ARCHITECTURES` that this nvcc supports."""
     listed = _run([nvcc, "--list-gpu-arch"])
     return [a for a in ARCHITECTURES if re.search(rf"^compute_{a}$", listed, re.MULTILINE)]
 
 
 def program() -> str:
-    """The kernels as one text without includes, as the runtime gives it to NVRTC."""
+    """The kernels' source as one text without includes, the same that the runtime gives to NVRTC."""
     texts = ((HERE / name).read_text(encoding="utf-8") for name in SOURCES)
     return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
 
 
 def compile_fatbin(nvcc: str, architectures: list[int], out: Path) -> list[Usage]:
-    """Compile into the file `out`, and give what every kernel uses.
+    """Compile into the file `out`, and return the resources of every kernel.
 
     Raises:
         BuildError: nvcc fails or warns, or its report lacks a kernel.
@@ -86,7 +86,7 @@ def compile_fatbin(nvcc: str, architectures: list[int], out: Path) -> list[Usage
 
 
 def parse_report(text: str) -> list[Usage]:
-    """The report of `-Xptxas -v`, in its order."""
+    """Parse the report of `-Xptxas -v`, in its order."""
     found, kernel, stack = [], None, None
     for line in text.splitlines():
         if match := _KERNEL.search(line):
@@ -100,10 +100,10 @@ def parse_report(text: str) -> list[Usage]:
 
 
 def check_spills(report: list[Usage]) -> None:
-    """Refuse kernels that spill or have a stack.
+    """Check that no kernel spills registers or needs a stack.
 
     Raises:
-        BuildError: names them.
+        BuildError: some do; the message lists them.
     """
     bad = [u for u in report if u.stack_bytes or u.spill_bytes]
     if bad:
@@ -112,7 +112,7 @@ def check_spills(report: list[Usage]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, print the table, and return the exit code."""
+    """Compile, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description="Compile the kernels with nvcc.")
     parser.add_argument("--nvcc", help="the compiler; by default that of the path or of CUDA_HOME")
     parser.add_argument("--arch", help="compute capabilities, such as 75,90; by default all that nvcc has")

@@ -172,25 +172,37 @@ size_t host_cuda_live(int kind) {
     size_t pending = all.legacy->submitted - all.legacy->done;
     for (const auto &[handle, stream] : all.streams) pending += stream->submitted - stream->done;
     switch (kind) {
-        case HOST_CUDA_DEVICE_BYTES: return live_device_bytes();
-        case HOST_CUDA_PINNED_BYTES: return live_pinned_bytes();
-        case HOST_CUDA_STREAMS: return all.streams.size();
-        case HOST_CUDA_EVENTS: return all.events.size();
-        case HOST_CUDA_GRAPHS: return all.graphs.size();
-        case HOST_CUDA_EXECUTABLES: return all.executables.size();
-        case HOST_CUDA_MODULES: return live_modules();
-        case HOST_CUDA_PENDING: return pending;
-        default: return 0;
+        case HOST_CUDA_DEVICE_BYTES:
+            return live_device_bytes();
+        case HOST_CUDA_PINNED_BYTES:
+            return live_pinned_bytes();
+        case HOST_CUDA_STREAMS:
+            return all.streams.size();
+        case HOST_CUDA_EVENTS:
+            return all.events.size();
+        case HOST_CUDA_GRAPHS:
+            return all.graphs.size();
+        case HOST_CUDA_EXECUTABLES:
+            return all.executables.size();
+        case HOST_CUDA_MODULES:
+            return live_modules();
+        case HOST_CUDA_PENDING:
+            return pending;
+        default:
+            return 0;
     }
 }
 
 CUresult host_cuda_enqueue(CUstream stream, int (*work)(void *), void *user) {
     HOST_CUDA_CALL(context);
-    return submit(stream, {"engine", [=] {
-        in_host_function = true;
-        const int failed = work(user);
-        in_host_function = false;
-        return failed ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
-    }, {}, {}});
+    return submit(stream, {"engine",
+                           [=] {
+                               in_host_function = true;
+                               const int failed = work(user);
+                               in_host_function = false;
+                               return failed ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
+                           },
+                           {},
+                           {}});
 }
 }

@@ -111,9 +111,9 @@ bool Call::unsafe() {
     if (mode_of_thread == CU_STREAM_CAPTURE_MODE_RELAXED) return false;
     for (const auto &capture : state().captures) {
         const bool own = capture->thread == std::this_thread::get_id();
-        const bool conflicts = own ? capture->mode != CU_STREAM_CAPTURE_MODE_RELAXED
-                                   : mode_of_thread == CU_STREAM_CAPTURE_MODE_GLOBAL &&
-                                         capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
+        const bool conflicts =
+            own ? capture->mode != CU_STREAM_CAPTURE_MODE_RELAXED
+                : mode_of_thread == CU_STREAM_CAPTURE_MODE_GLOBAL && capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
         if (!conflicts) continue;
         invalidate(*capture);
         error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
@@ -182,9 +182,9 @@ CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus *status) {
         for (const auto &[other, blocking] : state().streams)
             if (blocking->blocking && blocking->capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
     }
-    *status = stream->capture == nullptr  ? CU_STREAM_CAPTURE_STATUS_NONE
-              : stream->capture->valid    ? CU_STREAM_CAPTURE_STATUS_ACTIVE
-                                          : CU_STREAM_CAPTURE_STATUS_INVALIDATED;
+    *status = stream->capture == nullptr ? CU_STREAM_CAPTURE_STATUS_NONE
+              : stream->capture->valid   ? CU_STREAM_CAPTURE_STATUS_ACTIVE
+                                         : CU_STREAM_CAPTURE_STATUS_INVALIDATED;
     return CUDA_SUCCESS;
 }
 
@@ -224,8 +224,9 @@ CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
     if (found == state().executables.end() || stream == nullptr) return CUDA_ERROR_INVALID_VALUE;
     Executable &executable = *found->second;
     const bool captured = stream->capture != nullptr;
-    const CUresult result = submit(stream, {"graph", [graph = executable.graph] { return run(*graph); },
-                                            events_of(*executable.graph), {executable.last}});
+    const CUresult result = submit(
+        stream,
+        {"graph", [graph = executable.graph] { return run(*graph); }, events_of(*executable.graph), {executable.last}});
     if (result == CUDA_SUCCESS && !captured) executable.last = {stream, stream->submitted};
     return result;
 }

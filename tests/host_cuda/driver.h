@@ -146,7 +146,7 @@ public:
     bool unsafe();
 };
 
-#define HOST_CUDA_CALL(needs)                          \
+#define HOST_CUDA_CALL(needs) \
     ::host_cuda::Call call(__func__, ::host_cuda::Needs::needs); \
     if (call.error != CUDA_SUCCESS) return call.error
 

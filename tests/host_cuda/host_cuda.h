@@ -20,7 +20,8 @@ extern "C" {
  * gone, as when a process ends. */
 void host_cuda_reset(void);
 
-/* The device has `bytes` of memory; 8 GiB at the start, or what the environment's HOST_CUDA_BYTES says. At most 32 GiB. */
+/* The device has `bytes` of memory; 8 GiB at the start, or what the environment's HOST_CUDA_BYTES says. At most 32 GiB.
+ */
 void host_cuda_set_memory(size_t bytes);
 
 /* Whether there is a device; the environment's HOST_CUDA_DEVICES=0 says no. A context that was made stays. */

@@ -53,7 +53,11 @@ std::optional<std::string> image(const void *code) {
         const size_t segments = header.e_phoff + size_t{header.e_phnum} * header.e_phentsize;
         return std::string(bytes, std::max(sections, segments));
     }
-    struct { unsigned magic; unsigned short version, header_bytes; unsigned long long bytes; } fatbin;
+    struct {
+        unsigned magic;
+        unsigned short version, header_bytes;
+        unsigned long long bytes;
+    } fatbin;
     std::memcpy(&fatbin.magic, bytes, sizeof fatbin.magic);
     if (fatbin.magic == fatbin_magic) {
         std::memcpy(&fatbin, bytes, sizeof fatbin);
@@ -128,10 +132,10 @@ std::function<CUresult()> update(const std::string &name, unsigned grid, unsigne
         const void *sigmas = at(address[6], (step + 2) * sizeof(double), "update: sigmas", good);
         if (!good) return CUDA_ERROR_ILLEGAL_ADDRESS;
         const Lock one(loaded().running);
-        const int failed = emulate(name.c_str(), grid, block, shared, means, logweights, loggammas,
-                                   static_cast<const float *>(latents), static_cast<float *>(next), made,
-                                   static_cast<const double *>(sigmas), tokens, number[0], number[1], number[2],
-                                   number[3]);
+        const int failed =
+            emulate(name.c_str(), grid, block, shared, means, logweights, loggammas,
+                    static_cast<const float *>(latents), static_cast<float *>(next), made,
+                    static_cast<const double *>(sigmas), tokens, number[0], number[1], number[2], number[3]);
         return failed ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
     };
 }
@@ -151,9 +155,9 @@ std::function<CUresult()> noise(const std::string &name, unsigned grid, unsigned
         void *made = at(address[2], count * bytes_of(type), "noise: engine input", good, true);
         if (!good) return CUDA_ERROR_ILLEGAL_ADDRESS;
         const Lock one(loaded().running);
-        const int failed = emulate_noise(type.c_str(), grid, block, shared, static_cast<const long long *>(streams),
-                                         static_cast<float *>(latents), made, number[0], number[1], number[2],
-                                         number[3]);
+        const int failed =
+            emulate_noise(type.c_str(), grid, block, shared, static_cast<const long long *>(streams),
+                          static_cast<float *>(latents), made, number[0], number[1], number[2], number[3]);
         return failed ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
     };
 }

@@ -106,13 +106,18 @@ CUresult copy(Call &call, CUdeviceptr target, CUdeviceptr source, size_t bytes, 
     const auto find = [](Where place, CUdeviceptr address, size_t count, const char *what) {
         return place == Where::pageable ? reinterpret_cast<void *>(address) : resolve(address, count, what);
     };
-    const CUresult result = submit(stream, {"copy", [=] {
-        void *const there = find(to, target, bytes, "copy's target");
-        const void *const here = staged ? staged.get() : find(from, source, bytes, "copy's source");
-        if (there == nullptr || here == nullptr) return CUDA_ERROR_ILLEGAL_ADDRESS;
-        std::memmove(there, here, bytes);
-        return CUDA_SUCCESS;
-    }, {}, {}});
+    const CUresult result = submit(stream, {"copy",
+                                            [=] {
+                                                void *const there = find(to, target, bytes, "copy's target");
+                                                const void *const here =
+                                                    staged ? staged.get() : find(from, source, bytes, "copy's source");
+                                                if (there == nullptr || here == nullptr)
+                                                    return CUDA_ERROR_ILLEGAL_ADDRESS;
+                                                std::memmove(there, here, bytes);
+                                                return CUDA_SUCCESS;
+                                            },
+                                            {},
+                                            {}});
     // A copy to memory that is not pinned has happened when the call returns.
     if (result != CUDA_SUCCESS || to != Where::pageable || stream->capture != nullptr) return result;
     return wait(call.lock, {stream, stream->submitted});
@@ -130,12 +135,16 @@ CUresult fill(CUdeviceptr target, std::vector<unsigned char> value, size_t count
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (where(target, bytes) == Where::pageable || where(target, bytes) == Where::invalid)
         return CUDA_ERROR_INVALID_VALUE;
-    return submit(stream, {"memset", [=, value = std::move(value)] {
-        auto *const there = static_cast<unsigned char *>(resolve(target, bytes, "memset's target"));
-        if (there == nullptr) return CUDA_ERROR_ILLEGAL_ADDRESS;
-        for (size_t i = 0; i < bytes; ++i) there[i] = value[i % value.size()];
-        return CUDA_SUCCESS;
-    }, {}, {}});
+    return submit(stream, {"memset",
+                           [=, value = std::move(value)] {
+                               auto *const there =
+                                   static_cast<unsigned char *>(resolve(target, bytes, "memset's target"));
+                               if (there == nullptr) return CUDA_ERROR_ILLEGAL_ADDRESS;
+                               for (size_t i = 0; i < bytes; ++i) there[i] = value[i % value.size()];
+                               return CUDA_SUCCESS;
+                           },
+                           {},
+                           {}});
 }
 
 std::vector<unsigned char> bytes_of(unsigned value) {
@@ -179,8 +188,10 @@ void *resolve(CUdeviceptr address, size_t bytes, const char *what) {
             const auto found = holder(m.blocks, address, bytes, [](const Block &b) { return b.bytes; });
             return found->second.content.get() + (address - found->first);
         }
-        case Where::pinned: return reinterpret_cast<void *>(address);
-        default: break;
+        case Where::pinned:
+            return reinterpret_cast<void *>(address);
+        default:
+            break;
     }
     state().fault = std::string(what) + ": " + std::to_string(bytes) + " bytes are not in one live allocation";
     return nullptr;
@@ -274,10 +285,17 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
         case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
             *static_cast<unsigned *>(data) = place == Where::device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
             return CUDA_SUCCESS;
-        case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *static_cast<CUdeviceptr *>(data) = address; return CUDA_SUCCESS;
-        case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *static_cast<int *>(data) = 0; return CUDA_SUCCESS;
-        case CU_POINTER_ATTRIBUTE_IS_MANAGED: *static_cast<bool *>(data) = false; return CUDA_SUCCESS;
-        default: return CUDA_ERROR_NOT_SUPPORTED;
+        case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+            *static_cast<CUdeviceptr *>(data) = address;
+            return CUDA_SUCCESS;
+        case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+            *static_cast<int *>(data) = 0;
+            return CUDA_SUCCESS;
+        case CU_POINTER_ATTRIBUTE_IS_MANAGED:
+            *static_cast<bool *>(data) = false;
+            return CUDA_SUCCESS;
+        default:
+            return CUDA_ERROR_NOT_SUPPORTED;
     }
 }
 

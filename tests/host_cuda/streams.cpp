@@ -1,5 +1,5 @@
-// Streams and events. Work lies in its stream until something waits for it: a synchronisation runs what it waits for and
-// no more, and a query runs one piece and answers "not ready" unless that was the last.
+// Streams and events. Work lies in its stream until something waits for it: a synchronisation runs what it waits for
+// and no more, and a query runs one piece and answers "not ready" unless that was the last.
 #include <algorithm>
 
 #include "driver.h"
@@ -12,7 +12,9 @@ Event find(CUevent handle) {
     return found == state().events.end() ? nullptr : found->second;
 }
 
-bool finished(const Position &position) { return position.stream == nullptr || position.stream->done >= position.count; }
+bool finished(const Position &position) {
+    return position.stream == nullptr || position.stream->done >= position.count;
+}
 
 // Runs the first piece of a stream's work, after what must come before it.
 CUresult run_first(Lock &lock, CUstream_st &stream) {
@@ -75,11 +77,14 @@ CUresult record(CUevent handle, CUstream stream_handle, bool external) {
         return CUDA_SUCCESS;
     }
     event->capture = nullptr;
-    return submit(stream, {"event", [event] {
-        const Lock lock(state().mutex);
-        event->reached = std::chrono::steady_clock::now();
-        return CUDA_SUCCESS;
-    }, {event}, {}});
+    return submit(stream, {"event",
+                           [event] {
+                               const Lock lock(state().mutex);
+                               event->reached = std::chrono::steady_clock::now();
+                               return CUDA_SUCCESS;
+                           },
+                           {event},
+                           {}});
 }
 
 CUresult elapsed(float *ms, CUevent start, CUevent end) {
@@ -161,10 +166,9 @@ CUresult submit(const Stream &stream, Work work) {
 }
 
 CUresult wait(Lock &lock, const Position &position) {
-    while (!finished(position)) {
+    while (!finished(position))
         if (position.stream->running) state().changed.wait(lock);
         else run_first(lock, *position.stream);
-    }
     return state().lost;
 }
 
@@ -255,13 +259,15 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
     if (external && stream->capture == nullptr) return CUDA_ERROR_INVALID_VALUE;
     if (event->capture != nullptr) return wait_captured(stream, event);
     if (event->at.stream == nullptr) return CUDA_SUCCESS;
-    if (stream->capture != nullptr && !external)
-        return refuse(*stream->capture, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
+    if (stream->capture != nullptr && !external) return refuse(*stream->capture, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
     if (external) {  // what the event stands for when the graph comes to it
-        return submit(stream, {"wait", [event] {
-            Lock lock(state().mutex);
-            return wait(lock, event->at);
-        }, {}, {}});
+        return submit(stream, {"wait",
+                               [event] {
+                                   Lock lock(state().mutex);
+                                   return wait(lock, event->at);
+                               },
+                               {},
+                               {}});
     }
     return submit(stream, {"wait", [] { return CUDA_SUCCESS; }, {}, {event->at}});
 }
@@ -269,12 +275,15 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
 CUresult cuLaunchHostFunc(CUstream stream, CUhostFn function, void *user) {
     HOST_CUDA_CALL(context);
     if (function == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    return submit(stream, {"host", [=] {
-        in_host_function = true;
-        function(user);
-        in_host_function = false;
-        return CUDA_SUCCESS;
-    }, {}, {}});
+    return submit(stream, {"host",
+                           [=] {
+                               in_host_function = true;
+                               function(user);
+                               in_host_function = false;
+                               return CUDA_SUCCESS;
+                           },
+                           {},
+                           {}});
 }
 
 CUresult cuEventCreate(CUevent *handle, unsigned flags) {

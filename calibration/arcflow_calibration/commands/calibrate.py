@@ -1,8 +1,8 @@
-"""Collect the ranges of a student's activations over prompts, which FP8 scales are made from.
+"""Collect the activation ranges of a student over a set of prompts; FP8 scales are made from them.
 
-The torch student draws every prompt at its own timesteps and states, and nvidia-modelopt's quantizers watch the input
-of each linear, step by step. The result, scales.json, is small, belongs to this base, adapter and LoRAs, and is used on
-any machine. A run that was stopped goes on when the same command is given again.
+The torch student generates every prompt, and nvidia-modelopt's quantizers record the input range of each linear at each
+step. The result, scales.json, is small, belongs to this base, adapter and LoRAs, and can be used on any machine. If the
+command is stopped, run it again to continue.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcflow_calibration.options import DTYPES, METHODS, PERCENTILE, Settings
-from arcflow_calibration.summary import as_dict, summarise, table
+from arcflow_calibration.options import DTYPES, METHODS, PERCENTILE, CalibrationSettings
 from arcflow_export.commands.announce import announce
-from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
+from arcflow_export.commands.sources import (
+    add_schedule_arguments,
+    add_source_arguments,
+    check_schedule,
+    open_student,
+    quiet_libraries,
+    warn_of_shift,
+)
 from arcflow_export.formats.prompts import PRESETS, Prompts, read_prompts
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -30,10 +37,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    default = Settings()
+    default = CalibrationSettings()
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, such as scales.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE, and a stopped run of other settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE, and a stopped run with other settings")
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--prompts",
@@ -44,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="use the first N prompts")
     group.add_argument("--method", choices=METHODS, default=default.method, help="default: %(default)s")
     group.add_argument(
-        "--percentile", type=float, metavar="P", help=f"of --method percentile, up to 100; default: {PERCENTILE}"
+        "--percentile", type=float, metavar="P", help=f"for --method percentile, up to 100; default: {PERCENTILE}"
     )
     group.add_argument(
         "--parts",
@@ -58,20 +65,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_sizes,
         default=default.sizes,
         metavar="HEIGHTxWIDTH,...",
-        help="in pixels; prompts take them in turn; default: 1024x1024",
+        help="image sizes in pixels, used in turn; default: 1024x1024",
     )
     group.add_argument(
         "--num-inference-steps", type=int, default=default.num_inference_steps, metavar="N", help="default: %(default)s"
     )
-    group.add_argument("--guidance-scale", type=float, metavar="G", help="default: 3.5 where the student takes one")
+    group.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help=f"default: {DEFAULT_GUIDANCE_SCALE} if the student takes one",
+    )
     group.add_argument(
         "--max-sequence-length",
         type=int,
         default=default.max_sequence_length,
         metavar="TOKENS",
-        help="text tokens, as the bundle's; default: %(default)s",
+        help="number of text tokens, the same as the bundle's; default: %(default)s",
     )
-    group.add_argument("--seed", type=int, default=default.seed, metavar="N", help="of the first prompt's noise")
+    add_schedule_arguments(group)
+    group.add_argument("--seed", type=int, default=default.seed, metavar="N", help="seed of the first prompt's noise")
     group.add_argument(
         "--batch", type=int, default=default.batch, metavar="N", help="prompts per network call; default: %(default)s"
     )
@@ -88,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_calibration.calibrate import calibrate, default_device
     from arcflow_calibration.state import check_out
 
-    settings = Settings(
+    settings = CalibrationSettings(
         args.method,
         (args.percentile or PERCENTILE) if args.method == "percentile" else None,
         args.parts,
@@ -100,10 +113,13 @@ def run(args: argparse.Namespace) -> int:
         args.max_sequence_length,
         args.dtype,
         args.device or default_device(),
+        args.shift,
+        args.timestep_ratio,
     )
     check_out(args.out, args.overwrite)
     student = open_student(args)
-    # A student that cannot fit is refused by `plan_memory`, which knows its files.
+    warn_of_shift(student, settings.shift)
+    # `plan_memory` refuses a student that cannot fit; it is more exact, because it knows the files.
     announce(partial(_cost, student, settings, len(prompts.texts)), args.out.absolute().parent, anyway=True)
     try:
         scales = calibrate(
@@ -116,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cost(student: Student, settings: Settings, prompts: int, machine: Machine) -> Cost:
+def _cost(student: Student, settings: CalibrationSettings, prompts: int, machine: Machine) -> Cost:
     from arcflow_export.costs.costs import calibrate_cost, network_bytes
     from arcflow_export.costs.work import call_sizes, part_work
 
@@ -130,6 +146,8 @@ def _cost(student: Student, settings: Settings, prompts: int, machine: Machine) 
 
 
 def _report(args: argparse.Namespace, scales: Scales) -> None:
+    from arcflow_calibration.summary import as_dict, summarise, table  # it imports numpy
+
     summary = summarise(scales)
     if args.json:
         print(json.dumps(as_dict(summary) | {"out": str(args.out), "digest": scales.digest}, indent=2))
@@ -142,7 +160,7 @@ def _say_where_it_is(out: Path) -> None:
     from arcflow_calibration.state import state_path
 
     if state_path(out).exists():
-        print(f"kept {state_path(out)}; give the same command again to go on", file=sys.stderr)
+        print(f"kept {state_path(out)}; run the same command again to continue", file=sys.stderr)
 
 
 def _prompts(args: argparse.Namespace) -> Prompts:
@@ -161,13 +179,14 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("batch", "max_sequence_length"):
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    check_schedule(args)
     if args.seed < 0:
         raise RequestError(f"--seed must be 0 or more, got {args.seed}")
     if args.guidance_scale is not None and not abs(args.guidance_scale) < 1e4:
         raise RequestError(f"--guidance-scale must be a finite number, got {args.guidance_scale}")
     if args.percentile is not None:
         if args.method != "percentile":
-            raise RequestError("--percentile is for --method percentile")
+            raise RequestError("--percentile needs --method percentile")
         if not 0 < args.percentile <= 100:
             raise RequestError(f"--percentile must be above 0 and at most 100, got {args.percentile}")
 

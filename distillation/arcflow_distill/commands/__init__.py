@@ -1,1 +1,1 @@
-"""Command-line commands of `arcflow_distill`."""
+"""The commands `arcflow distill`, `arcflow eval` and `arcflow train-shapes`."""

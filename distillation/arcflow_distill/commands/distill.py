@@ -1,10 +1,11 @@
 """Distil a FLUX or Qwen-Image checkpoint into a two-step ArcFlow adapter.
 
-PRESET is flux, qwen or shapes, or a TOML file of your own; options and --set replace what it says. The base is frozen:
-LoRA factors, the last normalisation and three heads are trained against its velocity, from prompts alone. Ctrl-C saves
-the run, --resume continues it exactly. Several GPUs: accelerate launch -m arcflow_runtime.cli distill PRESET ...
+PRESET is flux, qwen or shapes, or a TOML file of your own; options and --set replace its settings. The base is frozen.
+LoRA factors, the last normalisation and three heads are trained against the base's velocity; only prompts are needed.
+Ctrl-C saves the run, and --resume continues it exactly. For several GPUs: accelerate launch -m arcflow_runtime.cli
+distill PRESET ...
 
-The loss is not comparable between iterations at different ratios: it jumps as the teacher's share falls to 0.
+Losses at different ratios cannot be compared: the loss jumps while the teacher's share falls to 0.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     group.add_argument("--prompts", metavar="FILE", help="one prompt per line")
     group.add_argument("--iterations", type=int, metavar="N")
-    group.add_argument("--batch-size", type=int, metavar="N", help="pictures per process and iteration")
-    group.add_argument("--modes", type=int, metavar="K", help="modes per token; 1 is a linear student")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images per process and iteration")
+    group.add_argument("--modes", type=int, metavar="K", help="modes per token; 1 gives a linear student")
     group.add_argument("--rank", type=int, metavar="R", help="rank of the LoRA factors")
     group.add_argument("--learning-rate", type=float, metavar="RATE")
     group.add_argument("--seed", type=int, metavar="N")

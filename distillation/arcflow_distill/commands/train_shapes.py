@@ -1,7 +1,7 @@
-"""Train the small shapes model from nothing: judge, VAE, teacher, its two-step students, and score them.
+"""Train the small shapes model from nothing: judge, VAE, teacher and two-step students, and score them.
 
-About two hours on two CPU cores, minutes on a GPU. A stage whose directory exists in --out is skipped, so the same
-command goes on where a stopped run was. `teacher`, `adapter` and `judge` in --out are the model.
+It takes about two hours on two CPU cores, or minutes on a GPU. A stage whose directory exists in --out is skipped, so
+the same command continues a stopped run. The folders `teacher`, `adapter` and `judge` in --out are the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="factor of every amount of training, for trials (default: 1)",
+        help="factor for every amount of training, for trial runs (default: 1)",
     )
 
 

@@ -1,1 +1,1 @@
-"""Scores of teachers and students on captioned shapes."""
+"""`arcflow eval`: score students and their teacher on captions of shapes."""

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for: numbers -> checked `Options`."""
+"""The options of an evaluation and their defaults; imports no heavy library."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 from arcflow_runtime.errors import RequestError
 
-#: Network calls of a student per picture.
+#: Family of the shapes teacher and its students.
+FAMILY = "flux"
+#: Network calls of a student per image.
 STUDENT_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Options:
-    """How much to draw.
+class EvaluationOptions:
+    """How many images to generate, and with which steps.
 
     Args:
-        count: prompts, half of them of shape and colour pairs that training never saw.
-        seed: of the prompts; picture i starts from the noise of seed + i.
-        teacher_steps: Euler steps of the teacher; the largest draws the pictures all others are compared with.
+        count: number of prompts; half of them have shape and colour pairs that training never saw.
+        seed: seed of the prompts; image i starts from the noise of seed + i.
+        teacher_steps: numbers of Euler steps of the teacher; the largest is the reference for all others.
 
     Raises:
         RequestError: a number is out of range.
@@ -38,5 +40,5 @@ class Options:
 
     @property
     def reference_steps(self) -> int:
-        """The largest of the teacher's step counts."""
+        """The largest number of the teacher's steps."""
         return self.teacher_steps[0]

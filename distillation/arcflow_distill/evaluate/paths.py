@@ -1,7 +1,7 @@
-"""The picture of the method: paths of latents from noise to picture -> a figure with one panel per prompt.
+"""Draw the figure that shows the method: paths of latents from noise to image, one panel per prompt.
 
-Each panel projects a prompt's paths on the plane of the first two principal directions of the teacher's path: that
-path in many steps, the student's arcs between its two network calls, and the two straight steps of Euler's method.
+Each panel projects a prompt's paths onto the plane of the first two principal directions of the teacher's path. It
+shows the teacher's path in many steps, the student's arcs between its two network calls, and two straight Euler steps.
 """
 
 from __future__ import annotations
@@ -16,45 +16,48 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from arcflow_distill.evaluate.samplers import Generated, Teacher
+from arcflow_distill.evaluate.samplers import Generated, TeacherPipeline
 from arcflow_distill.evaluate.students import Call, StudentSampler
 from arcflow_export.images.cases import GROUPS, Cases
 from arcflow_runtime.maths.update import update
 
-#: Panels, and points of each of the student's arcs.
+#: Number of panels, and of points of each of the student's arcs.
 PANELS, ARC_POINTS = 4, 33
 _COLORS = {"teacher": "#9aa0a6", "student": "#d7263d", "chord": "#1b6ca8"}
 
 
 @dataclass(frozen=True)
 class Walks:
-    """One prompt's paths in latent space, float32: points [S, D] each, and the pictures [64, 64, 3] they end in.
+    """One prompt's paths in latent space: points [S, D] float32 of each path, and the images [64, 64, 3] at their ends.
 
-    The student's are its arcs, [ARC_POINTS, D] per network call, each starting where the network was called.
+    The student's path is a tuple of arcs [ARC_POINTS, D], one per network call, each starting where the network was
+    called. `chord` is the teacher's path with as many Euler steps as the student has calls.
     """
 
     caption: str
     teacher: np.ndarray
     student: tuple[np.ndarray, ...]
     chord: np.ndarray
-    pictures: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]
 
 
-def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Generated, steps: int) -> list[Walks]:
-    """Walk the prompts of the seen group that name the fewest attributes.
+def walk(
+    cases: Cases, teacher: TeacherPipeline, student: StudentSampler, generated: Generated, steps: int
+) -> list[Walks]:
+    """Compute the paths of the prompts of the seen group that name the fewest attributes.
 
     Args:
-        cases: the prompts; equal numbers of attributes are taken in order.
-        teacher: walks `steps` Euler steps, and as many as the student has calls.
-        student: gives its calls.
-        drawn: what the student drew of all cases.
-        steps: of the teacher's path.
+        cases: the prompts; those with equally many attributes are taken in order.
+        teacher: runs `steps` Euler steps, and as many steps as the student has calls.
+        student: gives its network calls.
+        generated: the student's images of all cases.
+        steps: number of steps of the teacher's path.
     """
     rows = sorted(cases.rows(GROUPS[0]), key=lambda i: len(cases.words[i]))[:PANELS]
     captions, seeds = [cases.captions[i] for i in rows], [cases.seeds[i] for i in rows]
     calls = student.calls(captions, seeds)
-    long, long_pictures = teacher.walk(captions, seeds, steps)
-    short, short_pictures = teacher.walk(captions, seeds, student.network_calls)
+    long, long_images = teacher.walk(captions, seeds, steps)
+    short, short_images = teacher.walk(captions, seeds, student.network_calls)
     arcs = [arc(call) for call in calls]
     return [
         Walks(
@@ -62,14 +65,14 @@ def walk(cases: Cases, teacher: Teacher, student: StudentSampler, drawn: Generat
             long[:, i].reshape(len(long), -1),
             tuple(a[:, i].reshape(len(a), -1) for a in arcs),
             short[:, i].reshape(len(short), -1),
-            {"teacher": long_pictures[i], "student": drawn.pictures[row], "chord": short_pictures[i]},
+            {"teacher": long_images[i], "student": generated.images[row], "chord": short_images[i]},
         )
         for i, (row, caption) in enumerate(zip(rows, captions, strict=True))
     ]
 
 
 def arc(call: Call, points: int = ARC_POINTS) -> np.ndarray:
-    """The student's path within one step, integrated in closed form from each point to the next: [points, B, N, C]."""
+    """The student's path within one step, integrated in closed form from point to point: [points, B, N, C]."""
     grid = np.linspace(call.sigma, call.sigma_next, points)
     path = [call.latents]
     for start, end in pairwise(grid):
@@ -78,13 +81,13 @@ def arc(call: Call, points: int = ARC_POINTS) -> np.ndarray:
 
 
 def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] of points [S, D] and their first two principal directions [2, D], of unit length."""
+    """The mean [D] of points [S, D], and their first two principal directions [2, D] of unit length."""
     center = points.mean(0)
     return center, np.linalg.svd(points - center, full_matrices=False)[2][:2]
 
 
 def figure(walks: Sequence[Walks], student_label: str, steps: int) -> Figure:
-    """Draw one panel per prompt, with the three pictures that the paths end in below it."""
+    """Draw one panel per prompt, with the images at the ends of its three paths below it."""
     result = Figure(figsize=(3.6 * len(walks), 5.5), dpi=150, facecolor="white")
     FigureCanvasAgg(result)
     grid = result.add_gridspec(
@@ -105,7 +108,7 @@ def figure(walks: Sequence[Walks], student_label: str, steps: int) -> Figure:
         thumbnails = grid[1, column].subgridspec(1, 3, wspace=0.12)
         below = {"teacher": f"{steps} steps", "student": f"{student_label}, {calls}", "chord": f"{calls} steps"}
         for place, (name, color) in enumerate(_COLORS.items()):
-            _thumbnail(result.add_subplot(thumbnails[0, place]), walked.pictures[name], color, below[name])
+            _thumbnail(result.add_subplot(thumbnails[0, place]), walked.images[name], color, below[name])
     return result
 
 
@@ -136,8 +139,8 @@ def _panel(axes: Axes, walked: Walks, labels: dict[str, str]) -> None:
     axes.set_ylabel("second (stretched)", fontsize=8, color="#80868b", labelpad=3)
 
 
-def _thumbnail(axes: Axes, picture: np.ndarray, color: str, label: str) -> None:
-    axes.imshow(picture, interpolation="nearest")
+def _thumbnail(axes: Axes, image: np.ndarray, color: str, label: str) -> None:
+    axes.imshow(image, interpolation="nearest")
     axes.set_xlabel(label, fontsize=8.5, color="#5f6368", labelpad=4)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -1,4 +1,4 @@
-"""The result of an evaluation: scores -> `eval.json` and the tables people read."""
+"""The report of an evaluation: scores -> the contents of `eval.json`, and tables for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MISSING = ""
 
 @dataclass(frozen=True)
 class SamplerReport:
-    """One sampler's scores by group; real pictures need no network calls."""
+    """One sampler's scores by group; for real images `network_calls` is 0."""
 
     name: str
     label: str
@@ -31,10 +31,10 @@ class SamplerReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything an evaluation found.
+class EvaluationReport:
+    """All results of an evaluation.
 
-    `settings` and `versions` are what to repeat it with, `judge_rates` the judge's own errors (`judge_rates`).
+    `settings` and `versions` allow to repeat it. `judge_rates` are the judge's own error rates (see `judge_rates`).
     """
 
     settings: dict[str, Any]
@@ -44,11 +44,11 @@ class Report:
     differences: tuple[Difference, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """What `eval.json` holds."""
+        """The contents of `eval.json`."""
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
 
     def table(self) -> str:
-        """The scores and differences in Markdown."""
+        """The tables of scores and differences, in Markdown."""
         blocks = [f"## {_TITLES[group]}\n\n{self._scores(group)}" for group in SCORED]
         if self.differences:
             blocks.append(f"## Students minus few Euler steps of the teacher\n\n{self._differences()}")
@@ -79,13 +79,13 @@ class Report:
     def _notes(self) -> str:
         counts, steps = self.settings["prompts"], max(self.settings["teacher_steps"])
         return (
-            f"{counts[GROUPS[0]]} and {counts[GROUPS[1]]} prompts, one picture each, the same noise for every sampler; "
-            "in brackets 95 % bootstrap intervals "
-            f"({MEAN_RESAMPLES} resamples of the pictures; Fréchet: ±1.96 standard errors, {FRECHET_RESAMPLES}). "
-            f"PSNR and latent error are against the teacher's {steps} steps, latent error in units of its latents' "
-            "variance. The Fréchet distance of the judge's features is from real pictures of the same captions, in "
-            "units of the real features' total variance; it is too large by about the same for all rows, which have "
-            "equally many pictures, and the real row shows by how much."
+            f"{counts[GROUPS[0]]} and {counts[GROUPS[1]]} prompts, one image each, the same noise for every sampler. "
+            "In brackets: 95 % bootstrap intervals "
+            f"({MEAN_RESAMPLES} resamples of the images; Fréchet: ±1.96 standard errors, {FRECHET_RESAMPLES}). "
+            f"PSNR and latent error compare with the teacher's {steps} steps; latent error is in units of the variance "
+            "of the teacher's latents. The Fréchet distance compares the judge's features with those of real images of "
+            "the same captions, in units of the real features' total variance. It is too large by about the same "
+            "amount in every row, because all rows have equally many images; the row of real images shows it."
         )
 
 
@@ -102,7 +102,7 @@ def _cell(interval: Interval | None, digits: int) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up in plain text too; all but the first aligned right."""
+    """A Markdown table that is also aligned as plain text; all columns but the first are aligned right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,9 +1,12 @@
-"""Evaluate a student: its directory and the teacher's -> `Report`, and a directory with tables and figures."""
+"""Run an evaluation: a student's and the teacher's directory -> a report, written with tables and figures.
+
+`arcflow eval` calls this.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,24 +16,23 @@ import torch
 
 from arcflow_distill.errors import DistillError
 from arcflow_distill.evaluate import paths
-from arcflow_distill.evaluate.options import STUDENT_STEPS, Options
-from arcflow_distill.evaluate.report import Report, SamplerReport
-from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, Teacher, generate_all
+from arcflow_distill.evaluate.options import STUDENT_STEPS, EvaluationOptions
+from arcflow_distill.evaluate.report import EvaluationReport, SamplerReport
+from arcflow_distill.evaluate.samplers import EulerSampler, Generated, Sampler, TeacherPipeline, generate_all
 from arcflow_distill.evaluate.scores import SCORED, Scorer
 from arcflow_distill.evaluate.sheet import Section, contact_sheet
 from arcflow_distill.evaluate.students import AdapterSampler, StudentSampler, open_target
-from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_pictures
+from arcflow_export.images.cases import GROUPS, Cases, draw_cases, real_images
 from arcflow_export.images.judge import STEPS, Judge, judge_rates, train_judge
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
-from arcflow_export.student.reference import SHIFT
+from arcflow_export.options import SHIFT
+from arcflow_export.progress import StageProgress
 from arcflow_runtime.disk.files import whole_directory
 from arcflow_runtime.errors import RequestError
 
 #: Rows of the contact sheet, half from each group.
 SHEET_ROWS = 10
 TARGET = "arcflow"
-#: Called as the stage named goes on, with how much of it is done and its total.
-Progress = Callable[[str, int, int], None]
 _JSON = "eval.json"
 _PACKAGES = ("arcflow", "torch", "diffusers", "transformers", "numpy", "onnxruntime")
 
@@ -41,31 +43,31 @@ def evaluate(
     out: Path,
     students: Mapping[str, Path] | None = None,
     judge: Path | None = None,
-    options: Options | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Report:
-    """Draw the prompts with the teacher and the students, score the pictures and write `out`.
+    options: EvaluationOptions | None = None,
+    progress: StageProgress = lambda stage, done, total: None,
+) -> EvaluationReport:
+    """Generate the prompts with the teacher and the students, score the images, and write `out`.
 
     Args:
-        target: a bundle or an adapter directory.
-        base: the teacher, a FLUX pipeline directory in diffusers format for 64x64 pictures.
-        out: gets `eval.json`, `table.md`, `contact_sheet.png` and `paths.png`, all or none.
-        students: adapter directories to compare with, by name.
-        judge: its directory; None takes `judge` beside `base`, or trains one.
-        options: how much to draw; None is the defaults.
-        progress: called as the work goes on.
+        target: directory of the student to evaluate, a bundle or an adapter.
+        base: the teacher, a FLUX pipeline in diffusers format for 64x64 images.
+        out: directory to write `eval.json`, `table.md`, `contact_sheet.png` and `paths.png` to, atomically.
+        students: directories of further adapters to compare, by name.
+        judge: directory of the judge; None uses `judge` beside `base`, or trains one.
+        options: number of prompts and teacher's steps; None means the defaults.
+        progress: receives each stage's name, the work done and its total.
 
     Raises:
-        DistillError: `out` exists and is no evaluation, or its parent does not exist.
-        RequestError: a name of `students` is reserved.
-        ArcFlowError: a directory is missing, damaged or does not fit.
+        DistillError: `out` exists and is not an evaluation, or its parent does not exist.
+        RequestError: a name in `students` is reserved.
+        ArcFlowError: a directory is missing or damaged, or does not fit the teacher.
     """
-    options, students = options or Options(), students or {}
+    options, students = options or EvaluationOptions(), students or {}
     check_out(out)
     for name in students:
         if name in (TARGET, "real") or name.startswith("teacher-"):
             raise RequestError(f"a student's name must not be {TARGET}, real or teacher-..., got {name!r}")
-    teacher = Teacher(base)
+    teacher = TeacherPipeline(base)
     opened: dict[str, StudentSampler] = {name: AdapterSampler(base, path) for name, path in students.items()}
     opened[TARGET] = open_target(target, base)
     found, judge_source = _judge(judge, base, options.seed, progress)
@@ -73,26 +75,26 @@ def evaluate(
     cases = draw_cases(options.count, options.seed)
     eulers = {f"teacher-{n}": EulerSampler(teacher, n) for n in options.teacher_steps}
     samplers: dict[str, Sampler] = {**eulers, **opened}
-    drawn = _draw(samplers, cases, progress)
+    generated = _generate(samplers, cases, progress)
     reference, *baselines = eulers
 
-    real, other_real = (real_pictures(cases, options.seed + i) for i in (1, 2))
-    scorer = Scorer(cases, found, real, drawn[reference], options.seed)
+    real, other_real = (real_images(cases, options.seed + i) for i in (1, 2))
+    scorer = Scorer(cases, found, real, generated[reference], options.seed)
     labels = {n: f"teacher, {e.network_calls} steps" for n, e in eulers.items()}
     labels |= {n: f"{'ArcFlow' if n == TARGET else n}, {s.network_calls} steps" for n, s in opened.items()}
     reports = [SamplerReport("real", "real", 0, scorer.score_real(other_real))]
     for name, sampler in samplers.items():
-        reports.append(SamplerReport(name, labels[name], sampler.network_calls, scorer.score(name, drawn[name])))
+        reports.append(SamplerReport(name, labels[name], sampler.network_calls, scorer.score(name, generated[name])))
         progress("score", len(reports) - 1, len(samplers))
-    report = Report(
+    report = EvaluationReport(
         _settings(options, cases, target, base, students, judge_source),
         {package: version(package) for package in _PACKAGES},
         judge_rates(found, options.count, options.seed + 1),
         tuple(reports),
         tuple(scorer.difference(s, b, group) for s in opened for b in baselines for group in SCORED),
     )
-    walks = paths.walk(cases, teacher, opened[TARGET], drawn[TARGET], options.reference_steps)
-    columns = {"real": _to_uint8(real)} | {labels[name]: d.pictures for name, d in drawn.items()}
+    walks = paths.walk(cases, teacher, opened[TARGET], generated[TARGET], options.reference_steps)
+    columns = {"real": _to_uint8(real)} | {labels[name]: d.images for name, d in generated.items()}
     with whole_directory(out) as folder:
         (folder / _JSON).write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
         (folder / "table.md").write_text(report.table(), encoding="utf-8")
@@ -102,29 +104,29 @@ def evaluate(
 
 
 def check_out(out: Path) -> None:
-    """Check that `out` can be written, before any work is done for it.
+    """Check that an evaluation can be written to `out`; called before any long work.
 
     Raises:
-        DistillError: it exists and is no evaluation, or its parent does not exist.
+        DistillError: `out` exists and is not an evaluation, or its parent does not exist.
     """
     out = out.absolute()
     if not out.parent.is_dir():
         raise DistillError(f"--out: {out.parent} is not a directory; create it first")
     if out.is_symlink() or (out.exists() and not (out / _JSON).is_file()):
-        raise DistillError(f"--out: {out} exists and is no evaluation; it will not be overwritten")
+        raise DistillError(f"--out: {out} exists and is not an evaluation; it will not be overwritten")
 
 
-def _draw(samplers: Mapping[str, Sampler], cases: Cases, progress: Progress) -> dict[str, Generated]:
-    """What every sampler draws of all prompts."""
-    drawn = {}
+def _generate(samplers: Mapping[str, Sampler], cases: Cases, progress: StageProgress) -> dict[str, Generated]:
+    """Generate all prompts with every sampler."""
+    generated = {}
     for name, sampler in samplers.items():
         progress(name, 0, len(cases))
-        drawn[name] = generate_all(sampler, cases.captions, cases.seeds, partial(progress, name))
-    return drawn
+        generated[name] = generate_all(sampler, cases.captions, cases.seeds, partial(progress, name))
+    return generated
 
 
-def _judge(judge: Path | None, base: Path, seed: int, progress: Progress) -> tuple[Judge, str]:
-    """The judge, and where it is from: given, shipped beside the base, or trained."""
+def _judge(judge: Path | None, base: Path, seed: int, progress: StageProgress) -> tuple[Judge, str]:
+    """The judge, and its origin: "given", "shipped" (beside the base), or "trained"."""
     if judge is not None:
         return Judge.load(judge), "given"
     shipped = base.absolute().parent / "judge"
@@ -135,7 +137,7 @@ def _judge(judge: Path | None, base: Path, seed: int, progress: Progress) -> tup
 
 
 def _settings(
-    options: Options, cases: Cases, target: Path, base: Path, students: Mapping[str, Path], judge: str
+    options: EvaluationOptions, cases: Cases, target: Path, base: Path, students: Mapping[str, Path], judge: str
 ) -> dict[str, object]:
     return {
         "target": target.absolute().name,
@@ -154,16 +156,16 @@ def _settings(
 
 
 def _sections(cases: Cases, columns: Mapping[str, np.ndarray]) -> list[Section]:
-    """The first prompts of each group: they are random draws already."""
+    """The rows of the contact sheet: the first prompts of each group (prompts are in random order)."""
     titles = ("pairs of shape and colour seen in training", "pairs never seen in training")
     sections = []
     for group, title in zip(GROUPS, titles, strict=True):
         rows = cases.rows(group)[: SHEET_ROWS // 2]
-        pictures = {name.replace(", ", "\n"): column[rows] for name, column in columns.items()}
-        sections.append(Section(title, [cases.captions[i] for i in rows], pictures))
+        images = {name.replace(", ", "\n"): column[rows] for name, column in columns.items()}
+        sections.append(Section(title, [cases.captions[i] for i in rows], images))
     return sections
 
 
-def _to_uint8(pictures: torch.Tensor) -> np.ndarray:
+def _to_uint8(images: torch.Tensor) -> np.ndarray:
     """[B, 3, H, W] in [0, 1] -> [B, H, W, 3] uint8."""
-    return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()

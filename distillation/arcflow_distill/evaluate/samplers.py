@@ -1,6 +1,6 @@
-"""How pictures are drawn, and the teacher that draws them: captions and seeds -> `Generated`.
+"""Samplers generate images: captions and seeds -> latents and images. Here are the interface and the teacher.
 
-Every sampler starts from the same noise, that of torch's CPU generator for each picture's own seed.
+All samplers start from the same noise: that of torch's CPU generator with each image's own seed.
 """
 
 from __future__ import annotations
@@ -15,34 +15,36 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+from arcflow_distill.evaluate.options import FAMILY
 from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
-from arcflow_export.student.reference import SHIFT
-from arcflow_runtime.generate.request import DEFAULT_GUIDANCE_SCALE
+from arcflow_export.options import SHIFT
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.maths.noise import draw_latents
 
-#: Most pictures drawn at a time.
+#: Largest number of images generated at a time.
 BATCH = 64
 _CHANNELS, _SCALE, _PATCH = 16, 8, 2
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Final packed latents [B, 16, 64] float32 and pictures [B, 64, 64, 3] uint8."""
+    """Final packed latents [B, 16, 64] float32 and images [B, 64, 64, 3] uint8."""
 
     latents: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
 
 
 class Sampler(Protocol):
-    """Draws pictures, up to `batch` at a time, with `network_calls` calls each."""
+    """Generates images, up to `batch` at a time, with `network_calls` network calls per image."""
 
     network_calls: int
     batch: int
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
-        """Draw one picture per caption."""
+        """Generate one image per caption."""
         ...
 
 
@@ -52,22 +54,22 @@ def generate_all(
     seeds: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Generated:
-    """Draw every caption in batches; `progress` gets how many pictures are done, and their total."""
+    """Generate an image for every caption, in batches; `progress` gets the number of images done and their total."""
     parts = []
     for i in range(0, len(captions), sampler.batch):
         parts.append(sampler.generate(captions[i : i + sampler.batch], seeds[i : i + sampler.batch]))
         progress(min(i + sampler.batch, len(captions)), len(captions))
-    return Generated(np.concatenate([p.latents for p in parts]), np.concatenate([p.pictures for p in parts]))
+    return Generated(np.concatenate([p.latents for p in parts]), np.concatenate([p.images for p in parts]))
 
 
-class Teacher:
-    """diffusers' own FluxPipeline on the teacher's directory, in float32."""
+class TeacherPipeline:
+    """The teacher: diffusers' own FluxPipeline in float32."""
 
     def __init__(self, base: Path) -> None:
-        """Load the pipeline, with the students' fixed shift whatever the directory's scheduler says.
+        """Load the pipeline; the students' fixed shift replaces the shift of the directory's scheduler.
 
         Raises:
-            SourceError: the directory is missing, damaged, not FLUX's or not for 64x64 pictures.
+            SourceError: the directory is missing or damaged, is not a FLUX pipeline, or has another kind of VAE.
         """
         _check_base(base)
         try:
@@ -80,14 +82,14 @@ class Teacher:
         )
 
     def walk(self, captions: Sequence[str], seeds: Sequence[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """The latents before the first and after every Euler step [S+1, B, N, C], and pictures [B, 64, 64, 3] uint8."""
+        """Run Euler steps: latents [S+1, B, N, C], the noise first, and images [B, 64, 64, 3] uint8."""
         path = [noise(seeds)]
 
         def keep(_pipe: object, _step: int, _timestep: object, values: dict[str, Any]) -> dict[str, Any]:
             path.append(values["latents"])
             return values
 
-        pictures = self.pipe(
+        images = self.pipe(
             list(captions),
             height=RESOLUTION,
             width=RESOLUTION,
@@ -98,44 +100,44 @@ class Teacher:
             output_type="np",
             callback_on_step_end=keep,
         ).images
-        return torch.stack(path).numpy(), to_uint8(pictures)
+        return torch.stack(path).numpy(), to_uint8(images)
 
 
 class EulerSampler:
-    """The teacher with a number of Euler steps."""
+    """Samples the teacher with a fixed number of Euler steps."""
 
-    def __init__(self, teacher: Teacher, steps: int) -> None:
+    def __init__(self, teacher: TeacherPipeline, steps: int) -> None:
         self.teacher, self.network_calls, self.batch = teacher, steps, BATCH
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
-        """Draw one picture per caption."""
-        path, pictures = self.teacher.walk(captions, seeds, self.network_calls)
-        return Generated(path[-1], pictures)
+        """Generate one image per caption."""
+        path, images = self.teacher.walk(captions, seeds, self.network_calls)
+        return Generated(path[-1], images)
 
 
 def _check_base(base: Path) -> None:
-    """Refuse what is no FLUX pipeline with an 8x VAE of 16 channels, reading only its configs."""
+    """Check, from its configs, that `base` is a FLUX pipeline with an 8x VAE of 16 channels."""
     if not base.is_dir():
-        raise SourceError(f"base: {base} is no directory; give the teacher's, in diffusers format")
-    name = read_json(base / "model_index.json", "base").get("_class_name")
-    if name != "FluxPipeline":
-        raise SourceError(f"base: {base / 'model_index.json'}: _class_name must be 'FluxPipeline', got {name!r}")
+        raise SourceError(f"base: {base} is not a directory; give the teacher's directory in diffusers format")
+    name, wanted = read_json(base / "model_index.json", "base").get("_class_name"), facts(FAMILY).pipeline
+    if name != wanted:
+        raise SourceError(f"base: {base / 'model_index.json'}: _class_name must be {wanted!r}, got {name!r}")
     vae = read_json(base / "vae" / "config.json", "base")
     scale = 2 ** (len(vae.get("block_out_channels", ())) - 1)
     channels = vae.get("latent_channels")
     if (scale, channels) != (_SCALE, _CHANNELS):
         raise SourceError(
-            f"base: {base / 'vae'} must reduce pictures {_SCALE}x to {_CHANNELS} channels, so that "
+            f"base: {base / 'vae'} must reduce images {_SCALE}x to {_CHANNELS} channels, so that "
             f"{RESOLUTION}x{RESOLUTION} pixels are 16 tokens; got {scale:g}x and {json.dumps(channels)}"
         )
 
 
 def noise(seeds: Sequence[int]) -> torch.Tensor:
-    """The packed noise of pictures with these seeds: [B, 16, 64] float32."""
+    """The packed noise for images with these seeds: [B, 16, 64] float32."""
     side = RESOLUTION // _SCALE
     return torch.from_numpy(draw_latents(list(seeds), len(seeds), _CHANNELS, side, side, _PATCH))
 
 
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """[B, H, W, 3] in [0, 1] -> uint8, rounded as a saved picture is."""
-    return np.rint(pictures * 255).astype(np.uint8)
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images [B, H, W, 3] in [0, 1] -> uint8, rounded to nearest as in saved images."""
+    return np.rint(images * 255).astype(np.uint8)

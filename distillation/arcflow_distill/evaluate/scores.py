@@ -1,4 +1,4 @@
-"""Score samplers: pictures, latents and the judge's readings -> fractions, errors and distances with intervals."""
+"""Score samplers: images and latents -> shares of right images, errors and distances, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from arcflow_export.images.statistics import (
 )
 
 MEAN_RESAMPLES, FRECHET_RESAMPLES = 1000, 200
-#: What is scored: all prompts, and each group.
+#: The sets of prompts that are scored: all prompts, and each group.
 SCORED = (ALL, *GROUPS)
-#: A mean squared error below this counts as it, so that equal pictures have 100 dB.
+#: Mean squared errors are clipped to at least this, so that equal images have a PSNR of 100 dB.
 _LEAST_ERROR = 1e-10
 
 
 @dataclass(frozen=True)
 class Score:
-    """One sampler in one group; what compares with the reference is None for the reference and real pictures.
+    """The scores of one sampler in one group.
 
-    `named`: fraction whose named attributes are all as named; `right`: fraction that are so and clean. `psnr_db`: mean
-    over pictures, peak 1. `latent_error`: mean squared difference of final latents, `latent_error_relative` in units
-    of the reference latents' variance over all prompts. `frechet`: of the judge's features from those of real
-    pictures of the same captions, in units of the latters' total variance over all prompts; its small-sample bias is
-    about the same for all samplers, whose pictures are equally many.
+    `named`: share of images with all named attributes right. `right`: share that is also clean. `frechet`: distance of
+    the judge's features from those of real images of the same captions, in units of the total variance of the real
+    features over all prompts; its small-sample bias is about the same for all samplers, because they have equally many
+    images. `psnr_db`: mean over images, peak 1. `latent_error`: mean squared difference of the final latents.
+    `latent_error_relative`: the same in units of the variance of the reference's latents over all prompts. The last
+    three compare with the reference; they are None for the reference itself and for real images.
     """
 
     named: Interval
@@ -48,7 +49,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """A student minus the teacher with few Euler steps, pictures paired by prompt and noise; below 0: better."""
+    """A student's errors minus those of the teacher with few Euler steps, paired by prompt and noise.
+
+    Below 0, the student is better.
+    """
 
     student: str
     baseline: str
@@ -58,17 +62,17 @@ class Difference:
 
 
 class Scorer:
-    """Scores samplers against one reference and one set of real pictures, with the same resamples for all."""
+    """Scores samplers against one reference and one set of real images; all use the same bootstrap resamples."""
 
     def __init__(self, cases: Cases, judge: Judge, real: torch.Tensor, reference: Generated, seed: int) -> None:
-        """Prepare.
+        """Prepare the scores.
 
         Args:
             cases: the prompts.
-            judge: reads the pictures.
-            real: real pictures of the captions, [B, 3, 64, 64] in [0, 1].
-            reference: what all samplers are compared with.
-            seed: of the resamples.
+            judge: the judge that reads the images.
+            real: real images of the captions, [B, 3, 64, 64] in [0, 1].
+            reference: the images and latents that all samplers are compared with.
+            seed: seed of the bootstrap resamples.
         """
         self._cases, self._judge, self._reference = cases, judge, reference
         features = judge.read(real).features.numpy()
@@ -81,18 +85,18 @@ class Scorer:
         #: By sampler and group: relative latent errors [n], the Frechet distance and its replicates [R].
         self._kept: dict[tuple[str, str], tuple[np.ndarray, float, np.ndarray]] = {}
 
-    def score_real(self, pictures: torch.Tensor) -> dict[str, Score]:
-        """Score other real pictures [B, 3, 64, 64]: what a perfect sampler of this many pictures gets."""
-        reading = self._judge.read(pictures)
+    def score_real(self, images: torch.Tensor) -> dict[str, Score]:
+        """Score other real images [B, 3, 64, 64]; a perfect sampler would get these scores."""
+        reading = self._judge.read(images)
         return {group: self._judged(reading, group)[0] for group in SCORED}
 
-    def score(self, name: str, drawn: Generated) -> dict[str, Score]:
-        """Score a sampler's pictures; the reference itself gets no errors."""
-        reading = self._judge.read(to_tensor(drawn.pictures))
-        return {group: self._score(name, drawn, reading, group) for group in SCORED}
+    def score(self, name: str, generated: Generated) -> dict[str, Score]:
+        """Score a sampler's images; the reference itself gets no error scores."""
+        reading = self._judge.read(to_tensor(generated.images))
+        return {group: self._score(name, generated, reading, group) for group in SCORED}
 
     def difference(self, student: str, baseline: str, group: str) -> Difference:
-        """The paired difference of two samplers that were scored."""
+        """The paired difference of two samplers that have been scored."""
         ours, theirs = self._kept[student, group], self._kept[baseline, group]
         return Difference(
             student,
@@ -102,13 +106,13 @@ class Scorer:
             normal_interval(ours[1] - theirs[1], ours[2] - theirs[2]),
         )
 
-    def _score(self, name: str, drawn: Generated, reading: Reading, group: str) -> Score:
+    def _score(self, name: str, generated: Generated, reading: Reading, group: str) -> Score:
         judged, replicates = self._judged(reading, group)
-        if drawn is self._reference:
+        if generated is self._reference:
             return judged
         rows, draws = self._cases.rows(group), self._draws[group]
-        error = _squared(drawn.latents[rows], self._reference.latents[rows])
-        pixels = _squared(drawn.pictures[rows] / 255, self._reference.pictures[rows] / 255)
+        error = _squared(generated.latents[rows], self._reference.latents[rows])
+        pixels = _squared(generated.images[rows] / 255, self._reference.images[rows] / 255)
         relative = error / self._variance
         self._kept[name, group] = (relative, judged.frechet.value, replicates)
         return Score(
@@ -121,7 +125,7 @@ class Scorer:
         )
 
     def _judged(self, reading: Reading, group: str) -> tuple[Score, np.ndarray]:
-        """What needs no reference, and the replicates of the Frechet distance."""
+        """The scores that need no reference, and the bootstrap replicates of the Frechet distance."""
         rows, draws = self._cases.rows(group), self._draws[group]
         named, right = reading.named(self._cases.words).numpy(), reading.right(self._cases.words).numpy()
         features, real = reading.features.numpy()[rows] / self._spread, self._real[rows]

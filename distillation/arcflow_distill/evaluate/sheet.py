@@ -1,4 +1,4 @@
-"""The contact sheet: pictures by sampler and caption -> one picture, a row per caption and a column per sampler."""
+"""Make the contact sheet of an evaluation: one image with a row per caption and a column per sampler."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-#: Sizes in pixels: a picture after enlarging by `SCALE`, gaps, margins, the captions' column and the lines of headings.
+#: Sizes in pixels: an image after enlarging by `SCALE`, gaps, margins, the captions' column and the lines of headings.
 SCALE, GAP, MARGIN, CAPTION, HEADING, TITLE = 2, 8, 24, 216, 44, 34
 _INK, _FAINT, _PAPER = (32, 33, 36), (112, 117, 122), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Rows under one title: captions [R], and by column their pictures [R, H, W, 3] uint8."""
+    """Rows under one title: captions [R], and by column their images [R, H, W, 3] uint8."""
 
     title: str
     captions: Sequence[str]
@@ -26,7 +26,7 @@ class Section:
 
 
 def contact_sheet(sections: Sequence[Section]) -> Image.Image:
-    """Lay out the sections below each other; all have the same columns, whose names may hold a line break."""
+    """Lay out the sections below each other. All have the same columns; a column's name may contain a line break."""
     names = list(sections[0].columns)
     side = SCALE * sections[0].columns[names[0]].shape[1]
     sheet = Image.new("RGB", sheet_size(sections, side), _PAPER)
@@ -43,14 +43,14 @@ def contact_sheet(sections: Sequence[Section]) -> Image.Image:
             lines = "\n".join(textwrap.wrap(caption, 24))
             draw.multiline_text((MARGIN, y + side / 2), lines, _INK, _font(14), anchor="lm", spacing=5)
             for x, name in zip(left, names, strict=True):
-                picture = Image.fromarray(section.columns[name][row])
-                sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
+                image = Image.fromarray(section.columns[name][row])
+                sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
             y += side + GAP
     return sheet
 
 
 def sheet_size(sections: Sequence[Section], side: int) -> tuple[int, int]:
-    """Width and height of the sheet, pictures `side` pixels wide after enlarging."""
+    """Width and height of the sheet in pixels, for images that are `side` pixels wide after enlarging."""
     columns, rows = len(sections[0].columns), sum(len(s.captions) for s in sections)
     width = 2 * MARGIN + CAPTION + columns * (side + GAP) - GAP
     return width, 2 * MARGIN + HEADING + len(sections) * TITLE + rows * (side + GAP) - GAP

@@ -1,4 +1,4 @@
-"""Students that draw pictures and show what they predicted: an adapter in torch, or a bundle in the runtime."""
+"""Samplers for students that also record their network calls: an adapter in torch, or a bundle in the runtime."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from arcflow_distill.evaluate.options import STUDENT_STEPS
+from arcflow_distill.evaluate.options import FAMILY, STUDENT_STEPS
 from arcflow_distill.evaluate.samplers import BATCH, Generated, Sampler, noise, to_uint8
 from arcflow_export.checkpoint.sources import Location
 from arcflow_export.errors import SourceError
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
 from arcflow_export.student.load import load_student
-from arcflow_export.student.reference import SHIFT, TorchStudent, integrate
+from arcflow_export.student.reference import TorchStudent, integrate
 from arcflow_runtime.backends import DEFAULT_BACKEND, open_backend
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.manifest import MANIFEST
 from arcflow_runtime.engines.base import Backend, Engine
 from arcflow_runtime.generate.pipeline import Pipeline
-from arcflow_runtime.generate.request import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.maths.schedule import sigmas
 
 _HEADS = ("latents", "means", "logweights", "loggammas")
@@ -32,10 +32,10 @@ _HEADS = ("latents", "means", "logweights", "loggammas")
 
 @dataclass(frozen=True)
 class Call:
-    """One network call of a student: packed latents [B, N, C] it got, the heads it gave and the sigmas of its step.
+    """One network call of a student: its input latents, its heads, and the sigmas of the step.
 
-    Heads as `arcflow_runtime.maths.update.update` takes them: means [B, N, K, C], logweights [B, N, K, P], loggammas
-    [B, N, K-1, P].
+    Packed latents [B, N, C]. Heads as in `arcflow_runtime.maths.update.update`: means [B, N, K, C], logweights
+    [B, N, K, P], loggammas [B, N, K-1, P].
     """
 
     latents: np.ndarray
@@ -47,15 +47,15 @@ class Call:
 
 
 class StudentSampler(Sampler, Protocol):
-    """A student, which can also show what it predicted."""
+    """A student's sampler, which can also return its network calls."""
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
-        """The network calls of drawing one picture per caption."""
+        """The network calls made to generate one image per caption."""
         ...
 
 
 class AdapterSampler:
-    """An adapter on the teacher, in torch and float32."""
+    """Samples an adapter in torch, in float32."""
 
     def __init__(self, base: Path, adapter: Path) -> None:
         """Load the student.
@@ -70,12 +70,12 @@ class AdapterSampler:
         self.network_calls, self.batch = STUDENT_STEPS, BATCH
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
-        """Draw one picture per caption."""
+        """Generate one image per caption."""
         x, _ = self._run(captions, seeds)
         return Generated(x.numpy(), to_uint8(self.student.decode(x, RESOLUTION, RESOLUTION).numpy()))
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
-        """The network calls of drawing one picture per caption."""
+        """The network calls made to generate one image per caption."""
         return self._run(captions, seeds)[1]
 
     def _run(self, captions: Sequence[str], seeds: Sequence[int]) -> tuple[torch.Tensor, list[Call]]:
@@ -83,9 +83,7 @@ class AdapterSampler:
         states = torch.cat([s for s, _ in encoded])
         pooled = torch.cat([p for _, p in encoded if p is not None])
         x, calls = noise(seeds), []
-        t = 1 - torch.arange(STUDENT_STEPS, dtype=torch.float64) / STUDENT_STEPS
-        schedule = torch.cat([SHIFT * t / (1 + (SHIFT - 1) * t), torch.zeros(1, dtype=torch.float64)]).float()
-        for sigma, sigma_next in pairwise(schedule):
+        for sigma, sigma_next in pairwise(self.student.schedule(STUDENT_STEPS)):
             heads = self.student.predict(x, sigma, states, pooled, RESOLUTION, RESOLUTION, DEFAULT_GUIDANCE_SCALE)
             means, logweights, loggammas = (h.numpy() for h in heads)
             calls.append(Call(x.numpy(), means, logweights, loggammas, float(sigma), float(sigma_next)))
@@ -94,25 +92,25 @@ class AdapterSampler:
 
 
 class BundleSampler:
-    """A bundle, drawn by the runtime alone."""
+    """Samples a bundle with the runtime."""
 
     def __init__(self, bundle: Path) -> None:
         """Open the bundle.
 
         Raises:
-            BundleError: it is missing or damaged.
-            EngineError: it cannot be run.
-            SourceError: it is not of the FLUX family.
+            BundleError: the bundle is missing or damaged.
+            EngineError: the bundle cannot be run.
+            SourceError: the bundle is not of the FLUX family.
         """
         opened = Bundle.open(bundle)
-        if opened.manifest.family != "flux":
-            raise SourceError(f"{bundle} must be a flux bundle, got {opened.manifest.family}")
+        if opened.manifest.family != FAMILY:
+            raise SourceError(f"{bundle} must be a {FAMILY} bundle, got {opened.manifest.family}")
         self._recorder = _Recorder(open_backend(DEFAULT_BACKEND))
         self._pipeline = Pipeline(opened, self._recorder)
         self.network_calls, self.batch = STUDENT_STEPS, min(BATCH, opened.manifest.ranges.batch.max)
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> Generated:
-        """Draw one picture per caption."""
+        """Generate one image per caption."""
         steps: list[np.ndarray] = []
         out = self._pipeline(
             list(captions),
@@ -127,7 +125,7 @@ class BundleSampler:
         return Generated(steps[-1], to_uint8(np.asarray(out.images)))
 
     def calls(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Call]:
-        """The network calls of drawing one picture per caption."""
+        """The network calls made to generate one image per caption."""
         with self._recorder.recording() as recorded:
             for i in range(0, len(captions), self.batch):
                 self.generate(captions[i : i + self.batch], seeds[i : i + self.batch])
@@ -141,7 +139,7 @@ class BundleSampler:
 
 
 class _Recorder:
-    """A backend that can keep what goes into and comes out of the backbone."""
+    """A backend that can record the inputs and outputs of the backbone."""
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
@@ -156,7 +154,7 @@ class _Recorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[dict[str, np.ndarray]]]:
-        """Keep every run of the backbone until the block ends."""
+        """Record every run of the backbone until the block ends."""
         recorded: list[dict[str, np.ndarray]] = []
         self._recorded = recorded
         try:
@@ -183,10 +181,10 @@ class _Recorded:
 
 
 def open_target(target: Path, base: Path) -> StudentSampler:
-    """The student in a directory: a bundle, which has a manifest.json, or an adapter, which has a config.json.
+    """Open the student in a directory: a bundle (with manifest.json) or an adapter (with config.json).
 
     Raises:
-        ArcFlowError: it is neither, damaged, or does not fit the base.
+        ArcFlowError: the directory is neither, is damaged, or does not fit the base.
     """
     if (target / MANIFEST).is_file():
         return BundleSampler(target)

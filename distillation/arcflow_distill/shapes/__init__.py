@@ -1,1 +1,1 @@
-"""The procedural set of captioned shapes, and the small FLUX teacher trained on it."""
+"""`arcflow train-shapes`: train the small shapes model (VAE, FLUX teacher, judge, students) from nothing."""

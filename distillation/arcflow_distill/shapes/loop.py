@@ -1,4 +1,4 @@
-"""What the training stages of the small model share: rate schedule, averaged weights, processes."""
+"""Shared by the training stages of the small model: learning rate schedule, Muon, averaged weights, processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from arcflow_distill.errors import DistillError
 
 
 def rate(step: int, total: int, warmup: int) -> float:
-    """Factor of the learning rate: linear warm-up, then a half cosine to zero at `total`."""
+    """The factor for the learning rate at a step: linear warm-up, then half a cosine down to zero at `total`."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz iterations (Keller Jordan's Muon), for weights of two or more axes.
+    """Muon (Keller Jordan): momentum, orthogonalised by Newton-Schulz iterations, for weights with two or more axes.
 
-    torch.optim.Muon takes matrices only; here a convolution's kernel is one too, [out, in * height * width].
+    torch.optim.Muon accepts only matrices. Here a convolution's kernel is treated as a matrix [out, in * height *
+    width].
     """
 
     COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -56,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Average:
-    """Exponential moving average of parameters, float32; the decay grows to `decay` as min(decay, (1+n)/(10+n))."""
+    """Exponential moving average of parameters in float32; after n updates the decay is min(decay, (1+n)/(10+n))."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float):
         self.parameters, self.decay, self.count = list(parameters), decay, 0
@@ -64,7 +65,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are now."""
+        """Update the average with the current parameters."""
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         self.count += 1
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
@@ -80,7 +81,7 @@ def launch(module: str, arguments: Sequence[str], processes: int = 1) -> None:
     """Run `python -m module` in `processes` processes that train one model together and share the cores.
 
     Raises:
-        DistillError: the training failed; its own message is on stderr.
+        DistillError: the training failed; its message is on stderr.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", module, *arguments]
@@ -90,11 +91,11 @@ def launch(module: str, arguments: Sequence[str], processes: int = 1) -> None:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(threads: int) -> dict[str, str]:
-    """This process's environment, for a child that computes with `threads` threads."""
+    """This process's environment, for a child process that computes with `threads` threads."""
     cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
     return os.environ | cpu | {"OMP_NUM_THREADS": str(max(1, threads))}

@@ -1,7 +1,7 @@
-"""Everything of the small model from nothing: judge, VAE, teacher, its students and their evaluation.
+"""Train the small shapes model from nothing: judge, VAE, teacher, its students, and their evaluation.
 
-Each stage writes a directory that appears whole or not at all, and is skipped where that directory exists, so a run
-that was stopped goes on with the stage it was in.
+`arcflow train-shapes` runs this. Each stage writes its directory atomically, and is skipped if the directory exists. So
+a stopped run continues with the stage that it was in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.evaluate.options import Options
+from arcflow_distill.evaluate.options import EvaluationOptions
 from arcflow_distill.evaluate.run import evaluate
 from arcflow_distill.shapes import teacher, vae
 from arcflow_distill.shapes.loop import cores, environment, launch
@@ -26,18 +26,18 @@ from arcflow_distill.train.config import load_config
 from arcflow_export.images import judge
 from arcflow_runtime.disk.files import whole_directory, whole_file
 
-#: Small trial runs keep at least this much of each kind.
+#: The smallest amounts of training, for trial runs.
 _LEAST = {"steps": 2, "images": 64, "samples": 512, "iterations": 2, "count": 8}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to train.
+    """The stages of the training, with their amounts.
 
     Args:
-        out: directory to work in; `teacher`, `adapter` and `judge` in it are the model.
-        seed: of everything.
-        scale: factor of every amount of training, 1 for the real model.
+        out: directory to work in; its folders `teacher`, `adapter` and `judge` are the model.
+        seed: seed of all stages.
+        scale: factor for every amount of training; 1 for the real model.
     """
 
     out: Path
@@ -45,7 +45,7 @@ class Recipe:
     scale: float = 1.0
 
     def run(self) -> None:
-        """Do every stage that is not done yet and note its time in `recipe.json`.
+        """Run every stage that is not done, and record its time in `recipe.json`.
 
         Raises:
             DistillError: a stage failed.
@@ -81,13 +81,13 @@ class Recipe:
     def _teacher(self, folder: Path) -> None:
         samples = self._amount("samples", teacher.SAMPLES)
         arguments = ["--vae", str(self.out / "vae"), "--seed", str(self.seed), "--samples", str(samples)]
-        # At these sizes two processes of one thread are a quarter faster than one of two.
+        # At these sizes, two processes with one thread each are a quarter faster than one process with two.
         processes = 1 if torch.cuda.is_available() else min(2, cores())
         with whole_directory(folder) as partial:
             launch(teacher.__name__, [*arguments, "--out", str(partial)], processes)
 
     def _students(self, folder: Path) -> None:
-        """The student and, beside it, one of a single mode to compare with."""
+        """Distil the student and, at the same time, a student with a single mode to compare with."""
         linear = self.out / "linear"
         log = self.out / "linear.log"
         with log.open("w") as handle:
@@ -117,7 +117,7 @@ class Recipe:
         return [*command, *resume, *options]
 
     def _eval(self, folder: Path) -> None:
-        options = Options(self._amount("count", Options.count), self.seed)
+        options = EvaluationOptions(self._amount("count", EvaluationOptions.count), self.seed)
         students = {"linear": self.out / "linear"}
         report = evaluate(self.out / "adapter", self.out / "teacher", folder, students, self.out / "judge", options)
         print(report.table())

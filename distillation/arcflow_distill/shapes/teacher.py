@@ -1,4 +1,4 @@
-"""The small model's teacher: a FLUX transformer and its text encoders, trained by flow matching on the scenes."""
+"""Train the small model's teacher: a FLUX transformer and its text encoders, by flow matching on rendered scenes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from arcflow_distill.shapes import vae as vae_stage
 from arcflow_distill.shapes.loop import Average, rate
-from arcflow_distill.shapes.tokenizers import CLIP_TOKENS, captions, clip_tokenizer, t5_tokenizer
+from arcflow_distill.shapes.tokenizers import captions, clip_tokenizer, t5_tokenizer
+from arcflow_export.families import CLIP_TOKENS
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION, Scenes, caption, name_some, render, sample
+from arcflow_export.options import SHIFT
 
 SAMPLES, BATCH, LEARNING_RATE, WARMUP = 800_000, 128, 2e-3, 300
 SCENES = 40_960
-#: Training noise levels are sigma = S u / (1 + (S - 1) u) of uniform u; drawing uses S = 3.2, as ArcFlow does.
-TRAINING_SHIFT, SHIFT = 2.0, 3.2
+#: Noise levels in training are sigma = S u / (1 + (S - 1) u) for uniform u, with this S. Generation uses ArcFlow's
+#: shift.
+TRAINING_SHIFT = 2.0
 TEXT_WIDTH = 64
 GRID = RESOLUTION // 16
 
 
 class Networks(nn.Module):
-    """Transformer and text encoders, trained together; called for the flow-matching loss."""
+    """Transformer and text encoders, trained together; `forward` computes the flow-matching loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,13 +81,13 @@ class Networks(nn.Module):
     def forward(
         self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, clip: torch.Tensor, t5: torch.Tensor
     ) -> torch.Tensor:
-        """Mean squared error of the predicted velocity, noise - latents.
+        """The mean squared error of the predicted velocity; the true velocity is noise - latents.
 
         Args:
             latents: packed, scaled latents [B, N, 64].
-            noise: like `latents`.
+            noise: noise of the same shape.
             sigma: noise level in [0, 1], [B].
-            clip: CLIP's token ids [B, any length that holds the end mark]; it is causal, so padding adds nothing.
+            clip: CLIP's token ids [B, T] up to the end mark at least; CLIP is causal, so padding changes nothing.
             t5: T5's token ids [B, MAX_SEQUENCE_LENGTH].
         """
         level = sigma[:, None, None]
@@ -101,7 +104,7 @@ class Networks(nn.Module):
 
 
 class Captions:
-    """Token ids of every caption of the grammar, looked up by text."""
+    """The token ids of every possible caption, looked up by text."""
 
     def __init__(self) -> None:
         texts = captions()
@@ -111,19 +114,19 @@ class Captions:
         self._clip, self._t5 = clip.input_ids, t5.input_ids
 
     def ids(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP's and T5's ids of the captions `texts`."""
+        """The CLIP and T5 token ids of the captions `texts`."""
         rows = torch.tensor([self._index[text] for text in texts])
         return self._clip[rows], self._t5[rows]
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[B, C, 2h, 2w] -> [B, h*w, C*4], channel-major, as FLUX packs them."""
+    """Pack latents [B, C, 2h, 2w] into [B, h*w, C*4], channel-major, as FLUX does."""
     batch, channels, height, width = latents.shape
     return FluxPipeline._pack_latents(latents, batch, channels, height, width)
 
 
 def train(vae_folder: Path, out: Path, seed: int, samples: int = SAMPLES) -> None:
-    """Train the teacher on the VAE's latents and write the whole `FluxPipeline` directory to `out`."""
+    """Train the teacher on the VAE's latents, and write a complete `FluxPipeline` directory to `out`."""
     set_seed(seed)
     accelerator = Accelerator()
     networks = Networks()
@@ -166,19 +169,19 @@ def train(vae_folder: Path, out: Path, seed: int, samples: int = SAMPLES) -> Non
 
 
 def _latents(vae: AutoencoderKL, scenes: Scenes, accelerator: Accelerator) -> torch.Tensor:
-    """Packed, scaled latents [N, 16, 64] of the scenes' pictures."""
+    """Packed, scaled latents [N, 16, 64] of the scenes' images."""
     vae.to(accelerator.device)
     parts = []
     rows = torch.arange(len(scenes)).split(1024)
     for part in tqdm(rows, "encoding", disable=not accelerator.is_main_process):
         attributes = {name: index[part] for name, index in scenes.attributes.items()}
-        pictures = render(Scenes(attributes, scenes.center[part], scenes.radius[part]))
-        parts.append(vae_stage.encode(vae, pictures))
+        images = render(Scenes(attributes, scenes.center[part], scenes.radius[part]))
+        parts.append(vae_stage.encode(vae, images))
     return pack((torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
 def save(networks: Networks, vae: AutoencoderKL, out: Path) -> None:
-    """Write the pipeline's directory, weights in bfloat16."""
+    """Write the pipeline's directory, with weights in bfloat16."""
     networks.to("cpu", torch.bfloat16)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
@@ -193,7 +196,7 @@ def save(networks: Networks, vae: AutoencoderKL, out: Path) -> None:
 
 
 def main() -> None:
-    """Entry point of one training process."""
+    """Entry point of a training process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

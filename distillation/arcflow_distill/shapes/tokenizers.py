@@ -1,4 +1,4 @@
-"""The small model's tokenizers: whole words of the captions for T5, byte pairs trained on the captions for CLIP."""
+"""Make the small model's tokenizers: one token per caption word for T5, byte pairs trained on the captions for CLIP."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from itertools import product
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from arcflow_export.families import CLIP_TOKENS
 from arcflow_export.images.scenes import ATTRIBUTES, MAX_SEQUENCE_LENGTH, caption
-
-CLIP_TOKENS = 77
 
 
 def captions() -> list[str]:
-    """Every caption the grammar can make, in a fixed order."""
+    """Every possible caption, in a fixed order."""
     choices = [(None, *words) for words in ATTRIBUTES.values()]
     texts: dict[str, None] = {}
     for picked in product(*choices):
@@ -24,7 +23,7 @@ def captions() -> list[str]:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """One token a word; other words become the unknown token."""
+    """A tokenizer with one token per word; other words become the unknown token."""
     words = sorted({word for text in captions() for word in text.replace(",", "").split()})
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), (",", -1.0)]
     vocabulary += [(f"▁{word}", -1.0) for word in words]
@@ -32,7 +31,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte pairs that join every caption word into one token; any other text is spelt in bytes."""
+    """A byte-pair tokenizer that joins every caption word into one token; other text is split into bytes."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]

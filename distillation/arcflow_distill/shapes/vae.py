@@ -1,4 +1,4 @@
-"""The small model's VAE: 64x64 pictures <-> 8x8 latents of 16 channels, in diffusers' `AutoencoderKL`."""
+"""Train the small model's VAE (diffusers' `AutoencoderKL`): 64x64 images <-> 8x8 latents of 16 channels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from arcflow_export.images.scenes import RESOLUTION, WIDE, render, sample
 IMAGES, BATCH, WARMUP = 32_000, 16, 50
 #: Learning rates of Muon (kernels) and AdamW (the rest).
 KERNEL_RATE, OTHER_RATE = 0.02, 2e-3
-#: Weight of the KL term (mean over latent values) against the absolute plus the squared error (mean over pixels).
+#: Weight of the KL term (mean over latent values) relative to the absolute plus squared error (mean over pixels).
 KL_WEIGHT = 2e-4
-#: Additional weight of pixels within two pixels of the shape, which are few.
+#: Additional weight of the few pixels that are within two pixels of the shape.
 SHAPE_WEIGHT = 8.0
 
 
 def build() -> AutoencoderKL:
-    """The untrained VAE, 0.6 M parameters."""
+    """Make the untrained VAE, with 0.6 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -57,7 +57,7 @@ class _Loss(nn.Module):
 
 
 def train(out: Path, seed: int, images: int = IMAGES) -> None:
-    """Train the VAE and save it to `out`, its latents' mean and deviation measured and stored in its config."""
+    """Train the VAE and save it to `out`; its config gets the measured mean and deviation of its latents."""
     set_seed(seed)
     accelerator = Accelerator()
     vae = build().to(memory_format=torch.channels_last)
@@ -77,8 +77,8 @@ def train(out: Path, seed: int, images: int = IMAGES) -> None:
     bar = tqdm(range(steps), "vae", disable=not accelerator.is_main_process, mininterval=2)
     smooth = None
     for _ in bar:
-        pictures = render(sample(batch, generator, jitter=WIDE)).to(accelerator.device)
-        loss = loss_module(pictures.contiguous(memory_format=torch.channels_last) * 2 - 1, generator)
+        rendered = render(sample(batch, generator, jitter=WIDE)).to(accelerator.device)
+        loss = loss_module(rendered.contiguous(memory_format=torch.channels_last) * 2 - 1, generator)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(loss_module.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -98,19 +98,19 @@ def train(out: Path, seed: int, images: int = IMAGES) -> None:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKL, seed: int, count: int = 2048) -> tuple[float, float]:
-    """Mean and standard deviation of the latents of `count` training pictures, over all channels."""
+    """Mean and standard deviation of the latents of `count` training images, over all channels."""
     latents = encode(vae, render(sample(count, torch.Generator().manual_seed(seed), jitter=WIDE)))
     return latents.mean().item(), latents.std().item()
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 64) -> torch.Tensor:
-    """Pictures [N, 3, H, W] in [0, 1] -> the means of their raw latents [N, 16, H/8, W/8], unscaled."""
-    return torch.cat([vae.encode(p.to(vae.device) * 2 - 1).latent_dist.mean.cpu() for p in pictures.split(batch)])
+def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
+    """Encode images [N, 3, H, W] in [0, 1] to the means of their unscaled latents [N, 16, H/8, W/8]."""
+    return torch.cat([vae.encode(p.to(vae.device) * 2 - 1).latent_dist.mean.cpu() for p in images.split(batch)])
 
 
 def main() -> None:
-    """Entry point of one training process."""
+    """Entry point of a training process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,1 +1,1 @@
-"""Train a student: trajectories of the teacher, the policy's loss, averages, checkpoints."""
+"""`arcflow distill`: train a student against its teacher and write it as an adapter."""

@@ -1,4 +1,4 @@
-"""Trained tensors -> an adapter in the released format: config.json and one safetensors file."""
+"""Write trained tensors as an adapter in the released format: config.json and one safetensors file."""
 
 from __future__ import annotations
 
@@ -11,31 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from arcflow_distill.train.folders import ADAPTER_FILES
-from arcflow_export.checkpoint.adapter import CLASSES, SUB_PIXELS
+from arcflow_export.checkpoint.adapter import SUB_PIXELS
+from arcflow_export.families import facts
 from arcflow_runtime.disk.files import whole_directory
-
-#: The base's settings that an adapter repeats: what the reference's student classes take, and no more.
-_SIZES = {
-    "flux": (
-        "in_channels",
-        "num_layers",
-        "num_single_layers",
-        "attention_head_dim",
-        "num_attention_heads",
-        "joint_attention_dim",
-        "pooled_projection_dim",
-        "guidance_embeds",
-        "axes_dims_rope",
-    ),
-    "qwen-image": (
-        "in_channels",
-        "num_layers",
-        "attention_head_dim",
-        "num_attention_heads",
-        "joint_attention_dim",
-        "axes_dims_rope",
-    ),
-}
 
 
 def write_adapter(
@@ -47,21 +25,20 @@ def write_adapter(
     dtype: torch.dtype,
     record: dict[str, Any],
 ) -> Path:
-    """Write an adapter directory, which appears whole or not at all and replaces an older one.
+    """Write an adapter directory atomically; it replaces an older one.
 
     Args:
         out: the directory.
-        tensors: by released name.
+        tensors: the trained tensors by their names in the released format.
         base_config: the base transformer's settings.
         family: the base's family.
-        modes: K.
-        dtype: to store the tensors in.
-        record: how the adapter came about, written beside it as training.json.
+        modes: K, the number of modes.
+        dtype: dtype in which the tensors are stored.
+        record: the settings and history of the training, written to training.json.
     """
-    config: dict[str, Any] = {"_class_name": {f: name for name, (f, _) in CLASSES.items()}[family]}
-    config |= {key: base_config[key] for key in _SIZES[family]}
-    # Qwen-Image's own out_channels counts latent channels, the adapter's counts those of a packed token.
-    config |= {"out_channels": None if family == "flux" else config["in_channels"]}
+    found = facts(family)
+    config: dict[str, Any] = {"_class_name": found.adapter} | {key: base_config[key] for key in found.adapter_sizes}
+    config |= {"out_channels": config["in_channels"] if found.adapter_out_channels else None}
     config |= {"num_gaussians": modes, "logweights_channels": SUB_PIXELS}
     with whole_directory(out) as folder:
         (folder / ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The state of a training <-> one safetensors file, which cannot run code when read.
+"""Save and load the state of a training, as one safetensors file (which cannot run code when read).
 
-Tensors are named `parameter.NAME`, `average.NAME` and, for AdamW, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; the
-rest is JSON in the file's metadata. Random numbers need no state: every iteration seeds its own generators.
+Tensors are named `parameter.NAME`, `average.NAME` and, for AdamW, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. Other
+facts are JSON in the file's metadata. Random generators have no state to save, because every iteration seeds its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     facts: dict[str, Any],
 ) -> None:
-    """Write a checkpoint; an older one stays as it was until this one is complete."""
+    """Write a checkpoint; an older one stays until this one is complete."""
     tensors = {f"parameter.{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"average.{name}": t for name, t in ema.tensors.items()}
     for name, parameter in parameters.items():
@@ -46,10 +46,10 @@ def load_state(
     ema: Ema,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Read a checkpoint's tensors into the parameters, their average and the optimizer.
+    """Load a checkpoint's tensors into the parameters, their average and the optimizer.
 
     Raises:
-        DistillError: the file is damaged or of another model.
+        DistillError: the file is damaged or belongs to another model.
     """
     try:
         with safe_open(path, framework="pt") as f, torch.no_grad():
@@ -62,19 +62,19 @@ def load_state(
                     state = {m: f.get_tensor(f"{m}.{name}").to(parameter.device) for m in moments}
                     optimizer.state[parameter] = state
     except (SafetensorError, RuntimeError) as e:
-        raise DistillError(f"{path} does not fit this model ({e}); --overwrite begins anew") from None
+        raise DistillError(f"{path} does not fit this model ({e}); --overwrite starts again") from None
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What `save_state` was given as facts.
+    """Read the facts that `save_state` was given.
 
     Raises:
-        DistillError: there is no such file, or it is no training checkpoint.
+        DistillError: the file does not exist, or is not a training checkpoint.
     """
     if not path.is_file():
-        raise DistillError(f"--resume: there is no {path}; leave --resume out to begin")
+        raise DistillError(f"--resume: {path} does not exist; leave --resume out to start")
     try:
         with safe_open(path, framework="pt") as f:
             return json.loads(f.metadata()["training"])
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise DistillError(f"--resume: {path} is no training checkpoint ({e}); --overwrite begins anew") from None
+        raise DistillError(f"--resume: {path} is not a training checkpoint ({e}); --overwrite starts again") from None

@@ -1,4 +1,4 @@
-"""A preset or TOML file -> the checked settings of a distillation."""
+"""Read the settings of a distillation: a preset's name or a TOML file -> a checked `Config`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from arcflow_distill.errors import ConfigError
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,43 +29,45 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     prompts: str | None = Field(None, description="text file with one prompt per line, or 'shapes'")
-    prompt_count: Positive = Field(4096, description="captions to draw where prompts is 'shapes'")
-    cached_prompts: int = Field(1024, ge=0, description="encode all prompts beforehand if they are at most this many")
-    max_sequence_length: Positive = Field(512, description="text tokens")
+    prompt_count: Positive = Field(4096, description="number of captions if prompts is 'shapes'")
+    cached_prompts: int = Field(1024, ge=0, description="encode all prompts before training up to this number")
+    max_sequence_length: Positive = Field(512, description="number of text tokens")
     resolutions: tuple[tuple[Side, Side], ...] = Field(
-        ((1024, 1024),), min_length=1, description="[height, width] pairs; each iteration draws one"
+        ((1024, 1024),), min_length=1, description="[height, width] pairs; each iteration uses a random one"
     )
-    guidance_scale: float = Field(3.5, ge=0, description="guidance that the networks are told, if they take one")
+    guidance_scale: float = Field(
+        DEFAULT_GUIDANCE_SCALE, ge=0, description="guidance input of the networks, if they have one"
+    )
     true_cfg_scale: float = Field(
-        1.0, ge=1, description="classifier-free guidance of the teacher against the empty prompt; 1 is without"
+        1.0, ge=1, description="the teacher's classifier-free guidance scale, against the empty prompt; 1 is off"
     )
 
     modes: Positive = Field(16, description="K, the modes per token")
-    rank: Positive = Field(256, description="of the LoRA factors; alpha is the same, so their scale is 1")
+    rank: Positive = Field(256, description="rank of the LoRA factors; alpha equals the rank, so their scale is 1")
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    dtype: DType = Field("bfloat16", description="of the frozen base; what is trained is float32")
-    adapter_dtype: DType = Field("bfloat16", description="of the adapter that is written")
+    dtype: DType = Field("bfloat16", description="dtype of the frozen base; trained weights are float32")
+    adapter_dtype: DType = Field("bfloat16", description="dtype of the written adapter")
     gradient_checkpointing: bool = True
 
-    steps: Positive = Field(2, description="network calls per picture that the student is trained for")
+    steps: Positive = Field(2, description="network calls per image that the student is trained for")
     intermediate_states: Positive = Field(4, description="teacher calls per step")
-    substeps: Positive = Field(128, description="finest division of the time from 1 to 0")
-    window_substeps: Positive = Field(3, description="over how many the student's velocity is averaged")
-    center_window: bool = Field(False, description="put the window around the teacher's point instead of after it")
-    mode_dropout: float = Field(0.1, ge=0, lt=1, description="how often the student walks without a mode")
-    decay_iterations: int = Field(2000, ge=0, description="over which the teacher's share of the walk falls to 0")
-    loss_scale: float = Field(30.0, gt=0, description="factor of half the mean squared error")
+    substeps: Positive = Field(128, description="number of substeps between time 1 and time 0")
+    window_substeps: Positive = Field(3, description="number of substeps over which the student's velocity is averaged")
+    center_window: bool = Field(False, description="center the window on the teacher's point instead of starting there")
+    mode_dropout: float = Field(0.1, ge=0, lt=1, description="probability that the student's walk loses a mode")
+    decay_iterations: int = Field(2000, ge=0, description="iterations until the teacher's share of the walk is 0")
+    loss_scale: float = Field(30.0, gt=0, description="factor for half the mean squared error")
 
     iterations: Positive = 10_000
-    batch_size: Positive = Field(4, description="pictures per process and iteration")
+    batch_size: Positive = Field(4, description="images per process and iteration")
     learning_rate: float = Field(1e-4, gt=0)
     gamma_rate: float = Field(0.1, gt=0, description="factor of the learning rate for the loggamma head")
     betas: tuple[float, float] = (0.9, 0.95)
-    warmup: int = Field(100, ge=0, description="iterations of linear warm-up, during which nothing is clipped")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
+    warmup: int = Field(100, ge=0, description="iterations of linear warm-up, during which gradients are not clipped")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate schedule after the warm-up")
     grad_clip: float = Field(50.0, gt=0, description="largest norm of the gradient")
-    ema_gamma: float = Field(7.0, gt=0, description="exponent of the weights' power-law average")
-    ema_start: int = Field(100, ge=0, description="iteration from which on the weights are averaged")
+    ema_gamma: float = Field(7.0, gt=0, description="exponent of the power-law average of the weights")
+    ema_start: int = Field(100, ge=0, description="first iteration of the weights' average")
     seed: int = Field(0, ge=0, lt=2**63)
     save_every: Positive = Field(500, description="iterations between training checkpoints")
 
@@ -83,14 +86,15 @@ def presets() -> list[str]:
 
 
 def load_config(source: str, overrides: dict[str, Any] | None = None) -> Config:
-    """Read a preset by its bare name, or a TOML file; a relative `prompts` file in it is relative to the file.
+    """Read a preset by its bare name, or a TOML file; a relative `prompts` path starts at the file's folder.
 
     Args:
         source: preset name or path.
         overrides: settings that replace the file's.
 
     Raises:
-        ConfigError: there is no such preset or file, it is no TOML, or a setting is unknown or out of range.
+        ConfigError: the preset or file does not exist, is not valid TOML, or has an unknown setting or one out of
+            range.
     """
     path = Path(source)
     if path.suffix != ".toml":
@@ -115,14 +119,14 @@ def load_config(source: str, overrides: dict[str, Any] | None = None) -> Config:
 
 
 def make_config(settings: dict[str, Any], where: str) -> Config:
-    """Check settings.
+    """Make a checked configuration from settings.
 
     Args:
-        settings: by name.
-        where: what they come from, for messages.
+        settings: values by name.
+        where: the settings' origin, for messages.
 
     Raises:
-        ConfigError: a setting is unknown or out of range; the message names the first.
+        ConfigError: a setting is unknown or out of range; the message names the first one.
     """
     try:
         return Config.model_validate(settings)
@@ -138,10 +142,10 @@ def make_config(settings: dict[str, Any], where: str) -> Config:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`name=value` with a TOML value; what is no TOML value is taken as a string.
+    """Parse `name=value` with a TOML value; a value that is not TOML is taken as a string.
 
     Raises:
-        ConfigError: there is no `=`.
+        ConfigError: the text has no `=`.
     """
     name, sign, value = text.partition("=")
     if not sign:

@@ -8,13 +8,13 @@ import torch
 
 
 def decay(iteration: int, start: int, gamma: float) -> float:
-    """How much of the average an update after `iteration` (from 0) keeps: (1 - 1/t)^(gamma + 1), 0 up to `start`."""
+    """The share of the old average that is kept after `iteration` (from 0): (1 - 1/t)^(gamma + 1), 0 up to `start`."""
     t = max(iteration + 1 - start, 1)
     return (1 - 1 / t) ** (gamma + 1)
 
 
 class Ema:
-    """The average of parameters, in their own dtype."""
+    """The moving average of parameters, in their own dtype."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], gamma: float, start: int):
         self.gamma, self.start = gamma, start
@@ -22,7 +22,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, torch.Tensor], iteration: int) -> None:
-        """Take in the parameters after `iteration`, counted from 0."""
+        """Update the average with the parameters after `iteration`, counted from 0."""
         new = 1 - decay(iteration, self.start, self.gamma)
         for name, average in self.tensors.items():
             average.lerp_(parameters[name], new)

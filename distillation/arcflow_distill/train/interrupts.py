@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM put off until an iteration is complete, so that what is saved is consistent."""
+"""Delay Ctrl-C and SIGTERM until the current training iteration is complete, so that a consistent state is saved."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """While entered, remembers the first signal; a second one takes its usual course at once.
+    """A context manager that records the first signal; a second one has its usual effect at once.
 
-    A signal that the process ignores, as under nohup, stays ignored. Outside the main thread, where signals cannot be
-    handled, it does nothing.
+    A signal that the process ignores, as under nohup, stays ignored. Outside the main thread it does nothing, because
+    signals cannot be handled there.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -35,17 +35,17 @@ class Interrupts:
         self._restore()
 
     def came(self) -> bool:
-        """Whether any process got a signal; all processes must ask equally often."""
+        """True if any process got a signal. All processes must call this equally often."""
         if self._accelerator.num_processes == 1:
             return self._came is not None
         flag = torch.tensor(float(self._came is not None), device=self._accelerator.device)
         return bool(self._accelerator.reduce(flag, "sum") > 0)
 
     def deliver(self) -> None:
-        """Let the signal that came take its usual course now; SIGINT's where it came to another process."""
+        """Raise the delayed signal with its usual effect; SIGINT if another process got the signal."""
         self._restore()
         signal.raise_signal(self._came or signal.SIGINT)
-        raise KeyboardInterrupt  # the usual course was to go on
+        raise KeyboardInterrupt  # reached only if the signal's handler returned
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = number

@@ -1,8 +1,8 @@
-"""Teacher and student: one frozen base in memory, seen by two networks.
+"""The networks of a distillation: teacher and student share the parameters of one frozen base in memory.
 
-The teacher is a copy of the base's modules that shares its parameters. The student is the base itself with LoRA
-factors, its own `norm_out` and three heads in place of `proj_out`. Nothing is switched on or off between them: the
-trained `norm_out` is why disabling the LoRA factors alone would not give the teacher back.
+The teacher is a copy of the base's modules with shared parameters. The student is the base itself, with LoRA factors,
+its own `norm_out`, and three heads instead of `proj_out`. Two networks are needed because switching off the LoRA
+factors would not give the teacher back: the student's `norm_out` is trained too.
 """
 
 from __future__ import annotations
@@ -17,42 +17,22 @@ import torch
 from torch import nn
 
 from arcflow_distill.errors import DistillError
-from arcflow_distill.train.prompts import Text
-from arcflow_export.checkpoint.adapter import CLASSES, HEADS, SUB_PIXELS
+from arcflow_distill.train.prompts import TextBatch
+from arcflow_export.checkpoint.adapter import HEADS, SUB_PIXELS
 from arcflow_export.checkpoint.sources import read_json
+from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts, family_of_pipeline, pipelines
 from arcflow_export.models.student import Heads
+from arcflow_export.student.families import Conditions, RoundedRotary, torch_family
 
-#: Gammas that the modes begin with, log-spaced; mode 0 keeps gamma 1, a straight path.
+#: Range of the modes' initial gammas, log-spaced; mode 0 keeps gamma 1, a straight path.
 GAMMAS = (0.2, 4.0)
-#: Spread of the modes' initial biases, which tells them apart.
+#: Spread of the modes' initial biases, so that the modes start different.
 BIAS_NOISE = 0.05
-#: Linears that get LoRA factors, by the end of their names.
-_TARGETS = {
-    "flux": (
-        ".proj_mlp",
-        ".proj_out",
-        ".ff.net.0.proj",
-        ".ff.net.2",
-        ".ff_context.net.0.proj",
-        ".ff_context.net.2",
-        ".timestep_embedder.linear_1",
-        ".timestep_embedder.linear_2",
-    ),
-    "qwen-image": (
-        ".img_mlp.net.0.proj",
-        ".img_mlp.net.2",
-        ".txt_mlp.net.0.proj",
-        ".txt_mlp.net.2",
-        ".timestep_embedder.linear_1",
-        ".timestep_embedder.linear_2",
-    ),
-}
-_PIPELINES = {"FluxPipeline": "flux", "QwenImagePipeline": "qwen-image"}
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture's size in packed tokens (16 x 16 pixels each), and the guidance that networks are told."""
+    """An image's size in packed tokens (16 x 16 pixels each), and the guidance scale for the networks."""
 
     height: int
     width: int
@@ -60,7 +40,7 @@ class Canvas:
 
     @property
     def tokens(self) -> int:
-        """Packed tokens of the picture."""
+        """Number of packed tokens of the image."""
         return self.height * self.width
 
 
@@ -68,53 +48,54 @@ def base_family(base: Path) -> str:
     """The family of a base checkpoint in diffusers' format.
 
     Raises:
-        SourceError: there is no readable model_index.json.
-        DistillError: it is of another pipeline, or of a variant whose transformer cannot be distilled.
+        SourceError: model_index.json is missing or not readable.
+        DistillError: the pipeline is not supported, or its transformer is a variant that cannot be distilled.
     """
     name = read_json(base / "model_index.json", "base checkpoint").get("_class_name")
-    if name not in _PIPELINES:
-        raise DistillError(f"base checkpoint: {base} is a {name}; supported are {', '.join(sorted(_PIPELINES))}")
+    family = family_of_pipeline(name)
+    if family is None:
+        raise DistillError(f"base checkpoint: {base} is a {name}; supported are {', '.join(pipelines())}")
     config = read_json(base / "transformer" / "config.json", "base checkpoint")
-    if config.get("in_channels", 64) != 64:
+    if config.get("in_channels", PACKED_CHANNELS) != PACKED_CHANNELS:
         raise DistillError(
-            f"base checkpoint: {base}: in_channels must be 64, got {config['in_channels']}; "
+            f"base checkpoint: {base}: in_channels must be {PACKED_CHANNELS}, got {config['in_channels']}; "
             "inpainting and control models are not supported"
         )
-    for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+    for key in UNSUPPORTED_SETTINGS:
         if config.get(key):
             raise DistillError(f"base checkpoint: {base}: {key} is not supported; the base must be Qwen/Qwen-Image's")
-    return _PIPELINES[name]
+    return family
 
 
 def load_transformer(base: Path, family: str, dtype: torch.dtype) -> Any:
-    """The base checkpoint's transformer, frozen and in evaluation mode."""
+    """Load the base checkpoint's transformer, frozen and in evaluation mode."""
     import diffusers
 
-    classes = dict(CLASSES.values())
-    transformer = getattr(diffusers, classes[family]).from_pretrained(
+    transformer = getattr(diffusers, facts(family).transformer).from_pretrained(
         base / "transformer", torch_dtype=dtype, use_safetensors=True
     )
     return transformer.requires_grad_(False).eval()
 
 
 def lora_targets(transformer: nn.Module, family: str) -> list[str]:
-    """The linears of a base that get LoRA factors: those of the released adapters."""
+    """Names of the linears that get LoRA factors, the same as in the released adapters."""
+    found = facts(family)
     names = [
         name
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(_TARGETS[family])
+        if isinstance(module, nn.Linear) and name.endswith(found.lora_targets)
     ]
-    if family == "qwen-image":  # the last block's text stream ends unused
+    if found.unused_last is not None:
         last = len(transformer.transformer_blocks) - 1  # type: ignore[arg-type]
-        names = [n for n in names if not n.startswith(f"transformer_blocks.{last}.txt_mlp.")]
+        names = [n for n in names if not n.startswith(f"transformer_blocks.{last}.{found.unused_last}")]
     return names
 
 
 def make_heads(proj_out: nn.Linear, modes: int) -> Heads:
-    """Heads that predict, but for the bias noise, what the base's output layer does, for every gamma and weight.
+    """Make the initial heads. Apart from noise on the biases, they predict the same as the base's output layer.
 
-    Every mode's mean is a copy of the output layer with noise on the bias, the same for a latent channel's
-    sub-pixels. All weights are equal, and gammas do not depend on the token yet.
+    Every mode's mean is a copy of the output layer with noise on the bias, equal for the sub-pixels of a latent
+    channel. All mode weights are equal. Gammas do not depend on the token yet.
     """
     channels, dim = proj_out.weight.shape
     heads = Heads(dim, channels, modes, SUB_PIXELS)
@@ -131,7 +112,7 @@ def make_heads(proj_out: nn.Linear, modes: int) -> Heads:
 
 
 class _Output(nn.Module):
-    """The student's last layers, in float32: stands where the base has `norm_out`, and passes its result on."""
+    """The student's last layers (`norm_out` and heads) in float32; replaces the base's `norm_out`."""
 
     def __init__(self, norm_out: nn.Module, heads: Heads):
         super().__init__()
@@ -143,22 +124,11 @@ class _Output(nn.Module):
             return self.heads(self.norm_out(hidden.float(), temb.float()))
 
 
-class _RoundedRotary(nn.Module):
-    """FLUX's rotary tables rounded to the base's dtype, as the reference and exported bundles give them to students."""
-
-    def __init__(self, inner: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.inner, self.dtype = inner, dtype
-
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(t.to(self.dtype).float() for t in self.inner(ids))
-
-
-class Student(nn.Module):
-    """The trained network: one call gives the three heads' float32 output."""
+class StudentNetwork(nn.Module):
+    """The trained network; a call returns the float32 output of the three heads."""
 
     def __init__(self, transformer: Any, family: str, modes: int, rank: int, dropout: float):
-        """Turn a base transformer, frozen, into a student, in place; random numbers are torch's global ones."""
+        """Turn a frozen base transformer into a student, in place; random numbers are from torch's global generator."""
         from peft import LoraConfig
 
         super().__init__()
@@ -180,12 +150,12 @@ class Student(nn.Module):
                 parameter.data = parameter.data.float()
         transformer.norm_out = _Output(transformer.norm_out, heads)
         transformer.proj_out = nn.Identity()
-        if family == "flux":
-            transformer.pos_embed = _RoundedRotary(transformer.pos_embed, transformer.dtype)
+        if torch_family(family).rounds_rotary:
+            transformer.pos_embed = RoundedRotary(transformer.pos_embed, transformer.dtype)
         self.transformer = transformer
 
     def forward(
-        self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas
+        self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents [B, N, C], sigma [B] -> means [B, N, K, C], logweights [B, N, K, P], loggammas [B, N, K-1, P]."""
         dtype = self.transformer.dtype
@@ -211,8 +181,8 @@ def _released_name(name: str) -> str:
     return name
 
 
-class Teacher:
-    """The base's own velocity, with optional classifier-free guidance; never trained."""
+class TeacherNetwork:
+    """The base's velocity, with optional classifier-free guidance; it is never trained."""
 
     def __init__(self, transformer: Any, family: str, true_cfg_scale: float = 1.0):
         """Copy a base's modules before it becomes a student; the parameters are shared, not copied."""
@@ -221,7 +191,7 @@ class Teacher:
         self.family, self.true_cfg_scale = family, true_cfg_scale
 
     @torch.no_grad()
-    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas) -> torch.Tensor:
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas) -> torch.Tensor:
         """Velocity [B, N, C] float32 at latents [B, N, C] and sigma [B].
 
         With guidance, `text` holds the negative prompts and then the prompts, [2 B].
@@ -232,14 +202,14 @@ class Teacher:
         negative, positive = both.chunk(2)
         return positive + (positive - negative) * (self.true_cfg_scale - 1)
 
-    def _velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas) -> torch.Tensor:
+    def _velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas) -> torch.Tensor:
         return self.transformer(**arguments(self.transformer, self.family, latents, sigma, text, canvas))[0].float()
 
 
 def arguments(
-    transformer: Any, family: str, latents: torch.Tensor, sigma: torch.Tensor, text: Text, canvas: Canvas
+    transformer: Any, family: str, latents: torch.Tensor, sigma: torch.Tensor, text: TextBatch, canvas: Canvas
 ) -> dict[str, Any]:
-    """A transformer's keyword arguments; timestep and guidance are rounded to its dtype by the transformer itself."""
+    """A transformer's keyword arguments. The transformer itself rounds timestep and guidance to its dtype."""
     dtype, device, batch = transformer.dtype, latents.device, len(latents)
     common = {
         "hidden_states": latents.to(dtype),
@@ -247,26 +217,15 @@ def arguments(
         "encoder_hidden_states": text.states.to(dtype),
         "return_dict": False,
     }
-    if family != "flux":
-        shapes = [[(1, canvas.height, canvas.width)]] * batch
-        return common | {"img_shapes": shapes, "encoder_hidden_states_mask": text.mask}
-    assert text.pooled is not None
-    ids = torch.zeros(canvas.height, canvas.width, 3, device=device)
-    ids[..., 1] = torch.arange(canvas.height, device=device)[:, None]
-    ids[..., 2] = torch.arange(canvas.width, device=device)
-    guidance = None
-    if transformer.config.guidance_embeds:
-        guidance = torch.full([batch], canvas.guidance_scale, device=device)
-    return common | {
-        "pooled_projections": text.pooled.to(dtype),
-        "img_ids": ids.flatten(0, 1),
-        "txt_ids": torch.zeros(text.states.shape[1], 3, device=device),
-        "guidance": guidance,
-    }
+    pooled = None if text.pooled is None else text.pooled.to(dtype)
+    told = Conditions(
+        batch, canvas.height, canvas.width, text.states.shape[1], canvas.guidance_scale, pooled, text.mask
+    )
+    return common | torch_family(family).arguments(transformer, told, device)
 
 
 def count_by_kind(trained: dict[str, nn.Parameter]) -> dict[str, int]:
-    """How many parameters are trained, by kind: heads, norm_out, lora."""
+    """The number of trained parameters by kind: heads, norm_out, lora."""
     counts = {"heads": 0, "norm_out": 0, "lora": 0}
     for name, parameter in trained.items():
         kind = "lora" if "lora" in name else "heads" if name.startswith(HEADS) else "norm_out"

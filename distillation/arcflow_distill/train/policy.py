@@ -1,6 +1,7 @@
-"""What a student predicts in one network call: a velocity field along the whole step, integrated in closed form.
+"""The policy: a student's prediction in one network call, a velocity along the whole step, integrated in closed form.
 
-With sigma falling from `s`, where the network was evaluated, and mode 0 having loggamma 0 (arXiv 2602.09014):
+"Policy" is the paper's word (arXiv 2602.09014). Sigma falls from `s`, where the network was evaluated; mode 0 has
+loggamma 0:
 
     velocity(sigma) = sum_k w_k mean_k exp(loggamma_k (s - sigma)),  w = softmax_k(logweights)
     average over [a, b], s >= a >= b:  sum_k w_k mean_k exp(loggamma_k (s - a)) phi(loggamma_k (a - b))
@@ -16,16 +17,16 @@ from functools import cached_property
 import torch
 from torch import nn
 
-#: The released students' timestep shift, which exported bundles draw with.
-SHIFT = 3.2
-#: Below this |z|, phi is a polynomial: the quotient's gradient loses digits to cancellation as z falls.
+from arcflow_export.options import SHIFT
+
+#: Below this |z|, phi is computed as a polynomial, because the gradient of the quotient loses digits by cancellation.
 _SERIES_LIMIT = 0.5
-#: Taylor coefficients 1/(n+1)! of phi, highest first; the first term left out is below 3e-9 of the sum.
+#: Taylor coefficients 1/(n+1)! of phi, highest order first; the first omitted term is below 3e-9 of the sum.
 _SERIES = (1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0)
 
 
 def warp(t: torch.Tensor) -> torch.Tensor:
-    """Time t in [0, 1] -> noise level sigma in [0, 1]; both fall while drawing."""
+    """Time t in [0, 1] -> noise level sigma in [0, 1]; both fall during generation."""
     return SHIFT * t / (1 + (SHIFT - 1) * t)
 
 
@@ -42,10 +43,10 @@ def phi(z: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Policy:
-    """K modes per token, predicted at noise level `sigma` for the whole batch.
+    """A student's prediction: K modes per token, predicted at noise level `sigma` for the whole batch.
 
-    A packed token's C channels are C/P latent channels of P sub-pixels each, channel-major; weights and gammas belong
-    to the sub-pixel. Shapes: means [B, N, P, K, C/P], logweights [B, N, P, K], loggammas [B, N, P, K] with mode 0 zero.
+    A packed token's C channels are C/P latent channels of P sub-pixels each, channel-major. Each sub-pixel has its own
+    weights and gammas. Shapes: means [B, N, P, K, C/P], logweights [B, N, P, K], loggammas [B, N, P, K] (0 for mode 0).
     """
 
     means: torch.Tensor
@@ -55,7 +56,7 @@ class Policy:
 
     @staticmethod
     def from_heads(means: torch.Tensor, logweights: torch.Tensor, loggammas: torch.Tensor, sigma: float) -> Policy:
-        """From the heads' output: means [B, N, K, C], logweights [B, N, K, P], loggammas [B, N, K-1, P]."""
+        """Make a policy from the heads: means [B, N, K, C], logweights [B, N, K, P], loggammas [B, N, K-1, P]."""
         sub_pixels = logweights.shape[-1]
         return Policy(
             means.float().unflatten(-1, (-1, sub_pixels)).permute(0, 1, 4, 2, 3).contiguous(),
@@ -65,10 +66,10 @@ class Policy:
         )
 
     def detached(self, dropout: float, generator: torch.Generator) -> Policy:
-        """A copy without gradients in which each sample lost each mode with probability `dropout`, but never all.
+        """A copy without gradients. Each sample loses each mode with probability `dropout`, but never all of them.
 
         Args:
-            dropout: in [0, 1).
+            dropout: probability in [0, 1).
             generator: a CPU generator.
         """
         lost = torch.rand(len(self.means), self.means.shape[3], generator=generator) < dropout
@@ -78,11 +79,11 @@ class Policy:
 
     @cached_property
     def weights(self) -> torch.Tensor:
-        """The modes' weights [B, N, P, K], which add up to 1."""
+        """The mode weights [B, N, P, K]; they add up to 1 over the modes."""
         return self.logweights.softmax(3)
 
     def average(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """Mean velocity over [start, end] in sigma; the velocity itself where both are equal.
+        """The mean velocity between the noise levels `start` and `end`; the velocity itself if both are equal.
 
         Args:
             start: [B, S], at most `sigma`.

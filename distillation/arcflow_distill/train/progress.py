@@ -1,4 +1,4 @@
-"""What a training shows while it runs, and the record of its figures."""
+"""Show the progress of a training, and record its losses."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-#: Iterations per line of the record.
+#: Iterations that are averaged into one entry of the history.
 LOG_EVERY = 10
-#: Seconds between updates of the bar where it is written to a file.
+#: Seconds between updates of the progress bar if stderr is not a terminal.
 _LOG_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one iteration shows; losses are comparable only at the same ratio."""
+    """The figures of one iteration; losses can be compared only at the same `ratio` (the teacher's share)."""
 
     loss: float
     ratio: float
@@ -27,7 +27,7 @@ class Figures:
 
 
 class Log:
-    """Mean figures of every `LOG_EVERY` iterations, and the seconds spent; `shown` is whether anything is printed."""
+    """Records mean figures of every `LOG_EVERY` iterations, and the seconds spent; prints only if `shown` is True."""
 
     def __init__(self, shown: bool):
         self.shown, self.seconds = shown, 0.0
@@ -40,7 +40,7 @@ class Log:
             print(text, file=sys.stderr, flush=True)
 
     def add(self, iteration: int, figures: Figures) -> None:
-        """Take in the figures of an iteration, counted from 0."""
+        """Add the figures of an iteration, counted from 0."""
         self._pending.append(asdict(figures))
         if len(self._pending) == LOG_EVERY:
             means = {key: sum(f[key] for f in self._pending) / LOG_EVERY for key in self._pending[0]}
@@ -48,16 +48,16 @@ class Log:
             self._pending = []
 
     def state(self) -> dict[str, Any]:
-        """Everything, for a checkpoint."""
+        """The state for a checkpoint."""
         return {"seconds": self.seconds, "history": self.history, "pending": self._pending}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a saved `state`."""
         self.seconds, self.history, self._pending = state["seconds"], state["history"], state["pending"]
 
     @contextmanager
     def bar(self, start: int, total: int) -> Iterator[Callable[[int, Figures], None]]:
-        """Show a progress bar; yields what takes in each iteration's figures."""
+        """Show a progress bar; yields a function that takes an iteration's number and figures."""
         interval = 0.2 if sys.stderr.isatty() else _LOG_SECONDS
         with tqdm(
             total=total, initial=start, disable=not self.shown, mininterval=interval, maxinterval=interval, unit="it"

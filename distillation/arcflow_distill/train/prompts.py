@@ -1,4 +1,4 @@
-"""Prompts -> the text that the networks are given, encoded once by the base checkpoint's own encoders."""
+"""Read prompts and encode them with the base checkpoint's text encoders -> batches of text for the networks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import torch
 
 from arcflow_distill.errors import DistillError
 from arcflow_distill.train.config import Config
+from arcflow_export.families import facts
 
 _BATCH = 32
-#: Draws of the caption generator are the same for every seed of the distillation.
+#: Seed of the captions of shapes; they are the same for every seed of the distillation.
 _CAPTION_SEED = 0
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One encoded prompt: states [T, D] of its valid tokens, and FLUX's pooled vector [P]."""
+class EncodedPrompt:
+    """One encoded prompt: text states [T, D] of its valid tokens, and for FLUX the pooled vector [P]."""
 
     states: torch.Tensor
     pooled: torch.Tensor | None
 
-    def to(self, device: torch.device) -> Prompt:
-        """The same on a device."""
-        return Prompt(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+    def to(self, device: torch.device) -> EncodedPrompt:
+        """The same prompt on a device."""
+        return EncodedPrompt(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
 
 
 @dataclass(frozen=True)
-class Text:
-    """A batch: states [B, T, D], mask [B, T] bool where lengths differ, and FLUX's pooled vectors [B, P]."""
+class TextBatch:
+    """A batch of prompts: states [B, T, D], mask [B, T] bool if lengths differ, and FLUX's pooled vectors [B, P]."""
 
     states: torch.Tensor
     mask: torch.Tensor | None
@@ -39,10 +40,10 @@ class Text:
 
 
 def read_prompts(config: Config) -> list[str]:
-    """The prompts that a configuration names, repetitions included.
+    """Read the prompts that a configuration names; repeated prompts are kept.
 
     Raises:
-        DistillError: none are named, or the file is missing, empty or not UTF-8.
+        DistillError: the configuration names no prompts, or the file is missing, empty or not UTF-8.
     """
     if config.prompts is None:
         raise DistillError("no prompts: give --prompts FILE with one prompt per line")
@@ -50,7 +51,7 @@ def read_prompts(config: Config) -> list[str]:
         return _captions(config.prompt_count)
     path = Path(config.prompts)
     if not path.is_file():
-        raise DistillError(f"prompts: {path} is no file")
+        raise DistillError(f"prompts: {path} is not a file; give a text file with one prompt per line")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -74,63 +75,67 @@ class Encoder:
     """The text encoders of a base checkpoint, run through diffusers' own pipeline."""
 
     def __init__(self, base: Path, family: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int):
-        from diffusers import FluxPipeline, QwenImagePipeline
+        import diffusers
 
-        pipeline: Any = FluxPipeline if family == "flux" else QwenImagePipeline
-        # Without the networks that do not see the prompt; nothing but safetensors is ever read.
+        pipeline: Any = getattr(diffusers, facts(family).pipeline)
+        # The transformer and the VAE do not see the prompt, so they are not loaded. Only safetensors files are read.
         self._pipe = pipeline.from_pretrained(base, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
         self._pipe.to(device)
         self._length = max_sequence_length
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Prompt]:
+    def encode(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
         """Encode prompts in small batches."""
-        encoded: list[Prompt] = []
+        encoded: list[EncodedPrompt] = []
         for start in range(0, len(prompts), _BATCH):
             encoded += self._encode(list(prompts[start : start + _BATCH]))
         return encoded
 
-    def _encode(self, prompts: list[str]) -> list[Prompt]:
+    def _encode(self, prompts: list[str]) -> list[EncodedPrompt]:
         device = self._pipe.text_encoder.device
         result = self._pipe.encode_prompt(prompts, device=device, max_sequence_length=self._length)
         return self._split(*result)
 
     def _split(
         self, states: torch.Tensor, second: torch.Tensor | None, ids: torch.Tensor | None = None
-    ) -> list[Prompt]:
-        """FLUX gives states, pooled vectors and position ids, Qwen-Image states and a mask of its valid tokens."""
+    ) -> list[EncodedPrompt]:
+        """Split a batch into prompts.
+
+        FLUX returns states, pooled vectors and position ids; Qwen-Image returns states and a mask of valid tokens.
+        """
         if ids is not None:
             assert second is not None
-            return [Prompt(s, p) for s, p in zip(states, second, strict=True)]
+            return [EncodedPrompt(s, p) for s, p in zip(states, second, strict=True)]
         if second is None:
-            return [Prompt(s, None) for s in states]
-        return [Prompt(s[m.bool()], None) for s, m in zip(states, second, strict=True)]
+            return [EncodedPrompt(s, None) for s in states]
+        return [EncodedPrompt(s[m.bool()], None) for s, m in zip(states, second, strict=True)]
 
 
-def collate(prompts: Sequence[Prompt]) -> Text:
-    """Put prompts into one batch, padded to the longest and masked where they differ in length."""
+def collate(prompts: Sequence[EncodedPrompt]) -> TextBatch:
+    """Put prompts into one batch; if their lengths differ, pad them to the longest and add a mask."""
     lengths = [len(p.states) for p in prompts]
     pooled = [p.pooled for p in prompts if p.pooled is not None]
     stacked = torch.stack(pooled) if pooled else None
     if min(lengths) == max(lengths):
-        return Text(torch.stack([p.states for p in prompts]), None, stacked)
+        return TextBatch(torch.stack([p.states for p in prompts]), None, stacked)
     states = torch.nn.utils.rnn.pad_sequence([p.states for p in prompts], batch_first=True)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return Text(states, mask.to(states.device), stacked)
+    return TextBatch(states, mask.to(states.device), stacked)
 
 
 class TextSource:
-    """Draws batches of encoded prompts; a set small enough is encoded beforehand and its encoders let go."""
+    """Gives random encoded prompts. A small set is encoded once, and the encoders are freed."""
 
     def __init__(self, prompts: Sequence[str], encoder: Encoder, cached: int, device: torch.device):
         self._prompts, self._device = prompts, device
         unique = list(dict.fromkeys(prompts))
         self._encoder: Encoder | None = None
-        self._known: dict[str, Prompt] = {}
+        self._known: dict[str, EncodedPrompt] = {}
         if len(unique) <= cached:
-            # On the host: even a few hundred prompts of FLUX are gigabytes.
+            # Kept on the host, because even a few hundred encoded prompts of FLUX take gigabytes.
             kept = [
-                Prompt(p.states.cpu(), None if p.pooled is None else p.pooled.cpu()) for p in encoder.encode(unique)
+                EncodedPrompt(p.states.cpu(), None if p.pooled is None else p.pooled.cpu())
+                for p in encoder.encode(unique)
             ]
             self._known = dict(zip(unique, kept, strict=True))
         else:
@@ -139,15 +144,15 @@ class TextSource:
 
     @property
     def count(self) -> int:
-        """How many prompts there are, repetitions included."""
+        """The number of prompts, repetitions included."""
         return len(self._prompts)
 
     @property
     def cached(self) -> bool:
-        """Whether all prompts were encoded beforehand."""
+        """True if all prompts were encoded before training."""
         return self._encoder is None
 
-    def draw(self, count: int, generator: torch.Generator) -> list[Prompt]:
+    def draw(self, count: int, generator: torch.Generator) -> list[EncodedPrompt]:
         """Draw prompts with replacement; `generator` is a CPU generator."""
         chosen = [self._prompts[i] for i in torch.randint(len(self._prompts), (count,), generator=generator).tolist()]
         if self._encoder is not None:

@@ -1,15 +1,15 @@
-"""A base checkpoint and prompts -> a trained adapter.
+"""Train a student: base checkpoint and prompts -> an adapter. `arcflow distill` calls `distill`.
 
-One iteration draws noise and prompts and carries the noise through every step of the student, each step compared with
-the teacher along its segment (`trajectory.walk_segment`) and back-propagated by itself, then updates the weights once.
+One iteration draws random noise and prompts and runs every step of the student. Each step is compared with the teacher
+along its segment (`trajectory.walk_segment`) and back-propagated separately. Then the weights are updated once.
 
-Each iteration seeds its own random generators from the run's seed, the iteration and the process, so that a resumed
-run goes on exactly as if it had never stopped, and a checkpoint holds no generator state.
+Each iteration seeds its own random generators from the run's seed, the iteration and the process. So a resumed run
+continues exactly as if it had never stopped, and a checkpoint needs no generator state.
 
-What differs from the reference implementation: the last normalisation, the heads and the integral are float32 instead
-of bfloat16; phi is exact near 0; the optimizer is torch's AdamW in float32 instead of an 8-bit one; prompts are drawn
-with replacement. As there, gradients are not clipped during the warm-up, and an update whose gradient is not finite is
-left out.
+Differences from the reference implementation: the last normalisation, the heads and the integral are float32 instead of
+bfloat16; phi is exact near 0; the optimizer is torch's AdamW in float32 instead of an 8-bit one; prompts are drawn with
+replacement. As in the reference, gradients are not clipped during the warm-up, and an update with a gradient that is
+not finite is skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ from arcflow_distill.train.config import Config
 from arcflow_distill.train.ema import Ema
 from arcflow_distill.train.folders import check_out, training_folder
 from arcflow_distill.train.interrupts import Interrupts
-from arcflow_distill.train.networks import Canvas, Student, Teacher, base_family, count_by_kind, load_transformer
+from arcflow_distill.train.networks import (
+    Canvas,
+    StudentNetwork,
+    TeacherNetwork,
+    base_family,
+    count_by_kind,
+    load_transformer,
+)
 from arcflow_distill.train.policy import Policy, warp
 from arcflow_distill.train.progress import Figures, Log
 from arcflow_distill.train.prompts import Encoder, TextSource, collate, read_prompts
@@ -43,9 +50,9 @@ from arcflow_export.checkpoint.tensors import TensorIndex
 
 #: Pixels per side of a packed token.
 _TOKEN = 16
-#: Learning rate at the first iteration of the warm-up, as a share of the full one.
+#: Learning rate at the first iteration of the warm-up, as a share of the full rate.
 _WARMUP_FROM = 1e-3
-#: Updates in a row that may be skipped for a gradient that is not finite.
+#: The training fails after this many skipped updates in a row.
 _MAX_SKIPPED = 20
 #: Settings that may differ between a stopped run and the one that resumes it.
 _FREE_TO_CHANGE = {"iterations", "save_every", "cached_prompts", "gradient_checkpointing", "adapter_dtype"}
@@ -53,7 +60,7 @@ _RECORDED = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def teacher_ratio(config: Config, iteration: int) -> float:
-    """The teacher's share of the walk at an iteration, counted from 0: falls from 1 to 0 in a straight line."""
+    """The teacher's share of the walk at an iteration, counted from 0; it falls linearly from 1 to 0."""
     if config.decay_iterations == 0:
         return 0.0
     return max(0.0, 1 - iteration / config.decay_iterations)
@@ -73,7 +80,7 @@ class Distillation:
     """Teacher, student, optimizer and average of one run, on one process's device."""
 
     def __init__(self, config: Config, base: Path, accelerator: Accelerator):
-        """Encode the prompts and load the base; everything random is drawn from the configuration's seed."""
+        """Encode the prompts and load the base; all random numbers come from the configuration's seed."""
         torch.manual_seed(config.seed)
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         self.family = base_family(base)
@@ -85,8 +92,8 @@ class Distillation:
         transformer = load_transformer(base, self.family, dtype).to(self.device)
         self.base_config = dict(transformer.config)
         self.base_parameters = sum(p.numel() for p in transformer.parameters())
-        self.teacher = Teacher(transformer, self.family, config.true_cfg_scale)
-        student = Student(transformer, self.family, config.modes, config.rank, config.lora_dropout)
+        self.teacher = TeacherNetwork(transformer, self.family, config.true_cfg_scale)
+        student = StudentNetwork(transformer, self.family, config.modes, config.rank, config.lora_dropout)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.trained = student.trained()
@@ -107,7 +114,7 @@ class Distillation:
         """Train on one batch; `iteration` counts from 0.
 
         Raises:
-            DistillError: the gradient has not been finite for many iterations.
+            DistillError: the gradient was not finite for many iterations in a row.
         """
         config, generator = self.config, self._generator
         seed = _seed(config.seed, iteration, self.accelerator.process_index)
@@ -159,7 +166,7 @@ class Distillation:
             if self._skipped == _MAX_SKIPPED:
                 raise DistillError(
                     f"the gradient was not finite in the last {_MAX_SKIPPED} iterations; "
-                    "begin anew with a lower learning_rate"
+                    "start again with a lower learning_rate"
                 )
         self.optimizer.zero_grad()
         self.ema.update(self.trained, iteration)
@@ -179,21 +186,21 @@ def distill(
 ) -> Path:
     """Distil a base checkpoint into an adapter of the released format.
 
-    While it runs, its checkpoint is `OUT.training/state.safetensors`. Ctrl-C and SIGTERM finish the iteration at hand,
-    write that checkpoint and then take their usual course.
+    The checkpoint of a running distillation is `OUT.training/state.safetensors`. On Ctrl-C or SIGTERM, the current
+    iteration is finished and the checkpoint written; then the signal has its usual effect.
 
     Args:
         config: the settings.
         base: directory of a FLUX or Qwen-Image pipeline in diffusers' format.
-        out: the adapter's directory, which appears when training is done.
-        resume: go on from the checkpoint.
-        overwrite: replace an existing adapter, and a stopped run's checkpoint if `resume` is not set.
+        out: the adapter's directory, written when training is done.
+        resume: continue from the checkpoint.
+        overwrite: replace an existing adapter and, if `resume` is False, a stopped run's checkpoint.
         keep_training: keep `OUT.training` with the last checkpoint.
-        progress: show what is trained and a progress bar, on stderr.
+        progress: print a summary and a progress bar to stderr.
         provenance: facts for the adapter's training.json, such as the command.
 
     Raises:
-        DistillError: the run cannot start or go on.
+        DistillError: the run cannot start or continue.
         SourceError: the base is missing or damaged.
     """
     check_out(out, overwrite)
@@ -250,7 +257,7 @@ def _train(run: Distillation, state: Path, facts: dict[str, Any], log: Log, star
 
 
 def _resumable(state: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the checkpoint to resume from, which must be of the same base and settings."""
+    """The facts of the checkpoint to resume from; checks that its base and settings are the same."""
     found = read_facts(state)
     if found["base_digest"] != facts["base_digest"]:
         raise DistillError(f"--resume: {state} was trained from another base checkpoint")
@@ -259,12 +266,12 @@ def _resumable(state: Path, facts: dict[str, Any]) -> dict[str, Any]:
         if name not in _FREE_TO_CHANGE and before != value:
             raise DistillError(f"--resume: {name} was {before!r} when the run began and is {value!r} now")
     if found["iteration"] > facts["config"]["iterations"]:
-        raise DistillError(f"--resume: {found['iteration']} iterations are done already")
+        raise DistillError(f"--resume: {found['iteration']} iterations are already done; give more --iterations")
     return found
 
 
 def _optimizer(trained: dict[str, nn.Parameter], config: Config) -> torch.optim.AdamW:
-    """AdamW with one group per factor of the learning rate; one mode's empty loggamma head is left out."""
+    """AdamW with one group per learning rate factor; with one mode, the empty loggamma head is left out."""
     groups: dict[float, list[nn.Parameter]] = {1.0: [], config.gamma_rate: []}
     for name, parameter in trained.items():
         if parameter.numel():
@@ -279,7 +286,7 @@ def _optimizer(trained: dict[str, nn.Parameter], config: Config) -> torch.optim.
 
 
 def _seed(*parts: int) -> int:
-    """A seed that is a function of `parts` alone and shows no pattern over them."""
+    """A seed that depends only on `parts`; a hash, so that seeds of neighbouring iterations are unrelated."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 

@@ -1,1 +1,1 @@
-"""Build TensorRT engines beside a bundle: shape profiles, the plan of what to build, the builder."""
+"""Build engines and tokenizers from a bundle, for `arcflow build`: shape profiles, the list of engines, the builder."""

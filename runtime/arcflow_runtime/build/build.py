@@ -1,4 +1,7 @@
-"""One part's ONNX graph -> a serialised engine, with either library; the graph's weights are read from beside it."""
+"""Build one engine with TensorRT or TensorRT-RTX: a part's ONNX graph and weights -> the serialised engine.
+
+Called by `arcflow build`.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ from arcflow_runtime.engines.tensorrt_library import Library
 from arcflow_runtime.errors import EngineError
 
 _SHOWN_ERRORS = 5
-#: From this opset on, graphs have attention as one operator, for which the libraries have no float32 kernels and, at
-#: least up to TensorRT-RTX 1.7, none for heads below 16.
+#: From this opset on, attention is one ONNX operator. The libraries have no float32 kernels for it and, at least up to
+#: TensorRT-RTX 1.7, no kernels for head sizes below 16.
 _FUSED_ATTENTION_OPSET = 23
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to build. None leaves the builder's default.
+class BuildSettings:
+    """Options of the builder; None is the builder's default.
 
-    `strip_weights` leaves the weights out of the engine: it is refitted from the part's weights file when loaded.
-    `weight_streaming` lets the engine keep part of its weights in host memory. `timing_cache` is a file that is read
-    if it exists and written after each build.
+    `strip_weights` builds an engine without weights, which are read from the part's weights file each time it is
+    loaded. `weight_streaming` lets the engine keep part of its weights in host memory. `timing_cache` is a file that is
+    read if it exists and written after each build.
     """
 
     optimization_level: int | None = None
@@ -41,16 +44,16 @@ class Settings:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Names of the builder flags, as in an engine's key."""
+        """Names of TensorRT's builder flags, as in an engine's key."""
         strip = ("REFIT_IDENTICAL", "STRIP_PLAN") if self.strip_weights else ()
         return (*strip, "WEIGHT_STREAMING") if self.weight_streaming else strip
 
 
-class Progress:
-    """Told of a build's steps, from any thread. The number of steps grows while the build unfolds."""
+class BuildProgress:
+    """Receives the progress of a build, from any thread; subclass it to show a progress bar."""
 
     def update(self, done: int, total: int, phase: str) -> None:
-        """`done` of the `total` steps known so far are finished; `phase` is what runs now."""
+        """`done` of the `total` steps known so far are finished; `total` grows. `phase` is the current phase's name."""
 
 
 def build_engine(
@@ -59,27 +62,27 @@ def build_engine(
     part: str,
     target: str,
     profiles: tuple[Profile, ...],
-    settings: Settings,
+    settings: BuildSettings,
     out: BinaryIO,
-    progress: Progress | None = None,
+    progress: BuildProgress | None = None,
 ) -> float:
     """Build one engine and write it to `out`.
 
-    The build runs in a thread of its own, so that Ctrl-C and a signal's exception reach the caller: they stop the
-    build at its next step and are then raised.
+    The build runs in its own thread, so that Ctrl-C and SIGTERM reach the caller. They stop the build at its next step
+    and are then raised.
 
     Args:
-        library: which library builds.
-        bundle: the bundle; its files are trusted to be what its manifest says.
+        library: the library that builds.
+        bundle: the bundle; its files must have been checked against its manifest.
         part: name of the part.
         target: compute capability such as "sm89"; ignored by a library that builds for the GPU it runs on.
         profiles: from `make_profiles`.
-        settings: how to build.
-        out: takes the engine's bytes.
-        progress: told of every step.
+        settings: options of the builder.
+        out: receives the engine's bytes.
+        progress: called at every step.
 
     Returns:
-        Seconds that parsing and building took.
+        The seconds that parsing and building took.
 
     Raises:
         BundleError: the graph's external data is not in the part's weights file.
@@ -89,16 +92,16 @@ def build_engine(
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
         try:
-            pool.submit(build.run, target, profiles, settings, out, progress or Progress()).result()
+            pool.submit(build.run, target, profiles, settings, out, progress or BuildProgress()).result()
         except BaseException:
-            # Leaving the block waits for the thread, so that nothing writes to `out` afterwards.
+            # Leaving the `with` block waits for the thread, so nothing writes to `out` afterwards.
             build.cancelled.set()
             raise
     return time.perf_counter() - began
 
 
 class _Build:
-    """One build: the library's module `trt`, and what it says while it works."""
+    """One build with the library's module `trt`, and the errors that the library logs during it."""
 
     def __init__(self, library: Library, trt: ModuleType, bundle: Bundle, part: str) -> None:
         self.cancelled = threading.Event()
@@ -107,14 +110,19 @@ class _Build:
         self._logger = _make_logger(trt)
 
     def run(
-        self, target: str, profiles: tuple[Profile, ...], settings: Settings, out: BinaryIO, progress: Progress
+        self,
+        target: str,
+        profiles: tuple[Profile, ...],
+        settings: BuildSettings,
+        out: BinaryIO,
+        progress: BuildProgress,
     ) -> None:
         trt = self._trt
         builder = trt.Builder(self._logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
         graph = checked_graph(self._bundle, self._part)
-        # From its path: external weights lie beside it.
+        # Parsed by path, because the external weights are beside the graph.
         if not parser.parse_from_file(str(graph)):
             raise EngineError(self._parser_errors(parser, graph))
         if self.cancelled.is_set():
@@ -138,12 +146,14 @@ class _Build:
         if cache is not None and settings.timing_cache is not None:
             _replace_file(settings.timing_cache, cache.serialize())
 
-    def _configure(self, config: Any, target: str, settings: Settings) -> None:
+    def _configure(self, config: Any, target: str, settings: BuildSettings) -> None:
         trt = self._trt
         if self._library.ahead_of_time:
             config.num_compute_capabilities = 1
             if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0):
-                raise EngineError(f"{self._part}: {self._library.name} does not build for {target}")
+                raise EngineError(
+                    f"{self._part}: {self._library.name} cannot build for {target}; give another --target"
+                )
         for flag in settings.flags:
             config.set_flag(getattr(trt.BuilderFlag, flag))
         if settings.optimization_level is not None:
@@ -156,7 +166,7 @@ class _Build:
         for name, shapes in profile.items():
             made.set_shape(name, shapes.min, shapes.opt, shapes.max)
         if config.add_optimization_profile(made) < 0:
-            raise EngineError(f"{self._part}: {self._library.name} refuses the shapes {dict(profile)}{self._said()}")
+            raise EngineError(f"{self._part}: {self._library.name} rejects the shapes {dict(profile)}{self._logged()}")
 
     def _timing_cache(self, config: Any, path: Path | None) -> Any:
         if path is None:
@@ -179,7 +189,7 @@ class _Build:
             lines.append(f"  and {len(errors) - _SHOWN_ERRORS} more")
         return "\n".join(lines)
 
-    def _build_error(self, settings: Settings) -> str:
+    def _build_error(self, settings: BuildSettings) -> str:
         text = f"{self._part}: {self._library.name} cannot build an engine"
         opset = self._bundle.manifest.opset
         if opset >= _FUSED_ATTENTION_OPSET and any("Attention" in e for e in self._logger.errors):
@@ -195,20 +205,21 @@ class _Build:
                 )
         if settings.strip_weights and find_gpu() is None:
             text += " without its weights where there is no GPU; leave out --strip-weights"
-        return text + self._said()
+        return text + self._logged()
 
-    def _said(self) -> str:
-        """The errors that the library logged, each on its own line after a colon."""
+    def _logged(self) -> str:
+        """The errors that the library logged: a colon, then one line each; "" if there are none."""
         errors = self._logger.errors
         if self._library.ahead_of_time:
-            # That there is no driver is no error when building for another machine.
+            # CUDA errors only mean that there is no driver here, which does not matter when building for another
+            # machine.
             errors = [e for e in errors if "(cudaError " not in e] or errors
         return ":" + "".join(f"\n  {line}" for line in errors[:_SHOWN_ERRORS]) if errors else ""
 
 
 def _make_logger(trt: ModuleType) -> Any:
     class Logger(trt.ILogger):  # type: ignore[name-defined]
-        """Keeps the errors and drops everything less."""
+        """Collects error messages and drops messages of lower severity."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -221,9 +232,9 @@ def _make_logger(trt: ModuleType) -> Any:
     return Logger()
 
 
-def _make_monitor(trt: ModuleType, progress: Progress, cancelled: threading.Event) -> Any:
+def _make_monitor(trt: ModuleType, progress: BuildProgress, cancelled: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
-        """Counts the steps of all phases, nested ones too; a phase may end before all of its steps were told."""
+        """Counts the steps of all phases, nested ones too. A phase may finish before it has reported all its steps."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -260,7 +271,7 @@ def _make_monitor(trt: ModuleType, progress: Progress, cancelled: threading.Even
 
 def _make_writer(trt: ModuleType, out: BinaryIO) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[name-defined]
-        """Writes to `out`; an error is kept, since the library knows only how many bytes were written."""
+        """Writes to `out` and keeps an OSError for the caller; the library only learns the number of bytes written."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -277,7 +288,7 @@ def _make_writer(trt: ModuleType, out: BinaryIO) -> Any:
 
 
 def _fix_static_axes(network: Any, profiles: tuple[Profile, ...]) -> None:
-    """Make an input's axis static where every profile allows one value only."""
+    """Make an input's axis static if all profiles allow the same single value for it."""
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         values = [

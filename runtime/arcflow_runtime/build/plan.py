@@ -1,27 +1,30 @@
-"""What to build: a bundle, a backend and options -> one `Job` per part and target, each with its key."""
+"""List the engines to build: a bundle, a backend and options -> one `BuildJob` with its key per part and target.
+
+Called by `arcflow build` before it builds anything.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from arcflow_runtime.build.build import Settings
+from arcflow_runtime.build.build import BuildSettings
 from arcflow_runtime.build.profiles import Size, make_profiles
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
-from arcflow_runtime.disk.manifest import Range
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError, RequestError
 
-#: The first compute capabilities, times ten, with these dtypes.
+#: The first compute capabilities that support these dtypes, as in "sm80".
 FIRST_WITH_BFLOAT16 = 80
 FIRST_WITH_FP8 = 89
 
 
 @dataclass(frozen=True)
-class Job:
-    """One engine to build or to find built."""
+class BuildJob:
+    """One engine to build, unless the bundle already has an engine with this key."""
 
     part: str
     target: str
@@ -34,38 +37,39 @@ def plan_builds(
     targets: Sequence[str],
     parts: Sequence[str],
     sizes: tuple[Size, ...],
-    batch: Range,
-    settings: Settings,
-) -> list[Job]:
+    batch: SizeRange,
+    settings: BuildSettings,
+) -> list[BuildJob]:
     """Check every option against the bundle, the library and this machine, before anything is built.
 
     Args:
         bundle: an opened bundle.
         backend: a key of `LIBRARIES`.
-        targets: compute capabilities such as "sm89"; none means that of the GPU here.
-        parts: parts of the bundle; none means all.
-        sizes: pictures' sizes, one optimisation profile each; none means all that the bundle allows.
-        batch: pictures per call.
-        settings: how to build.
+        targets: compute capabilities such as "sm89"; empty means that of this machine's GPU.
+        parts: parts of the bundle; empty means all.
+        sizes: image sizes, one optimisation profile each; empty means all that the bundle allows.
+        batch: images per call.
+        settings: options of the builder.
 
     Raises:
         RequestError: an option is wrong for this bundle or library.
-        EngineError: the library is missing, needs a GPU that is not here, or a part's dtype is not the target's.
+        EngineError: the library is missing, or it needs a GPU and there is none, or a target does not support a part's
+            dtype.
     """
     library = LIBRARIES[backend]
     if unknown := sorted(set(parts) - bundle.manifest.parts.keys()):
         raise RequestError(f"--parts must be among {', '.join(bundle.manifest.parts)}, got {', '.join(unknown)}")
     if settings.timing_cache is not None and library.ahead_of_time:
-        raise RequestError(f"--timing-cache: {backend} times nothing while it builds; leave it out")
+        raise RequestError(f"--timing-cache: {backend} builds without timing kernels; leave it out")
     gpu = find_gpu()
     if not library.ahead_of_time and gpu is None:
         raise EngineError(
-            f"{backend} builds on the GPU that it builds for, and the CUDA driver finds none here; "
-            "build there, or with --backend tensorrt-rtx, which needs none"
+            f"{backend} can build only on the GPU that it builds for, and the CUDA driver finds none here; "
+            "build on the GPU's machine, or with --backend tensorrt-rtx, which needs no GPU"
         )
     if not targets:
         if gpu is None:
-            raise RequestError("--target must be given where there is no GPU, such as --target sm89")
+            raise RequestError("--target must be given on a machine without a GPU, such as --target sm89")
         targets = [gpu.target]
     version = library.load().__version__
     jobs = []
@@ -89,7 +93,7 @@ def plan_builds(
                 gpu=library.key_gpu(gpu),
                 platform=this_platform(),
             )
-            jobs.append(Job(part, target, key))
+            jobs.append(BuildJob(part, target, key))
     return jobs
 
 
@@ -98,10 +102,10 @@ def _check_precision(bundle: Bundle, part: str, target: str) -> None:
     capability = int(target.removeprefix("sm"))
     if spec.quantization is not None and capability < FIRST_WITH_FP8:
         raise EngineError(
-            f"{part} is in FP8, which {target} does not have; build for sm{FIRST_WITH_FP8} or newer, or the bundle "
-            "that this one was quantised from"
+            f"{part} is in FP8, which {target} does not support; build for sm{FIRST_WITH_FP8} or newer, or build the "
+            "bundle that this one was quantised from"
         )
     if spec.precision == "bfloat16" and capability < FIRST_WITH_BFLOAT16:
         raise EngineError(
-            f"{part} is in bfloat16, which {target} does not have; export the bundle with --dtype float16"
+            f"{part} is in bfloat16, which {target} does not support; export the bundle with --dtype float16"
         )

@@ -1,6 +1,6 @@
-"""Optimisation profiles: a bundle's shape ranges and the sizes asked for -> smallest, best and largest input shapes.
+"""Make TensorRT optimisation profiles: a bundle's ranges and the requested sizes -> smallest, optimal, largest shapes.
 
-Dimensions are known by their place in the table of rule B9, never by the name that the exporter gave them.
+A dimension is identified by its position in the table of rule B9, never by the name that the exporter gave it.
 """
 
 from __future__ import annotations
@@ -8,49 +8,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_runtime.disk.engine_record import Profile, Shapes
-from arcflow_runtime.disk.manifest import Manifest, Range, TensorSpec
+from arcflow_runtime.disk.engine_record import Profile, ShapeRange
+from arcflow_runtime.disk.families import facts
+from arcflow_runtime.disk.manifest import Manifest, SizeRange, TensorSpec
+from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.errors import BundleError, RequestError
 from arcflow_runtime.generate.request import DEFAULT_SIZE_PX
 
-#: Timesteps that one run of a conditioner engine takes, unless the schedule has more; longer schedules take several.
+#: Largest number of timesteps per run of a conditioner engine, unless the bundle's own schedule has more. Requests with
+#: more steps take several runs.
 MAX_STEPS = 8
-#: A prompt of Qwen-Image is as long as it is; kernels are tuned for this many tokens.
-_USUAL_PROMPT_TOKENS = 128
-
-#: The dynamic dimension behind each axis of each input; text encoders run one prompt at a time.
-_AXES: dict[str, dict[str, tuple[str | None, ...]]] = {
-    "text_encoder": {"input_ids": ("one", "encoder_tokens")},
-    "text_encoder_2": {"input_ids": ("one", "encoder_tokens")},
-    "conditioner": {
-        "timesteps": ("steps",),
-        "guidance": ("prompts",),
-        "pooled_projections": ("prompts", None),
-    },
-    "backbone": {
-        "latents": ("batch", "image_tokens", None),
-        "encoder_hidden_states": ("batch", "text_tokens", None),
-        "modulation": ("batch", None),
-        "image_rotary": (None, "image_tokens", None),
-        "text_rotary": (None, "text_tokens", None),
-    },
-    "vae_decoder": {"latents": ("batch", "latent_height", "latent_width", None)},
-}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Inclusive ranges of a picture's height and width in pixels; one number is a range of one."""
+    """Inclusive ranges of an image's height and width in pixels; a single size is a range with min = max."""
 
-    height_px: Range
-    width_px: Range
+    height_px: SizeRange
+    width_px: SizeRange
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
-    """Read sizes such as "1024x1024,512-1536,768-1024x512": HEIGHTxWIDTH, each a number or a range; one is for both.
+    """Parse sizes such as "1024x1024,512-1536,768-1024x512": HEIGHTxWIDTH or one SIDE, each a number or a range.
 
     Raises:
-        RequestError: names the item that is none of these.
+        RequestError: an item has another form; the message names it.
     """
     sizes = []
     for item in text.split(","):
@@ -61,26 +43,26 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def parse_batch(text: str) -> Range:
-    """Read a number of pictures such as "2", or a range such as "1-4".
+def parse_batch(text: str) -> SizeRange:
+    """Parse a batch size such as "2", or a range such as "1-4".
 
     Raises:
-        RequestError: it is neither.
+        RequestError: the text has another form.
     """
     return _parse_range(text, "--batch", text)
 
 
-def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch: Range) -> tuple[Profile, ...]:
-    """The optimisation profiles of one part, one per size, without those that are equal.
+def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch: SizeRange) -> tuple[Profile, ...]:
+    """The optimisation profiles of one part: one per size, without duplicates.
 
     Args:
-        manifest: the bundle's; gives the inputs, the length of texts and the schedule.
+        manifest: the bundle's; gives the inputs, the text length and the schedule.
         part: name of the part.
-        sizes: pictures' sizes in pixels; none means all that the bundle allows.
-        batch: pictures per call.
+        sizes: image sizes in pixels; empty means all that the bundle allows.
+        batch: images per call.
 
     Raises:
-        RequestError: a size or the batch is outside what the bundle was exported for.
+        RequestError: a size or the batch is outside the range that the bundle was exported for.
         BundleError: the part has an input that rule B9 does not have.
     """
     _check_range("--batch", batch, manifest.ranges.batch, 1)
@@ -88,62 +70,67 @@ def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch:
     profiles = []
     for size in sizes or (whole,):
         _check_size(size, manifest)
-        dims = _dimensions(manifest, size, batch)
-        profile = {spec.name: _shapes(part, spec, dims) for spec in manifest.parts[part].inputs}
+        dims = _dimensions(manifest, part, size, batch)
+        profile = {spec.name: _shapes(manifest, part, spec, dims) for spec in manifest.parts[part].inputs}
         if profile not in profiles:
             profiles.append(profile)
     return tuple(profiles)
 
 
-def _dimensions(manifest: Manifest, size: Size, batch: Range) -> dict[str, tuple[int, int, int]]:
-    """Each dynamic dimension's (smallest, best, largest) value."""
+def _dimensions(manifest: Manifest, part: str, size: Size, batch: SizeRange) -> dict[str, tuple[int, int, int]]:
+    """Symbol of each dynamic axis of the part's inputs -> its (smallest, optimal, largest) value."""
     token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
     height = [px // token_px for px in _triple(size.height_px, DEFAULT_SIZE_PX)]
     width = [px // token_px for px in _triple(size.width_px, DEFAULT_SIZE_PX)]
     text = manifest.text.max_sequence_length
-    # FLUX pads texts to the longest; Qwen-Image's template comes before the prompt and is dropped after it.
-    usual = text if manifest.family == "flux" else min(text, _USUAL_PROMPT_TOKENS)
-    drop = manifest.text.drop_tokens
+    usual = facts(manifest.family).usual_text_tokens(text)
     steps = manifest.schedule.num_inference_steps
-    return {
-        "one": (1, 1, 1),
+    dims = {
         "batch": _triple(batch, batch.min),
-        "prompts": (1, 1, batch.max),
         "steps": (1, steps, max(steps, MAX_STEPS)),
-        "encoder_tokens": (drop + 1, drop + usual, drop + text),
         "text_tokens": (1, usual, text),
         "image_tokens": (height[0] * width[0], height[1] * width[1], height[2] * width[2]),
         "latent_height": (height[0], height[1], height[2]),
         "latent_width": (width[0], width[1], width[2]),
     }
+    if part == "conditioner":  # runs once per distinct prompt, and images of one prompt share its modulation
+        dims["batch"] = (1, 1, batch.max)
+    elif signature(manifest.family, part).input("input_ids") is not None:
+        # Text encoders run one prompt at a time. They also see the template's tokens, whose states are dropped after.
+        dims["batch"] = (1, 1, 1)
+        dims["text_tokens"] = tuple(manifest.text.drop_tokens + n for n in (1, usual, text))  # type: ignore[assignment]
+        if (clip := manifest.text.clip_tokens) is not None:
+            dims["clip_tokens"] = (clip, clip, clip)
+    return dims
 
 
-def _shapes(part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]]) -> Shapes:
-    axes = _AXES.get(part, {}).get(spec.name, ())
+def _shapes(manifest: Manifest, part: str, spec: TensorSpec, dims: Mapping[str, tuple[int, int, int]]) -> ShapeRange:
+    tensor = signature(manifest.family, part).input(spec.name)
+    axes = () if tensor is None else tensor.axes
     dynamic = [i for i, d in enumerate(spec.shape) if isinstance(d, str)]
-    if len(axes) != len(spec.shape) or any(axes[i] is None for i in dynamic):
+    if len(axes) != len(spec.shape) or any(axes[i] not in dims for i in dynamic):
         raise BundleError(
             f"{part}: input {spec.name} {list(spec.shape)} is not one of rule B9 (docs/bundle.md); "
             "export the bundle again"
         )
     rows = [(d, d, d) if isinstance(d, int) else dims[str(axis)] for d, axis in zip(spec.shape, axes, strict=True)]
     low, best, high = zip(*rows, strict=True)
-    return Shapes(low, best, high)
+    return ShapeRange(low, best, high)
 
 
-def _triple(span: Range, best: int) -> tuple[int, int, int]:
+def _triple(span: SizeRange, best: int) -> tuple[int, int, int]:
     return span.min, min(max(best, span.min), span.max), span.max
 
 
-def _parse_range(text: str, option: str, item: str) -> Range:
+def _parse_range(text: str, option: str, item: str) -> SizeRange:
     try:
         numbers = [int(n) for n in text.split("-")]
         low, high = numbers if len(numbers) == 2 else (*numbers, *numbers)
     except ValueError:
         raise RequestError(f"{option} must be a number or a range such as 1-4, got {item!r}") from None
     if not 1 <= low <= high:
-        raise RequestError(f"{option}: a range must go from 1 or more to no less than that, got {item!r}")
-    return Range(low, high)
+        raise RequestError(f"{option}: a range must be LOW-HIGH with 1 <= LOW <= HIGH, got {item!r}")
+    return SizeRange(low, high)
 
 
 def _check_size(size: Size, manifest: Manifest) -> None:
@@ -152,12 +139,12 @@ def _check_size(size: Size, manifest: Manifest) -> None:
     _check_range("--resolutions: width", size.width_px, manifest.ranges.width_px, multiple)
 
 
-def _check_range(what: str, asked: Range, allowed: Range, multiple: int) -> None:
+def _check_range(what: str, asked: SizeRange, allowed: SizeRange, multiple: int) -> None:
     shown = str(asked.min) if asked.min == asked.max else f"{asked.min}-{asked.max}"
     if asked.min % multiple or asked.max % multiple:
         raise RequestError(f"{what} must be a multiple of {multiple}, got {shown}")
     if asked.min < allowed.min or asked.max > allowed.max:
         raise RequestError(
             f"{what} must be between {allowed.min} and {allowed.max} for this bundle, got {shown}; "
-            "export one with a wider range or ask for less"
+            "export a bundle with a wider range, or choose values within it"
         )

@@ -1,1 +1,1 @@
-"""The commands that need the runtime alone."""
+"""Subcommands of `arcflow` that need only the runtime: generate, build, inspect, bench, profile."""

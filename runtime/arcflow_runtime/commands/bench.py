@@ -1,7 +1,7 @@
 """Time a bundle stage by stage.
 
-Text embeddings are forgotten before every run, so that each encodes its prompt. On a GPU, condition, backbone, update,
-decode and copy are the device's own times.
+The cache of text embeddings is cleared before every run, so that each run encodes its prompt. On a GPU, the times of
+condition, backbone, update, decode and copy are measured on the device.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument("--height", type=int, help="pixels (default: 1024 or the nearest allowed)")
     parser.add_argument("--width", type=int, help="pixels (default: likewise)")
-    parser.add_argument("--steps", type=int, help="network calls (default: the bundle's)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="number of denoising steps (default: the bundle's)")
+    parser.add_argument("--batch", type=int, default=1, help="images per run (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="timed runs (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="runs before them (default: %(default)s)")
-    parser.add_argument("--prompt", default="a large red circle on a blue background", help="(default: %(default)r)")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed runs before them (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", default="a large red circle on a blue background", help="text prompt (default: %(default)r)"
+    )
     parser.add_argument(
         "--backend", choices=sorted(BACKENDS), default=DEFAULT_BACKEND, help="engine (default: %(default)s)"
     )
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_machine(threads: int | None) -> dict[str, str | int]:
-    """What the numbers depend on: processor, cores, threads and versions."""
+    """The machine that was measured: processor, cores, threads, versions and GPU."""
     import numpy
     import onnxruntime
 

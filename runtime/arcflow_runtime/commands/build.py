@@ -1,9 +1,9 @@
-"""Build what a bundle needs to be run by other engines: TensorRT engines of its parts, or OpenVINO tokenizers.
+"""Build TensorRT engines for a bundle, or OpenVINO tokenizers for the C++ library.
 
-TensorRT-RTX (RTX cards) builds anywhere, without a GPU; TensorRT (data centre) on the GPU that it builds for: one
-engine per part and target. OpenVINO runs the bundle's graphs as they are, and what is built is its tokenizers, for the
-C++ library. What is there is used again only if everything that it depends on is unchanged. Ctrl-C stops and leaves
-nothing unfinished.
+TensorRT and TensorRT-RTX need one engine per part and target. TensorRT-RTX (RTX cards) builds on any machine, without a
+GPU; TensorRT (data centre) builds on the GPU that the engine is for. OpenVINO runs the bundle's graphs directly, so
+only the tokenizers are built. An existing result is reused if nothing that it depends on has changed. Ctrl-C stops the
+build and leaves no unfinished files.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from arcflow_runtime.build.build import Settings
-    from arcflow_runtime.build.plan import Job
+    from arcflow_runtime.build.build import BuildSettings
+    from arcflow_runtime.build.plan import BuildJob
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.engines.store import BuiltEngine
     from arcflow_runtime.engines.tensorrt_library import Library
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino")
 MAX_OPTIMIZATION_LEVEL = 5
-#: A build that takes longer is announced.
+#: Builds that take longer than this are announced with their time and memory.
 _SHORT_S = 60.0
 
 
@@ -35,33 +35,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument("--backend", choices=BACKENDS, required=True, help="the library that builds")
     parser.add_argument(
-        "--target", metavar="SM[,SM...]", help="compute capabilities such as sm89,sm120 (default: the GPU here)"
+        "--target", metavar="SM[,SM...]", help="compute capabilities such as sm89,sm120 (default: this machine's GPU)"
     )
-    parser.add_argument("--parts", metavar="PART[,PART...]", help="default: all")
+    parser.add_argument("--parts", metavar="PART[,PART...]", help="parts of the bundle to build (default: all)")
     shapes = parser.add_argument_group("shapes")
     shapes.add_argument(
         "--resolutions",
         metavar="SIZE[,SIZE...]",
-        help="pixels: 1024x768 (height x width), 1024, or ranges as in 512-1536 or 768-1024x512; each is an "
-        "optimisation profile (default: one for all that the bundle allows)",
+        help="image sizes in pixels: 1024x768 (height x width), 1024, or ranges such as 512-1536 or 768-1024x512; each "
+        "becomes an optimisation profile (default: one profile for all sizes that the bundle allows)",
     )
-    shapes.add_argument("--batch", default="1", metavar="N[-M]", help="pictures per call (default: %(default)s)")
+    shapes.add_argument("--batch", default="1", metavar="N[-M]", help="images per call (default: %(default)s)")
     builder = parser.add_argument_group("builder")
     builder.add_argument(
         "--optimization-level", type=int, metavar="N", help=f"0 to {MAX_OPTIMIZATION_LEVEL} (default: the library's)"
     )
-    builder.add_argument("--workspace", type=float, metavar="GIB", help="most GPU memory for scratch (default: all)")
-    builder.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and written; tensorrt only")
-    builder.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory in part")
+    builder.add_argument("--workspace", type=float, metavar="GIB", help="limit of GPU scratch memory (default: all)")
     builder.add_argument(
-        "--strip-weights", action="store_true", help="leave weights out; they are filled in from the bundle at load"
+        "--timing-cache", type=Path, metavar="FILE", help="kernel timings to read and update; tensorrt only"
     )
-    parser.add_argument("--anyway", action="store_true", help="build even if the memory that it needs is not free")
+    builder.add_argument("--weight-streaming", action="store_true", help="let part of the weights stay in host memory")
+    builder.add_argument(
+        "--strip-weights", action="store_true", help="build without weights; they are read from the bundle at load"
+    )
+    parser.add_argument("--anyway", action="store_true", help="build even if too little memory is free")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build what is not there yet."""
+    """Build every engine or tokenizer that is missing or out of date."""
     if args.backend == "openvino":
         return _build_tokenizers(args)
     from arcflow_runtime.build.plan import plan_builds
@@ -105,10 +107,12 @@ def _build_tokenizers(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build_one(bundle: Bundle, library: Library, job: Job, settings: Settings, anyway: bool) -> dict[str, Any]:
+def _build_one(
+    bundle: Bundle, library: Library, job: BuildJob, settings: BuildSettings, anyway: bool
+) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from arcflow_runtime.build.build import Progress, build_engine
+    from arcflow_runtime.build.build import BuildProgress, build_engine
     from arcflow_runtime.build.cost import GIB, available_bytes, builder_bytes, builder_seconds, check_memory
     from arcflow_runtime.engines.store import find_built, write_engine
 
@@ -124,21 +128,21 @@ def _build_one(bundle: Bundle, library: Library, job: Job, settings: Settings, a
     _check_files(bundle, job.part)
     with tqdm(desc=f"{job.part} {job.target}", unit="step", disable=None, leave=False) as bar:
 
-        class Bar(Progress):
+        class ProgressBar(BuildProgress):
             def update(self, done: int, total: int, phase: str) -> None:
                 bar.total = total
                 bar.set_postfix_str(phase, refresh=False)
                 bar.update(done - bar.n)
 
         def build(out: BinaryIO) -> float:
-            return build_engine(library, bundle, job.part, job.target, job.key.profiles, settings, out, Bar())
+            return build_engine(library, bundle, job.part, job.target, job.key.profiles, settings, out, ProgressBar())
 
         built = write_engine(bundle, job.key, build)
     return _row(job, built, reused=False, changed=changed)
 
 
 def _check_files(bundle: Bundle, part: str) -> None:
-    """Hash the part's files whatever their size: an engine must be of the weights that its key names."""
+    """Hash the part's files, large ones too, because the engine's key contains their SHA-256 from the manifest."""
     from tqdm import tqdm
 
     spec = bundle.manifest.parts[part]
@@ -149,7 +153,7 @@ def _check_files(bundle: Bundle, part: str) -> None:
             bundle.check_file(name, "full", bar.update)
 
 
-def _row(job: Job, built: BuiltEngine, reused: bool, changed: list[str]) -> dict[str, Any]:
+def _row(job: BuildJob, built: BuiltEngine, reused: bool, changed: list[str]) -> dict[str, Any]:
     record = built.record
     return {
         "part": job.part,
@@ -177,8 +181,8 @@ def _list(text: str | None) -> list[str]:
     return [] if text is None else [item.strip() for item in text.split(",")]
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    from arcflow_runtime.build.build import Settings
+def _settings(args: argparse.Namespace) -> BuildSettings:
+    from arcflow_runtime.build.build import BuildSettings
 
     level, workspace = args.optimization_level, args.workspace
     if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
@@ -188,7 +192,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     cache = args.timing_cache
     if cache is not None and not cache.absolute().parent.is_dir():
         raise RequestError(f"--timing-cache must be in a directory that exists, got {str(cache)!r}")
-    return Settings(
+    return BuildSettings(
         optimization_level=level,
         workspace_bytes=None if workspace is None else int(workspace * (1 << 30)),
         strip_weights=args.strip_weights,

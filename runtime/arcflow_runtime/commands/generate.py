@@ -1,8 +1,8 @@
-"""Draw pictures from prompts with a bundle.
+"""Generate images from prompts with a bundle.
 
-Several prompts, or --num-images above 1, write NAME-0.png, NAME-1.png and so on, or with --sheet one PNG of them
-all, each with its prompt beneath. Each PNG records its prompt, seed and number of steps: the same prompt, size and
-steps with that seed draw the picture again, alone or in any batch.
+Several prompts, or --num-images above 1, write NAME-0.png, NAME-1.png and so on. With --sheet, one PNG shows all images
+with their prompts. Each PNG records its prompt, seed and number of steps. The same prompt, size, steps and seed
+generate the same image again, alone or in any batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.outputs import check_writable
 from arcflow_runtime.errors import RequestError
 
@@ -23,27 +24,28 @@ if TYPE_CHECKING:
 
     from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 
-# A bar appears on runs longer than this.
+# A progress bar appears if a run takes longer than this.
 _BAR_DELAY_S = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
-    parser.add_argument("prompt", nargs="+", help="what to draw; several prompts make one batch")
+    parser.add_argument("prompt", nargs="+", help="text prompt; several prompts make one batch")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="PNG to write (default: %(default)s)")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 1024, or nearest)")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 1024 or the nearest allowed)")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: likewise)")
-    parser.add_argument("--steps", type=int, help="network calls (default: the bundle's)")
+    parser.add_argument("--steps", type=int, help="number of denoising steps (default: the bundle's)")
     parser.add_argument(
         "--seed",
         type=_seeds,
         metavar="N[,N...]",
-        help="of the first picture, the others count up from it; or one for each (default: random ones, printed)",
+        help="seed of the first image, and the next integers for the others; or one seed per image (default: random, "
+        "and printed)",
     )
-    parser.add_argument("--guidance-scale", type=float, help="FLUX's guidance (default: 3.5)")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt (default: %(default)s)")
-    parser.add_argument("--sheet", action="store_true", help="write one PNG of all pictures with their prompts")
+    parser.add_argument("--guidance-scale", type=float, help=f"FLUX guidance (default: {DEFAULT_GUIDANCE_SCALE})")
+    parser.add_argument("--num-images", type=int, default=1, help="images per prompt (default: %(default)s)")
+    parser.add_argument("--sheet", action="store_true", help="write one PNG of all images with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
     parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
     parser.add_argument(
@@ -54,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw and write the pictures."""
+    """Generate the images and write them as PNG files."""
     _check_out(args.out)
     from arcflow_runtime.generate.pipeline import Pipeline
 
     with Pipeline.load(args.bundle, args.backend, args.low_memory, threads=args.threads) as pipeline:
-        output = _draw(pipeline, args)
+        output = _generate(pipeline, args)
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
     prompts = [args.prompt[i // args.num_images] for i in range(len(output.images))]
     images = list(output.images)
@@ -95,13 +97,13 @@ def _check_out(out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise RequestError(f"--out must end in .png, got {str(out)!r}")
     if not out.parent.is_dir():
-        raise RequestError(f"--out must be in a directory that exists, got {str(out)!r}; make {out.parent} first")
+        raise RequestError(f"--out must be in a directory that exists, got {str(out)!r}; create {out.parent} first")
     if out.is_dir():
         raise RequestError(f"--out must be a file, got the directory {str(out)!r}")
     check_writable(out, "--out")
 
 
-def _draw(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
+def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
     from tqdm import tqdm
 
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
@@ -123,11 +125,11 @@ def _seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, or several as in 1,2,3, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be an integer, or several such as 1,2,3, got {text!r}") from None
 
 
 def _one_each(seeds: list[int] | None, images: int) -> list[int] | None:
-    """One seed for each picture, so that each can be drawn again by itself; a single one counts up."""
+    """One seed per image, so that each image can be generated again alone; a single seed counts up."""
     if seeds is None or len(seeds) > 1:
         return seeds
     return [seeds[0] + i for i in range(max(images, 1))]
@@ -138,7 +140,7 @@ def _paths(out: Path, count: int) -> list[Path]:
 
 
 def _write_png(path: Path, image: Image.Image, text: dict[str, str]) -> None:
-    """Write beside `path` and rename, so that a picture is whole or not there."""
+    """Write a PNG with `text` as metadata, beside `path` and then renamed, so that it is never incomplete."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -150,7 +152,7 @@ def _write_png(path: Path, image: Image.Image, text: dict[str, str]) -> None:
             image.save(f, "PNG", pnginfo=info)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's mode is private
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -1,4 +1,4 @@
-"""Show what a bundle holds: parts, sizes, shapes, schedule, provenance and the engines built from it."""
+"""Show the contents of a bundle: parts, sizes, shapes, schedule, provenance and the engines built from it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _part_bytes(manifest: Manifest, part: Part) -> int:
 
 
 def _fp8_parameters(bundle: Bundle, part: Part) -> int:
-    """Elements of the weights that are in FP8, from the header of the weights' file."""
+    """Number of weight elements in FP8, read from the header of the weights file."""
     if part.quantization is None:
         return 0
     from safetensors import SafetensorError, safe_open
@@ -77,7 +77,7 @@ def _precision(bundle: Bundle, part: Part) -> str:
 
 
 def _describe(bundle: Bundle) -> dict[str, object]:
-    """The manifest with each part's bytes and parameters in FP8, the schedule's sigmas and the total size."""
+    """The manifest as a dict, plus each part's bytes and FP8 parameters, the sigmas, the total size and the engines."""
     m = bundle.manifest
     data = dataclasses.asdict(m)
     for name, part in m.parts.items():
@@ -90,7 +90,7 @@ def _describe(bundle: Bundle) -> dict[str, object]:
 
 
 def _engines(bundle: Bundle) -> list[dict[str, object]]:
-    """What is in the bundle's engines folder: each record's key, size and `fault`, why it will not be loaded."""
+    """The records in the bundle's engines folder: key, size and `fault`, the reason why the engine cannot be loaded."""
     from arcflow_runtime.disk.engine_record import part_key_fields, read_record
     from arcflow_runtime.disk.manifest import ENGINES
     from arcflow_runtime.engines.store import check_engine

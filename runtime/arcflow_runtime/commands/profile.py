@@ -1,7 +1,7 @@
-"""Time a bundle layer by layer: a table of the slowest, and a trace for a browser.
+"""Time a bundle layer by layer: print a table of the slowest layers, and write a trace for a browser.
 
-Layers are timed by the engine's own profiler, part by part: on a GPU without the CUDA graph that pictures are drawn
-with otherwise. Open the trace in chrome://tracing or ui.perfetto.dev.
+The engine's own profiler times the layers, one part after the other. On a GPU this runs without the CUDA graph that
+`arcflow generate` uses. Open the trace in chrome://tracing or ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.engines.base import LayerTime, ProfiledEngine, ProfilingBackend
 
-#: By part, the layers of every run.
+#: Part -> the timed layers of all its runs.
 Layers = Mapping[str, "Sequence[LayerTime]"]
 _NAME_WIDTH = 60
 
@@ -31,11 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument("--height", type=int, help="pixels (default: 1024 or the nearest allowed)")
     parser.add_argument("--width", type=int, help="pixels (default: likewise)")
-    parser.add_argument("--steps", type=int, help="network calls (default: the bundle's)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: %(default)s)")
-    parser.add_argument("--prompt", default="a large red circle on a blue background", help="(default: %(default)r)")
+    parser.add_argument("--steps", type=int, help="number of denoising steps (default: the bundle's)")
+    parser.add_argument("--batch", type=int, default=1, help="images per run (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", default="a large red circle on a blue background", help="text prompt (default: %(default)r)"
+    )
     parser.add_argument("--top", type=int, default=20, help="layers in the table (default: %(default)s)")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace of the picture")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace of the run")
     parser.add_argument(
         "--backend", choices=sorted(BACKENDS), default=DEFAULT_BACKEND, help="engine (default: %(default)s)"
     )
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw twice, the first time to warm up, and print the layers of the second."""
+    """Generate twice, the first time to warm up, and print the layers of the second run."""
     if args.top < 1:
         raise RequestError(f"--top must be at least 1, got {args.top}")
     if args.trace is not None and not args.trace.absolute().parent.is_dir():
@@ -64,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def profile(bundle: Bundle, args: argparse.Namespace) -> Layers:
-    """The layers of one picture after a first one, by part.
+    """The timed layers of the second of two runs, by part.
 
     Raises:
-        EngineError: the backend times no layers, or an engine failed.
+        EngineError: the backend cannot time layers, or an engine failed.
         RequestError: an argument is out of range.
     """
     from arcflow_runtime.engines.base import ProfilingBackend
@@ -75,7 +77,7 @@ def profile(bundle: Bundle, args: argparse.Namespace) -> Layers:
 
     backend = open_backend(args.backend, args.threads)
     if not isinstance(backend, ProfilingBackend):
-        raise EngineError(f"{args.backend} does not time layers; use another --backend")
+        raise EngineError(f"{args.backend} cannot time layers; use another --backend")
     profiling = _Profiling(backend)
     with Pipeline(bundle, profiling) as pipeline:
         marks = {}
@@ -95,7 +97,7 @@ def profile(bundle: Bundle, args: argparse.Namespace) -> Layers:
 
 
 def summarise(layers: Layers) -> list[dict[str, Any]]:
-    """One row per layer, slowest first: part, layer, operator, runs, milliseconds of all runs together."""
+    """One row per layer, slowest first: part, layer, operator, number of runs, total milliseconds."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for part, times in layers.items():
         for t in times:
@@ -107,7 +109,7 @@ def summarise(layers: Layers) -> list[dict[str, Any]]:
 
 
 def trace_events(layers: Layers) -> list[dict[str, Any]]:
-    """Events of the Chrome trace format, one row per part, from when the first layer started."""
+    """Events in the Chrome trace format, one row per part; time 0 is the start of the first layer."""
     start = min((t.start_us for times in layers.values() for t in times), default=0.0)
     events: list[dict[str, Any]] = []
     for row, (part, times) in enumerate(layers.items()):
@@ -128,7 +130,7 @@ def trace_events(layers: Layers) -> list[dict[str, Any]]:
 
 
 class _Profiling:
-    """A backend whose engines time their layers, and which counts their runs; it has no denoiser."""
+    """A backend that loads engines with layer timing and counts their runs; it has no denoiser."""
 
     def __init__(self, backend: ProfilingBackend) -> None:
         self._backend = backend
@@ -157,7 +159,7 @@ class _Counting:
 
 
 def _after(times: Sequence[LayerTime], earlier: int, runs: int) -> Sequence[LayerTime]:
-    """The layers without those of the first `earlier` of `runs` runs; all runs have the same layers."""
+    """The layers without those of the first `earlier` of `runs` runs; every run has the same number of layers."""
     return times[len(times) * earlier // runs :]
 
 

@@ -1,1 +1,1 @@
-"""What is on disk: the manifest and its rules, records of engines and tokenizers, locks, hashes and renames."""
+"""Everything on disk: the manifest and its rules, records of engines and tokenizers, locks, hashes, atomic renames."""

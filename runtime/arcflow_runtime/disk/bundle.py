@@ -1,6 +1,6 @@
-"""The bundle on disk: a directory -> its checked manifest, before anything is loaded.
+"""Open a bundle: a directory -> its manifest, with the files checked against it. No model is loaded here.
 
-The format is specified in `docs/bundle.md`; rule numbers (`B1`...) below cite it.
+The format is specified in `docs/bundle.md`; the rule numbers (`B1`...) below refer to it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from arcflow_runtime.disk.files import sha256_file
 from arcflow_runtime.disk.manifest import ENGINES, FORMAT, MANIFEST, OPENVINO, VERSION, Manifest, seal
 from arcflow_runtime.disk.parse import parse, read_json
 from arcflow_runtime.disk.rules import check_values
+from arcflow_runtime.disk.signatures import signatures
 from arcflow_runtime.errors import BundleError
 
 MAX_MANIFEST_BYTES = 16 << 20
-#: Files up to this size are hashed at every load; larger ones are hashed by `check="full"`.
+#: Files up to this size are hashed each time the bundle is opened; larger ones only with `check="full"`.
 FAST_HASH_BYTES = 64 << 20
 
 Check = Literal["fast", "full"]
@@ -29,9 +30,9 @@ Check = Literal["fast", "full"]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its directory and its checked manifest.
+    """An opened bundle: its directory `root` and its checked manifest.
 
-    `manifest_sha256` is that of the file which was read; None for a bundle that was not read from a directory.
+    `manifest_sha256` is the SHA-256 of the `manifest.json` that was read; None if the manifest was made in memory.
     """
 
     root: Path
@@ -43,12 +44,12 @@ class Bundle:
         """Read and check the bundle in directory `root`.
 
         Args:
-            root: the bundle's directory; made absolute, so that a later change of the working directory does no harm.
+            root: the bundle's directory. It is made absolute, so a later change of the working directory is harmless.
             check: "fast" compares every size and hashes files up to 64 MiB; "full" hashes every file.
             progress: called with the number of bytes hashed since the last call.
 
         Raises:
-            BundleError: the directory is no bundle, of another version, damaged, or a path leaves it.
+            BundleError: `root` is not a bundle, has an unsupported version, is damaged, or lists a path outside itself.
         """
         root = Path(root).absolute()
         manifest, digest = _read_manifest(root)
@@ -59,16 +60,20 @@ class Bundle:
         return bundle
 
     def path(self, name: str) -> Path:
-        """The path of the bundle's file `name`, which the manifest must list (B5)."""
+        """The absolute path of the bundle's file `name`.
+
+        Raises:
+            BundleError: the manifest does not list the file (B5).
+        """
         if name not in self.manifest.files:
             raise BundleError(f"{self.root / MANIFEST}: {name!r} is used but not listed under 'files'")
         return self.root / name
 
     def check_unchanged(self) -> None:
-        """Check that the directory still holds the bundle that was opened, and not one written in its place.
+        """Check that the directory still holds the bundle that was opened.
 
         Raises:
-            BundleError: its manifest is another one, or gone.
+            BundleError: the manifest was replaced or removed since.
         """
         if self.manifest_sha256 is None:
             return
@@ -83,10 +88,9 @@ class Bundle:
     def _check_references(self) -> None:
         m = self.manifest
         where = self.root / MANIFEST
-        need = {"flux": {"text_encoder", "text_encoder_2"}, "qwen-image": {"text_encoder"}}[m.family]
-        need = need | {"backbone", "vae_decoder"}
-        if m.modulation is None:
-            need = need | {"conditioner"}
+        need = set(signatures(m.family))
+        if m.modulation is not None:
+            need -= {"conditioner"}
         if missing := sorted(need - m.parts.keys()):
             raise BundleError(f"{where}: a {m.family} bundle must have parts {sorted(need)}, missing {missing}")
         used = [f for p in m.parts.values() for f in (p.graph, p.weights)] + list(m.tokenizers.values())
@@ -100,10 +104,10 @@ class Bundle:
             self.check_file(name, check, progress)
 
     def check_file(self, name: str, check: Check, progress: Callable[[int], None] | None = None) -> None:
-        """Compare one file with its entry in the manifest (B4, B6); arguments as for `open`.
+        """Compare one file with its entry in the manifest (B4, B6); see `open` for the arguments.
 
         Raises:
-            BundleError: the file is missing, damaged, or leaves the bundle.
+            BundleError: the file is missing, damaged, or outside the bundle.
         """
         entry, path = self.manifest.files[name], self.root / name
         _check_name(name, self.root)
@@ -123,7 +127,9 @@ class Bundle:
 
 
 def timestamp() -> str:
-    """Now in UTC, for `Provenance.created`; SOURCE_DATE_EPOCH in its place, so that equal runs give equal bundles.
+    """The current time in UTC as ISO 8601, for `Provenance.created`.
+
+    The environment variable SOURCE_DATE_EPOCH replaces the current time, which makes exports reproducible.
 
     Raises:
         BundleError: SOURCE_DATE_EPOCH is not a whole number of seconds since 1970.
@@ -146,7 +152,7 @@ def _check_name(name: str, root: Path) -> None:
 
 
 def _read_manifest(root: Path) -> tuple[Manifest, str]:
-    """The manifest, and the SHA-256 of its file."""
+    """Read and check `manifest.json`; return the manifest and the SHA-256 of the file."""
     path = root / MANIFEST
     if not root.is_dir():
         raise BundleError(f"{root} is not a directory; give the directory that `arcflow export --out` wrote")

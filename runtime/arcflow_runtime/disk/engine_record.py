@@ -1,6 +1,6 @@
-"""What an engine depends on, and the record of it that lies beside the engine: `EngineRecord` <-> JSON.
+"""The JSON record beside each built engine: `EngineRecord` <-> JSON. Its key lists everything the engine depends on.
 
-Engines are specified in `docs/bundle.md`; rule numbers (`E1`...) below cite it.
+The format is specified in `docs/bundle.md`; the rule numbers (`E1`...) below refer to it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """One input's smallest, best and largest shape; all equal where it is static."""
+class ShapeRange:
+    """The smallest, optimal and largest shape of one input, as in a TensorRT profile; all equal for a static input."""
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
     max: tuple[int, ...]
 
 
-Profile = Mapping[str, Shapes]
+#: A TensorRT optimisation profile: input name -> its range of shapes.
+Profile = Mapping[str, ShapeRange]
 
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything that changes an engine; an engine with another key is never used.
+    """Everything that changes a built engine. An engine is used only if its whole key matches.
 
-    `graph` and `weights` are SHA-256 of the part's files; quantisation scales are in them. `gpu` is the product name
-    for a library that builds for the very GPU it runs on, and None for one that builds for a compute capability.
-    `optimization_level` and `workspace_bytes` are None where the builder's default holds.
+    `graph` and `weights` are the SHA-256 of the part's files, which include any quantisation scales. `gpu` is the GPU's
+    product name if the library builds for the GPU it runs on, or None if it builds for a compute capability.
+    `optimization_level` and `workspace_bytes` are None for the builder's default.
     """
 
     part: str
@@ -61,7 +62,7 @@ class EngineKey:
         return seal(dataclasses.asdict(self))
 
     def differences(self, other: EngineKey) -> list[str]:
-        """What changed from this key to `other`, one short text per field; empty if they are equal."""
+        """The fields that differ between this key and `other`, described in one short text each; empty if equal."""
         found = []
         for f in dataclasses.fields(self):
             old, new = getattr(self, f.name), getattr(other, f.name)
@@ -78,7 +79,7 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The JSON beside an engine: its file in the same folder, its size and SHA-256, and its key."""
+    """The contents of an engine's record: the engine's file name in the same folder, size, SHA-256 and key."""
 
     file: str
     bytes: int
@@ -95,7 +96,7 @@ class EngineRecord:
 
 
 def part_key_fields(bundle: Bundle, part: str) -> dict[str, Any]:
-    """The fields of an `EngineKey` that the bundle gives: part, graph, weights and precision."""
+    """The fields of an `EngineKey` that come from the bundle: part, graph, weights and precision."""
     spec, files = bundle.manifest.parts[part], bundle.manifest.files
     return {
         "part": part,
@@ -106,22 +107,22 @@ def part_key_fields(bundle: Bundle, part: str) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> EngineRecord:
-    """Read and check one record; the engine itself is not looked at.
+    """Read and check one engine's record, without looking at the engine itself.
 
     Raises:
-        EngineError: it is no record, of another version, or was edited.
+        EngineError: the file is not an engine's record, has an unsupported version, or was edited.
     """
-    record: EngineRecord = read_sealed(EngineRecord, path, "an engine's record", _AGAIN)
+    record: EngineRecord = read_sealed(EngineRecord, path, "an engine's record", _HOW_TO_REBUILD)
     if Path(record.file).name != record.file or record.file in ("", ".", ".."):
-        raise EngineError(f"{path}: file {record.file!r} must lie beside its record; {_AGAIN}")
+        raise EngineError(f"{path}: file {record.file!r} must lie beside its record; {_HOW_TO_REBUILD}")
     return record
 
 
 def engine_name(key: EngineKey) -> str:
-    """The file name of an engine, without its ending; records of the same part and target have the same name."""
+    """The file name of an engine's record without the extension; the same for engines of one part, builder and GPU."""
     words = [key.part, key.builder, key.target]
     if key.gpu is not None:
-        # Two products of one compute capability each have their own.
+        # Two GPU products of one compute capability have separate engines.
         words.append(hashlib.sha256(key.gpu.encode()).hexdigest()[:8])
     return "-".join(words)
 
@@ -132,4 +133,4 @@ def _shown(value: object) -> str:
     return "+".join(value) or "none" if isinstance(value, tuple) else str(value)
 
 
-_AGAIN = "build the engine again with `arcflow build`"
+_HOW_TO_REBUILD = "build the engine again with `arcflow build`"

@@ -1,8 +1,9 @@
-"""Check where an ONNX graph says its weights are, before a library opens the graph: bundle and part -> graph's path.
+"""Check that an ONNX graph reads weights from its own part's file only: bundle and part -> path of the checked graph.
 
-A library that is given a graph opens whatever file it names, and ONNX Runtime even takes a memory address there. The
-messages below are the part of onnx.proto that leads to tensors, read by protobuf itself so that we see what a library
-sees. Field numbers in onnx.proto never change.
+Every engine and builder calls this before it opens a graph. A graph names the files of its external data, and a library
+opens whatever file is named; ONNX Runtime even accepts a memory address there. `_MESSAGES` is the subset of onnx.proto
+that leads to tensors. protobuf itself parses it, so this check sees exactly what a library sees. Field numbers in
+onnx.proto never change.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from google.protobuf.message import DecodeError
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.errors import BundleError
 
-#: Weights lie outside the graph, so a graph has kilobytes for each layer.
+#: Weights are stored outside the graph, so a graph takes only kilobytes per layer.
 MAX_GRAPH_BYTES = 256 << 20
 
 _BYTES, _NUMBER = "bytes", "number"
@@ -46,10 +47,10 @@ _EXTERNAL = 1
 
 
 def checked_graph(bundle: Bundle, part: str) -> Path:
-    """The path of a part's graph, whose external data all lies within the part's own weights file (B8).
+    """The path of a part's graph, after checking that all its external data is in the part's own weights file (B8).
 
     Raises:
-        BundleError: it does not, and the message names the tensor; or the file is not an ONNX graph.
+        BundleError: a tensor's data is elsewhere (the message names it), or the file is not an ONNX graph.
     """
     spec = bundle.manifest.parts[part]
     path, weights = bundle.path(spec.graph), bundle.path(spec.weights)
@@ -69,14 +70,14 @@ def checked_graph(bundle: Bundle, part: str) -> Path:
 
 
 def _breach(tensor: Any, weights: str, location: str, file: Path) -> str | None:
-    """What is wrong with one tensor's external data, or None."""
+    """Describe what is wrong with one tensor's external data; None if nothing is."""
     name = _text(tensor.name)
     located, numbers = False, {"offset": 0, "length": 0}
     for entry in tensor.external_data:
         key, value = _text(entry.key), _text(entry.value)
         if key == "location":
             located = True
-            # Compared as text: a '..' after a link would lead elsewhere.
+            # Compared as text, not resolved: '..' behind a symbolic link would lead elsewhere.
             if value.removeprefix("./") != location:
                 return f"external data of tensor {name!r} must lie in the part's weights {weights}, got {value!r}"
         elif key in numbers:
@@ -95,7 +96,7 @@ def _breach(tensor: Any, weights: str, location: str, file: Path) -> str | None:
 
 
 def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor of a message, at any depth: initializers, attributes, graphs within attributes, functions."""
+    """Every tensor in a message at any depth: initializers, attributes, subgraphs, functions."""
     for field, values in message.ListFields():
         if field.message_type is None:
             continue
@@ -112,13 +113,14 @@ def _text(value: bytes) -> str:
 
 @functools.cache
 def _model_class() -> Any:
-    """The class of the message `Model`; in a pool of its own, so that the onnx package's messages may be loaded too."""
+    """The protobuf class of `Model`. Its own descriptor pool avoids a clash with the onnx package's messages."""
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="arcflow_external_data.proto", package="arcflow", syntax="proto2")
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
         for field, (number, kind) in fields.items():
-            # Messages are repeated even where onnx.proto has one: protobuf merges a second one into the first.
+            # Every message field is declared repeated, even where onnx.proto allows one value: protobuf would merge a
+            # second value into the first and so hide it from this check.
             if kind == _BYTES:
                 message.field.add(name=field, number=number, type=kinds.TYPE_BYTES, label=kinds.LABEL_OPTIONAL)
             elif kind == _NUMBER:

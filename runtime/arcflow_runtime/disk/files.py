@@ -1,7 +1,7 @@
-"""Locks between processes, and files and directories that appear whole or not at all.
+"""Lock files between processes, atomic writing of files and directories, and SHA-256 of files.
 
-A file or directory is written under a hidden name and renamed when complete. What has been written gets the mode that
-the umask gives a new file, whatever mode the library that wrote it chose.
+A file or directory is written under a hidden name and renamed when complete. Its permissions are then those that the
+umask gives a new file, whatever the library that wrote it chose.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def locked(
     lock: Path, error: Callable[[str], Exception], busy: str = "", wait: bool = False, remove: bool = True
 ) -> Iterator[None]:
-    """Hold a lock file; other processes, and other threads, that ask for it wait or are refused meanwhile.
+    """Hold an exclusive lock on a file. Other processes and threads that ask for it wait or get an error.
 
     Args:
-        lock: the file; it is made, and its folder too, whose parent must exist.
-        error: makes the exception to raise from its text.
-        busy: the text if another holds the lock.
-        wait: wait for it instead.
-        remove: remove the file at the end. All who use a lock must agree: who holds a file that is kept does not look
-            whether it was removed.
+        lock: the lock file. It is created, and so is its folder, whose parent must exist.
+        error: makes the exception to raise from a message.
+        busy: the message if another process holds the lock.
+        wait: wait for the lock instead of raising.
+        remove: remove the file at the end. All users of one lock must pass the same value: a lock on a removed file
+            excludes nobody.
 
     Raises:
-        error: another holds the lock, or the file system has no locks.
-        OSError: the file cannot be made.
+        error: another process holds the lock, or the file system does not support locks.
+        OSError: the file cannot be created.
     """
     handle = _open_locked(lock, error, busy, wait)
     try:
@@ -49,15 +49,15 @@ def locked(
 
 @contextmanager
 def locked_folder(folder: Path, busy: str, what: str) -> Iterator[Path]:
-    """Hold a folder beside a bundle's files, such as `engines`; it is removed again if it stays empty.
+    """Lock a folder inside a bundle, such as `engines`, for writing; remove it at the end if it is empty.
 
     Args:
-        folder: made if it is missing; not a link.
-        busy: the text of the error if another holds it.
-        what: what it is for, such as "engines".
+        folder: created if it is missing; must not be a symbolic link.
+        busy: the error message if another process holds the lock.
+        what: what the folder holds, such as "engines", for error messages.
 
     Raises:
-        EngineError: another holds it, or it cannot be written or locked.
+        EngineError: another process holds the lock, or the folder cannot be written or locked.
     """
     lock = folder / ".lock"
     try:
@@ -65,24 +65,26 @@ def locked_folder(folder: Path, busy: str, what: str) -> Iterator[Path]:
             raise OSError(errno.ELOOP, "it is a link")
         handle = _open_locked(lock, EngineError, busy, wait=False)
     except OSError as e:
-        raise EngineError(f"{folder} cannot be written: {e.strerror}; {what} are kept beside their bundle") from e
+        raise EngineError(
+            f"{folder} cannot be written: {e.strerror}; {what} are stored in the bundle's folder, so make it writable"
+        ) from e
     try:
         yield folder
     finally:
         lock.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something
+        with suppress(OSError):  # the folder is not empty
             folder.rmdir()
         os.close(handle)
 
 
 def _open_locked(lock: Path, error: Callable[[str], Exception], busy: str, wait: bool) -> int:
-    import fcntl  # here, since Windows has none
+    import fcntl  # imported here because Windows lacks it
 
     while True:
         lock.parent.mkdir(exist_ok=True)
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # the folder was removed by the one that held the lock
+        except FileNotFoundError:  # the previous holder of the lock removed the folder
             if lock.parent.parent.is_dir():
                 continue
             raise
@@ -113,13 +115,13 @@ def _same_file(handle: int, path: Path) -> bool:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
+    """True if the error means that the disk or the user's disk quota is full."""
     return error.errno in _FULL
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; the file takes the place of `path` if the block ends without an error."""
+    """Yield a temporary path to write to; the file is renamed to `path` if the block ends without an error."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)
@@ -136,7 +138,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
-    """Yield a directory to write into; it takes the place of `out` if the block ends without an error."""
+    """Yield a temporary directory to write into; it is renamed to `out` if the block ends without an error."""
     partial, old = hidden(out, "partial"), hidden(out, "old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -148,7 +150,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
 
 
 def replace_directory(partial: Path, out: Path, old: Path) -> None:
-    """Put the finished directory `partial` in the place of `out`, which is `old` until the new one is there."""
+    """Rename the finished directory `partial` to `out`; an existing `out` is first moved to `old`, then removed."""
     _follow_umask(partial)
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -158,13 +160,13 @@ def replace_directory(partial: Path, out: Path, old: Path) -> None:
 
 
 def hidden(out: Path, suffix: str) -> Path:
-    """The hidden neighbour of `out` with this suffix, on the same file system; absolute."""
+    """The absolute path `.NAME.suffix` beside `out`, on the same file system."""
     out = out.absolute()
     return out.parent / f".{out.name}.{suffix}"
 
 
 def _follow_umask(folder: Path) -> None:
-    probe = folder / ".mode"  # reading the umask itself would change it for other threads
+    probe = folder / ".mode"  # os.umask can be read only by changing it, for every thread of the process
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()

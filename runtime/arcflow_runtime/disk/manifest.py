@@ -1,6 +1,6 @@
-"""What `manifest.json` says: frozen dataclasses, one per object of the format.
+"""The contents of a bundle's `manifest.json` as frozen dataclasses, one per JSON object.
 
-The format is specified in `docs/bundle.md`; rule numbers (`B1`...) cite it.
+The format is specified in `docs/bundle.md`; the rule numbers (`B1`...) refer to it.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from arcflow_runtime.disk.families import Family
+
 FORMAT = "arcflow-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
-#: Folder of the engines built from the bundle, outside the sealed manifest.
+#: Folder of built engines; its files are not listed in the manifest.
 ENGINES = "engines"
-#: Folder of the tokenizers built from the bundle's, likewise.
+#: Folder of tokenizers built for OpenVINO; its files are not listed in the manifest.
 OPENVINO = "openvino"
 
-Family = Literal["flux", "qwen-image"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 QuantFormat = Literal["fp8_e4m3"]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a graph. A dimension is an int, or the name of a dynamic dimension."""
+    """One input or output of a graph. A dimension is an int if static, or a name if dynamic."""
 
     name: str
     dtype: DType
@@ -36,7 +37,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which linears of a part are in FP8 (B12), by name; SHA-256 of the policy that chose them and of the scales."""
+    """The linear layers of a part that are in FP8 (B12), by name.
+
+    `policy` and `scales` are the SHA-256 of the policy that chose the layers and of the scales file.
+    """
 
     format: QuantFormat
     layers: tuple[str, ...]
@@ -46,10 +50,10 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Part:
-    """One graph with its weights.
+    """One ONNX graph of the bundle with its weights, such as the backbone.
 
-    `precision` is the dtype of its arithmetic but for the linears that `quantization` names, and of what goes in and
-    out.
+    `precision` is the dtype of its floating-point inputs, outputs and arithmetic; the linears that `quantization` lists
+    are computed in FP8.
     """
 
     graph: str
@@ -63,7 +67,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`shift` S and `timestep_ratio` r of sigma(t) = S t / (1 + (S-1) t), t_i = 1 - i / (NFE - 1 + r)."""
+    """The noise schedule, and the default number of steps.
+
+    sigma(t) = S t / (1 + (S-1) t) with S = `shift`, and t_i = 1 - i / (steps - 1 + r) with r = `timestep_ratio`.
+    """
 
     shift: float
     timestep_ratio: float
@@ -72,7 +79,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Latents:
-    """The latent space and the student's heads: K modes over `channels` x `patch_size`^2 packed channels."""
+    """The latent space and the sizes of the student's heads.
+
+    A token packs `patch_size` x `patch_size` latent pixels of `channels` channels. K is `num_gaussians`, the number of
+    modes; P is `logweights_channels`, the number of sub-pixels per token.
+    """
 
     channels: int
     patch_size: int
@@ -83,19 +94,19 @@ class Latents:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position tables: per-axis sizes of the head dimension (time, height, width)."""
+    """Rotary position embedding: its base `theta`, and the head dimension's size per axis (time, height, width)."""
 
     theta: float
     axes_dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Text:
-    """How prompts become token ids.
+class PromptFormat:
+    """How a prompt becomes token ids; the object `text` of the manifest.
 
-    `template` holds one `{}` for the prompt (Qwen), `drop_tokens` leading states are dropped after encoding;
-    `max_sequence_length` is the default and the largest length of the text states. FLUX pads CLIP's ids to
-    `clip_tokens` and T5's to the requested length with the two pad ids.
+    `max_sequence_length` is the default and the largest number of text states. Qwen-Image: `template` has one `{}` for
+    the prompt, and the first `drop_tokens` states are dropped after encoding. FLUX: CLIP's ids are padded to
+    `clip_tokens` and T5's to the requested length, with the two pad ids.
     """
 
     max_sequence_length: int
@@ -107,8 +118,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Range:
-    """An inclusive range of a request's size."""
+class SizeRange:
+    """An inclusive range of a batch size or of an image side in pixels."""
 
     min: int
     max: int
@@ -116,16 +127,16 @@ class Range:
 
 @dataclass(frozen=True)
 class Ranges:
-    """What sizes the graphs were exported for."""
+    """The batch and image sizes that the graphs were exported for."""
 
-    batch: Range
-    height_px: Range
-    width_px: Range
+    batch: SizeRange
+    height_px: SizeRange
+    width_px: SizeRange
 
 
 @dataclass(frozen=True)
 class ModulationTable:
-    """Modulation baked for a schedule: tensor `num_inference_steps_<n>` [n, M] float32 per step count."""
+    """Modulation computed at export: for each step count n, the tensor `num_inference_steps_<n>` [n, M] float32."""
 
     file: str
     num_inference_steps: tuple[int, ...]
@@ -141,7 +152,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights came from: a directory's name or a hub id, and a digest of its tensor index."""
+    """Where weights came from: a directory's name or a hub id, and a digest of its list of tensors."""
 
     name: str
     revision: str | None
@@ -151,7 +162,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the bundle was made; informative only, never used to load it."""
+    """How the bundle was made, for information only; nothing is loaded by it."""
 
     command: str
     created: str
@@ -163,7 +174,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `manifest.json`."""
+    """The whole `manifest.json`."""
 
     family: Family
     dtype: DType
@@ -173,7 +184,7 @@ class Manifest:
     schedule: Schedule
     latents: Latents
     rotary: Rotary
-    text: Text
+    text: PromptFormat
     ranges: Ranges
     parts: Mapping[str, Part]
     tokenizers: Mapping[str, str]
@@ -184,12 +195,12 @@ class Manifest:
     version: int = VERSION
 
     def to_json(self) -> str:
-        """The manifest as JSON text, format and version first, sealed with its digest."""
+        """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
         data = {"format": data.pop("format"), "version": data.pop("version")} | data
         return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
 
 
 def seal(data: Mapping[str, object]) -> str:
-    """SHA-256 of a decoded manifest without its `digest`, in canonical JSON (B3)."""
+    """The digest that seals a manifest or record: SHA-256 of `data`, without `digest`, as canonical JSON (B3)."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where a result is to be written -> an error before any work is done for it, not after hours."""
+"""Check that an output path can be written before a long job starts; called by commands for options like `--out`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 from arcflow_runtime.errors import ArcFlowError, RequestError
 
-#: Written on trial: a full disk may still take an empty file.
+#: Size of the trial file; a full disk may still accept an empty one.
 _TRIAL_BYTES = 4096
 
 
 def check_writable(out: Path, option: str, error: type[ArcFlowError] = RequestError) -> None:
-    """Check that a file or folder `out` can be made, by writing a hidden file beside it and removing it.
+    """Check that a file or folder `out` can be created, by writing a hidden file beside it and removing it.
 
-    Results are written beside their place and renamed, so it is the folder that must allow it.
+    Results are written beside `out` and renamed, so its parent folder must be writable.
 
     Args:
-        out: the file or folder to be written; its folder must exist.
+        out: the file or folder to be written; its parent must exist.
         option: the option that named it, such as "--out", for the message.
-        error: what to raise.
+        error: the class of the exception.
 
     Raises:
-        ArcFlowError: of class `error`; its folder cannot be written to, or the disk is full.
+        ArcFlowError: of class `error`; the parent folder is not writable, or the disk is full.
     """
     folder = out.absolute().parent
     try:
@@ -38,10 +38,10 @@ def check_writable(out: Path, option: str, error: type[ArcFlowError] = RequestEr
 
 
 def check_file(out: Path, option: str, error: type[ArcFlowError] = RequestError) -> None:
-    """Check that a file `out` can be written or replaced; arguments as for `check_writable`.
+    """Check that a file `out` can be written or replaced; see `check_writable` for the arguments.
 
     Raises:
-        ArcFlowError: of class `error`; it is a directory, its folder does not exist, or it cannot be written.
+        ArcFlowError: of class `error`; `out` is a directory, its parent does not exist, or it cannot be written.
     """
     folder = out.absolute().parent
     if not folder.is_dir():

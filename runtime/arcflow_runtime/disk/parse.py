@@ -1,4 +1,4 @@
-"""Parse JSON strictly: a decoded value and a type -> an instance of it, or an error that names the place."""
+"""Parse JSON into dataclasses, strictly: a decoded value and a type -> an instance, or an error that names the key."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _T = TypeVar("_T")
 
 
 def read_json(text: bytes) -> Any:
-    """Decode JSON whose objects have no key twice (B2).
+    """Decode JSON and reject duplicate keys (B2).
 
     Raises:
-        ValueError: it is not JSON, or an object has a key twice.
+        ValueError: `text` is not JSON, or an object has a key twice.
         RecursionError: it is nested too deep.
     """
     return json.loads(text, object_pairs_hook=_unique)
@@ -32,10 +32,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse(kind: Any, value: Any, where: str) -> Any:
-    """Build `kind` (a dataclass, container or scalar type) from JSON `value`; unknown keys are rejected (B2).
+    """Build an instance of `kind` (a dataclass, container or scalar type) from a decoded JSON value.
 
     Raises:
-        BundleError: the value is not of this type; the message starts with `where`.
+        BundleError: `value` is not of this type or has unknown keys (B2); the message starts with `where`.
     """
     origin = get_origin(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -52,7 +52,7 @@ def parse(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise BundleError(f"{where} must be an object, got {value!r}")
         return {k: parse(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
-    if get_args(kind):  # a union such as int | str or X | None
+    if get_args(kind):  # a union, such as int | str or X | None
         for option in get_args(kind):
             if option is type(None):
                 if value is None:

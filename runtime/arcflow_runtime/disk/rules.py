@@ -1,4 +1,4 @@
-"""The manifest's rules beyond its types: `Manifest` -> the first broken rule, as an error."""
+"""Check the values of a manifest: raise an error for the first rule that it breaks. Called when a bundle is opened."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from arcflow_runtime.disk.families import facts as family_facts
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.errors import BundleError
 
 
 def check_values(manifest: Manifest, where: str) -> None:
-    """Check values that the pipeline relies on, so that no stage has to.
+    """Check every value that the pipeline relies on, so that no later stage has to.
+
+    Args:
+        manifest: a manifest whose types were checked by `parse`.
+        where: the manifest's path, for the message.
 
     Raises:
-        BundleError: names the key of the manifest at `where`, what it must be and what it is.
+        BundleError: names the first wrong key, what it must be and what it is.
     """
     for ok, key, must, got in _rules(manifest):
         if not ok:
@@ -23,6 +28,7 @@ def check_values(manifest: Manifest, where: str) -> None:
 
 
 def _rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
+    """(rule holds, key, what the value must be, its value) for each rule."""
     s, k, r, t = m.schedule, m.latents, m.rotary, m.text
     floats = ("float32", "float16", "bfloat16")
     yield m.dtype in floats, "dtype", f"one of {list(floats)}", m.dtype
@@ -88,12 +94,12 @@ def _quantization_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
 
 def _text_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
     t = m.text
-    if m.family == "flux":
-        wanted = {"tokenizer", "tokenizer_2"}
+    facts = family_facts(m.family)
+    if facts.text == "clip-t5":
         for key in ("clip_tokens", "clip_pad_token_id", "t5_pad_token_id"):
-            yield getattr(t, key) is not None, f"text: {key}", "given for a flux bundle", None
+            yield getattr(t, key) is not None, f"text: {key}", f"given for a {m.family} bundle", None
     else:
-        wanted = {"tokenizer"}
         fits = t.template is not None and t.template.count("{}") == 1
         yield fits, "text: template", "a text with one {} for the prompt", t.template
-    yield m.tokenizers.keys() == wanted, "tokenizers", f"given for {sorted(wanted)}", sorted(m.tokenizers)
+    wanted = sorted(facts.tokenizers)
+    yield sorted(m.tokenizers) == wanted, "tokenizers", f"given for {wanted}", sorted(m.tokenizers)

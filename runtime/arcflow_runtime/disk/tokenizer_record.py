@@ -1,4 +1,7 @@
-"""The record of a bundle's built tokenizers, `openvino/tokenizers.json`: `Record` <-> JSON (O2 in docs/bundle.md)."""
+"""The record of the OpenVINO tokenizers built for a bundle: `TokenizerRecord` <-> `openvino/tokenizers.json`.
+
+The format is rule O2 of docs/bundle.md. `arcflow build --backend openvino` writes it; the C++ library reads it.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from arcflow_runtime.errors import EngineError
 
 FORMAT = "arcflow-openvino"
 VERSION = 1
-RECORD = "tokenizers.json"
+RECORD_FILE = "tokenizers.json"
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a model, beside the record."""
+    """One file of an OpenVINO model, in the record's folder."""
 
     file: str
     bytes: int
@@ -28,7 +31,11 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class BuiltTokenizer:
-    """One tokenizer: SHA-256 of its tokenizer.json, its model's two files, the ids around the ids of a text."""
+    """One built tokenizer.
+
+    `source` is the SHA-256 of the tokenizer.json that it was built from, `graph` and `weights` are the model's files,
+    `prefix` and `suffix` the special-token ids around a text's ids.
+    """
 
     source: str
     graph: ModelFile
@@ -38,10 +45,10 @@ class BuiltTokenizer:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What was built, by the manifest's names, with what, and when.
+class TokenizerRecord:
+    """The built tokenizers by their names in the manifest, the versions that built them, and when.
 
-    `converter` counts the ways of building: models of another one are built again.
+    `converter` is the version of our conversion; tokenizers built by another version are built again.
     """
 
     tokenizers: Mapping[str, BuiltTokenizer]
@@ -53,20 +60,21 @@ class Record:
     version: int = VERSION
 
     def to_json(self) -> str:
-        """The record as JSON text, sealed with its digest."""
+        """The record as JSON text with its digest."""
         return sealed_json(self)
 
 
-def read_record(bundle: Bundle) -> Record | None:
-    """The bundle's record, checked with the files that it names; None where nothing was built.
+def read_tokenizer_record(bundle: Bundle) -> TokenizerRecord | None:
+    """Read a bundle's record and check the files that it names; None if no tokenizers were built.
 
     Raises:
-        EngineError: the record is none, of another version or edited, or one of its files is.
+        EngineError: the file is not a tokenizer record, has an unsupported version or was edited; or a file that it
+            names is missing or damaged.
     """
-    path = bundle.root / OPENVINO / RECORD
+    path = bundle.root / OPENVINO / RECORD_FILE
     if not path.exists():
         return None
-    record: Record = read_sealed(Record, path, "a record of tokenizers", _AGAIN)
+    record: TokenizerRecord = read_sealed(TokenizerRecord, path, "a record of tokenizers", _HOW_TO_REBUILD)
     for built in record.tokenizers.values():
         for file in (built.graph, built.weights):
             _check_file(path, file)
@@ -76,14 +84,14 @@ def read_record(bundle: Bundle) -> Record | None:
 def _check_file(record: Path, file: ModelFile) -> None:
     path = record.parent / file.file
     if Path(file.file).name != file.file or file.file in ("", ".", ".."):
-        raise EngineError(f"{record}: file {file.file!r} must lie beside its record; {_AGAIN}")
+        raise EngineError(f"{record}: file {file.file!r} must lie beside its record; {_HOW_TO_REBUILD}")
     if not path.is_file() or path.is_symlink():
-        raise EngineError(f"{path} is missing; {_AGAIN}")
+        raise EngineError(f"{path} is missing; {_HOW_TO_REBUILD}")
     size = path.stat().st_size
     if size != file.bytes:
-        raise EngineError(f"{path} must have {file.bytes} bytes, got {size}; it was cut or swapped, {_AGAIN}")
+        raise EngineError(f"{path} must have {file.bytes} bytes, got {size}; it was cut or swapped, {_HOW_TO_REBUILD}")
     if sha256_file(path) != file.sha256:
-        raise EngineError(f"{path} does not match its SHA-256; it was edited or swapped, {_AGAIN}")
+        raise EngineError(f"{path} does not match its SHA-256; it was edited or swapped, {_HOW_TO_REBUILD}")
 
 
-_AGAIN = "run `arcflow build BUNDLE --backend openvino` again"
+_HOW_TO_REBUILD = "run `arcflow build BUNDLE --backend openvino` again"

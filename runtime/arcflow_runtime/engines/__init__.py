@@ -1,1 +1,1 @@
-"""What runs one part of a bundle: the interfaces, ONNX Runtime on the CPU, and the store of engines that were built."""
+"""Engines, each of which runs one part of a bundle: interfaces, ONNX Runtime on the CPU, the store of built engines."""

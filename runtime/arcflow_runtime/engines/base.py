@@ -1,4 +1,7 @@
-"""The interface of what runs one part of a bundle: named arrays in -> named arrays out."""
+"""Interfaces of engines and backends. An engine runs one part of a bundle: named arrays in -> named arrays out.
+
+Implemented by `onnxruntime.py` here and by the `*_backend.py` modules in `gpu/`; used through `parts.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ class Engine(Protocol):
         """Run the graph.
 
         Args:
-            inputs: one array per input of the part's manifest entry, of its dtype and shape; bfloat16 as in `dtypes`.
+            inputs: one array per input in the part's manifest entry, of its dtype and shape; `maths/dtypes.py` says
+                how bfloat16 is stored.
 
         Returns:
-            One array per output of the part's manifest entry.
+            One array per output in the part's manifest entry.
 
         Raises:
             EngineError: the engine failed; the message names the part.
@@ -35,28 +39,31 @@ class Engine(Protocol):
 
 @runtime_checkable
 class StreamedEngine(Protocol):
-    """An engine whose weights are not all in memory: it reads them once for any number of inputs."""
+    """An engine that does not keep all its weights in memory, and reads them once per call of `run_all`."""
 
     def run_all(self, batches: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-        """Run the graph on several sets of inputs; give each one's outputs in turn. See `Engine.run`."""
+        """Run the graph on several sets of inputs and yield the outputs of each in order; see `Engine.run`."""
         ...
 
 
 class Backend(Protocol):
-    """Opens parts of bundles as engines."""
+    """Loads parts of bundles as engines of one library, such as ONNX Runtime."""
 
     def check(self, bundle: Bundle) -> None:
-        """Raise `EngineError` if this backend cannot run `bundle`, before anything is loaded."""
+        """Raise `EngineError` if this backend cannot run `bundle`; called before any part is loaded."""
         ...
 
     def open(self, bundle: Bundle, part: str) -> Engine:
-        """Load part `part` of `bundle`."""
+        """Load the part named `part`."""
         ...
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer of one run: `operator` is "" where unknown; `start_us` counts from any point common to the engine."""
+    """The time of one layer in one run.
+
+    `operator` is "" if unknown. `start_us` counts from an arbitrary origin, the same for all layers of an engine.
+    """
 
     layer: str
     operator: str
@@ -68,7 +75,7 @@ class ProfiledEngine(Engine, Protocol):
     """An engine that times its layers."""
 
     def layer_times(self) -> list[LayerTime]:
-        """The layers of every run so far, in order; it cannot run afterwards."""
+        """The layers of every run so far, in order. The engine cannot run afterwards."""
         ...
 
 
@@ -77,5 +84,5 @@ class ProfilingBackend(Protocol):
     """A backend that can time layers."""
 
     def open_profiled(self, bundle: Bundle, part: str) -> ProfiledEngine:
-        """Load `part` so that it times its layers; it may run slower."""
+        """Load the part named `part` with layer timing, which may slow it down."""
         ...

@@ -1,6 +1,6 @@
-"""The interface of a backend that runs everything after the text encoders on its device.
+"""The interface of a denoiser, which runs everything after the text encoders on a GPU: text states -> latents, images.
 
-Noise and text states in -> latents and images out.
+Implemented by `gpu/denoiser.py`; called by the pipeline in place of its own loop over the steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
 
-#: Called with a step's index and the latents after it, [b, N, C] float32.
+#: Called with the index of a step and the latents after it, [b, N, C] float32.
 OnStep = Callable[[int, np.ndarray], None]
 
 
@@ -23,7 +23,7 @@ OnStep = Callable[[int, np.ndarray], None]
 class Embeddings:
     """One prompt's text states [1, T, Dt] and, for FLUX, CLIP's pooled vector [1, Dp]; both read-only.
 
-    `warnings` are those of its tokens, so that a prompt whose embeddings are kept need not be tokenised again.
+    `warnings` are the tokenizer's, kept here so that a cached prompt need not be tokenised again to repeat them.
     """
 
     states: np.ndarray
@@ -33,12 +33,19 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class DenoiseJob:
-    """What is drawn at once: b images whose texts have one length T.
+    """The inputs of one call of a denoiser: b images whose texts all have T tokens.
 
-    `streams` [b, 2] int64 of the noise, as `noise.streams` gives them; `texts`, one per image; `image_rotary`
-    [2, N, D/2] and `text_rotary` [2, T, D/2] float32; `grid`, height and width in tokens; `sigmas` [S+1] float64;
-    `timesteps` [S] float32 and `guidance`, what the conditioner sees; `table`, the baked modulation [S, M] float32
-    where the bundle has it; `pixels`, whether pictures are asked for and not only latents.
+    Attributes:
+        streams: [b, 2] int64, the noise of each image, from `noise.streams`.
+        texts: one per image.
+        image_rotary: [2, N, D/2] float32.
+        text_rotary: [2, T, D/2] float32.
+        grid: height and width in tokens.
+        sigmas: [S+1] float64.
+        timesteps: [S] float32, input of the conditioner.
+        guidance: input of the conditioner, or None for a student without guidance.
+        table: the baked modulation [S, M] float32, or None if the conditioner must run.
+        pixels: True to decode images, False to stop at the latents.
     """
 
     streams: np.ndarray
@@ -55,41 +62,41 @@ class DenoiseJob:
 
 @dataclass(frozen=True)
 class Denoised:
-    """`latents` [b, N, C] float32, and `pixels` [b, H, W, 3] uint8 if they were asked for."""
+    """The result of a `DenoiseJob`: `latents` [b, N, C] float32, and `pixels` [b, H, W, 3] uint8 if requested."""
 
     latents: np.ndarray
     pixels: np.ndarray | None
 
 
 class Denoiser(Protocol):
-    """Draws on a device what the text encoders prepared; safe to call from several threads."""
+    """Turns text states into latents and images on a device; safe to call from several threads."""
 
     def denoise(self, job: DenoiseJob, watch: Stopwatch, on_step: OnStep | None = None) -> Denoised:
-        """Condition, run every step, decode.
+        """Compute the modulation, run every step, and decode if the job asks for pixels.
 
         Args:
-            job: what to draw.
-            watch: gets the time of each stage on the device.
-            on_step: called after every step, before the next one starts; the latents are its own.
+            job: the inputs.
+            watch: receives the time of each stage on the device.
+            on_step: called after every step, before the next one starts; it may keep the latents.
 
         Raises:
-            EngineError: an engine failed, does not take these shapes, or memory ran out.
+            EngineError: an engine failed or does not accept these shapes, or memory ran out.
         """
         ...
 
     def warm_up(self, job: DenoiseJob) -> None:
-        """Make ready whatever `draw` would make on the first pictures of this shape; nothing is given back."""
+        """Do the one-time work for this job's shape ahead of `denoise`, such as the capture of a CUDA graph."""
         ...
 
     def close(self) -> None:
-        """Wait for pictures being drawn and free the memory; job afterwards raises `EngineError`."""
+        """Wait for running jobs and free the memory; `denoise` raises `EngineError` afterwards."""
         ...
 
 
 @runtime_checkable
 class DenoisingBackend(Protocol):
-    """A backend that can keep the whole loop on its device."""
+    """A backend that can run the whole loop over the steps on its device."""
 
     def open_denoiser(self, bundle: Bundle, parts: Parts) -> Denoiser | None:
-        """The denoiser of `bundle`, whose engines it takes from `parts`; None where this installation has none."""
+        """A denoiser that runs the engines of `parts`; None if this installation cannot run one."""
         ...

@@ -1,4 +1,4 @@
-"""Ask the CUDA driver what GPU is here, without CUDA's toolkit: nothing -> `Gpu` or None."""
+"""Find this machine's GPU through the CUDA driver, without the toolkit or a Python package: -> `Gpu` or None."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _NAME_BYTES = 256
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's product name, and its compute capability written as a target such as "sm89"."""
+    """A GPU: its product name, and its compute capability as a target such as "sm89"."""
 
     name: str
     target: str
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU that `CUDA_VISIBLE_DEVICES` leaves, or None where there is no driver or no GPU."""
+    """The first GPU visible under `CUDA_VISIBLE_DEVICES`, or None if there is no driver or no GPU."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

@@ -19,22 +19,22 @@ from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.errors import EngineError, RequestError
 
-# Warnings of the optimiser about dynamic shapes mean nothing to a user; errors come as exceptions.
+# ONNX Runtime warns about dynamic shapes, which a user cannot act on; errors are raised as exceptions.
 _LOG_ERRORS_ONLY = 3
-# What ONNX Runtime appends to a node's name for the time of its kernel.
-_KERNEL = "_kernel_time"
+# ONNX Runtime appends this to a node's name in the event that times its kernel.
+_KERNEL_SUFFIX = "_kernel_time"
 
 
 class _Named(Protocol):
-    """An input or output of a graph."""
+    """An input or output of a graph, as ONNX Runtime describes it."""
 
     @property
     def name(self) -> str | None:
-        """Its name."""
+        """The name in the graph."""
 
 
 class OnnxRuntimeEngine:
-    """One part in an inference session; ONNX Runtime lets several threads run one session."""
+    """One part in an ONNX Runtime session, which several threads may run at the same time."""
 
     def __init__(self, name: str, part: Part, session: ort.InferenceSession) -> None:
         self._name = name
@@ -48,18 +48,21 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{self._name}: the engine is closed; load the pipeline again")
         try:
             outputs = session.run(self._outputs, dict(inputs))
-        except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+        except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
             raise EngineError(f"{self._name}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
         return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
-        """Free the session; a run in progress in another thread finishes first."""
+        """Free the session, after any run in another thread has finished."""
         self._session = None
 
 
 class OnnxRuntimeProfiledEngine(OnnxRuntimeEngine):
-    """The same with ONNX Runtime's own profiling; it removes its folder when the layers are read or it is closed."""
+    """An `OnnxRuntimeEngine` that times its layers.
+
+    ONNX Runtime writes the times to a file in `folder`, which is removed once they are read or the engine is closed.
+    """
 
     def __init__(self, name: str, part: Part, session: ort.InferenceSession, folder: Path) -> None:
         super().__init__(name, part, session)
@@ -74,14 +77,17 @@ class OnnxRuntimeProfiledEngine(OnnxRuntimeEngine):
         self.close()
         return [
             LayerTime(
-                event["name"].removesuffix(_KERNEL), event["args"]["op_name"], origin_us + event["ts"], event["dur"]
+                event["name"].removesuffix(_KERNEL_SUFFIX),
+                event["args"]["op_name"],
+                origin_us + event["ts"],
+                event["dur"],
             )
             for event in events
-            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL_SUFFIX)
         ]
 
     def close(self) -> None:
-        """Free the session and what it wrote."""
+        """Free the session and remove its folder."""
         if self._session is not None:
             self._session.end_profiling()
         super().close()
@@ -103,10 +109,10 @@ class OnnxRuntimeBackend:
         self._threads = threads
 
     def check(self, bundle: Bundle) -> None:
-        """Refuse parts in bfloat16, for which ONNX Runtime has no CPU kernels.
+        """Check that no part is in bfloat16, for which ONNX Runtime has no CPU kernels.
 
         Raises:
-            EngineError: names the part.
+            EngineError: a part is in bfloat16; the message names it.
         """
         for name, part in bundle.manifest.parts.items():
             dtypes = {part.precision} | {spec.dtype for spec in part.inputs + part.outputs}
@@ -117,16 +123,17 @@ class OnnxRuntimeBackend:
                 )
 
     def open(self, bundle: Bundle, part: str) -> OnnxRuntimeEngine:
-        """Load a part; its external weights are read from beside the graph.
+        """Load a part; the session reads its external weights from the file beside the graph.
 
         Raises:
-            EngineError: the graph cannot be loaded, or its inputs or outputs are not the manifest's.
+            BundleError: the graph's external data is not in the part's weights file.
+            EngineError: the graph cannot be loaded, or its inputs or outputs differ from the manifest's.
         """
         session = open_session(bundle, part, session_options(self._threads), ["CPUExecutionProvider"])
         return OnnxRuntimeEngine(part, bundle.manifest.parts[part], session)
 
     def open_profiled(self, bundle: Bundle, part: str) -> OnnxRuntimeProfiledEngine:
-        """Load a part so that it times its layers; see `ProfilingBackend`."""
+        """Load a part with layer timing; see `ProfilingBackend`."""
         folder, options = tempfile.mkdtemp(prefix="arcflow-profile-"), session_options(self._threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / part)
@@ -139,11 +146,11 @@ class OnnxRuntimeBackend:
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:
-    """Options of a session on the CPU with `threads` threads (None: one per core)."""
+    """Options for a session on the CPU with `threads` threads (None: one per core)."""
     options = ort.SessionOptions()
     options.log_severity_level = _LOG_ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
-    # Each part has its own threads: those of one must not spin on the cores that the next part needs.
+    # Each part has its own thread pool. Idle threads must not spin, because the next part needs their cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
@@ -151,43 +158,43 @@ def session_options(threads: int | None) -> ort.SessionOptions:
 def open_session(
     bundle: Bundle, part: str, options: ort.SessionOptions, providers: list[str | tuple[str, dict[str, str]]]
 ) -> ort.InferenceSession:
-    """Load a part's graph with these providers; its external weights are read from beside it.
+    """Load a part's graph with these execution providers.
 
     Raises:
         BundleError: the graph's external data is not in the part's weights file.
-        EngineError: the graph cannot be loaded, or its inputs or outputs are not the manifest's.
+        EngineError: the graph cannot be loaded, or its inputs or outputs differ from the manifest's.
     """
     spec = bundle.manifest.parts[part]
     graph = checked_graph(bundle, part)
     options.log_severity_level = _LOG_ERRORS_ONLY
-    # A file name that ends in .ort would be read in another format than the one checked.
+    # Without this, a file whose name ends in .ort would be read in a format that `checked_graph` did not check.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         session = ort.InferenceSession(str(graph), options, providers=providers)
-    except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+    except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
         raise EngineError(f"{part}: ONNX Runtime cannot load {spec.graph}: {first_line(e)}") from e
     check_names(bundle, part, session.get_inputs(), session.get_outputs())
     return session
 
 
 def check_names(bundle: Bundle, part: str, inputs: Iterable[_Named], outputs: Iterable[_Named]) -> None:
-    """Check that a graph's inputs and outputs are those that the manifest gives for `part`.
+    """Check that a graph has the inputs and outputs that the manifest lists for `part`.
 
     Raises:
-        EngineError: they are not.
+        EngineError: it has others.
     """
     spec = bundle.manifest.parts[part]
-    for kind, said, found in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
-        names = sorted(str(f.name) for f in found)
-        if sorted(s.name for s in said) != names:
+    for kind, listed, found in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
+        expected, names = sorted(s.name for s in listed), sorted(str(f.name) for f in found)
+        if expected != names:
             raise EngineError(
-                f"{part}: the {kind} of {spec.graph} must be {sorted(s.name for s in said)}, "
+                f"{part}: the {kind} of {spec.graph} must be {expected}, "
                 f"as in the manifest, got {names}; export the bundle again"
             )
 
 
 def create(threads: int | None) -> OnnxRuntimeBackend:
-    """The backend, with `threads` CPU threads per engine (None: one per core).
+    """Create the backend with `threads` CPU threads per engine (None: one per core).
 
     Raises:
         RequestError: `threads` is below 1 or above the number of cores.
@@ -196,5 +203,5 @@ def create(threads: int | None) -> OnnxRuntimeBackend:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type."""
+    """The first line of an exception's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,7 @@
-"""Keep a bundle's parts open, or open each only while it is used: part name -> a function that runs it."""
+"""Hold a bundle's engines for the pipeline: part name -> a function that runs it.
+
+Engines stay loaded, or, to save memory, are loaded for each use and freed after it.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +26,24 @@ RunAll = Callable[[Sequence[Inputs]], Iterator[dict[str, np.ndarray]]]
 class Parts:
     """The engines of one bundle; safe to use from several threads.
 
-    With `keep`, a part is opened once and stays open. Without, it is opened for each use and closed after it,
-    and one part is in memory at a time: other threads wait.
+    With `keep`, a part is loaded on first use and stays loaded. Without it, a part is loaded for each use and freed
+    after it, and only one part is in memory at a time: other threads wait.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, keep: bool) -> None:
         self._bundle = bundle
         self._backend = backend
-        #: Whether parts stay open.
+        #: True if parts stay loaded.
         self.keep = keep
         self._engines: dict[str, Engine] = {}
         self._closed = False
         self._lock = threading.Lock()
 
     def open_all(self) -> None:
-        """Open every part now rather than on first use.
+        """Load every part now rather than on first use.
 
         Raises:
-            EngineError: a part cannot be opened; those already open are closed.
+            EngineError: a part cannot be loaded; those already loaded are freed.
         """
         try:
             for part in self._bundle.manifest.parts:
@@ -50,11 +53,11 @@ class Parts:
             raise
 
     def use(self, part: str) -> AbstractContextManager[Run]:
-        """Give a function that runs `part`: inputs by name are cast to the dtypes its graph takes.
+        """A context that yields a function to run `part`. It casts its inputs to the dtypes that the graph expects.
 
         Raises:
-            EngineError: the part cannot be opened, or the parts were closed.
-            BundleError: parts do not stay open, and the bundle was replaced since it was opened.
+            EngineError: the part cannot be loaded, or `close` was called.
+            BundleError: parts do not stay loaded, and the bundle was replaced since it was opened.
         """
         spec = self._bundle.manifest.parts[part]
         if self.keep:
@@ -63,20 +66,20 @@ class Parts:
 
     @contextmanager
     def use_all(self, part: str) -> Iterator[RunAll]:
-        """Give a function that runs `part` on several sets of inputs; see `use` and `StreamedEngine.run_all`.
+        """Like `use`, with a function that runs `part` on several sets of inputs; see `StreamedEngine.run_all`.
 
         Raises:
-            EngineError: the part cannot be opened, or the parts were closed.
+            EngineError: the part cannot be loaded, or `close` was called.
         """
         spec = self._bundle.manifest.parts[part]
         with self.borrow(part) as engine:
             yield partial(_run_all, engine, spec)
 
     def borrow(self, part: str) -> AbstractContextManager[Engine]:
-        """Give the engine itself, as `use` does.
+        """Like `use`, with the engine itself.
 
         Raises:
-            EngineError: the part cannot be opened, or the parts were closed.
+            EngineError: the part cannot be loaded, or `close` was called.
         """
         return nullcontext(self._kept(part)) if self.keep else self._opened(part)
 
@@ -100,7 +103,7 @@ class Parts:
             self._bundle.check_unchanged()
             engine = self._backend.open(self._bundle, part)
             try:
-                # Again, for a bundle that was replaced while the part was read.
+                # Checked again, in case the bundle was replaced while the part was being loaded.
                 self._bundle.check_unchanged()
                 yield engine
             finally:

@@ -1,4 +1,4 @@
-"""Time the stages of one request: named blocks -> milliseconds per name."""
+"""Measure the stages of one request: `with watch("backbone"): ...` -> milliseconds by stage."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import time
 
 
 class Stopwatch:
-    """Adds up the time of named blocks; one per request, not shared between threads."""
+    """Adds up the time of named blocks, in `ms`. Each request has its own; it is not thread-safe."""
 
     def __init__(self) -> None:
         self.ms: dict[str, float] = {}
 
     def __call__(self, stage: str) -> _Timed:
-        """Add the time of the `with` block to `stage`, in milliseconds."""
+        """A context manager that adds the time of its block to `stage`."""
         return _Timed(self, stage)
 
     def add(self, stage: str, ms: float) -> None:
-        """Add milliseconds that were measured otherwise, such as on a device."""
+        """Add milliseconds that were measured elsewhere, such as on a GPU."""
         self.ms[stage] = self.ms.get(stage, 0.0) + ms
 
 
 class _Timed:
-    """One block. A generator as context manager takes three times as long, and a picture has a dozen blocks."""
+    """One timed block. A class, because `contextlib.contextmanager` takes three times as long per block."""
 
     __slots__ = ("_stage", "_start", "_watch")
 

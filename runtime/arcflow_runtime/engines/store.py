@@ -1,7 +1,7 @@
-"""Engines beside a bundle: find one that fits this machine, or put a new one in its place.
+"""The store of built engines in a bundle's `engines` folder: find the engine for this machine, or add a new one.
 
-A record is the commit point: an engine is written whole under its final name first, then its record is renamed into
-place, then the engine that it replaced is removed.
+An engine exists once its record does: the engine is first written completely under its final name, then its record is
+renamed into place, then the engine that it replaces is removed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Host:
-    """What an engine must have been built for to run here."""
+    """The machine and library that an engine must have been built for: fields of `EngineKey` that must match."""
 
     builder: str
     builder_version: str
@@ -38,14 +38,14 @@ class Host:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine that was found: the path of its file, and its record."""
+    """A built engine in the store: the path of its file, and its record."""
 
     path: Path
     record: EngineRecord
 
 
 def this_host(builder: str) -> Host:
-    """This machine, for engines of `builder`.
+    """Describe this machine for engines of the library `builder`.
 
     Raises:
         EngineError: the library is not installed, or there is no GPU.
@@ -59,20 +59,20 @@ def this_host(builder: str) -> Host:
 
 
 def find_engine(bundle: Bundle, part: str, host: Host, check: Check = "fast") -> BuiltEngine:
-    """The engine of `part` for `host`. Library, version and GPU are compared before anything of the engine is read.
+    """Find the engine of `part` that runs on `host`. Its file is read only if library, version and GPU match.
 
     Args:
         bundle: an opened bundle.
         part: name of one of its parts.
         host: what will run the engine, usually `this_host(builder)`.
-        check: "fast" compares the engine's size and hashes it up to 64 MiB; "full" hashes it whatever its size.
+        check: "fast" compares the engine's size and hashes files up to 64 MiB; "full" hashes a file of any size.
 
     Returns:
-        The engine. Its record's key has the shapes that it takes and the flags it was built with.
+        The engine. Its record's key gives the shapes that it accepts and the flags it was built with.
 
     Raises:
-        EngineError: there is none; it is for another library, version, GPU or platform; its graph or weights are no
-            longer the bundle's; or the file was cut, edited or swapped.
+        EngineError: there is no engine for the part; or it was built for another library, version, GPU or platform,
+            or from another graph or other weights; or its file is damaged.
     """
     found = [(path, record) for path, record in read_records(bundle) if record.key.part == part]
     if not found:
@@ -102,10 +102,10 @@ def find_engine(bundle: Bundle, part: str, host: Host, check: Check = "fast") ->
 
 
 def read_records(bundle: Bundle) -> list[tuple[Path, EngineRecord]]:
-    """Every record of the bundle's engines, by file name.
+    """Read every engine's record in the bundle: (path, record), sorted by path.
 
     Raises:
-        EngineError: one of them is damaged.
+        EngineError: a record is damaged.
     """
     return [(path, read_record(path)) for path in sorted((bundle.root / ENGINES).glob("*.json"))]
 
@@ -114,7 +114,7 @@ def check_engine(path: Path, record: EngineRecord, check: Check = "fast") -> Non
     """Compare an engine's file with its record.
 
     Raises:
-        EngineError: the file is missing, was cut, edited or swapped with another.
+        EngineError: the file is missing, or its size or SHA-256 differs from the record's.
     """
     what = f"the {record.key.builder} engine of {record.key.part} for {record.key.target}"
     again = "build it again with `arcflow build`"
@@ -128,10 +128,11 @@ def check_engine(path: Path, record: EngineRecord, check: Check = "fast") -> Non
 
 
 def find_built(bundle: Bundle, key: EngineKey) -> tuple[BuiltEngine | None, list[str]]:
-    """The engine with exactly this key, or what is different about the one in its place.
+    """Find the engine with exactly this key.
 
     Returns:
-        The engine and no differences; or None and what changed, empty if there was no engine.
+        (engine, []) if there is one; (None, differences) if the store holds an engine with another key or a damaged one
+        in its place; (None, []) if it holds none.
     """
     path = bundle.root / ENGINES / f"{engine_name(key)}.json"
     if not path.exists():
@@ -148,10 +149,10 @@ def find_built(bundle: Bundle, key: EngineKey) -> tuple[BuiltEngine | None, list
 
 @contextmanager
 def locked_store(bundle: Bundle) -> Iterator[None]:
-    """Hold the bundle's engines for writing, and clear away what killed builds left.
+    """Lock the bundle's engines for writing, and remove files that killed builds left.
 
     Raises:
-        EngineError: another build holds them, or the folder cannot be written.
+        EngineError: another build holds the lock, or the folder cannot be written.
     """
     folder = bundle.root / ENGINES
     with locked_folder(folder, f"another build is writing engines of {bundle.root}; wait for it", "engines"):
@@ -162,16 +163,16 @@ def locked_store(bundle: Bundle) -> Iterator[None]:
 def write_engine(
     bundle: Bundle, key: EngineKey, build: Callable[[BinaryIO], float], created: datetime | None = None
 ) -> BuiltEngine:
-    """Put a new engine in its place, whole or not at all; the caller holds `locked_store`.
+    """Build an engine and add it to the store atomically; the caller holds `locked_store`.
 
     Args:
         bundle: the bundle it belongs to.
-        key: what it was built from and for.
-        build: writes the engine to the file it is given and returns the seconds that building took.
+        key: the engine's key.
+        build: writes the engine to the file that it is given, and returns how many seconds building took.
         created: the time to record; None for now.
 
     Raises:
-        EngineError: the disk is full, or `build` raised it; the engine that was there before remains.
+        EngineError: the disk is full, or `build` raised it. An earlier engine of the same name stays in place.
     """
     folder = bundle.root / ENGINES
     name = engine_name(key)
@@ -207,21 +208,21 @@ def write_engine(
 
 
 def _remove_orphans(bundle: Bundle) -> None:
-    """Remove engines that no record names, and files that were being written when a build was killed."""
+    """Remove engines that no record names, and unfinished files of killed builds."""
     folder = bundle.root / ENGINES
     kept = set()
     for path in folder.glob("*.json"):
         try:
             kept.add(read_record(path).file)
         except EngineError:
-            return  # what a damaged record named is not known
+            return  # the engine of a damaged record is unknown, so nothing can be called an orphan
     for path in folder.iterdir():
         if path.suffix == _PARTIAL or (path.suffix == ".engine" and path.name not in kept):
             path.unlink()
 
 
 def build_command(bundle: Bundle, part: str, host: Host) -> str:
-    """What to run for an engine of `part` that `host` can use."""
+    """The `arcflow build` command that makes an engine of `part` for `host`; for error messages."""
     target = f" --target {host.target}" if LIBRARIES[host.builder].ahead_of_time else ""
     return f"run: arcflow build {bundle.root} --backend {host.builder}{target} --parts {part}"
 

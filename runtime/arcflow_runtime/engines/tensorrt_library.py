@@ -1,4 +1,8 @@
-"""The two builders behind one interface: a backend's name -> its Python module, version and targets."""
+"""Facts about TensorRT and TensorRT-RTX: backend name -> Python module, version and GPU targets.
+
+Their Python APIs are nearly the same, so the builder (`build/`) and the engines on the GPU (`gpu/tensorrt.py`) treat
+both alike, with a `Library` as parameter.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,10 @@ from arcflow_runtime.errors import EngineError, RequestError
 
 @dataclass(frozen=True)
 class Library:
-    """One of NVIDIA's two inference libraries; their Python interfaces are nearly the same.
+    """One of NVIDIA's two inference libraries.
 
-    `targets` are the compute capabilities it builds for without a GPU; empty where it builds only for the GPU that
-    it runs on.
+    `module` is its Python module, `package` the pip requirement, `major` the supported major version. `targets` are the
+    compute capabilities that it builds for without a GPU; empty if it builds only for the GPU that it runs on.
     """
 
     name: str
@@ -27,14 +31,14 @@ class Library:
 
     @property
     def ahead_of_time(self) -> bool:
-        """Whether it builds for GPUs that are not there."""
+        """True if the library builds engines without the target GPU."""
         return bool(self.targets)
 
     def load(self) -> ModuleType:
         """Import the library.
 
         Raises:
-            EngineError: it is not installed, cannot be loaded, or is of a version that this package does not know.
+            EngineError: it is not installed, cannot be loaded, or has an unsupported version.
         """
         try:
             module = importlib.import_module(self.module)
@@ -49,14 +53,14 @@ class Library:
         return module
 
     def key_gpu(self, gpu: Gpu | None) -> str | None:
-        """The `gpu` of an engine's key: the product name if the library builds for the very GPU it runs on."""
+        """The `gpu` of an engine's key: the product name if the library builds for the GPU it runs on, else None."""
         return None if self.ahead_of_time or gpu is None else gpu.name
 
     def check_target(self, target: str) -> str:
-        """Return `target`, such as "sm89", if the library builds for it without a GPU.
+        """Check that the library can build for `target`, such as "sm89", without a GPU, and return it.
 
         Raises:
-            RequestError: it does not.
+            RequestError: it cannot.
         """
         if target not in self.targets:
             raise RequestError(f"--target must be among {', '.join(self.targets)} for {self.name}, got {target!r}")

@@ -1,1 +1,1 @@
-"""Prompt to image: check the request, tokenise, encode, condition, denoise, decode."""
+"""From prompt to image: check the request, tokenise, encode, condition, denoise, decode; `pipeline.py` calls them."""

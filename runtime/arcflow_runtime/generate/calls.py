@@ -1,4 +1,4 @@
-"""Which threads are within a call of one pipeline: a step callback's own call becomes an error, not a deadlock."""
+"""Detect a step callback that calls its own pipeline: raises an error in place of a deadlock. Used by `Pipeline`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from arcflow_runtime.errors import RequestError
 
 
 class Calls:
-    """The calls of one pipeline; several threads may be within a call at the same time, none may be twice."""
+    """Tracks which threads are inside a call of one pipeline. Several threads may be, each at most once."""
 
     def __init__(self) -> None:
         self._thread = threading.local()
 
     @contextmanager
     def enter(self, what: str) -> Iterator[None]:
-        """Mark this thread as within a call for as long as the block lasts; arguments and errors as for `check`."""
+        """Mark this thread as inside a call during the `with` block; see `check` for arguments and errors."""
         self.check(what)
         self._thread.within = True
         try:
@@ -26,10 +26,13 @@ class Calls:
             self._thread.within = False
 
     def check(self, what: str) -> None:
-        """Refuse `what`, such as "close()", from a step callback: it would wait for the call that waits for it.
+        """Check that this thread is not inside a call, where the same call again would wait for itself.
+
+        Args:
+            what: the function being called, such as "close()", for the message.
 
         Raises:
-            RequestError: this thread is within a call.
+            RequestError: it is, so the call comes from a step callback.
         """
         if getattr(self._thread, "within", False):
             raise RequestError(

@@ -1,4 +1,7 @@
-"""Condition: timesteps [S], guidance and pooled text [U, Dp] -> modulation [S, U, M] or [S, 1, M]."""
+"""Compute the modulation: timesteps [S], guidance and pooled text [U, Dp] -> [S, U, M] or [S, 1, M].
+
+The modulation holds the AdaLN parameters of all blocks, which depend on these inputs only and not on the image.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,28 @@ from arcflow_runtime.errors import BundleError
 
 
 class Conditioner:
-    """Gives the backbone's modulation, from the bundle's baked table where it has the step count."""
+    """Computes the backbone's modulation, or takes it from the bundle's baked table if it has the step count."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._table = _load_table(bundle)
 
     def baked(self, steps: int) -> np.ndarray | None:
-        """The table [S, M] float32 of this number of steps, or None where the conditioner must run."""
+        """The baked modulation [S, M] float32 for this number of steps, or None if the conditioner must run."""
         return self._table.get(steps)
 
     def modulation(
         self, parts: Parts, timesteps: np.ndarray, guidance: np.float32 | None, pooled: np.ndarray | None
     ) -> np.ndarray:
-        """The modulation of every step in one run.
+        """The modulation of all steps, in one run of the conditioner.
 
         Args:
             parts: the bundle's parts.
-            timesteps: [S] float32, what the timestep embedding sees.
-            guidance: what the guidance embedding sees, or None for a student without one.
+            timesteps: [S] float32, the input of the timestep embedding.
+            guidance: the input of the guidance embedding, or None for a student without one.
             pooled: [U, Dp] pooled text of U distinct prompts (FLUX), or None.
 
         Returns:
-            [S, U, M], or [S, 1, M] where it does not depend on the prompt; float32 or the part's dtype.
+            [S, U, M], or [S, 1, M] if it does not depend on the prompt; float32 or the part's dtype.
 
         Raises:
             EngineError: the conditioner failed.
@@ -49,20 +52,26 @@ class Conditioner:
 
 
 def _load_table(bundle: Bundle) -> dict[int, np.ndarray]:
-    """[n, M] float32 by step count n."""
+    """Step count n -> its baked modulation [n, M] float32; empty if the bundle has none.
+
+    Raises:
+        BundleError: the table cannot be read, or its size or dtype differs from the backbone's input `modulation`.
+    """
     spec = bundle.manifest.modulation
     if spec is None:
         return {}
     path = bundle.path(spec.file)
+    inputs = bundle.manifest.parts["backbone"].inputs
+    width = next((s.shape[-1] for s in inputs if s.name == "modulation"), None)
     try:
         with safe_open(str(path), "numpy") as f:
             table = {n: f.get_tensor(f"num_inference_steps_{n}") for n in spec.num_inference_steps}
     except SafetensorError as e:
         raise BundleError(f"{path}: the modulation table cannot be read ({e}); export the bundle again") from None
     for n, tensor in table.items():
-        if tensor.ndim != 2 or len(tensor) != n:
+        if tensor.shape != (n, width) or tensor.dtype != np.float32:
             raise BundleError(
-                f"{path}: num_inference_steps_{n} must have shape [{n}, M], got {list(tensor.shape)}; "
-                "export the bundle again"
+                f"{path}: num_inference_steps_{n} must be float32 of shape [{n}, {width}], for the backbone's input "
+                f"modulation, got {tensor.dtype}{list(tensor.shape)}; export the bundle again"
             )
     return table

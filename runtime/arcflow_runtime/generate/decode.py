@@ -1,4 +1,4 @@
-"""Decode: latents [B, N, 64] -> pixels [B, H, W, 3] uint8 -> the pictures in the form asked for."""
+"""Decode: latents [B, N, 64] -> pixels [B, H, W, 3] uint8 -> images of the requested output type."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def decode_latents(parts: Parts, latents: np.ndarray, height_px: int, width_px: 
 
     Args:
         parts: the bundle's parts.
-        latents: [B, N, D] float32, packed, tokens row by row.
-        height_px: the pictures' height.
-        width_px: the pictures' width.
+        latents: [B, N, D] float32, packed, tokens in row-major order.
+        height_px: height of the images.
+        width_px: width of the images.
 
     Returns:
         [B, H, W, 3] uint8, RGB.
@@ -31,27 +31,27 @@ def decode_latents(parts: Parts, latents: np.ndarray, height_px: int, width_px: 
         return run({"latents": grid})["images"]
 
 
-def check_pictures(pixels: np.ndarray, precision: str) -> None:
-    """Refuse the flat black pictures [B, H, W, 3] that a float16 decoder gives when it overflows.
+def check_not_flat(pixels: np.ndarray, precision: str) -> None:
+    """Check for images [B, H, W, 3] of a single colour, which a float16 decoder gives when it overflows.
 
     Raises:
-        EngineError: names the pictures and what to do.
+        EngineError: `precision` is float16 and an image has one colour; says which image and what to do.
     """
     if precision != "float16":
         return
     flat = [i for i, p in enumerate(pixels) if p.min() == p.max()]
     if flat:
         raise EngineError(
-            f"vae_decoder: pictures {flat} must have more than one colour; "
+            f"vae_decoder: images {flat} must have more than one colour; "
             "float16 overflows in some decoders, "
             "export with --precision vae_decoder=float32"
         )
 
 
 def to_pil(pixels: np.ndarray) -> list[Image.Image]:
-    """[B, H, W, 3] uint8 -> B RGB pictures."""
+    """[B, H, W, 3] uint8 -> B RGB images."""
     _, height, width, _ = pixels.shape
-    # What Image.fromarray comes to, in half of its time for a small picture.
+    # The same as Image.fromarray, in half the time for a small image.
     return [Image.frombytes("RGB", (width, height), p) for p in np.ascontiguousarray(pixels)]
 
 

@@ -1,6 +1,7 @@
-"""Denoise: noise [B, N, 64] -> latents [B, N, 64], one backbone run and one closed-form update per step.
+"""Denoise: noise [B, N, 64] -> latents [B, N, 64], with one backbone run and one closed-form update per step.
 
-`denoise` runs the loop here, engine by engine; `denoise_on_device` hands it to a backend that keeps it on its device.
+`denoise` runs the loop on the host, one engine call at a time. `denoise_on_device` passes it to a backend's `Denoiser`,
+which runs all of it on a GPU. Called by `Pipeline`.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from arcflow_runtime.errors import EngineError
 from arcflow_runtime.maths.dtypes import to_float32
 from arcflow_runtime.maths.update import update
 
-#: Called with the step's index and the latents after it, [B, N, 64] float32, read-only.
+#: Called with the index of a step and the latents after it, [B, N, 64] float32, read-only.
 StepCallback = Callable[[int, np.ndarray], object]
 
 
 @dataclass(frozen=True)
 class Group:
-    """The images of a batch whose text has one length, run together.
+    """The images of a batch whose texts have the same length T; they run together.
 
-    `images` [b] are their places in the batch, `prompts` [b] their prompts' places in the modulation's axis
-    U, `texts` their embeddings, all of T tokens, `text_rotary` [2, T, D/2].
+    `images` [b] are their indices in the batch, `prompts` [b] the indices of their prompts in the modulation's axis U,
+    `texts` their embeddings, and `text_rotary` is [2, T, D/2].
     """
 
     images: list[int]
@@ -52,10 +53,10 @@ def denoise(
         run: runs the backbone.
         groups: the batch, by text length.
         noise: [B, N, 64] float32.
-        modulation: [S, U, M], or [S, 1, M] where it does not depend on the prompt.
+        modulation: [S, U, M], or [S, 1, M] if it does not depend on the prompt.
         image_rotary: [2, N, D/2] float32.
         sigmas: [S+1] float64.
-        watch: gets the time of "backbone" and "update".
+        watch: receives the time of "backbone" and "update".
         callback: called after every step.
 
     Returns:
@@ -70,7 +71,7 @@ def denoise(
     by_prompt = modulation.shape[1] > 1
     rows = [group.prompts if by_prompt else [0] * len(group.images) for group in groups]
     every = list(range(modulation.shape[1]))
-    # numpy's scalars compute slowly
+    # A list, because arithmetic on Python floats is faster than on numpy scalars.
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         following = []
         for j, group in enumerate(groups):
@@ -89,7 +90,7 @@ def denoise(
                 following.append(update(x, means, logweights, loggammas, sigma, sigma, sigma_next))
         latents = _in_order(places, following)
         if callback is not None:
-            _tell(callback, i, latents)
+            _call_back(callback, i, latents)
     return latents
 
 
@@ -99,43 +100,43 @@ def denoise_on_device(
     watch: Stopwatch,
     callback: StepCallback | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Have a backend's denoiser draw a batch, one text length after the other.
+    """Run a batch with a backend's denoiser, one job per text length.
 
     Args:
-        denoiser: the backend's.
-        jobs: each with the places in the batch of its images.
-        watch: gets the time of the denoiser's stages.
-        callback: called after every step of the last job, when the others have made theirs.
+        denoiser: the backend's denoiser.
+        jobs: (indices in the batch of the job's images, job).
+        watch: receives the time of the denoiser's stages.
+        callback: called after every step of the last job; the other jobs have finished by then.
 
     Returns:
-        Latents [B, N, 64] float32, and pixels [B, H, W, 3] uint8 if the jobs ask for them.
+        Latents [B, N, 64] float32, and pixels [B, H, W, 3] uint8 if the jobs request them.
 
     Raises:
         EngineError: the denoiser failed.
     """
     steps: dict[int, list[np.ndarray]] = {}
-    drawn = []
+    results = []
     places = [images for images, _ in jobs]
     for images, job in jobs:
 
         def after(step: int, latents: np.ndarray, last: bool = images is jobs[-1][0]) -> None:
             steps.setdefault(step, []).append(latents)
             if last and callback is not None:
-                _tell(callback, step, _in_order(places, steps[step]))
+                _call_back(callback, step, _in_order(places, steps[step]))
 
-        drawn.append(denoiser.denoise(job, watch, None if callback is None else after))
-    latents = _in_order(places, [d.latents for d in drawn])
-    pixels = [d.pixels for d in drawn if d.pixels is not None]
+        results.append(denoiser.denoise(job, watch, None if callback is None else after))
+    latents = _in_order(places, [r.latents for r in results])
+    pixels = [r.pixels for r in results if r.pixels is not None]
     return latents, _in_order(places, pixels) if pixels else None
 
 
 def join(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays [1, ...] of one shape as [len(arrays), ...]; a single one is not copied."""
+    """Concatenate arrays [1, ...] of one shape to [len(arrays), ...]; a single array is not copied."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _in_order(places: list[list[int]], parts: list[np.ndarray]) -> np.ndarray:
-    """The batch [B, ...] of parts [b, ...], each with its images' places in the batch."""
+    """Put the groups' arrays [b, ...] together as the batch [B, ...]; `places` are their images' indices in it."""
     if len(parts) == 1:
         return parts[0]
     batch = np.empty((sum(len(p) for p in parts), *parts[0].shape[1:]), parts[0].dtype)
@@ -144,17 +145,17 @@ def _in_order(places: list[list[int]], parts: list[np.ndarray]) -> np.ndarray:
     return batch
 
 
-def _tell(callback: StepCallback, step: int, latents: np.ndarray) -> None:
+def _call_back(callback: StepCallback, step: int, latents: np.ndarray) -> None:
     view = latents.view()
     view.setflags(write=False)
     callback(step, view)
 
 
 def check_finite(latents: np.ndarray, precision: str) -> None:
-    """Refuse latents [B, N, 64] with NaN or Inf, which would decode to a black picture.
+    """Check latents [B, N, 64] for NaN and Inf, which would decode to a black image.
 
     Raises:
-        EngineError: names the images, and what to do for a backbone of this `precision`.
+        EngineError: names the images, and says what to do for a backbone of this `precision`.
     """
     finite = np.isfinite(latents)
     if not finite.all():

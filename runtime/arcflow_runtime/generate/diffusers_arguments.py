@@ -1,4 +1,7 @@
-"""diffusers' spellings of a request: those that mean the same are read, the others named with the reason."""
+"""Read the arguments of diffusers' pipelines: convert those that apply here, and reject the others with a reason.
+
+Called by `Pipeline.__call__` and `check_request`, so that code written for diffusers runs or gets a clear error.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import RequestError
 
-#: Names of the output types in diffusers, and ours.
+#: diffusers' name of an output type -> ours.
 OUTPUT_TYPES = {"np": "numpy", "latent": "latents"}
 
-_ONE_PASS = "the student is distilled to draw in one pass, without a negative prompt"
+_ONE_PASS = "the student is distilled to run once per step, without a negative prompt"
 _SCHEDULE = "the student was trained for the bundle's schedule; give num_inference_steps"
 _ADAPTERS = "a bundle has no image encoder"
 _REFUSED = {
@@ -41,23 +44,23 @@ _REFUSED = {
 
 
 def refuse_others(others: Mapping[str, object]) -> None:
-    """Refuse the arguments of diffusers' pipelines that are not taken; None, which leaves one out, is allowed.
+    """Reject arguments of diffusers' pipelines that are not supported here. None counts as not given.
 
     Raises:
-        RequestError: names the first one and says why; or it is an argument of neither.
+        RequestError: names the first such argument and the reason, or an argument that diffusers does not have either.
     """
     for name, value in others.items():
         if name not in _REFUSED:
             raise RequestError(f"unknown argument {name!r}; see help(Pipeline.__call__)")
         if value is not None and not (name == "return_dict" and value is True):
-            raise RequestError(f"{name} is not taken: {_REFUSED[name]}; leave it out")
+            raise RequestError(f"{name} is not supported: {_REFUSED[name]}; leave it out")
 
 
 def check_callback(callback: object) -> None:
-    """Refuse a callback that cannot be called with a step and the latents.
+    """Check that a callback can be called with a step and the latents.
 
     Raises:
-        RequestError: it is not a function, or it takes other arguments, as diffusers' does.
+        RequestError: it is not a function, or it takes other arguments, such as those of diffusers' callbacks.
     """
     if callback is None:
         return
@@ -65,7 +68,7 @@ def check_callback(callback: object) -> None:
         raise RequestError(f"callback_on_step_end must be a function, got {callback!r}")
     try:
         signature = inspect.signature(callback)
-    except ValueError:  # some built-in functions have none
+    except ValueError:  # some built-in functions have no signature
         return
     try:
         signature.bind(0, None)
@@ -77,10 +80,10 @@ def check_callback(callback: object) -> None:
 
 
 def seed_of(generator: Any) -> int | list[int]:
-    """The seed of one `torch.Generator`, or of each in a list, by its `initial_seed()`.
+    """The `initial_seed()` of a `torch.Generator`, or of each generator in a list.
 
     Raises:
-        RequestError: it has none, or draws on another device than the CPU, whose numbers are others.
+        RequestError: it is not a generator, or not one on the CPU; other devices generate other numbers.
     """
     if isinstance(generator, (list, tuple)):
         return [_initial_seed(f"generator[{i}]", g) for i, g in enumerate(generator)]
@@ -94,16 +97,16 @@ def _initial_seed(name: str, generator: Any) -> int:
     device = getattr(getattr(generator, "device", None), "type", "cpu")
     if device != "cpu":
         raise RequestError(
-            f"{name} must be a generator of the CPU, got one of {device}, which draws other numbers; or give seed"
+            f"{name} must be a generator on the CPU, got one on {device}, which draws other numbers; or give seed"
         )
     return int(seed())
 
 
 def latents_of(value: object, shape: tuple[int, ...]) -> np.ndarray:
-    """The caller's noise as float32 of `shape`, [B, N, C], packed as diffusers packs it.
+    """Convert the caller's noise to float32 and check that it has `shape` [B, N, C], packed as in diffusers.
 
     Raises:
-        RequestError: it is of another shape or type, or not finite.
+        RequestError: it has another shape or type, or is not finite.
     """
     latents = _array("latents", value)
     if latents.shape != shape:
@@ -114,10 +117,10 @@ def latents_of(value: object, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def embeddings_of(manifest: Manifest, states: object, pooled: object) -> tuple[Embeddings, ...]:
-    """The caller's text states [P, T, Dt] and pooled vectors [P, Dp] as the embeddings of P prompts.
+    """Convert the caller's text states [P, T, Dt] and pooled vectors [P, Dp] to the embeddings of P prompts.
 
     Raises:
-        RequestError: they do not fit each other or the student.
+        RequestError: their shapes do not match each other or the student.
     """
     shapes = {
         s.name: s.shape for p in ("backbone", "conditioner") if p in manifest.parts for s in manifest.parts[p].inputs
@@ -130,10 +133,10 @@ def embeddings_of(manifest: Manifest, states: object, pooled: object) -> tuple[E
         )
     if "pooled_projections" not in shapes:
         if pooled is not None:
-            raise RequestError("pooled_prompt_embeds is not taken: this student reads no pooled text; leave it out")
+            raise RequestError("pooled_prompt_embeds is not supported: this student has no pooled text; leave it out")
         return tuple(Embeddings(row[None], None) for row in x)
     if pooled is None:
-        raise RequestError("pooled_prompt_embeds must be given with prompt_embeds: this student reads pooled text")
+        raise RequestError("pooled_prompt_embeds must be given with prompt_embeds: this student needs pooled text")
     y = _array("pooled_prompt_embeds", pooled)
     expected = (len(x), shapes["pooled_projections"][-1])
     if y.shape != expected:
@@ -145,7 +148,7 @@ def embeddings_of(manifest: Manifest, states: object, pooled: object) -> tuple[E
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    """A copy in float32, which the caller cannot change while it is used."""
+    """A float32 copy, so that the caller cannot change the values during the call."""
     try:
         if hasattr(value, "detach"):  # a torch tensor, on any device and in any dtype
             value = value.detach().float().cpu().numpy()
@@ -162,10 +165,14 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 
 def one_of(given: Mapping[str, object], why: str) -> None:
-    """Refuse two arguments that say the same.
+    """Check that at most one of several alternative arguments is given.
+
+    Args:
+        given: argument name -> value; None if not given.
+        why: what the arguments have in common, for the message.
 
     Raises:
-        RequestError: more than one of `given` is not None; `why` says what they have in common.
+        RequestError: more than one value is not None.
     """
     names: Sequence[str] = [name for name, value in given.items() if value is not None]
     if len(names) > 1:

@@ -7,36 +7,37 @@ from collections.abc import Mapping
 import numpy as np
 
 from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.disk.signatures import encoder_of
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.generate.text import Tokens
 
 
 def encode_prompts(parts: Parts, manifest: Manifest, prompts: Mapping[str, Tokens]) -> dict[str, Embeddings]:
-    """Run the text encoders on each prompt by itself, so that its states never depend on the others.
+    """Run the text encoders on each prompt separately, so that its states never depend on the other prompts.
 
     Args:
-        parts: the bundle's parts; each encoder is opened once for all prompts.
-        manifest: tells the family and how many leading states to drop.
+        parts: the bundle's parts; each encoder is loaded once for all prompts.
+        manifest: gives the family and the number of leading states to drop.
         prompts: the distinct prompts and their ids.
 
     Returns:
-        Embeddings by prompt.
+        Prompt -> its embeddings.
 
     Raises:
         EngineError: an encoder failed.
     """
-    if manifest.family == "flux":
-        pooled = _run(parts, "text_encoder", "pooled_projections", prompts)
-        states = _run(parts, "text_encoder_2", "encoder_hidden_states", prompts)
-        return {p: Embeddings(states[p], pooled[p], t.warnings) for p, t in prompts.items()}
-    states = _run(parts, "text_encoder", "encoder_hidden_states", prompts)
-    drop = manifest.text.drop_tokens
-    return {p: Embeddings(_frozen(states[p][:, drop:].copy()), None, t.warnings) for p, t in prompts.items()}
+    pooled = _run(parts, manifest, "pooled_projections", prompts)
+    states = _run(parts, manifest, "encoder_hidden_states", prompts)
+    if drop := manifest.text.drop_tokens:
+        states = {p: _frozen(s[:, drop:].copy()) for p, s in states.items()}
+    return {p: Embeddings(states[p], pooled.get(p), t.warnings) for p, t in prompts.items()}
 
 
-def _run(parts: Parts, part: str, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
-    if not prompts:
+def _run(parts: Parts, manifest: Manifest, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
+    """An output of the text encoder that gives it, by prompt; nothing where no encoder does."""
+    part = encoder_of(manifest.family, output)
+    if part is None or not prompts:
         return {}
     with parts.use_all(part) as run_all:
         found = run_all([{"input_ids": tokens.ids[part]} for tokens in prompts.values()])
@@ -44,6 +45,6 @@ def _run(parts: Parts, part: str, output: str, prompts: Mapping[str, Tokens]) ->
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
-    # Cached and shared between calls and threads.
+    # Read-only, because embeddings are cached and shared between calls and threads.
     array.setflags(write=False)
     return array

@@ -1,4 +1,4 @@
-"""The pipeline: prompts -> tokens -> text states -> modulation -> latents -> pictures."""
+"""The pipeline, the runtime's main entry point: prompts -> tokens -> text states -> modulation -> latents -> images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from arcflow_runtime.engines.base import Backend
 from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
-from arcflow_runtime.errors import BundleError, RequestError
+from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.calls import Calls
 from arcflow_runtime.generate.condition import Conditioner
-from arcflow_runtime.generate.decode import check_pictures, decode_latents, to_float, to_pil
+from arcflow_runtime.generate.decode import check_not_flat, decode_latents, to_float, to_pil
 from arcflow_runtime.generate.denoise import Group, StepCallback, check_finite, denoise, denoise_on_device, join
 from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_others
 from arcflow_runtime.generate.encode import encode_prompts
@@ -37,11 +37,11 @@ _log = logging.getLogger("arcflow")
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What one call made.
+    """The result of one call of a pipeline.
 
-    `images` is a list of B PIL pictures, [B, H, W, 3] float32 in [0, 1] ("numpy") or [B, N, 64] float32
-    ("latents"). `seed` draws the same noise again when passed back; None where the caller gave the noise. `timings_ms`
-    has the wall time of every stage and "total".
+    `images` is a list of B PIL images, [B, H, W, 3] float32 in [0, 1] ("numpy") or [B, N, 64] float32 ("latents").
+    `seed` gives the same noise when passed to another call; it is None if the caller gave the noise. `timings_ms` has
+    the wall time of every stage, and "total".
     """
 
     images: list[Image.Image] | np.ndarray
@@ -51,13 +51,13 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """A loaded bundle; calls from several threads are safe."""
+    """A loaded bundle that generates images; safe to call from several threads."""
 
     def __init__(self, bundle: Bundle, backend: Backend, low_memory: bool = False) -> None:
-        """Wire up the stages of `bundle`; `Pipeline.load` does this from a path.
+        """Load the parts of an opened bundle; `Pipeline.load` does this from a path.
 
         Raises:
-            EngineError: the backend cannot run the bundle or open a part.
+            EngineError: the backend cannot run the bundle or load a part.
             BundleError: a tokenizer or the modulation table cannot be read, or the bundle was replaced meanwhile.
         """
         backend.check(bundle)
@@ -67,18 +67,24 @@ class Pipeline:
         self._cache = EmbeddingCache()
         self._conditioner = Conditioner(bundle)
         self._parts = Parts(bundle, backend, keep=not low_memory)
-        if not low_memory:
-            self._parts.open_all()
         self._denoiser: Denoiser | None = None
-        latents = bundle.manifest.latents
-        # What a device draws of the noise is whole groups of numbers.
-        if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
-            self._denoiser = backend.open_denoiser(bundle, self._parts)
         try:
-            bundle.check_unchanged()
-        except BundleError:
+            self._open(backend, low_memory)
+        except BaseException:
             self.close()
             raise
+
+    def _open(self, backend: Backend, low_memory: bool) -> None:
+        """Load the engines and open the denoiser. If this raises, the caller closes whatever was opened."""
+        bundle = self.bundle
+        if not low_memory:
+            self._parts.open_all()
+        latents = bundle.manifest.latents
+        # The GPU kernel generates noise in groups of 16 numbers, so an image's latent size must be a multiple of 16.
+        # Height and width of the latents are multiples of patch_size.
+        if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
+            self._denoiser = backend.open_denoiser(bundle, self._parts)
+        bundle.check_unchanged()
 
     @staticmethod
     def load(
@@ -88,20 +94,22 @@ class Pipeline:
         check: Check = "fast",
         threads: int | None = None,
     ) -> Pipeline:
-        """Open the bundle in a directory.
+        """Load a bundle from a directory.
 
         Args:
             bundle: the directory that `arcflow export` wrote.
-            backend: what runs the graphs, a key of `backends.BACKENDS`.
-            low_memory: open each part only while it is used, one at a time.
+            backend: the library that runs the graphs, a key of `backends.BACKENDS`.
+            low_memory: load each part only while it is used, one at a time.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.
 
-        A process that forks must load after the fork: an engine's threads do not exist in the child, which would wait
-        for them for ever.
+        A GPU backend runs on the first GPU visible under the environment variable CUDA_VISIBLE_DEVICES.
+
+        A process that forks must load after the fork. The threads of an engine do not exist in the child, which would
+        wait for them for ever.
 
         Raises:
-            BundleError: the bundle is missing, damaged or of another version, or was replaced while it was loaded.
+            BundleError: the bundle is missing, damaged or of an unsupported version, or was replaced while loading.
             EngineError: the backend is unknown or cannot run the bundle.
             RequestError: `check` or `threads` is out of range.
         """
@@ -129,30 +137,30 @@ class Pipeline:
         pooled_prompt_embeds: object = None,
         **others: object,
     ) -> PipelineOutput:
-        """Draw pictures.
+        """Generate images.
 
         Args:
-            prompt: one prompt or a list; the batch B is num_images_per_prompt of each, prompt by prompt.
-            height: in pixels, a multiple of 16 in the bundle's range; None is 1024 or the nearest allowed.
+            prompt: one prompt or a list. The batch has B images: num_images_per_prompt of each prompt, in order.
+            height: in pixels, a multiple of 16 within the bundle's range; None is 1024 or the nearest allowed.
             width: likewise.
-            num_inference_steps: network calls; None is the bundle's (2).
-            guidance_scale: for a student with guidance, 3.5 where None; others ignore it and warn.
-            seed: an int draws the noise of the whole batch in one call, a list of B ints one image each, so that each
-                can be drawn again by itself; None takes a random one for each image, given back in the output.
-            num_images_per_prompt: pictures per prompt.
+            num_inference_steps: number of backbone runs; None is the bundle's (2).
+            guidance_scale: for a student with guidance; None is 3.5. Other students ignore it with a warning.
+            seed: an int is one generator for the noise of the whole batch. A list of B ints is one generator per image,
+                so that each image can be generated again alone. None takes random seeds and returns them in the output.
+            num_images_per_prompt: images per prompt.
             max_sequence_length: largest number of text tokens; None is the bundle's.
             output_type: "pil", "numpy" or "np", "latents" or "latent".
             callback_on_step_end: called after each step with its index and the latents, [B, N, 64] float32,
-                read-only; what it returns is ignored. It must not call this pipeline.
-            generator: in place of `seed`, a `torch.Generator` of the CPU or a list of B. Its initial seed is read, so
-                that numbers drawn from it before do not count.
-            latents: in place of `seed`, the noise itself, [B, N, 64], packed as diffusers packs it.
+                read-only; its return value is ignored. It must not call this pipeline.
+            generator: in place of `seed`, a `torch.Generator` on the CPU or a list of B. Only its initial seed is used,
+                so numbers drawn from it before make no difference.
+            latents: in place of `seed`, the noise itself, [B, N, 64], packed as in diffusers.
             prompt_embeds: in place of `prompt`, text states [P, T, Dt] of P prompts, without padding for Qwen-Image.
-            pooled_prompt_embeds: with it for FLUX, CLIP's pooled vectors [P, Dp].
-            others: diffusers' other arguments, which are refused unless they are None.
+            pooled_prompt_embeds: with `prompt_embeds` for FLUX, CLIP's pooled vectors [P, Dp].
+            others: diffusers' other arguments, which are rejected unless they are None.
 
         Raises:
-            RequestError: an argument is wrong; nothing was run. Or the call comes from this pipeline's own callback.
+            RequestError: an argument is wrong and nothing was run, or this pipeline's own callback called it.
             EngineError: an engine failed, or the latents are not finite.
             BundleError: `low_memory` is on and the bundle was replaced since it was loaded.
         """
@@ -186,9 +194,9 @@ class Pipeline:
         return PipelineOutput(images, request.seed, warnings, timings)
 
     def _encode(self, request: Request, watch: Stopwatch) -> tuple[dict[str, Embeddings], tuple[str, ...]]:
-        """The embeddings of the distinct prompts, in order, and what there is to warn of.
+        """The embeddings of the distinct prompts, in order, and the warnings to show the caller.
 
-        A prompt whose embeddings are kept is neither tokenised nor encoded.
+        A prompt whose embeddings are cached is neither tokenised nor encoded.
         """
         if request.embeddings is not None:
             return dict(request.embeddings), request.warnings
@@ -211,11 +219,11 @@ class Pipeline:
         watch: Stopwatch,
         callback: StepCallback | None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Condition and run every step: latents [B, N, 64] float32, and pixels where a denoiser made them too."""
+        """Compute the modulation and run every step: latents [B, N, 64] float32, and pixels if a denoiser ran."""
         m = self.bundle.manifest
         grid = self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
-        # A denoiser draws the noise on its device.
+        # The denoiser generates the noise on its device, so noise given by the caller takes the loop on the host.
         denoiser = self._denoiser if request.latents is None else None
         modulation = self._modulation(request, embeddings, watch) if denoiser is None else None
         noise = self._noise(request, watch) if denoiser is None else None
@@ -232,9 +240,9 @@ class Pipeline:
         return latents, pixels
 
     def _noise(self, request: Request, watch: Stopwatch) -> np.ndarray:
-        """[B, N, 64] float32."""
+        """The packed noise, [B, N, 64] float32."""
         if request.seed is None:
-            assert request.latents is not None, "check_request gives one of them"
+            assert request.latents is not None, "check_request sets seed or latents"
             return request.latents
         latents, grid = self.bundle.manifest.latents, self._grid(request)
         p = latents.patch_size
@@ -242,13 +250,13 @@ class Pipeline:
             return draw_latents(request.seed, request.batch, latents.channels, grid[0] * p, grid[1] * p, p)
 
     def _conditioning(self, request: Request) -> tuple[np.ndarray, np.float32 | None]:
-        """Timesteps [S] and guidance as the conditioner sees them."""
+        """The conditioner's inputs: timesteps [S] float32 and guidance."""
         m, scale = self.bundle.manifest, request.guidance_scale
         timesteps = timesteps_of(request.num_inference_steps, m.schedule, m.family, m.reference_dtype)
         return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
 
     def _modulation(self, request: Request, embeddings: dict[str, Embeddings], watch: Stopwatch) -> np.ndarray:
-        """[S, U, M] of the U distinct prompts, or [S, 1, M]."""
+        """The modulation [S, U, M] of the U distinct prompts, or [S, 1, M]."""
         with watch("condition"):
             pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
             return self._conditioner.modulation(
@@ -256,12 +264,12 @@ class Pipeline:
             )
 
     def _jobs(self, request: Request, groups: list[Group]) -> list[tuple[list[int], DenoiseJob]]:
-        """What the backend's denoiser draws for each group, with the places of its images in the batch."""
+        """A job for the backend's denoiser per group, with the indices of the group's images in the batch."""
         m, grid = self.bundle.manifest, self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
         timesteps, guidance = self._conditioning(request)
         numbers = m.latents.channels * m.latents.patch_size**2 * grid[0] * grid[1]
-        assert request.seed is not None, "noise that is given is not drawn"
+        assert request.seed is not None, "a denoiser runs only if the noise comes from a seed"
         sources = streams(request.seed, request.batch, numbers)
         return [
             (
@@ -285,17 +293,17 @@ class Pipeline:
     def _decode(
         self, request: Request, latents: np.ndarray, pixels: np.ndarray | None, watch: Stopwatch
     ) -> list[Image.Image] | np.ndarray:
-        """Latents, or pixels [B, H, W, 3] uint8 where there are some, to the output type asked for."""
+        """Convert latents, or pixels [B, H, W, 3] uint8 if a denoiser decoded them, to the requested output type."""
         if request.output_type == "latents":
             return latents
         with watch("decode"):
             if pixels is None:
                 pixels = decode_latents(self._parts, latents, request.height_px, request.width_px)
-            check_pictures(pixels, self.bundle.manifest.parts["vae_decoder"].precision)
+            check_not_flat(pixels, self.bundle.manifest.parts["vae_decoder"].precision)
             return to_pil(pixels) if request.output_type == "pil" else to_float(pixels)
 
     def _groups(self, request: Request, embeddings: dict[str, Embeddings], grid: tuple[int, int]) -> list[Group]:
-        """The batch's images by text length, so that no image's text is padded to its neighbours'."""
+        """Group the images of the batch by text length, so that no text is padded to the length of another."""
         m = self.bundle.manifest
         place = {p: i for i, p in enumerate(embeddings)}
         batch = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
@@ -313,7 +321,7 @@ class Pipeline:
         ]
 
     def _grid(self, request: Request) -> tuple[int, int]:
-        """Height and width in tokens."""
+        """Height and width of an image in tokens."""
         token_px = self.bundle.manifest.latents.vae_scale_factor * self.bundle.manifest.latents.patch_size
         return request.height_px // token_px, request.width_px // token_px
 
@@ -323,17 +331,17 @@ class Pipeline:
         num_inference_steps: int | None = None,
         text_tokens: int | None = None,
     ) -> None:
-        """Make ready what the first pictures of these shapes would: on a GPU, the CUDA graphs; on a CPU, nothing.
+        """Do the one-time work for images of these shapes: capture CUDA graphs on a GPU; nothing on a CPU.
 
         Args:
             shapes: (batch, height, width) of each; height and width in pixels.
-            num_inference_steps: network calls; None is the bundle's.
-            text_tokens: tokens of the text states; None is the bundle's max_sequence_length, to which FLUX pads.
-                Qwen-Image's graphs are each for one length, that of the prompt.
+            num_inference_steps: number of backbone runs; None is the bundle's.
+            text_tokens: number of text states T; None is the bundle's max_sequence_length, to which FLUX pads. With
+                Qwen-Image, T is the length of the prompt, and each length has a graph of its own.
 
         Raises:
             RequestError: a shape is out of the bundle's range.
-            EngineError: an engine does not take it, or memory ran out.
+            EngineError: an engine does not accept a shape, or memory ran out.
         """
         m = self.bundle.manifest
         requests = [
@@ -343,7 +351,7 @@ class Pipeline:
         if self._denoiser is None:
             return
         self._calls.check("warm_up()")
-        # The largest first: what grows with the shape is then made once.
+        # The largest shape first, so that the shared workspace is allocated only once.
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
             groups = self._groups(request, {"": blank_text(m, request.max_sequence_length)}, grid)
@@ -351,14 +359,14 @@ class Pipeline:
                 self._denoiser.warm_up(job)
 
     def clear_cache(self) -> None:
-        """Forget the text embeddings of earlier prompts."""
+        """Drop the cached text embeddings of earlier prompts."""
         self._cache.clear()
 
     def close(self) -> None:
         """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed.
 
         Raises:
-            RequestError: it is called by this pipeline's own callback.
+            RequestError: this pipeline's own callback called it.
         """
         self._calls.check("close()")
         if self._denoiser is not None:

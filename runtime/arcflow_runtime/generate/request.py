@@ -1,4 +1,4 @@
-"""Check a request against a bundle before anything runs: the caller's arguments -> `Request`."""
+"""Check the arguments of a pipeline's call against the bundle, before anything runs: arguments -> `Request`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import Manifest, Range
+from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
+from arcflow_runtime.disk.manifest import Manifest, SizeRange
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.diffusers_arguments import OUTPUT_TYPES, embeddings_of, latents_of, one_of, seed_of
@@ -21,17 +22,18 @@ OutputType = Literal["pil", "numpy", "latents"]
 _OUTPUT_TYPES = get_args(OutputType)
 
 DEFAULT_SIZE_PX = 1024
-DEFAULT_GUIDANCE_SCALE = 3.5
 MAX_INFERENCE_STEPS = 1000
 MAX_GUIDANCE_SCALE = 65.0
+#: More than this many times the student's own number of steps is warned of.
+_FAR = 2
 
 
 @dataclass(frozen=True)
 class Request:
-    """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, prompt by prompt.
+    """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, in the order of the prompts.
 
-    `seed` is None where the caller gives the noise, `latents` [B, N, C] float32. `embeddings` are by prompt; where the
-    caller gives them, `prompts` are only their names.
+    Either `seed` is set or the caller's noise, `latents` [B, N, C] float32. If the caller gives `embeddings`, they are
+    by prompt, and `prompts` holds made-up names for them.
     """
 
     prompts: tuple[str, ...]
@@ -70,10 +72,10 @@ def check_request(
     prompt_embeds: object = None,
     pooled_prompt_embeds: object = None,
 ) -> Request:
-    """Check every argument and fill in the bundle's defaults; arguments as for `Pipeline.__call__`.
+    """Check every argument and fill in the bundle's defaults; see `Pipeline.__call__` for the arguments.
 
     Raises:
-        RequestError: an argument is of the wrong type or out of the bundle's range.
+        RequestError: an argument has the wrong type or is out of the bundle's range.
     """
     one_of({"seed": seed, "generator": generator, "latents": latents}, "each of them decides the noise")
     one_of({"prompt": prompt, "prompt_embeds": prompt_embeds}, "each of them is the text")
@@ -91,7 +93,12 @@ def check_request(
     guidance = _guidance(guidance_scale)
     warnings = []
     if steps == 1:
-        warnings.append("num_inference_steps 1 gives a blurry picture; use 2 or more")
+        warnings.append("num_inference_steps 1 gives a blurry image; use 2 or more")
+    if steps > _FAR * (own := manifest.schedule.num_inference_steps):
+        warnings.append(
+            f"num_inference_steps {steps} is more than {_FAR} times the {own} that this student was made for; "
+            f"more steps may not improve the image, use {own}"
+        )
     if guidance_scale is not None and not manifest.guidance:
         warnings.append(f"this student takes no guidance; guidance_scale {guidance_scale!r} was ignored")
     height_px = _size("height", height, manifest.ranges.height_px, manifest)
@@ -145,7 +152,7 @@ def _integer(name: str, value: object, low: int, high: int | None) -> int:
     return number
 
 
-def _check_batch(allowed: Range, prompts: int, images_each: int) -> None:
+def _check_batch(allowed: SizeRange, prompts: int, images_each: int) -> None:
     batch = prompts * images_each
     if not allowed.min <= batch <= allowed.max:
         raise RequestError(
@@ -154,7 +161,7 @@ def _check_batch(allowed: Range, prompts: int, images_each: int) -> None:
         )
 
 
-def _size(name: str, value: int | None, allowed: Range, manifest: Manifest) -> int:
+def _size(name: str, value: int | None, allowed: SizeRange, manifest: Manifest) -> int:
     if value is None:
         return min(max(DEFAULT_SIZE_PX, allowed.min), allowed.max)
     multiple = manifest.latents.vae_scale_factor * manifest.latents.patch_size
@@ -199,8 +206,8 @@ def _guidance(value: float | None) -> float:
 
 def _seed(value: int | Sequence[int] | None, batch: int) -> int | tuple[int, ...]:
     if value is None:
-        drawn = tuple(secrets.randbits(32) for _ in range(batch))
-        return drawn if batch > 1 else drawn[0]
+        seeds = tuple(secrets.randbits(32) for _ in range(batch))
+        return seeds if batch > 1 else seeds[0]
     if not isinstance(value, (list, tuple)):
         try:
             return _integer("seed", value, MIN_SEED, MAX_SEED)

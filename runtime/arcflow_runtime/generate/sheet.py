@@ -1,4 +1,4 @@
-"""Pictures with their prompts -> one sheet."""
+"""Lay out images and their prompts on one contact sheet, for `arcflow generate --sheet`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-#: Smaller pictures are enlarged by a whole factor, up to this many pixels on their longer side.
+#: Smaller images are enlarged by an integer factor, up to this many pixels on their longer side.
 CELL_PX = 256
 _GAP_PX, _FONT_PX, _PAPER, _INK = 12, 14, (255, 255, 255), (60, 60, 66)
 
 
 def make_sheet(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """Lay out pictures of one size in rows, each with its prompt beneath; about as wide as high.
+    """Lay out images of one size on a roughly square sheet, each with its prompt beneath.
 
     Args:
-        images: RGB pictures of the same size.
-        prompts: one per picture.
+        images: RGB images of the same size.
+        prompts: one per image.
     """
     factor = max(1, CELL_PX // max(images[0].size))
     width, height = (side * factor for side in images[0].size)
@@ -40,6 +40,6 @@ def make_sheet(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.I
 
 
 def _wrap(prompt: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines of `prompt` that fit `width` pixels, three at most."""
+    """Break `prompt` into lines that fit `width` pixels, at most three."""
     characters = max(8, int(width / font.getlength("a typical prompt") * len("a typical prompt")))
     return textwrap.wrap(prompt, characters, max_lines=3, placeholder=" …") or [""]

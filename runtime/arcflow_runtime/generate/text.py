@@ -1,38 +1,40 @@
-"""Prompts -> token ids [1, T] int64 for a bundle's text encoders, and a bounded cache of their embeddings.
+"""Tokenise prompts: a prompt -> token ids [1, T] int64 of each text encoder. Also a bounded cache of embeddings.
 
-FLUX: CLIP's ids padded to 77 and T5's padded to `max_sequence_length`. Qwen-Image: the chat template with the
-prompt in it, unpadded, so that a prompt's length never depends on its neighbours'.
+FLUX: CLIP's ids are padded to 77 and T5's to `max_sequence_length`. Qwen-Image: the prompt is put into the chat
+template and not padded, so its length never depends on other prompts in the batch.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.manifest import Manifest, Text
+from arcflow_runtime.disk.families import TextKind, facts
+from arcflow_runtime.disk.manifest import Manifest, PromptFormat
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import BundleError
 
-#: Prompts whose embeddings are kept; one of Qwen-Image or T5 at 512 tokens takes about 8 MB.
+#: Number of prompts whose embeddings are cached; 512 tokens of Qwen-Image or T5 take about 8 MB.
 CACHED_PROMPTS = 16
 _SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One prompt's ids: the input of each text encoder, [1, T] int64, and what was cut."""
+    """A tokenised prompt: part name -> ids [1, T] int64, and warnings about tokens that were cut off."""
 
     ids: dict[str, np.ndarray]
     warnings: tuple[str, ...]
 
 
 def blank_text(manifest: Manifest, tokens: int) -> Embeddings:
-    """Zeros in the shapes of a prompt's embeddings, for T = `tokens`."""
+    """Embeddings of zeros in the shapes of a prompt with T = `tokens` text states, for warm-up."""
     shapes = {
         s.name: s.shape for p in ("backbone", "conditioner") if p in manifest.parts for s in manifest.parts[p].inputs
     }
@@ -45,25 +47,27 @@ class PromptTokenizer:
     """Tokenises prompts for one bundle; safe to call from several threads."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._family = bundle.manifest.family
+        kinds: dict[TextKind, Callable[[str, int], Tokens]] = {
+            "clip-t5": self._tokenize_padded,
+            "template": self._tokenize_template,
+        }
+        self._tokenize = kinds[facts(bundle.manifest.family).text]
         self._text = bundle.manifest.text
         self._tokenizers = {name: _open(bundle, name) for name in bundle.manifest.tokenizers}
 
     def tokenize(self, prompt: str, max_sequence_length: int) -> Tokens:
-        """Token ids of `prompt`.
+        """Tokenise one prompt.
 
         Args:
             prompt: any text; may be empty.
             max_sequence_length: largest number of text states; FLUX pads T5's ids to it.
 
         Returns:
-            The ids by part name, and a warning per part that got fewer tokens than the prompt has.
+            The ids by part name, and a warning for each encoder for which the prompt is too long.
         """
-        if self._family == "flux":
-            return self._tokenize_flux(prompt, max_sequence_length)
-        return self._tokenize_qwen(prompt, max_sequence_length)
+        return self._tokenize(prompt, max_sequence_length)
 
-    def _tokenize_flux(self, prompt: str, max_sequence_length: int) -> Tokens:
+    def _tokenize_padded(self, prompt: str, max_sequence_length: int) -> Tokens:
         clip_tokens, clip_pad, t5_pad = _flux_text(self._text)
         clip, clip_cut = _encode(self._tokenizers["tokenizer"], prompt, clip_tokens)
         t5, t5_cut = _encode(self._tokenizers["tokenizer_2"], prompt, max_sequence_length)
@@ -76,11 +80,11 @@ class PromptTokenizer:
             tuple(_cut_warning(prompt, reader, *cut) for reader, cut in cuts.items() if cut),
         )
 
-    def _tokenize_qwen(self, prompt: str, max_sequence_length: int) -> Tokens:
-        # Replaced, not formatted: a prompt may hold braces.
+    def _tokenize_template(self, prompt: str, max_sequence_length: int) -> Tokens:
+        # replace() and not format(), because a prompt may contain braces.
         templated = (self._text.template or "{}").replace("{}", prompt)
-        # diffusers encodes up to 1024 tokens and cuts the states; the language model is causal, so the states
-        # that are kept do not depend on the tokens cut here.
+        # diffusers encodes up to 1024 tokens and then cuts the states. The language model is causal, so cutting the
+        # tokens first gives the same states.
         drop = self._text.drop_tokens
         ids, cut = _encode(self._tokenizers["tokenizer"], templated, drop + max_sequence_length)
         warnings = (_cut_warning(prompt, "the text encoder", cut[0] - drop, cut[1] - drop),) if cut else ()
@@ -88,7 +92,7 @@ class PromptTokenizer:
 
 
 class EmbeddingCache:
-    """The embeddings of the prompts used last, keyed by (prompt, max_sequence_length); thread-safe."""
+    """A least-recently-used cache of embeddings, keyed by (prompt, max_sequence_length); thread-safe."""
 
     def __init__(self, size: int = CACHED_PROMPTS) -> None:
         self._size = size
@@ -96,7 +100,7 @@ class EmbeddingCache:
         self._lock = threading.Lock()
 
     def get(self, prompt: str, max_sequence_length: int) -> Embeddings | None:
-        """The embeddings, or None where they are not kept."""
+        """The cached embeddings, or None."""
         with self._lock:
             entry = self._entries.get((prompt, max_sequence_length))
             if entry is not None:
@@ -104,7 +108,7 @@ class EmbeddingCache:
             return entry
 
     def put(self, prompt: str, max_sequence_length: int, embeddings: Embeddings) -> None:
-        """Keep the embeddings; beyond the bound, the prompt unused for longest is dropped."""
+        """Cache the embeddings; if the cache is full, drop the least recently used prompt."""
         with self._lock:
             self._entries[prompt, max_sequence_length] = embeddings
             self._entries.move_to_end((prompt, max_sequence_length))
@@ -123,20 +127,20 @@ def _open(bundle: Bundle, name: str) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception
         raise BundleError(f"{path} is not a tokenizer ({e}); export the bundle again") from None
-    # Lengths are the request's business; what the file asks for would apply on top.
+    # Padding and truncation depend on the request; the file's own settings would be applied on top.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def _flux_text(text: Text) -> tuple[int, int, int]:
+def _flux_text(text: PromptFormat) -> tuple[int, int, int]:
     values = text.clip_tokens, text.clip_pad_token_id, text.t5_pad_token_id
     assert None not in values, "Bundle.open checks this"
     return values  # type: ignore[return-value]
 
 
 def _encode(tokenizer: Tokenizer, text: str, limit: int) -> tuple[list[int], tuple[int, int] | None]:
-    """At most `limit` ids, special tokens kept; and (kept, total) tokens of the text where it was cut."""
+    """At most `limit` ids, special tokens included; and (kept, total) tokens of the text if it was cut, else None."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     total, kept = len(encoding.ids), limit - tokenizer.num_special_tokens_to_add(False)
     if total > kept:

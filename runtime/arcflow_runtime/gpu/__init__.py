@@ -1,28 +1,30 @@
-"""Pictures on a GPU with one host launch each: prompts' embeddings and noise -> latents and 8-bit RGB.
+"""Generate images on a GPU with one launch from the host each: text states and seeds -> latents and 8-bit RGB.
 
-The data's way, per group of images whose texts have one length (see `DenoiseJob` in `engines/denoiser.py`):
+How data flows, for a group of images whose texts have one length (see `DenoiseJob` in `engines/denoiser.py`):
 
     host                               pinned memory          device
-    noise, text states, pooled,  --->  staging       --copy-> latents (float32 and the backbone's dtype), states, ...
-    guidance (each picture)                                   conditioner -> modulation [S, B, M]   (or a table)
+    seeds, text states, pooled,  --->  staging       --copy-> noise kernel -> latents (float32 and the backbone's dtype)
+    guidance (each call)                                      conditioner -> modulation [S, B, M]   (or a table)
     rotary tables, sigmas, timesteps,                         each step: modulation[i] -> slot, backbone -> heads,
     modulation table  ---- once per plan -------------------> heads, latents, sigmas -> update kernel -> latents
                                                               vae_decoder: latents -> images
     latents, images  <---------------  results       <-copy-- latents float32, images uint8
 
-Everything from the first copy to the last is one CUDA graph. Modules, in this order:
+Everything from the first copy to the last is one CUDA graph. The modules, from the bottom up:
 
-- `device.py`: what is asked of CUDA: memory, copies, streams, events, capture. `cuda.py` does it with cuda-python;
-  nothing else imports that. `kernels.py` launches the update kernel.
-- `engine.py`: a part on a device, run with addresses. `tensorrt.py` does it with TensorRT and TensorRT-RTX,
-  `ort.py` with ONNX Runtime. `host.py` runs such an engine with arrays, for the text encoders.
+- `device.py`: the interface to CUDA: memory, copies, streams, events, capture. `cuda.py` implements it with
+  cuda-python, which only `cuda.py` and `kernels.py` import. `kernels.py` launches the update and noise kernels.
+- `engine.py`: the interface of a part on a device, which runs on device addresses. `tensorrt.py` implements it with
+  TensorRT and TensorRT-RTX, `onnxruntime.py` with ONNX Runtime. `host.py` runs such an engine on numpy arrays, for the
+  text encoders.
 - `shapes.py`: the shapes of every part's inputs and outputs. `layout.py`: named regions of one allocation.
-- `lane.py`: one stream, one lock and one workspace for all engines of a pipeline, which never run at the same time.
-- `plan.py`: fixed buffers and execution contexts for one shape (`PlanKey`), its enqueues and its graph.
-- `denoiser.py`: plans in a bounded cache behind the pipeline's `Denoiser` interface.
+- `lane.py`: the one stream, lock and workspace that all engines of a pipeline share; they never run at the same time.
+- `buffers.py`, `plan.py`: fixed buffers and execution contexts for one shape (`PlanKey`), and its CUDA graph.
+- `denoiser.py`: keeps a bounded number of plans, and implements the pipeline's `Denoiser` interface.
+- `*_backend.py`: what `open_backend` returns for each library.
 
-A shape's first picture is enqueued plainly, which is the warm-up that engines want before capture, its second one is
-captured, and later ones are replayed; `Pipeline.warm_up` does the first two ahead.
+The first call with a shape enqueues its work without a graph; engines need this warm-up before capture. The second call
+captures the graph, and later calls replay it. `Pipeline.warm_up` does the first two in advance.
 
-Locks are taken in this order: a denoiser's, `Parts`', a host engine's, the lane's.
+Locks are taken in this order: the denoiser's, `Parts`', a host engine's, the lane's.
 """

@@ -1,4 +1,7 @@
-"""The fixed memory of one plan: a `DenoiseJob` -> staging memory, and addresses of everything on the device."""
+"""The fixed memory of one plan: allocates it, writes a `DenoiseJob` into it, reads results, and gives device addresses.
+
+Used by `plan.py`, whose CUDA graph has these addresses built in.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,19 @@ from arcflow_runtime.gpu.device import Memory, PinnedMemory
 from arcflow_runtime.gpu.engine import Shapes
 from arcflow_runtime.gpu.kernels import NoiseShape
 from arcflow_runtime.gpu.lane import Lane
-from arcflow_runtime.gpu.layout import Layout, Region, Stored
+from arcflow_runtime.gpu.layout import Layout, Region, StoredDType
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
 from arcflow_runtime.maths.dtypes import cast
 
-#: Where the modulation comes from: run on the device, a constant of the bundle, or given with each picture.
+#: Where the modulation comes from: the conditioner run on the device, the bundle's table, or the host at each call.
 Modulation = Literal["conditioner", "table", "given"]
-Arrays = dict[str, tuple[tuple[int, ...], Stored]]
+#: Name of an array -> its shape and dtype.
+ArraySpecs = dict[str, tuple[tuple[int, ...], StoredDType]]
 
 
 @dataclass(frozen=True)
 class PlanKey:
-    """What a plan is for; a picture is drawn with the plan of its own key only."""
+    """What a plan is made for. A job runs with the plan of exactly its own key."""
 
     size: DenoiseShape
     pixels: bool
@@ -35,36 +39,37 @@ class PlanKey:
 class Buffers:
     """Four allocations, each with named regions.
 
-    `staged` is in pinned memory and on the device in one layout, and copied whole for every picture: `streams` of the
-    noise, `states`, and what the modulation needs. `constant` is filled once: rotary tables, `sigmas`,
-    `timesteps.<run>`, or the modulation's table. `working` is on the device only: `latents` float32 (the state, updated
-    in place), `input` (the same in the backbone's dtype, unless that is float32), heads and more. `results` is pinned:
-    `latents` and `images`.
+    - `staged`: inputs of each call, in pinned memory and on the device in the same layout, copied in one piece: noise
+      `streams`, text `states`, and the inputs of the modulation.
+    - `constant`: filled once: rotary tables, `sigmas`, `timesteps.<run>` or the modulation table.
+    - `working`: on the device only: `latents` float32, which the update kernel changes in place; `input`, the same in
+      the backbone's dtype unless that is float32; the heads; intermediate results.
+    - `results`: pinned memory for `latents` and `images`.
     """
 
     def __init__(self, lane: Lane, manifest: Manifest, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> None:
-        """Allocate everything and fill in the constants, for which any picture of this key does.
+        """Allocate everything and fill in the constants, which are equal for all jobs of this key.
 
         Args:
-            lane: where memory comes from.
+            lane: allocates the memory.
             manifest: the bundle's.
-            key: what the plan is for.
-            steps_at_once: timesteps that one run of the conditioner takes, at most S.
-            job: gives tables and schedule.
+            key: what the plan is made for.
+            steps_at_once: timesteps per run of the conditioner, at most S.
+            job: any job of this key; gives the tables and the schedule.
 
         Raises:
             OutOfDeviceMemory: there is not enough memory; nothing stays allocated.
         """
         self._manifest, self._key, self._lane = manifest, key, lane
         size = key.size
-        #: By part, of the parts that this plan runs.
+        #: Part -> shapes of its inputs, for each part that this plan runs.
         self.inputs: dict[str, Shapes] = {"backbone": backbone_inputs(manifest, size)}
         if key.modulation == "conditioner":
             self.inputs["conditioner"] = conditioner_inputs(manifest, size.batch, steps_at_once)
         if key.pixels:
             self.inputs["vae_decoder"] = decoder_inputs(manifest, size)
-        #: First step of every run of the conditioner: runs of one length, so that one context does for all, which
-        #: overlap where that does not divide S.
+        #: First step of every run of the conditioner. All runs have the same length, so that one context serves them
+        #: all; the last two overlap if the length does not divide S.
         self.starts = [*range(0, size.steps - steps_at_once, steps_at_once), size.steps - steps_at_once]
         self.staged, self._constant = Layout.of(self._staged_arrays()), Layout.of(self._constant_arrays())
         self._working = Layout.of(self._working_arrays())
@@ -98,43 +103,43 @@ class Buffers:
         return name in self._regions
 
     def region(self, name: str) -> Region:
-        """A region on the device."""
+        """The region called `name` on the device."""
         return self._regions[name]
 
     @property
     def input_dtype(self) -> DType:
-        """The dtype of the latents that the backbone takes."""
+        """The dtype of the backbone's input `latents`."""
         return self._dtype("backbone", "latents")
 
     @property
     def engine_input(self) -> int:
-        """The address of `input`, 0 where the backbone takes the float32 latents."""
+        """The device address of `input`, or 0 if the backbone reads the float32 latents."""
         return self._addresses.get("input", 0)
 
     def noise_shape(self) -> NoiseShape:
-        """The noise of this plan's batch."""
+        """The sizes of this plan's noise, for the noise kernel."""
         latents, (height, width) = self._manifest.latents, self._key.size.grid
         p = latents.patch_size
         return NoiseShape(self._key.size.batch, latents.channels, height * p, width * p, p, self.input_dtype)
 
     @property
     def staging_address(self) -> int:
-        """Where `staged` is in pinned memory."""
+        """The address of `staged` in pinned memory."""
         return self._pinned[0].address
 
     def result_address(self, name: str) -> int:
-        """Where a result is in pinned memory."""
+        """The address of a result in pinned memory."""
         return self._pinned[1].address + self.results[name].offset
 
     def stage(self, job: DenoiseJob, modulation: np.ndarray | None = None) -> None:
-        """Write one picture's inputs into pinned memory.
+        """Write a job's inputs into pinned memory.
 
         Args:
-            job: of this plan's key.
-            modulation: [S, b, M] or [S, 1, M], where the key says that it is given.
+            job: a job of this plan's key.
+            modulation: [S, b, M] or [S, 1, M] if the key's `modulation` is "given", else None.
         """
         self._put("streams", job.streams)
-        # Embeddings are read-only: the same objects have the same values, and need not be copied again.
+        # Embeddings are read-only, so the same objects as last time have the same values and are not copied again.
         if not _same(self._texts, job.texts):
             self._put_rows("states", [text.states for text in job.texts])
             if "pooled" in self.staged:
@@ -146,15 +151,15 @@ class Buffers:
             self._put("modulations", modulation)
 
     def read_latents(self) -> np.ndarray:
-        """A copy of the latents that were copied to the results last."""
+        """A copy of the latents in `results`."""
         return self._read("latents")
 
     def read(self) -> Denoised:
-        """Copies of the results."""
+        """Copies of all results."""
         return Denoised(self._read("latents"), self._read("images") if self._key.pixels else None)
 
     def close(self) -> None:
-        """Free everything; the stream is idle."""
+        """Free everything. The stream must be idle."""
         for memory in (*self._memory, *self._pinned):
             memory.close()
         self._memory, self._pinned = [], []
@@ -163,14 +168,14 @@ class Buffers:
         spec = self._manifest.parts[part]
         return next(s.dtype for s in spec.inputs + spec.outputs if s.name == name)
 
-    def _modulations(self, rows: int) -> tuple[tuple[int, ...], Stored]:
-        """[S, rows, M] in the backbone's dtype."""
+    def _modulations(self, rows: int) -> tuple[tuple[int, ...], StoredDType]:
+        """Shape and dtype of the modulation of all steps: [S, rows, M] in the dtype of the backbone's input."""
         width = self.inputs["backbone"]["modulation"][1]
         return (self._key.size.steps, rows, width), self._dtype("backbone", "modulation")
 
-    def _staged_arrays(self) -> Arrays:
+    def _staged_arrays(self) -> ArraySpecs:
         inputs, conditioner = self.inputs["backbone"], self.inputs.get("conditioner", {})
-        arrays: Arrays = {"streams": ((self._key.size.batch, 2), "int64")}
+        arrays: ArraySpecs = {"streams": ((self._key.size.batch, 2), "int64")}
         arrays["states"] = (inputs["encoder_hidden_states"], self._dtype("backbone", "encoder_hidden_states"))
         if self._key.modulation == "given":
             arrays["modulations"] = self._modulations(self._key.size.batch)
@@ -179,9 +184,9 @@ class Buffers:
                 arrays[short] = (conditioner[name], self._dtype("conditioner", name))
         return arrays
 
-    def _constant_arrays(self) -> Arrays:
+    def _constant_arrays(self) -> ArraySpecs:
         inputs = self.inputs["backbone"]
-        arrays: Arrays = {n: (inputs[n], self._dtype("backbone", n)) for n in ("image_rotary", "text_rotary")}
+        arrays: ArraySpecs = {n: (inputs[n], self._dtype("backbone", n)) for n in ("image_rotary", "text_rotary")}
         arrays["sigmas"] = ((self._key.size.steps + 1,), "float64")
         if self._key.modulation == "table":
             arrays["modulations"] = self._modulations(1)
@@ -190,10 +195,10 @@ class Buffers:
             arrays |= {f"timesteps.{run}": (shape, "float32") for run in range(len(self.starts))}
         return arrays
 
-    def _working_arrays(self) -> Arrays:
+    def _working_arrays(self) -> ArraySpecs:
         inputs = self.inputs
         heads = output_shapes(self._manifest, "backbone", inputs["backbone"])
-        arrays: Arrays = {"latents": (inputs["backbone"]["latents"], "float32")}
+        arrays: ArraySpecs = {"latents": (inputs["backbone"]["latents"], "float32")}
         if self.input_dtype != "float32":
             arrays["input"] = (inputs["backbone"]["latents"], self.input_dtype)
         arrays |= {name: (shape, self._dtype("backbone", name)) for name, shape in heads.items()}
@@ -219,7 +224,7 @@ class Buffers:
         try:
             for name, region in self._constant.regions.items():
                 value = values[name]
-                assert value is not None, "the key says that the bundle has a table"
+                assert value is not None, "modulation is 'table' only if the bundle has one"
                 region.view(pinned.array)[...] = cast(value, region.dtype)[: region.shape[0]]
             with self._lane.enter() as stream:
                 stream.copy(self._memory[1].address, pinned.address, self._constant.nbytes)
@@ -236,7 +241,7 @@ class Buffers:
 
     def _put_rows(self, name: str, rows: Sequence[np.ndarray | None]) -> None:
         for target, row in zip(self._staging(name), rows, strict=True):
-            assert row is not None, "a conditioner that takes pooled text belongs to an encoder that gives it"
+            assert row is not None, "a bundle whose conditioner takes pooled text has an encoder that gives it"
             target[...] = cast(row, self.staged[name].dtype)[0]
 
     def _read(self, name: str) -> np.ndarray:

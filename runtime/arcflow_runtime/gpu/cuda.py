@@ -1,9 +1,8 @@
-"""`device.py` with cuda-python: memory, copies, streams, events and graphs of one GPU.
+"""Implements `device.py` with cuda-python: memory, copies, streams, events and graphs of one GPU.
 
-`cuda.core` does it, and the driver's own functions from `cuda.bindings` where things go by address or need a flag.
-
-Written for cuda-core 1.2 and cuda-bindings 13. Device memory comes from `cuMemAlloc` and not from a pool: what is freed
-is at once free for the engines' libraries too.
+Uses `cuda.core`, and the driver API in `cuda.bindings` for calls that take addresses or flags. Written for cuda-core
+1.2 and cuda-bindings 13. Device memory comes from `cuMemAlloc`, not from a pool, so that freed memory is available to
+the engines' libraries at once.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from arcflow_runtime.gpu.device import (
     Device,
     Event,
     Graph,
-    Kernels,
+    KernelLauncher,
     Memory,
     OutOfMemory,
     PinnedMemory,
@@ -33,19 +32,22 @@ from arcflow_runtime.installing import install_command
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 #: After these, every call of this process fails (cuda.h: "the process must be terminated and relaunched").
 _LOST = {
-    *(
-        "CUDA_ERROR_ILLEGAL_ADDRESS",
-        "CUDA_ERROR_LAUNCH_TIMEOUT",
-        "CUDA_ERROR_ASSERT",
-        "CUDA_ERROR_HARDWARE_STACK_ERROR",
-    ),
-    *("CUDA_ERROR_ILLEGAL_INSTRUCTION", "CUDA_ERROR_MISALIGNED_ADDRESS", "CUDA_ERROR_INVALID_ADDRESS_SPACE"),
-    *("CUDA_ERROR_INVALID_PC", "CUDA_ERROR_LAUNCH_FAILED", "CUDA_ERROR_TENSOR_MEMORY_LEAK", "CUDA_ERROR_CONTAINED"),
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_CONTAINED",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_TENSOR_MEMORY_LEAK",
 }
 
 
 def open_device() -> Device:
-    """The first GPU that `CUDA_VISIBLE_DEVICES` leaves.
+    """Open the first GPU visible under `CUDA_VISIBLE_DEVICES`.
 
     Raises:
         EngineError: cuda-python is not installed, or there is no driver or no GPU.
@@ -66,18 +68,18 @@ def open_device() -> Device:
 
 
 def _failed(what: str) -> EngineError:
-    """`what` is an error's name in cuda.h, alone or followed by a colon and its meaning."""
+    """The error to raise. `what` starts with the name of a CUDA error; a colon and its meaning may follow."""
     then = "start this process again" if what.partition(":")[0] in _LOST else "load the pipeline again"
     return EngineError(f"the GPU failed: {what}; {then}")
 
 
 def _first_sentence(error: Exception) -> str:
-    """Of what an exception of `cuda.core` says: the error's name and meaning, without the advice that follows."""
+    """The name and meaning of a `cuda.core` error, without the advice that its message goes on with."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 class CudaDevice:
-    """A `cuda.core.Device`; see `device.Device`."""
+    """A GPU as a `cuda.core.Device`; implements `device.Device`."""
 
     def __init__(self, device: Any) -> None:
         self._device = device
@@ -88,7 +90,7 @@ class CudaDevice:
         from cuda.core import Device
 
         with _as_engine_error():
-            Device(self._device.device_id).set_current()  # these objects belong to a thread each
+            Device(self._device.device_id).set_current()  # a new object: each belongs to the thread that made it
 
     def allocate(self, nbytes: int) -> Memory:
         """See `Device.allocate`."""
@@ -125,11 +127,11 @@ class CudaDevice:
         """See `Device.make_event`."""
         from cuda.core import EventOptions
 
-        # A thread that waits leaves its core to others.
+        # blocking_sync: a waiting thread sleeps and leaves its core to other threads.
         with _as_engine_error():
             return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
 
-    def kernels(self) -> Kernels:
+    def kernels(self) -> KernelLauncher:
         """See `Device.kernels`."""
         return load_kernels(self._device)
 
@@ -142,7 +144,7 @@ class _Memory:
         from cuda.bindings import driver
 
         if self.address:
-            driver.cuMemFree(self.address)  # fails only where the driver has given up this process's memory as a whole
+            driver.cuMemFree(self.address)  # can fail only after an error in `_LOST`
             self.address = 0
 
 
@@ -159,7 +161,7 @@ class _Pinned:
         from cuda.bindings import driver
 
         if self.address:
-            driver.cuMemFreeHost(self.address)  # fails as in `_Memory`
+            driver.cuMemFreeHost(self.address)  # can fail as in `_Memory`
             self.address = 0
 
 
@@ -178,7 +180,7 @@ class _Event:
         return float(_call(driver.cuEventElapsedTime(earlier.event.handle, self.event.handle)))
 
 
-class _Graph:
+class _CudaGraph:
     def __init__(self, executable: Any, stream: int) -> None:
         self._executable, self._stream = executable, stream
 
@@ -197,7 +199,7 @@ class _Graph:
 
 class _Stream:
     def __init__(self, stream: Any) -> None:
-        self.core = stream  # which `kernels.Kernels` launches into
+        self.core = stream  # for the launches in `kernels.py`
         self._capturing = False
         self.handle = int(stream.handle)
 
@@ -211,7 +213,7 @@ class _Stream:
         from cuda.bindings import driver
 
         assert isinstance(event, _Event)
-        # In a capture, only an external event can be asked for its time.
+        # An event recorded in a capture has a time only if it is external.
         flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL if self._capturing else 0
         _call(driver.cuEventRecordWithFlags(event.event.handle, self.handle, int(flags)))
 
@@ -219,13 +221,13 @@ class _Stream:
         with _as_engine_error():
             self.core.sync()
 
-    # The driver's own functions: closing a `GraphBuilder` raises where an error has broken the capture, and collecting
-    # it then ends a later capture of the stream.
+    # The captures call the driver directly. A `cuda.core` GraphBuilder raises in `close` if an error has broken the
+    # capture, and its destructor can then end a later capture of the same stream.
 
     def begin_capture(self) -> None:
         from cuda.bindings import driver
 
-        # Of this thread only: others may allocate meanwhile. An engine that does so itself ends the capture.
+        # Thread-local: other threads may allocate during the capture. If an engine itself allocates, it fails.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         _call(driver.cuStreamBeginCapture(self.handle, mode), CaptureError)
         self._capturing = True
@@ -236,7 +238,7 @@ class _Stream:
         self._capturing = False
         graph = _call(driver.cuStreamEndCapture(self.handle), CaptureError)
         try:
-            return _Graph(_call(driver.cuGraphInstantiate(graph, 0), CaptureError), self.handle)
+            return _CudaGraph(_call(driver.cuGraphInstantiate(graph, 0), CaptureError), self.handle)
         finally:
             driver.cuGraphDestroy(graph)
 
@@ -245,15 +247,19 @@ class _Stream:
 
         self._capturing = False
         error, graph = driver.cuStreamEndCapture(self.handle)
-        if not int(error):  # else an error has broken the capture, which is ended all the same and has no graph
+        if not int(error):  # a broken capture is ended too, but gives no graph
             driver.cuGraphDestroy(graph)
 
 
 def _call(result: tuple[Any, ...], raised: Callable[[str], Exception] = _failed) -> Any:
-    """The values of a driver's function, one by itself.
+    """The value of a call to the driver API, or a tuple if there are several.
+
+    Args:
+        result: what `cuda.bindings` returned: the error code, then the values.
+        raised: makes the exception from the error's name.
 
     Raises:
-        EngineError: it failed; or what `raised` makes of the error's name.
+        EngineError: the call failed, unless `raised` makes another exception.
     """
     error, *values = result
     if int(error):
@@ -262,13 +268,13 @@ def _call(result: tuple[Any, ...], raised: Callable[[str], Exception] = _failed)
 
 
 def _allocated(result: tuple[Any, ...]) -> Any:
-    """The same for an allocation; that there is not as much memory is `OutOfMemory`."""
+    """As `_call`, but raises OutOfMemory for CUDA_ERROR_OUT_OF_MEMORY."""
     return _call(result, lambda name: OutOfMemory(name) if name == _OUT_OF_MEMORY else _failed(name))
 
 
 @contextmanager
 def _as_engine_error() -> Iterator[None]:
-    """What `cuda.core` raises, which has no public base, as an `EngineError`."""
+    """Raise the errors of `cuda.core`, which have no public base class, as `EngineError`."""
     try:
         yield
     except Exception as e:

@@ -1,4 +1,7 @@
-"""Draws with plans kept in a bounded cache: a `DenoiseJob` -> latents and pictures, one graph launch each."""
+"""The denoiser on a GPU: a `DenoiseJob` -> latents and images, with one launch of a CUDA graph per job.
+
+It keeps a bounded number of plans, one per shape. Made by the GPU backends and called by the pipeline.
+"""
 
 from __future__ import annotations
 
@@ -19,62 +22,65 @@ from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.buffers import Buffers, Modulation, PlanKey
-from arcflow_runtime.gpu.device import Kernels
+from arcflow_runtime.gpu.device import KernelLauncher
 from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes
 from arcflow_runtime.gpu.host import HostEngine
 from arcflow_runtime.gpu.lane import Lane, OutOfDeviceMemory
-from arcflow_runtime.gpu.plan import Plan
+from arcflow_runtime.gpu.plan import GraphPlan
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs
 
 _log = logging.getLogger("arcflow")
 
-#: Plans kept; one of a 1024 px picture of FLUX has about 40 MB of buffers.
+#: Number of plans kept; the buffers of one for a 1024 px FLUX image take about 40 MB.
 MAX_PLANS = 8
 
-#: What is wrong with inputs of these shapes for a part's engine; None where it takes them.
-Limits = Callable[[str, Shapes], str | None]
+#: (part, shapes of its inputs) -> None if the part's engine accepts them, else the reason why not.
+ShapeCheck = Callable[[str, Shapes], str | None]
 
 
 class DeviceDenoiser:
-    """The denoiser of every backend that runs parts on a device (`Denoiser`).
+    """Implements `Denoiser` for every backend that runs parts on a device.
 
-    Where parts stay open, everything is one graph per shape. Where they do not (`low_memory`), each is opened for its
-    stage and closed after it; only the buffers stay.
+    If parts stay loaded, each shape is one CUDA graph. With `low_memory`, a part is loaded for its stage and freed
+    after it; only the buffers stay.
     """
 
-    def __init__(self, bundle: Bundle, parts: Parts, lane: Lane, limits: Limits, max_plans: int = MAX_PLANS) -> None:
-        self._bundle, self._parts, self._lane, self._limits = bundle, parts, lane, limits
+    def __init__(
+        self, bundle: Bundle, parts: Parts, lane: Lane, check_shapes: ShapeCheck, max_plans: int = MAX_PLANS
+    ) -> None:
+        self._bundle, self._parts, self._lane, self._check_shapes = bundle, parts, lane, check_shapes
         self._max_plans = max_plans
-        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
-        self._kernels: Kernels | None = None
+        self._plans: OrderedDict[PlanKey, GraphPlan] = OrderedDict()
+        self._kernels: KernelLauncher | None = None
         self._logged: set[str] = set()
         self._closed = False
         self._lock = threading.Lock()
 
     def denoise(self, job: DenoiseJob, watch: Stopwatch, on_step: OnStep | None = None) -> Denoised:
-        """Draw, in pieces where the engines take fewer images at once; see `Denoiser.draw`."""
+        """Run a job, in several pieces if the engines accept fewer images at once; see `Denoiser.denoise`."""
         batch = len(job.texts)
         most, steps_at_once = self._fit(job)
         pieces = [slice(i, min(i + most, batch)) for i in range(0, batch, most)]
-        # What a step left of the pieces before the last, so that the last one's step completes the batch's.
-        earlier: list[list[np.ndarray]] = [[] for _ in job.timesteps]
-        drawn = []
+        # By step, the latents of the pieces so far. The pieces run one after the other, and `on_step` gets the whole
+        # batch, so it is called while the last piece runs.
+        by_step: list[list[np.ndarray]] = [[] for _ in job.timesteps]
+        done = []
         for piece in pieces:
             part = dataclasses.replace(job, streams=job.streams[piece], texts=job.texts[piece])
 
             def after(step: int, latents: np.ndarray, last: bool = piece is pieces[-1]) -> None:
-                earlier[step].append(latents)
+                by_step[step].append(latents)
                 if last and on_step is not None:
-                    on_step(step, np.concatenate(earlier[step]))
+                    on_step(step, np.concatenate(by_step[step]))
 
-            drawn.append(self._denoise(part, steps_at_once, watch, after if on_step is not None else None))
-        if len(drawn) == 1:
-            return drawn[0]
-        pixels = [d.pixels for d in drawn if d.pixels is not None]
-        return Denoised(np.concatenate([d.latents for d in drawn]), np.concatenate(pixels) if pixels else None)
+            done.append(self._denoise(part, steps_at_once, watch, after if on_step is not None else None))
+        if len(done) == 1:
+            return done[0]
+        pixels = [d.pixels for d in done if d.pixels is not None]
+        return Denoised(np.concatenate([d.latents for d in done]), np.concatenate(pixels) if pixels else None)
 
     def warm_up(self, job: DenoiseJob) -> None:
-        """Draw twice: plainly, then as a graph; see `Denoiser.warm_up`."""
+        """Run the job twice, which enqueues it and then captures its graph; see `Denoiser.warm_up`."""
         for _ in range(2 if self._parts.keep else 0):
             self.denoise(job, Stopwatch())
 
@@ -102,54 +108,54 @@ class DeviceDenoiser:
                 else:
                     plan.run_staged(lambda part: self._opened(part, plan.buffers.inputs[part]), on_step)
             except BaseException:
-                # What it left enqueued or half-captured is not known.
+                # The plan may have enqueued or captured half of its work, so it is discarded.
                 self._plans.pop(plan.key, None)
                 plan.close()
                 raise
             if plan.obstacle is not None and plan.obstacle not in self._logged:
                 self._logged.add(plan.obstacle)
-                _log.warning("pictures are enqueued without a CUDA graph: %s", plan.obstacle)
+                _log.warning("images are generated without a CUDA graph: %s", plan.obstacle)
             for stage, ms in plan.times_ms().items():
                 watch.add(stage, ms)
             return plan.buffers.read()
 
     def _fit(self, job: DenoiseJob) -> tuple[int, int]:
-        """The most images, and the most timesteps of one conditioner's run, that the engines take.
+        """The largest number of images per run, and of timesteps per run of the conditioner, that the engines accept.
 
         Raises:
-            EngineError: they do not take one image of this size.
+            EngineError: they do not accept even one image of this size.
         """
         steps = len(job.timesteps)
         wrong: str | None = None
         for batch in range(len(job.texts), 0, -1):
-            wrong = self._misfit(job, batch)
+            wrong = self._check_batch(job, batch)
             if wrong is None and job.table is not None:
                 return batch, steps
             for at_once in range(steps, 0, -1) if wrong is None else ():
-                wrong = self._limits("conditioner", conditioner_inputs(self._bundle.manifest, batch, at_once))
+                wrong = self._check_shapes("conditioner", conditioner_inputs(self._bundle.manifest, batch, at_once))
                 if wrong is None:
                     return batch, at_once
         raise EngineError(str(wrong))
 
-    def _misfit(self, job: DenoiseJob, batch: int) -> str | None:
-        """What is wrong with `batch` such images for the backbone and the decoder, or None."""
+    def _check_batch(self, job: DenoiseJob, batch: int) -> str | None:
+        """Why the backbone or the decoder does not accept `batch` images of this job's size, or None if they do."""
         tokens = job.texts[0].states.shape[1]
         size = DenoiseShape(batch, job.grid, tokens, len(job.timesteps))
-        wrong = self._limits("backbone", backbone_inputs(self._bundle.manifest, size))
+        wrong = self._check_shapes("backbone", backbone_inputs(self._bundle.manifest, size))
         if wrong is None and job.pixels:
-            wrong = self._limits("vae_decoder", decoder_inputs(self._bundle.manifest, size))
+            wrong = self._check_shapes("vae_decoder", decoder_inputs(self._bundle.manifest, size))
         return wrong
 
     def _modulation_source(self, job: DenoiseJob) -> Modulation:
         if job.table is not None:
             return "table"
         parts = self._bundle.manifest.parts
-        # In one graph, what one engine writes the next one reads as it is.
+        # Within a CUDA graph nothing casts between engines, so both must have the same dtype.
         same = parts["conditioner"].outputs[0].dtype == _input_dtype(parts["backbone"].inputs, "modulation")
         return "conditioner" if same else "given"
 
     def _condition(self, job: DenoiseJob, watch: Stopwatch) -> np.ndarray:
-        """The modulation [S, b, M] by way of the host, for a conditioner in another dtype than the backbone's."""
+        """The modulation [S, b, M], computed through the host because conditioner and backbone differ in dtype."""
         inputs = {"timesteps": job.timesteps}
         pooled = [text.pooled for text in job.texts if text.pooled is not None]
         if pooled:
@@ -159,8 +165,8 @@ class DeviceDenoiser:
         with watch("condition"), self._parts.use("conditioner") as run:
             return run(inputs)["modulation"]
 
-    def _plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> Plan:
-        """The plan of a key, made if it is not kept; the one unused for longest goes when there are too many."""
+    def _plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> GraphPlan:
+        """The plan of a key, made on first use; the least recently used plan is dropped if there are too many."""
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
@@ -170,19 +176,19 @@ class DeviceDenoiser:
         except OutOfDeviceMemory:
             if not self._plans:
                 raise
-            _log.warning("out of device memory: graphs of %d other shapes are dropped", len(self._plans))
+            _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(self._plans))
             self._drop_plans(0)
             self._lane.release_workspace()
             plan = self._make_plan(key, steps_at_once, job)
         self._plans[key] = plan
         return plan
 
-    def _make_plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> Plan:
+    def _make_plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> GraphPlan:
         manifest = self._bundle.manifest
         with self._lane.enter():
             if self._kernels is None:
                 self._kernels = self._lane.device.kernels()
-            plan = Plan(self._lane, key, Buffers(self._lane, manifest, key, steps_at_once, job), self._kernels)
+            plan = GraphPlan(self._lane, key, Buffers(self._lane, manifest, key, steps_at_once, job), self._kernels)
         try:
             if self._parts.keep:
                 for part, inputs in plan.buffers.inputs.items():
@@ -200,7 +206,7 @@ class DeviceDenoiser:
 
     @contextmanager
     def _opened(self, part: str, inputs: Shapes) -> Iterator[Context]:
-        """Open a part for one stage; its memory is free again afterwards."""
+        """Load a part for one stage, and free its memory afterwards."""
         with self._parts.borrow(part) as engine:
             with self._lane.enter() as stream:
                 context = _device_engine(engine).context(inputs, stream)
@@ -223,7 +229,7 @@ class DeviceDenoiser:
 
 
 def _device_engine(engine: Engine) -> DeviceEngine:
-    assert isinstance(engine, HostEngine), "a backend with a device denoiser opens such engines only"
+    assert isinstance(engine, HostEngine), "a backend with a DeviceDenoiser opens only HostEngines"
     return engine.device_engine
 
 

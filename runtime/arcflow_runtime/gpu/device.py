@@ -1,6 +1,7 @@
-"""What the GPU pipeline asks of a device: memory, copies, streams, events and captured graphs, by address.
+"""The interface between the GPU pipeline and CUDA: memory, copies, streams, events, captured graphs, kernels.
 
-Addresses are ints that may be offset. Work given to a stream runs in order and after the call returns.
+`cuda.py` implements it on a GPU, and the tests implement it on the host. Addresses are ints to which byte offsets may
+be added. Work enqueued in a stream runs in order; a call may return before its work has run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 
 from arcflow_runtime.gpu.kernels import NoiseShape, UpdateShape
 
-#: Every region starts at a multiple of this, as TensorRT wants of its tensors.
+#: Every region starts at a multiple of this many bytes, as TensorRT requires of its tensors.
 ALIGNMENT = 256
 
 
@@ -22,12 +23,12 @@ class Memory(Protocol):
     nbytes: int
 
     def close(self) -> None:
-        """Free it; the caller has seen to it that nothing uses it any more. Closing twice is allowed."""
+        """Free the memory, which nothing may still use. Closing twice is allowed."""
         ...
 
 
 class PinnedMemory(Memory, Protocol):
-    """Page-locked memory of the host, of which copies are asynchronous."""
+    """Page-locked host memory, which the GPU can copy from and to asynchronously."""
 
     @property
     def array(self) -> np.ndarray:
@@ -36,10 +37,10 @@ class PinnedMemory(Memory, Protocol):
 
 
 class Event(Protocol):
-    """A point in a stream's work."""
+    """A point in a stream's sequence of work."""
 
     def wait(self) -> None:
-        """Wait until the point is reached.
+        """Wait until the stream has reached this point.
 
         Raises:
             EngineError: work before it failed.
@@ -47,15 +48,15 @@ class Event(Protocol):
         ...
 
     def ms_since(self, earlier: Event) -> float:
-        """Milliseconds on the device between two points that have been reached."""
+        """Milliseconds on the device between `earlier` and this event; both must have been reached."""
         ...
 
 
 class Graph(Protocol):
-    """Captured work that is launched as one."""
+    """Captured work, launched with one call."""
 
     def launch(self) -> None:
-        """Enqueue the work in the stream that it was captured from."""
+        """Enqueue all the work in the stream that it was captured from."""
         ...
 
     def close(self) -> None:
@@ -69,11 +70,11 @@ class Stream(Protocol):
     handle: int
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Enqueue a copy between any two addresses, of the device or pinned."""
+        """Enqueue a copy between two addresses, each on the device or in pinned memory."""
         ...
 
     def record(self, event: Event) -> None:
-        """Enqueue an event; in a capture it becomes part of the graph and is reached at every launch."""
+        """Enqueue an event. In a capture it becomes part of the graph and is recorded at every launch."""
         ...
 
     def wait(self) -> None:
@@ -85,7 +86,7 @@ class Stream(Protocol):
         ...
 
     def begin_capture(self) -> None:
-        """From now on, work is recorded instead of run.
+        """Start to record work instead of running it.
 
         Raises:
             CaptureError: the stream cannot capture.
@@ -93,20 +94,23 @@ class Stream(Protocol):
         ...
 
     def end_capture(self) -> Graph:
-        """Stop recording and make the graph.
+        """Stop recording and return the graph.
 
         Raises:
-            CaptureError: something enqueued cannot be captured; the stream works again as before.
+            CaptureError: some of the work cannot be captured; the stream is usable again.
         """
         ...
 
     def abort_capture(self) -> None:
-        """Stop recording and forget what was recorded."""
+        """Stop recording and discard what was recorded."""
         ...
 
 
-class Kernels(Protocol):
-    """The closed-form step (`update.py`) and the noise (`noise.py`) on a device; arguments as for `kernels.Kernels`."""
+class KernelLauncher(Protocol):
+    """The update (`maths/update.py`) and the noise (`maths/noise.py`) as kernels on a device.
+
+    `kernels.CudaKernels` documents the arguments.
+    """
 
     def update(
         self,
@@ -121,7 +125,7 @@ class Kernels(Protocol):
         sigmas: int,
         step: int,
     ) -> None:
-        """Enqueue one step."""
+        """Enqueue one closed-form update."""
         ...
 
     def noise(self, stream: Stream, shape: NoiseShape, streams: int, latents: int, engine_input: int) -> None:
@@ -135,53 +139,53 @@ class Device(Protocol):
     name: str
 
     def use(self) -> None:
-        """Make the device the calling thread's; cheap enough to call before every use."""
+        """Make this the current device of the calling thread. It is cheap, and called before every use."""
         ...
 
     def allocate(self, nbytes: int) -> Memory:
-        """Memory of the device.
+        """Allocate device memory.
 
         Raises:
-            OutOfMemory: there is not as much.
+            OutOfMemory: there is not enough.
         """
         ...
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
-        """Page-locked memory of the host.
+        """Allocate page-locked host memory.
 
         Raises:
-            OutOfMemory: there is not as much.
+            OutOfMemory: there is not enough.
         """
         ...
 
     def free_bytes(self) -> int:
-        """Memory of the device that is free."""
+        """Free device memory in bytes."""
         ...
 
     def driver_version(self) -> str:
-        """The driver's version, such as "13.0"."""
+        """The CUDA driver's version, such as "13.0"."""
         ...
 
     def make_stream(self) -> Stream:
-        """A new stream."""
+        """Create a stream."""
         ...
 
     def make_event(self) -> Event:
-        """A new event that measures time."""
+        """Create an event that measures time."""
         ...
 
-    def kernels(self) -> Kernels:
-        """The kernels.
+    def kernels(self) -> KernelLauncher:
+        """Load the kernels.
 
         Raises:
-            EngineError: there are none for this device.
+            EngineError: they cannot be loaded or compiled for this device.
         """
         ...
 
 
 class OutOfMemory(Exception):
-    """An allocation failed; whoever knows what it was for makes an `EngineError` of it."""
+    """An allocation failed. The caller, which knows its purpose, turns this into an `EngineError`."""
 
 
 class CaptureError(Exception):
-    """Work cannot be captured as a graph; the caller enqueues it plainly."""
+    """Work cannot be captured as a graph. The caller enqueues it without one."""

@@ -1,4 +1,7 @@
-"""The interface between the GPU pipeline and what runs a part on a device: addresses of inputs and outputs."""
+"""The interface of an engine on a device: it runs a part on device addresses of its inputs and outputs.
+
+Implemented by `tensorrt.py` and `onnxruntime.py`; used by `plan.py` and `host.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,58 +11,62 @@ from typing import Protocol, runtime_checkable
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.gpu.device import Stream
 
-#: An input's or output's name -> its shape.
+#: Name of an input or output -> its shape.
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Context(Protocol):
-    """A loaded part made ready for inputs of fixed shapes; used by one thread at a time.
+    """An execution context: a loaded part prepared for inputs of fixed shapes; used by one thread at a time.
 
-    `workspace_bytes` is what `set_workspace` wants before the first run.
+    `workspace_bytes` is how much memory `set_workspace` must be given before the first run.
     """
 
     workspace_bytes: int
 
     def set_workspace(self, address: int, nbytes: int) -> None:
-        """Use this memory for activations; contexts that never run at the same time share it."""
+        """Use this memory for activations. Contexts that never run at the same time may share it."""
         ...
 
     def enqueue(self, addresses: Mapping[str, int], stream: Stream) -> None:
-        """Enqueue one run. `addresses` has every input and output, each a multiple of `device.ALIGNMENT`.
+        """Enqueue one run.
+
+        Args:
+            addresses: the device address of every input and output, each a multiple of `device.ALIGNMENT`.
+            stream: where to enqueue it.
 
         Raises:
-            EngineError: the engine refuses; the message names the part.
+            EngineError: the run failed; the message names the part.
         """
         ...
 
     def obstacle(self, stream: Stream) -> str | None:
-        """Why runs in `stream` cannot be captured in a graph, after the first run; None where they can."""
+        """The reason why runs in `stream` cannot be captured in a graph, or None. Valid after the first run."""
         ...
 
     def close(self) -> None:
-        """Free it; nothing enqueued may be unfinished. Closing twice is allowed."""
+        """Free the context; everything enqueued must have finished. Closing twice is allowed."""
         ...
 
 
 class DeviceEngine(Protocol):
-    """A part of a bundle loaded on a device. It is safe to make contexts from several threads, one at a time."""
+    """A part of a bundle loaded on a device. Any thread may make contexts, one thread at a time."""
 
     def context(self, inputs: Shapes, stream: Stream) -> Context:
-        """Make the part ready for inputs of these shapes.
+        """Make a context for inputs of these shapes.
 
         Raises:
-            EngineError: the engine does not take them, or memory ran out.
+            EngineError: the engine does not accept these shapes, or memory ran out.
         """
         ...
 
     def close(self) -> None:
-        """Free the part; its contexts are closed before. Closing twice is allowed."""
+        """Free the part, whose contexts must be closed. Closing twice is allowed."""
         ...
 
 
 @runtime_checkable
 class TimesLayers(Protocol):
-    """An engine that was loaded so that it times its layers."""
+    """An engine that was loaded with layer timing."""
 
     def layer_times(self) -> list[LayerTime]:
         """The layers of every run so far, in order."""

@@ -1,4 +1,7 @@
-"""A part on a device, run with arrays of the host: for text encoders, and wherever there is no plan."""
+"""Run a part on a device with numpy arrays: host arrays in -> host arrays out.
+
+The GPU backends use it for text encoders, for profiling, and for a conditioner whose dtype differs from the backbone's.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ from arcflow_runtime.gpu.lane import Lane
 from arcflow_runtime.gpu.layout import Layout
 from arcflow_runtime.gpu.shapes import output_shapes
 
-# Texts of Qwen-Image have a length each; those of FLUX always the same.
+# Shapes whose contexts and buffers are kept. Text length varies with Qwen-Image; with FLUX it is fixed.
 _MAX_SHAPES = 4
 
 
 class HostEngine:
-    """An `Engine`, and the `device_engine` behind it; one thread at a time runs, others wait."""
+    """An `Engine` on top of a `DeviceEngine`; one thread runs at a time, others wait."""
 
     def __init__(self, lane: Lane, manifest: Manifest, part: str, open_engine: Callable[[], DeviceEngine]) -> None:
         """Load the part with `open_engine`.
 
         Raises:
-            EngineError: it cannot be loaded.
+            EngineError: the part cannot be loaded.
         """
         self._lane, self._manifest, self._part = lane, manifest, part
         self._prepared: OrderedDict[tuple[tuple[int, ...], ...], _Prepared] = OrderedDict()
@@ -38,10 +41,10 @@ class HostEngine:
 
     @property
     def device_engine(self) -> DeviceEngine:
-        """The engine, for whoever makes contexts of it.
+        """The engine on the device, from which the denoiser makes contexts of its own.
 
         Raises:
-            EngineError: it is closed.
+            EngineError: the engine is closed.
         """
         if self._engine is None:
             raise EngineError(f"{self._part}: the engine is closed; load the pipeline again")
@@ -53,7 +56,7 @@ class HostEngine:
             return self._prepare({name: x.shape for name, x in inputs.items()}).run(inputs)
 
     def close(self) -> None:
-        """Free everything; a run in progress in another thread finishes first."""
+        """Free everything, after any run in another thread has finished."""
         with self._lock, self._lane.enter():
             self._lane.settle()
             while self._prepared:
@@ -79,17 +82,17 @@ class HostEngine:
 
 
 class ProfiledHostEngine(HostEngine):
-    """The same for an engine that times its layers; see `ProfiledEngine`."""
+    """A `HostEngine` that times its layers; see `ProfiledEngine`."""
 
     def layer_times(self) -> list[LayerTime]:
         """The layers of every run so far."""
         engine = self.device_engine
-        assert isinstance(engine, TimesLayers), "a backend opens only such engines so"
+        assert isinstance(engine, TimesLayers), "the backend's open_profiled loads only engines that time their layers"
         return engine.layer_times()
 
 
 class _Prepared:
-    """Inputs and outputs of one set of shapes, in pinned memory and on the device in the same layout."""
+    """The context and buffers for one set of shapes; pinned memory and device memory have the same layout."""
 
     def __init__(self, lane: Lane, manifest: Manifest, part: str, inputs: Shapes, context: Context) -> None:
         self._lane, self._part, self._context = lane, part, context

@@ -1,8 +1,9 @@
-"""The kernels: CUDA source or a fatbin made from it -> functions that launch them on device addresses.
+"""Load the CUDA kernels for the noise and the update, and launch them on device addresses.
 
-The source lies in `runtime/kernels/` and is packaged beside this module. A fatbin that `runtime/kernels/build.py` left
-there is used where it was made from this very source for this GPU; otherwise NVRTC compiles the source, once per
-machine: the result is kept in a cache. `update.cu` and `noise.cu` tell what they take and how they are launched.
+The source is in `runtime/kernels/`, and in this package once installed. `runtime/kernels/build.py` may leave a fatbin
+there; it is used if it was made from exactly this source and holds code for this GPU. Otherwise NVRTC compiles the
+source, once per machine, and the result is cached. `update.cu` and `noise.cu` document their arguments and launch
+geometry.
 """
 
 from __future__ import annotations
@@ -29,24 +30,23 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("arcflow")
 
-#: Threads of a block, tried in turn until its shared memory fits.
+#: Threads per block, tried in this order until the block's shared memory fits.
 _BLOCKS = (128, 64, 32)
 _MAX_SHARED_BYTES = 48 << 10
 _LANES = {"float32": 16, "float16": 8, "bfloat16": 8}
 _DIGEST_BYTES = 32
-#: Files of the one program, in order.
+#: Source files, concatenated in this order into one program.
 SOURCES = ("update_math.h", "update.cu", "noise_math.h", "noise.cu")
-#: Of the noise: `noise.cu` says why.
+#: Launch geometry of the noise kernel; `noise.cu` gives the reason.
 NOISE_THREADS, NOISE_SHARED_BYTES = 320, 2 * 624 * 4
 
 
 @dataclass(frozen=True)
 class UpdateShape:
-    """What a launch of the update works on.
+    """Sizes and dtypes of one launch of the update kernel.
 
-    `tokens` are B*N, and `channels` are the C*P of a token's sub-pixels together. `heads` is the dtype of means,
-    logweights and loggammas, `engine_input` the dtype of the second output; both are "float32", "float16" or
-    "bfloat16".
+    `tokens` is B*N, `modes` K, `channels` C*P and `sub_pixels` P. `heads` is the dtype of means, logweights and
+    loggammas, `engine_input` that of the second output; both are "float32", "float16" or "bfloat16".
     """
 
     tokens: int
@@ -59,10 +59,11 @@ class UpdateShape:
 
 @dataclass(frozen=True)
 class NoiseShape:
-    """What a launch of the noise works on.
+    """Sizes and dtype of one launch of the noise kernel.
 
-    `images` are of `channels` C, `height` h and `width` w, packed in patches of `patch` x `patch`; C*h*w is a multiple
-    of 16. `engine_input` is the dtype of the second output: "float32", "float16" or "bfloat16".
+    Each of `images` latents has `channels` C, `height` h and `width` w, packed in patches of `patch` x `patch` pixels;
+    C*h*w must be a multiple of 16. `engine_input` is the dtype of the second output: "float32", "float16" or
+    "bfloat16".
     """
 
     images: int
@@ -73,8 +74,8 @@ class NoiseShape:
     engine_input: DType
 
 
-class Kernels:
-    """The kernels on one device; `load_kernels` makes them. Safe to use from several threads."""
+class CudaKernels:
+    """The kernels loaded on one device, from `load_kernels`; safe to use from several threads."""
 
     def __init__(self, code: ObjectCode) -> None:
         self._code = code
@@ -93,7 +94,7 @@ class Kernels:
         sigmas: int,
         step: int,
     ) -> None:
-        """Enqueue one step; every argument but `step` is an address in device memory.
+        """Enqueue one closed-form update. The arguments from `means` to `sigmas` are device addresses.
 
         Args:
             stream: a `cuda.core` Stream or GraphBuilder, or an object whose `core` is one.
@@ -103,9 +104,9 @@ class Kernels:
             loggammas: [tokens, K-1, P].
             latents: [tokens, C*P] float32.
             next_latents: [tokens, C*P] float32; may be `latents`.
-            engine_input: [tokens, C*P], the same in `shape.engine_input`; 0 for none.
-            sigmas: [S+1] float64. A captured launch reads them anew every time.
-            step: goes from sigmas[step] to sigmas[step + 1].
+            engine_input: [tokens, C*P], receives a copy of the result in the dtype `shape.engine_input`; 0 for none.
+            sigmas: [S+1] float64, read at each launch, also in a captured graph.
+            step: the update goes from sigmas[step] to sigmas[step + 1].
 
         Raises:
             EngineError: a token's modes do not fit in shared memory, or the GPU does not take the launch.
@@ -123,14 +124,14 @@ class Kernels:
         )
 
     def noise(self, stream: Any, shape: NoiseShape, streams: int, latents: int, engine_input: int) -> None:
-        """Enqueue the noise of a batch; `streams`, `latents` and `engine_input` are addresses in device memory.
+        """Enqueue the noise of a batch. `streams`, `latents` and `engine_input` are device addresses.
 
         Args:
             stream: as for `update`.
             shape: sizes and dtype.
-            streams: [images, 2] int64, as `noise.streams` gives them. A captured launch reads them anew every time.
-            latents: [images, N, C*p*p] float32.
-            engine_input: [images, N, C*p*p], the same in `shape.engine_input`; 0 for none.
+            streams: [images, 2] int64 from `noise.streams`, read at each launch, also in a captured graph.
+            latents: [images, N, C*p*p] float32, receives the noise.
+            engine_input: [images, N, C*p*p], receives a copy in the dtype `shape.engine_input`; 0 for none.
 
         Raises:
             EngineError: the GPU does not take the launch.
@@ -146,7 +147,7 @@ class Kernels:
         )
 
     def kernel(self, name: str) -> Kernel:
-        """The `cuda.core` Kernel of this name."""
+        """The `cuda.core` Kernel named `name`."""
         if name not in self._kernels:
             self._kernels[name] = self._code.get_kernel(name)
         return self._kernels[name]
@@ -155,19 +156,19 @@ class Kernels:
         from cuda.core import launch
 
         try:
-            # cuda.core's own stream: passing another one is deprecated, and slow.
+            # cuda.core's own stream: a stream of another class is deprecated, and takes twice as long.
             launch(getattr(stream, "core", stream), config, self.kernel(name), *arguments)
         except Exception as e:  # cuda.core's errors share no public base
-            why = str(e).splitlines()[0].partition(".")[0]  # more would be advice
+            why = str(e).splitlines()[0].partition(".")[0]  # the sentences after the first are advice
             raise EngineError(f"the GPU does not take {name}: {why}; load the pipeline again") from e
 
 
-def load_kernels(device: Device, cache: Path | None = None) -> Kernels:
-    """Load the kernels for a device, compiling them where no fatbin has them and no earlier run did.
+def load_kernels(device: Device, cache: Path | None = None) -> CudaKernels:
+    """Load the kernels for a device, from a fatbin, from the cache of an earlier run, or compiled by NVRTC.
 
     Args:
-        device: the `cuda.core` Device that is current.
-        cache: folder for what NVRTC compiled; None for the user's.
+        device: the current `cuda.core` Device.
+        cache: folder of compiled kernels; None for the user's cache folder.
 
     Raises:
         EngineError: there is neither a fatbin nor NVRTC, or NVRTC fails.
@@ -176,20 +177,20 @@ def load_kernels(device: Device, cache: Path | None = None) -> Kernels:
 
     arch = device.arch
     if (fatbin := find_fatbin(arch)) is not None:
-        return Kernels(ObjectCode.from_fatbin(fatbin, name="arcflow"))
+        return CudaKernels(ObjectCode.from_fatbin(fatbin, name="arcflow"))
     kind, code = cached_code(arch, cache or cache_folder())
     make = ObjectCode.from_cubin if kind == "cubin" else ObjectCode.from_ptx
-    return Kernels(make(code, name="arcflow"))
+    return CudaKernels(make(code, name="arcflow"))
 
 
 def kernel_name(heads: DType, engine_input: DType) -> str:
-    """The update's name in the source for heads and engine inputs of these dtypes."""
+    """The name in the source of the update kernel for heads and engine inputs of these dtypes."""
     return f"arcflow_update_{heads}_{engine_input}"
 
 
 @lru_cache(maxsize=64)
 def geometry(shape: UpdateShape) -> tuple[int, int, int]:
-    """How `update.cu` wants to be launched: blocks, threads per block, bytes of dynamic shared memory.
+    """The launch geometry of the update kernel: blocks, threads per block, bytes of dynamic shared memory.
 
     Raises:
         EngineError: a token's modes do not fit in shared memory.
@@ -208,10 +209,10 @@ def geometry(shape: UpdateShape) -> tuple[int, int, int]:
 
 
 def kernels_folder() -> Path:
-    """Where the source is: beside this package in a checkout, inside it where it is installed.
+    """The folder of the kernels' source: beside this package in a checkout, inside it when installed.
 
     Raises:
-        EngineError: it was left out of the installation.
+        EngineError: the source is missing from the installation.
     """
     package = Path(__file__).parent.parent
     for folder in (package / "kernels", package.parent / "kernels"):
@@ -221,13 +222,13 @@ def kernels_folder() -> Path:
 
 
 def source() -> str:
-    """The kernels as one text without includes, as NVRTC takes it."""
+    """The kernels' source as one text without includes, for NVRTC."""
     texts = ((kernels_folder() / name).read_text(encoding="utf-8") for name in SOURCES)
     return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
 
 
 def find_fatbin(arch: str) -> bytes | None:
-    """The fatbin if it holds code for `arch`, such as "89", and was made from this source; else None."""
+    """The fatbin's bytes if it was made from this source and holds code for `arch`, such as "89"; else None."""
     folder = kernels_folder()
     try:
         about = json.loads((folder / "arcflow.fatbin.json").read_bytes())
@@ -242,16 +243,16 @@ def find_fatbin(arch: str) -> bytes | None:
 
 
 def compile_code(arch: str) -> tuple[str, bytes]:
-    """Compile with NVRTC, which needs no driver.
+    """Compile the kernels with NVRTC, which needs no driver.
 
     Args:
         arch: compute capability of the GPU, such as "89".
 
     Returns:
-        "cubin" and machine code, or "ptx" and code for the driver to compile where the GPU is newer than NVRTC.
+        ("cubin", machine code), or ("ptx", PTX for the driver to compile) if the GPU is newer than NVRTC.
 
     Raises:
-        EngineError: NVRTC is not installed, too old for `arch`, or fails.
+        EngineError: NVRTC is not installed or fails, or the GPU is too old for it.
     """
     from cuda.core import Program, ProgramOptions
 
@@ -269,7 +270,7 @@ def compile_code(arch: str) -> tuple[str, bytes]:
 
 
 def nvrtc_architectures() -> list[int]:
-    """Compute capabilities that NVRTC compiles for, ascending.
+    """The compute capabilities that NVRTC compiles for, in ascending order.
 
     Raises:
         EngineError: NVRTC is not installed.
@@ -280,22 +281,21 @@ def nvrtc_architectures() -> list[int]:
         error, archs = nvrtc.nvrtcGetSupportedArchs()
     except Exception as e:  # the loader's errors differ between versions
         raise EngineError(
-            f"the kernels are compiled by NVRTC, which cannot be loaded; run: pip install nvidia-cuda-nvrtc ({e})"
+            f"NVRTC, which compiles the CUDA kernels, cannot be loaded; run: pip install nvidia-cuda-nvrtc ({e})"
         ) from e
     if error:
-        raise EngineError(f"NVRTC does not tell its architectures: {error}")
+        raise EngineError(f"NVRTC cannot list its architectures ({error}); install nvidia-cuda-nvrtc again")
     return sorted(int(n) for n in archs)
 
 
 def cached_code(arch: str, folder: Path) -> tuple[str, bytes]:
-    """What `compile_code` gives, from `folder` if an earlier run left it there; that the cache is damaged or cannot be
-    written costs time only.
+    """The result of `compile_code`, cached in `folder`. A damaged or read-only cache costs only time.
 
-    The key is of the source, NVRTC's version and `arch`. A file holds its content's SHA-256 first.
+    The key is a hash of the source, NVRTC's version and `arch`. A file starts with the SHA-256 of the code after it.
     """
     from cuda.bindings import nvrtc
 
-    nvrtc_architectures()  # fails with what to do where there is no NVRTC
+    nvrtc_architectures()  # raises an error that says what to do if NVRTC is missing
     version = ".".join(str(n) for n in nvrtc.nvrtcVersion()[1:])
     key = hashlib.sha256(f"{version}\n{arch}\n{source()}".encode()).hexdigest()[:32]
     for kind in ("cubin", "ptx"):
@@ -316,7 +316,7 @@ def cached_code(arch: str, folder: Path) -> tuple[str, bytes]:
 
 
 def cache_folder() -> Path:
-    """The user's folder for compiled kernels; `ARCFLOW_CACHE` names another."""
+    """The user's cache folder for compiled kernels; the environment variable `ARCFLOW_CACHE` names another."""
     if named := os.environ.get("ARCFLOW_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arcflow"

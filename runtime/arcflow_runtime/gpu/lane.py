@@ -1,4 +1,4 @@
-"""One stream, one lock and one workspace for all engines of a pipeline, which never run at the same time."""
+"""The stream, lock and workspace shared by all engines of a pipeline on one GPU; the engines never run concurrently."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from arcflow_runtime.gpu.device import Device, Memory, OutOfMemory, PinnedMemory
 
 
 class OutOfDeviceMemory(EngineError):
-    """An allocation on the device failed; the message names what it was for."""
+    """An allocation for the GPU failed; the message says what the memory was for and how much is free."""
 
 
 class Lane:
-    """Who enqueues holds the lane; waiting for the device needs no lane.
+    """One stream with a lock and a workspace. A thread holds the lane while it enqueues, not while it waits.
 
-    Engines' activations lie in one workspace, as large as the largest context wants. When it grows, `generation`
-    does too, and whoever gave the old one to a context gives it the new one.
+    The workspace holds the engines' activations and is as large as the largest context needs. Each time it is replaced,
+    `generation` increases; a caller that sees a new generation passes the new workspace to its contexts.
     """
 
     def __init__(self, device: Device) -> None:
@@ -30,7 +30,7 @@ class Lane:
 
     @contextmanager
     def enter(self) -> Iterator[Stream]:
-        """Give the stream to this thread; it may enter again while it holds it."""
+        """Take the lock and yield the stream. The lock is reentrant."""
         with self._lock:
             self.device.use()
             if self._stream is None:
@@ -38,10 +38,14 @@ class Lane:
             yield self._stream
 
     def workspace(self, nbytes: int, what: str) -> Memory:
-        """The workspace, grown to `nbytes` if it is smaller; the caller holds the lane.
+        """The workspace, replaced by a larger one if it has fewer than `nbytes`; the caller holds the lane.
+
+        Args:
+            nbytes: the smallest size.
+            what: the part whose activations need it, for the message.
 
         Raises:
-            OutOfDeviceMemory: it cannot grow; `what` names whose activations these are.
+            OutOfDeviceMemory: there is not enough memory.
         """
         if self._workspace is None or self._workspace.nbytes < nbytes:
             self.release_workspace()
@@ -49,7 +53,7 @@ class Lane:
         return self._workspace
 
     def release_workspace(self) -> None:
-        """Free the workspace once the stream is idle."""
+        """Wait until the stream is idle, then free the workspace."""
         with self.enter():
             if self._workspace is not None:
                 self.settle()
@@ -58,18 +62,18 @@ class Lane:
                 self.generation += 1
 
     def settle(self) -> None:
-        """Wait until all that was enqueued is done, before something is freed.
+        """Wait until the stream is idle, so that memory can be freed.
 
-        An error does not keep anything from being freed: whoever waited for the work was told, or the next one will be.
+        Errors are ignored: whoever waits for the failed work gets them, and the memory is freed in any case.
         """
         with self.enter() as stream, suppress(EngineError):
             stream.wait()
 
     def allocate(self, nbytes: int, what: str) -> Memory:
-        """Memory of the device.
+        """Allocate device memory.
 
         Raises:
-            OutOfDeviceMemory: names `what` the memory was for, what was asked and what is free.
+            OutOfDeviceMemory: there is not enough; the message says `what` it is for, how much is needed and is free.
         """
         try:
             return self.device.allocate(nbytes)
@@ -77,22 +81,23 @@ class Lane:
             raise OutOfDeviceMemory(out_of_memory(self.device, nbytes, what)) from None
 
     def allocate_pinned(self, nbytes: int, what: str) -> PinnedMemory:
-        """Page-locked memory of the host.
+        """Allocate page-locked host memory.
 
         Raises:
-            OutOfDeviceMemory: the host does not give as much.
+            OutOfDeviceMemory: there is not enough.
         """
         try:
             return self.device.allocate_pinned(nbytes)
         except OutOfMemory:
             raise OutOfDeviceMemory(
-                f"{what}: the host gives no {nbytes:,} bytes of page-locked memory; draw fewer or smaller pictures"
+                f"{what}: {nbytes:,} bytes of page-locked host memory cannot be allocated; "
+                "generate fewer or smaller images at once"
             ) from None
 
 
 def out_of_memory(device: Device, nbytes: int, what: str) -> str:
-    """What to say when the device has no `nbytes` for `what`."""
+    """The error message for a failed allocation of `nbytes` bytes for `what`."""
     return (
         f"{what} need {nbytes:,} bytes of {device.name}'s memory, {device.free_bytes():,} are free; "
-        "load with low_memory=True (--low-memory), or draw fewer or smaller pictures at once"
+        "load with low_memory=True (--low-memory), or generate fewer or smaller images at once"
     )

@@ -1,4 +1,4 @@
-"""Named regions of one allocation: shapes and dtypes -> offsets, each a multiple of `ALIGNMENT`."""
+"""Lay out named arrays in one allocation: shapes and dtypes -> byte offsets, each a multiple of `ALIGNMENT`."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.gpu.device import ALIGNMENT
 from arcflow_runtime.maths.dtypes import NUMPY, item_bytes
 
-#: What a region holds: a dtype of parts, or the update kernel's float64.
-Stored = DType | Literal["float64"]
+#: Dtype of a region: that of a part's input or output, or float64 for the sigmas.
+StoredDType = DType | Literal["float64"]
 
 
 @dataclass(frozen=True)
 class Region:
-    """An array at `offset` bytes."""
+    """An array in an allocation, `offset` bytes from its start."""
 
     offset: int
     shape: tuple[int, ...]
-    dtype: Stored
+    dtype: StoredDType
 
     @property
     def nbytes(self) -> int:
-        """Its size, without padding."""
+        """Size in bytes, without padding."""
         return math.prod(self.shape) * item_bytes(self.dtype)
 
     def view(self, memory: np.ndarray) -> np.ndarray:
-        """The array in host memory [nbytes] uint8 that starts where the layout does."""
+        """This region as an array; `memory` is the whole allocation in host memory, [nbytes] uint8."""
         return memory[self.offset : self.offset + self.nbytes].view(NUMPY[self.dtype]).reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Regions by name, one after another; `nbytes` in all."""
+    """Regions by name, one after another; `nbytes` is the size of the allocation."""
 
     regions: Mapping[str, Region]
     nbytes: int
@@ -49,8 +49,8 @@ class Layout:
         return name in self.regions
 
     @staticmethod
-    def of(arrays: Mapping[str, tuple[tuple[int, ...], Stored]]) -> Layout:
-        """Place arrays of these shapes and dtypes; an empty one gets a place of its own too."""
+    def of(arrays: Mapping[str, tuple[tuple[int, ...], StoredDType]]) -> Layout:
+        """Place arrays of these shapes and dtypes. An empty array gets an address of its own too."""
         regions, offset = {}, 0
         for name, (shape, dtype) in arrays.items():
             regions[name] = Region(offset, tuple(shape), dtype)

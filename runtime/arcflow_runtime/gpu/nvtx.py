@@ -1,4 +1,4 @@
-"""Named ranges for NVIDIA's profilers, where the package `nvtx` is installed; nothing otherwise."""
+"""Named ranges in the timelines of NVIDIA's profilers, if the package `nvtx` is installed; otherwise no-ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ except ModuleNotFoundError:
 
 
 def named_range(name: str) -> AbstractContextManager[object]:
-    """Show the `with` block as a range of this name."""
+    """A context manager that shows its block as a range called `name` in the profiler's timeline."""
     if nvtx is None:
         return nullcontext()
     block: AbstractContextManager[object] = nvtx.annotate(name, domain="arcflow")

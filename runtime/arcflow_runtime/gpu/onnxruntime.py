@@ -1,4 +1,8 @@
-"""ONNX Runtime on a device: a session -> contexts that run by address, or with arrays where there is no cuda-core."""
+"""Run parts on a GPU with ONNX Runtime: a session -> contexts that run on device addresses (see `engine.py`).
+
+`OrtArrayEngine` runs a session on numpy arrays, for an installation without cuda-core. Used by
+`onnxruntime_backend.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ from arcflow_runtime.gpu.engine import Shapes
 from arcflow_runtime.gpu.shapes import output_shapes
 from arcflow_runtime.maths.dtypes import NUMPY
 
-#: TensorProto.DataType of each dtype: ONNX Runtime's Python interface has no other name for bfloat16.
+#: Dtype -> TensorProto.DataType. ONNX Runtime's Python API names bfloat16 only by this number.
 _ONNX: dict[DType, int] = {"float32": 1, "uint8": 2, "int64": 7, "float16": 10, "bfloat16": 16}
 DeviceType = Literal["cuda", "cpu"]
 
 
 class OrtEngine:
-    """A session that runs on addresses of `device_type`; see `engine.DeviceEngine`."""
+    """A session that runs on addresses of `device_type` memory; implements `engine.DeviceEngine`."""
 
     def __init__(self, manifest: Manifest, part: str, session: ort.InferenceSession, device_type: DeviceType) -> None:
         self.manifest, self.part, self.device_type = manifest, part, device_type
@@ -41,7 +45,7 @@ class OrtEngine:
 
 
 class OrtContext:
-    """A session and the shapes that it is run with; see `engine.Context`. Activations are ONNX Runtime's own."""
+    """A session with fixed input shapes; implements `engine.Context`. ONNX Runtime allocates its own activations."""
 
     workspace_bytes = 0
 
@@ -53,15 +57,15 @@ class OrtContext:
         self._inputs = [(s.name, _ONNX[s.dtype], inputs[s.name]) for s in spec.inputs]
         self._outputs = [(s.name, _ONNX[s.dtype], outputs[s.name]) for s in spec.outputs]
         self._options = ort.RunOptions()
-        # What follows is enqueued in the same stream.
+        # No synchronisation after a run: the next work is enqueued in the same stream.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def set_workspace(self, address: int, nbytes: int) -> None:
-        """Never needed."""
+        """Do nothing: `workspace_bytes` is 0."""
 
     def enqueue(self, addresses: Mapping[str, int], stream: Stream) -> None:
-        """See `Context.enqueue`; the session was opened with this stream."""
-        assert self._session is not None, "open"
+        """See `Context.enqueue`; `stream` is the one that the session was opened with."""
+        assert self._session is not None, "a closed context is never enqueued"
         binding, where = self._session.io_binding(), self._engine.device_type
         for name, dtype, shape in self._inputs:
             binding.bind_input(name, where, 0, dtype, shape, addresses[name])
@@ -69,13 +73,13 @@ class OrtContext:
             binding.bind_output(name, where, 0, dtype, shape, addresses[name])
         try:
             self._session.run_with_iobinding(binding, self._options)
-        except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+        except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: list(shape) for name, _, shape in self._inputs}
             raise EngineError(f"{self._engine.part}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
 
     def obstacle(self, stream: Stream) -> str | None:
-        """ONNX Runtime allocates within a run."""
-        return "ONNX Runtime's runs cannot be part of a CUDA graph of the whole picture"
+        """ONNX Runtime allocates memory during a run, which a capture forbids."""
+        return "ONNX Runtime's runs cannot be captured"
 
     def close(self) -> None:
         """See `Context.close`."""
@@ -83,7 +87,7 @@ class OrtContext:
 
 
 class OrtArrayEngine:
-    """A session run with arrays of the host, bfloat16 ones too; see `Engine`."""
+    """A session that runs on host arrays, bfloat16 included; implements `Engine`."""
 
     def __init__(self, part: str, spec: Part, session: ort.InferenceSession) -> None:
         self._part, self._spec = part, spec
@@ -103,18 +107,18 @@ class OrtArrayEngine:
                 binding.bind_output(spec.name, "cpu")
             session.run_with_iobinding(binding)
             outputs = binding.get_outputs()
-        except Exception as e:  # ONNX Runtime's exceptions share no base but Exception
+        except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
             raise EngineError(f"{self._part}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
         return {s.name: _to_array(v, s.dtype) for s, v in zip(self._spec.outputs, outputs, strict=True)}
 
     def close(self) -> None:
-        """Free the session; a run in progress in another thread finishes first."""
+        """Free the session, after any run in another thread has finished."""
         self._session = None
 
 
 def _to_array(value: ort.OrtValue, dtype: DType) -> np.ndarray:
-    """A copy of a tensor of the host; `OrtValue.numpy` knows no bfloat16."""
+    """Copy a host tensor to an array; `OrtValue.numpy` does not support bfloat16."""
     nbytes = value.tensor_size_in_bytes()
     data = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""
     return np.frombuffer(bytearray(data), NUMPY[dtype]).reshape(value.shape())

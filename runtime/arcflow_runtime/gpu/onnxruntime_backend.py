@@ -1,7 +1,7 @@
-"""ONNX Runtime's CUDA provider: for GPUs without TensorRT; a bundle's graphs -> parts and a denoiser.
+"""The backend "onnxruntime-cuda", for GPUs without TensorRT: a bundle's graphs -> engines and a denoiser.
 
-With cuda-core, inputs and outputs stay on the device and the update's kernel runs there. Without it, each step's heads
-cross the bus and are updated here.
+With cuda-core installed, inputs and outputs stay on the device and the update kernel runs there. Without it, each
+step's heads are copied to the host, which computes the update.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _PROVIDER = "CUDAExecutionProvider"
 
 
 class OnnxRuntimeCudaBackend:
-    """Opens parts with the CUDA provider, all on one GPU and in one stream."""
+    """Loads parts with ONNX Runtime's CUDA provider, all on one GPU and in one stream."""
 
     def __init__(self, open_device: Callable[[], Device] | None) -> None:
-        """`open_device` opens the device when it is first needed; None runs with arrays of the host."""
+        """Args: `open_device` is called when the device is first needed; None runs parts on host arrays instead."""
         self._open_device = open_device
         self._lane: Lane | None = None
 
     def check(self, bundle: Bundle) -> None:
-        """Find the provider and a GPU.
+        """Check that the CUDA provider and a GPU are present.
 
         Raises:
             EngineError: the installed package has no CUDA provider, or there is no GPU.
@@ -53,7 +53,7 @@ class OnnxRuntimeCudaBackend:
         """Load a part.
 
         Raises:
-            EngineError: the graph cannot be loaded, or the provider cannot be used.
+            EngineError: the graph or the CUDA provider cannot be loaded.
         """
         spec = bundle.manifest.parts[part]
         if self._open_device is None:
@@ -67,13 +67,14 @@ class OnnxRuntimeCudaBackend:
         return HostEngine(lane, bundle.manifest, part, load)
 
     def open_denoiser(self, bundle: Bundle, parts: Parts) -> DeviceDenoiser | None:
-        """Draw on the device, where cuda-core is there to hold it; see `DenoisingBackend`."""
+        """The denoiser on the device, or None without cuda-core; see `DenoisingBackend`."""
         if self._open_device is None:
             return None
         return DeviceDenoiser(bundle, parts, self._get_lane(self._open_device), lambda part, shapes: None)
 
     def _session(self, bundle: Bundle, part: str, stream: int | None) -> ort.InferenceSession:
-        # TF32 would round float32 bundles to 10 bits; timing convolutions would make pictures depend on the first run.
+        # TF32 would round float32 bundles to 10 bits of mantissa. An exhaustive convolution search picks algorithms by
+        # timing, which would make images depend on the first run.
         options = {"device_id": "0", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         if stream is not None:
             options["user_compute_stream"] = str(stream)
@@ -92,10 +93,10 @@ class OnnxRuntimeCudaBackend:
 
 
 def create(threads: int | None) -> OnnxRuntimeCudaBackend:
-    """The backend.
+    """Create the backend.
 
     Raises:
-        RequestError: `threads` is given, which is for backends on a CPU.
+        RequestError: `threads` is given; only backends on a CPU take it.
     """
     if threads is not None:
         raise RequestError(

@@ -1,4 +1,7 @@
-"""One shape's work: staged inputs -> results, enqueued stage by stage, or captured once and replayed."""
+"""Run one job on the GPU: staged inputs -> results, enqueued stage by stage, or captured as a CUDA graph and replayed.
+
+`denoiser.py` makes one `GraphPlan` per shape.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.engines.denoiser import OnStep
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.buffers import Buffers, PlanKey
-from arcflow_runtime.gpu.device import CaptureError, Event, Graph, Kernels, Stream
+from arcflow_runtime.gpu.device import CaptureError, Event, Graph, KernelLauncher, Stream
 from arcflow_runtime.gpu.engine import Context
 from arcflow_runtime.gpu.kernels import UpdateShape
 from arcflow_runtime.gpu.lane import Lane
@@ -19,18 +22,18 @@ from arcflow_runtime.gpu.nvtx import named_range
 
 _HEADS = ("means", "logweights", "loggammas")
 
-#: Gives a part's context for the length of one stage.
+#: Part -> a context manager that yields its execution context for one stage.
 Use = Callable[[str], AbstractContextManager[Context]]
 
 
-class Plan:
-    """Buffers, contexts and the graph of one key. One thread at a time stages, runs and reads it.
+class GraphPlan:
+    """The buffers, execution contexts and CUDA graph of one key; used by one thread at a time.
 
-    `contexts` are those that stay open, by part; a plan without them runs with those that `run` is given, and has no
-    graph. `obstacle` says why there is no graph where there might be.
+    `contexts` holds the contexts that stay open, by part. With `low_memory` it is empty: `run_staged` is given a
+    context for each stage, and there is no graph. `obstacle` is the reason why no graph could be captured, or None.
     """
 
-    def __init__(self, lane: Lane, key: PlanKey, buffers: Buffers, kernels: Kernels) -> None:
+    def __init__(self, lane: Lane, key: PlanKey, buffers: Buffers, kernels: KernelLauncher) -> None:
         self.key, self.buffers = key, buffers
         self.contexts: dict[str, Context] = {}
         self.graph: Graph | None = None
@@ -42,18 +45,18 @@ class Plan:
         self._marks: list[str] = []
 
     def run(self, on_step: OnStep | None = None) -> None:
-        """Draw what was staged with this plan's contexts, and wait for it.
+        """Run the staged job with this plan's contexts, and wait for the result.
 
-        The first run is enqueued plainly, the second is captured, and later ones replay the graph.
+        The first run enqueues the work without a graph, the second captures the graph, and later runs replay it.
 
         Args:
-            on_step: as for `Denoiser.draw`; with it the work is enqueued plainly.
+            on_step: as for `Denoiser.denoise`; with it the work is always enqueued without a graph.
 
         Raises:
             EngineError: an engine failed.
         """
-        # The lane is held throughout, so that the workspace stays what it is.
-        with self._lane.enter() as stream, named_range("arcflow picture"):
+        # The lane is held throughout, so that no other plan replaces the workspace meanwhile.
+        with self._lane.enter() as stream, named_range("arcflow denoise"):
             self.bind()
             if on_step is None and self._warm and self.graph is None and self.obstacle is None:
                 self._capture(stream)
@@ -67,24 +70,25 @@ class Plan:
         done.wait()
 
     def run_staged(self, use: Use, on_step: OnStep | None = None) -> None:
-        """Draw what was staged with contexts that are open only for their stage, and wait for it; as `run` otherwise.
+        """Run the staged job with contexts that `use` opens for one stage each, and wait; see `run`.
 
-        The lane is taken within each stage: the lock that `use` may take on parts comes before the lane's.
+        The lane is taken within each stage only, because `use` may take the lock of `Parts`, which comes before the
+        lane's.
         """
-        with named_range("arcflow picture"):
+        with named_range("arcflow denoise"):
             self._enqueue(use, on_step)
             with self._lane.enter() as stream:
                 stream.wait()
 
     def times_ms(self) -> dict[str, float]:
-        """Milliseconds on the device of each stage of the last run."""
+        """Milliseconds that each stage of the last run took on the device."""
         ms: dict[str, float] = {}
         for (before, event), stage in zip(pairwise(self._events[: len(self._marks)]), self._marks[1:], strict=True):
             ms[stage] = ms.get(stage, 0.0) + event.ms_since(before)
         return ms
 
     def close(self) -> None:
-        """Free everything once the stream is idle."""
+        """Wait until the stream is idle, then free everything."""
         with self._lane.enter():
             self._lane.settle()
             self._drop_graph()
@@ -94,10 +98,10 @@ class Plan:
             self.buffers.close()
 
     def bind(self) -> None:
-        """Give the contexts the lane's workspace; a graph that uses another one is dropped. The caller has the lane.
+        """Give the contexts the lane's workspace, and drop a graph that uses an older one. The caller holds the lane.
 
         Raises:
-            OutOfDeviceMemory: the workspace cannot be as large as they want.
+            OutOfDeviceMemory: there is not enough memory for the workspace.
         """
         largest = max(self.contexts, key=lambda part: self.contexts[part].workspace_bytes)
         wanted = self.contexts[largest].workspace_bytes
@@ -111,7 +115,7 @@ class Plan:
             self._generation, self._warm = self._lane.generation, False
 
     def _capture(self, stream: Stream) -> None:
-        """Make the graph, or say in `obstacle` why there is none."""
+        """Capture the graph, or set `obstacle` to the reason why it cannot be captured."""
         for part, context in self.contexts.items():
             if (why := context.obstacle(stream)) is not None:
                 self.obstacle = f"{part}: {why}"
@@ -128,7 +132,7 @@ class Plan:
             self.obstacle = f"the capture failed: {e}"
 
     def _enqueue(self, use: Use, on_step: OnStep | None) -> None:
-        """Everything from the staging memory to the results."""
+        """Enqueue the whole job, from the copy of the staged inputs to the copy of the results."""
         buffers, lane = self.buffers, self._lane
         self._marks = []
         with lane.enter() as stream:
@@ -161,7 +165,7 @@ class Plan:
             self._mark(stream, "copy")
 
     def _condition(self, stream: Stream, context: Context) -> None:
-        """Every step's modulation, a few steps at a time."""
+        """Compute the modulation of every step, as many steps per run as the engine accepts."""
         buffers = self.buffers
         target, made = buffers.region("modulations"), buffers.region("conditioned")
         for run, start in enumerate(buffers.starts):
@@ -174,9 +178,9 @@ class Plan:
             stream.copy(buffers["modulations"] + offset, buffers["conditioned"], made.nbytes)
 
     def _step(self, stream: Stream, context: Context, step: int) -> None:
-        """The backbone at one sigma, and the update to the next."""
+        """Run the backbone at one sigma, and the update to the next one."""
         buffers, size = self.buffers, self.key.size
-        # Copied to where an engine may read them: a step's rows may start at an unaligned address.
+        # A step's rows of the modulation may start at an unaligned address, so they are copied to an aligned one.
         steps, rows, _ = buffers.region("modulations").shape
         nbytes = buffers.region("modulations").nbytes // steps
         for copy in range(size.batch // rows):
@@ -219,7 +223,7 @@ class Plan:
         stream.copy(self.buffers.result_address(name), self.buffers[name], self.buffers.results[name].nbytes)
 
     def _mark(self, stream: Stream, stage: str) -> None:
-        """Record that `stage` ends here. A graph has its events in it, so each place keeps its own."""
+        """Record the end of `stage` with this position's own event, because a graph records the events it captured."""
         if len(self._marks) == len(self._events):
             self._events.append(self._lane.device.make_event())
         stream.record(self._events[len(self._marks)])

@@ -1,7 +1,8 @@
-"""What TensorRT-RTX compiles for a GPU when an engine first runs, kept on disk: bytes <-> one file per key.
+"""Keep TensorRT-RTX's runtime cache on disk: bytes <-> one file per engine and GPU.
 
-A file is replaced whole, under a lock that keeps two processes from doing it at once. TensorRT-RTX checks what it is
-given against the machine, so that a wrong or damaged file costs the time of compiling only.
+TensorRT-RTX compiles kernels for the GPU when an engine first runs; the cache saves that time in later processes. A
+file is replaced atomically under a lock. TensorRT-RTX checks a cache against the machine, so a wrong or damaged file
+only costs the time of compiling again.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from arcflow_runtime.gpu.kernels import cache_folder
 
 _log = logging.getLogger("arcflow")
 
-#: Larger files are not read: kernels of one engine take some MB.
+#: Larger files are ignored; the kernels of one engine take a few MB.
 MAX_BYTES = 1 << 30
 
 
 class RuntimeCacheFile:
-    """The file of one key: the engine's SHA-256, library's version, driver's version and GPU."""
+    """The cache file of one key: the engine's SHA-256, the library's and the driver's version, and the GPU's name."""
 
     def __init__(self, key: Sequence[str], folder: Path | None = None) -> None:
         digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
@@ -30,7 +31,7 @@ class RuntimeCacheFile:
         self._written: str | None = None
 
     def read(self) -> bytes | None:
-        """What an earlier run left, or None."""
+        """The cache that an earlier run wrote, or None."""
         try:
             if self.path.stat().st_size > MAX_BYTES:
                 return None
@@ -41,17 +42,17 @@ class RuntimeCacheFile:
         return data
 
     def write(self, data: bytes) -> None:
-        """Replace the file, unless it holds this already; that it cannot be written is logged and costs time only."""
+        """Write the cache if it changed. A failure is logged as a warning, because it only costs time."""
         digest = hashlib.sha256(data).hexdigest()
         if digest == self._written:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # The C++ library takes the same lock, and does not look whether its file was removed.
+            # The C++ library takes the same lock and does not check whether the lock file was removed, so it is kept.
             lock = self.path.with_suffix(".lock")
             with locked(lock, EngineError, wait=True, remove=False), whole_file(self.path) as partial:
                 partial.write_bytes(data)
         except (OSError, EngineError) as e:
             reason = e.strerror if isinstance(e, OSError) else e
-            _log.warning("what TensorRT-RTX compiled cannot be kept in %s: %s", self.path.parent, reason)
+            _log.warning("TensorRT-RTX's compiled kernels cannot be cached in %s: %s", self.path.parent, reason)
         self._written = digest

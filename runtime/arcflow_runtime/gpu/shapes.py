@@ -1,20 +1,22 @@
-"""Shapes of every part's inputs and outputs (rule B9): batch, picture, text and steps -> shapes by name.
+"""Shapes of every part's inputs and outputs (rule B9): batch, image, text and steps -> shapes by name.
 
-Dimensions are known by their place in the table of rule B9, never by the name that the exporter gave them.
+A dimension is identified by its position in the table of rule B9, never by the name that the exporter gave it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from arcflow_runtime.disk.manifest import Manifest, TensorSpec
+from arcflow_runtime.disk.signatures import Tensor, signature
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.engine import Shapes
 
 
 @dataclass(frozen=True)
 class DenoiseShape:
-    """B images of `grid` (height, width) tokens with T text tokens each, drawn in S steps."""
+    """The sizes of a job: B images of `grid` (height, width) tokens with T text tokens each, generated in S steps."""
 
     batch: int
     grid: tuple[int, int]
@@ -28,59 +30,56 @@ class DenoiseShape:
 
 
 def conditioner_inputs(manifest: Manifest, batch: int, steps: int) -> Shapes:
-    """Of a conditioner that runs `steps` timesteps for `batch` prompts."""
-    axes = {"timesteps": (steps,), "guidance": (batch,), "pooled_projections": (batch, None)}
-    return _inputs(manifest, "conditioner", axes)
+    """Input shapes of the conditioner for `steps` timesteps and `batch` prompts."""
+    return _inputs(manifest, "conditioner", {"steps": steps, "batch": batch})
 
 
 def backbone_inputs(manifest: Manifest, size: DenoiseShape) -> Shapes:
-    """Of one step."""
-    batch, image, text = size.batch, size.image_tokens, size.text_tokens
-    axes = {
-        "latents": (batch, image, None),
-        "encoder_hidden_states": (batch, text, None),
-        "modulation": (batch, None),
-        "image_rotary": (None, image, None),
-        "text_rotary": (None, text, None),
-    }
-    return _inputs(manifest, "backbone", axes)
+    """Input shapes of the backbone."""
+    sizes = {"batch": size.batch, "image_tokens": size.image_tokens, "text_tokens": size.text_tokens}
+    return _inputs(manifest, "backbone", sizes)
 
 
 def decoder_inputs(manifest: Manifest, size: DenoiseShape) -> Shapes:
-    """Of the VAE decoder."""
-    return _inputs(manifest, "vae_decoder", {"latents": (size.batch, *size.grid, None)})
+    """Input shapes of the VAE decoder."""
+    height, width = size.grid
+    sizes = {"batch": size.batch, "latent_height": height, "latent_width": width}
+    return _inputs(manifest, "vae_decoder", sizes)
 
 
 def output_shapes(manifest: Manifest, part: str, inputs: Shapes) -> Shapes:
-    """The outputs of `part` for inputs of these shapes.
+    """Output shapes of `part` for inputs of these shapes.
 
     Raises:
         EngineError: the manifest leaves a dimension open that rule B9 fixes.
     """
-    first = next(iter(inputs.values()))
+    tensors = signature(manifest.family, part)
+    sizes: dict[str, int] = {}
+    for tensor in tensors.inputs:
+        if tensor.name in inputs:
+            sizes |= {a: n for a, n in zip(tensor.axes, inputs[tensor.name], strict=True) if isinstance(a, str)}
     token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor
-    axes: dict[str, tuple[int | None, ...]] = {
-        "pooled_projections": (first[0], None),
-        "encoder_hidden_states": (*first[:2], None),
-        "modulation": (*inputs.get("timesteps", ()), inputs.get("pooled_projections", (1,))[0], None),
-    }
-    if part == "backbone":
-        axes = dict.fromkeys(("means", "logweights", "loggammas"), (*inputs["latents"][:2], None, None))
-    elif part == "vae_decoder":
-        batch, height, width, _ = inputs["latents"]
-        axes = {"images": (batch, height * token_px, width * token_px, None)}
-    return {spec.name: _fill(part, spec, axes[spec.name]) for spec in manifest.parts[part].outputs}
+    for side in ("height", "width"):
+        if (latent := sizes.get(f"latent_{side}")) is not None:
+            sizes[side] = latent * token_px
+    return {spec.name: _fill(part, spec, tensors.outputs, sizes) for spec in manifest.parts[part].outputs}
 
 
-def _inputs(manifest: Manifest, part: str, axes: dict[str, tuple[int | None, ...]]) -> Shapes:
-    return {spec.name: _fill(part, spec, axes[spec.name]) for spec in manifest.parts[part].inputs}
+def _inputs(manifest: Manifest, part: str, sizes: Mapping[str, int]) -> Shapes:
+    tensors = signature(manifest.family, part).inputs
+    return {spec.name: _fill(part, spec, tensors, sizes) for spec in manifest.parts[part].inputs}
 
 
-def _fill(part: str, spec: TensorSpec, axes: tuple[int | None, ...]) -> tuple[int, ...]:
-    """`axes` with None replaced by what the manifest says."""
+def _fill(part: str, spec: TensorSpec, tensors: Sequence[Tensor], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor: sizes of the call where rule B9 has their symbol, otherwise what the manifest says."""
+    axes = next((t.axes for t in tensors if t.name == spec.name), ())
+    if len(axes) != len(spec.shape):
+        raise EngineError(
+            f"{part}: {spec.name} {list(spec.shape)} is not one of rule B9 (docs/bundle.md); export the bundle again"
+        )
     shape = []
     for axis, said in zip(axes, spec.shape, strict=True):
-        value = said if axis is None else axis
+        value = axis if isinstance(axis, int) else sizes.get(axis, said)
         if not isinstance(value, int):
             raise EngineError(
                 f"{part}: {spec.name} {list(spec.shape)} leaves open a dimension that rule B9 (docs/bundle.md) fixes; "

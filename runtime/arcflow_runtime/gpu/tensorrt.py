@@ -1,4 +1,7 @@
-"""TensorRT and TensorRT-RTX engines on a device: a built engine and its record -> contexts that run by address."""
+"""Run engines of TensorRT and TensorRT-RTX: a built engine and its record -> contexts that run on device addresses.
+
+Implements `engine.py`; used by `tensorrt_backend.py`.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,11 @@ _DTYPES: dict[DType, str] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class TensorRTOptions:
     """How to run engines.
 
-    `own_graphs`: TensorRT-RTX captures each run itself, so that there is no graph of the whole picture. `profile`: time
-    every layer. `cache`: folder of runtime caches, None for the user's.
+    `own_graphs`: TensorRT-RTX captures each engine's runs itself, in place of one graph of the whole job. `profile`:
+    time every layer. `cache`: folder of runtime caches; None for the user's cache folder.
     """
 
     own_graphs: bool = False
@@ -49,14 +52,16 @@ class Options:
 
 
 class TensorRTEngine:
-    """A deserialised engine; see `engine.DeviceEngine`."""
+    """A deserialised engine; implements `engine.DeviceEngine`."""
 
-    def __init__(self, library: Library, lane: Lane, bundle: Bundle, built: BuiltEngine, options: Options) -> None:
-        """Load the engine, and its weights from the bundle if it has none; the caller holds the lane.
+    def __init__(
+        self, library: Library, lane: Lane, bundle: Bundle, built: BuiltEngine, options: TensorRTOptions
+    ) -> None:
+        """Load the engine, and its weights from the bundle if it was built without them; the caller holds the lane.
 
         Raises:
-            BundleError: the weights are to come from outside the part's weights file.
-            EngineError: the library cannot load it, or it is not of the part that its record names.
+            BundleError: the graph reads weights from outside the part's weights file.
+            EngineError: the library cannot load the engine, or its inputs or outputs differ from the manifest's.
         """
         key = built.record.key
         self.part, self.profiles = key.part, key.profiles
@@ -81,11 +86,11 @@ class TensorRTEngine:
 
     def context(self, inputs: Shapes, stream: Stream) -> TensorRTContext:
         """Make a context for inputs of these shapes; see `DeviceEngine.context`."""
-        if (wrong := misfit(self.part, self.profiles, inputs)) is not None:
+        if (wrong := shape_mismatch(self.part, self.profiles, inputs)) is not None:
             raise EngineError(wrong)
         context = self._create_context()
         if context is None:
-            raise self.error("no context can be made")
+            raise self.error("an execution context cannot be created")
         index = next(i for i, p in enumerate(self.profiles) if _fits(p, inputs))
         if not context.set_optimization_profile_async(index, stream.handle):
             raise self.error(f"profile {index} cannot be set")
@@ -94,7 +99,7 @@ class TensorRTEngine:
             if not context.set_input_shape(name, shape):
                 raise self.error(f"{name} cannot have shape {list(shape)}")
         if missing := context.infer_shapes():
-            raise self.error(f"the shapes of {missing} stay open")
+            raise self.error(f"the shapes of {missing} cannot be inferred")
         for name, shape in output_shapes(self._bundle.manifest, self.part, inputs).items():
             found = tuple(context.get_tensor_shape(name))
             if found != shape:
@@ -104,7 +109,7 @@ class TensorRTEngine:
         return TensorRTContext(self, context)
 
     def obstacle(self, context: Any, stream: Stream) -> str | None:
-        """Why runs of one of its contexts cannot be captured, or None."""
+        """The reason why runs of `context` cannot be captured, or None."""
         if "WEIGHT_STREAMING" in self._flags:
             return "its weights are streamed from the host"
         if self._options.own_graphs:
@@ -116,15 +121,15 @@ class TensorRTEngine:
         return None
 
     def save_cache(self) -> None:
-        """Keep on disk what was compiled so far."""
+        """Write the kernels that were compiled so far to the cache on disk."""
         if self._cache is None or self._cache_file is None:
             return
         if (data := self._cache.serialize()) is not None:
             self._cache_file.write(bytes(memoryview(data)))
 
     def layer_times(self) -> list[LayerTime]:
-        """Every layer of every run so far, where `Options.profile` asked for it."""
-        assert self._profiler is not None, "opened with profile"
+        """Every layer of every run so far; the engine must be loaded with `TensorRTOptions.profile`."""
+        assert self._profiler is not None, "loaded with TensorRTOptions.profile"
         return list(self._profiler.layers)
 
     def close(self) -> None:
@@ -134,9 +139,9 @@ class TensorRTEngine:
         self._cache = self._engine = self._runtime = None
 
     def error(self, what: str) -> EngineError:
-        """An error of this part, with what the library logged about it."""
-        said = self._logger.take()
-        text = f"{self.part}: {self._library.name}: {what}" + "".join(f"\n  {line}" for line in said[:_SHOWN_ERRORS])
+        """An error that names this part and ends with the messages that the library logged."""
+        logged = self._logger.take()
+        text = f"{self.part}: {self._library.name}: {what}" + "".join(f"\n  {line}" for line in logged[:_SHOWN_ERRORS])
         return EngineError(text)
 
     def _deserialize(self, built: BuiltEngine) -> Any:
@@ -144,36 +149,36 @@ class TensorRTEngine:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is not None:
             return engine
-        said = self._logger.take()
-        if any("memory" in line.lower() for line in said):
+        logged = self._logger.take()
+        if any("memory" in line.lower() for line in logged):
             raise OutOfDeviceMemory(out_of_memory(self._lane.device, built.record.bytes, f"{self.part}: weights"))
-        self._logger.errors = said
+        self._logger.errors = logged
         raise self.error(f"{built.path} cannot be loaded; build it again with `arcflow build`")
 
     def _check_tensors(self) -> None:
         spec, trt, engine = self._bundle.manifest.parts[self.part], self._trt, self._engine
-        said = {s.name: getattr(trt.DataType, _DTYPES[s.dtype]) for s in spec.inputs + spec.outputs}
+        expected = {s.name: getattr(trt.DataType, _DTYPES[s.dtype]) for s in spec.inputs + spec.outputs}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: engine.get_tensor_dtype(name) for name in names}
-        if found != said:
+        if found != expected:
             raise self.error(
-                f"inputs and outputs must be {_shown(said)}, as in the manifest, got {_shown(found)}; "
+                f"inputs and outputs must be {_shown(expected)}, as in the manifest, got {_shown(found)}; "
                 "build the engine again with `arcflow build`"
             )
 
     def _refit(self, graph: Path) -> None:
-        """Fill in the weights from the part's graph and weights files (E6)."""
+        """Read the weights from the part's graph and weights files into the engine (E6)."""
         spec = self._bundle.manifest.parts[self.part]
         refitter = self._trt.Refitter(self._engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        # From the graph's path: its external weights lie beside it.
+        # Parsed by path, because the external weights are beside the graph.
         if not parser.refit_from_file(str(graph)):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise self.error(f"{spec.weights} does not fit the engine: {'; '.join(errors[:_SHOWN_ERRORS])}")
         if missing := refitter.get_missing_weights():
             raise self.error(f"{spec.weights} lacks weights of the engine, such as {missing[0]!r}")
         if not refitter.refit_cuda_engine():
-            raise self.error(f"the weights of {spec.weights} cannot be filled in")
+            raise self.error(f"the engine cannot be refitted with the weights of {spec.weights}")
 
     def _create_context(self) -> Any:
         trt = self._trt
@@ -182,7 +187,8 @@ class TensorRTEngine:
             return self._engine.create_execution_context(strategy)
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # Kernels for the shapes at hand are compiled at once: a graph would keep those that fill in meanwhile.
+        # EAGER compiles kernels for the exact shapes before the first run. Otherwise a captured graph would keep the
+        # generic kernels that run until the compilation is done.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         strategies = trt.CudaGraphStrategy
         own = self._options.own_graphs
@@ -196,7 +202,7 @@ class TensorRTEngine:
 
 
 class TensorRTContext:
-    """One execution context, with memory that its user manages; see `engine.Context`."""
+    """One execution context, which gets its workspace from the caller; implements `engine.Context`."""
 
     def __init__(self, engine: TensorRTEngine, context: Any) -> None:
         self._engine, self._context = engine, context
@@ -227,8 +233,8 @@ class TensorRTContext:
         self._context = None
 
 
-def misfit(part: str, profiles: tuple[Profile, ...], inputs: Shapes) -> str | None:
-    """What is wrong with inputs of these shapes for an engine with these profiles, or None."""
+def shape_mismatch(part: str, profiles: tuple[Profile, ...], inputs: Shapes) -> str | None:
+    """Why an engine with these profiles does not accept inputs of these shapes, or None if it does."""
     if any(_fits(p, inputs) for p in profiles):
         return None
     first = profiles[0]
@@ -254,7 +260,7 @@ def _shown(dtypes: Mapping[str, Any]) -> str:
 
 def _make_logger(trt: ModuleType) -> Any:
     class Logger(trt.ILogger):  # type: ignore[name-defined]
-        """Keeps the errors until they are told, and drops everything less."""
+        """Collects error messages until `take` returns them, and drops messages of lower severity."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -276,7 +282,7 @@ def _make_logger(trt: ModuleType) -> Any:
 
 def _make_profiler(trt: ModuleType) -> Any:
     class Profiler(trt.IProfiler):  # type: ignore[name-defined]
-        """Lays the layers of a run end to end, up to when they are reported: the library tells durations only."""
+        """Collects layer times. The library reports durations only, so a layer is taken to end when it is reported."""
 
         def __init__(self) -> None:
             trt.IProfiler.__init__(self)

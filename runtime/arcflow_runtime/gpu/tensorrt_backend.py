@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: the engines that `arcflow build` made beside a bundle -> parts and a denoiser on a GPU."""
+"""The backends "tensorrt" and "tensorrt-rtx": load the engines that `arcflow build` made, and make the denoiser."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from arcflow_runtime.gpu.device import Device
 from arcflow_runtime.gpu.engine import Shapes
 from arcflow_runtime.gpu.host import HostEngine, ProfiledHostEngine
 from arcflow_runtime.gpu.lane import Lane
-from arcflow_runtime.gpu.tensorrt import Options, TensorRTEngine, misfit
+from arcflow_runtime.gpu.tensorrt import TensorRTEngine, TensorRTOptions, shape_mismatch
 
 
 class TensorRTBackend:
-    """Opens parts with one of the two libraries, all on one GPU and in one stream."""
+    """Loads parts with one of the two libraries, all on one GPU and in one stream."""
 
-    def __init__(self, name: str, open_device: Callable[[], Device], options: Options = Options()) -> None:  # noqa: B008
-        """`name` is a key of `trt.library.LIBRARIES`; the device is opened when it is first needed."""
+    def __init__(
+        self,
+        name: str,
+        open_device: Callable[[], Device],
+        options: TensorRTOptions = TensorRTOptions(),  # noqa: B008
+    ) -> None:
+        """Args: `name` is a key of `LIBRARIES`; `open_device` is called when the device is first needed."""
         self._library = LIBRARIES[name]
         self._open_device, self._options = open_device, options
         self._host: Host | None = None
@@ -32,10 +37,11 @@ class TensorRTBackend:
         self._found: dict[tuple[Path, str], BuiltEngine] = {}
 
     def check(self, bundle: Bundle) -> None:
-        """Find an engine for this machine of every part, before any is loaded (rules E4, E5).
+        """Find the engine of every part for this machine, before any is loaded (rules E4, E5).
 
         Raises:
-            EngineError: there is no library, driver or GPU; or no engine that fits, with the command to build one.
+            EngineError: the library, the driver or a GPU is missing, or a part has no engine for this machine; the
+                message gives the command to build it.
         """
         for part in bundle.manifest.parts:
             self._find(bundle, part)
@@ -44,29 +50,29 @@ class TensorRTBackend:
         """Load a part's engine.
 
         Raises:
-            EngineError: it does not fit this machine or cannot be loaded.
+            EngineError: there is no engine for this machine, or it cannot be loaded.
         """
         lane = self._get_lane()
         return HostEngine(lane, bundle.manifest, part, lambda: self._load(lane, bundle, part, self._options))
 
     def open_profiled(self, bundle: Bundle, part: str) -> ProfiledHostEngine:
-        """Load a part's engine so that it times its layers; see `ProfilingBackend`."""
+        """Load a part's engine with layer timing; see `ProfilingBackend`."""
         lane, options = self._get_lane(), replace(self._options, profile=True)
         return ProfiledHostEngine(lane, bundle.manifest, part, lambda: self._load(lane, bundle, part, options))
 
     def open_denoiser(self, bundle: Bundle, parts: Parts) -> DeviceDenoiser:
-        """Draw with this backend's engines of `bundle`, which `parts` opens; see `DenoisingBackend`."""
+        """The denoiser that runs the engines of `parts`; see `DenoisingBackend`."""
 
-        def limits(part: str, shapes: Shapes) -> str | None:
-            wrong = misfit(part, self._find(bundle, part).record.key.profiles, shapes)
+        def check_shapes(part: str, shapes: Shapes) -> str | None:
+            wrong = shape_mismatch(part, self._find(bundle, part).record.key.profiles, shapes)
             if wrong is None:
                 return None
             command = build_command(bundle, part, self._this_host())
             return f"{wrong}; {command} with --resolutions and --batch that include it"
 
-        return DeviceDenoiser(bundle, parts, self._get_lane(), limits)
+        return DeviceDenoiser(bundle, parts, self._get_lane(), check_shapes)
 
-    def _load(self, lane: Lane, bundle: Bundle, part: str, options: Options) -> TensorRTEngine:
+    def _load(self, lane: Lane, bundle: Bundle, part: str, options: TensorRTOptions) -> TensorRTEngine:
         return TensorRTEngine(self._library, lane, bundle, self._find(bundle, part), options)
 
     def _find(self, bundle: Bundle, part: str) -> BuiltEngine:
@@ -87,17 +93,17 @@ class TensorRTBackend:
 
 
 def create(threads: int | None, name: str = "tensorrt") -> TensorRTBackend:
-    """The backend of the library `name`.
+    """Create the backend of the library `name`.
 
-    `ARCFLOW_RTX_GRAPHS=1` in the environment lets TensorRT-RTX capture each engine's runs itself, instead of one graph
-    of the whole picture.
+    With the environment variable `ARCFLOW_RTX_GRAPHS=1`, TensorRT-RTX captures each engine's runs itself, in place of
+    one graph of the whole job.
 
     Raises:
-        RequestError: `threads` is given, which is for backends on a CPU.
+        RequestError: `threads` is given; only backends on a CPU take it.
     """
     if threads is not None:
         raise RequestError(f"threads is for backends that run on a CPU, got {threads} for {name}; leave it out")
     from arcflow_runtime.gpu.cuda import open_device
 
     own_graphs = os.environ.get("ARCFLOW_RTX_GRAPHS") == "1" and LIBRARIES[name].ahead_of_time
-    return TensorRTBackend(name, open_device, Options(own_graphs=own_graphs))
+    return TensorRTBackend(name, open_device, TensorRTOptions(own_graphs=own_graphs))

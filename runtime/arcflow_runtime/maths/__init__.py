@@ -1,1 +1,1 @@
-"""The formulas of the method: noise, schedule, rotary tables, the closed-form update and rounding. No I/O."""
+"""The method's formulas in numpy: noise, schedule, rotary tables, closed-form update, dtype rounding. No I/O."""

@@ -1,10 +1,13 @@
-"""Arrays in the dtypes of parts, and casts between them; bfloat16, which numpy lacks, is its 16 bits as uint16."""
+"""Cast numpy arrays to and from the dtypes of a bundle's parts.
+
+numpy has no bfloat16: such an array is stored as uint16, with the 16 bits of each bfloat16 number.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: What holds each dtype on the host. No part takes or gives uint16 itself, so that such an array is always bfloat16.
+#: Dtype of a part -> the numpy type that stores it. No part has uint16 inputs or outputs: uint16 always means bfloat16.
 NUMPY: dict[str, type[np.generic]] = {
     "float64": np.float64,
     "float32": np.float32,
@@ -14,28 +17,42 @@ NUMPY: dict[str, type[np.generic]] = {
     "uint8": np.uint8,
 }
 
+#: Largest finite float16.
+FLOAT16_MAX = 65504.0
+#: Largest finite value of FP8 E4M3 (the variant without infinities).
+E4M3_MAX = 448.0
+
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of one element."""
+    """Bytes per element of `dtype`, a key of `NUMPY`."""
     return np.dtype(NUMPY[dtype]).itemsize
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The array in what holds `dtype`, contiguous, each value the nearest (B9); itself where it is that already."""
+    """Convert an array to `dtype`, rounding to nearest (B9). The result is contiguous; it is a copy only if needed.
+
+    Args:
+        array: any shape, of a dtype in `NUMPY`; uint16 is read as bfloat16.
+        dtype: a key of `NUMPY`.
+    """
     if dtype == "bfloat16":
         return np.ascontiguousarray(array if array.dtype == np.uint16 else _to_bits(array))
     return np.ascontiguousarray(to_float32(array) if array.dtype == np.uint16 else array, dtype=NUMPY[dtype])
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
-    """The array in float32; itself where it is that already."""
+    """Convert an array of a part's dtype to float32, without a copy if it is float32 already."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(np.float32, copy=False)
 
 
 def _to_bits(array: np.ndarray) -> np.ndarray:
-    """To the nearest bfloat16, ties to even: see `rounding.round_to`, which refuses nothing either but NaN."""
+    """Round to the nearest bfloat16, ties to even: any array -> the bits as uint16 in the same shape; NaN stays NaN.
+
+    bfloat16 is the upper half of float32. Add just under half a bfloat16 ulp, plus one if the last bit is odd, so that
+    ties go to even, and drop the lower half.
+    """
     x = np.ascontiguousarray(array, dtype=np.float32)
     bits = x.reshape(-1).view(np.uint32)
     rounded = bits >> np.uint32(16)
@@ -45,19 +62,19 @@ def _to_bits(array: np.ndarray) -> np.ndarray:
     rounded >>= np.uint32(16)
     nan = np.isnan(x).reshape(-1)
     if nan.any():
-        rounded[nan] = 0x7FC0  # rounding could carry a NaN's bits over to infinity
-    return rounded.astype(np.uint16).reshape(x.shape)
+        rounded[nan] = 0x7FC0  # rounding up could turn a NaN's bits into those of infinity
+    return rounded.astype(np.uint16).reshape(array.shape)
 
 
 def round_to(values: np.ndarray | float, dtype: str) -> np.ndarray:
     """Round to the nearest value of `dtype`, ties to even, and return it as float32.
 
     Args:
-        values: finite numbers, any shape; rounded to float32 first.
+        values: any shape; rounded to float32 first.
         dtype: "float32", "float16" or "bfloat16".
 
     Raises:
-        ValueError: another `dtype`.
+        ValueError: `dtype` is another one.
     """
     x = np.asarray(values, np.float32)
     if dtype == "float32":
@@ -65,9 +82,5 @@ def round_to(values: np.ndarray | float, dtype: str) -> np.ndarray:
     if dtype == "float16":
         return x.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
-        # bfloat16 is the upper half of float32: add just under half of its last place, plus one on odd to
-        # break ties towards even, and drop the lower half.
-        bits = np.atleast_1d(x).view(np.uint32)
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-        return bits.view(np.float32).reshape(x.shape)
+        return to_float32(_to_bits(x))
     raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")

@@ -1,9 +1,9 @@
-"""Draw the noise: seed and size -> packed latents [B, N, C*p*p] float32, as torch's CPU generator draws them.
+"""Generate noise: seed and size -> packed latents [B, N, C*p*p] float32, the same numbers as torch's CPU generator.
 
-torch fills 16 or more float32 numbers from 24-bit uniforms of its MT19937, 8 pairs at a time, with a
-Box-Muller transform whose log and sincos are the Cephes polynomials evaluated with fused multiply-add. The
-same operations in the same order give the same bits as torch on x86 with AVX2; elsewhere torch calls the C
-library and itself differs from this by up to about 2e-6.
+For 16 or more float32 numbers, torch transforms 24-bit uniforms of its MT19937 with Box-Muller, 8 pairs at a time; log,
+sine and cosine are the Cephes polynomials, evaluated with fused multiply-add. The same operations in the same order
+give the same bits as torch on x86 with AVX2. On other processors torch calls the C library, and its own numbers differ
+from these by up to about 2e-6.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.maths.speedups import compiled
 
-#: As many numbers come from as many uniforms, if there are so many.
+#: torch transforms uniforms in groups of 16; for fewer than 16 numbers it takes another path.
 GROUP = 16
-#: The seeds `torch.Generator.manual_seed` takes.
+#: The range of seeds that `torch.Generator.manual_seed` accepts.
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
 _F = np.float32
 _TWO_PI = _F(2 * np.pi)
 _SQRT_HALF = _F(0.707106781186547524)
-# Coefficients are float32 numbers, kept in the float64 that `_fma` computes in.
+# Coefficients are float32 values, stored as float64 because `_fma` computes in float64.
 _LOG_COEFFICIENTS = (
     np.array(
         [
@@ -44,9 +44,9 @@ _LOG_COEFFICIENTS = (
     .astype(np.float64)
 )
 _LN2_HIGH, _LN2_LOW = _F(0.693359375), _F(-2.12194440e-4)
-# pi/4 in three parts.
+# -pi/4 as a sum of three float32 numbers.
 _PI_4_HIGH, _PI_4_MIDDLE, _PI_4_LOW = _F(-0.78515625), _F(-2.4187564849853515625e-4), _F(-3.77489497744594108e-8)
-# Of cosine and sine, which are computed side by side: coefficients [3, 2, 1, 1].
+# Polynomials of cosine and sine, evaluated together: coefficients [3, 2, 1, 1].
 _COS_SIN_COEFFICIENTS = (
     np.array(
         [
@@ -59,16 +59,16 @@ _COS_SIN_COEFFICIENTS = (
     .astype(np.float64)[..., None, None]
 )
 _FOUR_OVER_PI = _F(1.27323954473516)
-# Uniforms per block: the temporaries of one block stay in the processor's cache.
+# Uniforms per block, few enough that a block's temporaries stay in the processor's cache.
 _BLOCK = 1 << 15
 _local = threading.local()
 
 
 def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal numbers, those of `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
+    """Standard normal numbers, as from `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
 
     Args:
-        seed: any integer that `torch.Generator.manual_seed` takes; its low 32 bits count.
+        seed: any integer that `torch.Generator.manual_seed` accepts; only its low 32 bits matter.
         shape: the result's shape.
 
     Returns:
@@ -98,7 +98,7 @@ def randn(seed: int, shape: Sequence[int]) -> np.ndarray:
 
 
 def pack(latents: np.ndarray, patch_size: int) -> np.ndarray:
-    """Gather p x p pixels into tokens: [B, C, h, w] -> [B, (h/p)*(w/p), C*p*p], channel c*p*p + p*dy + dx."""
+    """Pack p x p latent pixels into one token: [B, C, h, w] -> [B, (h/p)*(w/p), C*p*p], channel c*p*p + p*dy + dx."""
     b, c, h, w = latents.shape
     p = patch_size
     tokens = latents.reshape(b, c, h // p, p, w // p, p).transpose(0, 2, 4, 1, 3, 5)
@@ -111,11 +111,11 @@ def draw_latents(
     """The packed noise of a batch, as diffusers draws it with CPU generators.
 
     Args:
-        seed: an int draws [B, C, height, width] in one call; a sequence gives one seed per image, each
-            of which draws [1, C, height, width].
+        seed: an int draws [B, C, height, width] from one generator; a sequence gives one seed per image, each of
+            which draws [1, C, height, width].
         batch: number of images B.
         channels: latent channels C.
-        height: latent height (the image's divided by the VAE's scale factor).
+        height: latent height (image height divided by the VAE's scale factor).
         width: latent width.
         patch_size: side p of a token's patch of latent pixels.
 
@@ -131,15 +131,15 @@ def draw_latents(
 
 
 def streams(seed: int | Sequence[int], batch: int, numbers: int) -> np.ndarray:
-    """Where each image's noise comes from, for a device that draws it; arguments as for `draw_latents`.
+    """Describe each image's noise for a GPU kernel that generates it; the result equals that of `draw_latents`.
 
     Args:
-        seed: of the batch, or one per image.
+        seed: one seed for the batch, or one per image.
         batch: number of images B.
-        numbers: of one image, C*height*width; a multiple of `GROUP`.
+        numbers: numbers per image, C*height*width; a multiple of `GROUP`.
 
     Returns:
-        [B, 2] int64: the generator's seed, and the image's first number in what it draws.
+        [B, 2] int64: the generator's 32-bit seed, and the index of the image's first number in its sequence.
     """
     if isinstance(seed, int):
         return np.array([(seed & 0xFFFFFFFF, i * numbers) for i in range(batch)], np.int64)
@@ -147,10 +147,10 @@ def streams(seed: int | Sequence[int], batch: int, numbers: int) -> np.ndarray:
 
 
 def _mt19937(seed: int, count: int) -> np.ndarray:
-    """The generator's first words, 32 bits each, as [count] uint64."""
-    # RandomState seeds as MT19937's authors and torch do, and numpy promises that this never changes; `random_raw` is
-    # the generator's output itself. One is kept per thread: making one takes longer than a small picture's noise,
-    # since it asks the system for entropy.
+    """The first `count` 32-bit outputs of MT19937 for a seed, as [count] uint64."""
+    # RandomState seeds MT19937 as its authors and torch do, and numpy promises never to change that; `random_raw`
+    # returns the generator's raw output. Each thread keeps a generator: creating one asks the system for entropy, which
+    # takes longer than the noise of a small image.
     if not hasattr(_local, "bits"):
         _local.bits = np.random.MT19937()
         _local.seeding = np.random.RandomState(_local.bits)
@@ -160,7 +160,7 @@ def _mt19937(seed: int, count: int) -> np.ndarray:
 
 
 def _normal_scalar(seed: int, size: int) -> np.ndarray:
-    """torch's path below 16 numbers: Box-Muller in float64, from 53-bit uniforms, cosine first, then sine."""
+    """torch's path for fewer than 16 numbers: Box-Muller in float64 from 53-bit uniforms, cosine first, then sine."""
     pairs = (size + 1) // 2
     words = _mt19937(seed, 4 * pairs).reshape(pairs, 2, 2)
     bits = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)
@@ -171,21 +171,21 @@ def _normal_scalar(seed: int, size: int) -> np.ndarray:
 
 
 def _box_muller(uniforms: np.ndarray) -> np.ndarray:
-    """16 uniforms in [0, 1) give 16 normals: radius from the first 8, angle from the last 8."""
+    """Turn each 16 uniforms in [0, 1) into 16 normals: the first 8 give the radius, the last 8 the angle."""
     u = uniforms.reshape(-1, 2, 8)
     radius = _log(_F(1) - u[:, 0])
     radius *= _F(-2)
     np.sqrt(radius, out=radius)
     out = np.empty_like(u)
     np.multiply(_cos_sin(_TWO_PI * u[:, 1]), radius, out=out.transpose(1, 0, 2))
-    out += _F(0)  # turns -0 into +0, as torch's `fma(x, std, mean)` does
+    out += _F(0)  # turns -0 into +0, like torch's `fma(x, std, mean)`
     return out.reshape(-1)
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray | np.float64) -> np.ndarray:
-    """a * b + c in float32 with one rounding: `a` is float32, `b` and `c` float32 numbers in float64."""
-    # The product is exact in float64, so only the sum is rounded (twice, which changes the float32 result in about one
-    # of 2**29 cases).
+    """a * b + c, rounded to float32 once; `a` is float32, `b` and `c` are float32 values stored as float64."""
+    # The product is exact in float64. The sum is rounded to float64 and then to float32, which differs from a single
+    # rounding in about one of 2**29 cases.
     result = a.astype(np.float64)
     result *= b
     result += c
@@ -203,8 +203,8 @@ def _polynomial(x: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
 def _log(x: np.ndarray) -> np.ndarray:
     """Natural logarithm of positive normal float32 numbers (Cephes logf).
 
-    Where Cephes multiplies by a power of two or by the high half of log 2, the product is exact in float32, and a sum
-    is what its fused multiply-add gives.
+    Cephes's products by a power of two or by the high half of log 2 are exact in float32, so a plain product and sum
+    equal its fused multiply-add there.
     """
     mantissa, exponent = np.frexp(x)  # in [0.5, 1)
     small = mantissa < _SQRT_HALF
@@ -222,7 +222,7 @@ def _cos_sin(x: np.ndarray) -> np.ndarray:
     """Cosine and sine, [2, n, 8], of float32 numbers [n, 8] in [0, 2 pi] (Cephes cosf and sinf)."""
     octant = ((x * _FOUR_OVER_PI).astype(np.int32) + 1) & ~1
     y = octant.astype(_F)
-    x = x + y * _PI_4_HIGH  # y is at most 8: this product and the next are exact in float32
+    x = x + y * _PI_4_HIGH  # y is at most 8, so this product and the next are exact in float32
     x += y * _PI_4_MIDDLE
     x = _fma(y, _PI_4_LOW.astype(np.float64), x)
     z = x * x

@@ -1,6 +1,6 @@
 """Rotary position tables: token grid and text length -> cos and sin, [2, N, D/2] and [2, T, D/2] float32.
 
-Angles are float64 and each cos and sin is rounded once. Positions follow diffusers' `FluxPosEmbed` and
+Angles are computed in float64, and each cos and sin is rounded once. Positions follow diffusers' `FluxPosEmbed` and
 `QwenEmbedRope` with `scale_rope`.
 """
 
@@ -10,23 +10,24 @@ from functools import lru_cache
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import DType, Family, Rotary
+from arcflow_runtime.disk.families import Family, facts
+from arcflow_runtime.disk.manifest import DType, Rotary
 from arcflow_runtime.maths.dtypes import round_to
 
-# A table of a 1024 px image takes 2 MiB; a service uses few sizes at once.
+# The table of a 1024 px image takes 2 MiB, and a service uses only a few sizes at a time.
 _CACHED_TABLES = 16
 
 
 @lru_cache(maxsize=_CACHED_TABLES)
 def image_rotary(rotary: Rotary, family: Family, reference_dtype: DType, height: int, width: int) -> np.ndarray:
-    """The table of the image tokens, row by row.
+    """The rotary table of the image tokens, in row-major order.
 
-    FLUX's positions are (0, y, x). Qwen-Image centres them: y runs over -(h - h//2) ... h//2 - 1, x likewise.
+    FLUX uses positions (0, y, x). Qwen-Image centres them: y runs from -(h - h//2) to h//2 - 1, and x likewise.
 
     Args:
         rotary: theta and per-axis sizes of the head dimension D.
         family: the student's family.
-        reference_dtype: FLUX's reference casts cos and sin to its hidden dtype, so they are rounded to it.
+        reference_dtype: for FLUX, cos and sin are rounded to it, because the reference casts them to its hidden dtype.
         height: tokens per column.
         width: tokens per row.
 
@@ -35,7 +36,7 @@ def image_rotary(rotary: Rotary, family: Family, reference_dtype: DType, height:
     """
     y = np.repeat(np.arange(height), width)
     x = np.tile(np.arange(width), height)
-    if family == "qwen-image":
+    if facts(family).centred_positions:
         y, x = y - (height - height // 2), x - (width - width // 2)
     return _table(rotary, family, reference_dtype, np.stack([np.zeros_like(y), y, x], axis=1))
 
@@ -44,21 +45,21 @@ def image_rotary(rotary: Rotary, family: Family, reference_dtype: DType, height:
 def text_rotary(
     rotary: Rotary, family: Family, reference_dtype: DType, height: int, width: int, text_tokens: int
 ) -> np.ndarray:
-    """The table of the text tokens; arguments as for `image_rotary`.
+    """The rotary table of `text_tokens` T text tokens; see `image_rotary` for the other arguments.
 
-    FLUX's text has no positions. Qwen-Image's token j stands at max(h//2, w//2) + j on all axes.
+    FLUX gives every text token position 0. Qwen-Image gives token j the position max(h//2, w//2) + j on all axes.
 
     Returns:
         [2, T, D/2] float32 (cos, sin), read-only.
     """
     positions = np.zeros(text_tokens, np.int64)
-    if family == "qwen-image":
+    if facts(family).centred_positions:
         positions = max(height // 2, width // 2) + np.arange(text_tokens)
     return _table(rotary, family, reference_dtype, np.stack([positions] * 3, axis=1))
 
 
 def _table(rotary: Rotary, family: Family, reference_dtype: DType, positions: np.ndarray) -> np.ndarray:
-    """positions [N, 3] -> [2, N, D/2]; axis a of size d turns by position / theta^(2i/d)."""
+    """positions [N, 3] -> cos and sin [2, N, D/2] of the angles position / theta^(2i/d), for each axis of size d."""
     angles = np.concatenate(
         [
             positions[:, axis, None] * (1.0 / rotary.theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim))
@@ -67,7 +68,7 @@ def _table(rotary: Rotary, family: Family, reference_dtype: DType, positions: np
         axis=1,
     )
     table = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
-    if family == "flux":
+    if facts(family).rounds_rotary:
         table = round_to(table, reference_dtype)
     table.setflags(write=False)
     return table

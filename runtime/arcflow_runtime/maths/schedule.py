@@ -1,4 +1,4 @@
-"""The schedule: number of steps -> sigmas [S+1], and the timesteps [S] and guidance the student sees."""
+"""The noise schedule: number of steps -> sigmas [S+1], and the timestep [S] and guidance inputs of the student."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import DType, Family, Schedule
+from arcflow_runtime.disk.families import Family, facts
+from arcflow_runtime.disk.manifest import DType, Schedule
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.maths.dtypes import round_to
 
-#: The students' sinusoidal embedding takes sigma times this.
+#: The students' sinusoidal embedding is given sigma times this.
 TIMESTEP_SCALE = 1000
 
 
 @lru_cache(maxsize=16)
 def sigmas(num_inference_steps: int, schedule: Schedule) -> np.ndarray:
-    """Noise levels at the start of each step and 0 at the end.
+    """The noise level sigma at the start of each step, and 0 at the end.
 
     t_i = 1 - i / (S - 1 + r) and sigma(t) = shift * t / (1 + (shift - 1) * t), with r the timestep ratio
     (ArcFlow, arXiv 2602.09014). Two steps at shift 3.2 and r 1 give 1, 0.7619, 0.
@@ -39,11 +40,10 @@ def sigmas(num_inference_steps: int, schedule: Schedule) -> np.ndarray:
 
 
 def conditioning_timesteps(sigmas: np.ndarray, family: Family, reference_dtype: DType) -> np.ndarray:
-    """What the sinusoidal timestep embedding of each step is given.
+    """The input of the sinusoidal timestep embedding at each step.
 
-    The students were trained in `reference_dtype`, and its rounding is part of what they learnt. FLUX rounds
-    sigma to it and multiplies by 1000 in it: at sigma 0.7619, bfloat16 gives 760.0. Qwen-Image rounds sigma
-    only: 761.71875.
+    The students were trained in `reference_dtype`, so its rounding is reproduced. FLUX rounds sigma and the product
+    sigma * 1000: at sigma 0.7619, bfloat16 gives 760.0. Qwen-Image rounds sigma only: 761.71875.
 
     Args:
         sigmas: [S+1] float64 from `sigmas`.
@@ -55,12 +55,12 @@ def conditioning_timesteps(sigmas: np.ndarray, family: Family, reference_dtype: 
     """
     sigma = round_to(sigmas[:-1], reference_dtype)
     timesteps = sigma * np.float32(TIMESTEP_SCALE)
-    return round_to(timesteps, reference_dtype) if family == "flux" else timesteps
+    return round_to(timesteps, reference_dtype) if facts(family).rounds_timesteps else timesteps
 
 
 @lru_cache(maxsize=16)
 def timesteps_of(num_inference_steps: int, schedule: Schedule, family: Family, reference_dtype: DType) -> np.ndarray:
-    """`conditioning_timesteps` of a number of steps, [S] float32, read-only."""
+    """The `conditioning_timesteps` of a schedule with this number of steps, [S] float32, read-only."""
     timesteps = conditioning_timesteps(sigmas(num_inference_steps, schedule), family, reference_dtype)
     timesteps.setflags(write=False)
     return timesteps
@@ -68,6 +68,6 @@ def timesteps_of(num_inference_steps: int, schedule: Schedule, family: Family, r
 
 @lru_cache(maxsize=16)
 def conditioning_guidance(guidance_scale: float, reference_dtype: DType) -> np.float32:
-    """What FLUX's sinusoidal guidance embedding is given: 3.5 is seen as 3504 in bfloat16."""
+    """The input of FLUX's sinusoidal guidance embedding: guidance 3.5 becomes 3504 in bfloat16."""
     scaled = round_to(guidance_scale, reference_dtype) * np.float32(TIMESTEP_SCALE)
     return np.float32(round_to(scaled, reference_dtype))

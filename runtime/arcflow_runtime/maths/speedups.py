@@ -1,6 +1,7 @@
-"""Noise and update compiled (`speedups.cpp`): `compiled` is that module, or None where it was not built.
+"""Import the optional C++ versions of the noise and the update: `compiled` is that module, or None if it is missing.
 
-Noise is the same bit for bit either way, and updates are to the last place of float32.
+`noise.py` and `update.py` call it. Noise is the same bit for bit either way; updates agree to the last place of
+float32.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from types import ModuleType
 compiled: ModuleType | None
 try:
     from arcflow_runtime.maths import _speedups
-except ImportError:  # there was no C++ compiler at the installation
+except ImportError:  # no C++ compiler was found when the package was installed
     compiled = None
 else:
     compiled = _speedups

@@ -1,1 +1,1 @@
-"""Build a bundle's tokenizers as OpenVINO models, for readers without the tokenizers library."""
+"""Build a bundle's tokenizers as OpenVINO models, for the C++ library, which has no tokenizers library."""

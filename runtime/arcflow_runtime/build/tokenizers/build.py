@@ -1,8 +1,8 @@
-"""Build a bundle's tokenizers for OpenVINO: tokenizer.json -> models in `openvino/`, with a record.
+"""Build a bundle's tokenizers for OpenVINO: each tokenizer.json -> a model in `openvino/`, with a record of all.
 
-A model is put in its place only if it gives the tokenizers library's ids for every probe prompt. The record is the
-commit point: models are written under names of their own first, then the record is renamed into place, then what it
-does not name is removed.
+Called by `arcflow build --backend openvino`. A model is kept only if it gives the same ids as the tokenizers library
+for every probe prompt. Models exist once the record does: they are first written under unique names, then the record is
+renamed into place, then files that it does not name are removed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,28 @@ from typing import TYPE_CHECKING, Any
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.files import is_full, locked_folder, sha256_file
 from arcflow_runtime.disk.manifest import OPENVINO
-from arcflow_runtime.disk.tokenizer_record import RECORD, BuiltTokenizer, ModelFile, Record, read_record
+from arcflow_runtime.disk.tokenizer_record import (
+    RECORD_FILE,
+    BuiltTokenizer,
+    ModelFile,
+    TokenizerRecord,
+    read_tokenizer_record,
+)
 from arcflow_runtime.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-#: Raised when a change here makes other models of the same tokenizer.json.
+#: Version of this conversion; increase it when a change makes different models from the same tokenizer.json.
 CONVERTER = 1
 _PARTIAL = ".partial"
-# More than a stream's buffer: what a failed write of OpenVINO's leaves free is less.
+# More than the disk space that a failed write by OpenVINO can leave free, which is less than a stream's buffer.
 _PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class BuiltRow:
-    """What became of one tokenizer: its files' size, whether they were there already, what changed if not."""
+    """The result for one tokenizer: size of its files, whether existing ones were reused, and if not, what changed."""
 
     name: str
     bytes: int
@@ -42,11 +48,11 @@ class BuiltRow:
 
 
 def build_tokenizers(bundle: Bundle) -> list[BuiltRow]:
-    """Build the tokenizers that are not there yet, all or none.
+    """Build the tokenizers that are missing or out of date. If one fails, nothing changes.
 
     Raises:
-        EngineError: a tokenizer cannot be built, or would give other ids; or the folder cannot be written.
-        BundleError: a tokenizer.json is none.
+        EngineError: a tokenizer cannot be built or would give other ids, or the folder cannot be written.
+        BundleError: a tokenizer.json cannot be read as a tokenizer.
     """
     import openvino_tokenizers
     from openvino import get_version
@@ -71,7 +77,7 @@ def build_tokenizers(bundle: Bundle) -> list[BuiltRow]:
                 rows.append(BuiltRow(name, size, reused, tuple(changed)))
             if found is None or built != found.tokenizers or not all(row.reused for row in rows):
                 created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                _commit(folder, Record(built, CONVERTER, created=created, **versions))
+                _commit(folder, TokenizerRecord(built, CONVERTER, created=created, **versions))
         except OSError as e:
             if is_full(e):
                 raise EngineError(f"the disk of {folder} is full; the unfinished tokenizers were removed") from e
@@ -81,8 +87,10 @@ def build_tokenizers(bundle: Bundle) -> list[BuiltRow]:
     return rows
 
 
-def _changes(found: Record | None, damage: list[str], name: str, source: str, versions: dict[str, str]) -> list[str]:
-    """Why a tokenizer is built again, one short text each; empty if it need not be, or never was."""
+def _changes(
+    found: TokenizerRecord | None, damage: list[str], name: str, source: str, versions: dict[str, str]
+) -> list[str]:
+    """The reasons for building a tokenizer again, one short text each; empty if there is no reason or no record."""
     if found is None:
         return damage
     changed = [f"{k} ({old} to {new})" for k, new in versions.items() if (old := getattr(found, k)) != new]
@@ -96,11 +104,11 @@ def _changes(found: Record | None, damage: list[str], name: str, source: str, ve
     return changed
 
 
-def _read(bundle: Bundle) -> tuple[Record | None, list[str]]:
+def _read(bundle: Bundle) -> tuple[TokenizerRecord | None, list[str]]:
     try:
-        return read_record(bundle), []
+        return read_tokenizer_record(bundle), []
     except EngineError as e:
-        return None, [f"what was built is damaged ({e})"]
+        return None, [f"the built tokenizers are damaged ({e})"]
 
 
 def _build_one(bundle: Bundle, name: str, partial: Path) -> BuiltTokenizer:
@@ -122,9 +130,9 @@ def _build_one(bundle: Bundle, name: str, partial: Path) -> BuiltTokenizer:
     model = build_graph(json.loads(text), str(path))
     graph, weights = partial / f"{name}.xml", partial / f"{name}.bin"
     try:
-        # Scores of a unigram model stay as they are.
+        # compress_to_fp16 would round the scores of a unigram model.
         ov.save_model(model, graph, compress_to_fp16=False)
-    except RuntimeError as e:  # what OpenVINO raises for everything, a full disk too
+    except RuntimeError as e:  # OpenVINO raises this for all errors, a full disk included
         _check_space(partial)
         raise EngineError(f"{graph} cannot be written: {str(e).strip().splitlines()[-1]}") from e
     prefix, suffix = _special_ids(tokenizer)
@@ -139,7 +147,7 @@ def _build_one(bundle: Bundle, name: str, partial: Path) -> BuiltTokenizer:
 
 
 def _check_space(folder: Path) -> None:
-    """Raise the operating system's error if the disk has no room for a small file."""
+    """Raise the operating system's OSError if the disk has no space for a small file."""
     probe = folder / ".space"
     try:
         with probe.open("wb") as f:
@@ -155,7 +163,7 @@ def _compile(graph: Path) -> Any:
 
 
 def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and after a text's."""
+    """The special-token ids that the post-processor puts before and after a text's ids."""
     encoding = tokenizer.encode("a", add_special_tokens=False)
     ids, whole = encoding.ids, tokenizer.post_process(encoding, None, True).ids
     start = next((i for i in range(len(whole) - len(ids) + 1) if whole[i : i + len(ids)] == ids), 0)
@@ -168,7 +176,7 @@ def _verify(path: Path, tokenizer: Tokenizer, model: Any, prefix: list[int], suf
     def ids(prompt: str) -> list[int]:
         try:
             return model([prompt])[0].tolist()
-        except RuntimeError as e:  # what OpenVINO raises for everything; its last line says what was wrong
+        except RuntimeError as e:  # OpenVINO raises this for all errors; the last line of its text gives the reason
             reason = str(e).strip().splitlines()[-1]
             raise EngineError(f"{path}: OpenVINO fails on the prompt {shown_prompts([prompt])}: {reason}") from e
 
@@ -176,19 +184,19 @@ def _verify(path: Path, tokenizer: Tokenizer, model: Any, prefix: list[int], suf
     if different := different_prompts(tokenizer, ids, prompts):
         raise EngineError(
             f"{path}: OpenVINO would give other ids than the tokenizers library for {len(different)} of {len(prompts)} "
-            f"probe prompts: {shown_prompts(different)}; give token ids instead of prompts"
+            f"probe prompts: {shown_prompts(different)}; pass token ids instead of prompts"
         )
     for prompt in prompts:
         text = tokenizer.encode(prompt, add_special_tokens=False).ids
         if tokenizer.encode(prompt, add_special_tokens=True).ids != [*prefix, *text, *suffix]:
             raise EngineError(
                 f"{path}: its post-processor does more than put special tokens before and after the text "
-                f"({shown_prompts([prompt])}); give token ids instead of prompts"
+                f"({shown_prompts([prompt])}); pass token ids instead of prompts"
             )
 
 
 def _place(path: Path) -> ModelFile:
-    """Move a finished file out of the folder of unfinished ones, to a name by its content."""
+    """Move a finished file from the temporary folder to its final place, under a name that contains its hash."""
     with path.open("rb") as f:
         os.fsync(f.fileno())
     digest = sha256_file(path)
@@ -198,25 +206,25 @@ def _place(path: Path) -> ModelFile:
     return ModelFile(final.name, size, digest)
 
 
-def _commit(folder: Path, record: Record) -> None:
-    partial = folder / f"{RECORD}{_PARTIAL}"
+def _commit(folder: Path, record: TokenizerRecord) -> None:
+    partial = folder / f"{RECORD_FILE}{_PARTIAL}"
     with partial.open("w", encoding="utf-8") as f:
         f.write(record.to_json())
         f.flush()
         os.fsync(f.fileno())
-    os.replace(partial, folder / RECORD)
+    os.replace(partial, folder / RECORD_FILE)
 
 
 def _clean(folder: Path) -> None:
-    """Remove what no record names: earlier models, and what was being written when a build stopped."""
-    kept = {RECORD}
-    path = folder / RECORD
+    """Remove files that the record does not name: earlier models, and unfinished files of stopped builds."""
+    kept = {RECORD_FILE}
+    path = folder / RECORD_FILE
     if path.exists():
         try:
             built = json.loads(path.read_bytes())["tokenizers"].values()
             kept |= {t[kind]["file"] for t in built for kind in ("graph", "weights")}
         except (ValueError, KeyError, TypeError, AttributeError):
-            return  # what a damaged record named is not known
+            return  # the files of a damaged record are unknown, so nothing is removed
     for path in folder.iterdir():
         if path.name == _PARTIAL:
             shutil.rmtree(path)

@@ -1,8 +1,9 @@
-"""A map from characters to texts -> the `precompiled_charsmap` that SentencePiece's normalizer reads.
+"""Encode character replacements: a map from characters to texts -> SentencePiece's `precompiled_charsmap` bytes.
 
-Its layout: the size of the trie in bytes (uint32), the trie, then the texts, each ended by a zero byte. The trie is a
-double array as in darts-clone (github.com/s-yata/darts-clone): 32-bit units, where a node at index `i` has its child by
-byte `c` at `i ^ offset ^ c`, and its value, the place of its text, at the child by zero.
+`graph.py` uses it for normalizers. The layout: the size of the trie in bytes (uint32), the trie, then the texts, each
+terminated by a zero byte. The trie is a double array as in darts-clone (github.com/s-yata/darts-clone) of 32-bit units:
+the child of the node at index `i` for byte `c` is at `i ^ offset ^ c`. A node's value, the offset of its text, is at
+its child for byte 0.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 
 _HAS_VALUE = 1 << 8
 _IS_VALUE = 1 << 31
-#: Label of unused units: no byte of UTF-8, so that no text walks into one.
+#: Label of unused units: 0xFF never occurs in UTF-8, so a lookup never reaches one.
 _UNUSED = 0xFF
 _BLOCK = 256
 _MAX_OFFSET = 1 << 21
 
 
 def build_charsmap(replaced: Mapping[str, str]) -> bytes:
-    """The charsmap that replaces each of the characters `replaced` by its text; one character is one code point."""
+    """Encode a map: each key of `replaced`, one code point, is replaced by its text."""
     texts, values = bytearray(), {}
     for char, text in replaced.items():
         values[char.encode()] = len(texts)

@@ -1,10 +1,11 @@
-"""A tokenizer.json of the tokenizers library -> an OpenVINO model that gives a text's ids.
+"""Convert a tokenizer.json of the tokenizers library to an OpenVINO model: text -> token ids.
 
-openvino-tokenizers has an operation for each stage of a tokenizer. Its own converter, `convert_tokenizer`, is not used:
-it needs transformers, adds padding and truncation, and chooses operations that differ in places where prompts do (it
-folds case where a tokenizer lowers it, so that "Straße" becomes "strasse"; it takes only spaces for whitespace before
-T5; it spells out the end of a word after CLIP's special tokens). Here its operations are put together so that they do
-what the tokenizers library does, and what they cannot do is refused.
+The model is assembled from the operations of openvino-tokenizers, one or more per stage of the tokenizer, to give the
+same ids as the tokenizers library. A tokenizer that these operations cannot express is rejected.
+
+The package's own converter, `convert_tokenizer`, is not used. It needs transformers, adds padding and truncation, and
+gives other ids for some prompts: it folds case where a tokenizer lowers it, so that "Straße" becomes "strasse"; before
+T5, it takes only spaces for whitespace; after CLIP's special tokens, it spells out the end-of-word suffix.
 """
 
 from __future__ import annotations
@@ -19,36 +20,43 @@ from arcflow_runtime.errors import EngineError
 if TYPE_CHECKING:
     import openvino as ov
 
-#: Outputs of operations on texts: where rows begin and end, where their pieces do, bytes, whether a piece is special.
+#: Outputs of an operation on texts: begins and ends of rows, begins and ends of pieces, their bytes, and, once added
+#: tokens are split off, flags of special pieces.
 _Nodes = list[Any]
 
-#: Unicode's White_Space, which Rust's `char::is_whitespace` follows; `\s` of PCRE2 has U+180E besides.
+#: Unicode's White_Space property, as in Rust's `char::is_whitespace`; `\s` of PCRE2 also matches U+180E.
 _WHITESPACE = r"[\x{09}-\x{0D}\x{20}\x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]+"
 _LAST_CODE_POINT = 0x10FFFF
 _SURROGATES = range(0xD800, 0xE000)
-#: openvino-tokenizers gives replaced text four bytes for each of the text's before it returns the text unchanged.
+#: openvino-tokenizers reserves four output bytes per input byte for a replacement; if that is too little, it returns
+#: the text unchanged.
 _MAX_REPLACEMENT_BYTES = 4
 
 
 def build_graph(data: dict[str, Any], where: str) -> ov.Model:
-    """The model of a decoded tokenizer.json: input `text` [1] string, output `ids` [T] int32, no special tokens added.
+    """Build the model of a tokenizer: input `text` [1] string, output `ids` [T] int32 without special tokens.
+
+    Args:
+        data: the decoded tokenizer.json.
+        where: its path, for messages.
 
     Raises:
-        EngineError: the tokenizer has something that no operation does; the message starts with `where`.
+        EngineError: no operation can do what the tokenizer needs; the message starts with `where`.
     """
     import openvino as ov
     from openvino_tokenizers import _get_opset_factory
     from openvino_tokenizers.tokenizer_pipeline import TokenizerPipeline
 
     graph = _Graph(where)
-    # Its shape is left open: the operations would take the number of texts for that of pieces.
+    # The shape is dynamic, because the operations would use a static number of texts as the number of pieces.
     text = ov.op.Parameter(ov.Type.string, ov.PartialShape(["?"]))
     text.output(0).tensor.add_names({"text"})
     unpacked = _get_opset_factory("opset15").create("StringTensorUnpack", text.outputs()).outputs()
     nodes: _Nodes = TokenizerPipeline.add_ragged_dimension(unpacked)
     added = data.get("added_tokens") or []
-    # Tokens that are looked for in normalised text. The operation that cuts tokens out works once in a graph, so where
-    # there are both kinds all are looked for in the text as it is; that matters to nobody who spells them right.
+    # The tokenizers library searches for tokens with "normalized" in the normalised text, for others in the text
+    # itself. The operation that splits tokens off works only once per graph, so if a tokenizer has both kinds, all of
+    # them are searched for in the text itself. That differs only for tokens that become equal by normalisation.
     late = bool(added) and all(t["normalized"] for t in added)
     if late:
         added = _normalized(data, added)
@@ -65,20 +73,20 @@ def build_graph(data: dict[str, Any], where: str) -> ov.Model:
     ids = graph.tokenize(nodes, data["model"], added, byte_level)
     ids.tensor.set_names({"ids"})
     model = ov.Model([ids], [text], "tokenizer")
-    # Of themselves operations are named by a counter of the process; so the same tokenizer is the same file.
+    # By default, operations get names from a counter of the process. Fixed names make equal tokenizers equal files.
     for i, node in enumerate(model.get_ordered_ops()):
         node.set_friendly_name(f"{node.get_type_name()}_{i}")
     return model
 
 
 class _Graph:
-    """The stages, each from nodes to nodes."""
+    """Adds the operations of each tokenizer stage to the graph; each method maps nodes to nodes."""
 
     def __init__(self, where: str) -> None:
         self._where = where
 
     def split_added(self, nodes: _Nodes, added: list[dict[str, Any]]) -> _Nodes:
-        """Cut out the tokens that stand for themselves, and flag them for later stages to leave alone."""
+        """Split off the added tokens as pieces of their own, flagged so that later stages do not change them."""
         from openvino_tokenizers.tokenizer_pipeline import SpecialToken, SpecialTokensSplit
 
         for token in added:
@@ -88,7 +96,7 @@ class _Graph:
         return split.get_ov_subgraph(list(nodes))
 
     def normalize(self, nodes: _Nodes, step: dict[str, Any]) -> _Nodes:
-        """One normalizer; special pieces are left alone."""
+        """Add one normalizer; it does not change special pieces."""
         kind = step["type"]
         if kind in ("NFC", "NFD", "NFKC", "NFKD"):
             return self._charsmap(nodes, None, kind.lower())
@@ -104,7 +112,7 @@ class _Graph:
         raise self._cannot(f"normalizer {kind}")
 
     def pretokenize(self, nodes: _Nodes, step: dict[str, Any]) -> _Nodes:
-        """One pre-tokenizer: pieces to smaller pieces."""
+        """Add one pre-tokenizer, which splits pieces into smaller ones."""
         kind = step["type"]
         if kind == "WhitespaceSplit":
             return self._split(nodes, _WHITESPACE, "remove", False)
@@ -112,19 +120,19 @@ class _Graph:
             behavior = {"Removed": "remove", "Isolated": "isolate"}[step["behavior"]]
             return self._split(nodes, self._pattern(step["pattern"]), behavior, step["invert"])
         if kind == "ByteLevel" and not step["add_prefix_space"]:
-            # The characters that stand for bytes are undone in the vocabulary instead.
+            # ByteLevel maps bytes to printable characters. Here the vocabulary is mapped back to bytes instead.
             return self._split(nodes, _BYTE_LEVEL, "isolate", False) if step.get("use_regex", True) else nodes
         if kind == "Metaspace" and step["prepend_scheme"] in ("always", "never"):
             mark = step["replacement"]
             nodes = self._replace(nodes, " ", mark)
             if step["prepend_scheme"] == "always":
                 nodes = self._replace(nodes, f"^([^{mark}])", f"{mark}$1")
-            # The library's merging split loses all but the last of several marks.
+            # openvino-tokenizers' split with merging drops all but the last of several marks in a row.
             return self._split(nodes, f"{mark}[^{mark}]*|[^{mark}]+", "isolate", False) if step["split"] else nodes
         raise self._cannot(f"pre-tokenizer {kind} ({', '.join(f'{k}={v!r}' for k, v in step.items() if k != 'type')})")
 
     def tokenize(self, nodes: _Nodes, model: dict[str, Any], added: list[dict[str, Any]], byte_level: bool) -> Any:
-        """Pieces to the ids of all of them, one after the other."""
+        """Add the model, which turns all pieces into ids, in order."""
         kind = model.get("type")
         if kind == "BPE":
             step = self._bpe(model, added, byte_level)
@@ -153,9 +161,9 @@ class _Graph:
         by_id = {i: apply_unicode_to_bytes(token) for token, i in model["vocab"].items()}
         known = set(by_id.values())
         if any(bytes([byte]) + end not in known for byte in range(256) for end in {b"", suffix.encode()}):
-            # What is not found is spelled out here and unknown there, suffix and all.
+            # For a piece without a token, openvino-tokenizers and the tokenizers library give different ids.
             raise self._cannot("BPE without a token for every byte, within and at the end of a word,")
-        # Every piece gets the suffix, special ones too; with it they must still be found whole.
+        # The operation appends the suffix to every piece, special ones included, so they are listed with it as well.
         special = {t["content"].encode(): t["id"] for t in added}
         special |= {content + suffix.encode(): i for content, i in special.items()}
         by_id |= {i: content for content, i in special.items()}
@@ -205,12 +213,12 @@ class _Graph:
 
     def _cannot(self, what: str) -> EngineError:
         return EngineError(
-            f"{self._where}: {what} has no counterpart in openvino-tokenizers; give token ids instead of prompts"
+            f"{self._where}: {what} is not supported by openvino-tokenizers; pass token ids instead of prompts"
         )
 
 
 def lowered_characters() -> dict[str, str]:
-    """Every character that the tokenizers library's Lowercase changes, with what it becomes."""
+    """Each character that the tokenizers library's Lowercase changes -> its lowercase text."""
     from tokenizers.normalizers import Lowercase
 
     chars = [chr(c) for c in range(1, _LAST_CODE_POINT + 1) if c not in _SURROGATES and c != ord("\n")]
@@ -219,7 +227,7 @@ def lowered_characters() -> dict[str, str]:
 
 
 def _flat(step: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer and those in its sequences, in order."""
+    """A normalizer or pre-tokenizer as a flat list, with nested sequences expanded in order."""
     if step is None:
         return []
     if step["type"] == "Sequence":
@@ -228,7 +236,7 @@ def _flat(step: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
 
 
 def _normalized(data: dict[str, Any], added: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The added tokens as they look in normalised text."""
+    """The added tokens with their content normalised, as they occur in normalised text."""
     from tokenizers import Tokenizer
 
     normalizer = Tokenizer.from_str(json.dumps(data)).normalizer
@@ -237,5 +245,5 @@ def _normalized(data: dict[str, Any], added: list[dict[str, Any]]) -> list[dict[
     return [token | {"content": normalizer.normalize_str(token["content"])} for token in added]
 
 
-#: The regex of the tokenizers library's ByteLevel.
+#: The regular expression of the tokenizers library's ByteLevel pre-tokenizer.
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -1,4 +1,4 @@
-"""Prompts on which a built tokenizer must agree with the tokenizers library, and where it does not."""
+"""Compare a built tokenizer with the tokenizers library on probe prompts: -> the prompts with different ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
-#: One each of what tokenizers treat differently, and what one of openvino-tokenizers' operations once got wrong.
+#: One prompt for each kind of text that tokenizers treat differently, and texts that an operation of
+#: openvino-tokenizers once got wrong.
 PROBES = (
     "",
     " ",
@@ -42,17 +43,17 @@ _SHOWN_CHARACTERS = 40
 
 
 def probe_prompts(tokenizer: Tokenizer) -> list[str]:
-    """`PROBES`, and some that hold the tokenizer's own special tokens."""
+    """`PROBES`, and prompts that contain the tokenizer's own special tokens."""
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     return [*PROBES, *(text for t in added for text in (t, f"{t}{t}", f"a {t} b", f"a{t}b", f" {t}\n"))]
 
 
 def different_prompts(tokenizer: Tokenizer, ids: Callable[[str], list[int]], prompts: list[str]) -> list[str]:
-    """Those whose ids differ from the library's, special tokens left out."""
+    """The prompts for which `ids` differs from the tokenizers library without special tokens."""
     return [p for p in prompts if ids(p) != tokenizer.encode(p, add_special_tokens=False).ids]
 
 
 def shown_prompts(prompts: list[str]) -> str:
-    """The first of them, for a message."""
+    """The first few prompts, shortened, for an error message."""
     texts = [repr(p if len(p) <= _SHOWN_CHARACTERS else p[:_SHOWN_CHARACTERS] + "...") for p in prompts[:_SHOWN]]
     return ", ".join(texts) + (f" and {len(prompts) - _SHOWN} more" if len(prompts) > _SHOWN else "")
