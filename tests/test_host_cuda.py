@@ -1,11 +1,12 @@
-"""The GPU runtime on a CUDA driver of host memory: the real cuda-core, captures, kernels, whole images, every failure.
+"""The GPU runtime on a CUDA driver made of host memory: real cuda-core, captures, kernels, images and every failure.
 
-The cases are in `tests/host_cuda/*_cases.py`. They run in one process of their own, whose `libcuda.so.1` is the driver
-that is built here: this process must not have it, for other tests say what happens without a GPU.
+The cases are in `tests/host_cuda/*_cases.py`. Each of those files runs in a process of its own, whose `libcuda.so.1` is
+the driver. The process of the other tests must not load it, because they check what happens without a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,25 +22,23 @@ from tests.host_cuda.build import CannotBuildError, build
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "host_cuda"
-FILES = sorted(HERE.glob("*_cases.py"))
 CASES = [
     (path.stem, name)
-    for path in FILES
+    for path in sorted(HERE.glob("*_cases.py"))
     for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
-#: Of all cases together, which take about a minute on two busy cores.
-TIMEOUT_S = 900
+#: Ends a process that hangs. Either file takes less than a minute on one busy core.
+TIMEOUT_S = 600
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory, request):
-    """Variables of a process that has the driver; skips where it cannot be built."""
-    for module in ("cuda.core", "cuda.bindings.nvrtc"):
-        if importlib.util.find_spec(module.split(".")[0]) is None or importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: the GPU runtime cannot be tried")
-    folder = Path(os.environ.get("ARCFLOW_HOST_CUDA_BUILD") or tmp_path_factory.mktemp("host_cuda"))
+def environment(once, request, tmp_path_factory):
+    """The environment of a process that loads the driver; skips where the driver cannot be built."""
+    for module in ("cuda", "cuda.core", "cuda.bindings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed, and the GPU runtime needs it")
     try:
-        build(folder)
+        folder = once("driver of host memory", build)
     except CannotBuildError as e:
         pytest.skip(str(e))
     cache = getattr(request.config, "cache", None)
@@ -52,11 +51,11 @@ def environment(tmp_path_factory, request):
 
 
 @pytest.fixture(scope="module")
-def run_cases(environment, bundles, tmp_path_factory):
-    """A function (*pytest's arguments, **variables) that runs cases in a process with the driver.
+def run_cases(environment, bundles, once):
+    """A function (file, *pytest's arguments, **variables) that runs cases once, in a process with the driver.
 
-    It returns by file and function what each case came to: its name, what kept it from passing or "", whether it was
-    skipped.
+    It returns a dict: the name of a test function -> its cases, each as (name, message, skipped). The message is empty
+    if the case passed.
     """
     roots = {
         "flux": bundles("flux-tiny"),
@@ -64,62 +63,64 @@ def run_cases(environment, bundles, tmp_path_factory):
         "conditioner": bundles("qwen-tiny", keep_conditioner=True),
         "float16": bundles("flux-tiny", dtype="float16"),
     }
-    own = {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
+    given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 
-    def run(*arguments, **variables):
-        report = tmp_path_factory.mktemp("cases") / "report.xml"
-        # `-c`: without the options of this project, some of which name modules that a runtime does not have.
-        options = ["-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "-p", "no:cacheprovider"]
-        command = [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, f"--junit-xml={report}", *arguments]
-        done = subprocess.run(
-            list(map(str, command)),
-            cwd=ROOT,
-            env=environment | own | variables,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-        if not report.is_file():
-            end = done.stdout[-4000:] + done.stderr[-8000:]
-            pytest.fail(f"the process of the cases ended with {done.returncode}:\n{end}")
-        found: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
-        for case in ElementTree.parse(report).iter("testcase"):
-            wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]
-            text = "\n".join(f"{c.get('message', '')}\n{c.text or ''}" for c in wrong)
-            key = (case.get("classname", "").split(".")[-1], case.get("name", "").split("[")[0])
-            skipped = bool(wrong) and all(c.tag == "skipped" for c in wrong)
-            found.setdefault(key, []).append((case.get("name", ""), text, skipped))
-        return found
+    def run(file, *arguments, **variables):
+        def make(folder):
+            # `-c`: without this project's options for pytest.
+            options = ["-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "-p", "no:cacheprovider"]
+            command = [sys.executable, "-X", "faulthandler", "-m", "pytest", *options]
+            command += [f"--junit-xml={folder / 'report.xml'}", *arguments, HERE / f"{file}.py"]
+            with (folder / "output").open("w") as output, contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [str(c) for c in command],
+                    cwd=ROOT,
+                    env=given | variables,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=TIMEOUT_S,
+                )
+
+        folder = once(f"cases on the driver: {file} {arguments} {variables}", make)
+        if not (folder / "report.xml").is_file():
+            end = (folder / "output").read_text(errors="replace")[-8000:]
+            pytest.fail(f"the process crashed or hung:\n{end}", pytrace=False)
+        return read_report(folder / "report.xml")
 
     return run
 
 
-@pytest.fixture(scope="module")
-def outcomes(run_cases):
-    """All cases, run once."""
-    return run_cases(*FILES)
-
-
-@pytest.mark.parametrize(("file", "name"), CASES)
-def test_on_the_host_driver(file, name, outcomes):
-    assert (file, name) in outcomes, "the case was not run"
-    judge(outcomes[file, name])
+def read_report(path):
+    """See `run_cases`."""
+    found: dict[str, list[tuple[str, str, bool]]] = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name = case.get("name", "")
+        wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        message = "\n".join(f"{c.get('message', '')}\n{c.text or ''}" for c in wrong)
+        skipped = bool(wrong) and all(c.tag == "skipped" for c in wrong)
+        found.setdefault(name.split("[")[0], []).append((name, message, skipped))
+    return found
 
 
 def judge(cases):
-    """Fail or skip as the cases of one function did."""
-    failed = [f"{case}: {text}" for case, text, skipped in cases if text and not skipped]
+    """Fail or skip as the cases of one test function did."""
+    failed = [f"{name}: {message}" for name, message, skipped in cases if message and not skipped]
     if failed:
         pytest.fail("\n\n".join(failed), pytrace=False)
     if all(skipped for _, _, skipped in cases):
         pytest.skip(cases[0][1].strip())
 
 
+@pytest.mark.parametrize(("file", "name"), CASES)
+def test_on_the_driver(file, name, run_cases):
+    judge(run_cases(file)[name])
+
+
 @pytest.mark.slow
 def test_a_thousand_images_of_many_threads(run_cases):
-    """12 images of three shapes, each 84 times."""
-    outcomes = run_cases(HERE / "image_cases.py", "-k", "changing_shapes", HOST_CUDA_AGAIN="84")
-    judge(outcomes["image_cases", "test_changing_shapes_of_many_threads"])
+    """12 images of three shapes, each generated 84 times."""
+    name = "test_changing_shapes_of_many_threads"
+    judge(run_cases("image_cases", "-k", name, HOST_CUDA_AGAIN="84")[name])
 
 
 def test_without_a_device(environment):

@@ -1,7 +1,7 @@
-"""Builds the CUDA driver of host memory: cuda.h and the sources beside this file -> a folder with libcuda.so.1.
+"""Build the CUDA driver made of host memory: cuda.h and the sources beside this file -> a folder with libcuda.so.1.
 
-Run it as a program to build without pytest: `python tests/host_cuda/build.py FOLDER`. A program finds the driver by
-`LD_LIBRARY_PATH=FOLDER`.
+To build it without pytest: `python tests/host_cuda/build.py FOLDER`. Programs started with `LD_LIBRARY_PATH=FOLDER`
+load this driver.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 NAME = "libcuda.so.1"
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-#: Kernels run bit for bit as their source says: no multiplication is joined with an addition.
+#: The compiler must not fuse operations that the kernels' source keeps apart.
 _EXACT = "-ffp-contract=off"
 _WHEEL = "nvidia-cuda-runtime"
 
 
 class CannotBuildError(Exception):
-    """There is no compiler or no cuda.h here; the message says what to install."""
+    """There is no compiler or no cuda.h; the message says what to install."""
 
 
 def find_header() -> Path:
-    """cuda.h of CUDA 13: of the wheel, or of CUDA's toolkit.
+    """Find cuda.h of CUDA 13 in the nvidia-cuda-runtime wheel or in the CUDA toolkit.
 
     Raises:
         CannotBuildError: there is none.
@@ -47,7 +47,7 @@ def find_header() -> Path:
 
 
 def error_table(header: str) -> str:
-    """C++ of a table NAMES: code, name and text of every CUresult in cuda.h."""
+    """Generate the C++ table NAMES: the code, name and text of every CUresult in cuda.h."""
     found = re.search(r"typedef enum cudaError_enum \{(.*?)\} CUresult;", header, re.DOTALL)
     assert found is not None, "cuda.h has another form"
     names = re.findall(r"^\s+(CUDA_\w+)\s*=", found[1], re.MULTILINE)
@@ -57,10 +57,10 @@ def error_table(header: str) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Build into `folder`, unless what is there was built from the same files.
+    """Build into `folder`. Does nothing if `folder` has a build from the same files.
 
     Returns:
-        The library.
+        The path of the library.
 
     Raises:
         CannotBuildError: there is no compiler or no cuda.h.

@@ -1,4 +1,4 @@
-// Calls of the driver: the lock, the counts, the failures that a test asked for; and host_cuda.h.
+// The start of every driver call (lock, counters, injected failures), and the functions of host_cuda.h.
 #include <cstdlib>
 
 #include "driver.h"
@@ -26,7 +26,7 @@ bool matches(const Failure &failure, const std::string &name, bool is_work) {
     return is_work ? failure.function == "run" : failure.function == "*" && !gives_back(name);
 }
 
-// What is destroyed goes without the lock: it may hold what is the program's.
+// Frees everything. Work and graphs are destroyed without the lock, because they may own objects of the program.
 void forget_everything(Lock &lock) {
     State &all = state();
     const auto streams = std::move(all.streams);
@@ -50,7 +50,7 @@ void forget_everything(Lock &lock) {
 }  // namespace
 
 State &state() {
-    // Never destroyed: other libraries call the driver until the process ends.
+    // Never destroyed, because other libraries call the driver until the process ends.
     static State *const all = [] {
         auto *made = new State;
         made->legacy = std::make_shared<CUstream_st>();
@@ -102,7 +102,7 @@ Call::Call(const char *function, Needs needs) : lock(state().mutex) {
     } else if (needs == Needs::context) {
         error = due(name, false);
     } else {
-        for (const Failure &failure : all.failures) {  // "*" is for calls with a context
+        for (const Failure &failure : all.failures) {  // by name only: "*" stands for calls that need a context
             if (failure.function == name) {
                 error = due(name, false);
                 break;
@@ -129,11 +129,6 @@ void host_cuda_reset() {
 void host_cuda_set_memory(size_t bytes) {
     const Lock lock(state().mutex);
     set_memory(bytes);
-}
-
-void host_cuda_set_present(int present) {
-    const Lock lock(state().mutex);
-    state().present = present != 0;
 }
 
 void host_cuda_fail(const char *function, long nth, CUresult error, int when) {

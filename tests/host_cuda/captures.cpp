@@ -1,8 +1,8 @@
-// Captures and graphs: what is recorded, what breaks a recording, and how a graph is run.
+// Captures and graphs: what a capture records, what invalidates it, and how a graph runs.
 //
-// The rules are those of CUDA's programming guide, "Stream Capture: Prohibited and Unhandled Operations" and
-// "Invalidation", and of cuThreadExchangeStreamCaptureMode in cuda.h. Of "potentially unsafe" calls CUDA names
-// allocating and querying an event; here whatever allocates, frees, loads code or waits counts as one.
+// The rules come from the CUDA programming guide ("Prohibited and Unhandled Operations" and "Invalidation" of stream
+// capture) and from cuThreadExchangeStreamCaptureMode in cuda.h. CUDA does not list all "potentially unsafe" calls.
+// Here every call that allocates, frees, loads code or waits is one.
 #include <algorithm>
 
 #include "driver.h"
@@ -12,7 +12,7 @@ namespace {
 
 thread_local CUstreamCaptureMode mode_of_thread = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
-// Runs nodes so that a missing dependency shows: of those that may come next, the one captured last.
+// Runs the nodes in the order that shows missing dependencies: of the nodes that may run next, the one captured last.
 CUresult run(const CUgraph_st &graph) {
     std::vector<bool> done(graph.nodes.size());
     for (size_t count = 0; count < graph.nodes.size(); ++count) {
@@ -42,7 +42,7 @@ std::vector<Event> events_of(const CUgraph_st &graph) {
     return all;
 }
 
-// Whether every node comes before where a stream is.
+// Whether all nodes are among those in `last` or come before them.
 bool joined(const CUgraph_st &graph, const std::vector<size_t> &last) {
     std::vector<bool> seen(graph.nodes.size());
     std::vector<size_t> left = last;
@@ -56,7 +56,7 @@ bool joined(const CUgraph_st &graph, const std::vector<size_t> &last) {
     return std::all_of(seen.begin(), seen.end(), [](bool s) { return s; });
 }
 
-// Takes the streams of a capture out of it; without success, the graph is gone too.
+// Takes all streams out of a capture. Without success, destroys the graph too.
 void end(const std::shared_ptr<Capture> &capture, bool success) {
     for (const auto &[handle, stream] : state().streams) {
         if (stream->capture != capture) continue;
@@ -70,7 +70,7 @@ void end(const std::shared_ptr<Capture> &capture, bool success) {
     if (!success) state().graphs.erase(capture->handle);
 }
 
-// Takes something out of its map, and destroys it without the lock: it may hold what is the program's.
+// Destroys an object, without the lock, because it may own objects of the program.
 template <class Map> CUresult take(Call &call, Map &map, typename Map::key_type handle) {
     const auto node = map.extract(handle);
     call.lock.unlock();
@@ -156,7 +156,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph *graph) {
     const Stream stream = find(handle);
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     const auto capture = stream->capture;
-    if (call.error != CUDA_SUCCESS) {  // whatever is wrong, the stream captures no more
+    if (call.error != CUDA_SUCCESS) {  // a failed call ends the capture too
         if (capture != nullptr) end(capture, false);
         return call.error;
     }
@@ -178,7 +178,7 @@ CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus *status) {
     HOST_CUDA_CALL(context);
     const Stream stream = find(handle);
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-    if (stream == state().legacy) {  // asking alone does not break the other's capture
+    if (stream == state().legacy) {  // does not invalidate the capture
         for (const auto &[other, blocking] : state().streams)
             if (blocking->blocking && blocking->capture != nullptr) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
     }
@@ -294,7 +294,7 @@ CUresult cuGraphReleaseUserObject(CUgraph graph, CUuserObject object, unsigned c
         released.push_back(*found);
         all.erase(found);
     }
-    call.lock.unlock();  // the object's destructor is the program's
+    call.lock.unlock();  // the destructor calls the program
     return CUDA_SUCCESS;
 }
 }

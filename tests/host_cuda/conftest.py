@@ -1,4 +1,4 @@
-"""Fixtures of the cases that run in a process with the host driver; tests/test_host_cuda.py starts that process."""
+"""Fixtures of the `*_cases.py`, which run in a process with the driver; tests/test_host_cuda.py starts it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 from tests.host_cuda.control import Driver, Live
 from tests.host_cuda.engines import HostCudaBackend
 
-#: Freed when a pipeline closes; streams and events live as long as the Python objects.
+#: What closing a pipeline must free. Streams and events are freed with their Python objects.
 _CLOSED = (Live.DEVICE_BYTES, Live.PINNED_BYTES, Live.EXECUTABLES, Live.GRAPHS)
 
 
 @pytest.fixture
 def driver():
-    """The driver, as new and with as much memory as ever."""
+    """The driver's controls, reset, with 8 GiB of device memory."""
     driver = Driver()
     driver.reset()
     driver.set_memory(8 << 30)
@@ -31,14 +31,14 @@ def driver():
 
 @pytest.fixture(scope="session")
 def open_bundle():
-    """A function (name) -> `Bundle`, of those that the starting process exported."""
+    """A function (name) -> `Bundle`, of the bundles that tests/test_host_cuda.py exported."""
     roots = json.loads(os.environ["HOST_CUDA_BUNDLES"])
     return lambda name: Bundle.open(Path(roots[name]))
 
 
 @pytest.fixture(scope="session")
 def plain(open_bundle):
-    """Pipelines on the CPU by the bundle's name, opened when first asked for."""
+    """A dict: a bundle's name -> its pipeline on the CPU, opened on first use."""
 
     class Plain(dict):
         def __missing__(self, name):
@@ -50,7 +50,7 @@ def plain(open_bundle):
 
 @pytest.fixture
 def on_gpu(open_bundle, driver):
-    """A function (bundle's name, **of `HostCudaBackend`) -> pipeline; when the test ends, nothing may be left of it."""
+    """A function (bundle's name, **`HostCudaBackend`'s arguments) -> pipeline. Checks at the end that all is freed."""
     made = []
 
     def make(name="flux", low_memory=False, **arguments):

@@ -1,4 +1,4 @@
-"""host_cuda.h for Python: settings, counts and failures of the driver that this process has loaded."""
+"""Python binding of host_cuda.h: the controls of the driver made of host memory that this process loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.host_cuda.build import NAME
 
 
 class Code(enum.IntEnum):
-    """The `CUresult`s that tests ask for, by their names in cuda.h without CUDA_ERROR_."""
+    """The errors that tests inject; the names are those of cuda.h without CUDA_ERROR_."""
 
     OUT_OF_MEMORY = 2
     UNKNOWN = 999
@@ -46,17 +46,19 @@ _Work = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 
 
 class Driver:
-    """The driver that `libcuda.so.1` is in this process; one for all tests."""
+    """The controls of this process's `libcuda.so.1`."""
 
     def __init__(self) -> None:
-        """Find the driver.
+        """Load `libcuda.so.1`.
 
         Raises:
-            OSError: the libcuda.so.1 here is another one, or there is none.
+            OSError: it is missing, or it is not the driver made of host memory.
         """
         self._library = ctypes.CDLL(NAME)
         if not hasattr(self._library, "host_cuda_reset"):
-            raise OSError(f"{NAME} is not the driver of host memory; set LD_LIBRARY_PATH to the folder of its build")
+            raise OSError(
+                f"{NAME} must be the driver made of host memory; set LD_LIBRARY_PATH to the folder that build.py wrote"
+            )
         self._library.host_cuda_calls.restype = ctypes.c_long
         self._library.host_cuda_live.restype = ctypes.c_size_t
         self._library.host_cuda_at.restype = ctypes.c_void_p
@@ -70,10 +72,6 @@ class Driver:
     def set_memory(self, nbytes: int) -> None:
         """See `host_cuda_set_memory`."""
         self._library.host_cuda_set_memory(ctypes.c_size_t(nbytes))
-
-    def set_present(self, present: bool) -> None:
-        """See `host_cuda_set_present`."""
-        self._library.host_cuda_set_present(int(present))
 
     def fail(self, function: str, nth: int, error: Code, when: When = When.ALWAYS) -> None:
         """See `host_cuda_fail`."""
@@ -104,16 +102,15 @@ class Driver:
         return self._library.host_cuda_at(ctypes.c_uint64(address), ctypes.c_size_t(nbytes))
 
     def enqueue(self, stream: int, work: Callable[[], None], kept: list[object]) -> int:
-        """Give work to a stream; an exception that it raises is printed, and the context is lost. See
-        `host_cuda_enqueue`.
+        """Enqueue `work` in a stream; see `host_cuda_enqueue`. An exception in it is printed, and loses the context.
 
         Args:
-            stream: its handle.
-            work: what is run, perhaps many times.
-            kept: gets what must live as long as the work may run.
+            stream: the stream's handle.
+            work: called each time that the stream or a captured graph runs it.
+            kept: receives an object that must live as long as `work` may be called.
 
         Returns:
-            The call's `CUresult`.
+            The `CUresult` of the call.
         """
 
         def run(_: int) -> int:

@@ -1,4 +1,4 @@
-// The device, its context, names of errors, and how programs find the driver's functions.
+// The device, its context, the names of errors, and cuGetProcAddress.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -66,14 +66,14 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
 CUresult cuGetProcAddress(const char *symbol, void **function, int, cuuint64_t, CUdriverProcAddressQueryResult *found) {
     HOST_CUDA_CALL(nothing);
     *function = nullptr;
-    for (const char *suffix : {"_v3", "_v2", ""})  // the newest that there is
+    for (const char *suffix : {"_v3", "_v2", ""})  // the newest version that exists
         if (*function == nullptr) *function = loaded(std::string(symbol) + suffix);
     if (found != nullptr)
         *found = *function == nullptr ? CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND : CU_GET_PROC_ADDRESS_SUCCESS;
     return *function == nullptr && found == nullptr ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
 
-// NVRTC asks for one, and compiles without.
+// NVRTC calls this, and works without a table.
 CUresult cuGetExportTable(const void **table, const CUuuid *) {
     *table = nullptr;
     return CUDA_ERROR_NOT_FOUND;

@@ -1,7 +1,7 @@
-// What the driver's sources share: its objects, the one lock, and how work is queued, captured and run.
+// Declarations shared by the driver's sources: its objects, its one lock, and how work is queued, captured and run.
 //
-// cuda.h declares CUstream_st and the others without a body; theirs are here. Handles are looked up before they are
-// used, so a stale one is an error and not a crash.
+// cuda.h declares CUstream_st and the like without a body; this file defines them. Every handle is looked up before it
+// is used, so a handle of a destroyed object is an error and not a crash.
 #pragma once
 
 #include <cuda.h>
@@ -28,13 +28,13 @@ using Event = std::shared_ptr<CUevent_st>;
 using Graph = std::shared_ptr<CUgraph_st>;
 using Lock = std::unique_lock<std::mutex>;
 
-// A point in a stream's work: after as many pieces of it.
+// The point in a stream after its first `count` pieces of work.
 struct Position {
     Stream stream;
     uint64_t count;
 };
 
-// A piece of work. It runs without the lock. `events` are those that it records; `also` must have been run before it.
+// A piece of work. `run` is called without the lock. It records `events`, and runs after the positions `also`.
 struct Work {
     const char *kind;
     std::function<CUresult()> run;
@@ -42,13 +42,13 @@ struct Work {
     std::vector<Position> also;
 };
 
-// A piece of work in a graph, and the numbers of those that come before it.
+// A piece of work in a graph, which runs after the nodes whose numbers are in `after`.
 struct Node {
     Work work;
     std::vector<size_t> after;
 };
 
-// What is being recorded, perhaps from several streams.
+// A capture in progress; several streams may take part in it.
 struct Capture {
     unsigned long long id;
     Stream origin;
@@ -61,35 +61,35 @@ struct Capture {
 
 struct Executable {
     std::shared_ptr<const CUgraph_st> graph;
-    Position last;  // launches of one executable come one after the other
+    Position last;  // of the last launch; launches of one executable run one after the other
 };
 
 }  // namespace host_cuda
 
 struct CUstream_st {
-    bool blocking;  // works in turn with the legacy stream
+    bool blocking;  // ordered with the legacy stream
     unsigned flags;
     int priority;
     std::deque<host_cuda::Work> queue;
     uint64_t submitted = 0, done = 0;
     bool running = false;
     std::shared_ptr<host_cuda::Capture> capture;
-    std::vector<size_t> last;  // nodes that the next captured one comes after
+    std::vector<size_t> last;  // nodes that the next captured node depends on
 };
 
 struct CUevent_st {
     unsigned flags;
-    host_cuda::Position at{nullptr, 0};  // what was recorded last; no stream if nothing was
+    host_cuda::Position at{nullptr, 0};  // where it was last recorded; no stream if it never was
     std::chrono::steady_clock::time_point reached;
-    std::shared_ptr<host_cuda::Capture> capture;  // what it was last recorded in
+    std::shared_ptr<host_cuda::Capture> capture;  // set if it was last recorded in a capture
     std::vector<size_t> nodes;
 };
 
-// Something of the program's that lives as long as the graphs that hold it.
+// An object of the program that graphs keep alive.
 struct CUuserObject_st {
     void *content;
     CUhostFn destroy;
-    unsigned held;  // by the program itself
+    unsigned held;  // references that the program itself holds
     ~CUuserObject_st() { destroy(content); }
 };
 
@@ -107,19 +107,19 @@ struct Failure {
     int when;
 };
 
-// Everything there is. Members are used under `mutex` only.
+// The driver's whole state. Members may be used only while `mutex` is held.
 struct State {
     std::mutex mutex;
     std::condition_variable changed;
     bool initialized = false, present = true;
-    int contexts = 0;  // times that the primary context is retained
+    int contexts = 0;  // how often the primary context is retained
     CUresult lost = CUDA_SUCCESS;
     std::string fault;
     std::map<CUstream, Stream> streams;
     std::map<CUevent, Event> events;
     std::map<CUgraph, Graph> graphs;
     std::map<CUgraphExec, std::shared_ptr<Executable>> executables;
-    std::map<CUuserObject, std::shared_ptr<CUuserObject_st>> objects;  // that the program holds
+    std::map<CUuserObject, std::shared_ptr<CUuserObject_st>> objects;  // with references of the program
     std::vector<Stream> unnamed;  // without a handle: destroyed ones whose work may not be done, and threads' own
     std::vector<std::shared_ptr<Capture>> captures;
     Stream legacy;
@@ -133,16 +133,16 @@ State &state();
 
 enum class Needs { nothing, driver, context };
 
-// One call of the driver: takes the lock, counts, and has the error if the call must not go on.
+// The start of one driver call: takes the lock, counts the call, and sets `error` if the call must fail.
 class Call {
 public:
     Call(const char *function, Needs needs);
 
-    // Gives an error after this call, which an API function returns.
     CUresult error = CUDA_SUCCESS;
     Lock lock;
 
-    // For calls that a capture does not see and that could break it: invalidates the captures and sets `error`.
+    // For calls that CUDA names "potentially unsafe" during a capture. If a capture forbids the call, invalidates the
+    // capture, sets `error` and returns true.
     bool unsafe();
 };
 
@@ -150,36 +150,37 @@ public:
     ::host_cuda::Call call(__func__, ::host_cuda::Needs::needs); \
     if (call.error != CUDA_SUCCESS) return call.error
 
-// Of this thread.
+// The calling thread's context, and whether it runs a host function, which must not call the driver.
 CUcontext current_context();
-extern thread_local bool in_host_function;  // which must not call the driver
+extern thread_local bool in_host_function;
 
-// The failure that is due for a call or work of this name, if any.
+// The injected failure for this call, or for this work if `is_work`; CUDA_SUCCESS if there is none.
 CUresult due(const std::string &name, bool is_work);
 
-// The stream of a handle, the two special ones too; null if there is none.
+// The stream of a handle, which may be one of the two default streams; null if the handle is invalid.
 Stream find(CUstream handle);
 
-// Enqueues or captures.
+// Enqueues work, or records it if the stream is capturing.
 CUresult submit(const Stream &stream, Work work);
 CUresult submit(CUstream handle, Work work);
 
-// Runs a stream's work until as many pieces are done.
+// Runs the stream's work up to a position.
 CUresult wait(Lock &lock, const Position &position);
 
-// What keeps the legacy stream from being used: a capture of a stream that works in turn with it, which is invalidated.
+// CUDA_ERROR_STREAM_CAPTURE_IMPLICIT if a blocking stream is capturing, which forbids use of the legacy stream; then
+// also invalidates that capture.
 CUresult legacy_conflict();
 
 void invalidate(Capture &capture);
 
-// Whether this thread captures.
+// Whether the calling thread has begun a capture.
 bool captures_here();
 
-// A device or pinned address of at least so many bytes as it is in this process; null, and the reason in `fault`, if
-// it is none. Takes the lock.
+// The host address of `bytes` bytes of device or pinned memory. If they are not in one live allocation, returns null
+// and sets State::fault. Takes the lock.
 void *resolve(CUdeviceptr address, size_t bytes, const char *what);
 
-// Whether an address is of the device or pinned, and then whether so many bytes from it on are.
+// The kind of memory at an address. `invalid`: device or pinned memory that does not have `bytes` bytes from there on.
 enum class Where { pageable, device, pinned, invalid };
 Where where(CUdeviceptr address, size_t bytes);
 

@@ -1,4 +1,4 @@
-"""The host driver itself: what it does late, what it refuses, and with which of CUDA's errors."""
+"""The driver made of host memory itself: what it delays, what it refuses, and with which CUDA errors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BYTES = 256
 
 
 def ok(result):
-    """The values of a call that must succeed, one by itself."""
+    """The value of a call that must succeed, or a tuple if there are several."""
     error, *values = result
     assert error == Result.CUDA_SUCCESS, error
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def error(result):
-    """A call's error, by its name without CUDA_."""
+    """The name of a call's error without CUDA_ERROR_."""
     return result[0].name.removeprefix("CUDA_").removeprefix("ERROR_")
 
 
@@ -50,7 +50,7 @@ class Pinned:
 
 @pytest.fixture(autouse=True)
 def context(driver):
-    """The device's context is this thread's."""
+    """Makes the device's context current."""
     ok(cuda.cuInit(0))
     ok(cuda.cuCtxSetCurrent(ok(cuda.cuDevicePrimaryCtxRetain(0))))
 
@@ -82,13 +82,13 @@ def event():
 
 
 def read(address):
-    """Bytes of the device, by way of a stream of their own."""
+    """Copy from the device, in the default stream."""
     out = np.zeros(BYTES, np.uint8)
     ok(cuda.cuMemcpyDtoH(host(out), address, BYTES))
     return out
 
 
-# What is late, and what is poisoned
+# Delayed work and poisoned memory
 
 
 def test_work_waits_for_a_wait(stream, memory, driver):
@@ -126,7 +126,7 @@ def test_streams_are_ordered_by_events_only(stream, other, memory, event):
     ok(cuda.cuEventRecord(event, stream))
     ok(cuda.cuMemcpyDtoHAsync(target.address, memory, BYTES, other))
     ok(cuda.cuStreamSynchronize(other))
-    assert (target.array == 0xFF).all()  # what the memory was filled with: nothing said to wait
+    assert (target.array == 0xFF).all()  # the fill of new memory: nothing made the copy wait
     ok(cuda.cuStreamWaitEvent(other, event, 0))
     ok(cuda.cuMemcpyDtoHAsync(target.address, memory, BYTES, other))
     ok(cuda.cuStreamSynchronize(other))
@@ -207,7 +207,7 @@ def test_there_is_as_much_memory_as_was_set(driver):
 
 @pytest.fixture
 def begin(stream):
-    """A function (mode) that begins a capture in `stream`; the test's end ends what it left."""
+    """A function (mode) that begins a capture in `stream`; a capture that a test leaves open is ended after it."""
 
     def begin(mode=Mode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL):
         ok(cuda.cuStreamBeginCapture(stream, mode))
@@ -219,7 +219,7 @@ def begin(stream):
 
 
 def end(stream):
-    """The executable of what was captured."""
+    """End the capture and instantiate its graph."""
     graph = ok(cuda.cuStreamEndCapture(stream))
     executable = ok(cuda.cuGraphInstantiate(graph, 0))
     ok(cuda.cuGraphDestroy(graph))
@@ -252,7 +252,7 @@ def test_a_graph_in_a_graph(begin, stream, memory):
     ok(cuda.cuMemsetD8Async(memory, 8, BYTES, stream))
     ok(cuda.cuGraphLaunch(inner, stream))
     outer = end(stream)
-    ok(cuda.cuGraphExecDestroy(inner))  # the outer one has its own
+    ok(cuda.cuGraphExecDestroy(inner))  # the outer graph has a copy
     ok(cuda.cuGraphLaunch(outer, stream))
     ok(cuda.cuStreamSynchronize(stream))
     assert (read(memory) == 7).all()
@@ -278,7 +278,7 @@ def test_external_events_are_reached_at_every_launch(begin, stream, memory):
 
 @pytest.mark.parametrize("joins", [False, True])
 def test_branches_of_a_graph_run_in_an_order_that_shows_what_is_missing(joins, begin, stream, other, memory, event):
-    """The copy is captured last and runs first, unless it is told to wait for the fill."""
+    """The copy is captured last, and runs before the memset unless it depends on it."""
     target, back = Pinned(0), ok(cuda.cuEventCreate(0))
     begin()
     ok(cuda.cuEventRecord(event, stream))
@@ -326,7 +326,7 @@ def captured_event(stream):
     return made
 
 
-#: What breaks a capture, by what is called meanwhile, and the error of that call.
+#: Calls that invalidate a capture, and their errors.
 FORBIDDEN = {
     "waiting for the stream": (cuda.cuStreamSynchronize, "STREAM_CAPTURE_UNSUPPORTED"),
     "asking the stream": (cuda.cuStreamQuery, "STREAM_CAPTURE_UNSUPPORTED"),
@@ -450,7 +450,7 @@ def test_two_captures_cannot_meet(begin, stream, other, event):
         assert error(cuda.cuStreamEndCapture(each)) == "STREAM_CAPTURE_INVALIDATED"
 
 
-# Failures that a test asks for
+# Injected failures
 
 
 def test_the_nth_call_fails(driver):

@@ -1,4 +1,4 @@
-"""A backend whose parts are ONNX Runtime sessions on the CPU, run in order within the streams of the host driver."""
+"""A backend for the driver made of host memory: ONNX Runtime on the CPU in the place of a GPU's engines."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from arcflow_runtime.gpu.shapes import output_shapes
 from arcflow_runtime.maths.dtypes import NUMPY
 from tests.host_cuda.control import Driver
 
-#: Of the workspace, for each element of a part's first input: enough that larger pictures want more.
+#: Workspace per element of a part's first input, so that larger images need more.
 _WORKSPACE_BYTES = 64
 
 
 class EngineContext:
-    """A part ready for inputs of fixed shapes; see `engine.Context`. Its runs overwrite the workspace."""
+    """An execution context, see `engine.Context`. A run overwrites the whole workspace."""
 
     def __init__(self, backend: HostCudaBackend, engine: OrtEngine, inputs: Shapes, stream: Stream) -> None:
         spec, manifest = engine.manifest.parts[engine.part], engine.manifest
@@ -42,7 +42,6 @@ class EngineContext:
         self._workspace = (0, 0)
         self._kept: list[object] = []
         self.workspace_bytes = _WORKSPACE_BYTES * int(np.prod(next(iter(inputs.values()))))
-        backend.contexts.append(engine.part)
 
     def set_workspace(self, address: int, nbytes: int) -> None:
         """See `Context.set_workspace`."""
@@ -79,7 +78,7 @@ class EngineContext:
 
 
 class PartEngine:
-    """A part on the device; see `engine.DeviceEngine`."""
+    """A loaded part, see `engine.DeviceEngine`."""
 
     def __init__(self, backend: HostCudaBackend, inner: OrtEngine) -> None:
         self._backend, self._inner = backend, inner
@@ -94,17 +93,16 @@ class PartEngine:
 
 
 class HostCudaBackend:
-    """Parts of a real bundle on the real `CudaDevice`, which the host driver serves.
+    """Runs a real bundle's parts on the real `CudaDevice`.
 
-    `before_enqueue(part, stream)` is called where an engine's library would do something of its own, and is for tests
-    to replace. `contexts` has the part of every context that was made.
+    `before_enqueue(part, stream)` is called before each run of a part. Tests set it to do what an engine's library
+    might do there.
     """
 
     def __init__(self, driver: Driver, max_plans: int = 8) -> None:
         self.driver = driver
         self.lane = Lane(open_device())
         self.before_enqueue: Callable[[str, Stream], None] = lambda part, stream: None
-        self.contexts: list[str] = []
         self._max_plans = max_plans
 
     def check(self, bundle: Bundle) -> None:

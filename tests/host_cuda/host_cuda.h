@@ -1,10 +1,17 @@
-/* What a test sees of the CUDA driver of host memory, beside cuda.h: its settings, what it counted, what it shall fail.
+/* Controls for tests of the CUDA driver made of host memory: settings, counters and injected failures.
  *
- * The driver (`libcuda.so.1`, built by build.py) has one device. Its memory is this process's, filled with 0xFF, which
- * is NaN in every float type, before use and after it. A device address is never readable by the host, as on a GPU:
- * reading one ends the process. Work in a stream is run by whoever waits for it, no earlier and no further than needed.
+ * build.py builds the driver as `libcuda.so.1`. It implements a part of cuda.h for one device:
+ * - Device memory is host memory behind addresses that the host cannot read: reading one crashes, as on a GPU. Memory
+ *   is filled with 0xFF, a NaN in every float type, when it is allocated and when it is freed.
+ * - Work in a stream runs as late as CUDA allows. It runs in the thread that waits for it, and only up to the point
+ * that the thread waits for. So a missing wait shows in the results.
+ * - Kernels are this project's, built for the host. Any other kernel is CUDA_ERROR_NOT_SUPPORTED.
+ * - A function of cuda.h that is not implemented is not exported.
  *
- * All functions may be called from any thread. Nothing in here needs a context.
+ * With HOST_CUDA_DEVICES=0 in the environment there is no device.
+ *
+ * All functions are thread-safe, and only host_cuda_enqueue needs a current context. Returned strings belong to the
+ * calling thread and are valid until it calls the same function again.
  */
 #pragma once
 
@@ -16,38 +23,34 @@
 extern "C" {
 #endif
 
-/* Start again: no counts, no failures to come. What is allocated stays, unless the context was lost: then everything is
- * gone, as when a process ends. */
+/* Clear the counters and the pending failures. Allocations stay, unless the context was lost: then everything is freed,
+ * as at the end of a process. */
 void host_cuda_reset(void);
 
-/* The device has `bytes` of memory; 8 GiB at the start, or what the environment's HOST_CUDA_BYTES says. At most 32 GiB.
- */
+/* Set the device's memory, at most 32 GiB. Before, it is HOST_CUDA_BYTES of the environment, or 8 GiB. */
 void host_cuda_set_memory(size_t bytes);
-
-/* Whether there is a device; the environment's HOST_CUDA_DEVICES=0 says no. A context that was made stays. */
-void host_cuda_set_present(int present);
 
 enum host_cuda_when {
     HOST_CUDA_ALWAYS = 0,
-    HOST_CUDA_IN_CAPTURE = 1, /* count only calls by a thread that captures; the failure invalidates the capture */
-    HOST_CUDA_LOST = 2,       /* the context is lost: from then on every call gives this error */
+    HOST_CUDA_IN_CAPTURE = 1, /* count only calls of a thread that is capturing; the failure invalidates its capture */
+    HOST_CUDA_LOST = 2,       /* lose the context: every later call returns the same error */
 };
 
-/* The n-th call from now on (1 is the next) of a driver function, by its name without version, gives `error` and does
- * nothing. "*" counts every call that needs a context but does not give something back: what is not given back would be
- * lost. "run" counts work that is run, "run:copy", "run:memset",
- * "run:kernel", "run:engine", "run:host" and "run:graph" those of one kind; such an error is told by the next wait,
- * and the context is lost. Several failures may be pending. `when` is a sum of host_cuda_when. */
+/* Make the n-th call of a driver function fail with `error` and do nothing; n = 1 is the next call. `when` is a sum of
+ * host_cuda_when. Several failures may be pending. `function` is one of:
+ * - a name from cuda.h without its version, such as "cuMemAlloc";
+ * - "*": every call that needs a context, except those that free something;
+ * - "run:copy", "run:memset", "run:kernel", "run:engine", "run:host" or "run:graph": the n-th time that such work runs;
+ *   "run": work of any kind. The next wait returns the error, and the context is lost. */
 void host_cuda_fail(const char *function, long nth, CUresult error, int when);
 
-/* How many failures are still to come. */
+/* The number of failures that have not happened yet. */
 int host_cuda_failures_pending(void);
 
-/* Calls of a function since the last reset; of "run..." as above: how often such work was run. */
+/* The number of calls since the last reset. `function` is as for host_cuda_fail, but not "*". */
 long host_cuda_calls(const char *function);
 
-/* The names of the calls that need a context since the last reset, one a line, at most the first 100,000 bytes. The
- * text is the calling thread's until it asks again. */
+/* The names of the calls since the last reset that need a context, one per line, up to 100,000 bytes. */
 const char *host_cuda_log(void);
 
 enum host_cuda_kind {
@@ -58,21 +61,21 @@ enum host_cuda_kind {
     HOST_CUDA_GRAPHS,
     HOST_CUDA_EXECUTABLES, /* instantiated graphs */
     HOST_CUDA_MODULES,     /* modules and libraries */
-    HOST_CUDA_PENDING,     /* work that was given to streams and not run */
+    HOST_CUDA_PENDING,     /* pieces of work that were given to streams and have not run */
 };
 
-/* What there is now. */
+/* The amount or number of a kind that exists now. */
 size_t host_cuda_live(int kind);
 
-/* What the last CUDA_ERROR_ILLEGAL_ADDRESS or refused copy was about, "" if there was none. As host_cuda_log. */
+/* What the last CUDA_ERROR_ILLEGAL_ADDRESS or refused copy accessed; "" if there was none since the last reset. */
 const char *host_cuda_fault(void);
 
-/* Where `bytes` from a device address on lie in this process, for work that runs; null if not all of it is one live
- * allocation. Addresses of pinned memory are given back as they are. */
+/* The host address of `bytes` bytes at a device address, for code that runs in a stream. Null if they do not all belong
+ * to one live allocation. An address of pinned memory is returned as it is. */
 void *host_cuda_at(CUdeviceptr address, size_t bytes);
 
-/* Enqueue work of other code in a stream, as a kernel of an engine's would be: captured where the stream captures, run
- * as late as allowed. `work` gives 0, or another number if it failed: the context is then lost with
+/* Enqueue a host function in the place of an engine's kernels: a capturing stream records it, otherwise it runs as late
+ * as CUDA allows. `work` returns 0, or another number if it failed; then the context is lost with
  * CUDA_ERROR_LAUNCH_FAILED. It must not call the driver. */
 CUresult host_cuda_enqueue(CUstream stream, int (*work)(void *), void *user);
 

@@ -1,4 +1,4 @@
-"""Images of the real GPU runtime on the host driver: real cuda-core, real captures, our kernels' own source."""
+"""Images from the GPU runtime on the driver made of host memory: real cuda-core, captures and kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.host_cuda.control import Code, When
 # Two runs of one float32 graph with another batch differ in summation order: a few units of 2^-24 per layer.
 CLOSE = {"rtol": 0, "atol": 2e-5}
 PROMPTS = ("a red circle", "a much longer prompt about a blue square on a green background")
-#: What takes memory, on the device or off it.
+#: Calls that allocate.
 ALLOCATING = ("cuMemAlloc", "cuMemAllocHost", "cuMemHostAlloc", "cuStreamCreate", "cuStreamCreateWithPriority")
 WITHOUT_GRAPH = "images are generated without a CUDA graph: the capture failed: "
 
@@ -30,7 +30,7 @@ def generate(pipe, prompt=PROMPTS[0], **arguments):
 
 
 def attempt(pipe, expected):
-    """What drawing failed with; None where it did not, and then the image must be right."""
+    """Generate an image: the message of its error, or None if it succeeded; then the image must be right."""
     try:
         found = generate(pipe)
     except EngineError as e:
@@ -56,7 +56,7 @@ def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, on_gpu, p
 
 
 def test_pixels(on_gpu, plain):
-    """A value that falls on the other side of a rounding is one level off."""
+    """A value next to a rounding boundary may differ by one level."""
     pipe = on_gpu()
     expected = np.asarray(generate(plain["flux"], output_type="pil")[0]).astype(int)
     for _ in range(3):
@@ -64,9 +64,9 @@ def test_pixels(on_gpu, plain):
 
 
 def test_float16(on_gpu, plain):
-    """The state stays float32; what the backbone reads is rounded by the kernels.
+    """The latents stay float32, and the kernels round what the backbone reads.
 
-    No value of this image falls on the other side of that rounding, so the difference is that of float32 sums alone.
+    With this seed the CPU and the kernels round all values alike, so that the bound for float32 holds.
     """
     pipe = on_gpu("float16")
     first = generate(pipe)
@@ -87,7 +87,7 @@ def test_a_replay_reads_what_was_staged_for_it(on_gpu, plain, driver):
 def test_a_warm_image_is_one_launch_and_allocates_nothing(on_gpu, driver):
     pipe = on_gpu()
     pipe.warm_up([(1, 32, 48)], text_tokens=16)
-    generate(pipe, output_type="pil")  # the prompt's embeddings are kept from here on
+    generate(pipe, output_type="pil")  # caches the prompt's embeddings
     driver.reset()
     generate(pipe, output_type="pil")
     assert allocations(driver) == 0
@@ -95,8 +95,8 @@ def test_a_warm_image_is_one_launch_and_allocates_nothing(on_gpu, driver):
     assert [call for call in driver.log() if call != "cuEventElapsedTime"] == launched
 
 
-def test_parts_that_are_open_for_their_stage_only(on_gpu, plain, driver):
-    """With low memory; there is no graph then, and between images the plan's buffers are all that is on the device."""
+def test_low_memory(on_gpu, plain, driver):
+    """With `low_memory` there is no graph."""
     pipe = on_gpu(low_memory=True)
     for seed in (1, 2):
         steps = []
@@ -107,7 +107,7 @@ def test_parts_that_are_open_for_their_stage_only(on_gpu, plain, driver):
 
 
 def test_launching_is_not_deprecated(on_gpu):
-    """cuda-core 1.2 deprecates launches into streams that are not its own, and takes twice as long for them."""
+    """cuda-core 1.2 deprecates launches into streams of other classes, which also take twice as long."""
     pipe = on_gpu()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -117,7 +117,7 @@ def test_launching_is_not_deprecated(on_gpu):
 
 
 def allocate(stream):
-    """What an engine without static activations does when it runs."""
+    """An engine does this in each run if its activations are not allocated beforehand."""
     error, address = cuda.cuMemAlloc(512)
     if error == 0:
         cuda.cuMemFree(address)
@@ -133,7 +133,7 @@ def use_the_default_stream(stream):
 
 @pytest.mark.parametrize("act", [allocate, synchronize, use_the_default_stream])
 def test_an_engine_that_breaks_the_capture(act, on_gpu, plain, driver, caplog):
-    """The images are enqueued plainly, which is said once."""
+    """The images are generated without a graph, with one warning."""
     pipe = on_gpu()
     pipe.backend.before_enqueue = lambda part, stream: act(stream)
     with caplog.at_level(logging.WARNING, "arcflow"):
@@ -145,7 +145,7 @@ def test_an_engine_that_breaks_the_capture(act, on_gpu, plain, driver, caplog):
     assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, 0)
 
 
-#: Where in a capture something goes wrong: the function, and which of its calls from the second image's start on.
+#: Failures during the capture, which the second image makes: function, number of the call, when it counts.
 IN_CAPTURE = [
     ("cuStreamBeginCapture", 1, When.ALWAYS),
     *(("cuLaunchKernelEx", n, When.IN_CAPTURE) for n in (1, 2, 3)),
@@ -175,7 +175,7 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
     ("function", "kind"), [("cuMemAlloc", "Host memory's"), ("cuMemHostAlloc", "page-locked host")]
 )
 def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
-    """The image fails with what the memory was for, or succeeds after making room; the next one is right."""
+    """The error says what the memory was for, or the image is right because room was made; the next image is right."""
     expected = generate(plain["flux"])
     for nth in itertools.count(1):
         pipe = on_gpu()
@@ -193,17 +193,17 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
 
 @pytest.mark.parametrize("image", [1, 2, 3], ids=["plain", "captured", "replayed"])
 def test_every_call_may_fail(image, on_gpu, plain, driver):
-    """A call that a driver refuses is one sentence or a fallback, and the next image is right."""
+    """Each failing call gives a one-line error or a right image, and the next image is right."""
     expected = generate(plain["flux"])
     pipe = on_gpu(max_plans=1)
 
     def prepare():
-        generate(pipe, width=16)  # takes the place of what is left of the image before
+        generate(pipe, width=16)  # evicts the plan of the image before
         for _ in range(image - 1):
             generate(pipe)
         driver.reset()
 
-    for _ in range(2):  # the first time, the kernels are loaded too
+    for _ in range(2):  # the first image also loads the kernels
         prepare()
         generate(pipe)
     calls = sum(not re.search("Free|Destroy", name) for name in driver.log())
@@ -218,7 +218,7 @@ def test_every_call_may_fail(image, on_gpu, plain, driver):
 
 @pytest.mark.parametrize("work", ["run:copy", "run:kernel", "run:engine", "run:graph"])
 def test_work_that_fails_on_the_device_is_an_error(work, on_gpu, driver):
-    """The context is lost then, as on a GPU: every later image fails too, and closing does not raise."""
+    """The context is lost, as on a GPU: every later image fails, and closing does not raise."""
     pipe = on_gpu()
     for _ in range(2):
         generate(pipe)
@@ -242,7 +242,7 @@ def test_a_device_that_runs_out_of_memory_drops_other_shapes(on_gpu, plain, driv
 
 
 def test_changing_shapes_of_many_threads(on_gpu, driver):
-    """A replay's bits are those of any other, whoever drew in between and whatever was dropped meanwhile."""
+    """An image has the same bits whatever other threads ran before it and whichever plans were evicted."""
     pipe = on_gpu(max_plans=2)
     cases = list(itertools.product(PROMPTS, (1, 2), (16, 32, 48)))
     alone = [generate(pipe, prompt, seed=seed, width=width) for prompt, seed, width in cases]

@@ -1,5 +1,5 @@
-// Modules and launches. What is loaded must be code for a GPU and have the kernel's name in it; what runs is the
-// kernel's source built for this CPU (kernel_host.cpp).
+// Modules and kernel launches. A module must be code for a GPU that contains the kernel's name. A launch runs the
+// kernel's source built for the CPU (kernel_host.cpp).
 #include <elf.h>
 
 #include <algorithm>
@@ -35,7 +35,7 @@ struct Module {
 struct Loaded {
     std::map<void *, std::unique_ptr<Module>> modules;
     std::map<void *, Kernel *> kernels;  // by handle, of all modules
-    std::mutex running;                  // the emulation has one block at a time
+    std::mutex running;                  // kernel_host.cpp runs one block at a time
 };
 
 Loaded &loaded() {
@@ -43,7 +43,7 @@ Loaded &loaded() {
     return *all;
 }
 
-// The whole of an image that is told without its length: a cubin, a fatbin or PTX.
+// Copies a cubin, a fatbin or PTX, whose length the caller does not pass; nothing if it is neither.
 std::optional<std::string> image(const void *code) {
     const char *const bytes = static_cast<const char *>(code);
     if (std::memcmp(bytes, ELFMAG, SELFMAG) == 0) {
@@ -101,7 +101,7 @@ CUresult kernel(void **handle, void *module, const char *name) {
 
 size_t bytes_of(const std::string &type) { return type == "float32" ? 4 : 2; }
 
-// Addresses are looked up when the kernel runs; `optional` ones may be 0.
+// The host address of a kernel's argument, looked up when the kernel runs. Sets `good` to false if it is invalid.
 void *at(CUdeviceptr address, size_t bytes, const char *what, bool &good, bool optional = false) {
     if (optional && address == 0) return nullptr;
     void *const found = resolve(address, bytes, what);
@@ -174,7 +174,7 @@ CUresult launch(void *handle, const CUlaunchConfig &config, void **given) {
         return submit(config.hStream, {"kernel", noise(name, grid, block, shared, given), {}, {}});
     if (name.compare(0, update_prefix.size(), update_prefix) == 0)
         return submit(config.hStream, {"kernel", update(name, grid, block, shared, given), {}, {}});
-    return CUDA_ERROR_NOT_SUPPORTED;  // no source for this CPU
+    return CUDA_ERROR_NOT_SUPPORTED;  // not a kernel of kernel_host.cpp
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-// Memory of the device and of the host, copies and fills.
+// Device and pinned memory, copies and memsets.
 //
-// The device's addresses are a range of this process's that nobody can read or write; what they stand for lies
-// elsewhere. An address is given out again only when the range is used up, so that what was freed stays an error.
+// Device addresses come from a reserved range that is neither readable nor writable; each allocation's bytes are
+// elsewhere in host memory. An address is reused only after the whole range was used, so that access to freed memory is
+// an error.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -27,7 +28,7 @@ struct Memory {
     size_t capacity = size_t{8} << 30, used = 0, pinned_bytes = 0;
     std::map<CUdeviceptr, Block> blocks;
     std::map<CUdeviceptr, size_t> pinned;
-    std::deque<Block> freed;  // work that runs meanwhile may still write there
+    std::deque<Block> freed;  // kept for a while, because work running in another thread may still write to it
     size_t freed_bytes = 0;
 
     Memory() {
@@ -48,7 +49,7 @@ size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
-// The allocation that `bytes` from an address on are all in.
+// The allocation that holds all of `bytes` bytes at an address; the end of the map if there is none.
 template <class Map, class Bytes> auto holder(Map &map, CUdeviceptr address, size_t bytes, Bytes bytes_of) {
     auto found = map.upper_bound(address);
     if (found == map.begin()) return map.end();
@@ -57,7 +58,7 @@ template <class Map, class Bytes> auto holder(Map &map, CUdeviceptr address, siz
     return offset <= whole && bytes <= whole - offset && (offset < whole || bytes == 0) ? found : map.end();
 }
 
-// Room for an allocation and a gap behind it; 0 if there is none.
+// An unused address for an allocation and a gap after it; 0 if there is none.
 CUdeviceptr room(size_t bytes) {
     Memory &m = memories();
     const size_t wanted = round_up(bytes, alignment) + alignment;
@@ -90,7 +91,7 @@ CUresult allocate_pinned(void **memory, size_t bytes) {
 
 CUdeviceptr host(const void *memory) { return reinterpret_cast<CUdeviceptr>(memory); }
 
-// A copy that the driver can still refuse is refused at the call; what is freed between call and copy is a fault.
+// Enqueues a copy. Invalid addresses are refused here; memory that is freed before the copy runs is a fault then.
 CUresult copy(Call &call, CUdeviceptr target, CUdeviceptr source, size_t bytes, const Stream &stream) {
     if (stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     const Where to = where(target, bytes), from = where(source, bytes);
@@ -99,7 +100,7 @@ CUresult copy(Call &call, CUdeviceptr target, CUdeviceptr source, size_t bytes, 
         return CUDA_ERROR_INVALID_VALUE;
     }
     std::shared_ptr<char[]> staged;
-    if (from == Where::pageable && stream->capture == nullptr) {  // may be changed as soon as the call returns
+    if (from == Where::pageable && stream->capture == nullptr) {  // the caller may change it after the call
         staged.reset(new char[bytes]);
         std::memcpy(staged.get(), reinterpret_cast<void *>(source), bytes);
     }
@@ -118,7 +119,7 @@ CUresult copy(Call &call, CUdeviceptr target, CUdeviceptr source, size_t bytes, 
                                             },
                                             {},
                                             {}});
-    // A copy to memory that is not pinned has happened when the call returns.
+    // A copy to memory that is not pinned is complete when the call returns.
     if (result != CUDA_SUCCESS || to != Where::pageable || stream->capture != nullptr) return result;
     return wait(call.lock, {stream, stream->submitted});
 }
@@ -212,7 +213,7 @@ CUresult cuMemAlloc(CUdeviceptr *address, size_t bytes) {
     Memory &m = memories();
     const CUdeviceptr found = bytes <= m.capacity - std::min(m.used, m.capacity) ? room(bytes) : 0;
     if (found == 0) return CUDA_ERROR_OUT_OF_MEMORY;
-    // Where the sanitizers see a write behind it.
+    // Exactly `bytes`, so that sanitizers notice a write after the end.
     Block block{bytes, std::shared_ptr<char[]>(new char[bytes])};
     std::memset(block.content.get(), poison, bytes);
     m.blocks[found] = std::move(block);

@@ -1,5 +1,5 @@
-// Streams and events. Work lies in its stream until something waits for it: a synchronisation runs what it waits for
-// and no more, and a query runs one piece and answers "not ready" unless that was the last.
+// Streams and events. Work stays in its stream's queue until something waits for it. A synchronisation runs only what
+// it waits for. A query runs one piece of work, and returns CUDA_ERROR_NOT_READY unless that was the last.
 #include <algorithm>
 
 #include "driver.h"
@@ -16,7 +16,7 @@ bool finished(const Position &position) {
     return position.stream == nullptr || position.stream->done >= position.count;
 }
 
-// Runs the first piece of a stream's work, after what must come before it.
+// Runs the first piece of a stream's work, and before it the positions that it must come after.
 CUresult run_first(Lock &lock, CUstream_st &stream) {
     stream.running = true;
     Work work = std::move(stream.queue.front());
@@ -31,7 +31,7 @@ CUresult run_first(Lock &lock, CUstream_st &stream) {
     if (result == CUDA_SUCCESS) {
         lock.unlock();
         result = work.run();
-        work = {};  // without the lock: what it holds may be the program's
+        work = {};  // without the lock, because the work may own objects of the program
         lock.lock();
         if (result != CUDA_SUCCESS && state().lost == CUDA_SUCCESS) state().lost = result;
     }
@@ -58,7 +58,7 @@ CUresult create_stream(CUstream *handle, unsigned flags, int priority) {
     return CUDA_SUCCESS;
 }
 
-// A stream or an event that is part of a capture cannot be waited for, and trying ends the capture.
+// For calls that a capture forbids: invalidates the capture.
 CUresult refuse(Capture &capture, CUresult error) {
     if (!capture.valid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     invalidate(capture);
@@ -99,11 +99,12 @@ CUresult elapsed(float *ms, CUevent start, CUevent end) {
     return CUDA_SUCCESS;
 }
 
-// A stream that waits for an event of a capture becomes part of that capture.
+// A stream that waits for an event recorded in a capture joins that capture.
 CUresult wait_captured(const Stream &stream, const Event &event) {
     const auto &capture = event->capture;
     const auto &all = state().captures;
-    if (std::find(all.begin(), all.end(), capture) == all.end()) return CUDA_ERROR_CAPTURED_EVENT;  // ended long ago
+    if (std::find(all.begin(), all.end(), capture) == all.end())
+        return CUDA_ERROR_CAPTURED_EVENT;  // the capture has ended
     if (!capture->valid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     if (stream == state().legacy) return refuse(*capture, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     if (stream->capture == nullptr) {
@@ -260,7 +261,7 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
     if (event->capture != nullptr) return wait_captured(stream, event);
     if (event->at.stream == nullptr) return CUDA_SUCCESS;
     if (stream->capture != nullptr && !external) return refuse(*stream->capture, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
-    if (external) {  // what the event stands for when the graph comes to it
+    if (external) {  // waits for what the event stands for when the node runs
         return submit(stream, {"wait",
                                [event] {
                                    Lock lock(state().mutex);
@@ -335,7 +336,7 @@ CUresult cuEventElapsedTime(float *ms, CUevent start, CUevent end) {
     return elapsed(ms, start, end);
 }
 
-// The name that programs built for older drivers load.
+// Version 1 of the function, which programs built for older drivers load.
 #undef cuEventElapsedTime
 CUresult cuEventElapsedTime(float *ms, CUevent start, CUevent end) {
     HOST_CUDA_CALL(context);
