@@ -191,11 +191,15 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
     assert nth > 5, "no allocation failed"
 
 
-@pytest.mark.parametrize("image", [1, 2, 3], ids=["plain", "captured", "replayed"])
-def test_every_call_may_fail(image, on_gpu, plain, driver):
+@pytest.mark.parametrize(
+    ("low_memory", "image"),
+    [(False, 1), (False, 2), (False, 3), (True, 1)],
+    ids=["plain", "captured", "replayed", "low"],
+)
+def test_every_call_may_fail(low_memory, image, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right."""
     expected = generate(plain["flux"])
-    pipe = on_gpu(max_plans=1)
+    pipe = on_gpu(low_memory=low_memory, max_plans=1)
 
     def prepare():
         generate(pipe, width=16)  # evicts the plan of the image before

@@ -62,20 +62,25 @@ def open_device() -> Device:
         device.set_current()
     except Exception as e:  # the loader's and cuda.core's errors share no public base
         raise EngineError(
-            f"the CUDA driver finds no GPU here ({_first_sentence(e)}); check that nvidia-smi lists one"
+            f"the CUDA driver finds no GPU here ({_what_failed(e)}); check that nvidia-smi lists one"
         ) from None
     return CudaDevice(device)
 
 
 def _failed(what: str) -> EngineError:
-    """The error to raise. `what` starts with the name of a CUDA error; a colon and its meaning may follow."""
-    then = "start this process again" if what.partition(":")[0] in _LOST else "load the pipeline again"
+    """The error to raise; `what` is the name of a CUDA error, or a sentence."""
+    then = "load the pipeline again"
+    if what == _OUT_OF_MEMORY:
+        then = "generate fewer or smaller images at once"
+    elif what in _LOST:
+        then = "start this process again"
     return EngineError(f"the GPU failed: {what}; {then}")
 
 
-def _first_sentence(error: Exception) -> str:
-    """The name and meaning of a `cuda.core` error, without the advice that its message goes on with."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
+def _what_failed(error: Exception) -> str:
+    """What `_failed` takes, from an error of `cuda.core`."""
+    text = str(error).strip() or type(error).__name__
+    return text.partition(":")[0] if text.startswith("CUDA_ERROR_") else text.splitlines()[0]
 
 
 class CudaDevice:
@@ -278,4 +283,4 @@ def _as_engine_error() -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        raise _failed(_first_sentence(e)) from e
+        raise _failed(_what_failed(e)) from e

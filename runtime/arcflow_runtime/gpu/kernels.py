@@ -159,7 +159,7 @@ class CudaKernels:
             # cuda.core's own stream: a stream of another class is deprecated, and takes twice as long.
             launch(getattr(stream, "core", stream), config, self.kernel(name), *arguments)
         except Exception as e:  # cuda.core's errors share no public base
-            why = str(e).splitlines()[0].partition(".")[0]  # the sentences after the first are advice
+            why = str(e).partition(":")[0]  # the name of the CUDA error, without its explanation
             raise EngineError(f"the GPU does not take {name}: {why}; load the pipeline again") from e
 
 
