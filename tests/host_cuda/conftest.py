@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
+from cuda.bindings import driver as cuda
 
 from arcflow_runtime import Pipeline
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
+from tests.host_cuda.checked import BYTES, ok
 from tests.host_cuda.control import Driver, Live
 from tests.host_cuda.engines import HostCudaBackend
 
@@ -69,3 +71,51 @@ def on_gpu(open_bundle, driver):
     pipe = None
     gc.collect()
     assert (driver.live(Live.EVENTS), driver.live(Live.STREAMS)) == (0, 0)
+
+
+@pytest.fixture
+def context(driver):
+    """Makes the device's context current."""
+    ok(cuda.cuInit(0))
+    ok(cuda.cuCtxSetCurrent(ok(cuda.cuDevicePrimaryCtxRetain(0))))
+
+
+@pytest.fixture
+def stream(context):
+    made = ok(cuda.cuStreamCreate(int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)))
+    yield made
+    cuda.cuStreamDestroy(made)
+
+
+@pytest.fixture
+def other(context):
+    made = ok(cuda.cuStreamCreate(int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)))
+    yield made
+    cuda.cuStreamDestroy(made)
+
+
+@pytest.fixture
+def memory(context):
+    made = int(ok(cuda.cuMemAlloc(BYTES)))
+    yield made
+    cuda.cuMemFree(made)
+
+
+@pytest.fixture
+def event(context):
+    made = ok(cuda.cuEventCreate(0))
+    yield made
+    cuda.cuEventDestroy(made)
+
+
+@pytest.fixture
+def begin(stream):
+    """A function (mode) that begins a capture in `stream`; a capture that a test leaves open is ended after it."""
+
+    def begin(mode=cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL):
+        ok(cuda.cuStreamBeginCapture(stream, mode))
+
+    yield begin
+    failed, graph = cuda.cuStreamEndCapture(stream)
+    if not failed:
+        cuda.cuGraphDestroy(graph)

@@ -3,8 +3,8 @@
  * build.py builds the driver as `libcuda.so.1`. It implements a part of cuda.h for one device:
  * - Device memory is host memory behind addresses that the host cannot read: reading one crashes, as on a GPU. Memory
  *   is filled with 0xFF, a NaN in every float type, when it is allocated and when it is freed.
- * - Work in a stream runs as late as CUDA allows. It runs in the thread that waits for it, and only up to the point
- * that the thread waits for. So a missing wait shows in the results.
+ * - Work in a stream runs as late as CUDA allows: in the thread that waits for it, and only as far as the thread waits.
+ *   So a missing wait shows in the results.
  * - Kernels are this project's, built for the host. Any other kernel is CUDA_ERROR_NOT_SUPPORTED.
  * - A function of cuda.h that is not implemented is not exported.
  *
