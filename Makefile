@@ -84,10 +84,11 @@ check: setup
 	$(if $(CHECK),,$(if $(CPP_FOUND),$(MAKE) cpp-check,@echo "cpp-check was left out: it $(CPP_MISSING)"))
 	$(PYTEST) -m slow $(addprefix -k ,$(CHECK))
 
-# The C++ library: warnings are errors; its tests, and a project that finds what is installed. Then, two at a time: the
-# static library and that project; tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
-# ThreadSanitizer; and FUZZ_SECONDS of its bundle reader where there is clang. All but the static library compile several
-# sources at once, in about half of the time; there each must compile by itself.
+# The C++ library; warnings are errors. `cpp-test` is what a user does: build, run the tests, install, and build a project
+# that finds what is installed. `cpp-check` is the rest, two steps at a time: the tests under AddressSanitizer and
+# UndefinedBehaviorSanitizer; those with threads under ThreadSanitizer; FUZZ_SECONDS of the bundle reader, with clang;
+# clang-tidy; and the static library. All but the static library compile several sources at once, in about half of the
+# time; there each source compiles by itself, so a missing #include is found.
 FUZZ_SECONDS ?= 60
 CPP := $(abspath $(OUT))/cpp
 CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/dev/null && command -v cmake)
@@ -95,31 +96,19 @@ CPP_CONFIGURE = cmake -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))
 UNITY := -DCMAKE_UNITY_BUILD=ON
 CHECKED := -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None $(UNITY)
 SANITIZE := -DARCFLOW_SANITIZE=address,undefined $(CHECKED)
-CPP_STEPS := cpp-build cpp-rest cpp-static cpp-exports cpp-sanitized cpp-sanitize cpp-tsan cpp-fuzz
-.PHONY: $(CPP_STEPS)
-test cpp-test $(CPP_STEPS): export PATH := $(abspath $(BIN)):$(PATH)
+CPP_SOURCES = $(shell git ls-files 'runtime/*.cpp' 'runtime/*.hpp' 'runtime/*.h' 'runtime/*.c' 'runtime/*.cu' 'tests/*.cpp')
+CPP_STEPS := cpp-build cpp-check cpp-rest cpp-static cpp-traces cpp-sanitized cpp-sanitize cpp-tsan cpp-fuzz cpp-tidy
+.PHONY: cpp-format cpp-lint $(CPP_STEPS)
+test check cpp-test $(CPP_STEPS): export PATH := $(abspath $(BIN)):$(PATH)
 cpp-test: cpp-build
-	$(MAKE) -j2 cpp-sanitize cpp-rest
-	$(if $(shell command -v clang++),,@echo "the fuzz target was left out: it needs clang")
-
-# One by one, beside cpp-sanitize, which takes as long.
-cpp-rest: setup
-	$(MAKE) cpp-tsan
-	$(if $(shell command -v clang++),$(MAKE) cpp-fuzz)
-	$(MAKE) cpp-static
-
-cpp-build: setup
-	$(CPP_CONFIGURE) -B $(CPP) $(UNITY)
-	cmake --build $(CPP)
 	ctest --test-dir $(CPP) --output-on-failure
 	$(call cpp_consume,$(CPP))
 
-cpp-static: setup
-	$(CPP_CONFIGURE) -B $(CPP)-static -DBUILD_SHARED_LIBS=OFF -DARCFLOW_TESTS=OFF $(filter-out $(UNITY),$(CHECKED))
-	cmake --build $(CPP)-static
-	$(call cpp_consume,$(CPP)-static)
+cpp-build: setup
+	$(CPP_CONFIGURE) -B $(CPP) $(UNITY) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	cmake --build $(CPP)
 
-# Installs what was built in a folder, and builds and runs a project that finds it.
+# Installs a build, and builds and runs a project that finds it.
 define cpp_consume
 cmake --install $(1) --prefix $(1)/installed
 cmake -S runtime/cpp/tests/consumer -B $(1)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(1)/installed
@@ -127,23 +116,41 @@ cmake --build $(1)/consumer
 ctest --test-dir $(1)/consumer --output-on-failure
 endef
 
-# The tests keep what they trace, so that it is not traced under the sanitizers.
-cpp-exports: setup
-	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest -q -k golden tests/test_cpp.py
+cpp-check: cpp-build
+	$(MAKE) -j2 cpp-sanitize cpp-rest
+	$(if $(shell command -v clang++),,@echo "the fuzz target was left out: it needs clang")
+
+# One after the other, beside cpp-sanitize, which takes as long.
+cpp-rest: setup
+	$(MAKE) cpp-tsan
+	$(if $(shell command -v clang++),$(MAKE) cpp-fuzz)
+	$(MAKE) cpp-static
+	$(MAKE) cpp-tidy
+
+cpp-static: setup
+	$(CPP_CONFIGURE) -B $(CPP)-static -DBUILD_SHARED_LIBS=OFF -DARCFLOW_TESTS=OFF $(filter-out $(UNITY),$(CHECKED))
+	cmake --build $(CPP)-static
+	$(call cpp_consume,$(CPP)-static)
+
+# The tests under the sanitizers need exported bundles, and tracing is slow there. So it is done here; pytest keeps the
+# traces. This and cpp-tidy use what cpp-build built.
+cpp-traces: setup
+	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest -q $(foreach student,flux-tiny qwen-tiny,"tests/test_cpp.py::test_golden_cases[$(student)-0-prompts]")
 
 cpp-sanitized: setup
 	$(CPP_CONFIGURE) -B $(CPP)-sanitized $(SANITIZE)
 	cmake --build $(CPP)-sanitized
 
-# Python is no sanitized program: the sanitizer and the C++ library that it looks into are loaded before it, its leaks are
-# not ours, and OpenVINO's threads must not be opened apart from the sanitizer.
-cpp-sanitize: cpp-exports cpp-sanitized
+# Python itself is not sanitized. So the sanitizer, and the C++ library whose symbols it looks up, are loaded before it;
+# its own leaks are not reported; and OpenVINO's threads keep to the sanitizer's copies of what they open.
+cpp-sanitize: cpp-traces cpp-sanitized
 	ctest --test-dir $(CPP)-sanitized --output-on-failure
 	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
 		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
 		$(BIN)/pytest -q -k "core or errors or golden" $(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py)
 
-# What has threads. Without OpenVINO, which was not compiled for it: all that runs is ours, and nothing is suppressed.
+# The tests with threads, without OpenVINO, which is not compiled for ThreadSanitizer: then all that runs is ours, and
+# nothing has to be suppressed.
 TSAN := threads trt_denoiser trt_runtime_cache
 cpp-tsan: setup
 	$(CPP_CONFIGURE) -B $(CPP)-tsan -DARCFLOW_SANITIZE=thread -DARCFLOW_OPENVINO=OFF $(CHECKED) -DCMAKE_CXX_FLAGS=-O1
@@ -156,6 +163,16 @@ cpp-fuzz: setup
 	$(BIN)/python runtime/cpp/fuzz/corpus.py $(CPP)-fuzz/corpus $(dir $(wildcard $(OUT)/*/manifest.json))
 	$(CPP)-fuzz/fuzz/bundle_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 -print_final_stats=1 \
 		-verbosity=0 -dict=runtime/cpp/fuzz/json.dict -artifact_prefix=$(CPP)-fuzz/ $(CPP)-fuzz/corpus
+
+cpp-tidy: setup
+	$(BIN)/run-clang-tidy.py -quiet -p $(CPP) -clang-tidy-binary $(BIN)/clang-tidy -j 2 $(CPP)
+
+# What `make lint` runs; and the same, written to the files.
+cpp-lint: setup
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+cpp-format: setup
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 # .pre-commit-config.yaml calls the same tools.
 lint: setup

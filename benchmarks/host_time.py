@@ -102,7 +102,7 @@ def cpp_runner(
     pipe = embed.Pipeline(embed.load(str(library)), bundle, threads=threads)
 
     def generate() -> dict[str, float]:
-        timings: dict[str, float] = pipe.draw([prompt()], seeds=[1], height=size_px, width=size_px).timings_ms
+        timings: dict[str, float] = pipe.generate([prompt()], seeds=[1], height=size_px, width=size_px).timings_ms
         return timings
 
     return generate

@@ -53,7 +53,7 @@ class CppPipeline:
 
     def __call__(self, prompts: list[str], height: int, width: int, seed: int) -> object:
         """Generate images."""
-        return self._pipe.draw(prompts, seeds=[seed], height=height, width=width)
+        return self._pipe.generate(prompts, seeds=[seed], height=height, width=width)
 
     def close(self) -> None:
         """Free the pipeline."""

@@ -41,7 +41,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "student.toml").write_text(STUDENT)
     (tmp_path / "fake").mkdir()
     monkeypatch.setenv("FAKE", str(tmp_path / "fake"))
-    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(HERE / "fake_stage.py")))
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(HERE / "fake_stage.py")))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -145,7 +145,8 @@ def command_run(traces, once) -> CommandRun:
     """The golden FLUX student exported in bfloat16 by the command, once per run."""
 
     def make(folder: Path) -> None:
-        bundle = folder / "bundle"
+        bundle = folder / "out" / "bundle"
+        bundle.parent.mkdir()
         arguments = ["--base", GOLDEN / "flux-tiny" / "base", "--adapter", GOLDEN / "flux-tiny" / "adapter"]
         arguments += ["--out", bundle, "--dtype", "bfloat16", "--json"]
         out, err = io.StringIO(), io.StringIO()
@@ -155,7 +156,7 @@ def command_run(traces, once) -> CommandRun:
         (folder / "said.json").write_text(json.dumps(said), encoding="utf-8")
 
     folder = once("arcflow export", make)
-    return CommandRun(folder / "bundle", **json.loads((folder / "said.json").read_text(encoding="utf-8")))
+    return CommandRun(folder / "out" / "bundle", **json.loads((folder / "said.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")

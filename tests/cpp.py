@@ -1,4 +1,4 @@
-"""The C++ library for tests: how it is built, its binding, and what the tests in test_cpp*.py share."""
+"""Shared by tests/test_cpp*.py: building the C++ library, its Python binding, and helpers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ embed = _embed()
 
 
 def configure_cpp(folder: Path, *options: str) -> None:
-    """Configure the C++ project; skips where it cannot be built."""
+    """Configure the C++ project, or skip the test if it cannot be built here."""
     if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs cmake and a C++ compiler")
     if importlib.util.find_spec("nlohmann_json") is None:
@@ -45,7 +45,7 @@ def configure_cpp(folder: Path, *options: str) -> None:
 
 
 def build_library(folder: Path) -> None:
-    """Build the library, its programs of tests and its examples; skips where that is not possible."""
+    """Build the library, its test programs and examples, or skip the test if they cannot be built here."""
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("needs the packages openvino and openvino-tokenizers")
     configure_cpp(folder, "-DARCFLOW_OPENVINO=ON")
@@ -65,7 +65,7 @@ def run(command, **options) -> subprocess.CompletedProcess:
 
 
 def ids_of(bundle: Path, prompt: str):
-    """A prompt's ids as `arcflow_tokens` takes them: with special tokens, not padded."""
+    """A prompt's token ids for `arcflow_tokens`: with special tokens, not padded."""
     manifest = Bundle.open(bundle).manifest
     tokenizers = [Tokenizer.from_file(str(bundle / file)) for _, file in sorted(manifest.tokenizers.items())]
     text = (manifest.text.template or "{}").replace("{}", prompt)
@@ -74,6 +74,6 @@ def ids_of(bundle: Path, prompt: str):
 
 
 def close(ours: np.ndarray, reference: np.ndarray) -> None:
-    """The project's contract: within 1e-4 of the largest value."""
+    """Assert the project's contract for latents: equal within 1e-4 of the largest value."""
     assert ours.shape == reference.shape
     assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()

@@ -1,7 +1,7 @@
-// The kernels' source on a CPU, for tests/test_kernel.py: its inner functions called one after the other, and
-// the kernels themselves with every thread of a block as a fibre.
+// Runs the CUDA kernels' source on a CPU, for tests/test_kernel_*.py: single functions, and whole kernels, where each
+// thread of a block is a fibre.
 //
-// A fibre runs to its next barrier or shuffle and yields; when all have, it goes on. So every thread of a block has to
+// A fibre runs to its next barrier or shuffle and yields; when all have, they continue. So all threads of a block must
 // meet the same barriers and shuffles in the same order, which is checked.
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -44,7 +44,7 @@ constexpr size_t SHARED_FLOATS = 3072;  // 48 KiB
 struct Fibre {
     ucontext_t context;
     std::vector<char> stack;
-    std::string waits_at;  // "" when it has returned
+    std::string waits_at;  // "" after it returned
     float offered;
 };
 std::vector<Fibre> fibres;
@@ -131,7 +131,7 @@ void run_block() {
         makecontext(&fibre.context, run_thread, 0);
         fibre.waits_at = "start";
     }
-    // Shared memory is not zero on a GPU either.
+    // Shared memory starts with NaN, since it is not zero on a GPU either.
     for (auto &four : arcflow_update::arcflow_shared) four = {NAN, NAN, NAN, NAN};
     while (!fibres[0].waits_at.empty()) {
         for (current = 0; current < fibres.size(); ++current) {
@@ -140,7 +140,7 @@ void run_block() {
             swapcontext(&scheduler, &fibres[current].context);
         }
         for (const auto &fibre : fibres) {
-            // Threads that have nothing to store may return while others go on, after the last barrier.
+            // Threads with nothing to store may return after the last barrier, while others continue.
             if (!fibre.waits_at.empty() && fibre.waits_at != fibres[0].waits_at) {
                 std::fprintf(stderr, "threads of a block wait at %s and %s\n", fibre.waits_at.c_str(),
                              fibres[0].waits_at.c_str());
@@ -154,7 +154,7 @@ void run_block() {
 
 extern "C" {
 
-// Runs a kernel; returns 0, or 1 if there is none of this name or its shared memory would not fit.
+// Run an update kernel. Returns 0, or 1 if there is no kernel of this name or its shared memory does not fit.
 int emulate(const char *name, unsigned int grid, unsigned int block, size_t shared_bytes, const void *means,
             const void *logweights, const void *loggammas, const float *latents, float *next, void *input,
             const double *sigmas, long long tokens, int step, int modes, int channels, int sub_pixels) {
@@ -168,7 +168,7 @@ int emulate(const char *name, unsigned int grid, unsigned int block, size_t shar
     return 0;
 }
 
-// The same for the noise kernel of an engine input's type.
+// The same for a noise kernel, chosen by the dtype of the engine's input.
 int emulate_noise(const char *input_type, unsigned int grid, unsigned int block, size_t shared_bytes,
                   const long long *streams, float *latents, void *input, int channels, int height, int width,
                   int patch) {
@@ -189,7 +189,7 @@ void box_muller(const float *uniforms, float *out, long long groups) {
     }
 }
 
-// One token of one sub-pixel's modes and one channel, as the kernels compute it: the inner functions alone.
+// One channel of one token with the kernels' inner functions: the step of its modes.
 float step_channel(const float *means, const float *logweights, const float *loggammas, float latent, double sigma,
                    double next, int modes) {
     using namespace arcflow_update;
@@ -207,9 +207,10 @@ float step_channel(const float *means, const float *logweights, const float *log
 // step_channel over [rows, modes] means and logweights, [rows, modes - 1] loggammas, [rows] latents.
 void step_channels(const float *means, const float *logweights, const float *loggammas, const float *latents,
                    float *out, double sigma, double next, long long rows, int modes) {
-    for (long long i = 0; i < rows; ++i)
+    for (long long i = 0; i < rows; ++i) {
         out[i] = step_channel(means + i * modes, logweights + i * modes, loggammas + i * (modes - 1), latents[i], sigma,
                               next, modes);
+    }
 }
 
 void widen_float16(const unsigned short *in, float *out, long long count) {
@@ -225,7 +226,7 @@ void round_bfloat16(const float *in, unsigned short *out, long long count) {
     for (long long i = 0; i < count; ++i) out[i] = arcflow_update::BFloat16::round(in[i]);
 }
 
-// Memory whose end is the end of a page that is followed by one that cannot be read or written; null on failure.
+// Memory that ends at a page boundary before an inaccessible page; null on failure.
 void *guarded(size_t bytes) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
     void *begin = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

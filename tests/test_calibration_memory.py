@@ -25,7 +25,7 @@ def force_disk(monkeypatch, forced=True):
     ("name", "changes"),
     [
         ("flux-tiny", {"batch": 2}),
-        ("flux-tiny", {"dtype": "bfloat16", "method": "mse"}),
+        pytest.param("flux-tiny", {"dtype": "bfloat16", "method": "mse"}, marks=pytest.mark.slow),
         ("qwen-tiny", {"dtype": "bfloat16", "batch": 2}),
         ("qwen-tiny", {"method": "percentile", "percentile": 99.9}),
     ],

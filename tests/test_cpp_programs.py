@@ -1,4 +1,4 @@
-"""Programs on the C++ library: the examples, the wrapper, and tests that are written in C++."""
+"""Programs that use the C++ library: its examples, and tests that are written in C++."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def test_only_the_abi_is_exported(cpp_build):
     assert {line.split()[-1].partition("@")[0] for line in lines} == set(embed.FUNCTIONS)
 
 
-def test_the_c_example_draws(cpp_build, cpp_bundles, cpp_pipes, tmp_path):
+def test_the_c_example(cpp_build, cpp_bundles, cpp_pipes, tmp_path):
     prompt, out = "a large red circle on the left, blue background", tmp_path / "out.ppm"
-    run([cpp_build / "example_draw", cpp_bundles("shapes"), prompt, out, "42"])
+    run([cpp_build / "example_generate", cpp_bundles("shapes"), prompt, out, "42"])
     image = np.asarray(Image.open(out))
-    np.testing.assert_array_equal(image, cpp_pipes("shapes").draw([prompt], seeds=[42]).pixels[0])
-    done = subprocess.run([cpp_build / "example_draw", "nowhere", "x", out], capture_output=True, text=True)
+    np.testing.assert_array_equal(image, cpp_pipes("shapes").generate([prompt], seeds=[42]).pixels[0])
+    done = subprocess.run([cpp_build / "example_generate", "nowhere", "x", out], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         1,
         f"{Path.cwd() / 'nowhere'} is not a directory; give the directory that `arcflow export --out` wrote\n",
     )
 
 
-def test_the_python_example_draws(cpp_build, cpp_bundles, tmp_path):
+def test_the_python_example(cpp_build, cpp_bundles, tmp_path):
     out = tmp_path / "out.ppm"
     command = [sys.executable, CPP / "examples" / "embed.py", cpp_bundles("shapes"), "a yellow heart", out]
     run(command, env=os.environ | {"ARCFLOW_LIBRARY": str(library_of(cpp_build))})
@@ -61,7 +61,7 @@ def test_the_python_example_draws(cpp_build, cpp_bundles, tmp_path):
 
 
 def test_the_pipeline_with_engines_that_record(cpp_build, tmp_path):
-    """pipeline_test.cpp, on bundles whose graphs are empty files."""
+    """Run pipeline_test.cpp on bundles whose graphs are not real."""
     roots = [
         make_bundle(tmp_path / "flux"),
         make_bundle(tmp_path / "qwen", "qwen-image", baked=(2, 4)),
@@ -104,19 +104,20 @@ def test_the_http_service(server, cpp_pipes):
     prompt = "a small yellow heart on a black background"
     status, body, headers = post(url, json.dumps({"prompt": prompt, "seed": 2**64 - 1, "height": 48}).encode())
     assert (status, headers["Content-Type"], headers["X-Seed"]) == (200, "image/png", str(2**64 - 1))
-    expected = cpp_pipes("shapes").draw([prompt], seeds=[2**64 - 1], height=48).pixels[0]
+    expected = cpp_pipes("shapes").generate([prompt], seeds=[2**64 - 1], height=48).pixels[0]
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(body))), expected)
-    # A negative seed, as Python takes it, is the same bits.
+    # A negative seed means its two's complement, as in Python.
     negative = post(url, json.dumps({"prompt": prompt, "seed": -1, "height": 48}).encode())
     assert (negative[0], negative[1], negative[2]["X-Seed"]) == (200, body, str(2**64 - 1))
     wrong = {
         b"{": 'the body must be a JSON object such as {"prompt": "a red circle"}',
         b"{}": "prompt is missing",
         b'{"prompt": 3}': "prompt must be a string",
-        b'{"prompt": "x", "sampler": 1}': "unknown key 'sampler'; it must be prompt, seed, height, width or steps",
+        b'{"prompt": "x", "sampler": 1}': "unknown key 'sampler'; it must be prompt, seed, height, width or "
+        "num_inference_steps",
         b'{"prompt": "x", "seed": 1.5}': "seed must be an integer from -2**63 to 2**64 - 1",
         b'{"prompt": "x", "height": 2.5}': f"height must be an integer from 0 to {2**31 - 1}",
-        b'{"prompt": "x", "width": 40}': "width must be a multiple of 16, got 40; the nearest is 32",
+        b'{"prompt": "x", "width": 40}': "request.width must be a multiple of 16, got 40; the nearest is 32",
     }
     for body, message in wrong.items():
         assert post(url, body)[:2] == (400, json.dumps({"error": message}, separators=(",", ":")).encode()), body
@@ -125,12 +126,12 @@ def test_the_http_service(server, cpp_pipes):
 
 def test_the_http_service_turns_away_what_it_cannot_queue_and_stops_gracefully(server):
     process, url = server
-    long = json.dumps({"prompt": "x", "seed": 1, "steps": 200}).encode()
+    long = json.dumps({"prompt": "x", "seed": 1, "num_inference_steps": 200}).encode()
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(post, url, long) for _ in range(8)]
-        # Two run and one waits; the others are answered at once.
+        # Two run and one waits; the five others are answered at once. All have arrived before the service is stopped.
         refused = []
-        while len(refused) < 4:
+        while len(refused) < 5:
             refused = [a for a in answers if a.done()]
         assert all(a.result()[0] == 503 for a in refused)
         assert refused[0].result()[2]["Retry-After"] == "1"

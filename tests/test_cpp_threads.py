@@ -1,4 +1,4 @@
-"""Memory, threads and lifetimes of the C++ library's objects, through its C ABI."""
+"""Memory, threads and lifetimes of the C++ library's objects, through its C API."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.cpp import BUNDLE_ERROR, CLOSED, PROMPTS, REQUEST_ERROR, embed
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_low_memory_draws_the_same(cpp_library, cpp_bundles, cpp_pipes, name):
+def test_low_memory_gives_the_same_images(cpp_library, cpp_bundles, cpp_pipes, name):
     lean = embed.Pipeline(cpp_library, cpp_bundles(name), low_memory=1)
     for _ in range(2):  # the second finds its text in the cache
-        ours, theirs = (pipe.draw(PROMPTS, height=32, width=32, seeds=[3]) for pipe in (lean, cpp_pipes(name)))
+        ours, theirs = (pipe.generate(PROMPTS, height=32, width=32, seeds=[3]) for pipe in (lean, cpp_pipes(name)))
         np.testing.assert_array_equal(ours.pixels, theirs.pixels)
     lean.close()
 
@@ -29,13 +29,13 @@ def test_low_memory_draws_the_same(cpp_library, cpp_bundles, cpp_pipes, name):
 def test_low_memory_refuses_a_bundle_that_was_replaced(cpp_library, cpp_bundles, tmp_path):
     root = shutil.copytree(cpp_bundles("flux-tiny"), tmp_path / "bundle")
     lean, kept = (embed.Pipeline(cpp_library, root, low_memory=low) for low in (1, 0))
-    lean.draw(["x"], height=32, width=32)
+    lean.generate(["x"], height=32, width=32)
     edit_manifest(root, provenance__created="2026-01-02T00:00:00Z")
     with pytest.raises(embed.ArcFlowError) as error:
-        lean.draw(["x"], height=32, width=32)
+        lean.generate(["x"], height=32, width=32)
     assert str(error.value) == f"{root} was replaced or removed since it was opened; load it again"
     assert error.value.status == BUNDLE_ERROR
-    kept.draw(["x"], height=32, width=32)
+    kept.generate(["x"], height=32, width=32)
     for pipe in (lean, kept):
         pipe.close()
 
@@ -45,24 +45,24 @@ def test_a_relative_path_outlives_a_change_of_directory(cpp_library, cpp_bundles
     monkeypatch.chdir(root.parent)
     lean = embed.Pipeline(cpp_library, root.name, low_memory=1)
     monkeypatch.chdir(tmp_path)
-    assert lean.draw(["x"], height=32, width=32).pixels is not None
+    assert lean.generate(["x"], height=32, width=32).pixels is not None
     lean.close()
 
 
 @pytest.mark.parametrize(
     ("name", "low_memory", "count"), [("flux-tiny", 0, 200), ("qwen-tiny", 0, 40), ("shapes", 1, 8)]
 )
-def test_eight_threads_draw_what_one_does(cpp_library, cpp_bundles, name, low_memory, count):
+def test_eight_threads_give_what_one_gives(cpp_library, cpp_bundles, name, low_memory, count):
     pipe = embed.Pipeline(cpp_library, cpp_bundles(name), low_memory=low_memory)
 
-    def draw(i: int):
-        return pipe.draw([PROMPTS[i % 3]], seeds=[i % 20], height=(32, 64)[i % 2], width=32)
+    def generate(i: int):
+        return pipe.generate([PROMPTS[i % 3]], seeds=[i % 20], height=(32, 64)[i % 2], width=32)
 
-    alone = [draw(i) for i in range(min(count, 60))]
+    alone = [generate(i) for i in range(min(count, 60))]
     with ThreadPoolExecutor(8) as pool:
-        for i, drawing in enumerate(pool.map(draw, range(count))):
-            np.testing.assert_array_equal(drawing.latents, alone[i % 60].latents)
-            np.testing.assert_array_equal(drawing.pixels, alone[i % 60].pixels)
+        for i, images in enumerate(pool.map(generate, range(count))):
+            np.testing.assert_array_equal(images.latents, alone[i % 60].latents)
+            np.testing.assert_array_equal(images.pixels, alone[i % 60].pixels)
     pipe.close()
 
 
@@ -75,35 +75,35 @@ def test_closing_waits_for_calls_in_progress(cpp_library, cpp_bundles):
         assert leave.wait(60)
 
     with ThreadPoolExecutor(2) as pool:
-        drawing = pool.submit(pipe.draw, ["x"], height=32, width=32, on_step=on_step)
+        images = pool.submit(pipe.generate, ["x"], height=32, width=32, on_step=on_step)
         assert inside.wait(60)
         closing = pool.submit(lambda: (pipe.close(), closed.set()))
         assert not closed.wait(0.3)
         with pytest.raises(embed.ArcFlowError, match=r"^pipeline was closed, or is no pipeline; open it again") as e:
-            pipe.draw(["x"], height=32, width=32)
+            pipe.generate(["x"], height=32, width=32)
         assert e.value.status == CLOSED
         leave.set()
-        assert drawing.result(60).pixels.shape == (1, 32, 32, 3)
+        assert images.result(60).pixels.shape == (1, 32, 32, 3)
         closing.result(60)
     pipe.close()  # twice is allowed
 
 
-def test_closing_while_eight_threads_draw(cpp_library, cpp_bundles):
+def test_closing_while_eight_threads_generate(cpp_library, cpp_bundles):
     pipe = embed.Pipeline(cpp_library, cpp_bundles("flux-tiny"))
     started = threading.Barrier(9)
 
-    def draw_many(seed: int) -> None:
+    def generate_many(seed: int) -> None:
         for _ in range(1000):
-            pipe.draw(["x"], height=32, width=32, seeds=[seed])
+            pipe.generate(["x"], height=32, width=32, seeds=[seed])
 
-    def draw_until_closed(seed: int) -> int:
+    def generate_until_closed(seed: int) -> int:
         started.wait()
         with pytest.raises(embed.ArcFlowError) as e:
-            draw_many(seed)
+            generate_many(seed)
         return e.value.status
 
     with ThreadPoolExecutor(8) as pool:
-        found = [pool.submit(draw_until_closed, i) for i in range(8)]
+        found = [pool.submit(generate_until_closed, i) for i in range(8)]
         started.wait()
         pipe.close()
         assert [f.result(60) for f in found] == [CLOSED] * 8
@@ -115,30 +115,30 @@ def test_a_callback_that_stops_or_meddles(cpp_library, cpp_bundles):
     with pytest.raises(
         embed.ArcFlowError, match=r"^on_step stopped the call after step 0 by returning 7; return 0 to go on$"
     ) as e:
-        pipe.draw(["x"], **size, on_step=lambda step, x: 7)
+        pipe.generate(["x"], **size, on_step=lambda step, x: 7)
     assert e.value.status == REQUEST_ERROR
     met: list[embed.ArcFlowError] = []
 
-    def draw_inside(step, latents):
+    def generate_inside(step, latents):
         try:
-            pipe.draw(["x"], **size)
+            pipe.generate(["x"], **size)
         except embed.ArcFlowError as e:
             met.append(e)
 
-    assert pipe.draw(["x"], **size, on_step=draw_inside).pixels is not None
+    assert pipe.generate(["x"], **size, on_step=generate_inside).pixels is not None
     assert {str(e) for e in met} == {
-        "arcflow_draw must not be called by on_step on the pipeline that called it; "
-        "draw after it has returned, or with another pipeline"
+        "arcflow_generate must not be called by on_step on the pipeline that called it; call it after on_step has "
+        "returned, or on another pipeline"
     }
-    assert pipe.draw(["x"], **size, on_step=lambda step, x: pipe.close()).pixels is not None
+    assert pipe.generate(["x"], **size, on_step=lambda step, x: pipe.close()).pixels is not None
     with pytest.raises(embed.ArcFlowError) as e:
-        pipe.draw(["x"], **size)
+        pipe.generate(["x"], **size)
     assert e.value.status == CLOSED
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_reopening_keeps_no_machine_code(cpp_library, cpp_bundles):
-    """OpenVINO kept some of every core that had the tokenizers' extension."""
+    """Each ov::Core with the tokenizers' extension leaks machine code, so the library must not make new ones."""
 
     def executable_bytes() -> int:
         lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -159,12 +159,12 @@ def test_results_outlive_their_pipeline_and_are_freed_once(cpp_library, cpp_bund
     request.prompts, request.prompt_count = (c_char_p * 1)(b"x"), 1
     results = [c_void_p(), c_void_p()]
     for result in results:
-        assert cpp_library.arcflow_draw(pipe.handle, byref(request), byref(result)) == 0
+        assert cpp_library.arcflow_generate(pipe.handle, byref(request), byref(result)) == 0
     pipe.close()
     first, second = results
     cpp_library.arcflow_result_free(first)
     cpp_library.arcflow_result_free(first)
-    assert embed.Drawing(cpp_library, second).pixels.shape == (1, 32, 32, 3)
+    assert embed.Images(cpp_library, second).pixels.shape == (1, 32, 32, 3)
     tokens, count = c_int32(9), c_size_t(9)
     for stale in (first, pipe.handle, c_void_p(), c_void_p(0xDEADBEEF)):
         assert cpp_library.arcflow_result_batch(stale) == 0

@@ -1,4 +1,4 @@
-"""What nvcc and NVRTC make of the kernels, and where it is kept."""
+"""Compiling the kernels with nvcc and NVRTC, and the cache of the result."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_nvcc_spills_nothing(fatbin):
 
 @pytest.mark.slow
 def test_the_fatbin_is_found_for_its_source_only(fatbin, tmp_path, monkeypatch, caplog):
-    for name in kernels.SOURCES:
-        shutil.copy(ROOT / "runtime" / "kernels" / name, tmp_path)
+    for path in (ROOT / "runtime" / "kernels").glob("*.[hc]*"):
+        shutil.copy(path, tmp_path)
     for path in fatbin.iterdir():
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(kernels, "kernels_folder", lambda: tmp_path)
@@ -149,5 +149,5 @@ def test_heads_are_read_16_bytes_at_a_time(tmp_path):
     entries = ptx.read_text().split(".visible .entry ")[1:]
     assert len(entries) == 9
     for entry in entries:
-        # The 16 modes of the usual sizes, latents, and the general way's.
+        # The 16 modes of the released students, latents, and the 4 modes of the general case.
         assert entry.count("ld.global.v4") >= 16 + 1 + 4, entry[:60]

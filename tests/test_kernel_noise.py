@@ -1,4 +1,4 @@
-"""The noise kernel: its arithmetic and its threads on a CPU, and on a GPU itself, beside the Python runtime.
+"""The noise kernel against the Python runtime: arithmetic and threads on a CPU, and the kernel itself on a GPU.
 
 On a CPU both emulate a fused multiply-add in float64, which rounds twice; a GPU has the operation, so a number of its
 may differ in the last place about once in 2**29 operations, of which a number takes some 16.
@@ -11,7 +11,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from arcflow_runtime.gpu.kernels import NOISE_SHARED_BYTES, NOISE_THREADS, NoiseShape
+from arcflow_runtime.gpu.kernels import NoiseShape, launch_constants
 from arcflow_runtime.maths.noise import _box_muller, draw_latents, streams
 from tests.kernel_source import DTYPES, STORED, Guarded, OnDevice, narrow, pointer
 
@@ -54,15 +54,17 @@ def expected(shape, seed):
 @pytest.mark.parametrize("second", [True, False])
 @pytest.mark.parametrize("per_image", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_threads_draw_the_python_runtimes_noise(kernel_host, shape, per_image, second):
+def test_threads_give_the_python_runtimes_noise(kernel_host, shape, per_image, second):
     seed = [7, 2**32 + 5, -3][: shape.images] if per_image else 2**63 + 11
+    launch = launch_constants()
     theirs = expected(shape, seed)
     with Guarded(kernel_host) as memory:
         sources = memory.put(streams(seed, shape.images, shape.channels * shape.height * shape.width))
         latents = memory.put(np.full_like(theirs, np.nan))
         narrowed = memory.put(np.zeros(theirs.shape, STORED[shape.engine_input])) if second else None
         code = kernel_host.emulate_noise(
-            shape.engine_input.encode(), shape.images, NOISE_THREADS, ctypes.c_size_t(NOISE_SHARED_BYTES),
+            shape.engine_input.encode(), shape.images, launch["NOISE_THREADS"],
+            ctypes.c_size_t(launch["NOISE_SHARED_BYTES"]),
             *map(pointer, (sources, latents)), pointer(narrowed) if second else None,
             shape.channels, shape.height, shape.width, shape.patch,
         )  # fmt: skip
@@ -75,7 +77,7 @@ def test_threads_draw_the_python_runtimes_noise(kernel_host, shape, per_image, s
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", [42, [7, 2**32 + 5, -3]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gpu_draws_the_python_runtimes_noise(kernel_gpu, dtype, seed):
+def test_the_gpu_gives_the_python_runtimes_noise(kernel_gpu, dtype, seed):
     device, stream, kernels = kernel_gpu
     shape = shape_of(3, 16, 128, 128, 2, dtype)
     theirs = expected(shape, seed)

@@ -1,4 +1,4 @@
-"""The update kernel: its arithmetic and its threads on a CPU, and on a GPU itself.
+"""The update kernel against float64: arithmetic and threads on a CPU, and the kernel itself on a GPU.
 
 The bound of `exact` is derived there. It holds on a CPU, whose expf and expm1f are within 1 unit in the last place, and
 on a GPU, where they are within 2 and 1 (CUDA C++ Programming Guide, "Mathematical Functions").
@@ -88,9 +88,38 @@ def one(kernel_host, logweights, loggammas, means, d=1.0):
 
 
 def test_a_small_weight_meets_a_large_integral(kernel_host):
-    # exp(-100) is no float32, and exp(120) neither; their product exp(20) / 120 is.
+    # Neither exp(-100) nor exp(120) fits in float32; their product divided by 120 does.
     found = one(kernel_host, [0, -100], [120], [0, 1])
     assert abs(found - np.exp(20.0) / 120) <= 48 * EPS * np.exp(20.0) / 120
+
+
+@pytest.mark.parametrize(
+    ("logweights", "loggamma", "d"),
+    [
+        ([0, 0], 181, 1 / 3),  # z near 60: the low halves of the step and of z count
+        ([0.1, -100], 120, 1.0),  # -100 - 0.1 is no float32: the low half of the logit counts
+        ([0.1, -100], 361, 1 / 3),  # the low half of z in the exponential of the sum
+        ([0.1, -3.2], 211.1, 1 / 3),  # the rounding of that sum
+        ([0, 0], -59.7, 1 / 3),  # expm1 near -1
+        ([0.1, -10], 100, 1 / 3),  # a small weight, z below 64
+    ],
+)
+def test_low_halves_of_sums_count(kernel_host, logweights, loggamma, d):
+    """Two modes, of which only the second has a mean: share / total, where share = weight * expm1(z) / loggamma.
+
+    The exponential of the sum, or expm1, is 2 EPS and its correction 1, the division 1, and where the weight is an
+    exponential of its own 3 EPS and the product 1. The total is within 3 EPS of the second weight, which is at most 1
+    of 2, its addition is 1, its reciprocal 1, and the result is rounded once. All of this is exact where the total is 1
+    or 2: both weights are 1, or the second is far below EPS.
+    """
+    w, g = np.float32(logweights).astype(np.float64), float(np.float32(loggamma))
+    weight = np.exp(w[1] - w[0])
+    expected = weight * np.expm1(g * d) / g / (1 + weight)
+    found = one(kernel_host, logweights, [loggamma], [0, 1], d)
+    plain = weight == 1 or weight * 2**25 < 1
+    merged = g * d > 64 or weight == 1
+    bound = (4 if merged else 8) + (0 if plain else 5 + 1)
+    assert abs(found - expected) <= bound * EPS * abs(expected)
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -111,7 +140,7 @@ def test_a_small_weight_meets_a_large_integral(kernel_host):
 )
 def test_what_is_not_finite_stays_so(kernel_host, logweights, loggammas, means, expected):
     found = one(kernel_host, logweights, loggammas, means)
-    # As the Python runtime has it.
+    # The Python runtime gives the same.
     shape = (1, 1, len(logweights), 1)
     arrays = [np.array(x, np.float32).reshape(s) for x, s in ((means, shape), (logweights, shape))]
     gammas = np.array(loggammas, np.float32).reshape(1, 1, -1, 1)

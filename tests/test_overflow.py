@@ -41,6 +41,7 @@ def verify(root, bundle, capsys, *arguments):
     return code, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_overflowing_layer_is_named_and_kept(root, capsys):
     """The plain float16 bundle fails at the layer; with what verify says to keep, the same student passes."""
     code, out = verify(root, export(open_student(root), root / "plain", dtype="float16"), capsys, "--json")

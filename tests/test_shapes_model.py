@@ -90,6 +90,7 @@ def test_bundle_draws_what_the_torch_student_draws(bundle):
     assert rows and all(row.passed for row in rows), [row for row in rows if not row.passed]
 
 
+@pytest.mark.slow
 def test_bfloat16_bundle_is_as_near_to_float32_as_torch_is(bundles):
     """On the prompts of `arcflow verify`; in the first, the softmax over modes magnifies what rounding does."""
     bundle = Bundle.open(bundles("shapes", dtype="bfloat16", **SHAPES_OPTIONS))

@@ -182,6 +182,7 @@ def test_ctrl_c(running, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_sigterm(running, tmp_path):
     running.terminate()
     running.communicate(timeout=60)

@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-#: Source files, concatenated in this order into one program; a file comes after those that it includes.
-SOURCES = ("update_math.h", "update.cu", "noise_math.h", "noise.cu")
+#: The file that includes all others.
+MAIN = "noise.cu"
 #: Compute capabilities, as in sm_75, to compile for; those that nvcc does not support are skipped.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 110, 120, 121)
 
+_INCLUDE = re.compile(r'^#include "(.*)"\n', re.MULTILINE)
 _KERNEL = re.compile(r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -60,9 +61,20 @@ def known_architectures(nvcc: str) -> list[int]:
 
 
 def program() -> str:
-    """The kernels' source as one text without includes, the same that the runtime gives to NVRTC."""
-    texts = ((HERE / name).read_text(encoding="utf-8") for name in SOURCES)
-    return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
+    """The kernels as one text: each file that `MAIN` includes stands once, before the file that includes it.
+
+    The runtime gives the same text to NVRTC, and looks for its SHA-256 in the fatbin's record.
+    """
+    seen: set[str] = set()
+
+    def expand(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (HERE / name).read_text(encoding="utf-8")
+        return "".join(map(expand, _INCLUDE.findall(text))) + _INCLUDE.sub("", text)
+
+    return expand(MAIN)
 
 
 def compile_fatbin(nvcc: str, architectures: list[int], out: Path) -> list[Usage]:

@@ -1,26 +1,25 @@
-/* Noise on a GPU: torch's numbers of a CPU generator, as packed latents, bit for bit.
+/* Generates noise on a GPU as packed latents, equal bit for bit to torch's CPU generator.
  *
- *     streams    [images, 2]          int64: a generator's seed, of which 32 bits count, and the image's first number
- *                                     in what it draws, a multiple of 16
+ *     streams    [images, 2]          int64: a generator's seed, of which the low 32 bits count, and the index of the
+ *                                     image's first number in the generator's sequence, a multiple of 16
  *     latents    [images, N, C*p*p]   float32, N = (h/p) * (w/p), channel c*p*p + p*dy + dx
  *     input      [images, N, C*p*p]   the same in the engine's input type, or null
  *
- * The generator draws [C, h, w], whose C*h*w is a multiple of 16. Everything lies in device memory: a captured graph
- * serves any seeds.
+ * The generator fills [C, h, w]; C*h*w must be a multiple of 16. All arguments are read from device memory, so a
+ * captured graph serves any seeds.
  *
- * An image is the work of one block. MT19937's next state takes one barrier: the words of a thread, 227 places apart,
- * depend on old words and on each other only. Two states lie in shared memory, so that a state's numbers are made while
- * the next one is.
+ * One block makes one image. The next MT19937 state needs only one barrier: each thread makes words that are 227 places
+ * apart, and these depend on old words and on each other only. Shared memory holds two states, so that threads turn one
+ * state into numbers while others already make the next.
  *
- * Launch (see arcflow_runtime/gpu/kernels.py): one block of THREADS threads per image, 2 * 624 * 4 bytes of dynamic
- * shared memory.
+ * geometry.h says how it is launched.
  */
 #include "noise_math.h"
 #include "update.cu"
 
 namespace arcflow_random {
 
-constexpr int THREADS = 320; /* a state gives 312 pairs */
+static_assert(ARCFLOW_NOISE_SHARED_BYTES == 2 * WORDS * sizeof(unsigned int), "two states fit");
 
 struct Arguments {
     const long long *streams;
@@ -38,14 +37,14 @@ __device__ __forceinline__ void twist(const unsigned int *state, unsigned int *n
         next[k + APART] = word;
         const int last = k + 2 * APART;
         if (last >= WORDS) continue;
-        /* Behind the last word is the first of the next state, which another thread makes. */
-        const unsigned int behind =
-            last + 1 < WORDS ? state[last + 1] : twisted(state[0], state[1], state[MIDDLE]);
+        /* The last word's successor is the first word of the next state, which another thread makes; so compute it
+         * here. */
+        const unsigned int behind = last + 1 < WORDS ? state[last + 1] : twisted(state[0], state[1], state[MIDDLE]);
         next[last] = twisted(state[last], behind, word);
     }
 }
 
-/* Puts number `i` of an image [C, h, w] in its token's channel. */
+/* Store number `i` of an image [C, h, w] at its place in the packed latents. */
 template <class In> __device__ __forceinline__ void store(const Arguments &a, int i, float x) {
     const int pixel = i % (a.height * a.width), across = a.width / a.patch;
     const int top = pixel / a.width, left = pixel % a.width;
@@ -57,7 +56,7 @@ template <class In> __device__ __forceinline__ void store(const Arguments &a, in
     if (a.input) static_cast<typename In::Stored *>(a.input)[at] = In::round(x);
 }
 
-template <class In> __device__ __forceinline__ void draw(const Arguments &a) {
+template <class In> __device__ __forceinline__ void generate(const Arguments &a) {
     unsigned int *state = reinterpret_cast<unsigned int *>(arcflow_update::arcflow_shared), *next = state + WORDS;
     const long long first = a.streams[2 * blockIdx.x + 1];
     const int count = a.channels * a.height * a.width;
@@ -70,7 +69,7 @@ template <class In> __device__ __forceinline__ void draw(const Arguments &a) {
 #pragma unroll 1
     for (long long begin = 0; begin < first + count; begin += WORDS) {
         twist(state, next);
-        __syncthreads(); /* whoever is past it no longer reads `state`, which the next twist overwrites */
+        __syncthreads(); /* now all threads have read `state`, so the next twist may overwrite it */
         for (int pair = static_cast<int>(threadIdx.x); pair < WORDS / 2; pair += static_cast<int>(blockDim.x)) {
             const int place = pair / (GROUP / 2) * GROUP + pair % (GROUP / 2);
             const long long i = begin + place - first;
@@ -89,10 +88,9 @@ template <class In> __device__ __forceinline__ void draw(const Arguments &a) {
 
 /* arcflow_noise_<type of the engine's input> */
 #define ARCFLOW_NOISE(IN, IN_TYPE) \
-    extern "C" __global__ void __launch_bounds__(arcflow_random::THREADS) \
-        arcflow_noise_##IN(const long long *streams, float *latents, void *input, int channels, int height, int width, \
-                           int patch) { \
-        arcflow_random::draw<arcflow_update::IN_TYPE>({streams, latents, input, channels, height, width, patch}); \
+    extern "C" __global__ void __launch_bounds__(ARCFLOW_NOISE_THREADS) arcflow_noise_##IN( \
+        const long long *streams, float *latents, void *input, int channels, int height, int width, int patch) { \
+        arcflow_random::generate<arcflow_update::IN_TYPE>({streams, latents, input, channels, height, width, patch}); \
     }
 
 ARCFLOW_NOISE(float32, Float32)

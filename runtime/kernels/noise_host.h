@@ -1,4 +1,4 @@
-// torch.randn of a CPU generator on a CPU, for the C++ library and the Python runtime's compiled part.
+// torch.randn's numbers on a CPU, for the C++ library and the Python runtime's compiled module.
 #ifndef ARCFLOW_NOISE_HOST_H
 #define ARCFLOW_NOISE_HOST_H
 
@@ -11,7 +11,7 @@
 
 namespace arcflow_random {
 
-// torch's path below 16 numbers: Box-Muller in float64, from 53-bit uniforms, cosine first, then sine.
+// torch's method for fewer than 16 numbers: Box-Muller in float64 of 53-bit uniforms, cosine first, then sine.
 inline void randn_scalar(std::mt19937 &generator, std::size_t count, float *out) {
     const auto uniform = [&] {
         const std::uint64_t high = generator(), low = generator();
@@ -36,13 +36,14 @@ inline void randn_group(std::mt19937 &generator, float *out) {
     }
 }
 
-// `count` standard normal numbers of the generator that the low 32 bits of `seed` seed.
+// `count` standard normal numbers of a generator seeded with the low 32 bits of `seed`.
 inline void randn(std::uint64_t seed, std::size_t count, float *out) {
     std::mt19937 generator(static_cast<std::uint32_t>(seed));
     if (count < GROUP) return randn_scalar(generator, count, out);
     const std::size_t tail = count % GROUP;
     for (std::size_t i = 0; i < count - tail; i += GROUP) randn_group(generator, out + i);
-    if (tail != 0) {  // torch draws the tail's uniforms, then 16 fresh ones, and computes the last 16 numbers again
+    if (tail != 0) {  // torch skips the tail's uniforms, takes 16 new ones, and computes the last 16 numbers again,
+                      // then 16 fresh ones, and computes the last 16 numbers again
         generator.discard(tail);
         randn_group(generator, out + count - GROUP);
     }

@@ -1,11 +1,12 @@
-/* torch's normal numbers on a CPU: MT19937, and a Box-Muller transform of 24-bit uniforms whose logarithm, sine and
- * cosine are the Cephes polynomials. docs/bundle.md, "Noise"; arcflow_runtime/noise.py.
+/* The arithmetic of torch's normal numbers on a CPU: MT19937, and a Box-Muller transform of 24-bit uniforms whose
+ * logarithm, sine and cosine are the Cephes polynomials (docs/bundle.md, "Noise"; arcflow_runtime/maths/noise.py).
  *
- * Products and sums are rounded where torch rounds them: a compiler may not fuse what is not fused here.
+ * Products and sums are rounded where torch rounds them, so a compiler must not fuse operations that are separate here.
  */
 #ifndef ARCFLOW_NOISE_MATH_H
 #define ARCFLOW_NOISE_MATH_H
 
+#include "geometry.h"
 #include "update_math.h"
 
 namespace arcflow_random {
@@ -13,8 +14,8 @@ namespace arcflow_random {
 using arcflow_update::bits_of;
 using arcflow_update::from_bits;
 
-constexpr int WORDS = 624, MIDDLE = 397; /* of MT19937's state */
-constexpr int GROUP = 16;                /* as many numbers come from as many uniforms */
+constexpr int WORDS = 624, MIDDLE = 397; /* the state has WORDS words; each new word uses the one MIDDLE places on */
+constexpr int GROUP = ARCFLOW_NOISE_GROUP;
 
 ARCFLOW_BOTH float product(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -32,8 +33,8 @@ ARCFLOW_BOTH float sum(float a, float b) {
 #endif
 }
 
-/* a * b + c with one rounding. The product is exact in float64, so on a CPU only the sum is rounded: twice, which changes
- * the result in about one of 2^29 cases, and is fast without hardware for it. */
+/* a * b + c with one rounding. On a CPU the product is exact in float64, and the sum is rounded to float64 and then to
+ * float32. This differs from one rounding in about one of 2^29 cases, and needs no hardware for fused operations. */
 ARCFLOW_BOTH float fused(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
     return fmaf(a, b, c);
@@ -50,12 +51,13 @@ ARCFLOW_BOTH float root(float x) {
 #endif
 }
 
-/* The state's word after `previous`, as `seed` is followed. */
+/* The next word of a state that a seed initialises. */
 ARCFLOW_BOTH unsigned int seeded(unsigned int previous, unsigned int place) {
     return 1812433253u * (previous ^ previous >> 30) + place;
 }
 
-/* A word of the next state: of the word in its place, the one behind it, and the one MIDDLE places on. */
+/* A word of the next state, made of three words of the old one: the word at its place, its successor, and the one
+ * MIDDLE places on. */
 ARCFLOW_BOTH unsigned int twisted(unsigned int word, unsigned int behind, unsigned int far) {
     const unsigned int joined = (word & 0x80000000u) | (behind & 0x7fffffffu);
     return far ^ joined >> 1 ^ (behind & 1 ? 0x9908b0dfu : 0);
@@ -66,7 +68,7 @@ ARCFLOW_BOTH float uniform_of(unsigned int output) {
     return static_cast<float>(output & 0xffffff) * 5.9604644775390625e-8f; /* 2^-24 */
 }
 
-/* The same of a state's word. */
+/* The uniform of a state's word, which the generator tempers before it gives it out. */
 ARCFLOW_BOTH float uniform(unsigned int word) {
     word ^= word >> 11;
     word ^= word << 7 & 0x9d2c5680u;
@@ -97,7 +99,7 @@ ARCFLOW_BOTH float logarithm(float x) {
 }
 
 struct Pair {
-    float first, second; /* GROUP / 2 places apart */
+    float first, second; /* `second` comes GROUP / 2 places after `first` */
 };
 
 /* Two normal numbers of two uniforms: the first gives the radius, the second the angle (Cephes cosf and sinf). */

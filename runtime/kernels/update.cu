@@ -1,4 +1,4 @@
-/* The closed-form ArcFlow step on a GPU: heads of one network call and latents -> latents at the next sigma.
+/* Computes the closed-form ArcFlow step on a GPU: heads of one network call and latents -> latents at the next sigma.
  *
  *     means      [tokens, K, C*P]   float32, float16 or bfloat16
  *     logweights [tokens, K, P]     likewise, not normalised
@@ -8,22 +8,21 @@
  *     input      [tokens, C*P]      the same in the engine's input type, or null
  *     sigmas     [S+1]              float64; the step goes from sigmas[step] to sigmas[step + 1]
  *
- * Everything lies in device memory, sigmas too: a captured graph serves any schedule of as many steps.
+ * All arguments are read from device memory, also the sigmas, so a captured graph serves any schedule with as many
+ * steps.
  *
- * A token is the work of LANES threads of one warp. They first share its K*P modes, and then its channels, 16 bytes of
- * each mode at a time; both go through shared memory. Heads are read once. Sums have a fixed order: equal inputs give
- * equal bits.
+ * LANES threads of one warp compute a token together. They first divide its K*P modes among themselves, and then its
+ * channels, 16 bytes of each mode at a time; both pass through shared memory. Each head is read once. Sums have a fixed
+ * order, so equal inputs give equal bits.
  *
- * Launch (see arcflow_runtime/gpu/kernels.py and trt_kernel.cpp): THREADS threads per block, or 64 or 32 where shared
- * memory would exceed 48 KiB; ceil(tokens / (threads / LANES)) blocks; 16 + (threads / LANES) * (2 K + 1) * P * 4 bytes
- * of dynamic shared memory. LANES is 16 for float32 heads and 8 for the others.
+ * geometry.h says how it is launched; there are ceil(tokens / (threads / LANES)) blocks.
  */
+#include "geometry.h"
 #include "update_math.h"
 
 namespace arcflow_update {
 
-constexpr int THREADS = 128;
-constexpr int BLOCKS_PER_SM = 4; /* so many must fit at once, which leaves a thread 128 registers */
+constexpr int BLOCKS_PER_SM = 4; /* at once, which leaves 128 registers for each thread */
 constexpr unsigned int WARP = 0xffffffffu;
 
 struct Arguments {
@@ -36,15 +35,17 @@ struct Arguments {
     int step, modes, channels, sub_pixels;
 };
 
+/* The first float4 is the block's, the rest its tokens'. */
 extern __shared__ float4 arcflow_shared[];
+static_assert(sizeof(float4) == ARCFLOW_UPDATE_BLOCK_BYTES, "the tokens' memory begins behind the block's");
 
-/* Which token a thread works on, and as which of its lanes. Threads past the last token repeat it and store nothing, so
- * that a warp's shuffles are whole. */
+/* The token and lane of a thread. Threads past the last token repeat it and store nothing, so that every lane of a warp
+ * takes part in its shuffles. */
 template <int LANES> struct Place {
     int lane;
     long long token;
     bool stores;
-    float *shared; /* (2 K + 1) * P floats of this token */
+    float *shared; /* ARCFLOW_UPDATE_TOKEN_FLOATS floats of this token */
 
     __device__ Place(const Arguments &a) {
         int group = static_cast<int>(threadIdx.x) / LANES;
@@ -52,11 +53,12 @@ template <int LANES> struct Place {
         token = static_cast<long long>(blockIdx.x) * (static_cast<int>(blockDim.x) / LANES) + group;
         stores = token < a.tokens;
         if (!stores) token = a.tokens - 1;
-        shared = reinterpret_cast<float *>(arcflow_shared + 1) + group * (2 * a.modes + 1) * a.sub_pixels;
+        shared =
+            reinterpret_cast<float *>(arcflow_shared + 1) + group * ARCFLOW_UPDATE_TOKEN_FLOATS(a.modes, a.sub_pixels);
     }
 };
 
-/* d, computed by one thread: float64 is slow on most GPUs. Others may read it after __syncthreads. */
+/* Compute d in one thread, because float64 is slow on most GPUs. Other threads read it after __syncthreads. */
 __device__ __forceinline__ void share_step(const Arguments &a) {
     if (threadIdx.x == 0) {
         Sum step = step_of(a.sigmas[a.step], a.sigmas[a.step + 1]);
@@ -69,7 +71,7 @@ __device__ __forceinline__ Sum shared_step() { return {arcflow_shared[0].x, arcf
 
 __device__ __forceinline__ float lowest() { return from_bits(0xff800000); } /* minus infinity */
 
-/* The two halves of a word. */
+/* The low and high half of a word. */
 __device__ __forceinline__ unsigned short low(unsigned int word) { return static_cast<unsigned short>(word & 0xffff); }
 __device__ __forceinline__ unsigned short high(unsigned int word) { return static_cast<unsigned short>(word >> 16); }
 
@@ -83,7 +85,7 @@ template <> __device__ __forceinline__ float4 load_four<Float32>(const void *hea
     return *reinterpret_cast<const float4 *>(static_cast<const float *>(head) + first);
 }
 
-/* 16 bytes of a head, and its elements. */
+/* 16 bytes of a head, with access to its elements. */
 template <class Head> struct Packed {
     static constexpr int COUNT = 8;
     uint4 words;
@@ -116,7 +118,7 @@ template <> __device__ __forceinline__ void store_four<Float32>(void *input, lon
     *reinterpret_cast<float4 *>(static_cast<float *>(input) + first) = x;
 }
 
-/* AHEAD modes' means of a chunk of 16 bytes, from mode `k` on, those there are; `first` is where mode 0's begin. */
+/* Load 16 bytes of the means of up to AHEAD modes, from mode `k` on; `first` is the index of mode 0's first element. */
 template <class Head, int MODES, int AHEAD>
 __device__ __forceinline__ void load_means(const Arguments &a, long long first, int k, int modes, int channels,
                                            Packed<Head> (&means)[AHEAD]) {
@@ -131,12 +133,12 @@ __device__ __forceinline__ void load_latents(const Arguments &a, long long first
     for (int i = 0; i < FOURS; ++i) latents[i] = *reinterpret_cast<const float4 *>(a.latents + first + 4 * i);
 }
 
-/* Tokens of P = 4 sub-pixels whose channels are whole groups of 16 bytes, everything aligned. MODES is K and CHANNELS
- * C*P, or 0 where they are known at run time only. Latents and the means of AHEAD modes, as many as registers hold,
- * are on their way while the modes are computed. */
+/* The fast path: P = 4 sub-pixels, channels in whole groups of 16 bytes, everything aligned to 16 bytes. MODES is K and
+ * CHANNELS is C*P, or 0 if they are known at run time only. Latents and the means of AHEAD modes, as many as registers
+ * hold, are loaded while the modes are computed. */
 template <class Head, class In, int LANES, int MODES, int CHANNELS, int AHEAD>
 __device__ __forceinline__ void update_packed(const Arguments &a) {
-    constexpr int COUNT = Packed<Head>::COUNT; /* code of the general case is not unrolled, to be short */
+    constexpr int COUNT = Packed<Head>::COUNT; /* the general case (MODES 0) is not unrolled, to keep the code short */
     const int modes = MODES ? MODES : a.modes, channels = CHANNELS ? CHANNELS : a.channels, chunks = channels / COUNT;
     const Place<LANES> place(a);
     float4 *shares = reinterpret_cast<float4 *>(place.shared), *loggammas = shares + modes;
@@ -159,7 +161,7 @@ __device__ __forceinline__ void update_packed(const Arguments &a) {
     }
     __syncthreads();
 
-    /* LANES is a multiple of 4, so a lane stays with one sub-pixel. */
+    /* LANES is a multiple of 4, so each lane works on one sub-pixel. */
     float *share = place.shared, *loggamma = share + 4 * modes, top = lowest(), total = 0;
 #pragma unroll(MODES ? MODES : 1)
     for (int i = place.lane; i < 4 * modes; i += LANES) top = fmaxf(top, share[i]);
@@ -219,7 +221,7 @@ __device__ __forceinline__ void update_packed(const Arguments &a) {
     }
 }
 
-/* Any number of modes, sub-pixels and channels, aligned to an element only. */
+/* The slow path: any number of modes, sub-pixels and channels, without alignment. */
 template <class Head, class In, int LANES> __device__ __forceinline__ void update_scalar(const Arguments &a) {
     typedef typename Head::Stored Stored;
     const Place<LANES> place(a);
@@ -268,11 +270,13 @@ template <class Head, class In, int LANES> __device__ __forceinline__ void updat
 __device__ __forceinline__ bool aligned(const void *p) { return reinterpret_cast<unsigned long long>(p) % 16 == 0; }
 
 template <class Head, class In> __device__ __forceinline__ void update(const Arguments &a) {
-    constexpr int LANES = sizeof(typename Head::Stored) == 4 ? 16 : 8;
+    constexpr int LANES =
+        sizeof(typename Head::Stored) == 4 ? ARCFLOW_UPDATE_LANES_32_BIT : ARCFLOW_UPDATE_LANES_16_BIT;
     const bool packed = a.sub_pixels == 4 && a.channels % Packed<Head>::COUNT == 0 && aligned(a.means) &&
                         aligned(a.logweights) && aligned(a.loggammas) && aligned(a.latents) && aligned(a.next) &&
                         aligned(a.input);
-    if (packed && a.modes == 16 && a.channels == 64) update_packed<Head, In, LANES, 16, 64, 128 / LANES>(a);
+    if (packed && a.modes == 16 && a.channels == 64)
+        update_packed<Head, In, LANES, 16, 64, ARCFLOW_UPDATE_THREADS / LANES>(a);
     else if (packed) update_packed<Head, In, LANES, 0, 0, 4>(a);
     else update_scalar<Head, In, LANES>(a);
 }
@@ -281,7 +285,7 @@ template <class Head, class In> __device__ __forceinline__ void update(const Arg
 
 /* arcflow_update_<type of the heads>_<type of the engine's input> */
 #define ARCFLOW_UPDATE(HEAD, HEAD_TYPE, IN, IN_TYPE) \
-    extern "C" __global__ void __launch_bounds__(arcflow_update::THREADS, arcflow_update::BLOCKS_PER_SM) \
+    extern "C" __global__ void __launch_bounds__(ARCFLOW_UPDATE_THREADS, arcflow_update::BLOCKS_PER_SM) \
         arcflow_update_##HEAD##_##IN(const void *means, const void *logweights, const void *loggammas, \
                                      const float *latents, float *next, void *input, const double *sigmas, \
                                      long long tokens, int step, int modes, int channels, int sub_pixels) { \

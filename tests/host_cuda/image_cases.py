@@ -14,7 +14,7 @@ import pytest
 from cuda.bindings import driver as cuda
 
 from arcflow_runtime import EngineError
-from tests.host_cuda.control import Code, When
+from tests.host_cuda.control import Code, Live, When
 
 # Two runs of one float32 graph with another batch differ in summation order: a few units of 2^-24 per layer.
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -114,6 +114,17 @@ def test_launching_is_not_deprecated(on_gpu):
         for _ in range(3):
             generate(pipe)
     assert [str(w.message) for w in caught if w.category is DeprecationWarning] == []
+
+
+def test_kernels_are_loaded_once(on_gpu, driver):
+    """cuda-core 1.2 never unloads code, so loading it for each pipeline would leak."""
+    loaded = []
+    for _ in range(3):
+        pipe = on_gpu()
+        generate(pipe)
+        pipe.close()
+        loaded.append(driver.live(Live.MODULES))
+    assert loaded == [loaded[0]] * 3
 
 
 def allocate(stream):

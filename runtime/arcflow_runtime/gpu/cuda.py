@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from arcflow_runtime.gpu.device import (
     PinnedMemory,
     Stream,
 )
-from arcflow_runtime.gpu.kernels import load_kernels
+from arcflow_runtime.gpu.kernels import CudaKernels, load_kernels
 from arcflow_runtime.installing import install_command
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
@@ -138,7 +139,15 @@ class CudaDevice:
 
     def kernels(self) -> KernelLauncher:
         """See `Device.kernels`."""
-        return load_kernels(self._device)
+        return _kernels_of(self._device.device_id)
+
+
+@lru_cache
+def _kernels_of(device_id: int) -> CudaKernels:
+    """The kernels on a GPU, loaded once per process because `cuda.core` never unloads code."""
+    from cuda.core import Device
+
+    return load_kernels(Device(device_id))
 
 
 class _Memory:

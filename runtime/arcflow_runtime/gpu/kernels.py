@@ -2,8 +2,8 @@
 
 The source is in `runtime/kernels/`, and in this package once installed. `runtime/kernels/build.py` may leave a fatbin
 there; it is used if it was made from exactly this source and holds code for this GPU. Otherwise NVRTC compiles the
-source, once per machine, and the result is cached. `update.cu` and `noise.cu` document their arguments and launch
-geometry.
+source, once per machine, and the result is cached. `update.cu` and `noise.cu` document their arguments, `geometry.h`
+their launch geometry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +30,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("arcflow")
 
-#: Threads per block, tried in this order until the block's shared memory fits.
-_BLOCKS = (128, 64, 32)
-_MAX_SHARED_BYTES = 48 << 10
-_LANES = {"float32": 16, "float16": 8, "bfloat16": 8}
 _DIGEST_BYTES = 32
-#: Source files, concatenated in this order into one program.
-SOURCES = ("update_math.h", "update.cu", "noise_math.h", "noise.cu")
-#: Launch geometry of the noise kernel; `noise.cu` gives the reason.
-NOISE_THREADS, NOISE_SHARED_BYTES = 320, 2 * 624 * 4
+#: The file that includes all others.
+MAIN = "noise.cu"
+_INCLUDE = re.compile(r'^#include "(.*)"\n', re.MULTILINE)
+_DEFINE = re.compile(r"^#define ARCFLOW_(\w+) (\d+)\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,10 @@ class CudaKernels:
         """
         from cuda.core import LaunchConfig
 
+        n = launch_constants()
         self._launch(
             stream,
-            LaunchConfig(grid=shape.images, block=NOISE_THREADS, shmem_size=NOISE_SHARED_BYTES),
+            LaunchConfig(grid=shape.images, block=n["NOISE_THREADS"], shmem_size=n["NOISE_SHARED_BYTES"]),
             f"arcflow_noise_{shape.engine_input}",
             *(streams, latents, engine_input),
             *(np.int32(n) for n in (shape.channels, shape.height, shape.width, shape.patch)),
@@ -188,6 +185,17 @@ def kernel_name(heads: DType, engine_input: DType) -> str:
     return f"arcflow_update_{heads}_{engine_input}"
 
 
+@cache
+def launch_constants() -> dict[str, int]:
+    """The integers of `geometry.h` by name, without the prefix ARCFLOW_.
+
+    Raises:
+        EngineError: the kernels' source was left out of the installation.
+    """
+    text = (kernels_folder() / "geometry.h").read_text(encoding="utf-8")
+    return {name: int(value) for name, value in _DEFINE.findall(text)}
+
+
 @lru_cache(maxsize=64)
 def geometry(shape: UpdateShape) -> tuple[int, int, int]:
     """The launch geometry of the update kernel: blocks, threads per block, bytes of dynamic shared memory.
@@ -195,16 +203,20 @@ def geometry(shape: UpdateShape) -> tuple[int, int, int]:
     Raises:
         EngineError: a token's modes do not fit in shared memory.
     """
-    lanes = _LANES[shape.heads]
+    n = launch_constants()
+    lanes = n["UPDATE_LANES_32_BIT" if shape.heads == "float32" else "UPDATE_LANES_16_BIT"]
     token_bytes = (2 * shape.modes + 1) * shape.sub_pixels * 4
-    for threads in _BLOCKS:
+    threads = n["UPDATE_THREADS"]
+    while threads >= n["UPDATE_MIN_THREADS"]:
         tokens = threads // lanes
-        shared = 16 + tokens * token_bytes
-        if shared <= _MAX_SHARED_BYTES:
+        shared = n["UPDATE_BLOCK_BYTES"] + tokens * token_bytes
+        if shared <= n["MAX_SHARED_BYTES"]:
             return -(-shape.tokens // tokens), threads, shared
+        threads //= 2
+    most = (n["MAX_SHARED_BYTES"] - n["UPDATE_BLOCK_BYTES"]) * lanes // n["UPDATE_MIN_THREADS"]
     raise EngineError(
-        f"the update kernel takes at most {(_MAX_SHARED_BYTES - 16) * lanes // _BLOCKS[-1]} bytes per token for its "
-        f"modes, got {token_bytes} for {shape.modes} modes of {shape.sub_pixels} sub-pixels"
+        f"the update kernel takes at most {most} bytes per token for its modes, got {token_bytes} for {shape.modes} "
+        f"modes of {shape.sub_pixels} sub-pixels"
     )
 
 
@@ -222,9 +234,17 @@ def kernels_folder() -> Path:
 
 
 def source() -> str:
-    """The kernels' source as one text without includes, for NVRTC."""
-    texts = ((kernels_folder() / name).read_text(encoding="utf-8") for name in SOURCES)
-    return "".join(re.sub(r'^#include ".*"\n', "", text, flags=re.MULTILINE) for text in texts)
+    """The kernels as one text for NVRTC: each file that `MAIN` includes, once, before the file that includes it."""
+    folder, seen = kernels_folder(), set()
+
+    def expand(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (folder / name).read_text(encoding="utf-8")
+        return "".join(map(expand, _INCLUDE.findall(text))) + _INCLUDE.sub("", text)
+
+    return expand(MAIN)
 
 
 def find_fatbin(arch: str) -> bytes | None:

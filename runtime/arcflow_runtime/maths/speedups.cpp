@@ -1,5 +1,5 @@
-// Noise and update compiled, for arcflow_runtime/maths/noise.py and update.py, which compute the same with numpy where this
-// module was not built. Arrays come as buffers, C-contiguous and float32; sizes are checked against them.
+// Noise and update compiled, for arcflow_runtime/maths/noise.py and update.py, which compute the same with numpy where
+// this module was not built. Arrays come as buffers, C-contiguous and float32; sizes are checked against them.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -62,9 +62,9 @@ PyObject *update(PyObject *, PyObject *arguments) {
     }
     const Py_ssize_t tokens = b.views[3].len / (channels * static_cast<Py_ssize_t>(sizeof(float)));
     const Py_ssize_t weights = tokens * modes * sub_pixels;
-    if (!b.have({tokens * modes * channels, weights, weights - tokens * sub_pixels, tokens * channels,
-                 tokens * channels},
-                5))
+    if (!b.have(
+            {tokens * modes * channels, weights, weights - tokens * sub_pixels, tokens * channels, tokens * channels},
+            5))
         return nullptr;
     const arcflow_update::Sizes n{static_cast<std::size_t>(modes), static_cast<std::size_t>(channels),
                                   static_cast<std::size_t>(sub_pixels)};
@@ -88,9 +88,8 @@ PyObject *update(PyObject *, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-PyMethodDef methods[] = {{"randn", randn, METH_VARARGS, nullptr},
-                         {"update", update, METH_VARARGS, nullptr},
-                         {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    {"randn", randn, METH_VARARGS, nullptr}, {"update", update, METH_VARARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_speedups", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -1,16 +1,28 @@
 # Embeds the kernels (runtime/kernels): their source, and the fatbin that build.py made from it if there is one.
 #
-#   arcflow_embed_kernel(TARGET)   gives the target kernels_embedded.h
+#   arcflow_embed_kernel(TARGET)   makes kernels_embedded.h and lets the target include it
 set(ARCFLOW_KERNELS ${CMAKE_CURRENT_LIST_DIR}/../../kernels)
 
-function(arcflow_embed_kernel target)
-    set(source "")
-    foreach(name update_math.h update.cu noise_math.h noise.cu)
+# Appends a file to `source` in the caller, after the files that it includes, each once: the text of build.py's program().
+macro(arcflow_append_kernel name)
+    if(NOT ${name} IN_LIST appended)
+        list(APPEND appended ${name})
+        set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/${name})
+        file(STRINGS ${ARCFLOW_KERNELS}/${name} includes REGEX "^#include \"")
+        foreach(line IN LISTS includes)
+            string(REGEX REPLACE "#include \"(.*)\"" "\\1" included ${line})
+            arcflow_append_kernel(${included})
+        endforeach()
         file(READ ${ARCFLOW_KERNELS}/${name} text)
         string(REGEX REPLACE "#include \"[^\n]*\n" "" text "${text}")
         string(APPEND source "${text}")
-        set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/${name})
-    endforeach()
+    endif()
+endmacro()
+
+function(arcflow_embed_kernel target)
+    set(source "")
+    set(appended "")
+    arcflow_append_kernel(noise.cu)
     set(fatbin "0x00")
     set(fatbin_bytes 0)
     file(GLOB made CONFIGURE_DEPENDS ${ARCFLOW_KERNELS}/arcflow.fatbin ${ARCFLOW_KERNELS}/arcflow.fatbin.json)

@@ -1,6 +1,6 @@
-"""Draw from Python through the C ABI, with numpy and nothing else of this project: embed.py BUNDLE PROMPT OUT.ppm.
+"""Call libarcflow from Python with ctypes, as any language that can call C: embed.py BUNDLE PROMPT OUT.ppm.
 
-ARCFLOW_LIBRARY names the library where the system does not find it. Any language that calls C does the same.
+It needs numpy and no Python package of this project. ARCFLOW_LIBRARY names the library if the system does not find it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Request(ctypes.Structure):
     )
 
 
-#: Result and arguments of the header's functions.
+#: Return type and argument types of each function in arcflow.h.
 FUNCTIONS = {
     "arcflow_abi_version": (c_uint32, []),
     "arcflow_version": (c_char_p, []),
@@ -65,7 +65,7 @@ FUNCTIONS = {
     "arcflow_backends": (c_char_p, []),
     "arcflow_open": (c_int32, [c_char_p, POINTER(Options), POINTER(c_void_p)]),
     "arcflow_close": (None, [c_void_p]),
-    "arcflow_draw": (c_int32, [c_void_p, POINTER(Request), POINTER(c_void_p)]),
+    "arcflow_generate": (c_int32, [c_void_p, POINTER(Request), POINTER(c_void_p)]),
     "arcflow_result_free": (None, [c_void_p]),
     "arcflow_result_batch": (c_int32, [c_void_p]),
     "arcflow_result_height": (c_int32, [c_void_p]),
@@ -80,7 +80,7 @@ FUNCTIONS = {
 
 
 def load(path: str | None = None) -> ctypes.CDLL:
-    """The library, with the types of its functions; ctypes lets other threads run during each call."""
+    """Open the library and declare its functions. ctypes lets other threads run during a call."""
     path = path or os.environ.get("ARCFLOW_LIBRARY") or ctypes.util.find_library("arcflow")
     if path is None:
         raise ImportError("libarcflow was not found; install it, or set ARCFLOW_LIBRARY to its path")
@@ -94,15 +94,15 @@ def load(path: str | None = None) -> ctypes.CDLL:
 
 
 class ArcFlowError(Exception):
-    """A call failed; `status` is that of arcflow.h."""
+    """A call failed; `status` is an arcflow_status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Drawing:
-    """What one call made, copied: `pixels` [B, H, W, 3] uint8 or None, `latents` [B, N, C] float32, and the rest."""
+class Images:
+    """A copy of one result: `pixels` [B, H, W, 3] uint8 or None, `latents` [B, N, C] float32, and what else it has."""
 
     def __init__(self, library: ctypes.CDLL, result: c_void_p) -> None:
         batch, height, width = (getattr(library, f"arcflow_result_{n}")(result) for n in ("batch", "height", "width"))
@@ -118,18 +118,18 @@ class Drawing:
 
 
 class Pipeline:
-    """A loaded bundle; calls from several threads are safe."""
+    """A loaded bundle. Several threads may use it at the same time."""
 
     def __init__(self, library: ctypes.CDLL, bundle: str, **options: object) -> None:
-        """`options` are the fields of arcflow_options."""
+        """Load a bundle; `options` are fields of arcflow_options."""
         self._library, self.handle = library, c_void_p()
         given = Options(struct_size=ctypes.sizeof(Options), **options)
         self._check(library.arcflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))
 
-    def draw(self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, **fields):
-        """A `Drawing` of prompts, or of tokens: per prompt one list of ids, or a pair of them.
+    def generate(self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, **fields):
+        """Generate images of prompts, or of token ids: for each prompt a list, or a pair of lists for FLUX.
 
-        `on_step(step, latents)` may return something true to stop; the other fields are those of arcflow_request.
+        `on_step(step, latents)` stops the request if it returns a true value. `fields` are fields of arcflow_request.
         """
         request = Request(
             struct_size=ctypes.sizeof(Request), guidance_scale=fields.pop("guidance_scale", -1.0), **fields
@@ -145,19 +145,19 @@ class Pipeline:
         if seeds:
             request.seeds, request.seed_count = (c_uint64 * len(seeds))(*seeds), len(seeds)
         if on_step is not None:
-            # What a callback raises is printed and taken for 0, so it only looks and answers.
+            # ctypes prints an exception of a callback and returns 0 for it, so a callback must not raise to stop.
             request.on_step = STEP_CALLBACK(
                 lambda _, step, x, n: int(on_step(step, np.ctypeslib.as_array(x, (n,)).copy()) or 0)
             )
         result = c_void_p()
-        self._check(self._library.arcflow_draw(self.handle, byref(request), byref(result)))
+        self._check(self._library.arcflow_generate(self.handle, byref(request), byref(result)))
         try:
-            return Drawing(self._library, result)
+            return Images(self._library, result)
         finally:
             self._library.arcflow_result_free(result)
 
     def close(self) -> None:
-        """Wait for calls in progress and free the bundle."""
+        """Wait for running calls and free the bundle."""
         self._library.arcflow_close(self.handle)
 
     def _check(self, status: int) -> None:
@@ -166,16 +166,16 @@ class Pipeline:
 
 
 def main() -> int:
-    """Draw one prompt."""
+    """Generate one image and write it as a PPM file."""
     if len(sys.argv) != 4:
         print("usage: embed.py BUNDLE PROMPT OUT.ppm", file=sys.stderr)
         return 2
     pipe = Pipeline(load(), sys.argv[1])
-    drawing = pipe.draw([sys.argv[2]])
+    images = pipe.generate([sys.argv[2]])
     pipe.close()
-    _, height, width, _ = drawing.pixels.shape
+    _, height, width, _ = images.pixels.shape
     with open(sys.argv[3], "wb") as file:
-        file.write(b"P6\n%d %d\n255\n" % (width, height) + drawing.pixels.tobytes())
+        file.write(b"P6\n%d %d\n255\n" % (width, height) + images.pixels.tobytes())
     return 0
 
 

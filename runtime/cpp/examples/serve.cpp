@@ -1,12 +1,13 @@
 // An HTTP service: serve BUNDLE [--host H] [--port N] [--workers N] [--queue N] [--threads N]
 //
-//     curl -d '{"prompt": "a large red circle", "seed": 42}' localhost:8080/generate > picture.png
+//     curl -d '{"prompt": "a large red circle", "seed": 42}' localhost:8080/generate > image.png
 //
-// POST /generate takes a JSON object of `prompt`, and if wanted `seed`, `height`, `width` and `steps`, and gives a PNG
-// with the seed in X-Seed; GET /healthz says "ok". Errors are JSON: 400 for the request, 503 where too many wait or the
-// pipeline is closed, 500 for the rest. SIGTERM and SIGINT finish the requests that run, then stop.
-#include <arcflow/arcflow.hpp>
+// POST /generate takes a JSON object with `prompt` and, optionally, `seed`, `height`, `width` and
+// `num_inference_steps`, and returns a PNG, with the seed in the header X-Seed. GET /healthz returns "ok". Errors are
+// JSON objects: 400 for a wrong request, 503 if too many requests wait or the pipeline is closed, 500 otherwise. On
+// SIGTERM and SIGINT the service finishes the running requests, then stops.
 #include <httplib.h>
+#include <arcflow/arcflow.hpp>
 #include <nlohmann/json.hpp>
 
 #include <signal.h>
@@ -26,15 +27,15 @@ namespace {
 
 struct Arguments {
     std::string bundle, host = "127.0.0.1";
-    int port = 8080, workers = 2, queue = 16, threads = 0;  // port 0: any; threads per engine, 0: one per core
+    int port = 8080, workers = 2, queue = 16, threads = 0;  // port 0: any free port; threads: see Options
 };
 
-// What the client did wrong, for a 400.
+// The client's request is wrong; answered with 400.
 struct BadRequest : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Lets `workers` in at a time and `queue` wait; turns away the rest.
+// Lets `workers` requests run and `queue` requests wait at a time; `enter` is false for the others.
 class Gate {
 public:
     Gate(int workers, int queue) : free_(workers), room_(queue) {}
@@ -63,22 +64,23 @@ private:
     int free_, room_;
 };
 
-// Leaves the gate when a request is done, however it ends.
+// Leaves the gate when a request ends, also by an exception.
 struct Inside {
     Gate &gate;
     ~Inside() { gate.leave(); }
 };
 
-// A whole number of the client's, in the range of what it is stored in.
+// An integer of the request, which must fit in `Int`.
 template <class Int> Int integer(const std::string &key, const nlohmann::json &value) {
     if (value.is_number_unsigned() && value.get<std::uint64_t>() <= std::numeric_limits<Int>::max())
         return value.get<Int>();
     throw BadRequest(key + " must be an integer from 0 to " + std::to_string(std::numeric_limits<Int>::max()));
 }
 
-// As Python takes it: a negative one stands for the same bits.
+// A seed as Python takes it: a negative one stands for its two's complement.
 std::uint64_t seed_of(const nlohmann::json &value) {
-    if (value.is_number_integer() && !value.is_number_unsigned()) return static_cast<std::uint64_t>(value.get<int64_t>());
+    if (value.is_number_integer() && !value.is_number_unsigned())
+        return static_cast<std::uint64_t>(value.get<int64_t>());
     if (value.is_number_unsigned()) return value.get<std::uint64_t>();
     throw BadRequest("seed must be an integer from -2**63 to 2**64 - 1");
 }
@@ -87,15 +89,18 @@ arcflow::Request parse(const std::string &body) {
     const nlohmann::json json = nlohmann::json::parse(body, nullptr, false);
     if (!json.is_object()) throw BadRequest("the body must be a JSON object such as {\"prompt\": \"a red circle\"}");
     arcflow::Request request;
-    for (const auto &[key, value] : json.items()) {
+    for (const auto &[key, value] : json.items())
         if (key == "prompt" && value.is_string()) request.prompts = {value.get<std::string>()};
         else if (key == "prompt") throw BadRequest("prompt must be a string");
         else if (key == "seed") request.seeds = {seed_of(value)};
         else if (key == "height") request.height = integer<int>(key, value);
         else if (key == "width") request.width = integer<int>(key, value);
-        else if (key == "steps") request.steps = integer<int>(key, value);
-        else throw BadRequest("unknown key '" + key + "'; it must be prompt, seed, height, width or steps");
-    }
+        else if (key == "num_inference_steps") request.num_inference_steps = integer<int>(key, value);
+        else {
+            throw BadRequest("unknown key '" + key +
+                             "'; it must be prompt, seed, height, width or "
+                             "num_inference_steps");
+        }
     if (request.prompts.empty()) throw BadRequest("prompt is missing");
     return request;
 }
@@ -108,10 +113,13 @@ void fail(httplib::Response &response, int status, const std::string &text) {
 
 int http_status(arcflow_status status) {
     switch (status) {
-    case ARCFLOW_REQUEST_ERROR: return 400;
-    case ARCFLOW_CLOSED:
-    case ARCFLOW_OUT_OF_MEMORY: return 503;
-    default: return 500;
+        case ARCFLOW_REQUEST_ERROR:
+            return 400;
+        case ARCFLOW_CLOSED:
+        case ARCFLOW_OUT_OF_MEMORY:
+            return 503;
+        default:
+            return 500;
     }
 }
 
@@ -123,7 +131,7 @@ void generate(const arcflow::Pipeline &pipe, Gate &gate, const httplib::Request 
             return fail(response, 503, "too many requests are waiting; try again later");
         }
         const Inside inside{gate};
-        const arcflow::Result result = pipe.draw(request);
+        const arcflow::Result result = pipe.generate(request);
         response.set_header("X-Seed", std::to_string(result.seeds()[0]));
         response.set_content(png::encode(result.pixels().data(), result.width(), result.height()), "image/png");
     } catch (const BadRequest &e) {
@@ -157,7 +165,7 @@ Arguments read_arguments(int argc, char **argv) {
 }
 
 void serve(const Arguments &arguments) {
-    // Blocked here, before any thread starts, so that only the thread below takes them.
+    // Block the signals before any thread starts, so that only the thread below receives them.
     sigset_t stops;
     sigemptyset(&stops);
     sigaddset(&stops, SIGTERM);
@@ -170,8 +178,8 @@ void serve(const Arguments &arguments) {
     Gate gate(arguments.workers, arguments.queue);
 
     httplib::Server server;
-    // Each request has a thread, so that one too many, or a look at the health, need not wait for a picture.
-    const auto threads = static_cast<std::size_t>(arguments.workers + arguments.queue + 2);
+    // There is a thread for each request, so that a refusal or a health check need not wait for an image.
+    const auto threads = static_cast<std::size_t>(arguments.workers) + static_cast<std::size_t>(arguments.queue) + 2;
     server.new_task_queue = [threads] { return new httplib::ThreadPool(threads); };
     server.set_keep_alive_max_count(1);
     server.set_read_timeout(5);
@@ -184,12 +192,13 @@ void serve(const Arguments &arguments) {
         generate(pipe, gate, asked, response);
     });
 
-    const int port = arguments.port == 0 ? server.bind_to_any_port(arguments.host)
+    const int port = arguments.port == 0                                   ? server.bind_to_any_port(arguments.host)
                      : server.bind_to_port(arguments.host, arguments.port) ? arguments.port
                                                                            : -1;
-    if (port < 0)
+    if (port < 0) {
         throw std::runtime_error("cannot listen on " + arguments.host + ":" + std::to_string(arguments.port) +
                                  "; is the port taken?");
+    }
     std::printf("listening on http://%s:%d\n", arguments.host.c_str(), port);
     std::fflush(stdout);
     std::thread stopper([&] {
@@ -197,8 +206,8 @@ void serve(const Arguments &arguments) {
         sigwait(&stops, &signal);
         server.stop();
     });
-    server.listen_after_bind();  // returns when the requests that run are done
-    pthread_kill(stopper.native_handle(), SIGTERM);  // where it was not a signal that ended it
+    server.listen_after_bind();                      // returns when the running requests are done
+    pthread_kill(stopper.native_handle(), SIGTERM);  // wakes the stopper if no signal has
     stopper.join();
 }
 

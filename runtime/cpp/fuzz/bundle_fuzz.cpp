@@ -1,5 +1,5 @@
-// Whatever is in a manifest or in the header of a safetensors file, it is read or refused with an Error. The first byte
-// selects: 'm' manifests; 's' safetensors headers, behind 8 bytes with the size of the data.
+// Fuzzes the readers of manifests and safetensors headers: any input must be read or refused with an Error. The first
+// byte selects the reader: 'm' for manifests, 's' for headers behind 8 bytes with the size of the data.
 #include <cstring>
 #include <string>
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// With the digest that the text should have, so that what is checked behind it is reached, too.
+// The text with the right digest, so that the checks behind the digest are reached too.
 std::string sealed(std::string_view text) {
     arcflow::Json json = arcflow::read_json(text, "fuzz");
     if (json.is_object()) {

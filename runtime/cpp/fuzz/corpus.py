@@ -1,4 +1,4 @@
-"""Make the seeds of bundle_fuzz, from the tests' bundles and others: python corpus.py OUT [BUNDLE...]."""
+"""Write the seed inputs of bundle_fuzz, made of the tests' bundles and others: python corpus.py OUT [BUNDLE...]."""
 
 import sys
 import tempfile

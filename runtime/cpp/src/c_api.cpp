@@ -1,4 +1,4 @@
-// The C ABI of arcflow.h over Pipeline: handles, versions of the structs, and exceptions turned into statuses.
+// Implements arcflow.h on top of Pipeline: handles, struct versions, and exceptions turned into statuses.
 
 #include <algorithm>
 #include <condition_variable>
@@ -21,23 +21,23 @@
 
 namespace {
 
-using arcflow::Drawing;
 using arcflow::Error;
+using arcflow::Images;
 using arcflow::request_error;
 
-// A pipeline and the calls in it, which close waits for.
+// A pipeline, and the count of its running calls.
 class Shared {
 public:
     Shared(const std::filesystem::path &bundle, const arcflow::LoadOptions &options)
         : pipeline_(std::make_unique<arcflow::Pipeline>(bundle, options)) {}
 
-    Drawing draw(const arcflow_request &request) {
+    Images generate(const arcflow_request &request) {
         const Call call(*this);
-        return pipeline_->draw(request);
+        return pipeline_->generate(request);
     }
 
-    // Refuses further calls, waits for those in progress and frees the pipeline. A callback's own call would never end:
-    // there, that call frees it instead.
+    // Refuse new calls, wait for running calls, then free the pipeline. Inside a callback this call is itself running
+    // and would wait forever, so the running call frees the pipeline when it ends.
     void close() {
         std::unique_lock lock(lock_);
         closed_ = true;
@@ -54,13 +54,15 @@ public:
     }
 
 private:
-    // One call in progress. Throws Error where the pipeline is closed, or this thread is in a call on it already.
+    // Registers a running call. Throws Error if the pipeline is closed or this thread already runs a call on it.
     class Call {
     public:
         explicit Call(Shared &shared) : shared_(shared) {
-            if (shared.in_this_thread())
-                throw request_error("arcflow_draw must not be called by on_step on the pipeline that called it; "
-                                    "draw after it has returned, or with another pipeline");
+            if (shared.in_this_thread()) {
+                throw request_error(
+                    "arcflow_generate must not be called by on_step on the pipeline that called it; call "
+                    "it after on_step has returned, or on another pipeline");
+            }
             in_progress().reserve(in_progress().size() + 1);
             const std::lock_guard lock(shared.lock_);
             if (shared.closed_) throw closed();
@@ -98,11 +100,11 @@ private:
 };
 
 struct Result {
-    Drawing drawing;
+    Images images;
     std::string warnings, timings;
 };
 
-// Never destroyed, so that threads and other libraries may still call while the process exits.
+// Never destroyed, so that other threads may still call while the process exits.
 auto &pipelines() {
     static auto &registry = *new arcflow::Registry<arcflow_pipeline, Shared>();
     return registry;
@@ -113,7 +115,7 @@ auto &results() {
     return registry;
 }
 
-// The last error of the calling thread; where there is no memory for its text, a fixed one.
+// The calling thread's last error; a fixed text if there is no memory for it.
 thread_local std::string last_error;
 thread_local const char *last_error_without_memory = nullptr;
 
@@ -128,7 +130,7 @@ arcflow_status fail(arcflow_status status, const char *before, const char *what)
     return status;
 }
 
-// Runs what one function of the ABI does. Everything it throws becomes a status and the last error's text.
+// Run the body of an API function. An exception becomes a status and the last error's text.
 template <class Work> arcflow_status guarded(const Work &work) noexcept {
     last_error.clear();
     last_error_without_memory = nullptr;
@@ -138,7 +140,7 @@ template <class Work> arcflow_status guarded(const Work &work) noexcept {
     } catch (const Error &e) {
         return fail(e.status, "", e.what());
     } catch (const std::bad_alloc &) {
-        return fail(ARCFLOW_OUT_OF_MEMORY, "", "out of memory; ask for fewer or smaller pictures, or set low_memory");
+        return fail(ARCFLOW_OUT_OF_MEMORY, "", "out of memory; ask for fewer or smaller images, or set low_memory");
     } catch (const std::exception &e) {
         return fail(ARCFLOW_INTERNAL_ERROR, "unexpected error, please report it: ", e.what());
     } catch (...) {
@@ -150,38 +152,44 @@ void check_not_null(const void *pointer, const char *name) {
     if (pointer == nullptr) throw request_error(std::string(name) + " must not be NULL");
 }
 
-// A struct of the caller's header as this library's: what an older header did not have yet keeps its default, and what
-// only a newer one has must be zero, its default.
+// Copy a struct that the caller compiled with an older or newer header. Fields that the older header lacks keep their
+// defaults. Fields that only the newer header has must be zero, which is their default.
 template <class Struct> Struct versioned(const Struct &given, Struct out, size_t oldest, const char *name) {
     constexpr size_t largest = 4096;
     const size_t size = given.struct_size;
-    if (size < oldest || size > largest)
+    if (size < oldest || size > largest) {
         throw request_error(std::string(name) + ".struct_size must be the struct's size, " + std::to_string(oldest) +
                             " or a little more, got " + std::to_string(size) + "; begin with its INIT macro");
+    }
     const auto *bytes = reinterpret_cast<const unsigned char *>(&given);
     const auto *known = bytes + std::min(size, sizeof(Struct));
-    if (std::any_of(known, bytes + size, [](unsigned char byte) { return byte != 0; }))
-        throw request_error(std::string(name) + " sets what this library, version " ARCFLOW_VERSION ", does not know; " +
+    if (std::any_of(known, bytes + size, [](unsigned char byte) { return byte != 0; })) {
+        throw request_error(std::string(name) +
+                            " sets what this library, version " ARCFLOW_VERSION ", does not know; " +
                             "install the version that the program was compiled with");
+    }
     std::memcpy(&out, &given, std::min(size, sizeof(Struct)));
     out.struct_size = sizeof(Struct);
     return out;
 }
 
-// Sizes of the first versions, which every caller's struct has.
+// Sizes of the structs in the first release, the smallest that a caller can have.
 constexpr size_t oldest_options = offsetof(arcflow_options, full_check) + sizeof(arcflow_options::full_check);
 constexpr size_t oldest_request = offsetof(arcflow_request, user) + sizeof(arcflow_request::user);
 
 arcflow::LoadOptions load_options(const arcflow_options *given) {
     if (given == nullptr) return {};
     const arcflow_options options = versioned(*given, ARCFLOW_OPTIONS_INIT, oldest_options, "options");
-    if (options.threads < 0)
-        throw request_error("threads must be at least 1, got " + std::to_string(options.threads) +
-                            "; leave it out to use every core");
-    const unsigned cores = std::thread::hardware_concurrency();  // 0 where unknown
-    if (cores > 0 && options.threads > static_cast<int64_t>(cores))
-        throw request_error("threads must be at most " + std::to_string(cores) + ", one per core of this machine, got " +
-                            std::to_string(options.threads) + "; leave it out to use every core");
+    if (options.threads < 0) {
+        throw request_error("options.threads must be at least 0, got " + std::to_string(options.threads) +
+                            "; 0 uses every core");
+    }
+    const unsigned cores = std::thread::hardware_concurrency();  // 0 if unknown
+    if (cores > 0 && options.threads > static_cast<int64_t>(cores)) {
+        throw request_error("options.threads must be at most " + std::to_string(cores) +
+                            ", one per core of this machine, got " + std::to_string(options.threads) +
+                            "; 0 uses every core");
+    }
     return {options.backend == nullptr ? "" : options.backend, options.threads, options.low_memory != 0,
             options.full_check != 0};
 }
@@ -192,13 +200,13 @@ std::string lines(const std::vector<std::string> &texts) {
     return out;
 }
 
-std::string timings_json(const Drawing &drawing) {
+std::string timings_json(const Images &images) {
     nlohmann::ordered_json json = nlohmann::ordered_json::object();
-    for (const auto &[stage, ms] : drawing.timings_ms) json[stage] = ms;
+    for (const auto &[stage, ms] : images.timings_ms) json[stage] = ms;
     return json.dump();
 }
 
-// What an accessor gives of a result, or `otherwise` where there is no such result.
+// `get` of a result, or `otherwise` if the handle is stale.
 template <class Value, class Get> Value of(const arcflow_result *handle, Value otherwise, const Get &get) noexcept {
     try {
         const std::shared_ptr<Result> result = results().find(handle);
@@ -235,7 +243,7 @@ void arcflow_close(arcflow_pipeline *pipeline) {
     });
 }
 
-arcflow_status arcflow_draw(arcflow_pipeline *pipeline, const arcflow_request *request, arcflow_result **result) {
+arcflow_status arcflow_generate(arcflow_pipeline *pipeline, const arcflow_request *request, arcflow_result **result) {
     if (result != nullptr) *result = nullptr;
     return guarded([&] {
         check_not_null(result, "result");
@@ -245,9 +253,9 @@ arcflow_status arcflow_draw(arcflow_pipeline *pipeline, const arcflow_request *r
         const std::shared_ptr<Shared> shared = pipelines().find(pipeline);
         if (shared == nullptr) throw Shared::closed();
         auto made = std::make_shared<Result>();
-        made->drawing = shared->draw(arguments);
-        made->warnings = lines(made->drawing.warnings);
-        made->timings = timings_json(made->drawing);
+        made->images = shared->generate(arguments);
+        made->warnings = lines(made->images.warnings);
+        made->timings = timings_json(made->images);
         *result = results().add(std::move(made));
     });
 }
@@ -257,21 +265,21 @@ void arcflow_result_free(arcflow_result *result) {
 }
 
 int32_t arcflow_result_batch(const arcflow_result *result) {
-    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.drawing.batch); });
+    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.images.batch); });
 }
 
 int32_t arcflow_result_height(const arcflow_result *result) {
-    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.drawing.height_px); });
+    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.images.height_px); });
 }
 
 int32_t arcflow_result_width(const arcflow_result *result) {
-    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.drawing.width_px); });
+    return of(result, int32_t{0}, [](const Result &r) { return static_cast<int32_t>(r.images.width_px); });
 }
 
 const uint8_t *arcflow_result_pixels(const arcflow_result *result) {
     const uint8_t *none = nullptr;
     return of(result, none, [&](const Result &r) {
-        const arcflow::Tensor &pixels = r.drawing.pixels;
+        const arcflow::Tensor &pixels = r.images.pixels;
         return pixels.data.empty() ? none : pixels.as<uint8_t>();
     });
 }
@@ -281,7 +289,7 @@ const float *arcflow_result_latents(const arcflow_result *result, int32_t *token
     if (channels != nullptr) *channels = 0;
     const float *none = nullptr;
     return of(result, none, [&](const Result &r) {
-        const arcflow::Tensor &latents = r.drawing.latents;
+        const arcflow::Tensor &latents = r.images.latents;
         if (tokens != nullptr) *tokens = static_cast<int32_t>(latents.shape[1]);
         if (channels != nullptr) *channels = static_cast<int32_t>(latents.shape[2]);
         return latents.as<float>();
@@ -292,8 +300,8 @@ const uint64_t *arcflow_result_seeds(const arcflow_result *result, size_t *count
     if (count != nullptr) *count = 0;
     const uint64_t *none = nullptr;
     return of(result, none, [&](const Result &r) {
-        if (count != nullptr) *count = r.drawing.seeds.size();
-        return r.drawing.seeds.data();
+        if (count != nullptr) *count = r.images.seeds.size();
+        return r.images.seeds.data();
     });
 }
 

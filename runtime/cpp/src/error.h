@@ -1,4 +1,5 @@
-// The library's one exception: a status of the C ABI with a text that names the thing, what was expected, what to do.
+// The library's only exception type: a status of the C API, and a text that says what is wrong, what was expected and
+// what to do.
 #pragma once
 
 #include <stdexcept>

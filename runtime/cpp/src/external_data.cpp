@@ -1,4 +1,4 @@
-// The walk over every tensor of a graph, wherever it is.
+// Checks where the tensors of an ONNX graph keep their data, by reading the graph's protobuf.
 #include "external_data.h"
 
 #include <charconv>
@@ -7,18 +7,20 @@
 #include <string_view>
 
 #include "error.h"
+#include "json_text.h"
 #include "onnx_graph.h"
 
 namespace arcflow {
 namespace {
 
-// Of graphs within attributes of nodes (If, Loop) within graphs; exported graphs have none.
+// How deep graphs may nest inside attributes of nodes such as If and Loop. Exported graphs do not nest.
 constexpr int max_nesting = 16;
 
 class Check {
 public:
     Check(std::filesystem::path graph, const Bundle &bundle, const Part &part)
-        : where_(std::move(graph)), weights_(part.weights),
+        : where_(std::move(graph)),
+          weights_(part.weights),
           location_(std::filesystem::path("/" + part.weights)
                         .lexically_relative(std::filesystem::path("/" + part.graph).parent_path())
                         .string()),
@@ -32,11 +34,8 @@ public:
                 each_field(f.bytes, [&](const ProtobufField &inner) { graph(inner.bytes, 0); });
             } else if (f.number == 25) {  // functions
                 each_field(f.bytes, [&](const ProtobufField &inner) {
-                    if (inner.number == 7) {
-                        node(inner.bytes, 0);
-                    } else if (inner.number == 11) {  // attribute_proto: an attribute with its default value
-                        attribute(inner.bytes, 0);
-                    }
+                    if (inner.number == 7) node(inner.bytes, 0);
+                    else if (inner.number == 11) attribute(inner.bytes, 0);  // attribute_proto
                 });
             }
         });
@@ -44,45 +43,31 @@ public:
 
 private:
     void graph(std::string_view bytes, int depth) const {
-        if (depth > max_nesting) {
-            throw std::out_of_range("depth");
-        }
+        if (depth > max_nesting) throw std::out_of_range("depth");
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 1) {
-                node(f.bytes, depth);
-            } else if (f.number == 5) {  // initializer
-                tensor(f.bytes);
-            } else if (f.number == 15) {  // sparse_initializer
-                sparse(f.bytes);
-            }
+            if (f.number == 1) node(f.bytes, depth);
+            else if (f.number == 5) tensor(f.bytes);   // initializer
+            else if (f.number == 15) sparse(f.bytes);  // sparse_initializer
         });
     }
 
     void node(std::string_view bytes, int depth) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 5) {
-                attribute(f.bytes, depth);
-            }
+            if (f.number == 5) attribute(f.bytes, depth);
         });
     }
 
     void attribute(std::string_view bytes, int depth) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 5 || f.number == 10) {  // t, tensors
-                tensor(f.bytes);
-            } else if (f.number == 22 || f.number == 23) {  // sparse_tensor, sparse_tensors
-                sparse(f.bytes);
-            } else if (f.number == 6 || f.number == 11) {  // g, graphs
-                graph(f.bytes, depth + 1);
-            }
+            if (f.number == 5 || f.number == 10) tensor(f.bytes);                 // t, tensors
+            else if (f.number == 22 || f.number == 23) sparse(f.bytes);           // sparse_tensor, sparse_tensors
+            else if (f.number == 6 || f.number == 11) graph(f.bytes, depth + 1);  // g, graphs
         });
     }
 
     void sparse(std::string_view bytes) const {
         each_field(bytes, [&](const ProtobufField &f) {
-            if (f.number == 1 || f.number == 2) {  // values, indices
-                tensor(f.bytes);
-            }
+            if (f.number == 1 || f.number == 2) tensor(f.bytes);  // values, indices
         });
     }
 
@@ -100,11 +85,8 @@ private:
                 external = true;
                 std::string_view key, value;
                 each_field(f.bytes, [&](const ProtobufField &entry) {
-                    if (entry.number == 1) {
-                        key = entry.bytes;
-                    } else if (entry.number == 2) {
-                        value = entry.bytes;
-                    }
+                    if (entry.number == 1) key = entry.bytes;
+                    else if (entry.number == 2) value = entry.bytes;
                 });
                 if (key == "location") {
                     location(name, value);
@@ -116,31 +98,28 @@ private:
                 }
             }
         });
-        if (external && !located) {
-            throw wrong("tensor '" + name + "' has external data without a location");
-        }
+        if (external && !located) throw wrong("tensor " + json_text(name) + " has external data without a location");
         if (external && (offset > weights_bytes_ || length > weights_bytes_ - offset)) {
-            throw wrong("external data of tensor '" + name + "' must lie within the " + std::to_string(weights_bytes_) +
-                        " bytes of " + weights_ + ", got bytes " + std::to_string(offset) + " to " +
-                        std::to_string(offset) + " + " + std::to_string(length));
+            throw wrong("external data of tensor " + json_text(name) + " must lie within the " +
+                        std::to_string(weights_bytes_) + " bytes of " + weights_ + ", got bytes " +
+                        std::to_string(offset) + " to " + std::to_string(offset) + " + " + std::to_string(length));
         }
     }
 
     void location(const std::string &name, std::string_view value) const {
-        // Compared as text: a '..' after a link would lead elsewhere.
+        // Compared as text, because ".." after a link would lead to another folder.
         if (value != location_ && value != "./" + location_) {
-            throw wrong("external data of tensor '" + name + "' must lie in the part's weights " + weights_ +
-                        ", got '" + std::string(value) + "'");
+            throw wrong("external data of tensor " + json_text(name) + " must lie in the part's weights " + weights_ +
+                        ", got " + json_text(value));
         }
     }
 
     uint64_t number(const std::string &name, std::string_view key, std::string_view value) const {
         uint64_t parsed = 0;
-        const char *end = value.data() + value.size();
-        const auto [stop, error] = std::from_chars(value.data(), end, parsed);
-        if (error != std::errc() || stop != end) {
-            throw wrong("external data of tensor '" + name + "': " + std::string(key) +
-                        " must be a number of bytes, got '" + std::string(value) + "'");
+        const auto [stop, error] = std::from_chars(value.data(), value.data() + value.size(), parsed);
+        if (error != std::errc() || stop != value.data() + value.size()) {
+            throw wrong("external data of tensor " + json_text(name) + ": " + std::string(key) +
+                        " must be a number of bytes, got " + json_text(value));
         }
         return parsed;
     }

@@ -1,31 +1,29 @@
+// Reads manifest.json: text -> Manifest, or an error that names the first key that breaks a rule.
 #include "manifest.h"
 
 #include <algorithm>
 #include <set>
 
+#include "constants.h"
 #include "error.h"
 #include "json.h"
-#include "repr.h"
+#include "json_text.h"
 #include "rules.h"
 #include "sha256.h"
 
 namespace arcflow {
 namespace {
 
-constexpr const char *format = "arcflow-bundle";
-constexpr int64_t version = 1;
-
 DType parse_dtype(const Place &place) {
     const std::string name = place.one_of({"float32", "float16", "bfloat16", "int64", "uint8"});
-    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::int64}) {
+    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::int64})
         if (name == name_of(dtype)) return dtype;
-    }
     return DType::uint8;
 }
 
 std::optional<int64_t> optional_integer(const Place &place) {
     if (place.is_null()) return std::nullopt;
-    return place.integer("int | None");
+    return place.integer("an integer of at least 0, or null");
 }
 
 std::vector<int64_t> integers(const Place &place) {
@@ -38,11 +36,8 @@ TensorSpec parse_tensor(const Place &place) {
     place.keys({"name", "dtype", "shape"});
     TensorSpec spec{place["name"].text(), parse_dtype(place["dtype"]), {}};
     place["shape"].each_item([&](const Place &item) {
-        if (item.is_text()) {
-            spec.shape.emplace_back(item.text());
-        } else {
-            spec.shape.emplace_back(item.integer("int | str"));
-        }
+        if (item.is_text()) spec.shape.emplace_back(item.text());
+        else spec.shape.emplace_back(item.integer("an integer of at least 0, or a string"));
     });
     return spec;
 }
@@ -93,7 +88,7 @@ Text parse_text(const Place &place) {
                {"template", "drop_tokens", "clip_tokens", "clip_pad_token_id", "t5_pad_token_id"});
     Text text{};
     text.max_sequence_length = place["max_sequence_length"].integer();
-    if (!place["template"].is_null()) text.templ = place["template"].text("str | None");
+    if (!place["template"].is_null()) text.templ = place["template"].text("a string or null");
     text.drop_tokens = place.has("drop_tokens") ? place["drop_tokens"].integer() : 0;
     text.clip_tokens = optional_integer(place["clip_tokens"]);
     text.clip_pad_token_id = optional_integer(place["clip_pad_token_id"]);
@@ -117,13 +112,13 @@ std::optional<ModulationTable> parse_modulation(const Place &place) {
     return ModulationTable{place["file"].text(), integers(place["num_inference_steps"])};
 }
 
-// Provenance is informative: its types are checked and nothing of it is kept.
+// Provenance is for people: its types are checked, its values are not kept.
 void check_source(const Place &place) {
     place.keys({"name", "revision", "sha256"}, {"scale"});
     place["name"].text();
     place["sha256"].text();
-    if (!place["revision"].is_null()) place["revision"].text("str | None");
-    if (!place["scale"].is_null()) place["scale"].real("float | None");
+    if (!place["revision"].is_null()) place["revision"].text("a string or null");
+    if (!place["scale"].is_null()) place["scale"].real("a number or null");
 }
 
 void check_provenance(const Place &place) {
@@ -137,15 +132,14 @@ void check_provenance(const Place &place) {
 }
 
 void check_format(const Json &json, const std::string &where) {
-    if (!json.is_object() || !json.contains("format") || json["format"] != format) {
-        throw bundle_error(where + ": 'format' must be '" + format + "'; this is not an ArcFlow bundle");
-    }
+    if (!json.is_object() || !json.contains("format") || json["format"] != bundle_format)
+        throw bundle_error(where + ": format must be " + json_text(bundle_format) + "; this is not an ArcFlow bundle");
     const auto found = json.find("version");
     const Json got = found == json.end() ? Json() : *found;
-    if (!got.is_number_integer() || got != version) {
-        const bool newer = got.is_number_integer() && got > version;
-        throw bundle_error(where + ": version must be " + std::to_string(version) + ", got " + repr_json(got) + "; " +
-                           (newer ? "update arcflow" : "export the bundle again"));
+    if (!got.is_number_integer() || got != bundle_version) {
+        const bool newer = got.is_number_integer() && got > bundle_version;
+        throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + ", got " +
+                           message_text(got) + "; " + (newer ? "update arcflow" : "export the bundle again"));
     }
 }
 
@@ -165,13 +159,11 @@ Manifest parse_keys(const Json &json, const std::string &where) {
     m.rotary = parse_rotary(place["rotary"]);
     m.text = parse_text(place["text"]);
     m.ranges = parse_ranges(place["ranges"]);
-    place["parts"].each_entry([&](const std::string &name, const Place &part) {
-        m.parts.emplace(name, parse_part(part));
-    });
+    place["parts"].each_entry(
+        [&](const std::string &name, const Place &part) { m.parts.emplace(name, parse_part(part)); });
     m.modulation = parse_modulation(place["modulation"]);
-    place["tokenizers"].each_entry([&](const std::string &name, const Place &file) {
-        m.tokenizers.emplace(name, file.text());
-    });
+    place["tokenizers"].each_entry(
+        [&](const std::string &name, const Place &file) { m.tokenizers.emplace(name, file.text()); });
     place["files"].each_entry([&](const std::string &name, const Place &file) {
         file.keys({"bytes", "sha256"});
         m.files.emplace(name, FileEntry{static_cast<uint64_t>(file["bytes"].integer()), file["sha256"].text()});
@@ -180,32 +172,29 @@ Manifest parse_keys(const Json &json, const std::string &where) {
     return m;
 }
 
-// B7: the parts of the family. B5: what other keys name is listed under `files`.
+// B7: the family's parts are all there. B5: "files" lists every file that another key names.
 void check_references(const Manifest &m, const std::string &where) {
     std::set<std::string> need = {"text_encoder", "backbone", "vae_decoder"};
     if (m.family == Family::flux) need.insert("text_encoder_2");
     if (!m.modulation) need.insert("conditioner");
     std::vector<std::string> missing;
-    for (const std::string &part : need) {
+    for (const std::string &part : need)
         if (m.parts.count(part) == 0) missing.push_back(part);
-    }
     if (!missing.empty()) {
         throw bundle_error(where + ": a " + (m.family == Family::flux ? "flux" : "qwen-image") +
-                           " bundle must have parts " + repr(std::vector<std::string>(need.begin(), need.end())) +
-                           ", missing " + repr(missing));
+                           " bundle must have parts " + json_text(std::vector<std::string>(need.begin(), need.end())) +
+                           ", missing " + json_text(missing));
     }
     std::vector<std::string> used;
     for (const auto &[name, part] : m.parts) used.insert(used.end(), {part.graph, part.weights});
     for (const auto &[name, file] : m.tokenizers) used.push_back(file);
     if (m.modulation) used.push_back(m.modulation->file);
-    for (const std::string &file : used) {
-        if (m.files.count(file) == 0) {
-            throw bundle_error(where + ": " + repr(file) + " is used but not listed under 'files'");
-        }
-    }
+    for (const std::string &file : used)
+        if (m.files.count(file) == 0)
+            throw bundle_error(where + ": " + json_text(file) + " is used but not listed under \"files\"");
 }
 
-// B4: a name cannot lead out of the directory.
+// B4: a file name cannot lead out of the bundle.
 void check_name(std::string_view name, const std::string &where) {
     const auto allowed = [](char c) {
         return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' ||
@@ -221,11 +210,12 @@ void check_name(std::string_view name, const std::string &where) {
         if (!last) rest.remove_prefix(slash + 1);
     }
     if (!inside) {
-        throw bundle_error(where + ": file name " + repr(name) +
+        throw bundle_error(where + ": file name " + json_text(name) +
                            " leaves the bundle or has characters it may not have");
     }
     if (name == "engines" || name.substr(0, 8) == "engines/") {
-        throw bundle_error(where + ": file " + repr(name) + " must not be in engines/, which is for built engines");
+        throw bundle_error(where + ": file " + json_text(name) +
+                           " must not be in engines/, which is for built engines");
     }
 }
 
@@ -236,15 +226,19 @@ Manifest parse_manifest(std::string_view text, const std::string &where) {
         throw bundle_error(where + " is larger than " + std::to_string(max_manifest_bytes) +
                            " bytes; it is not a manifest");
     }
-    Json json = read_json(text, where);
-    check_format(json, where);
-    const auto found = json.find("digest");
-    const Json digest = found == json.end() ? Json() : *found;
-    json.erase("digest");
-    Manifest manifest = parse_keys(json, where);
-    if (!digest.is_string() || digest != sha256(canonical(json))) {
-        throw bundle_error(where + " does not match its own digest; it was edited, export the bundle again");
+    Json json, digest;
+    Manifest manifest{};
+    try {
+        json = read_json(text, where);
+        check_format(json, where);
+        digest = json.value("digest", Json());
+        json.erase("digest");
+        manifest = parse_keys(json, where);
+    } catch (const FormatError &e) {
+        throw bundle_error(std::string(e.what()) + "; export the bundle again");
     }
+    if (!digest.is_string() || digest != sha256(canonical(json)))
+        throw bundle_error(where + " does not match its own digest; it was edited, export the bundle again");
     check_values(manifest, where);
     check_references(manifest, where);
     for (const auto &[name, entry] : manifest.files) check_name(name, where);

@@ -1,4 +1,4 @@
-// manifest.json as structs; docs/bundle.md specifies it, and rule numbers (B1...) cite it.
+// The content of manifest.json as structs. docs/bundle.md specifies the file; rule numbers such as B1 refer to it.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace arcflow {
 
 enum class Family { flux, qwen_image };
 
-// A dimension is a size, or the name of one that varies.
+// A size, or the name of a size that varies between requests.
 using Dimension = std::variant<int64_t, std::string>;
 
 struct TensorSpec {
@@ -93,21 +93,24 @@ struct Manifest {
     std::map<std::string, FileEntry> files;
 };
 
-// Parse and check the text of a manifest (B1 to B5, B7, B12's keys); `where` names it in errors. Throws Error.
+// Parse the text of a manifest and check rules B1 to B5, B7 and the keys of B12. `where` is the file's name for errors.
+// Throws Error.
 Manifest parse_manifest(std::string_view text, const std::string &where);
 
-// An opened bundle: every size and, up to 64 MiB or with `full`, every SHA-256 compared (B6).
+// An opened bundle. `open` has compared the size of every file, and the SHA-256 of files up to 64 MiB or, if `full`, of
+// all (B6).
 struct Bundle {
-    std::filesystem::path root;  // absolute, so that a later change of the working directory does no harm
+    std::filesystem::path
+        root;  // absolute, so that a later chdir does not matter of the working directory does no harm
     Manifest manifest;
-    std::string manifest_sha256 = {};  // of the file that was read; empty where none was
+    std::string manifest_sha256 = {};  // digest of the file that was read; "" if there was none
 
     static Bundle open(const std::filesystem::path &root, bool full);
 
-    // Throws Error where the directory no longer holds the bundle that was opened, but perhaps one written in its place.
+    // Throws Error if another bundle was written in the place of this one, or it was removed.
     void check_unchanged() const;
 
-    // The path of a file that the manifest lists.
+    // The path of a file. Throws Error if the manifest does not list it.
     std::filesystem::path path(const std::string &name) const;
 };
 

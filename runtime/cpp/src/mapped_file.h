@@ -1,4 +1,4 @@
-// A file mapped for reading: its pages are read when they are looked at, and need not stay in memory.
+// A file mapped into memory: the system reads pages when they are accessed and may drop them again.
 #pragma once
 
 #include <fcntl.h>
@@ -17,10 +17,10 @@ namespace arcflow {
 
 class MappedFile {
 public:
-    // A file that must have as many bytes, not none. Throws Error(ENGINE_ERROR).
+    // Map a file that must have exactly `size` bytes, at least one. Throws Error(ARCFLOW_ENGINE_ERROR).
     MappedFile(const std::filesystem::path &path, uint64_t size) : bytes(static_cast<size_t>(size)) {
         const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        struct stat status {};
+        struct stat status{};
         const bool fits = file >= 0 && fstat(file, &status) == 0 && static_cast<uint64_t>(status.st_size) == size;
         void *found = fits ? mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file, 0) : MAP_FAILED;
         if (file >= 0) ::close(file);

@@ -1,48 +1,52 @@
-// What the host computes: noise, schedule, conditioning, rotary tables, update. docs/bundle.md, "What a reader computes".
+// The arithmetic on the host: noise, schedule, conditioning, rotary tables and the update. docs/bundle.md, "What a
+// reader computes", specifies it.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "geometry.h"
 #include "manifest.h"
 #include "tensor.h"
 
 namespace arcflow {
 
-// torch.randn of a CPU generator, bit for bit those of arcflow_runtime/noise.py.
+// Fill `out` with `count` standard normal numbers, equal bit for bit to torch.randn with a CPU generator seeded with
+// `seed`, and to arcflow_runtime/maths/noise.py.
 void randn(uint64_t seed, size_t count, float *out);
 
-// Packed noise [B, N, C] float32 for pictures of `height` x `width` latent pixels: one seed draws the whole batch in
-// one call, B seeds one image each.
-Tensor draw_latents(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
+// Noise as packed latents [B, N, C] float32, for images of `height` x `width` latent pixels. With one seed a single
+// generator makes the noise of the whole batch; with B seeds each image has its own generator.
+Tensor packed_noise(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
                     int64_t width);
 
-// As many numbers come from as many uniforms, if there are so many.
-constexpr int64_t noise_group = 16;
+// The generator makes this many numbers at a time; a GPU generates noise in whole groups only.
+constexpr int64_t noise_group = ARCFLOW_NOISE_GROUP;
 
-// Where the noise of one image begins, for a device that draws it: what `seed` seeds, and the image's first number in
-// what that draws.
+// Where a device's noise for one image begins: the generator's seed, and the index of the image's first number in that
+// generator's sequence.
 struct NoiseStream {
     uint32_t seed;
     int64_t first;
 };
 
-// Those of a batch whose images have `numbers` each; seeds as for draw_latents.
+// The streams of a batch of images with `numbers` values each; `seeds` as for packed_noise.
 std::vector<NoiseStream> noise_streams(const std::vector<uint64_t> &seeds, int64_t batch, int64_t numbers);
 
-// [S+1], falling from 1 to 0.
+// The sigmas [S+1] of S steps, falling from 1 to 0.
 std::vector<double> sigmas(int64_t steps, const Schedule &schedule);
 
-// What the timestep and guidance embeddings see: [S], and one number.
+// The values that the student's embeddings of timestep [S] and guidance take.
 std::vector<float> conditioning_timesteps(const std::vector<double> &sigmas, Family family, DType reference);
 float conditioning_guidance(float scale, DType reference);
 
-// Cosines and sines [2, tokens, D/2] float32 of a grid of `height` x `width` tokens, and of its text.
+// Cosines and sines [2, tokens, D/2] float32, for the image tokens of a `height` x `width` grid and for its text
+// tokens.
 Tensor image_rotary(const Manifest &manifest, int64_t height, int64_t width);
 Tensor text_rotary(const Manifest &manifest, int64_t height, int64_t width, int64_t text_tokens);
 
-// The closed-form step, in place: latents [B, N, C] float32 at `sigma` become those at `next`. means [B, N, K, C],
-// logweights [B, N, K, P], loggammas [B, N, K-1, P], each in any float type.
+// The closed-form step, in place: `latents` [B, N, C] float32 go from `sigma` to `next`. `means` [B, N, K, C],
+// `logweights` [B, N, K, P] and `loggammas` [B, N, K-1, P] may each be in any float dtype.
 void update(Tensor &latents, const Tensor &means, const Tensor &logweights, const Tensor &loggammas, double sigma,
             double next);
 

@@ -1,4 +1,4 @@
-// Without OpenVINO, which runs the tokenizers, only token ids can be drawn.
+// Tokenizers in a build without OpenVINO, which runs them: each prompt is an error that says so.
 #include "tokenizer.h"
 
 namespace arcflow {

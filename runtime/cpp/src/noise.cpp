@@ -1,4 +1,4 @@
-// The noise of pictures; see runtime/kernels/noise_host.h, and arcflow_runtime/noise.py, whose bits these are.
+// Noise of a batch: seeds -> packed latents. The generator is in runtime/kernels/noise_host.h.
 #include "noise_host.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace arcflow {
 namespace {
 
-// [C, h, w] -> [(h/p)*(w/p), C*p*p], channel c*p*p + p*dy + dx.
+// Pack one image: [C, h, w] -> [(h/p)*(w/p), C*p*p], where channel c*p*p + p*dy + dx holds channel c of pixel (dy, dx).
 void pack(const float *image, const Latents &latents, int64_t height, int64_t width, float *tokens) {
     const int64_t p = latents.patch_size, channels = latents.channels;
     for (int64_t y = 0; y < height; y += p) {
@@ -31,19 +31,18 @@ void randn(uint64_t seed, size_t count, float *out) { arcflow_random::randn(seed
 
 std::vector<NoiseStream> noise_streams(const std::vector<uint64_t> &seeds, int64_t batch, int64_t numbers) {
     std::vector<NoiseStream> streams;
-    for (int64_t i = 0; i < batch; ++i) {
+    for (int64_t i = 0; i < batch; ++i)
         if (seeds.size() == 1) streams.push_back({static_cast<uint32_t>(seeds[0]), i * numbers});
         else streams.push_back({static_cast<uint32_t>(seeds.at(static_cast<size_t>(i))), 0});
-    }
     return streams;
 }
 
-Tensor draw_latents(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
+Tensor packed_noise(const std::vector<uint64_t> &seeds, int64_t batch, const Latents &latents, int64_t height,
                     int64_t width) {
     const int64_t p = latents.patch_size;
     if (seeds.size() != 1 && static_cast<int64_t>(seeds.size()) != batch) {
-        throw Error(ARCFLOW_INTERNAL_ERROR, "noise must be drawn with one seed or one per image, " +
-                                                std::to_string(batch) + ", got " + std::to_string(seeds.size()));
+        throw Error(ARCFLOW_INTERNAL_ERROR, "noise needs one seed, or one per image, " + std::to_string(batch) +
+                                                ", got " + std::to_string(seeds.size()));
     }
     if (height < 1 || width < 1 || height % p != 0 || width % p != 0) {
         throw Error(ARCFLOW_INTERNAL_ERROR, "latent sizes must be multiples of " + std::to_string(p) + ", got " +
@@ -54,9 +53,8 @@ Tensor draw_latents(const std::vector<uint64_t> &seeds, int64_t batch, const Lat
     const auto each = static_cast<size_t>(noise.count()) / seeds.size();
     for (size_t i = 0; i < seeds.size(); ++i) randn(seeds[i], each, noise.as<float>() + i * each);
     const int64_t image = batch == 0 ? 0 : noise.count() / batch;
-    for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t b = 0; b < batch; ++b)
         pack(noise.as<float>() + b * image, latents, height, width, tokens.as<float>() + b * image);
-    }
     return tokens;
 }
 

@@ -1,3 +1,4 @@
+// Reads the constants of an ONNX graph from its protobuf.
 #include "onnx_graph.h"
 
 #include <charconv>
@@ -5,48 +6,45 @@
 #include <stdexcept>
 #include <utility>
 
+#include "constants.h"
 #include "error.h"
 #include "external_data.h"
 
 namespace arcflow {
 namespace {
 
-// Weights lie outside the graph, so a graph has kilobytes for each layer.
-constexpr uint64_t max_graph_bytes = uint64_t{256} << 20;
-
-// Of one element, by TensorProto.DataType; 0 for types that no graph of a bundle has.
+// Bytes of one element of a TensorProto.DataType; 0 for types that a bundle's graphs do not have.
 uint64_t size_of_type(int64_t type) {
     switch (type) {
-    case 2:   // UINT8
-    case 3:   // INT8
-    case 9:   // BOOL
-    case 17:  // FLOAT8E4M3FN
-        return 1;
-    case 10:  // FLOAT16
-    case 16:  // BFLOAT16
-        return 2;
-    case 1:  // FLOAT
-    case 6:  // INT32
-        return 4;
-    case 7:   // INT64
-    case 11:  // DOUBLE
-        return 8;
-    default:
-        return 0;
+        case 2:   // UINT8
+        case 3:   // INT8
+        case 9:   // BOOL
+        case 17:  // FLOAT8E4M3FN
+            return 1;
+        case 10:  // FLOAT16
+        case 16:  // BFLOAT16
+            return 2;
+        case 1:  // FLOAT
+        case 6:  // INT32
+            return 4;
+        case 7:   // INT64
+        case 11:  // DOUBLE
+            return 8;
+        default:
+            return 0;
     }
 }
 
 void multiply(int64_t &count, uint64_t size) {
-    if (size > INT64_MAX || __builtin_mul_overflow(count, static_cast<int64_t>(size), &count)) {
+    if (size > INT64_MAX || __builtin_mul_overflow(count, static_cast<int64_t>(size), &count))
         throw std::out_of_range("dims");
-    }
 }
 
 std::pair<std::string, Initializer> read_tensor(std::string_view bytes) {
     std::string name;
     Initializer tensor;
     each_field(bytes, [&](const ProtobufField &f) {
-        if (f.number == 1) {  // dims, one by one or packed
+        if (f.number == 1) {  // dims, each in its own field or packed into one
             if (f.bytes.data() == nullptr) {
                 multiply(tensor.count, f.value);
             } else {
@@ -60,7 +58,7 @@ std::pair<std::string, Initializer> read_tensor(std::string_view bytes) {
         } else if (f.number == 9) {
             tensor.raw = f.bytes;
             tensor.is_raw = true;
-        } else if (f.number == 13) {  // external_data, whose numbers were checked
+        } else if (f.number == 13) {  // external_data; check_external_data has checked its numbers
             tensor.is_external = true;
             std::string_view key, value;
             each_field(f.bytes, [&](const ProtobufField &entry) {
@@ -82,18 +80,18 @@ std::optional<ProtobufField> ProtobufMessage::next() {
     if (rest_.empty()) return std::nullopt;
     const uint64_t tag = varint();
     switch (tag & 7) {
-    case 0:
-        return ProtobufField{tag >> 3, {}, varint()};
-    case 1:
-        take(8);
-        return ProtobufField{tag >> 3, {}, 0};
-    case 2:
-        return ProtobufField{tag >> 3, take(varint()), 0};
-    case 5:
-        take(4);
-        return ProtobufField{tag >> 3, {}, 0};
-    default:  // groups, which onnx.proto has none of
-        throw std::out_of_range("wire type");
+        case 0:
+            return ProtobufField{tag >> 3, {}, varint()};
+        case 1:
+            take(8);
+            return ProtobufField{tag >> 3, {}, 0};
+        case 2:
+            return ProtobufField{tag >> 3, take(varint()), 0};
+        case 5:
+            take(4);
+            return ProtobufField{tag >> 3, {}, 0};
+        default:  // groups, which onnx.proto does not use
+            throw std::out_of_range("wire type");
     }
 }
 
@@ -130,9 +128,8 @@ std::string read_graph(const std::filesystem::path &path) {
     }
     std::string bytes(static_cast<size_t>(size), '\0');
     file.seekg(0);
-    if (!file.read(bytes.data(), static_cast<std::streamsize>(size))) {
+    if (!file.read(bytes.data(), static_cast<std::streamsize>(size)))
         throw bundle_error(path.string() + " cannot be read");
-    }
     return bytes;
 }
 

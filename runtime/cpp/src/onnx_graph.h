@@ -1,5 +1,5 @@
-// ONNX graphs: of their protobuf only what leads to tensors is understood, the rest is skipped. Field numbers are those
-// of onnx.proto, which may add fields but never renumber them.
+// Reads ONNX graphs. Only the protobuf fields that lead to tensors are read, others are skipped. Field numbers are
+// those of onnx.proto, which may add fields but never renumbers them.
 #pragma once
 
 #include <cstdint>
@@ -15,19 +15,19 @@ namespace arcflow {
 
 struct ProtobufField {
     uint64_t number;
-    std::string_view bytes;  // of a length-delimited field, null for others
-    uint64_t value;          // of a varint, 0 for others
+    std::string_view bytes;  // of a length-delimited field; data() is null for others
+    uint64_t value;          // of a varint field; 0 for others
 };
 
-// The fields of one message, in order.
+// Iterates over the fields of one message.
 class ProtobufMessage {
 public:
     explicit ProtobufMessage(std::string_view bytes) : rest_(bytes) {}
 
-    // Nothing at the end. Throws std::out_of_range where the bytes are no protobuf.
+    // The next field, or nothing at the end. Throws std::out_of_range if the bytes are not a protobuf message.
     std::optional<ProtobufField> next();
 
-    // One of several numbers that are packed into one field; likewise.
+    // The next number of a packed field, or nothing at the end; throws likewise.
     std::optional<uint64_t> next_packed();
 
 private:
@@ -42,23 +42,24 @@ template <class Visit> void each_field(std::string_view bytes, Visit visit) {
     while (const auto field = message.next()) visit(*field);
 }
 
-// The bytes of a graph whose weights lie outside it. Throws Error.
+// The content of a graph file. Throws Error if it is too large to be a graph whose weights lie outside.
 std::string read_graph(const std::filesystem::path &path);
 
-// A tensor of constants in a graph. `type` is of onnx.proto's TensorProto.DataType. Its bytes are `raw`, or in the
-// weights file from `offset`, or neither where they are written in another way.
+// A constant of a graph. `type` is a TensorProto.DataType. The bytes are in `raw` if `is_raw`, at `offset` of the
+// weights file if `is_external`, and otherwise in a form that is not read.
 struct Initializer {
     int64_t type = 0, count = 1;
     std::string raw;
     bool is_raw = false, is_external = false;
     uint64_t offset = 0;
-    std::optional<uint64_t> bytes;  // of external data, where the graph tells
+    std::optional<uint64_t> bytes;  // length of external data, if the graph gives it
 
-    // How many bytes it takes; none for types that no graph of a bundle has.
+    // Bytes of the tensor; nothing for types that a bundle's graphs do not have.
     std::optional<uint64_t> size() const;
 };
 
-// Those of the part's graph by name, without those of graphs within it, after check_external_data. Throws Error.
+// The constants of the part's graph by name, without those of nested graphs. Calls check_external_data first. Throws
+// Error.
 std::map<std::string, Initializer> read_initializers(const Bundle &bundle, const std::string &part);
 
 }  // namespace arcflow

@@ -1,6 +1,7 @@
-// Arithmetic is float32 whatever a part's precision: OpenVINO would otherwise take bfloat16 where a CPU has it, and the
-// pictures would depend on the machine. A part in float16 or bfloat16 keeps its weights' values, inputs and outputs in
-// its own dtype, and is computed between them in float32.
+// Runs parts with OpenVINO on a CPU.
+//
+// The arithmetic is float32 for every part. OpenVINO would otherwise use bfloat16 on CPUs that have it, and images
+// would depend on the machine. Weights, inputs and outputs of a float16 or bfloat16 part keep their dtype.
 #include "openvino_backend.h"
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 
 #include "error.h"
 #include "external_data.h"
+#include "json_text.h"
 #include "openvino_error.h"
 #include "pool.h"
 
@@ -19,22 +21,21 @@ namespace {
 
 ov::element::Type type_of(DType dtype) {
     switch (dtype) {
-    case DType::float32:
-        return ov::element::f32;
-    case DType::float16:
-        return ov::element::f16;
-    case DType::bfloat16:
-        return ov::element::bf16;
-    case DType::int64:
-        return ov::element::i64;
-    case DType::uint8:
-        return ov::element::u8;
+        case DType::float32:
+            return ov::element::f32;
+        case DType::float16:
+            return ov::element::f16;
+        case DType::bfloat16:
+            return ov::element::bf16;
+        case DType::int64:
+            return ov::element::i64;
+        case DType::uint8:
+            return ov::element::u8;
     }
     throw engine_error("a dtype that OpenVINO has not");
 }
 
-// The tensor's own memory. OpenVINO takes no pointer to constant data for inputs that it may pass on unread, and does
-// not write to inputs.
+// A tensor that shares memory with `tensor`. OpenVINO takes no pointer to const here, but it does not write to inputs.
 ov::Tensor wrap(const Tensor &tensor) {
     static std::byte nothing{};
     const ov::Shape shape(tensor.shape.begin(), tensor.shape.end());
@@ -43,32 +44,23 @@ ov::Tensor wrap(const Tensor &tensor) {
 }
 
 Tensor copy_out(const ov::Tensor &found, const TensorSpec &spec) {
-    const ov::Shape shape = found.get_shape();
+    const ov::Shape &shape = found.get_shape();
     Tensor tensor(spec.dtype, std::vector<int64_t>(shape.begin(), shape.end()));
-    if (found.get_byte_size() != tensor.data.size()) {
+    if (found.get_byte_size() != tensor.data.size())
         throw engine_error("output " + spec.name + " has " + std::to_string(found.get_byte_size()) + " bytes");
-    }
-    if (!tensor.data.empty()) {
-        std::memcpy(tensor.data.data(), found.data(), tensor.data.size());
-    }
+    if (!tensor.data.empty()) std::memcpy(tensor.data.data(), found.data(), tensor.data.size());
     return tensor;
 }
 
-// ['a', 'b'], as Python writes a sorted list.
+// The sorted names as a list: ["a", "b"].
 std::string listed(std::vector<std::string> names) {
     std::sort(names.begin(), names.end());
-    std::string text;
-    for (const std::string &name : names) {
-        text += (text.empty() ? "'" : ", '") + name + "'";
-    }
-    return "[" + text + "]";
+    return json_text(names);
 }
 
 std::vector<std::string> names_of(const std::vector<TensorSpec> &specs) {
     std::vector<std::string> names;
-    for (const TensorSpec &spec : specs) {
-        names.push_back(spec.name);
-    }
+    for (const TensorSpec &spec : specs) names.push_back(spec.name);
     return names;
 }
 
@@ -78,22 +70,17 @@ public:
         : name_(std::move(name)), part_(std::move(part)), model_(std::move(model)) {}
 
     Tensors run(const Tensors &inputs) override {
-        for (const TensorSpec &spec : part_.inputs) {
-            if (inputs.find(spec.name) == inputs.end()) {
+        for (const TensorSpec &spec : part_.inputs)
+            if (inputs.find(spec.name) == inputs.end())
                 throw engine_error(name_ + ": input " + spec.name + " is missing");
-            }
-        }
         try {
-            // A request that failed is not used again.
+            // A request that failed is destroyed, not returned to the pool.
             ov::InferRequest request = requests_.take([&] { return model_.create_infer_request(); });
             Tensors outputs;
-            for (const TensorSpec &spec : part_.inputs) {
-                request.set_tensor(spec.name, wrap(inputs.at(spec.name)));
-            }
+            for (const TensorSpec &spec : part_.inputs) request.set_tensor(spec.name, wrap(inputs.at(spec.name)));
             request.infer();
-            for (const TensorSpec &spec : part_.outputs) {
+            for (const TensorSpec &spec : part_.outputs)
                 outputs.emplace(spec.name, copy_out(request.get_tensor(spec.name), spec));
-            }
             requests_.give_back(std::move(request));
             return outputs;
         } catch (const ov::Exception &e) {
@@ -104,16 +91,15 @@ public:
 private:
     static std::string described(const Tensors &inputs) {
         std::string text;
-        for (const auto &[name, tensor] : inputs) {
-            text += (text.empty() ? "" : ", ") + name + ": " + tensor.describe();
-        }
+        for (const auto &[name, tensor] : inputs) text += (text.empty() ? "" : ", ") + name + ": " + tensor.describe();
         return "{" + text + "}";
     }
 
     std::string name_;
     Part part_;
     ov::CompiledModel model_;
-    // Each has memory of its own; the arithmetic runs one request at a time, in the model's one stream of threads.
+    // Each request has its own memory. OpenVINO runs their arithmetic one after the other, since the model has one
+    // stream.
     Pool<ov::InferRequest> requests_;
 };
 
@@ -124,7 +110,7 @@ public:
     void check(const Bundle &bundle) override {
         for (const auto &[name, part] : bundle.manifest.parts) {
             if (part.quantization) {
-                // It runs them in float32, and rounds to FP8 through float16, so not always to the nearest (B12).
+                // OpenVINO rounds to FP8 through float16, so not always to the nearest value (B12).
                 throw engine_error(name + " is quantised to FP8, which OpenVINO does not round correctly on a CPU; "
                                           "use the bundle that it was quantised from");
             }
@@ -151,12 +137,10 @@ private:
             ov::hint::execution_mode(ov::hint::ExecutionMode::ACCURACY),
             ov::hint::inference_precision(ov::element::f32),
             ov::num_streams(1),
-            // Each part has its own threads: pinned ones of all parts would share the first cores.
+            // Each part has its own threads. If they were pinned, those of all parts would share the first cores.
             ov::hint::enable_cpu_pinning(false),
         };
-        if (threads_ > 0) {
-            map.emplace(ov::inference_num_threads(threads_));
-        }
+        if (threads_ > 0) map.emplace(ov::inference_num_threads(threads_));
         return map;
     }
 
@@ -165,7 +149,7 @@ private:
                             const std::vector<TensorSpec> &said, const std::vector<Port> &found) {
         std::vector<std::string> names;
         for (const Port &port : found) {
-            // One tensor may have several names; the manifest's is the one that counts.
+            // OpenVINO may give a tensor several names; one of them must be the manifest's.
             const auto &own = port.get_names();
             const auto fits = [&](const TensorSpec &s) { return own.count(s.name) != 0; };
             const auto match = std::find_if(said.begin(), said.end(), fits);
@@ -191,8 +175,8 @@ private:
 
 std::unique_ptr<Backend> make_openvino_backend(int threads) {
     if (threads < 0) {
-        throw request_error("threads must be at least 1, got " + std::to_string(threads) +
-                            "; leave it out to use every core");
+        throw request_error("options.threads must be at least 0, got " + std::to_string(threads) +
+                            "; 0 uses every core");
     }
     try {
         return std::make_unique<OpenVinoBackend>(threads);

@@ -1,4 +1,4 @@
-// OpenVINO on a CPU: a part's ONNX graph and its safetensors weights -> an engine.
+// The OpenVINO backend: a part's ONNX graph and weights -> an engine on the CPU.
 #pragma once
 
 #include <memory>
@@ -7,7 +7,7 @@
 
 namespace arcflow {
 
-// `threads` CPU threads per engine; 0: one per core. Throws Error on a negative number.
+// `threads`: CPU threads per engine; 0: one per core. Throws Error if it is negative.
 std::unique_ptr<Backend> make_openvino_backend(int threads);
 
 }  // namespace arcflow

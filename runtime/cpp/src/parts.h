@@ -1,4 +1,4 @@
-// Keeps a bundle's parts open, or opens each only while it is used.
+// The engines of a bundle: all kept open, or each opened only while it is used.
 #pragma once
 
 #include <map>
@@ -12,23 +12,24 @@
 
 namespace arcflow {
 
-// The engines of one bundle; safe to use from several threads. With `keep`, all are opened by the constructor and stay
-// open. Without, a part is opened for each use, and one is in memory at a time: other threads wait.
+// Safe to use from several threads. With `keep` the constructor opens all parts. Without, `use` opens a part each time,
+// and only one part is in memory at a time: other threads wait.
 class Parts {
 public:
-    // Throws Error if the backend cannot run the bundle or open a part. `bundle` must outlive the object.
+    // Throws Error if the backend cannot run the bundle or open a part. `bundle` must outlive this object.
     Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep);
 
-    // One part, open as long as this lives.
+    // A part that stays open while this object lives.
     class Use {
     public:
-        // `tensor` in the dtype that the part takes under this name (B9).
+        // `tensor` converted to the dtype of this input (B9).
         Tensor cast(const std::string &input, Tensor tensor) const;
 
-        // Runs the part on inputs that `cast` gave. Its time counts as "engines" of `watch`.
+        // Run the part on inputs that `cast` returned. The time is added to "engines" in `watch`.
         Tensors run(const Tensors &inputs, Stopwatch &watch);
 
-        // The output of this name, which must have this shape, where -1 is any size. Throws Error(ENGINE_ERROR).
+        // Move an output out of `outputs` and check its shape, where -1 stands for any size. Throws
+        // Error(ARCFLOW_ENGINE_ERROR).
         Tensor take(Tensors &outputs, const std::string &name, const std::vector<int64_t> &shape) const;
 
     private:
@@ -38,14 +39,14 @@ public:
         const std::string &name_;
         const Part &part_;
         std::unique_lock<std::mutex> alone_;
-        std::unique_ptr<Engine> opened_;  // after alone_, so that it is closed before another part may open
+        std::unique_ptr<Engine> opened_;  // declared after alone_, so it is closed before the lock is released
         Engine *engine_ = nullptr;
     };
 
-    // Throws Error if the part cannot be opened.
+    // Open a part, or use the open one. Throws Error if it cannot be opened.
     Use use(const std::string &part);
 
-    // The backend's way to run backbone, updates and decoder at one go; null where it has none, or parts are not kept.
+    // The backend's Denoiser; null if it has none or parts are not kept open.
     Denoiser *denoiser() const { return denoiser_.get(); }
 
 private:

@@ -1,3 +1,4 @@
+// Runs a request through all stages of the pipeline.
 #include "pipeline.h"
 
 #include <algorithm>
@@ -5,15 +6,15 @@
 #include <cstring>
 
 #include "error.h"
+#include "json_text.h"
 #include "maths.h"
-#include "repr.h"
 #include "safetensors.h"
 
 namespace arcflow {
 
 namespace {
 
-// [1, size] int64, what a text encoder takes.
+// One prompt's ids as a text encoder takes them: [1, size] int64.
 Tensor row(const std::vector<int64_t> &ids) {
     Tensor tensor(DType::int64, {1, static_cast<int64_t>(ids.size())});
     std::copy(ids.begin(), ids.end(), tensor.as<int64_t>());
@@ -24,41 +25,43 @@ std::size_t bytes_of_row(const Tensor &tensor) {
     return tensor.shape[0] == 0 ? 0 : tensor.data.size() / static_cast<std::size_t>(tensor.shape[0]);
 }
 
-// The rows of `tensor` at these places of its first axis.
+// The rows of `tensor` with these indices along the first axis.
 Tensor gather(const Tensor &tensor, const std::vector<int64_t> &places) {
     std::vector<int64_t> shape = tensor.shape;
     shape[0] = static_cast<int64_t>(places.size());
     Tensor out(tensor.dtype, shape);
     const std::size_t bytes = bytes_of_row(tensor);
-    for (std::size_t i = 0; i < places.size(); ++i)
+    for (std::size_t i = 0; i < places.size(); ++i) {
         std::memcpy(out.data.data() + i * bytes, tensor.data.data() + static_cast<std::size_t>(places[i]) * bytes,
                     bytes);
+    }
     return out;
 }
 
-// Puts the rows of `from` at these places of `to`.
+// Write the rows of `from` to these rows of `to`.
 void scatter(const Tensor &from, const std::vector<int64_t> &places, Tensor &to) {
     const std::size_t bytes = bytes_of_row(to);
     for (std::size_t i = 0; i < places.size(); ++i)
         std::memcpy(to.data.data() + static_cast<std::size_t>(places[i]) * bytes, from.data.data() + i * bytes, bytes);
 }
 
-// Tensors of shape [1, ...], of one dtype, joined along the first axis.
+// Join tensors of shape [1, ...] along the first axis. Throws Error, which `what` names, if shapes or dtypes differ.
 Tensor join(const std::vector<const Tensor *> &tensors, const std::string &what) {
     std::vector<int64_t> shape = tensors.front()->shape;
     shape[0] = static_cast<int64_t>(tensors.size());
     Tensor out(tensors.front()->dtype, shape);
     const std::size_t bytes = bytes_of_row(out);
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-        if (tensors[i]->dtype != out.dtype || tensors[i]->shape != tensors.front()->shape)
+        if (tensors[i]->dtype != out.dtype || tensors[i]->shape != tensors.front()->shape) {
             throw engine_error(what + " must have one shape for all prompts, got " + tensors.front()->describe() +
                                " and " + tensors[i]->describe() + "; export the bundle again");
+        }
         std::memcpy(out.data.data() + i * bytes, tensors[i]->data.data(), bytes);
     }
     return out;
 }
 
-// Refuses latents [B, N, C] with NaN or Inf, which would decode to a black picture.
+// Throw Error if latents [B, N, C] contain NaN or Inf, which would decode to a black image.
 void check_finite(const Tensor &latents, DType precision) {
     const auto size = static_cast<std::size_t>(latents.shape[1] * latents.shape[2]);
     std::vector<int64_t> bad;
@@ -71,17 +74,17 @@ void check_finite(const Tensor &latents, DType precision) {
                              ? "float16 overflows in these models: export with --dtype bfloat16 or float32, or with "
                                "the linears in float32 that `arcflow verify` names"
                              : "check the checkpoint and adapter with `arcflow verify`";
-    throw engine_error("backbone: latents of images " + repr(bad) + " must be finite, got NaN or Inf; " + advice);
+    throw engine_error("backbone: latents of images " + json_text(bad) + " must be finite, got NaN or Inf; " + advice);
 }
 
 void check_pixels(const Tensor &pixels, const std::vector<int64_t> &shape) {
     if (pixels.dtype == DType::uint8 && pixels.shape == shape) return;
-    throw engine_error("vae_decoder: output 'images' must be " + Tensor(DType::uint8, shape).describe() + ", got " +
+    throw engine_error("vae_decoder: output \"images\" must be " + Tensor(DType::uint8, shape).describe() + ", got " +
                        pixels.describe() + "; export the bundle again");
 }
 
-// Refuses the flat black pictures [B, H, W, 3] that a float16 decoder gives when it overflows.
-void check_pictures(const Tensor &pixels, DType precision) {
+// Throw Error if an image of [B, H, W, 3] has one colour only: a float16 decoder that overflows gives black images.
+void check_images(const Tensor &pixels, DType precision) {
     if (precision != DType::float16) return;
     const std::size_t size = bytes_of_row(pixels);
     std::vector<int64_t> flat;
@@ -90,14 +93,14 @@ void check_pictures(const Tensor &pixels, DType precision) {
         if (std::all_of(p, p + size, [&](uint8_t v) { return v == *p; })) flat.push_back(static_cast<int64_t>(i));
     }
     if (flat.empty()) return;
-    throw engine_error("vae_decoder: pictures " + repr(flat) +
+    throw engine_error("vae_decoder: images " + json_text(flat) +
                        " must have more than one colour; float16 overflows in some decoders, "
                        "export with --precision vae_decoder=float32");
 }
 
 }  // namespace
 
-// Braces: the bundle's errors come before the backend's.
+// Braces fix the order of evaluation, so that errors of the bundle come before errors of the backend.
 Pipeline::Pipeline(const std::filesystem::path &bundle, const LoadOptions &options)
     : Pipeline{Bundle::open(bundle, options.full_check), make_backend(options.backend, options.threads),
                options.low_memory} {}
@@ -108,9 +111,9 @@ Pipeline::Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_mem
       table_(load_modulation(bundle_)),
       parts_(bundle_, std::move(backend), !low_memory) {}
 
-Drawing Pipeline::draw(const arcflow_request &arguments) {
+Images Pipeline::generate(const arcflow_request &arguments) {
     Stopwatch total, watch;
-    Drawing out;
+    Images out;
     {
         const auto timed = total("total");
         Request request = check_request(arguments, bundle_.manifest);
@@ -127,7 +130,7 @@ Drawing Pipeline::draw(const arcflow_request &arguments) {
         check_finite(made.latents, bundle_.manifest.parts.at("backbone").precision);
         if (request.decode) {
             if (denoiser == nullptr) made.pixels = decode(made.latents, request.height_px, request.width_px, watch);
-            check_pictures(made.pixels, bundle_.manifest.parts.at("vae_decoder").precision);
+            check_images(made.pixels, bundle_.manifest.parts.at("vae_decoder").precision);
         }
         out.latents = std::move(made.latents);
         out.pixels = std::move(made.pixels);
@@ -138,7 +141,7 @@ Drawing Pipeline::draw(const arcflow_request &arguments) {
     return out;
 }
 
-// Tokenise, and encode the distinct prompts that are not in the cache.
+// Tokenize the prompts, and encode those distinct prompts whose embeddings are not in the cache.
 Pipeline::Prompts Pipeline::encode(const Request &request, std::vector<std::string> &warnings, Stopwatch &watch) {
     std::vector<Ids> ids;
     {
@@ -167,7 +170,7 @@ Pipeline::Prompts Pipeline::encode(const Request &request, std::vector<std::stri
     return prompts;
 }
 
-// Each prompt by itself, so that its states never depend on the others.
+// Encode each prompt by itself, so that its states do not depend on other prompts.
 std::vector<std::shared_ptr<const Embeddings>> Pipeline::run_encoders(const std::vector<const Ids *> &prompts,
                                                                       Stopwatch &watch) {
     const bool flux = bundle_.manifest.family == Family::flux;
@@ -196,12 +199,13 @@ std::vector<Tensor> Pipeline::run_encoder(const std::string &part, const std::st
         if (expected.size() == 3) expected[1] = static_cast<int64_t>(ids.size());
         Tensor tensor = encoder.take(outputs, output, expected);
         if (expected.size() == 3 && bundle_.manifest.text.drop_tokens > 0) {
-            // [1, T, Dt] without the states of the template's beginning.
+            // Drop the states of the template's first tokens: [1, T, Dt] -> [1, kept, Dt].
             const int64_t kept = tensor.shape[1] - bundle_.manifest.text.drop_tokens;
-            if (kept < 1)
-                throw request_error("tokens must hold more than the template's first " +
+            if (kept < 1) {
+                throw request_error("request.tokens must hold more than the template's first " +
                                     std::to_string(bundle_.manifest.text.drop_tokens) + " ids, got " +
                                     std::to_string(ids.size()) + "; give the whole template");
+            }
             const std::size_t bytes = tensor.data.size() / ids.size() * static_cast<std::size_t>(kept);
             tensor.data.erase(tensor.data.begin(), tensor.data.end() - static_cast<std::ptrdiff_t>(bytes));
             tensor.shape[1] = kept;
@@ -211,7 +215,7 @@ std::vector<Tensor> Pipeline::run_encoder(const std::string &part, const std::st
     return out;
 }
 
-// What the steps take, whatever runs them.
+// The inputs of all steps, the same for a Denoiser and for single engines.
 DenoiseInputs Pipeline::prepare(const Request &request, const Prompts &prompts, Stopwatch &watch) {
     const Manifest &m = bundle_.manifest;
     const int64_t height = tokens(request.height_px), width = tokens(request.width_px), patch = m.latents.patch_size;
@@ -232,8 +236,8 @@ DenoiseInputs Pipeline::prepare(const Request &request, const Prompts &prompts, 
     return inputs;
 }
 
-// The modulation of every step in one run, or from the bundle's table where it has the step count: [S, U, M] of U
-// distinct prompts, or [S, 1, M] where it does not depend on them.
+// The modulation of all steps: [S, U, M] for U distinct prompts, or [S, 1, M] if it does not depend on the prompt. It
+// comes from the bundle's table if that has this number of steps, else from one run of the conditioner.
 Tensor Pipeline::condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
                            Stopwatch &watch) {
     const Manifest &m = bundle_.manifest;
@@ -265,7 +269,7 @@ Tensor Pipeline::condition(const Request &request, const Prompts &prompts, const
     return conditioner.take(outputs, "modulation", {request.steps, count, -1});
 }
 
-// The batch's images by text length, so that no image's text is padded to its neighbours'.
+// Group the batch's images by text length, so that no text is padded.
 std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, int64_t width) {
     std::vector<TextGroup> groups;
     std::map<int64_t, std::size_t> by_length;
@@ -288,7 +292,8 @@ std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, i
     return groups;
 }
 
-// The image's table, or that of so many text tokens; at 1024 px the image's alone is half a million sines and cosines.
+// The rotary table of the image tokens (`text_tokens` 0) or the text tokens. Tables are cached: at 1024 px the image's
+// takes half a million sines and cosines.
 std::shared_ptr<const Tensor> Pipeline::rotary(int64_t height, int64_t width, int64_t text_tokens) {
     const std::array<int64_t, 3> key{height, width, text_tokens};
     if (auto kept = rotaries_.get(key)) return kept;
@@ -299,7 +304,7 @@ std::shared_ptr<const Tensor> Pipeline::rotary(int64_t height, int64_t width, in
     return made;
 }
 
-// Every step and the decoder in one call.
+// Run all steps and the decoder in one call.
 Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const {
     Stopwatch all;
     Denoised made;
@@ -307,7 +312,7 @@ Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs,
         const auto timed = all("all");
         made = denoiser.run(inputs);
     }
-    // What the device tells, and "stage" for the rest, which is the host's.
+    // The device's own times; "stage" is the rest of the call, which the host takes.
     double rest = all.ms().front().second;
     for (const auto &[stage, ms] : made.stages_ms) {
         watch.add(stage, ms);
@@ -315,14 +320,15 @@ Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs,
         rest -= ms;
     }
     watch.add("stage", std::max(rest, 0.0));
-    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.shape)
+    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.shape) {
         throw engine_error("backbone: latents must be " + Tensor(DType::float32, inputs.shape).describe() + ", got " +
                            made.latents.describe());
+    }
     if (inputs.decode) check_pixels(made.pixels, {inputs.shape[0], inputs.height_px, inputs.width_px, 3});
     return made;
 }
 
-// Latents [B, N, C] float32 after every step: one backbone run and one closed-form update each.
+// Run the steps one by one, each a backbone run and a closed-form update -> latents [B, N, C] float32.
 Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch) {
     const Latents &sizes = bundle_.manifest.latents;
     const int64_t modes = sizes.num_gaussians, sub_pixels = sizes.logweights_channels;
@@ -330,13 +336,13 @@ Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, 
     Tensor latents;
     {
         const auto timed = watch("noise");
-        latents = draw_latents(request.seeds, request.batch(), sizes, inputs.height_px / sizes.vae_scale_factor,
+        latents = packed_noise(request.seeds, request.batch(), sizes, inputs.height_px / sizes.vae_scale_factor,
                                inputs.width_px / sizes.vae_scale_factor);
     }
     Tensor modulation = inputs.modulation;  // as rows [S * U, M]
     modulation.shape = {steps * prompts, modulation.shape[2]};
     Parts::Use backbone = parts_.use("backbone");
-    std::vector<Tensors> given(inputs.groups.size());  // to the backbone
+    std::vector<Tensors> given(inputs.groups.size());  // the backbone's inputs of each group
     for (std::size_t i = 0; i < given.size(); ++i) {
         given[i]["encoder_hidden_states"] = backbone.cast("encoder_hidden_states", inputs.groups[i].states);
         given[i]["image_rotary"] = backbone.cast("image_rotary", *inputs.image_rotary);
@@ -367,14 +373,15 @@ Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, 
         if (request.on_step == nullptr) continue;
         const int answer = request.on_step(request.user, static_cast<int32_t>(step), latents.as<float>(),
                                            static_cast<std::size_t>(latents.count()));
-        if (answer != 0)
+        if (answer != 0) {
             throw request_error("on_step stopped the call after step " + std::to_string(step) + " by returning " +
                                 std::to_string(answer) + "; return 0 to go on");
+        }
     }
     return latents;
 }
 
-// Latents [B, N, C] -> pixels [B, H, W, 3] uint8, RGB.
+// Decode latents [B, N, C] -> pixels [B, H, W, 3] uint8, RGB.
 Tensor Pipeline::decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch) {
     const auto timed = watch("decode");
     Parts::Use decoder = parts_.use("vae_decoder");

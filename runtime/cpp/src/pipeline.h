@@ -1,4 +1,4 @@
-// The pipeline: prompts -> tokens -> text states -> modulation -> latents -> pictures.
+// The pipeline: prompts -> tokens -> text states -> modulation -> latents -> images.
 #pragma once
 
 #include <array>
@@ -18,37 +18,37 @@
 
 namespace arcflow {
 
-// How to load, of arcflow_options.
+// The options of arcflow_options.
 struct LoadOptions {
-    std::string backend;  // "" for the default
-    int threads = 0;      // per engine; 0: one per core
+    std::string backend;  // "": the default
+    int threads = 0;      // CPU threads per engine; 0: one per core
     bool low_memory = false, full_check = false;
 };
 
-// What one call made: latents [B, N, C] float32 and, unless decoding was left out, pixels [B, H, W, 3] uint8.
-struct Drawing {
+// The result of one request: latents [B, N, C] float32 and, unless decoding was skipped, pixels [B, H, W, 3] uint8.
+struct Images {
     int64_t batch = 0, height_px = 0, width_px = 0;
     Tensor latents, pixels;
-    std::vector<uint64_t> seeds;  // 1 or B, which draw the same noise again
+    std::vector<uint64_t> seeds;  // 1 or B, which reproduce the images
     std::vector<std::string> warnings;
-    // Wall times: of each stage, "total", and "engines", the part of it spent in engines.
+    // Milliseconds of each stage, of "engines" (the part of the stages spent in engines) and of "total".
     std::vector<std::pair<std::string, double>> timings_ms;
 };
 
-// A loaded bundle; calls from several threads are safe.
+// A loaded bundle. Several threads may call `generate` at the same time.
 class Pipeline {
 public:
-    // Throws Error: the bundle is missing, damaged or of another version, or the backend cannot run it.
+    // Throws Error if the bundle is missing, damaged or of another version, or if the backend cannot run it.
     Pipeline(const std::filesystem::path &bundle, const LoadOptions &options);
     Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_memory);
     Pipeline(const Pipeline &) = delete;
     Pipeline &operator=(const Pipeline &) = delete;
 
-    // Throws Error: an argument is wrong (nothing was run), an engine failed, or the latents are not finite.
-    Drawing draw(const arcflow_request &request);
+    // Throws Error if an argument is invalid (then nothing was run), an engine fails, or the latents are not finite.
+    Images generate(const arcflow_request &request);
 
 private:
-    // The batch's distinct prompts in order of appearance, each image's place among them, and their embeddings.
+    // `embeddings` of the distinct prompts in order of first appearance; `of_image` is each image's index among them.
     struct Prompts {
         std::vector<int64_t> of_image;
         std::vector<std::shared_ptr<const Embeddings>> embeddings;
@@ -64,17 +64,18 @@ private:
     Tensor condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
                      Stopwatch &watch);
     std::vector<TextGroup> group(const Prompts &prompts, int64_t height, int64_t width);
-    std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);  // 0: the image's
+    std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width,
+                                         int64_t text_tokens = 0);  // text_tokens 0: the image's
     Denoised run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const;
     Tensor run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);
-    int64_t tokens(int64_t size_px) const;  // along one side
+    int64_t tokens(int64_t size_px) const;  // tokens along a side of this length
 
     const Bundle bundle_;
     PromptTokenizer tokenizer_;
     EmbeddingCache cache_;
-    Recent<std::array<int64_t, 3>, Tensor> rotaries_;  // by height and width in tokens, and text tokens or 0
-    const std::map<int64_t, Tensor> table_;  // baked modulation [n, M] float32 by step count n
+    Recent<std::array<int64_t, 3>, Tensor> rotaries_;  // key: height and width in tokens, and text tokens or 0
+    const std::map<int64_t, Tensor> table_;            // baked modulation [n, M] float32 by number of steps n
     Parts parts_;
 };
 

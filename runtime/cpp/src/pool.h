@@ -1,4 +1,4 @@
-// Objects that one caller uses at a time and the next may use again, such as the requests of an engine.
+// Keeps objects for reuse, such as the requests of an engine; each is used by one caller at a time.
 #pragma once
 
 #include <mutex>
@@ -7,10 +7,10 @@
 
 namespace arcflow {
 
-// Keeps as many objects as there were callers at once; `Object` can be moved. Safe to use from several threads.
+// Holds as many objects as there were simultaneous callers. Safe to use from several threads.
 template <class Object> class Pool {
 public:
-    // One that nobody uses, or what `make` gives.
+    // An idle object, or a new one from `make`.
     template <class Make> Object take(const Make &make) {
         {
             const std::lock_guard lock(lock_);

@@ -1,4 +1,4 @@
-// The values of the keys used last.
+// A cache of the most recently used values.
 #pragma once
 
 #include <algorithm>
@@ -7,15 +7,15 @@
 #include <mutex>
 #include <utility>
 
+#include "constants.h"
+
 namespace arcflow {
 
-// Thread-safe. Values are shared, so that one that is dropped stays while it is used.
+// Thread-safe. Values are shared, so a value that the cache drops stays alive for its users.
 template <class Key, class Value>
 class Recent {
 public:
-    static constexpr std::size_t size = 16;  // few enough to search
-
-    // Null where it is not kept.
+    // The value, or null if the key is not in the cache.
     std::shared_ptr<const Value> get(const Key &key) {
         const std::lock_guard lock(lock_);
         const auto found = find(key);
@@ -24,12 +24,12 @@ public:
         return found->second;
     }
 
-    // Beyond the bound, the key unused for longest is dropped.
+    // Add a value. If the cache is full, it drops the least recently used key.
     void put(const Key &key, std::shared_ptr<const Value> value) {
         const std::lock_guard lock(lock_);
         if (const auto found = find(key); found != entries_.end()) entries_.erase(found);
         entries_.emplace_front(key, std::move(value));
-        if (entries_.size() > size) entries_.pop_back();
+        if (entries_.size() > cached_prompts) entries_.pop_back();
     }
 
 private:
@@ -40,7 +40,7 @@ private:
     }
 
     std::mutex lock_;
-    std::list<Entry> entries_;  // used last first
+    std::list<Entry> entries_;  // most recently used first
 };
 
 }  // namespace arcflow

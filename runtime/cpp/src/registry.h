@@ -1,5 +1,5 @@
-// What stands behind the C ABI's handles: a handle is a number that is never given twice, so that one which is stale,
-// or was never given, is found out and never followed.
+// Maps the handles of the C API to objects. A handle is a number that is used once, so a stale or invented handle is
+// detected and never dereferenced.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace arcflow {
 
-// Objects by handle; `Handle` is an incomplete type of the C header. Safe to use from several threads.
+// `Handle` is an incomplete type of the C header. Safe to use from several threads.
 template <class Handle, class Object> class Registry {
 public:
     Handle *add(std::shared_ptr<Object> object) {
@@ -19,14 +19,14 @@ public:
         return reinterpret_cast<Handle *>(next_++);
     }
 
-    // Null for a handle that is not, or no longer, known.
+    // The object, or null if the handle is unknown or was removed.
     std::shared_ptr<Object> find(const Handle *handle) const {
         const std::lock_guard lock(lock_);
         const auto found = objects_.find(reinterpret_cast<std::uintptr_t>(handle));
         return found == objects_.end() ? nullptr : found->second;
     }
 
-    // Takes the object out; null likewise. Of several threads, one gets it.
+    // Remove the object and return it; null as for `find`. If several threads call this, one gets the object.
     std::shared_ptr<Object> remove(const Handle *handle) {
         const std::lock_guard lock(lock_);
         const auto found = objects_.find(reinterpret_cast<std::uintptr_t>(handle));

@@ -1,4 +1,4 @@
-// A request of the C ABI, checked against a bundle, with the defaults filled in.
+// A request of the C API, checked against a bundle and completed with defaults.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,10 @@ struct TokenIds {
 };
 
 struct Request {
-    std::vector<std::string> prompts;  // empty where tokens were given
+    std::vector<std::string> prompts;  // empty if tokens were given
     std::vector<TokenIds> tokens;
     int64_t images_per_prompt, height_px, width_px, steps, max_sequence_length;
-    std::optional<float> guidance_scale;  // of a student that takes it
+    std::optional<float> guidance_scale;  // if the student takes guidance
     std::vector<uint64_t> seeds;          // 1 or batch
     bool decode;
     arcflow_step_callback on_step;
@@ -29,7 +29,7 @@ struct Request {
     int64_t batch() const { return prompt_count() * images_per_prompt; }
 };
 
-// Throws Error(ARCFLOW_REQUEST_ERROR) with the same sentence as the Python runtime where the rule is the same.
+// Throws Error(ARCFLOW_REQUEST_ERROR) that names the field of arcflow_request.
 Request check_request(const arcflow_request &request, const Manifest &manifest);
 
 }  // namespace arcflow

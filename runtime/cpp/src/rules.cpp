@@ -1,3 +1,4 @@
+// Checks the values of a manifest.
 #include "rules.h"
 
 #include <algorithm>
@@ -6,15 +7,16 @@
 #include <set>
 
 #include "error.h"
-#include "repr.h"
+#include "json_text.h"
 
 namespace arcflow {
 namespace {
 
-// Channels, patches, modes and steps; far above any model's.
+// Bounds of this reader alone, far above any model's. With them, products of sizes fit in 64 bits.
+// max_size: channels, patches, modes and steps.
 constexpr int64_t max_size = 65536;
 constexpr int64_t max_text_tokens = int64_t{1} << 20;
-// Sizes of a request are int32.
+// Heights and widths of a request are int32.
 constexpr int64_t max_px = std::numeric_limits<int32_t>::max();
 
 class Rules {
@@ -22,9 +24,8 @@ public:
     explicit Rules(const std::string &where) : where_(where) {}
 
     void check(bool ok, const std::string &key, const std::string &must, const std::string &got) const {
-        if (!ok) {
+        if (!ok)
             throw bundle_error(where_ + ": " + key + " must be " + must + ", got " + got + "; export the bundle again");
-        }
     }
 
     void between(int64_t low, int64_t value, int64_t high, const std::string &key) const {
@@ -41,7 +42,7 @@ bool is_sha256(const std::string &text) {
 }
 
 void check_range(const Rules &rules, const Range &range, const std::string &key, int64_t multiple) {
-    const std::string got = "(" + std::to_string(range.min) + ", " + std::to_string(range.max) + ")";
+    const std::string got = "{\"min\": " + std::to_string(range.min) + ", \"max\": " + std::to_string(range.max) + "}";
     rules.check(1 <= range.min && range.min <= range.max, key, "min and max with 1 <= min <= max", got);
     rules.check(range.max <= max_px, key, "at most " + std::to_string(max_px), got);
     rules.check(range.min % multiple == 0 && range.max % multiple == 0, key, "multiples of " + std::to_string(multiple),
@@ -55,30 +56,29 @@ void check_text(const Rules &rules, const Manifest &m) {
     std::vector<std::string> wanted = {"tokenizer"}, got;
     if (m.family == Family::flux) {
         wanted.emplace_back("tokenizer_2");
-        rules.check(t.clip_tokens.has_value(), "text: clip_tokens", "given for a flux bundle", "None");
-        rules.check(t.clip_pad_token_id.has_value(), "text: clip_pad_token_id", "given for a flux bundle", "None");
-        rules.check(t.t5_pad_token_id.has_value(), "text: t5_pad_token_id", "given for a flux bundle", "None");
+        rules.check(t.clip_tokens.has_value(), "text: clip_tokens", "given for a flux bundle", "null");
+        rules.check(t.clip_pad_token_id.has_value(), "text: clip_pad_token_id", "given for a flux bundle", "null");
+        rules.check(t.t5_pad_token_id.has_value(), "text: t5_pad_token_id", "given for a flux bundle", "null");
         rules.between(0, *t.clip_tokens, max_text_tokens, "text: clip_tokens");
     } else {
         const size_t first = t.templ ? t.templ->find("{}") : std::string::npos;
         rules.check(first != std::string::npos && t.templ->find("{}", first + 2) == std::string::npos, "text: template",
-                    "a text with one {} for the prompt", t.templ ? repr(*t.templ) : "None");
+                    "a text with one {} for the prompt", t.templ ? json_text(*t.templ) : "null");
     }
     for (const auto &[name, file] : m.tokenizers) got.push_back(name);
-    rules.check(got == wanted, "tokenizers", "given for " + repr(wanted), repr(got));
+    rules.check(got == wanted, "tokenizers", "given for " + json_text(wanted), json_text(got));
 }
 
 void check_quantization(const Rules &rules, const std::string &part, const Quantization &q) {
     const std::string key = "parts." + part + ": quantization";
     rules.check(!q.layers.empty(), key + ": layers", "at least one, or no quantization", "[]");
     std::set<std::string> once, twice;
-    for (const std::string &layer : q.layers) {
+    for (const std::string &layer : q.layers)
         if (!once.insert(layer).second) twice.insert(layer);
-    }
     rules.check(twice.empty(), key + ": layers", "named once each",
-                repr(std::vector<std::string>(twice.begin(), twice.end())));
-    rules.check(is_sha256(q.policy), key + ": policy", "a SHA-256", repr(q.policy));
-    rules.check(is_sha256(q.scales), key + ": scales", "a SHA-256", repr(q.scales));
+                json_text(std::vector<std::string>(twice.begin(), twice.end())));
+    rules.check(is_sha256(q.policy), key + ": policy", "a SHA-256", json_text(q.policy));
+    rules.check(is_sha256(q.scales), key + ": scales", "a SHA-256", json_text(q.scales));
 }
 
 }  // namespace
@@ -88,12 +88,12 @@ void check_values(const Manifest &m, const std::string &where) {
     const Schedule &s = m.schedule;
     const Latents &k = m.latents;
     const std::vector<int64_t> &axes = m.rotary.axes_dims;
-    const std::string floats = "one of ['float32', 'float16', 'bfloat16']";
-    rules.check(is_float(m.dtype), "dtype", floats, repr(name_of(m.dtype)));
-    rules.check(is_float(m.reference_dtype), "reference_dtype", floats, repr(name_of(m.reference_dtype)));
-    rules.check(std::isfinite(s.shift) && s.shift > 0, "schedule: shift", "positive", repr(s.shift));
+    const std::string floats = R"(one of ["float32", "float16", "bfloat16"])";
+    rules.check(is_float(m.dtype), "dtype", floats, json_text(std::string_view(name_of(m.dtype))));
+    rules.check(is_float(m.reference_dtype), "reference_dtype", floats, json_text(name_of(m.reference_dtype)));
+    rules.check(std::isfinite(s.shift) && s.shift > 0, "schedule: shift", "positive", json_text(s.shift));
     rules.check(0 < s.timestep_ratio && s.timestep_ratio <= 1, "schedule: timestep_ratio", "above 0 and at most 1",
-                repr(s.timestep_ratio));
+                json_text(s.timestep_ratio));
     rules.between(1, s.num_inference_steps, max_size, "schedule: num_inference_steps");
     rules.between(1, k.channels, max_size, "latents: channels");
     rules.between(1, k.patch_size, max_size, "latents: patch_size");
@@ -102,22 +102,23 @@ void check_values(const Manifest &m, const std::string &where) {
     const int64_t sub_pixels = k.patch_size * k.patch_size;
     rules.check(k.logweights_channels == sub_pixels, "latents: logweights_channels",
                 "patch_size squared, " + std::to_string(sub_pixels), std::to_string(k.logweights_channels));
-    rules.check(std::isfinite(m.rotary.theta) && m.rotary.theta > 0, "rotary: theta", "positive", repr(m.rotary.theta));
+    rules.check(std::isfinite(m.rotary.theta) && m.rotary.theta > 0, "rotary: theta", "positive",
+                json_text(m.rotary.theta));
     const bool even = std::all_of(axes.begin(), axes.end(), [](int64_t d) { return d > 0 && d % 2 == 0; });
-    rules.check(axes.size() == 3 && even, "rotary: axes_dims", "three even sizes", repr(axes));
+    rules.check(axes.size() == 3 && even, "rotary: axes_dims", "three even sizes", json_text(axes));
     for (const int64_t size : axes) rules.between(2, size, max_size, "rotary: axes_dims");
     const int64_t token_px = k.patch_size * k.vae_scale_factor;
     check_range(rules, m.ranges.batch, "ranges: batch", 1);
     check_range(rules, m.ranges.height_px, "ranges: height_px", token_px);
     check_range(rules, m.ranges.width_px, "ranges: width_px", token_px);
     check_text(rules, m);
-    for (const auto &[name, part] : m.parts) {
+    for (const auto &[name, part] : m.parts)
         if (part.quantization) check_quantization(rules, name, *part.quantization);
-    }
     if (m.modulation && m.parts.count("conditioner") == 0) {
         const std::vector<int64_t> &baked = m.modulation->num_inference_steps;
         rules.check(std::find(baked.begin(), baked.end(), s.num_inference_steps) != baked.end(),
-                    "schedule: num_inference_steps", "one of " + repr(baked), std::to_string(s.num_inference_steps));
+                    "schedule: num_inference_steps", "one of " + json_text(baked),
+                    std::to_string(s.num_inference_steps));
     }
 }
 

@@ -1,4 +1,4 @@
-// The manifest's rules beyond its types.
+// Rules for the values in a manifest, beyond their types.
 #pragma once
 
 #include <string>
@@ -7,10 +7,9 @@
 
 namespace arcflow {
 
-constexpr size_t max_manifest_bytes = size_t{16} << 20;
-
-// Check values that the pipeline relies on, so that no stage has to: those of arcflow_runtime/rules.py, and bounds that
-// keep products of sizes within 64 bits. Throws Error that names the key of the manifest at `where`.
+// Check the values that the pipeline relies on, so that no stage has to. The rules are those of
+// arcflow_runtime/disk/rules.py, and bounds that keep products of sizes within 64 bits. Throws Error that names the
+// key; `where` is the manifest's name for errors.
 void check_values(const Manifest &manifest, const std::string &where);
 
 }  // namespace arcflow

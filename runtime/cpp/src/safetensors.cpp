@@ -1,3 +1,4 @@
+// Reads safetensors files, and the modulation table that a bundle may have in one.
 #include "safetensors.h"
 
 #include <algorithm>
@@ -7,19 +8,19 @@
 
 #include "error.h"
 #include "json.h"
-#include "repr.h"
+#include "json_text.h"
 
 namespace arcflow {
 namespace {
 
-// The format allows 100 MB; the headers of the largest bundles take less than 1 MB.
+// The format allows 100 MB; headers of the largest bundles are below 1 MB.
 constexpr uint64_t max_header_bytes = uint64_t{16} << 20;
 constexpr uint64_t prefix_bytes = 8;
 
 struct Type {
     const char *name;
     uint64_t bytes;
-    std::optional<DType> dtype;  // where Tensor has it
+    std::optional<DType> dtype;  // if Tensor has this type
 };
 
 constexpr std::array<Type, 16> types = {{{"BOOL", 1, {}},
@@ -48,47 +49,46 @@ SafetensorsEntry parse_entry(const Place &place) {
     place.keys({"dtype", "shape", "data_offsets"});
     SafetensorsEntry entry{place["dtype"].text(), {}, 0, 0};
     const Type *type = find_type(entry.dtype);
-    if (!type) throw bundle_error(place.where() + ": dtype " + repr(entry.dtype) + " is not known");
+    if (!type) throw FormatError(place.where() + ": dtype " + json_text(entry.dtype) + " is not known");
     place["shape"].each_item([&](const Place &item) { entry.shape.push_back(item.integer()); });
     std::vector<uint64_t> offsets;
     place["data_offsets"].each_item(
         [&](const Place &item) { offsets.push_back(static_cast<uint64_t>(item.integer())); });
-    if (offsets.size() != 2 || offsets[0] > offsets[1]) {
-        throw bundle_error(place.where() + ": data_offsets must be a begin and an end after it");
-    }
+    if (offsets.size() != 2 || offsets[0] > offsets[1])
+        throw FormatError(place.where() + ": data_offsets must be a begin and an end after it");
     entry.begin = offsets[0];
     entry.end = offsets[1];
     uint64_t bytes = type->bytes;
     bool fits = true;
-    for (const int64_t size : entry.shape) {
+    for (const int64_t size : entry.shape)
         fits = fits && !__builtin_mul_overflow(bytes, static_cast<uint64_t>(size), &bytes);
-    }
     if (!fits || bytes != entry.end - entry.begin) {
-        throw bundle_error(place.where() + ": data_offsets must span the bytes that shape and dtype take, got " +
-                           std::to_string(entry.end - entry.begin) + " for " + entry.dtype + repr(entry.shape));
+        throw FormatError(place.where() + ": data_offsets must span the bytes that shape and dtype take, got " +
+                          std::to_string(entry.end - entry.begin) + " for " + entry.dtype + json_text(entry.shape));
     }
     return entry;
 }
 
-// Reads exactly `count` bytes from where the file stands.
+// Read exactly `count` bytes from the current position.
 void read_bytes(std::ifstream &file, char *bytes, uint64_t count, const std::string &where) {
     if (!file.read(bytes, static_cast<std::streamsize>(count)))
         throw bundle_error(where + " cannot be read to its end");
 }
 
-// The header's text: `file` stands behind it afterwards.
+// Read the header's text and leave `file` at the first byte after it.
 std::string read_header(std::ifstream &file, uint64_t file_bytes, const std::string &where) {
     std::array<unsigned char, prefix_bytes> prefix{};
-    if (file_bytes < prefix.size())
+    if (file_bytes < prefix.size()) {
         throw bundle_error(where + " must have a header, got " + std::to_string(file_bytes) +
-                           " bytes; it is no safetensors file");
+                           " bytes; it is not a safetensors file");
+    }
     read_bytes(file, reinterpret_cast<char *>(prefix.data()), prefix.size(), where);
     uint64_t size = 0;
     for (size_t i = 0; i < prefix.size(); ++i) size |= uint64_t{prefix[i]} << (8 * i);
     if (size > max_header_bytes || size > file_bytes - prefix.size()) {
         throw bundle_error(where + ": the header must have at most " +
                            std::to_string(std::min(max_header_bytes, file_bytes - prefix.size())) + " bytes, got " +
-                           std::to_string(size) + "; it is no safetensors file, or was cut");
+                           std::to_string(size) + "; it is not a safetensors file, or was cut");
     }
     std::string header(static_cast<size_t>(size), '\0');
     read_bytes(file, header.data(), size, where);
@@ -99,15 +99,12 @@ std::string read_header(std::ifstream &file, uint64_t file_bytes, const std::str
 
 std::map<std::string, SafetensorsEntry> parse_safetensors_header(std::string_view header, uint64_t data_bytes,
                                                                  const std::string &where) {
-    if (header.empty() || header[0] != '{') throw bundle_error(where + ": the header must begin with '{'");
+    if (header.empty() || header[0] != '{') throw bundle_error(where + ": the header must begin with \"{\"");
     const Json json = read_json(header, where);
     std::map<std::string, SafetensorsEntry> entries;
     Place(json, where).each_entry([&](const std::string &name, const Place &place) {
-        if (name == "__metadata__") {
-            place.each_entry([](const std::string &, const Place &value) { value.text(); });
-        } else {
-            entries.emplace(name, parse_entry(place));
-        }
+        if (name == "__metadata__") place.each_entry([](const std::string &, const Place &value) { value.text(); });
+        else entries.emplace(name, parse_entry(place));
     });
     std::vector<const SafetensorsEntry *> in_order;
     for (const auto &[name, entry] : entries) in_order.push_back(&entry);
@@ -142,7 +139,7 @@ std::map<std::string, Tensor> load_safetensors(const std::filesystem::path &path
     std::map<std::string, Tensor> tensors;
     for (const std::string &name : names) {
         const auto found = entries.find(name);
-        if (found == entries.end()) throw bundle_error(where + " has no tensor " + repr(name));
+        if (found == entries.end()) throw bundle_error(where + " has no tensor " + json_text(name));
         const SafetensorsEntry &entry = found->second;
         const Type *type = find_type(entry.dtype);
         if (!type->dtype) throw bundle_error(where + ": " + name + " has dtype " + entry.dtype + ", which is not read");
@@ -172,7 +169,7 @@ std::map<int64_t, Tensor> load_modulation(const Bundle &bundle) {
     }
     for (const int64_t n : spec.num_inference_steps) {
         const auto found = tensors.find(name_of_count(n));
-        if (found == tensors.end()) continue;  // the count is listed twice
+        if (found == tensors.end()) continue;  // the manifest lists this number twice
         const Tensor &tensor = found->second;
         if (tensor.dtype != DType::float32 || tensor.shape.size() != 2 || tensor.shape[0] != n) {
             throw bundle_error(path.string() + ": " + name_of_count(n) + " must have shape [" + std::to_string(n) +

@@ -1,19 +1,15 @@
+// Computes the schedule of sigmas and what the student's embeddings take.
+#include "constants.h"
 #include "error.h"
 #include "maths.h"
 
 namespace arcflow {
-namespace {
 
-// The students' sinusoidal embedding takes sigma times this.
-constexpr float timestep_scale = 1000;
-
-}  // namespace
-
-// t_i = 1 - i / (S - 1 + r) and sigma(t) = shift * t / (1 + (shift - 1) * t), with r the timestep ratio
-// (ArcFlow, arXiv 2602.09014). Two steps at shift 3.2 and r 1 give 1, 0.7619, 0.
+// t_i = 1 - i / (S - 1 + r) and sigma(t) = shift * t / (1 + (shift - 1) * t), where r is the timestep ratio (ArcFlow,
+// arXiv 2602.09014). Two steps with shift 3.2 and r 1 give 1, 0.7619, 0.
 std::vector<double> sigmas(int64_t steps, const Schedule &schedule) {
     if (steps < 1) {
-        throw request_error("num_inference_steps must be at least 1, got " + std::to_string(steps) +
+        throw request_error("request.num_inference_steps must be at least 1, got " + std::to_string(steps) +
                             "; the default is " + std::to_string(schedule.num_inference_steps));
     }
     std::vector<double> sigmas;
@@ -25,8 +21,8 @@ std::vector<double> sigmas(int64_t steps, const Schedule &schedule) {
     return sigmas;
 }
 
-// The students were trained in `reference`, and its rounding is part of what they learnt. FLUX rounds sigma to it and
-// multiplies by 1000 in it: at sigma 0.7619, bfloat16 gives 760. Qwen-Image rounds sigma only: 761.71875.
+// The students were trained in `reference`, so its rounding is part of their input. FLUX rounds sigma, multiplies by
+// 1000 and rounds again: sigma 0.7619 gives 760 in bfloat16. Qwen-Image rounds sigma only: 761.71875.
 std::vector<float> conditioning_timesteps(const std::vector<double> &sigmas, Family family, DType reference) {
     std::vector<float> timesteps;
     for (size_t i = 0; i + 1 < sigmas.size(); ++i) {

@@ -1,3 +1,4 @@
+// Computes SHA-256 with libcrypto.
 #include "sha256.h"
 
 #include <openssl/evp.h>
@@ -54,11 +55,9 @@ std::string sha256_file(const std::filesystem::path &path) {
     const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(path.c_str(), "rb"), std::fclose);
     Digest digest;
     std::vector<char> block(block_bytes);
-    if (file) {
-        while (const size_t count = std::fread(block.data(), 1, block.size(), file.get())) {
+    if (file)
+        while (const size_t count = std::fread(block.data(), 1, block.size(), file.get()))
             digest.add(block.data(), count);
-        }
-    }
     if (!file || std::ferror(file.get())) throw bundle_error(path.string() + " cannot be read; check its permissions");
     return digest.hex();
 }

@@ -1,4 +1,4 @@
-// SHA-256 in lower-case hexadecimal, by libcrypto.
+// SHA-256 digests as 64 lower-case hexadecimal digits.
 #pragma once
 
 #include <filesystem>
@@ -9,7 +9,7 @@ namespace arcflow {
 
 std::string sha256(std::string_view bytes);
 
-// Of a file, read in 4 MiB blocks. Throws Error that names the file where it cannot be read.
+// Digest of a file, read in blocks of 4 MiB. Throws Error if it cannot be read.
 std::string sha256_file(const std::filesystem::path &path);
 
 }  // namespace arcflow

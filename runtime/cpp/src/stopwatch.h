@@ -1,4 +1,4 @@
-// Times of a request's stages, in milliseconds, in the order in which the stages were first entered.
+// Measures the stages of a request, in milliseconds; stages keep the order in which they first started.
 #pragma once
 
 #include <chrono>
@@ -8,12 +8,12 @@
 
 namespace arcflow {
 
-// One per request, not shared between threads.
+// Used by one request; not thread-safe.
 class Stopwatch {
     using Clock = std::chrono::steady_clock;
 
 public:
-    // Adds the time until its end to a stage.
+    // Adds its own lifetime to a stage.
     class Running {
     public:
         Running(Stopwatch &watch, std::size_t stage) : watch_(watch), stage_(stage), start_(Clock::now()) {}
@@ -31,7 +31,7 @@ public:
 
     [[nodiscard]] Running operator()(const char *stage) { return {*this, place_of(stage)}; }
 
-    // Adds what was measured elsewhere.
+    // Add a time that was measured elsewhere.
     void add(const std::string &stage, double ms) { ms_[place_of(stage)].second += ms; }
 
     const std::vector<std::pair<std::string, double>> &ms() const { return ms_; }

@@ -1,17 +1,17 @@
+// Tokenizes the prompts of a request.
 #include "text.h"
 
 #include <algorithm>
 
+#include "constants.h"
 #include "error.h"
-#include "repr.h"
+#include "json_text.h"
 
 namespace arcflow {
 
 namespace {
 
-constexpr std::size_t shown_characters = 40;
-
-// At most 40 characters of a prompt, on one line.
+// The start of a prompt for a warning: one line, quoted, at most shown_characters characters.
 std::string shown(const std::string &prompt) {
     const auto continues = [](char c) { return (static_cast<unsigned char>(c) & 0xC0u) == 0x80u; };
     std::size_t end = 0;
@@ -19,7 +19,7 @@ std::string shown(const std::string &prompt) {
         ++end;
         while (end < prompt.size() && continues(prompt[end])) ++end;
     }
-    return repr(end < prompt.size() ? prompt.substr(0, end) + "..." : prompt);
+    return json_text(end < prompt.size() ? prompt.substr(0, end) + "..." : prompt);
 }
 
 }  // namespace
@@ -58,7 +58,7 @@ PromptTokenizer::Text PromptTokenizer::text(const std::string &prompt, int64_t m
     const std::size_t place = templated.find("{}");
     if (place == std::string::npos) throw bundle_error(bundle_.root.u8string() + ": text.template must hold one {}");
     templated.replace(place, 2, prompt);
-    // The language model is causal, so the states that are kept do not depend on the tokens cut here.
+    // The language model is causal, so tokens that are cut here do not change the states that are kept.
     const int64_t drop = m.text.drop_tokens;
     auto ids = encode("tokenizer", templated, drop + max_sequence_length, drop, prompt, "the text encoder", warnings);
     return {padded(std::move(ids), {}, max_sequence_length), std::move(warnings)};
@@ -75,15 +75,17 @@ Ids PromptTokenizer::padded(std::vector<int64_t> ids, std::vector<int64_t> ids_2
     return {{"text_encoder", std::move(ids)}, {"text_encoder_2", std::move(ids_2)}};
 }
 
-// At most `limit` ids, special tokens kept. The first `hidden` are not the prompt's, and warnings do not count them.
+// Encode `text` to at most `limit` ids, always with the special tokens. The first `hidden` ids belong to the template;
+// warnings do not count them.
 std::vector<int64_t> PromptTokenizer::encode(const std::string &tokenizer, const std::string &text, int64_t limit,
                                              int64_t hidden, const std::string &prompt, const char *reader,
                                              std::vector<std::string> &warnings) const {
     const auto found = tokenizers_.find(tokenizer);
-    if (found == tokenizers_.end())
-        throw bundle_error(bundle_.root.u8string() + ": this library needs '" + tokenizer +
-                           "' in a form of its own to read prompts; run `arcflow build " + bundle_.root.u8string() +
-                           " --backend openvino`, or give token ids");
+    if (found == tokenizers_.end()) {
+        throw bundle_error(bundle_.root.u8string() + ": the bundle has no OpenVINO tokenizer for " +
+                           json_text(tokenizer) + ", which prompts need; run `arcflow build " +
+                           bundle_.root.u8string() + " --backend openvino`, or give token ids");
+    }
     const Tokenizer &special = *found->second;
     std::vector<int64_t> ids = found->second->ids(text);
     const auto total = static_cast<int64_t>(ids.size());

@@ -1,7 +1,7 @@
-// Prompts -> token ids for a bundle's text encoders, and a bounded cache of their embeddings.
+// Prompts -> padded token ids for each text encoder, with a cache.
 //
 // FLUX: CLIP's ids padded to 77 and T5's padded to max_sequence_length. Qwen-Image: the chat template with the prompt
-// in it, unpadded, so that a prompt's length never depends on its neighbours'.
+// in it, not padded, so that a prompt's length does not depend on the rest of the batch.
 #pragma once
 
 #include <map>
@@ -16,26 +16,26 @@
 
 namespace arcflow {
 
-// The input of each text encoder by its part's name. Embeddings depend on nothing else, so it is their key as well.
+// Token ids by the text encoder's part name. Embeddings depend on nothing else, so Ids are also their cache key.
 using Ids = std::map<std::string, std::vector<int64_t>>;
 
-// One prompt's text states [1, T, Dt] and, for FLUX, CLIP's pooled vector [1, Dp].
+// One prompt's text states [1, T, Dt] and, for FLUX only, CLIP's pooled vector [1, Dp].
 struct Embeddings {
     Tensor states, pooled;
 };
 
-// Tokenises prompts for one bundle; safe to call from several threads.
+// Tokenizes prompts for one bundle. Safe to use from several threads.
 class PromptTokenizer {
 public:
-    // Throws Error where tokenizers were built and are damaged. `bundle` must outlive the object.
+    // Throws Error if the bundle's built tokenizers are damaged. `bundle` must outlive this object.
     explicit PromptTokenizer(const Bundle &bundle);
 
-    // The ids of each of the request's prompts, cut and padded; a warning for each distinct prompt that was cut is
-    // appended to `warnings`. Throws Error where the bundle has no tokenizers and the request no ids.
+    // The padded ids of each prompt. Appends one warning for each distinct prompt that was cut. Throws Error if the
+    // request has prompts and the bundle has no tokenizers for this library.
     std::vector<Ids> tokenize(const Request &request, std::vector<std::string> &warnings);
 
 private:
-    // What one prompt gives.
+    // The cached result for one prompt.
     struct Text {
         Ids ids;
         std::vector<std::string> warnings;
@@ -52,7 +52,7 @@ private:
     Recent<std::pair<std::string, int64_t>, Text> texts_;
 };
 
-// The embeddings of the prompts used last. One of Qwen-Image or T5 at 512 tokens takes about 8 MB.
+// Embeddings of the most recent prompts. One prompt of Qwen-Image, or of T5 with 512 tokens, takes about 8 MB.
 using EmbeddingCache = Recent<Ids, Embeddings>;
 
 }  // namespace arcflow

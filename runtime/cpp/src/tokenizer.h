@@ -1,4 +1,4 @@
-// Prompts to token ids, with the tokenizers that `arcflow build --backend openvino` made from the bundle's.
+// The tokenizer interface: prompt -> token ids, by the tokenizers that `arcflow build --backend openvino` made.
 #pragma once
 
 #include <cstdint>
@@ -13,19 +13,19 @@
 
 namespace arcflow {
 
-// One tokenizer; `ids` may be called from several threads at once.
+// One tokenizer. Several threads may call `ids` at the same time.
 class Tokenizer {
 public:
     virtual ~Tokenizer() = default;
 
-    // The text's ids without special tokens, not cut or padded. Throws Error.
+    // The ids of a text, without special tokens, neither cut nor padded. Throws Error.
     virtual std::vector<int64_t> ids(const std::string &text) = 0;
 
-    // Special tokens that stand before and after the text's.
+    // Special tokens to put before and after the text's ids.
     std::vector<int64_t> prefix, suffix;
 };
 
-// Stands for one that this machine cannot run; the error of its texts says why.
+// Stands in for a tokenizer that this machine cannot run: each text throws an Error that says why.
 class UnavailableTokenizer : public Tokenizer {
 public:
     explicit UnavailableTokenizer(std::string why) : why_(std::move(why)) {}
@@ -35,9 +35,9 @@ private:
     std::string why_;
 };
 
-// The bundle's tokenizers by name; empty where none were built, so that only token ids can be drawn. What this machine
-// lacks to run them is no error until a prompt is read, for token ids need none of it.
-// Throws Error where they are damaged, or of another version of the bundle.
+// The bundle's tokenizers by name; empty if none were built, so that requests must give token ids. A missing tokenizer
+// library is an error only when a prompt is tokenized, because requests with token ids do not need it. Throws Error if
+// the tokenizers are damaged or belong to another version of the bundle.
 std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &bundle);
 
 }  // namespace arcflow

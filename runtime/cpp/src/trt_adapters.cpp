@@ -1,4 +1,4 @@
-// TensorRT's refitter and TensorRT-RTX's runtime cache behind interfaces of ours.
+// Adapts TensorRT's refitter and TensorRT-RTX's runtime cache to the library's interfaces.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -9,7 +9,7 @@
 namespace arcflow {
 namespace {
 
-// Types of weights as onnx.proto numbers them.
+// TensorRT's types of weights, and their numbers in onnx.proto.
 constexpr std::pair<nv::DataType, int64_t> weight_types[] = {
     {nv::DataType::kFLOAT, 1}, {nv::DataType::kUINT8, 2}, {nv::DataType::kINT8, 3},
     {nv::DataType::kINT32, 6}, {nv::DataType::kINT64, 7}, {nv::DataType::kBOOL, 9},
@@ -35,16 +35,14 @@ public:
 
     WeightSpec spec(const std::string &name) override {
         const nv::Weights wanted = refitter_->getWeightsPrototype(name.c_str());
-        for (const auto &[theirs, ours] : weight_types) {
+        for (const auto &[theirs, ours] : weight_types)
             if (theirs == wanted.type) return {ours, wanted.count};
-        }
         return {0, wanted.count};
     }
 
     bool set(const std::string &name, const WeightSpec &spec, const void *data) override {
-        for (const auto &[theirs, ours] : weight_types) {
+        for (const auto &[theirs, ours] : weight_types)
             if (ours == spec.type) return refitter_->setNamedWeights(name.c_str(), {theirs, data, spec.count});
-        }
         return false;
     }
 
@@ -57,7 +55,7 @@ public:
     std::string said() override { return logger_->take(); }
 
 private:
-    // Their number first, with no place for names.
+    // TensorRT returns the number of names; called with room for them it fills them in.
     template <class Get> static std::vector<std::string> names(Get get) {
         std::vector<const char *> found(static_cast<size_t>(std::max(get(0, nullptr), 0)));
         if (!found.empty()) get(static_cast<int32_t>(found.size()), found.data());
@@ -76,7 +74,7 @@ public:
 
     bool take(std::string_view data) override {
         const bool fits = cache_->deserialize(data.data(), data.size());
-        if (!fits) logger_->take();  // it is no error of what follows
+        if (!fits) logger_->take();  // forget TensorRT's message, so that a later error does not repeat it
         return fits;
     }
 

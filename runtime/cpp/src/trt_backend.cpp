@@ -1,3 +1,4 @@
+// The TensorRT backend: finds the GPU, the library and the engines that fit them.
 #include "trt_backend.h"
 
 #include <map>
@@ -17,7 +18,7 @@ class TrtBackend : public Backend {
 public:
     explicit TrtBackend(TrtFlavour flavour) : flavour_(flavour) {}
 
-    // The GPU first, then the library, then the records (E4); no engine is read.
+    // Looks for the GPU first, then the library, then the records (E4). Reads no engine.
     void check(const Bundle &bundle) override {
         const std::lock_guard<std::mutex> lock(mutex_);
         start();
@@ -40,7 +41,7 @@ private:
         return device_;
     }
 
-    // Find the GPU and open the library, once. The mutex is held.
+    // Find the GPU and open the library, once. The caller holds the mutex.
     void start() {
         if (runtime_) return;
         if (!cuda::find_gpu()) {
@@ -55,7 +56,7 @@ private:
         runtime_ = make_trt_runtime(library, device_->gpu);
     }
 
-    // A part's engine, loaded once for all that use it and freed with the last of them.
+    // A part's engine: loaded once, shared by all users, freed with the last of them.
     std::shared_ptr<TrtSession> session(const Bundle &bundle, const std::string &part) {
         const std::lock_guard<std::mutex> lock(mutex_);
         start();
@@ -64,7 +65,7 @@ private:
         const BuiltEngine engine = find_engine(bundle, part, host_);
         check_engine(engine, false);
         const cuda::Current current(*device_);
-        // With the runtime and the device, which must outlive it.
+        // Keeps runtime and device alive as long as the session, which needs them.
         struct Loaded {
             std::shared_ptr<const cuda::Device> device;
             std::shared_ptr<TrtRuntime> runtime;
@@ -73,7 +74,7 @@ private:
                 try {
                     const cuda::Current during(*device);
                     session.reset();
-                } catch (const Error &) {  // the device is lost, and its memory with it
+                } catch (const Error &) {  // the device is lost, so there is nothing to free
                 }
             }
         };

@@ -1,4 +1,4 @@
-// Engines of TensorRT and TensorRT-RTX that `arcflow build` made.
+// The backend for engines of TensorRT or TensorRT-RTX that `arcflow build` made.
 #pragma once
 
 #include <memory>
@@ -7,7 +7,7 @@
 
 namespace arcflow {
 
-// Throws Error where this library was compiled with the other one's headers.
+// Throws Error if this library was compiled with the headers of the other of the two.
 std::unique_ptr<Backend> make_trt_backend(bool rtx);
 
 }  // namespace arcflow

@@ -1,3 +1,4 @@
+// Calls the CUDA driver through functions that are looked up when the library first needs them.
 #include "trt_cuda.h"
 
 #include <dlfcn.h>
@@ -14,7 +15,7 @@ constexpr int capture_thread_local = 1;
 constexpr unsigned event_default = 0, record_default = 0, record_external = 1;
 constexpr int name_bytes = 256;
 
-// The driver's functions by the names that its library exports; the suffixes are versions of their ABI.
+// The driver's functions by their exported names, whose suffixes are ABI versions.
 struct Api {
     int (*cuInit)(unsigned);
     int (*cuDriverGetVersion)(int *);
@@ -53,10 +54,10 @@ struct Api {
                           void **);
 };
 
-// The library stays loaded: what it keeps of the process does not outlive an unload.
+// Opens the driver's library and never closes it, since unloading would break state that it keeps in the process.
 struct Driver {
     Api api{};
-    std::string missing;  // why it cannot be used, "" if it can
+    std::string missing;  // why the driver cannot be used; "" if it can
 
     Driver() {
         void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -66,9 +67,8 @@ struct Driver {
         }
         const auto find = [&](auto &function, const char *name) {
             function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
-            if (function == nullptr && missing.empty()) {
+            if (function == nullptr && missing.empty())
                 missing = std::string("the CUDA driver has no ") + name + "; update it";
-            }
         };
 #define ARCFLOW_FIND(name) find(api.name, #name)
         ARCFLOW_FIND(cuInit);
@@ -114,7 +114,7 @@ const Driver &driver() {
     return opened;
 }
 
-// For code that has a Device, which is only made where the driver can be used.
+// For code that has a Device, which exists only if the driver can be used.
 const Api &api() { return driver().api; }
 
 std::string describe(int error) {
@@ -127,13 +127,12 @@ std::string describe(int error) {
 void check(int result, const std::string &what) {
     if (result == success) return;
     const std::string text = "CUDA cannot " + what + ": " + describe(result);
-    if (result == out_of_memory) {
-        throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; ask for smaller pictures or fewer of them, or use low_memory");
-    }
+    if (result == out_of_memory)
+        throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; ask for smaller images or fewer of them, or use low_memory");
     throw engine_error(text);
 }
 
-// The first GPU, its number, or why there is none.
+// The first GPU and its device number, or why there is none.
 struct Found {
     std::optional<Gpu> gpu;
     int device = 0;
@@ -156,7 +155,7 @@ Found find_first() {
         found.why = describe(result);
         return found;
     }
-    // 13.0 is told as 13000.
+    // The driver gives 13.0 as 13000.
     found.gpu = Gpu{name, "sm" + std::to_string(major) + std::to_string(minor),
                     std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10)};
     return found;
@@ -178,9 +177,7 @@ Device::Device() : gpu(first_gpu()), device_(find_first().device), context_(null
 
 Device::~Device() { api().cuDevicePrimaryCtxRelease_v2(device_); }
 
-Current::Current(const Device &device) {
-    check(api().cuCtxPushCurrent_v2(device.context_), "use " + device.gpu.name);
-}
+Current::Current(const Device &device) { check(api().cuCtxPushCurrent_v2(device.context_), "use " + device.gpu.name); }
 
 Current::~Current() {
     Handle context;
@@ -238,7 +235,7 @@ void Stream::to_host(void *target, Address source, size_t bytes) {
 void Stream::wait() { check(api().cuStreamSynchronize(handle), "finish the work of a stream"); }
 
 void Stream::record(Event &event) {
-    // In a capture, only an external event can be asked for its time.
+    // In a capture, only an event that is recorded as external has a time.
     check(api().cuEventRecordWithFlags(event.event_, handle, capturing_ ? record_external : record_default),
           "record an event");
 }

@@ -1,4 +1,5 @@
-// The CUDA driver, opened at run time: the library links to nothing of CUDA and loads where there is none.
+// RAII wrappers of the CUDA driver. The driver is opened at run time, so the library also loads on machines without
+// one.
 #pragma once
 
 #include <cstddef>
@@ -9,19 +10,20 @@
 
 namespace arcflow::cuda {
 
-// Of cuda.h, which is not needed to build.
+// The types of cuda.h, which is not needed to build this library.
 using Address = unsigned long long;
 using Handle = void *;  // CUcontext, CUstream, CUgraph, ...
 
-// A GPU's product name, its compute capability as a target such as "sm89", and its driver's version of CUDA, "13.0".
+// `name`: product name. `target`: compute capability, such as "sm89". `driver`: CUDA version of the driver, such as
+// "13.0".
 struct Gpu {
     std::string name, target, driver;
 };
 
-// The first GPU that CUDA_VISIBLE_DEVICES leaves; none where there is no driver or no GPU. Never throws.
+// The first GPU that CUDA_VISIBLE_DEVICES allows, or nothing if there is no driver or no GPU. Never throws.
 std::optional<Gpu> find_gpu();
 
-// That GPU with its primary context, the one that TensorRT works in. Throws Error where there is none.
+// The first GPU with its primary context, which TensorRT uses too. Throws Error if there is no GPU.
 class Device {
 public:
     Device();
@@ -37,7 +39,8 @@ private:
     Handle context_;
 };
 
-// Makes a device's context the calling thread's for as long as it lives. Everything below needs one.
+// Makes the device's context current in this thread for the object's lifetime. All classes below need a current
+// context.
 class Current {
 public:
     explicit Current(const Device &device);
@@ -58,7 +61,7 @@ public:
     Address address = 0;
 };
 
-// Page-locked memory of the host, of which copies are asynchronous.
+// Page-locked host memory, which copies need to be asynchronous.
 class Pinned {
 public:
     explicit Pinned(size_t bytes);
@@ -69,10 +72,10 @@ public:
     std::byte *data = nullptr;
 };
 
-// Captured work that is launched as one.
+// A CUDA graph: captured work that one call launches.
 class Graph {
 public:
-    explicit Graph(Handle captured);  // takes a CUgraph and frees it
+    explicit Graph(Handle captured);  // takes ownership of a CUgraph
     ~Graph();
     Graph(const Graph &) = delete;
     Graph &operator=(const Graph &) = delete;
@@ -83,7 +86,7 @@ private:
     Handle executable_ = nullptr;
 };
 
-// A place in a stream, or in a graph that was captured with it, whose time is known once the work before it is done.
+// A point in a stream or captured graph. Its time is known when all work before it is done.
 class Event {
 public:
     Event();
@@ -91,7 +94,7 @@ public:
     Event(const Event &) = delete;
     Event &operator=(const Event &) = delete;
 
-    // Milliseconds on the GPU since `earlier`; both were recorded, and the stream was waited for.
+    // Milliseconds on the GPU since `earlier`. Both events must be recorded, and the caller has waited for the stream.
     double ms_since(const Event &earlier) const;
 
 private:
@@ -99,7 +102,7 @@ private:
     Handle event_ = nullptr;
 };
 
-// A queue of work. Errors of the work itself come out of `wait`.
+// A CUDA stream. Errors of the enqueued work come out of `wait`.
 class Stream {
 public:
     Stream();
@@ -111,11 +114,11 @@ public:
     void to_host(void *target, Address source, size_t bytes);
     void wait();
 
-    // Has the event tell the time of this place; in a capture, that of each launch.
+    // Record the event at this point; in a capture, at this point of each launch.
     void record(Event &event);
 
-    // What other code enqueues between these two becomes a graph, and is not run. Null, with `why`, where it cannot be
-    // captured; the stream can be used as before.
+    // Turn the work that is enqueued between these two calls into a graph instead of running it. end_capture returns
+    // null, and `why`, if the work cannot be captured; the stream then works as before.
     void begin_capture();
     std::unique_ptr<Graph> end_capture(std::string &why);
 
@@ -125,7 +128,7 @@ private:
     bool capturing_ = false;
 };
 
-// Code for the GPU: a cubin, fatbin or PTX. Throws Error where the driver cannot load it.
+// GPU code: a cubin, fatbin or PTX. Throws Error if the driver cannot load it.
 class Module {
 public:
     explicit Module(const void *image);
@@ -139,7 +142,7 @@ private:
     Handle module_ = nullptr;
 };
 
-// Enqueue a kernel; `arguments` points to its arguments in order.
+// Enqueue a kernel. `arguments` points to each argument in order.
 void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, Handle stream, void **arguments);
 
 }  // namespace arcflow::cuda

@@ -1,3 +1,4 @@
+// Runs requests on the GPU, with one plan for each request shape.
 #include "trt_denoiser.h"
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 namespace arcflow {
 namespace {
 
-constexpr size_t max_plans = 4;  // shapes whose buffers and graphs are kept
+constexpr size_t max_plans = 4;  // request shapes whose buffers and graph are kept
 
 class TrtDenoiser : public Denoiser {
 public:
@@ -36,11 +37,11 @@ public:
             plans_.clear();
             stream_.reset();
             kernels_.reset();
-        } catch (const Error &) {  // the device is lost, and its memory with it
+        } catch (const Error &) {  // the device is lost, so there is nothing to free
         }
     }
 
-    // One request at a time: two would only share the GPU.
+    // One request at a time, since two would only share the GPU.
     Denoised run(const DenoiseInputs &inputs) override {
         check_inputs(inputs);
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -51,7 +52,7 @@ public:
             plan.run(*stream_, *kernels_);
             stream_->wait();
         } catch (const Error &) {
-            plans_.pop_front();  // what it left behind is unknown
+            plans_.pop_front();  // its state is unknown after a failure
             throw;
         }
         Denoised out = plan.take(inputs);
@@ -64,7 +65,8 @@ public:
     }
 
 private:
-    // The plan of the request's shape, the first of the list; the one used longest ago makes room.
+    // The plan for the request's shape, moved to the front of the list. A new plan replaces the least recently used
+    // one.
     Plan &plan_for(const DenoiseInputs &inputs) {
         PlanShape shape(inputs, latents_);
         const auto found = std::find_if(plans_.begin(), plans_.end(), [&](const auto &p) { return p->shape == shape; });
@@ -95,7 +97,7 @@ private:
     std::mutex mutex_;
     std::unique_ptr<Kernels> kernels_;
     std::unique_ptr<cuda::Stream> stream_;
-    std::list<std::unique_ptr<Plan>> plans_;  // the last used first
+    std::list<std::unique_ptr<Plan>> plans_;  // most recently used first
     std::atomic<bool> logged_{false};
 };
 

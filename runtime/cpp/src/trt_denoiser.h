@@ -1,5 +1,4 @@
-// The backbone of every step, the updates between and the decoder as one CUDA graph per shape: inputs of a request ->
-// latents and pixels.
+// The Denoiser for TensorRT: runs noise, all backbone calls, updates and decoder as one CUDA graph per request shape.
 #pragma once
 
 #include <memory>
@@ -9,7 +8,7 @@
 
 namespace arcflow {
 
-// Throws Error where the backbone's heads are not what the update kernel takes, or the kernel cannot be loaded.
+// Throws Error if the update kernel cannot take the backbone's heads, or the kernels cannot be loaded.
 std::unique_ptr<Denoiser> make_trt_denoiser(std::shared_ptr<const cuda::Device> device,
                                             std::shared_ptr<TrtSession> backbone, std::shared_ptr<TrtSession> decoder,
                                             const Manifest &manifest);

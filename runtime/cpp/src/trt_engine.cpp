@@ -1,3 +1,4 @@
+// Runs a TensorRT engine on host tensors.
 #include "trt_engine.h"
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 namespace arcflow {
 namespace {
 
-// A stream with a context for one set of shapes and the memory that it runs in; used by one thread at a time.
+// A stream, and a context with its memory for one set of shapes. Used by one thread at a time.
 struct Lane {
     cuda::Stream stream;
     Shapes shapes;
@@ -31,7 +32,7 @@ public:
         try {
             const cuda::Current current(*device_);
             lanes_.clear();
-        } catch (const Error &) {  // the device is lost, and its memory with it
+        } catch (const Error &) {  // the device is lost, so there is nothing to free
         }
     }
 
@@ -43,7 +44,7 @@ public:
         }
         const cuda::Current current(*device_);
         std::unique_ptr<Lane> lane = take();
-        // A lane in which something failed is not used again.
+        // A lane that failed is destroyed, not returned to the list.
         Tensors outputs = run_on(*lane, inputs);
         const std::lock_guard<std::mutex> lock(mutex_);
         lanes_.push_back(std::move(lane));
@@ -51,7 +52,8 @@ public:
     }
 
 private:
-    // A conditioner takes as many timesteps at a time as its engine was built for; modulation [S, U, M] is by timestep.
+    // Run a conditioner in pieces of at most `most` timesteps, the limit of its engine, and join the modulation [S, U,
+    // M] along its first axis.
     Tensors run_in_pieces(const Tensors &inputs, int64_t most) {
         const Tensor &timesteps = inputs.at("timesteps");
         Tensors joined;
@@ -119,8 +121,8 @@ private:
         for (const TensorSpec &spec : part_.inputs) {
             const auto given = inputs.find(spec.name);
             if (given == inputs.end() || given->second.dtype != spec.dtype) {
-                throw Error(ARCFLOW_INTERNAL_ERROR, name_ + ": input " + spec.name + " must be in " +
-                                                        name_of(spec.dtype));
+                throw Error(ARCFLOW_INTERNAL_ERROR,
+                            name_ + ": input " + spec.name + " must be in " + name_of(spec.dtype));
             }
         }
         const Shapes shapes = shapes_of(inputs);
@@ -144,7 +146,7 @@ private:
     std::string name_;
     Part part_;
     std::mutex mutex_;
-    std::vector<std::unique_ptr<Lane>> lanes_;  // those not in use
+    std::vector<std::unique_ptr<Lane>> lanes_;  // idle lanes
 };
 
 }  // namespace
@@ -161,19 +163,16 @@ Shapes shapes_of(const Tensors &tensors) {
 }
 
 const TensorSpec &spec_of(const std::vector<TensorSpec> &specs, const std::string &name, const std::string &part) {
-    for (const TensorSpec &spec : specs) {
+    for (const TensorSpec &spec : specs)
         if (spec.name == name) return spec;
-    }
     throw bundle_error(part + " has no " + name + ", which B9 (docs/bundle.md) demands; export the bundle again");
 }
 
 size_t bytes_of(const std::vector<int64_t> &shape, DType dtype, const std::string &what) {
     size_t bytes = size_of(dtype);
-    for (const int64_t size : shape) {
-        if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) {
+    for (const int64_t size : shape)
+        if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes))
             throw engine_error(what + " has a shape that its inputs do not tell; build the engine again");
-        }
-    }
     return bytes;
 }
 

@@ -1,4 +1,4 @@
-// What the files that are compiled with TensorRT's headers share.
+// Shared declarations of the files that are compiled with TensorRT's headers.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -22,7 +22,7 @@ inline constexpr TrtFlavour trt_flavour = TrtFlavour::tensorrt_rtx;
 inline constexpr TrtFlavour trt_flavour = TrtFlavour::tensorrt;
 #endif
 
-// Keeps what TensorRT said of a failure, for the error that follows it.
+// Keeps TensorRT's last error message for the text of our error.
 class TrtLogger : public nv::ILogger {
 public:
     void log(Severity severity, const nv::AsciiChar *message) noexcept override {
@@ -30,11 +30,11 @@ public:
         try {
             const std::lock_guard<std::mutex> lock(mutex_);
             last_ = message;
-        } catch (...) {  // the text is lost, the failure is not
+        } catch (...) {  // only the text is lost; the call that failed still reports it
         }
     }
 
-    // ": <text>" of the last error and forget it, "" if there was none.
+    // Return ": <text>" of the last error and forget it; "" if there is none.
     std::string take() {
         const std::lock_guard<std::mutex> lock(mutex_);
         const std::string text = last_.empty() ? "" : ": " + last_;
@@ -47,11 +47,11 @@ private:
     std::string last_;
 };
 
-// An engine that was loaded and checked, with its weights. `cache` is null for none.
+// A session for a loaded and checked engine that has its weights. `cache` may be null.
 std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,
                                              std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger);
 
-// The refitter of an engine of `part`, which must outlive it; the library has one. Throws Error where it makes none.
+// A refitter for `engine`, which must outlive it. The library must have one. Throws Error if it cannot make one.
 std::unique_ptr<TrtRefitter> make_trt_refitter(const TrtLibrary &library, nv::ICudaEngine &engine,
                                                const std::string &part, std::shared_ptr<TrtLogger> logger);
 

@@ -1,5 +1,5 @@
-// The kernels (runtime/kernels: update.cu and noise.cu), embedded in the library: a fatbin where one was made before the
-// build, or their source, which NVRTC compiles when it is loaded.
+// The CUDA kernels of runtime/kernels. The library embeds their fatbin if there was one at build time, and their
+// source, which NVRTC compiles at run time.
 #pragma once
 
 #include <cstdint>
@@ -13,43 +13,44 @@
 
 namespace arcflow {
 
-// Addresses of one launch, all in device memory; update.cu has their shapes. `input` may be 0.
+// Device addresses for one launch of the update; update.cu gives the shapes. `input` may be 0.
 struct UpdateBuffers {
     cuda::Address means, logweights, loggammas, latents, next, input, sigmas;
 };
 
-// Sizes and dtypes: tokens is B*N, channels C*P; `heads` of means, logweights and loggammas, `engine_input` of `input`.
+// Sizes and dtypes of an update. `tokens` is B*N, `channels` is C*P. `heads` is the dtype of means, logweights and
+// loggammas, `engine_input` that of `input`.
 struct UpdateShape {
     int64_t tokens;
     int32_t modes, channels, sub_pixels;
     DType heads, engine_input;
 };
 
-// How the kernel is launched for a shape. Throws Error where a token's modes do not fit in shared memory.
+// The launch configuration for a shape (geometry.h). Throws Error if one token's modes do not fit in shared memory.
 struct UpdateGeometry {
     unsigned grid, block, shared_bytes;
 };
 UpdateGeometry update_geometry(const UpdateShape &shape);
 
-// What a launch of the noise works on: images of `channels` C, `height` h and `width` w in patches of `patch`, where
-// C*h*w is a multiple of noise_group; `engine_input` of `input`.
+// Sizes for one launch of the noise: images of C = `channels`, h = `height`, w = `width` in patches of `patch`. C*h*w
+// must be a multiple of noise_group. `engine_input` is the dtype of `input`.
 struct NoiseShape {
     int32_t images, channels, height, width, patch;
     DType engine_input;
 };
 
-// The kernels on one GPU; a device's context must be current for everything.
+// The kernels, loaded on one GPU. Every member function needs the device's context to be current.
 class Kernels {
 public:
-    // `target` is the GPU's compute capability, such as "sm89". Throws Error where there is neither a fatbin that runs
-    // on it nor NVRTC.
+    // `target`: compute capability, such as "sm89". Throws Error if there is neither a fatbin for it nor NVRTC.
     explicit Kernels(const std::string &target);
 
-    // Enqueue the step from sigmas[step] to sigmas[step + 1].
+    // Enqueue the update from sigmas[step] to sigmas[step + 1].
     void update(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffers buffers, int32_t step);
 
-    // Enqueue the noise of a batch. `streams` [images, 2] int64, seeds and first numbers; `latents` [images, N, C*p*p]
-    // float32; `input` the same in the engine's input type, or 0. All are addresses in device memory.
+    // Enqueue the noise of a batch. All arguments are device addresses. `streams`: [images, 2] int64, each a seed and
+    // the index of the image's first number. `latents`: [images, N, C*p*p] float32. `input`: the same values in
+    // `engine_input`, or 0 for none.
     void noise(cuda::Stream &stream, const NoiseShape &shape, cuda::Address streams, cuda::Address latents,
                cuda::Address input);
 
@@ -59,7 +60,7 @@ private:
     std::map<DType, cuda::Handle> noises_;
 };
 
-// NVRTC's cubin of a source for a target, through libnvrtc, which needs no driver. Throws Error.
+// Compile a source with NVRTC, which needs no driver -> a cubin for `target`. Throws Error.
 std::string compile_with_nvrtc(const char *source, const std::string &target);
 
 }  // namespace arcflow

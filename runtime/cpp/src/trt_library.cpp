@@ -1,3 +1,4 @@
+// Opens the shared library of TensorRT or TensorRT-RTX.
 #include "trt_library.h"
 
 #include <dlfcn.h>
@@ -42,17 +43,14 @@ void *open_first(TrtFlavour flavour, int major, std::string &opened) {
 
 template <class Function> Function *find(void *library, const std::string &file, const char *name) {
     void *found = dlsym(library, name);
-    if (found == nullptr) {
+    if (found == nullptr)
         throw engine_error(file + " has no function " + name + ", so it is not TensorRT's library; name the right one");
-    }
     return reinterpret_cast<Function *>(found);
 }
 
 }  // namespace
 
-const char *name_of(TrtFlavour flavour) {
-    return flavour == TrtFlavour::tensorrt_rtx ? "tensorrt-rtx" : "tensorrt";
-}
+const char *name_of(TrtFlavour flavour) { return flavour == TrtFlavour::tensorrt_rtx ? "tensorrt-rtx" : "tensorrt"; }
 
 std::string TrtVersion::text() const {
     return std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(patch) + "." +
@@ -61,13 +59,13 @@ std::string TrtVersion::text() const {
 
 TrtLibrary open_trt_library(TrtFlavour flavour, const TrtVersion &headers) {
     std::string file;
-    // Never closed: what it registers in the process outlives it.
+    // Never closed, because it registers objects in the process that must stay.
     void *library = open_first(flavour, headers.major, file);
     const auto number = [&](const char *name) { return find<int32_t()>(library, file, name)(); };
     const TrtVersion version{number("getInferLibMajorVersion"), number("getInferLibMinorVersion"),
                              number("getInferLibPatchVersion"), number("getInferLibBuildVersion")};
-    // TensorRT-RTX's versions begin at 1 and TensorRT's with these symbols at 10, so the major version tells them
-    // apart.
+    // TensorRT-RTX started with version 1, and TensorRT has these functions since version 10, so the major version
+    // tells the two apart.
     const bool is_rtx = version.major < 10, wants_rtx = flavour == TrtFlavour::tensorrt_rtx;
     if (is_rtx != wants_rtx) {
         throw engine_error(file + " is " + name_of(is_rtx ? TrtFlavour::tensorrt_rtx : TrtFlavour::tensorrt) + " " +
@@ -81,7 +79,7 @@ TrtLibrary open_trt_library(TrtFlavour flavour, const TrtVersion &headers) {
                            " or newer of that major version, or build this library "
                            "with TRT_ROOT of the one that is installed");
     }
-    // The lean library has runtimes only.
+    // The lean library has no refitter.
     void *refitter = dlsym(library, "createInferRefitter_INTERNAL");
     return {file, version, find<void *(void *, int32_t)>(library, file, "createInferRuntime_INTERNAL"),
             reinterpret_cast<void *(*)(void *, void *, int32_t)>(refitter)};

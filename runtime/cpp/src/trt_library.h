@@ -1,5 +1,4 @@
-// TensorRT's and TensorRT-RTX's libraries, opened at run time: a flavour -> its library, version checked, nothing
-// called.
+// Finds the shared library of TensorRT or TensorRT-RTX at run time and checks its version.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +6,7 @@
 
 namespace arcflow {
 
-// The two libraries; their headers, names and engines differ.
+// The two libraries. They have separate headers, file names and engines.
 enum class TrtFlavour { tensorrt, tensorrt_rtx };
 
 const char *name_of(TrtFlavour flavour);
@@ -22,13 +21,12 @@ struct TrtLibrary {
     std::string file;
     TrtVersion version;
     void *(*create_runtime)(void *logger, int32_t version);
-    void *(*create_refitter)(void *engine, void *logger, int32_t version);  // null where the library has none
+    void *(*create_refitter)(void *engine, void *logger, int32_t version);  // null if the library has none
 };
 
-// Open the library that headers of `headers` version can be used with: of the same flavour and major version, and no
-// older. The environment's ARCFLOW_TENSORRT_LIBRARY or ARCFLOW_TENSORRT_RTX_LIBRARY names its file; otherwise the usual
-// names are looked up as dlopen does. Only the functions that tell its version are called, which need no driver.
-// Throws Error.
+// Open a library that fits headers of version `headers`: same flavour, same major version, not older. The environment
+// variable ARCFLOW_TENSORRT_LIBRARY or ARCFLOW_TENSORRT_RTX_LIBRARY names its file; otherwise dlopen searches the usual
+// names. Calls only functions that return the version, which need no driver. Throws Error.
 TrtLibrary open_trt_library(TrtFlavour flavour, const TrtVersion &headers);
 
 }  // namespace arcflow

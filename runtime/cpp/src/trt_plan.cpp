@@ -1,3 +1,4 @@
+// Lays out, enqueues and captures the GPU's work for one request shape.
 #include "trt_plan.h"
 
 #include <algorithm>
@@ -25,9 +26,8 @@ PlanTypes::PlanTypes(const Part &backbone) {
     image_rotary = input("image_rotary");
     text_rotary = input("text_rotary");
     heads = output("means");
-    if (output("logweights") != heads || output("loggammas") != heads) {
+    if (output("logweights") != heads || output("loggammas") != heads)
         throw engine_error("backbone: means, logweights and loggammas must be in one dtype; export the bundle again");
-    }
 }
 
 PlanShape::PlanShape(const DenoiseInputs &inputs, const Latents &latents)
@@ -38,9 +38,8 @@ PlanShape::PlanShape(const DenoiseInputs &inputs, const Latents &latents)
       width(inputs.width_px / (latents.patch_size * latents.vae_scale_factor)),
       steps(inputs.sigmas.size() - 1),
       decode(inputs.decode) {
-    for (const TextGroup &group : inputs.groups) {
+    for (const TextGroup &group : inputs.groups)
         groups.emplace_back(static_cast<int64_t>(group.images.size()), group.states.shape[1]);
-    }
 }
 
 bool PlanShape::operator==(const PlanShape &other) const {
@@ -86,9 +85,8 @@ Plan::Plan(PlanShape shape_, const DenoiseInputs &inputs, const PlanTypes &types
            TrtSession &backbone, TrtSession &decoder, cuda::Stream &stream)
     : shape(std::move(shape_)), types_(types), latents_(latents) {
     lay_out(inputs);
-    for (size_t g = 0; g < shape.groups.size(); ++g) {
+    for (size_t g = 0; g < shape.groups.size(); ++g)
         groups_[g].context = backbone.context(group_shapes(g, inputs), stream);
-    }
     if (shape.decode) {
         decoder_ = decoder.context({{"latents", {shape.batch, shape.height, shape.width, shape.channels}}}, stream);
         pixel_shape_ = decoder_->shape("images");
@@ -122,19 +120,15 @@ void Plan::fill(const DenoiseInputs &inputs) {
             for (size_t i = 0; i < given.prompts.size(); ++i) {
                 const size_t prompt = prompts > 1 ? static_cast<size_t>(given.prompts[i]) : 0;
                 const size_t from = step * static_cast<size_t>(prompts) + prompt;
-                std::memcpy(host_->data + group.modulation[step] + i * row, modulation.data.data() + from * row,
-                            row);
+                std::memcpy(host_->data + group.modulation[step] + i * row, modulation.data.data() + from * row, row);
             }
         }
     }
 }
 
 void Plan::run(cuda::Stream &stream, Kernels &kernels) {
-    if (graph_) {
-        graph_->launch(stream.handle);
-    } else {
-        enqueue(stream, kernels);
-    }
+    if (graph_) graph_->launch(stream.handle);
+    else enqueue(stream, kernels);
 }
 
 std::string Plan::capture(cuda::Stream &stream, Kernels &kernels) {
@@ -166,6 +160,7 @@ Denoised Plan::take(const DenoiseInputs &inputs) const {
     return out;
 }
 
+// The backbone's inputs for one group: the row `backbone` in the table of rule B9, docs/bundle.md.
 Shapes Plan::group_shapes(size_t g, const DenoiseInputs &inputs) const {
     const auto [images, text] = shape.groups[g];
     return {{"latents", {images, shape.tokens, shape.channels}},
@@ -175,7 +170,7 @@ Shapes Plan::group_shapes(size_t g, const DenoiseInputs &inputs) const {
             {"text_rotary", inputs.groups[g].rotary->shape}};
 }
 
-// First what the host feeds, in the same places of the pinned and the device's memory.
+// Lay out the device's memory. First come the inputs that the host writes, at the same offsets as in pinned memory.
 void Plan::lay_out(const DenoiseInputs &inputs) {
     groups_.resize(shape.groups.size());
     const auto count = [](const std::vector<int64_t> &sizes, DType dtype) {
@@ -189,9 +184,8 @@ void Plan::lay_out(const DenoiseInputs &inputs) {
         const Shapes shapes = group_shapes(g, inputs);
         groups_[g].states = layout_.add(count(shapes.at("encoder_hidden_states"), types_.states));
         groups_[g].rotary = layout_.add(count(shapes.at("text_rotary"), types_.text_rotary));
-        for (size_t step = 0; step < shape.steps; ++step) {
+        for (size_t step = 0; step < shape.steps; ++step)
             groups_[g].modulation.push_back(layout_.add(count(shapes.at("modulation"), types_.modulation)));
-        }
     }
     fed_bytes_ = layout_.bytes();
     state_ = layout_.add(latent_bytes_);
@@ -220,7 +214,7 @@ void Plan::bind() {
     decoder_->bind("images", address(pixels_));
 }
 
-// Contexts run one after the other, so they share what memory the largest needs.
+// Contexts run one after the other, so all share one scratch memory of the largest size.
 void Plan::use_scratch() {
     std::vector<TrtContext *> contexts;
     for (Group &group : groups_) contexts.push_back(group.context.get());
@@ -239,13 +233,13 @@ void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
     size_t streams = streams_, noise = state_;
     for (size_t g = 0; g < groups_.size(); ++g) {
         const int64_t images = shape.groups[g].first, patch = latents_.patch_size;
-        const NoiseShape drawn{static_cast<int32_t>(images),
-                               static_cast<int32_t>(latents_.channels),
-                               static_cast<int32_t>(shape.height * patch),
-                               static_cast<int32_t>(shape.width * patch),
-                               static_cast<int32_t>(patch),
-                               types_.latents};
-        kernels.noise(stream, drawn, address(streams), address(noise), address(groups_[g].input));
+        const NoiseShape noise_shape{static_cast<int32_t>(images),
+                                     static_cast<int32_t>(latents_.channels),
+                                     static_cast<int32_t>(shape.height * patch),
+                                     static_cast<int32_t>(shape.width * patch),
+                                     static_cast<int32_t>(patch),
+                                     types_.latents};
+        kernels.noise(stream, noise_shape, address(streams), address(noise), address(groups_[g].input));
         streams += static_cast<size_t>(images) * 2 * sizeof(int64_t);
         noise += static_cast<size_t>(images * shape.tokens * shape.channels) * sizeof(float);
     }
@@ -264,11 +258,11 @@ void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
                                      static_cast<int32_t>(latents_.logweights_channels),
                                      types_.heads,
                                      types_.latents};
-            const bool last = step + 1 == shape.steps;  // after which no backbone reads its input
+            const bool last = step + 1 == shape.steps;  // no backbone call follows that would read the input
             kernels.update(stream, update,
-                          {address(group.means), address(group.logweights), address(group.loggammas),
-                           address(state), address(state), last ? 0 : address(group.input), address(sigmas_)},
-                          static_cast<int32_t>(step));
+                           {address(group.means), address(group.logweights), address(group.loggammas), address(state),
+                            address(state), last ? 0 : address(group.input), address(sigmas_)},
+                           static_cast<int32_t>(step));
             mark(stream, "update");
             state += static_cast<size_t>(tokens * shape.channels) * sizeof(float);
         }
@@ -282,7 +276,7 @@ void Plan::enqueue(cuda::Stream &stream, Kernels &kernels) {
     mark(stream, "copy");
 }
 
-// `stage` ends here.
+// Mark the end of `stage`.
 void Plan::mark(cuda::Stream &stream, const char *stage) {
     if (marks_.size() == events_.size()) events_.push_back(std::make_unique<cuda::Event>());
     stream.record(*events_[marks_.size()]);
@@ -306,7 +300,7 @@ void Plan::put(size_t offset, const Tensor &tensor, DType dtype) {
     std::memcpy(host_->data + offset, tensor.data.data(), tensor.data.size());
 }
 
-// Images that lie group by group -> the request's order.
+// Copy images from group order to the request's order.
 void Plan::scatter(const std::byte *from, const DenoiseInputs &inputs, Tensor &to) const {
     const size_t image_bytes = to.data.size() / static_cast<size_t>(shape.batch);
     for (const TextGroup &group : inputs.groups) {

@@ -1,4 +1,4 @@
-// One shape's work: the inputs of a request -> latents and pixels, enqueued or captured once and launched as one.
+// The GPU's work for one request shape: buffers, contexts and, once captured, a CUDA graph.
 #pragma once
 
 #include <cstdint>
@@ -13,54 +13,53 @@
 
 namespace arcflow {
 
-// dtypes of the tensors that meet in a plan, from the manifest.
+// Dtypes of the backbone's tensors, from the manifest.
 struct PlanTypes {
-    // Throws Error where the backbone's heads are not what the update kernel takes.
+    // Throws Error if the update kernel cannot take the backbone's heads.
     explicit PlanTypes(const Part &backbone);
 
     DType latents, states, modulation, image_rotary, text_rotary, heads;
 };
 
-// What a plan is made for; requests with equal ones share it.
+// The shape of a request; requests with equal shapes share a plan.
 struct PlanShape {
     PlanShape(const DenoiseInputs &inputs, const Latents &latents);
 
-    int64_t batch, tokens, channels, height, width;  // the last two of the decoder's grid
+    int64_t batch, tokens, channels, height, width;  // height and width of the decoder's grid
     size_t steps;
     bool decode;
-    std::vector<std::pair<int64_t, int64_t>> groups;  // images and text tokens
+    std::vector<std::pair<int64_t, int64_t>> groups;  // number of images, number of text tokens
 
     bool operator==(const PlanShape &other) const;
 };
 
-// What a request must hold for a plan's copies to stay inside their regions; throws Error.
+// Check that a request's tensors fit together, so that a plan's copies stay within their buffers. Throws Error.
 void check_inputs(const DenoiseInputs &inputs);
 
-// Buffers, contexts and, once captured, the graph for one shape; used by one thread at a time. Images lie group by
-// group. Inputs were checked, and are of the plan's shape. The stream's work is done before the plan is freed.
+// Used by one thread at a time. Images are stored in group order. The caller has checked the inputs, and waits for the
+// stream before it frees the plan.
 class Plan {
 public:
-    // Throws Error where an engine takes no such shape, or there is no memory.
+    // Throws Error if an engine does not take this shape, or there is no memory.
     Plan(PlanShape shape, const DenoiseInputs &inputs, const PlanTypes &types, const Latents &latents,
          TrtSession &backbone, TrtSession &decoder, cuda::Stream &stream);
 
     const PlanShape shape;
 
-    // Copy a request into the pinned memory, in the dtypes that the backbone takes.
+    // Copy a request into pinned memory, in the dtypes that the backbone takes.
     void fill(const DenoiseInputs &inputs);
 
-    // Enqueue one request, or launch the graph that holds it.
+    // Enqueue the work, or launch the graph.
     void run(cuda::Stream &stream, Kernels &kernels);
 
-    // Capture what `run` enqueued before, without running it; once per plan. Gives why it cannot be, "" if it was or
-    // need not be.
+    // Capture the work into a graph, without running it; tries once per plan. Returns why it cannot be captured, or "".
     std::string capture(cuda::Stream &stream, Kernels &kernels);
 
-    // What the last run left in the pinned memory, in the request's order, and its times; the stream was waited for.
+    // The results of the last run, in the request's order, with its times. The caller has waited for the stream.
     Denoised take(const DenoiseInputs &inputs) const;
 
 private:
-    // Regions of one allocation, laid out before it is made.
+    // Offsets into one allocation, assigned before it is made.
     class Layout {
     public:
         size_t add(size_t bytes);
@@ -70,11 +69,11 @@ private:
         size_t end_ = 0;
     };
 
-    // One group's context, and where its tensors are in the device's memory.
+    // A group's context, and the offsets of its tensors in device memory.
     struct Group {
         std::unique_ptr<TrtContext> context;
         size_t input = 0, states = 0, rotary = 0, means = 0, logweights = 0, loggammas = 0;
-        std::vector<size_t> modulation;  // of each step
+        std::vector<size_t> modulation;  // one for each step
     };
 
     Shapes group_shapes(size_t g, const DenoiseInputs &inputs) const;
@@ -94,12 +93,13 @@ private:
     size_t sigmas_ = 0, streams_ = 0, state_ = 0, image_rotary_ = 0, pixels_ = 0;
     size_t fed_bytes_ = 0, latent_bytes_ = 0, pixel_bytes_ = 0;
     std::vector<int64_t> pixel_shape_;
-    // Contexts and the graph are freed before the memory that they work in.
+    // Declared before contexts and graph, so that these are freed first.
     std::unique_ptr<cuda::Memory> device_, scratch_;
     std::unique_ptr<cuda::Pinned> host_;
     std::vector<Group> groups_;
     std::unique_ptr<TrtContext> decoder_;
-    // Where stages end, after the start. A graph has its events in it, so each place keeps its own.
+    // Events that mark the ends of stages; the first marks the start. A captured graph holds its events, so each mark
+    // keeps its own event.
     std::vector<std::unique_ptr<cuda::Event>> events_;
     std::vector<const char *> marks_;
     std::unique_ptr<cuda::Graph> graph_;

@@ -1,3 +1,4 @@
+// Reads the records of built engines, and selects and checks the engine for this machine.
 #include "trt_record.h"
 
 #include <sys/utsname.h>
@@ -9,9 +10,10 @@
 #include <iterator>
 #include <set>
 
+#include "constants.h"
 #include "error.h"
 #include "json.h"
-#include "repr.h"
+#include "json_text.h"
 #include "sha256.h"
 
 namespace arcflow {
@@ -19,10 +21,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char *format = "arcflow-engine";
-constexpr int64_t version = 1;
-constexpr uint64_t max_record_bytes = uint64_t{1} << 20;
-constexpr uint64_t fast_hash_bytes = uint64_t{64} << 20;
 constexpr const char *again = "build the engine again with `arcflow build`";
 
 std::string read_text(const fs::path &path) {
@@ -50,7 +48,7 @@ ProfileShapes parse_shapes(const Place &place) {
 }
 
 std::optional<int64_t> optional_integer(const Place &place) {
-    return place.is_null() ? std::nullopt : std::optional(place.integer("int | None"));
+    return place.is_null() ? std::nullopt : std::optional(place.integer("an integer of at least 0, or null"));
 }
 
 EngineKey parse_key(const Place &place) {
@@ -63,9 +61,8 @@ EngineKey parse_key(const Place &place) {
     key.precision = place["precision"].one_of({"float32", "float16", "bfloat16", "int64", "uint8"});
     place["profiles"].each_item([&](const Place &item) {
         auto &profile = key.profiles.emplace_back();
-        item.each_entry([&](const std::string &name, const Place &shapes) {
-            profile.emplace(name, parse_shapes(shapes));
-        });
+        item.each_entry(
+            [&](const std::string &name, const Place &shapes) { profile.emplace(name, parse_shapes(shapes)); });
     });
     place["flags"].each_item([&](const Place &item) { key.flags.push_back(item.text()); });
     key.optimization_level = optional_integer(place["optimization_level"]);
@@ -73,7 +70,7 @@ EngineKey parse_key(const Place &place) {
     key.builder = place["builder"].text();
     key.builder_version = place["builder_version"].text();
     key.target = place["target"].text();
-    if (!place["gpu"].is_null()) key.gpu = place["gpu"].text("str | None");
+    if (!place["gpu"].is_null()) key.gpu = place["gpu"].text("a string or null");
     key.platform = place["platform"].text();
     return key;
 }
@@ -91,15 +88,6 @@ EngineRecord parse_record(const Json &json, const std::string &where) {
     return record;
 }
 
-// Errors of the bundle's reader say what to do with a bundle; an engine is built again.
-std::string as_engines(std::string text) {
-    const std::string advice = "; export the bundle again";
-    if (text.size() >= advice.size() && text.compare(text.size() - advice.size(), advice.size(), advice) == 0) {
-        text.resize(text.size() - advice.size());
-    }
-    return text + "; " + again;
-}
-
 std::string build_advice(const Bundle &bundle, const std::string &part, const Host &host) {
     const std::string target = host.builder == "tensorrt" ? "" : " --target " + host.target;
     return "run: arcflow build " + bundle.root.string() + " --backend " + host.builder + target + " --parts " + part;
@@ -111,32 +99,29 @@ struct Candidate {
 };
 
 std::vector<Candidate> read_records(const Bundle &bundle) {
-    const fs::path folder = bundle.root / "engines";
+    const fs::path folder = bundle.root / engines_folder;
     std::vector<fs::path> paths;
     std::error_code none;
-    for (fs::directory_iterator entry(folder, none), end; !none && entry != end; entry.increment(none)) {
+    for (fs::directory_iterator entry(folder, none), end; !none && entry != end; entry.increment(none))
         if (entry->path().extension() == ".json") paths.push_back(entry->path());
-    }
     std::sort(paths.begin(), paths.end());
     std::vector<Candidate> found;
     for (const fs::path &path : paths) found.push_back({path, read_record(path)});
     return found;
 }
 
-// Keep the candidates for which `of` gives `wanted`; where none does, the old ones are left in place and false
-// returned.
+// Keep the candidates whose `of` equals `wanted` and return true; if there are none, change nothing and return false.
 bool keep(std::vector<Candidate> &candidates, const std::string &wanted,
           const std::function<std::string(const EngineKey &)> &of) {
     std::vector<Candidate> fitting;
-    for (const Candidate &c : candidates) {
+    for (const Candidate &c : candidates)
         if (of(c.record.key) == wanted) fitting.push_back(c);
-    }
     if (fitting.empty()) return false;
     candidates = std::move(fitting);
     return true;
 }
 
-std::string gpu_text(const std::optional<std::string> &gpu) { return gpu ? *gpu : "None"; }
+std::string gpu_text(const std::optional<std::string> &gpu) { return gpu ? *gpu : "none"; }
 
 }  // namespace
 
@@ -150,45 +135,41 @@ std::string this_platform() {
 
 EngineRecord read_record(const fs::path &path) {
     const std::string where = path.string();
-    Json json;
-    try {
-        json = read_json(read_text(path), where);
-    } catch (const Error &e) {
-        if (e.status != ARCFLOW_BUNDLE_ERROR) throw;
-        throw engine_error(as_engines(e.what()));
-    }
-    if (!json.is_object() || !json.contains("format") || json["format"] != format) {
-        throw engine_error(where + ": 'format' must be '" + format + "'; this is not an engine's record, remove it");
-    }
-    const Json got = json.contains("version") ? json["version"] : Json();
-    if (!got.is_number_integer() || got != version) {
-        throw engine_error(where + ": version must be " + std::to_string(version) + ", got " + repr_json(got) + "; " +
-                           again);
-    }
-    const Json digest = json.contains("digest") ? json["digest"] : Json();
-    json.erase("digest");
+    const std::string text = read_text(path);
+    Json json, digest;
     EngineRecord record;
     try {
+        json = read_json(text, where);
+        if (!json.is_object() || json.value("format", Json()) != engine_format) {
+            throw engine_error(where + ": format must be " + json_text(engine_format) +
+                               "; this is not an engine's record, remove it");
+        }
+        const Json version = json.value("version", Json());
+        if (!version.is_number_integer() || version != engine_version) {
+            throw engine_error(where + ": version must be " + std::to_string(engine_version) + ", got " +
+                               message_text(version) + "; " + again);
+        }
+        digest = json.value("digest", Json());
+        json.erase("digest");
         record = parse_record(json, where);
-    } catch (const Error &e) {
-        throw engine_error(as_engines(e.what()));
+    } catch (const FormatError &e) {
+        throw engine_error(std::string(e.what()) + "; " + again);
     }
-    if (!digest.is_string() || digest != sha256(canonical(json))) {
+    if (!digest.is_string() || digest != sha256(canonical(json)))
         throw engine_error(where + " does not match its own digest; it was edited, " + again);
-    }
-    // A name with a NUL would be cut where it is opened.
+    // A NUL would cut the name when the file is opened.
     const bool beside = record.file.find_first_of(std::string("/\0", 2)) == std::string::npos;
     if (!beside || record.file.empty() || record.file == "." || record.file == "..") {
-        throw engine_error(where + ": file " + repr(record.file) + " must lie beside its record; " + again);
+        throw engine_error(where + ": file must be a name without a folder, got " + json_text(record.file) + "; " +
+                           again);
     }
     return record;
 }
 
 BuiltEngine find_engine(const Bundle &bundle, const std::string &part, const Host &host) {
     std::vector<Candidate> found;
-    for (Candidate &c : read_records(bundle)) {
+    for (Candidate &c : read_records(bundle))
         if (c.record.key.part == part) found.push_back(std::move(c));
-    }
     const std::string build = build_advice(bundle, part, host);
     if (found.empty()) throw engine_error(bundle.root.string() + " has no engine for " + part + "; " + build);
     struct Field {
@@ -233,17 +214,15 @@ void check_engine(const BuiltEngine &engine, bool full) {
                              " for " + record.key.target + ",";
     const std::string build = "build it again with `arcflow build`";
     std::error_code none;
-    if (fs::is_symlink(engine.path, none) || !fs::is_regular_file(engine.path, none)) {
+    if (fs::is_symlink(engine.path, none) || !fs::is_regular_file(engine.path, none))
         throw engine_error(what + " is missing; " + build);
-    }
     const uint64_t size = fs::file_size(engine.path, none);
     if (none || size != record.bytes) {
         throw engine_error(what + " must have " + std::to_string(record.bytes) + " bytes, got " + std::to_string(size) +
                            "; it was cut or swapped, " + build);
     }
-    if ((full || size <= fast_hash_bytes) && sha256_file(engine.path) != record.sha256) {
+    if ((full || size <= fast_hash_bytes) && sha256_file(engine.path) != record.sha256)
         throw engine_error(what + " does not match its SHA-256; it was edited or swapped, " + build);
-    }
 }
 
 }  // namespace arcflow

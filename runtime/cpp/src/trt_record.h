@@ -1,4 +1,4 @@
-// The bundle's built engines: a folder of records -> the engine that fits this machine (docs/bundle.md, E1 to E5).
+// Selects the built engine that fits this machine from the records in a bundle (docs/bundle.md, E1 to E5).
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 
 namespace arcflow {
 
-// One input's smallest, best and largest shape.
+// Smallest, best and largest shape of one input.
 struct ProfileShapes {
     std::vector<int64_t> min, opt, max;
 };
 
-// What an engine depends on (E2).
+// Everything that an engine depends on (E2).
 struct EngineKey {
     std::string part, graph, weights;
     std::string precision;
@@ -36,8 +36,8 @@ struct EngineRecord {
     EngineKey key;
 };
 
-// What an engine must have been built for to run here. `gpu` is the product's name for TensorRT, whose engines are for
-// one product, and none for TensorRT-RTX.
+// The machine that an engine must have been built for. `gpu`: product name for TensorRT, whose engines fit one product;
+// nothing for TensorRT-RTX.
 struct Host {
     std::string builder, builder_version, target;
     std::optional<std::string> gpu;
@@ -49,18 +49,17 @@ struct BuiltEngine {
     EngineRecord record;
 };
 
-// Operating system and processor, such as "linux-x86_64".
+// The operating system and processor, such as "linux-x86_64".
 std::string this_platform();
 
-// Read and check one record (E1); the engine itself is not looked at. Throws Error.
+// Read and check one record (E1), without its engine file. Throws Error.
 EngineRecord read_record(const std::filesystem::path &path);
 
-// The engine of `part` for `host`. Library, version and GPU are compared first, then graph, weights and precision (E4);
-// nothing of the engine is read. Throws Error that names what differs.
+// Find the engine of `part` for `host`. Compares library, version and GPU first, then graph, weights and precision
+// (E4); does not read the engine file. Throws Error that names what differs.
 BuiltEngine find_engine(const Bundle &bundle, const std::string &part, const Host &host);
 
-// Compare the engine's size with its record, and its SHA-256 if it has at most 64 MiB or with `full` (E5). Throws
-// Error.
+// Check an engine file's size, and its SHA-256 if it has at most 64 MiB or `full` is set (E5). Throws Error.
 void check_engine(const BuiltEngine &engine, bool full);
 
 }  // namespace arcflow

@@ -1,4 +1,4 @@
-// Engines without weights (E6): the bundle's graph and weights files -> the weights that an engine names.
+// Fills in the weights of an engine that was built without them (E6), from the bundle's graph and weights file.
 #pragma once
 
 #include <cstdint>
@@ -10,38 +10,39 @@
 
 namespace arcflow {
 
-// What an engine wants for a name: `count` elements of a `type` of onnx.proto's TensorProto.DataType, 0 for others.
+// The weight that an engine expects: `count` elements of a TensorProto.DataType; type 0 for types that ONNX does not
+// have.
 struct WeightSpec {
     int64_t type, count;
 };
 
-// TensorRT's IRefitter behind an interface of ours.
+// The interface of TensorRT's IRefitter that this library needs.
 class TrtRefitter {
 public:
     virtual ~TrtRefitter() = default;
 
-    // Names of all weights; those of the ONNX graph's initializers.
+    // The names of all weights, which are the names of the ONNX graph's initializers.
     virtual std::vector<std::string> weights() = 0;
     virtual WeightSpec spec(const std::string &name) = 0;
 
-    // Give a weight, which is read by `refit`. False where it is refused.
+    // Set a weight; `refit` reads the data later. False if the engine refuses it.
     virtual bool set(const std::string &name, const WeightSpec &spec, const void *data) = 0;
 
-    // Names of weights that must still be set.
+    // The names of weights that are not set yet.
     virtual std::vector<std::string> missing() = 0;
 
-    // Fill in what was set. False where it fails.
+    // Fill in the weights that were set. False if it fails.
     virtual bool refit() = 0;
 
-    // ": <text>" of what the library said last, and forget it; "" if nothing.
+    // Return ": <text>" of the library's last message and forget it; "" if there is none.
     virtual std::string said() = 0;
 };
 
-// Throws Error where the library cannot fill in weights, as the lean one.
+// Throws Error if the library cannot fill in weights; the lean library cannot.
 void check_can_refit(const TrtLibrary &library, TrtFlavour flavour, const std::string &part);
 
-// Fill in every weight of an engine of `part` from the bundle, whose files were checked when it was opened. The weights
-// file is mapped; only what lies unaligned is copied. Throws Error that names the part and the weight.
+// Fill in every weight of an engine of `part` from the bundle, whose files were checked when it was opened. Maps the
+// weights file, and copies only weights that are not aligned. Throws Error that names the part and the weight.
 void refit(TrtRefitter &refitter, const Bundle &bundle, const std::string &part);
 
 }  // namespace arcflow

@@ -1,4 +1,4 @@
-// Engines loaded from their files: checked, and filled in where they have no weights.
+// Loads engines from their files, checks their inputs and outputs, and fills in missing weights.
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -12,16 +12,21 @@ namespace {
 
 nv::DataType data_type(DType dtype) {
     switch (dtype) {
-        case DType::float32: return nv::DataType::kFLOAT;
-        case DType::float16: return nv::DataType::kHALF;
-        case DType::bfloat16: return nv::DataType::kBF16;
-        case DType::int64: return nv::DataType::kINT64;
-        case DType::uint8: return nv::DataType::kUINT8;
+        case DType::float32:
+            return nv::DataType::kFLOAT;
+        case DType::float16:
+            return nv::DataType::kHALF;
+        case DType::bfloat16:
+            return nv::DataType::kBF16;
+        case DType::int64:
+            return nv::DataType::kINT64;
+        case DType::uint8:
+            return nv::DataType::kUINT8;
     }
     throw Error(ARCFLOW_INTERNAL_ERROR, "a tensor's dtype is none of the known ones");
 }
 
-// The manifest's inputs or outputs, by name and dtype, against the engine's.
+// Check names and dtypes of the engine's inputs or outputs against the manifest.
 void check_tensors(const nv::ICudaEngine &engine, const std::string &part, const std::vector<TensorSpec> &specs,
                    nv::TensorIOMode mode) {
     const char *kind = mode == nv::TensorIOMode::kINPUT ? "inputs" : "outputs";
@@ -85,7 +90,8 @@ private:
                            "; build it again with `arcflow build`");
     }
 
-    // TensorRT-RTX compiles for the GPU at hand, TensorRT has done so when it built the engine.
+    // The cache for what TensorRT-RTX compiles at run time; null for TensorRT, which compiles when it builds the
+    // engine.
     std::shared_ptr<RuntimeCache> cache_of(const EngineRecord &record) const {
         const auto folder = cache_folder();
         if (trt_flavour != TrtFlavour::tensorrt_rtx || !folder) return nullptr;

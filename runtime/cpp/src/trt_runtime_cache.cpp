@@ -1,3 +1,4 @@
+// Reads and replaces the cache files of TensorRT-RTX.
 #include "trt_runtime_cache.h"
 
 #include <fcntl.h>
@@ -18,7 +19,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr size_t digits = 32;  // of the key's digest in the file's name
+constexpr size_t digits = 32;  // number of hexadecimal digits of the key's SHA-256 in the file name
 
 std::string file_name(const std::vector<std::string> &key) {
     std::string joined;
@@ -40,7 +41,7 @@ std::optional<fs::path> home() {
     return found->pw_dir;
 }
 
-// An open file that is closed at the end; its lock ends with it.
+// An open file descriptor, closed by the destructor, which also releases its lock.
 struct File {
     explicit File(int number_) : number(number_) {}
     ~File() {
@@ -52,9 +53,9 @@ struct File {
     const int number;
 };
 
-constexpr mode_t rights = 0666;  // less the user's mask
+constexpr mode_t rights = 0666;  // the umask takes away from these
 
-// 0, or the errno of what failed.
+// Write a whole file. Returns 0 or an errno.
 int write_whole(const fs::path &path, std::string_view data) {
     const File file(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, rights));
     if (file.number < 0) return errno;
@@ -76,9 +77,8 @@ int replace(const fs::path &path, std::string_view data) {
     partial += "." + std::to_string(getpid()) + ".partial";
     const File lock(::open(lock_path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, rights));
     if (lock.number < 0) return errno;
-    while (flock(lock.number, LOCK_EX) != 0) {
+    while (flock(lock.number, LOCK_EX) != 0)
         if (errno != EINTR) return errno;
-    }
     int error = write_whole(partial, data);
     if (error == 0 && std::rename(partial.c_str(), path.c_str()) != 0) error = errno;
     if (error != 0) ::unlink(partial.c_str());
@@ -88,7 +88,7 @@ int replace(const fs::path &path, std::string_view data) {
 }  // namespace
 
 std::optional<fs::path> cache_folder() {
-    if (const std::string named = environment("ARCFLOW_CACHE"); !named.empty()) return named;
+    if (std::string named = environment("ARCFLOW_CACHE"); !named.empty()) return named;
     if (const std::string named = environment("XDG_CACHE_HOME"); !named.empty()) return fs::path(named) / "arcflow";
     const std::optional<fs::path> of_user = home();
     return of_user ? std::optional(*of_user / ".cache" / "arcflow") : std::nullopt;
@@ -98,7 +98,7 @@ RuntimeCacheFile::RuntimeCacheFile(const std::vector<std::string> &key, const fs
     : path(folder / file_name(key)) {}
 
 std::optional<std::string> RuntimeCacheFile::read(uint64_t max_bytes) {
-    // Of one open file, which another writer may replace meanwhile.
+    // Size and content come from one open file, since another process may replace the file meanwhile.
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     const auto end = file ? static_cast<std::streamoff>(file.tellg()) : std::streamoff{-1};
     if (end < 0 || static_cast<uint64_t>(end) > max_bytes) return std::nullopt;

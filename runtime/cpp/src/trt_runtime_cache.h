@@ -1,5 +1,5 @@
-// What TensorRT-RTX compiles for a GPU when an engine first runs, kept on disk: bytes <-> one file per key, the same
-// files as the Python runtime's. A file is replaced whole, under a lock that keeps two writers from doing it at once.
+// Keeps on disk what TensorRT-RTX compiles for a GPU when an engine first runs. There is one file per key, and the
+// Python runtime uses the same files. Files are replaced as a whole, under a lock.
 #pragma once
 
 #include <cstdint>
@@ -12,53 +12,56 @@
 #include <utility>
 #include <vector>
 
+#include "constants.h"
+
 namespace arcflow {
 
-// The user's folder for what is compiled: ARCFLOW_CACHE, or arcflow in XDG_CACHE_HOME or ~/.cache. None where the user
-// has no home.
+// The user's cache folder: ARCFLOW_CACHE, or `arcflow` in XDG_CACHE_HOME or ~/.cache. Nothing if the user has no home.
 std::optional<std::filesystem::path> cache_folder();
 
-// The file of one key: the engine's SHA-256, library's version, driver's version and GPU.
+// The cache file for a key: SHA-256 of the engine, version of the library, version of the driver, GPU.
 class RuntimeCacheFile {
 public:
     RuntimeCacheFile(const std::vector<std::string> &key, const std::filesystem::path &folder);
 
     const std::filesystem::path path;
 
-    // What an earlier run left; nothing where it cannot be read or has more than `max_bytes`.
-    std::optional<std::string> read(uint64_t max_bytes = uint64_t{1} << 30);
+    // The file's content; nothing if it cannot be read or has more than `max_bytes`.
+    std::optional<std::string> read(uint64_t max_bytes = max_runtime_cache_bytes);
 
-    // Replace the file, unless it holds this already. That it cannot be written is said on stderr and costs time only.
+    // Replace the file unless it has this content already. If it cannot be written, prints a warning to stderr; the
+    // next run then compiles again.
     void write(std::string_view data);
 
 private:
-    std::string written_;  // digest of what the file holds
+    std::string written_;  // digest of the file's content
 };
 
-// The library's cache of one engine, behind an interface of ours.
+// The interface of TensorRT-RTX's runtime cache that this library needs.
 class CompiledKernels {
 public:
     virtual ~CompiledKernels() = default;
 
-    // Take what `bytes` gave; false where they are damaged or from another machine.
+    // Load what an earlier `bytes` returned. False if it is damaged or from another machine.
     virtual bool take(std::string_view data) = 0;
-    virtual std::string bytes() = 0;  // "" where there is nothing to keep
+    virtual std::string bytes() = 0;  // "" if there is nothing to keep
 };
 
-// One engine's cache, and the lock of whatever compiles for it: making contexts and their first runs.
+// The cache of one engine, with the lock for everything that compiles: making contexts and their first runs.
 class RuntimeCache {
 public:
     explicit RuntimeCache(RuntimeCacheFile file) : file_(std::move(file)) {}
 
     std::mutex mutex;
 
-    // The rest is for who holds the mutex. `open` fills the kernels from the file, whose failure only costs time.
+    // Lock `mutex` before calling what follows. `open` loads the file into the kernels; a file that cannot be used is
+    // ignored.
     void open(std::unique_ptr<CompiledKernels> kernels);
 
-    // Keep on disk what was compiled so far.
+    // Write what was compiled so far to disk.
     void save();
 
-    // Free the kernels, which must not outlive their engine.
+    // Free the kernels; must happen before the engine is freed.
     void close() { kernels_.reset(); }
 
 private:

@@ -1,3 +1,4 @@
+// Makes execution contexts of a TensorRT engine, and runs them.
 #include "trt_session.h"
 
 #include <algorithm>
@@ -54,7 +55,7 @@ public:
 
     bool capturable() override {
 #if defined(TRT_MAJOR_RTX) && (TRT_MAJOR_RTX > 1 || TRT_MINOR_RTX >= 5)
-        // Before 1.5 only the attempt tells.
+        // Before version 1.5 there is no function to ask; the capture itself then fails.
         if (!context_->isStreamCapturable(stream_)) return false;
 #endif
         return !streams_weights_;
@@ -62,7 +63,7 @@ public:
 
     void enqueue() override {
         if (!cache_) return run();
-        // The first run compiles.
+        // The first run compiles kernels, so it needs the cache's lock.
         const std::shared_ptr<RuntimeCache> cache = std::move(cache_);
         const std::lock_guard<std::mutex> lock(cache->mutex);
         run();
@@ -82,7 +83,7 @@ private:
     std::unique_ptr<nv::IExecutionContext> context_;
     cudaStream_t stream_;
     bool streams_weights_;
-    std::shared_ptr<RuntimeCache> cache_;  // until the first run
+    std::shared_ptr<RuntimeCache> cache_;  // null after the first run
     std::shared_ptr<TrtLogger> logger_;
 };
 
@@ -92,9 +93,8 @@ public:
             std::shared_ptr<TrtLogger> logger)
         : part_(std::move(part)), engine_(std::move(engine)), cache_(std::move(cache)), logger_(std::move(logger)) {
         streams_weights_ = engine_->getStreamableWeightsSize() > 0;
-        if (streams_weights_ && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget())) {
+        if (streams_weights_ && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget()))
             throw engine_error(part_ + ": no memory is left to stream weights through" + logger_->take());
-        }
     }
 
     ~Session() override {
@@ -103,7 +103,7 @@ public:
             const std::lock_guard<std::mutex> lock(cache_->mutex);
             cache_->save();
             cache_->close();
-        } catch (const std::exception &) {  // what was compiled is lost, which costs time only
+        } catch (const std::exception &) {  // what was compiled is lost, and the next run compiles again
         }
     }
 
@@ -162,7 +162,8 @@ private:
     std::unique_ptr<nv::IExecutionContext> make_context() {
         const auto scratch = nv::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 #ifdef TRT_MAJOR_RTX
-        // Kernels for a shape are compiled before it runs, so that a captured graph has them; graphs are our own.
+        // Compile the kernels for a shape before it runs, so that they are in the captured graph. This library makes
+        // its own graphs.
         const std::unique_ptr<nv::IRuntimeConfig> config(engine_->createRuntimeConfig());
         if (config == nullptr) return nullptr;
         config->setExecutionContextAllocationStrategy(scratch);
@@ -176,7 +177,7 @@ private:
     }
 
 #ifdef TRT_MAJOR_RTX
-    // Without the cache the context compiles what it needs, as for the first time.
+    // If the cache cannot be used, the context compiles everything itself.
     void use_cache(nv::IRuntimeConfig &config) {
         if (kernels_ == nullptr) {
             std::unique_ptr<nv::IRuntimeCache> made(config.createRuntimeCache());
@@ -186,7 +187,7 @@ private:
         if (kernels_ == nullptr || !config.setRuntimeCache(*kernels_)) logger_->take();
     }
 
-    const nv::IRuntimeCache *kernels_ = nullptr;  // in the cache
+    const nv::IRuntimeCache *kernels_ = nullptr;  // owned by cache_
 #endif
 
     std::string part_;
@@ -194,7 +195,7 @@ private:
     std::shared_ptr<RuntimeCache> cache_;
     std::shared_ptr<TrtLogger> logger_;
     bool streams_weights_ = false;
-    std::mutex mutex_;  // contexts are made one at a time; the cache's where there is one
+    std::mutex mutex_;  // makes contexts one at a time if there is no cache, which has its own mutex
 };
 
 }  // namespace

@@ -1,5 +1,4 @@
-// TensorRT's interface behind one of ours, so that its headers are needed in few files: an engine's file -> contexts
-// that run it on device memory.
+// Interfaces to TensorRT that do not need its headers: an engine's file -> contexts that run it on device memory.
 #pragma once
 
 #include <cstdint>
@@ -17,33 +16,33 @@ namespace arcflow {
 
 using Shapes = std::map<std::string, std::vector<int64_t>>;
 
-// An engine bound to one stream and one set of input shapes; used by one thread at a time.
+// An engine bound to one stream and one set of input shapes. Used by one thread at a time.
 class TrtContext {
 public:
     virtual ~TrtContext() = default;
 
-    // Bytes of scratch memory for the current shapes, which `use_scratch` has to give before the first run.
+    // Bytes of scratch memory for the shapes. Give it with `use_scratch` before the first run.
     virtual size_t scratch_bytes() = 0;
     virtual void use_scratch(cuda::Address address, size_t bytes) = 0;
 
     virtual std::vector<int64_t> shape(const std::string &tensor) = 0;
 
-    // Where an input or output lies, a multiple of 256.
+    // Set the device address of an input or output, a multiple of 256.
     virtual void bind(const std::string &tensor, cuda::Address address) = 0;
 
-    // Whether `enqueue` may be captured into a graph.
+    // True if `enqueue` may be captured into a graph.
     virtual bool capturable() = 0;
 
-    // Throws Error that names the part.
+    // Enqueue one run. Throws Error that names the part.
     virtual void enqueue() = 0;
 };
 
-// One engine in memory; safe to use from several threads. Must not outlive its TrtRuntime.
+// An engine in memory. Safe to use from several threads. Must not outlive its TrtRuntime.
 class TrtSession {
 public:
     virtual ~TrtSession() = default;
 
-    // A context with the first of the engine's profiles that takes these shapes. Throws Error where none does.
+    // A context with the engine's first profile that takes these shapes. Throws Error if none does.
     virtual std::unique_ptr<TrtContext> context(const Shapes &inputs, cuda::Stream &stream) = 0;
 
     // The largest size of an input's axis over all profiles.
@@ -54,17 +53,17 @@ class TrtRuntime {
 public:
     virtual ~TrtRuntime() = default;
 
-    // Load an engine of the bundle whose file was checked, and fill in its weights if it has none (E6). Throws Error
-    // where it cannot be loaded, its inputs and outputs are not the manifest's, or the bundle's weights do not fit.
+    // Load an engine whose file was checked, and fill in its weights if it has none (E6). Throws Error if it cannot be
+    // loaded, its inputs and outputs are not those of the manifest, or the bundle's weights do not fit.
     virtual std::unique_ptr<TrtSession> load(const BuiltEngine &engine, const Bundle &bundle) = 0;
 };
 
-// What the headers were.
+// Flavour and version of the headers that this library was compiled with.
 TrtFlavour trt_headers_flavour();
 TrtVersion trt_headers_version();
 
-// There must be a GPU: without one TensorRT's lean library gives a pointer that cannot be used. `gpu` is the
-// one whose device is current when engines are loaded. Throws Error.
+// Make the runtime. Call it only if there is a GPU, because the lean library returns an unusable pointer without one.
+// `gpu`: the device that will be current when engines are loaded. Throws Error.
 std::unique_ptr<TrtRuntime> make_trt_runtime(const TrtLibrary &library, const cuda::Gpu &gpu);
 
 }  // namespace arcflow

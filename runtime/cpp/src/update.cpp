@@ -1,4 +1,4 @@
-// The closed-form ArcFlow step on tensors of any float type; see runtime/kernels/update_host.h.
+// The closed-form ArcFlow step on tensors of any float dtype; runtime/kernels/update_host.h has the formula.
 #include "update_host.h"
 
 #include <string>
@@ -12,15 +12,14 @@ namespace {
 
 using arcflow_update::Sizes;
 
-// The `count` numbers from `first` on as float32: in place, or converted into `scratch`.
+// `count` values from index `first` as float32: a pointer into the tensor, or into `scratch` after conversion.
 const float *as_floats(const Tensor &tensor, size_t first, size_t count, float *scratch) {
     if (tensor.dtype == DType::float32) return tensor.as<float>() + first;
     const uint16_t *bits = tensor.as<uint16_t>() + first;
-    if (tensor.dtype == DType::bfloat16) {
+    if (tensor.dtype == DType::bfloat16)
         for (size_t i = 0; i < count; ++i) scratch[i] = from_bfloat16(bits[i]);
-    } else {
+    else
         for (size_t i = 0; i < count; ++i) scratch[i] = from_half(bits[i]);
-    }
     return scratch;
 }
 
@@ -32,9 +31,8 @@ void check(const Tensor &tensor, const char *name, const std::vector<int64_t> &s
 
 Sizes check_heads(const Tensor &latents, const Tensor &means, const Tensor &logweights, const Tensor &loggammas) {
     const std::vector<int64_t> &x = latents.shape;
-    if (latents.dtype != DType::float32 || x.size() != 3) {
+    if (latents.dtype != DType::float32 || x.size() != 3)
         throw Error(ARCFLOW_INTERNAL_ERROR, "latents must be float32 [B, N, C], got " + latents.describe());
-    }
     if (logweights.shape.size() != 4 || logweights.shape[2] < 1 || logweights.shape[3] < 1 ||
         x[2] % logweights.shape[3] != 0) {
         throw engine_error("backbone: logweights must be [B, N, K, P] with P a divisor of " + std::to_string(x[2]) +

@@ -1,4 +1,4 @@
-// What the tests' programs check with: the first failure is printed and ends the program.
+// Checks for the test programs: the first failure is printed and ends the program.
 #pragma once
 
 #include <cstdio>
@@ -13,7 +13,7 @@ inline void check(bool good, const char *what, const char *file, int line) {
 
 #define CHECK(condition) check((condition), #condition, __FILE__, __LINE__)
 
-// Runs `work`, which must throw an `Exception`, and gives its text.
+// Run `work`, which must throw an `Exception`, and return its text.
 template <class Exception, class Work> std::string thrown(const Work &work) {
     try {
         work();

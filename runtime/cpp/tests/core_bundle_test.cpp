@@ -1,7 +1,8 @@
-// Manifests, bundles on disk and safetensors: the valid are read, and each kind of damage is refused by name.
+// Tests of manifests, bundles on disk and safetensors files: valid ones are read, and each kind of damage is refused
+// with a message that names it.
+#include "constants.h"
 #include "core_test.h"
-#include "repr.h"
-#include "rules.h"
+#include "json_text.h"
 #include "safetensors.h"
 #include "sha256.h"
 
@@ -13,7 +14,7 @@ using arcflow::Json;
 
 const std::string digits = std::string(64, '0');
 
-// `m` with the value at a JSON pointer replaced is refused with "manifest.json" and this text.
+// Check that `m`, with the value at a JSON pointer replaced, is refused with "manifest.json" and this text.
 void refused(Json m, const char *pointer, const Json &value, const std::string &text) {
     m[Json::json_pointer(pointer)] = value;
     fails([&] { parsed(m); }, where + text);
@@ -33,7 +34,7 @@ void test_manifests() {
     const arcflow::Manifest q = parsed(qwen_manifest());
     CHECK(q.text.templ == "user: {}" && q.text.drop_tokens == 3 && !q.text.clip_tokens);
     CHECK(q.modulation->num_inference_steps == (std::vector<int64_t>{2, 4}));
-    Json whole = flux_manifest();  // whole numbers and left-out defaults are allowed
+    Json whole = flux_manifest();  // whole numbers for floats, and absent optional keys
     whole["schedule"]["shift"] = 3;
     whole.erase("modulation");
     whole["provenance"].erase("loras");
@@ -41,19 +42,18 @@ void test_manifests() {
     CHECK(parsed(whole).schedule.shift == 3.0);
 }
 
-// B1 and B3; the digest is over everything, and format and version come before any other key.
+// B1 and B3. Format and version are checked before any other key; the digest covers all keys.
 void test_seal() {
     const auto parse = [](const std::string &text) { return [text] { arcflow::parse_manifest(text, where); }; };
-    for (const char *text : {"[]", "{}", "{\"format\": \"other\"}", "{\"format\": 1, \"version\": 2}"}) {
-        fails(parse(text), "manifest.json: 'format' must be 'arcflow-bundle'; this is not an ArcFlow bundle");
-    }
+    for (const char *text : {"[]", "{}", "{\"format\": \"other\"}", "{\"format\": 1, \"version\": 2}"})
+        fails(parse(text), "manifest.json: format must be \"arcflow-bundle\"; this is not an ArcFlow bundle");
     const std::string format = "{\"format\": \"arcflow-bundle\", \"unknown\": 1";
-    fails(parse(format + "}"), "version must be 1, got None; export the bundle again");
+    fails(parse(format + "}"), "version must be 1, got null; export the bundle again");
     fails(parse(format + ", \"version\": 2}"), "version must be 1, got 2; update arcflow");
-    fails(parse(format + ", \"version\": true}"), "version must be 1, got True; export the bundle again");
-    fails(parse(format + ", \"version\": \"1\"}"), "version must be 1, got '1'; export the bundle again");
+    fails(parse(format + ", \"version\": true}"), "version must be 1, got true; export the bundle again");
+    fails(parse(format + ", \"version\": \"1\"}"), "version must be 1, got \"1\"; export the bundle again");
     fails(parse(format + ", \"version\": 1}"),
-          "manifest.json: unknown keys ['unknown']; known are ['dtype', 'family',");
+          "manifest.json: unknown keys [\"unknown\"]; the known keys are [\"dtype\", \"family\",");
     Json m = flux_manifest();
     fails(parse(m.dump()), "manifest.json does not match its own digest; it was edited, export the bundle again");
     m["digest"] = arcflow::sha256(arcflow::canonical(flux_manifest()));
@@ -66,59 +66,63 @@ void test_seal() {
           "is larger than 16777216 bytes; it is not a manifest");
 }
 
-// B2: unknown and missing keys and wrong types, with the place in the message.
+// B2: unknown keys, missing keys and wrong types; the message names the place.
 void test_types() {
     const Json m = flux_manifest();
     refused(m, "/surprise", 1,
-            ": unknown keys ['surprise']; known are ['dtype', 'family', 'files', 'format', 'guidance',");
-    refused(m, "/family", "sd", ": family must be one of ['flux', 'qwen-image'], got 'sd'");
+            ": unknown keys [\"surprise\"]; the known keys are [\"dtype\", \"family\", \"files\", \"format\", "
+            "\"guidance\",");
+    refused(m, "/family", "sd", ": family must be one of [\"flux\", \"qwen-image\"], got \"sd\"");
     refused(m, "/dtype", nullptr,
-            ": dtype must be one of ['float32', 'float16', 'bfloat16', 'int64', 'uint8'], got None");
-    refused(m, "/opset", "23", ": opset must be of type int, got '23'");
-    refused(m, "/opset", 23.0, ": opset must be of type int, got 23.0");
-    refused(m, "/opset", true, ": opset must be of type int, got True");
-    refused(m, "/opset", -1, ": opset must be of type int, got -1");
-    refused(m, "/opset", uint64_t{1} << 63, ": opset must be below 2**63, got 9223372036854775808");
-    refused(m, "/guidance", 1, ": guidance must be of type bool, got 1");
+            ": dtype must be one of [\"float32\", \"float16\", \"bfloat16\", \"int64\", \"uint8\"], got null");
+    refused(m, "/opset", "23", ": opset must be an integer of at least 0, got \"23\"");
+    refused(m, "/opset", 23.0, ": opset must be an integer of at least 0, got 23.0");
+    refused(m, "/opset", true, ": opset must be an integer of at least 0, got true");
+    refused(m, "/opset", -1, ": opset must be an integer of at least 0, got -1");
+    refused(m, "/opset", uint64_t{1} << 63, ": opset must be below 2^63, got 9223372036854775808");
+    refused(m, "/guidance", 1, ": guidance must be true or false, got 1");
     refused(m, "/schedule", Json::array(), ": schedule must be an object, got []");
-    refused(m, "/schedule/shift", "3.2", ": schedule: shift must be of type float, got '3.2'");
-    refused(m, "/schedule/shift", true, ": schedule: shift must be of type float, got True");
-    refused(m, "/rotary/axes_dims/1", 1.5, ": rotary: axes_dims[1] must be of type int, got 1.5");
-    refused(m, "/text/template", 1, ": text: template must be of type str | None, got 1");
-    refused(m, "/text/drop_tokens", nullptr, ": text: drop_tokens must be of type int, got None");
-    refused(m, "/text/clip_tokens", "a", ": text: clip_tokens must be of type int | None, got 'a'");
-    refused(m, "/ranges/batch/step", 1, ": ranges: batch: unknown keys ['step']; known are ['max', 'min']");
-    refused(m, "/parts", nullptr, ": parts must be an object, got None");
-    refused(m, "/parts/backbone/inputs", {{"a", 1}}, ": parts.backbone: inputs must be a list, got {'a': 1}");
+    refused(m, "/schedule/shift", "3.2", ": schedule: shift must be a number, got \"3.2\"");
+    refused(m, "/schedule/shift", true, ": schedule: shift must be a number, got true");
+    refused(m, "/rotary/axes_dims/1", 1.5, ": rotary: axes_dims[1] must be an integer of at least 0, got 1.5");
+    refused(m, "/text/template", 1, ": text: template must be a string or null, got 1");
+    refused(m, "/text/drop_tokens", nullptr, ": text: drop_tokens must be an integer of at least 0, got null");
+    refused(m, "/text/clip_tokens", "a", ": text: clip_tokens must be an integer of at least 0, or null, got \"a\"");
+    refused(m, "/ranges/batch/step", 1,
+            ": ranges: batch: unknown keys [\"step\"]; the known keys are [\"max\", \"min\"]");
+    refused(m, "/parts", nullptr, ": parts must be an object, got null");
+    refused(m, "/parts/backbone/inputs", {{"a", 1}}, ": parts.backbone: inputs must be a list, got {\"a\": 1}");
     refused(m, "/parts/backbone/inputs/0/dtype", "int8",
-            ": parts.backbone: inputs[0]: dtype must be one of ['float32',");
+            ": parts.backbone: inputs[0]: dtype must be one of [\"float32\",");
     refused(m, "/parts/backbone/inputs/0/shape/1", nullptr,
-            ": parts.backbone: inputs[0]: shape[1] must be of type int | str, got None");
+            ": parts.backbone: inputs[0]: shape[1] must be an integer of at least 0, or a string, got null");
     refused(m, "/parts/backbone/quantization", 1, ": parts.backbone: quantization must be an object, got 1");
     refused(m, "/parts/backbone/quantization", {{"format", "int4"}},
-            ": parts.backbone: quantization: missing keys ['layers', 'policy', 'scales']");
-    refused(m, "/modulation", "x", ": modulation must be an object, got 'x'");
-    refused(m, "/tokenizers/tokenizer", 1, ": tokenizers.tokenizer must be of type str, got 1");
-    refused(m, "/files/backbone.onnx/bytes", 5.5, ": files.backbone.onnx: bytes must be of type int, got 5.5");
-    refused(m, "/provenance/tools/x", 1, ": provenance: tools.x must be of type str, got 1");
-    refused(m, "/provenance/base/scale", "1", ": provenance: base: scale must be of type float | None, got '1'");
-    refused(m, "/provenance/base/revision", 1, ": provenance: base: revision must be of type str | None, got 1");
-    refused(m, "/provenance/loras", nullptr, ": provenance: loras must be a list, got None");
-    refused(m, "/provenance/loras/0/x", 1, ": provenance: loras[0]: unknown keys ['x']");
+            ": parts.backbone: quantization: missing keys [\"layers\", \"policy\", \"scales\"]");
+    refused(m, "/modulation", "x", ": modulation must be an object, got \"x\"");
+    refused(m, "/tokenizers/tokenizer", 1, ": tokenizers.tokenizer must be a string, got 1");
+    refused(m, "/files/backbone.onnx/bytes", 5.5,
+            ": files.backbone.onnx: bytes must be an integer of at least 0, got 5.5");
+    refused(m, "/provenance/tools/x", 1, ": provenance: tools.x must be a string, got 1");
+    refused(m, "/provenance/base/scale", "1", ": provenance: base: scale must be a number or null, got \"1\"");
+    refused(m, "/provenance/base/revision", 1, ": provenance: base: revision must be a string or null, got 1");
+    refused(m, "/provenance/loras", nullptr, ": provenance: loras must be a list, got null");
+    refused(m, "/provenance/loras/0/x", 1, ": provenance: loras[0]: unknown keys [\"x\"]");
     for (const auto &[key, value] : m.items()) {
         Json less = m;
         less.erase(key);
         if (key == "modulation") continue;
         const bool first = key == "format" || key == "version";
-        fails([&] { parsed(less); }, first ? key : "manifest.json: missing keys ['" + key + "']");
+        fails([&] { parsed(less); }, first ? key : "manifest.json: missing keys [\"" + key + "\"]");
     }
 }
 
-// Values, B4, B5 and B7.
+// Values, and rules B4, B5 and B7.
 void test_rules() {
     const Json m = flux_manifest();
     const std::string again = "; export the bundle again";
-    refused(m, "/dtype", "int64", ": dtype must be one of ['float32', 'float16', 'bfloat16'], got 'int64'" + again);
+    refused(m, "/dtype", "int64",
+            ": dtype must be one of [\"float32\", \"float16\", \"bfloat16\"], got \"int64\"" + again);
     refused(m, "/schedule/shift", 0, ": schedule: shift must be positive, got 0.0" + again);
     refused(m, "/schedule/timestep_ratio", 1.5,
             ": schedule: timestep_ratio must be above 0 and at most 1, got 1.5" + again);
@@ -133,16 +137,18 @@ void test_rules() {
     refused(m, "/rotary/axes_dims", {8, 12, 13}, ": rotary: axes_dims must be three even sizes, got [8, 12, 13]");
     refused(m, "/text/max_sequence_length", 0, ": text: max_sequence_length must be at least 1, got 0");
     refused(m, "/text/max_sequence_length", INT64_MAX, ": text: max_sequence_length must be at most 1048576, got");
-    refused(m, "/text/clip_tokens", nullptr, ": text: clip_tokens must be given for a flux bundle, got None" + again);
-    refused(m, "/ranges/batch/max", 0, ": ranges: batch must be min and max with 1 <= min <= max, got (1, 0)" + again);
-    refused(m, "/ranges/width_px/max", 2047, ": ranges: width_px must be multiples of 16, got (32, 2047)" + again);
+    refused(m, "/text/clip_tokens", nullptr, ": text: clip_tokens must be given for a flux bundle, got null" + again);
+    refused(m, "/ranges/batch/max", 0,
+            ": ranges: batch must be min and max with 1 <= min <= max, got {\"min\": 1, \"max\": 0}" + again);
+    refused(m, "/ranges/width_px/max", 2047,
+            ": ranges: width_px must be multiples of 16, got {\"min\": 32, \"max\": 2047}" + again);
     refused(m, "/ranges/width_px/max", int64_t{1} << 40, ": ranges: width_px must be at most 2147483647, got");
     refused(m, "/tokenizers", {{"tokenizer", "tokenizer.json"}},
-            ": tokenizers must be given for ['tokenizer', 'tokenizer_2'], got ['tokenizer']" + again);
+            ": tokenizers must be given for [\"tokenizer\", \"tokenizer_2\"], got [\"tokenizer\"]" + again);
     refused(qwen_manifest(), "/text/template", "{} {}",
-            ": text: template must be a text with one {} for the prompt, got '{} {}'");
+            ": text: template must be a text with one {} for the prompt, got \"{} {}\"");
     refused(qwen_manifest(), "/text/template", nullptr,
-            ": text: template must be a text with one {} for the prompt, got None");
+            ": text: template must be a text with one {} for the prompt, got null");
     refused(qwen_manifest(), "/schedule/num_inference_steps", 3,
             ": schedule: num_inference_steps must be one of [2, 4], got 3");
     const Json quantization = {{"format", "fp8_e4m3"}, {"layers", {"a", "b"}}, {"policy", digits}, {"scales", digits}};
@@ -152,17 +158,18 @@ void test_rules() {
     CHECK(parsed(quantized).parts.at("backbone").quantization->layers[1] == "b");
     refused(quantized, (place + "/layers").c_str(), Json::array(),
             name + "layers must be at least one, or no quantization, got []");
-    refused(quantized, (place + "/layers/1").c_str(), "a", name + "layers must be named once each, got ['a']");
-    refused(quantized, (place + "/policy").c_str(), digits + "0", name + "policy must be a SHA-256, got '000");
-    refused(quantized, (place + "/scales").c_str(), "A" + digits.substr(1), name + "scales must be a SHA-256, got 'A0");
+    refused(quantized, (place + "/layers/1").c_str(), "a", name + "layers must be named once each, got [\"a\"]");
+    refused(quantized, (place + "/policy").c_str(), digits + "0", name + "policy must be a SHA-256, got \"000");
+    refused(quantized, (place + "/scales").c_str(), "A" + digits.substr(1),
+            name + "scales must be a SHA-256, got \"A0");
 
     Json less = m;
     less["parts"].erase("conditioner");
     fails([&] { parsed(less); },
-          "a flux bundle must have parts ['backbone', 'conditioner', 'text_encoder', 'text_encoder_2', "
-          "'vae_decoder'], missing ['conditioner']");
-    refused(m, "/parts/backbone/graph", "b.onnx", ": 'b.onnx' is used but not listed under 'files'");
-    refused(qwen_manifest(), "/modulation/file", "m", ": 'm' is used but not listed under 'files'");
+          "a flux bundle must have parts [\"backbone\", \"conditioner\", \"text_encoder\", \"text_encoder_2\", "
+          "\"vae_decoder\"], missing [\"conditioner\"]");
+    refused(m, "/parts/backbone/graph", "b.onnx", ": \"b.onnx\" is used but not listed under \"files\"");
+    refused(qwen_manifest(), "/modulation/file", "m", ": \"m\" is used but not listed under \"files\"");
     for (const char *bad : {"../a", "/a", "a//b", "a/", "./a", "a/..", "a b", "a\\b", "", "\xc3\xa9", "a\x01"}) {
         Json named = m;
         named["files"][bad] = file_entry();
@@ -175,7 +182,7 @@ void test_rules() {
     }
 }
 
-// B4 and B6 on disk.
+// Rules B4 and B6, on files.
 void test_bundles() {
     const Folder folder;
     const fs::path root = folder.path() / "bundle", file = root / "backbone.onnx";
@@ -189,7 +196,7 @@ void test_bundles() {
     for (const auto &[name, entry] : m["files"].items()) write(root / name, "bytes");
     const arcflow::Bundle bundle = arcflow::Bundle::open(root, true);
     CHECK(bundle.path("backbone.onnx") == file);
-    fails([&] { bundle.path("../x"); }, "'../x' is used but not listed under 'files'");
+    fails([&] { bundle.path("../x"); }, "\"../x\" is used but not listed under \"files\"");
     write(file, "longer");
     fails(open, "backbone.onnx must have 5 bytes, got 6; it was cut or edited, export or copy it again");
     write(file, "Bytes");
@@ -230,7 +237,7 @@ void test_safetensors() {
     const auto found = arcflow::load_safetensors(path, {"a", "b"});
     CHECK(found.at("a").describe() == "float32[1, 2]" && found.at("a").as<float>()[1] == 2.0f);
     CHECK(found.at("b").describe() == "bfloat16[]" && arcflow::from_bfloat16(found.at("b").as<uint16_t>()[0]) == 1.0f);
-    fails([&] { arcflow::load_safetensors(path, {"c"}); }, "t has no tensor 'c'");
+    fails([&] { arcflow::load_safetensors(path, {"c"}); }, "t has no tensor \"c\"");
     fails([&] { arcflow::load_safetensors(folder.path() / "none", {}); }, "none cannot be opened");
 
     const auto bytes_fail = [&](const std::string &bytes, const std::string &text) {
@@ -243,7 +250,7 @@ void test_safetensors() {
     bytes_fail(safetensors("{" + a + ", " + b + "}", data + "x"), "must take the 11 bytes behind the header, got 10");
     bytes_fail(std::string("\xff\xff\xff\xff\xff\xff\xff\xff{}", 10), "the header must have at most 2 bytes, got 1844");
     bytes_fail(std::string("\x03\0\0\0\0\0\0\0{}", 10), "the header must have at most 2 bytes, got 3");
-    bytes_fail(safetensors("", ""), "the header must begin with '{'");
+    bytes_fail(safetensors("", ""), "the header must begin with \"{\"");
     bytes_fail(safetensors("{" + a + "}", data), "one after the other, got one at byte 2 after byte 0");
 
     const auto fail = [](const std::string &entry, const std::string &text) {
@@ -254,17 +261,17 @@ void test_safetensors() {
     };
     arcflow::parse_safetensors_header("{\"a\": " + entry("F64", "[1]", "[0, 8]") + "}", 8, "t");
     fail("1", "t.a must be an object, got 1");
-    fail("{}", "t.a: missing keys ['data_offsets', 'dtype', 'shape']");
-    fail(entry("F31", "[1]", "[0, 8]"), "t.a: dtype 'F31' is not known");
-    fail(entry("F32", "[-2]", "[0, 8]"), "t.a: shape[0] must be of type int, got -2");
+    fail("{}", "t.a: missing keys [\"data_offsets\", \"dtype\", \"shape\"]");
+    fail(entry("F31", "[1]", "[0, 8]"), "t.a: dtype \"F31\" is not known");
+    fail(entry("F32", "[-2]", "[0, 8]"), "t.a: shape[0] must be an integer of at least 0, got -2");
     fail(entry("F32", "[2]", "[0, 8, 9]"), "t.a: data_offsets must be a begin and an end after it");
     fail(entry("F32", "[2]", "[8, 0]"), "t.a: data_offsets must be a begin and an end after it");
     fail(entry("F32", "[3]", "[0, 8]"), "span the bytes that shape and dtype take, got 8 for F32[3]");
     // 2**62 * 4 is 0 in 64 bits.
     fail(entry("F32", "[4611686018427387904]", "[0, 0]"), "span the bytes that shape and dtype take, got 0 for F32[46");
     fail(entry("F32", "[2]", "[0, 8]") + ", \"b\": " + entry("F32", "[1]", "[4, 8]"), "got one at byte 4 after byte 8");
-    fail(entry("F32", "[2]", "[0, 8]") + ", \"a\": 1", "has the key 'a' twice");
-    fail(entry("F32", "[2]", "[0, 8]") + ", \"__metadata__\": {\"k\": 1}", "__metadata__.k must be of type str, got 1");
+    fail(entry("F32", "[2]", "[0, 8]") + ", \"a\": 1", "has the key \"a\" twice");
+    fail(entry("F32", "[2]", "[0, 8]") + ", \"__metadata__\": {\"k\": 1}", "__metadata__.k must be a string, got 1");
 }
 
 void test_modulation() {
@@ -283,7 +290,7 @@ void test_modulation() {
     write(path, safetensors("{" + two + "}", std::string(8, '\0')));
     fails([&] { arcflow::load_modulation(bundle); },
           "modulation.safetensors: the modulation table cannot be read (" + path.string() +
-              " has no tensor 'num_inference_steps_4'); export the bundle again");
+              " has no tensor \"num_inference_steps_4\"); export the bundle again");
     write(path, safetensors("{" + two + ", " + entry("4", "[2, 2]", "[8, 24]") + "}", std::string(24, '\0')));
     fails([&] { arcflow::load_modulation(bundle); },
           "num_inference_steps_4 must have shape [4, M] in float32, got float32[2, 2]");

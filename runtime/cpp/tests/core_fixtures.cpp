@@ -1,4 +1,4 @@
-// What core_test.h declares.
+// Implements core_test.h.
 #include "core_test.h"
 
 #include <fstream>
@@ -109,4 +109,3 @@ std::string sealed(Json m) {
 }
 
 arcflow::Manifest parsed(const Json &m) { return arcflow::parse_manifest(sealed(m), where); }
-

@@ -1,4 +1,4 @@
-// Noise, schedule, rotary tables and update, against torch and float64.
+// Tests of noise, schedule, rotary tables and update against torch and float64.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -36,7 +36,7 @@ void test_noise() {
         CHECK(arcflow::sha256({reinterpret_cast<const char *>(noise.data()), 4 * c.count}) == c.sha256);
     }
     const arcflow::Latents latents{3, 2, 8, 16, 4};
-    const Tensor packed = arcflow::draw_latents({5}, 2, latents, 4, 6);
+    const Tensor packed = arcflow::packed_noise({5}, 2, latents, 4, 6);
     CHECK(packed.describe() == "float32[2, 6, 12]");
     std::vector<float> noise(2 * 3 * 4 * 6);
     arcflow::randn(5, noise.size(), noise.data());
@@ -47,11 +47,20 @@ void test_noise() {
                     const size_t token = y / 2 * 3 + x / 2, channel = c * 4 + y % 2 * 2 + x % 2;
                     CHECK(packed.as<float>()[(b * 6 + token) * 12 + channel] == noise[((b * 3 + c) * 4 + y) * 6 + x]);
                 }
-    const Tensor each = arcflow::draw_latents({5, 6}, 2, latents, 4, 6),
-                 alone = arcflow::draw_latents({6}, 1, latents, 4, 6);
+    const Tensor each = arcflow::packed_noise({5, 6}, 2, latents, 4, 6),
+                 alone = arcflow::packed_noise({6}, 1, latents, 4, 6);
     CHECK(std::equal(alone.data.begin(), alone.data.end(), each.data.begin() + 4 * 6 * 12));
-    fails([&] { arcflow::draw_latents({1, 2}, 3, latents, 4, 6); }, "one seed or one per image, 3, got 2");
-    fails([&] { arcflow::draw_latents({1}, 1, latents, 3, 6); }, "latent sizes must be multiples of 2, got 3 x 6");
+    // Image i of a batch with one seed begins behind the numbers of the images before it; of 64 bits 32 count.
+    const auto same = [](const std::vector<arcflow::NoiseStream> &found,
+                         const std::vector<std::pair<uint32_t, int64_t>> &expected) {
+        return std::equal(found.begin(), found.end(), expected.begin(), expected.end(),
+                          [](const auto &a, const auto &b) { return a.seed == b.first && a.first == b.second; });
+    };
+    CHECK(same(arcflow::noise_streams({5}, 3, 96), {{5, 0}, {5, 96}, {5, 192}}));
+    CHECK(same(arcflow::noise_streams({5, uint64_t{1} << 32 | 7, 5}, 3, 96), {{5, 0}, {7, 0}, {5, 0}}));
+    CHECK(same(arcflow::noise_streams({9}, 1, 96), {{9, 0}}));
+    fails([&] { arcflow::packed_noise({1, 2}, 3, latents, 4, 6); }, "noise needs one seed, or one per image, 3, got 2");
+    fails([&] { arcflow::packed_noise({1}, 1, latents, 3, 6); }, "latent sizes must be multiples of 2, got 3 x 6");
 }
 
 void test_schedule() {
@@ -70,7 +79,7 @@ void test_schedule() {
     fails([&] { arcflow::sigmas(0, schedule); }, "num_inference_steps must be at least 1, got 0; the default is 2");
 }
 
-// A rotation by the angle of its position: cosine and sine to one place of numbers below 1.
+// Each pair of numbers is cosine and sine of the position's angle, to half an ulp of numbers below 1.
 void test_rotary() {
     const arcflow::Manifest q = parsed(qwen_manifest());
     const Tensor image = arcflow::image_rotary(q, 3, 4), text = arcflow::text_rotary(q, 3, 4, 2);
@@ -100,7 +109,7 @@ Tensor random(std::mt19937 &generator, std::vector<int64_t> shape, float spread)
     return tensor;
 }
 
-// One step in `dtype` heads against float64, P sub-pixels.
+// Compare one step, with heads in `dtype` and P = `sub_pixels`, with float64.
 void test_update(DType dtype, int64_t modes, int64_t channels, int64_t sub_pixels) {
     std::mt19937 generator(1);
     const Tensor start = random(generator, {2, 3, channels}, 4);
@@ -121,9 +130,8 @@ void test_update(DType dtype, int64_t modes, int64_t channels, int64_t sub_pixel
     for (int64_t i = 0; i < latents.count(); ++i) {
         const int64_t token = i / channels, c = i % channels, p = c % sub_pixels;
         double sum = 0, velocity = 0, size = 0;
-        for (int64_t k = 0; k < modes; ++k) {
+        for (int64_t k = 0; k < modes; ++k)
             sum += std::exp(w[static_cast<size_t>((token * modes + k) * sub_pixels + p)]);
-        }
         for (int64_t k = 0; k < modes; ++k) {
             const double gamma = k == 0 ? 0 : g[static_cast<size_t>((token * (modes - 1) + k - 1) * sub_pixels + p)];
             const double z = gamma * step, phi = z == 0 ? 1 : std::expm1(z) / z;
@@ -133,7 +141,7 @@ void test_update(DType dtype, int64_t modes, int64_t channels, int64_t sub_pixel
             size += std::abs(term);
         }
         const double expected = x[static_cast<size_t>(i)] - velocity;
-        // Half a place, 2**-24, of each term for its coefficient, product and up to K sums, and of the result.
+        // Half an ulp, 2^-24, of each term for its coefficient, its product and up to K sums, and of the result.
         const double bound = 0x1p-24 * ((static_cast<double>(modes) + 2) * size + std::abs(expected));
         CHECK(std::abs(static_cast<double>(latents.as<float>()[i]) - expected) <= bound);
     }
@@ -149,11 +157,8 @@ void test_updates() {
     fails([&] { arcflow::update(latents, means, weights, weights, 1, 0); },
           "backbone: loggammas must be float32[1, 2, 2, 4] in a float type, got float32[1, 2, 3, 4]; export the bundle "
           "again");
-    fails(
-        [&] {
-            arcflow::update(latents, Tensor(DType::int64, {1, 2, 3, 8}), weights, gammas, 1, 0);
-        },
-        "backbone: means must be float32[1, 2, 3, 8] in a float type, got int64[1, 2, 3, 8]");
+    fails([&] { arcflow::update(latents, Tensor(DType::int64, {1, 2, 3, 8}), weights, gammas, 1, 0); },
+          "backbone: means must be float32[1, 2, 3, 8] in a float type, got int64[1, 2, 3, 8]");
     fails([&] { arcflow::update(latents, means, means, gammas, 1, 0); }, "loggammas must be float32[1, 2, 2, 8]");
     Tensor broken = weights;
     broken.as<float>()[5] = std::numeric_limits<float>::quiet_NaN();

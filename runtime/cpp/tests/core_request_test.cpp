@@ -1,4 +1,4 @@
-// Requests of the C ABI: defaults, and every rule.
+// Tests of requests: defaults, and the message of each rule.
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -14,7 +14,9 @@ void test_request() {
     given.prompt_count = 2;
     const arcflow::Request r = arcflow::check_request(given, f);
     CHECK(r.prompts[1] == prompts[1] && r.batch() == 2 && r.steps == 2 && r.guidance_scale == 3.5f && r.decode);
-    CHECK(r.height_px == 256 && r.width_px == 1024 && r.max_sequence_length == 64 && r.seeds.size() == 1);
+    CHECK(r.height_px == 256 && r.width_px == 1024 && r.max_sequence_length == 64);
+    // A random seed for each image.
+    CHECK(r.seeds.size() == 2 && r.seeds[0] != r.seeds[1]);
     CHECK(r.warnings.empty() && r.on_step == nullptr);
 
     const auto fail = [&](const arcflow::Manifest &m, const std::function<void(arcflow_request &)> &change,
@@ -24,19 +26,17 @@ void test_request() {
         fails([&] { arcflow::check_request(changed, m); }, text);
     };
     using R = arcflow_request;
+    fail(f, [](R &x) { x.prompts = nullptr; }, "request must have either prompts or tokens, got neither");
     fail(
-        f, [](R &x) { x.prompts = nullptr; }, "a request must have either prompts or tokens, got neither");
-    fail(
-        f, [](R &x) { x.prompt_count = 0; }, "prompt must hold at least one string, got an empty list; '' is allowed");
-    fail(
-        f, [](R &x) { x.num_images_per_prompt = -1; }, "num_images_per_prompt must be at least 1, got -1");
+        f, [](R &x) { x.prompt_count = 0; },
+        "request.prompt_count must be at least 1, got 0; an empty string is allowed as a prompt");
+    fail(f, [](R &x) { x.num_images_per_prompt = -1; }, "request.num_images_per_prompt must be at least 1, got -1");
     fail(
         f, [](R &x) { x.num_images_per_prompt = 3; },
-        "prompts times num_images_per_prompt must be between 1 and 4 for this bundle, got 2 * 3 = 6; ask for fewer "
-        "images "
-        "at a time");
-    fail(
-        f, [](R &x) { x.prompt_count = SIZE_MAX; }, "for this bundle, got 18446744073709551615 * 1");
+        "request.prompt_count times request.num_images_per_prompt must be between 1 and 4 for this bundle, got 2 * 3 = "
+        "6; "
+        "ask for fewer images at a time");
+    fail(f, [](R &x) { x.prompt_count = SIZE_MAX; }, "for this bundle, got 18446744073709551615 * 1");
     fail(
         f,
         [](R &x) {
@@ -44,30 +44,24 @@ void test_request() {
             x.num_images_per_prompt = INT32_MAX;
         },
         " * 2147483647; ask for fewer");
-    fail(
-        f, [](R &x) { x.height = -16; }, "height must be at least 1, got -16");
-    fail(
-        f, [](R &x) { x.height = 40; }, "height must be a multiple of 16, got 40; the nearest is 32");
-    fail(
-        f, [](R &x) { x.width = 56; }, "width must be a multiple of 16, got 56; the nearest is 64");
-    fail(
-        f, [](R &x) { x.width = 1; }, "width must be a multiple of 16, got 1; the nearest is 16");
+    fail(f, [](R &x) { x.height = -16; }, "request.height must be at least 1, got -16");
+    fail(f, [](R &x) { x.height = 40; }, "request.height must be a multiple of 16, got 40; the nearest is 32");
+    fail(f, [](R &x) { x.width = 56; }, "request.width must be a multiple of 16, got 56; the nearest is 64");
+    fail(f, [](R &x) { x.width = 1; }, "request.width must be a multiple of 16, got 1; the nearest is 16");
     fail(
         f, [](R &x) { x.width = 16; },
-        "width must be between 32 and 2048 for this bundle, got 16; export a bundle with");
+        "request.width must be between 32 and 2048 for this bundle, got 16; export a bundle with");
     fail(
-        f, [](R &x) { x.num_inference_steps = 1001; }, "num_inference_steps must be between 1 and 1000, got 1001");
+        f, [](R &x) { x.num_inference_steps = 1001; },
+        "request.num_inference_steps must be between 1 and 1000, got 1001");
     fail(
         q, [](R &x) { x.num_inference_steps = 3; },
-        "num_inference_steps must be one of those baked into this bundle, [2, 4], got 3; export with --steps 3, or "
-        "with "
-        "--keep-conditioner for any step count");
-    fail(
-        f, [](R &x) { x.max_sequence_length = 65; }, "max_sequence_length must be between 1 and 64, got 65");
-    fail(
-        f, [](R &x) { x.guidance_scale = 65.5f; }, "guidance_scale must be between 0 and 65, got 65.5");
-    fail(
-        f, [](R &x) { x.guidance_scale = std::nanf(""); }, "guidance_scale must be between 0 and 65, got nan");
+        "request.num_inference_steps must be one of those baked into this bundle, [2, 4], got 3; export with --steps "
+        "3, "
+        "or with --keep-conditioner for any step count");
+    fail(f, [](R &x) { x.max_sequence_length = 65; }, "request.max_sequence_length must be between 1 and 64, got 65");
+    fail(f, [](R &x) { x.guidance_scale = 65.5f; }, "request.guidance_scale must be between 0 and 65, got 65.5");
+    fail(f, [](R &x) { x.guidance_scale = std::nanf(""); }, "request.guidance_scale must be between 0 and 65, got nan");
     const uint64_t seeds[] = {1, 2, 3};
     fail(
         f,
@@ -75,30 +69,29 @@ void test_request() {
             x.seeds = seeds;
             x.seed_count = 3;
         },
-        "seed must be an integer or a list of one per image, 2, got a list of 3");
-    fail(
-        f, [&](R &x) { x.seed_count = 3; }, "seeds must point to 3 numbers, got NULL");
+        "request.seed_count must be 1 or one per image, 2, got 3");
+    fail(f, [&](R &x) { x.seed_count = 3; }, "request.seeds must point to 3 numbers, got NULL");
     const std::pair<const char *, int> bad_texts[] = {
         {"ab\xff", 2}, {"\xc3", 0}, {"a\xed\xa0\x80", 1}, {"\xc0\x80", 0}, {"\xf4\x90\x80\x80", 0}, {"\xe2\x82", 0}};
     for (const auto &[text, position] : bad_texts) {
         const char *bad[] = {"", text};
         fail(
             f, [&](R &x) { x.prompts = bad; },
-            "prompt must be valid Unicode, got a byte that is no UTF-8 at position " + std::to_string(position));
+            "request.prompts[1] must be UTF-8, got an invalid byte at position " + std::to_string(position));
     }
     const char *missing[] = {"a", nullptr};
-    fail(
-        f, [&](R &x) { x.prompts = missing; }, "prompt must be a string or a list of strings, got NULL as prompt 1");
+    fail(f, [&](R &x) { x.prompts = missing; }, "request.prompts[1] must be a string, got NULL");
 
     arcflow_request one = given;
     one.prompt_count = 1;
     one.num_inference_steps = 1;
-    CHECK(arcflow::check_request(one, f).warnings[0] == "num_inference_steps 1 gives a blurry picture; use 2 or more");
+    CHECK(arcflow::check_request(one, f).warnings[0] ==
+          "request.num_inference_steps is 1, which gives a blurry image; use 2 or more");
     one.num_inference_steps = 4;
     one.guidance_scale = 3.2f;
     const arcflow::Request unguided = arcflow::check_request(one, q);
     CHECK(!unguided.guidance_scale && unguided.steps == 4);
-    CHECK(unguided.warnings.at(0) == "this student takes no guidance; guidance_scale 3.2 was ignored");
+    CHECK(unguided.warnings.at(0) == "this student takes no guidance; request.guidance_scale 3.2 was ignored");
 
     std::vector<int64_t> ids(78, 1);
     arcflow_tokens tokens{ids.data(), 77, ids.data(), 64};
@@ -108,17 +101,17 @@ void test_request() {
     const auto token_fail = [&](const arcflow::Manifest &m, const std::string &text) {
         fails([&] { arcflow::check_request(one, m); }, text);
     };
-    token_fail(q, "tokens[0].ids must have between 4 and 67 token ids, special tokens included, got 77");
+    token_fail(q, "request.tokens[0].ids must have between 4 and 67 token ids, special tokens included, got 77");
     tokens.count = 67;
-    token_fail(q, "tokens[0].ids_2 must be empty for a qwen-image bundle, got 64 ids");
+    token_fail(q, "request.tokens[0].ids_2 must be empty for a qwen-image bundle, got 64 ids");
     tokens.count_2 = 0;
     CHECK(arcflow::check_request(one, q).tokens[0].ids.size() == 67);
-    token_fail(f, "tokens[0].ids_2 must have between 1 and 64 token ids, special tokens included, got 0");
+    token_fail(f, "request.tokens[0].ids_2 must have between 1 and 64 token ids, special tokens included, got 0");
     tokens = {nullptr, 2, ids.data(), 2};
-    token_fail(f, "tokens[0].ids must point to 2 ids, got NULL");
+    token_fail(f, "request.tokens[0].ids must point to 2 ids, got NULL");
     ids[1] = -1;
     tokens.ids = ids.data();
-    token_fail(f, "tokens[0].ids[1] must be between 0 and 2147483647, got -1");
+    token_fail(f, "request.tokens[0].ids[1] must be between 0 and 2147483647, got -1");
     one.prompts = prompts;
-    token_fail(f, "a request must have either prompts or tokens, got both");
+    token_fail(f, "request must have either prompts or tokens, got both");
 }

@@ -1,11 +1,11 @@
-// The core against facts that do not come from it: published vectors, torch's numbers, IEEE 754's definition, and
-// float64. Comparisons with the Python runtime are in tests/test_cpp_core.py.
+// Tests of the core against facts from elsewhere: published test vectors, torch's numbers, IEEE 754 and float64.
+// tests/test_cpp_core.py compares it with the Python runtime.
 #include "core_test.h"
 
 #include <cmath>
 #include <limits>
 
-#include "repr.h"
+#include "json_text.h"
 #include "sha256.h"
 #include "tensor.h"
 
@@ -31,20 +31,19 @@ void test_sha256() {
     fails([&] { arcflow::sha256_file(folder.path() / "none"); }, "none cannot be read; check its permissions");
 }
 
-// The value of 16 bits by the definition of IEEE 754's formats, in float64: exponent bits and bias are the format's.
+// The value of a 16-bit float by the definition of IEEE 754, in float64; `bias` is the exponent's.
 double defined(uint16_t bits, int mantissa_bits, int bias) {
     const int exponent_bits = 15 - mantissa_bits, exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
     const int mantissa = bits & ((1 << mantissa_bits) - 1);
     const double sign = bits & 0x8000 ? -1 : 1;
-    if (exponent == (1 << exponent_bits) - 1) {
+    if (exponent == (1 << exponent_bits) - 1)
         return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
-    }
     const int scale = std::max(exponent, 1) - bias - mantissa_bits;
     return sign * std::ldexp(mantissa + (exponent ? 1 << mantissa_bits : 0), scale);
 }
 
-// Every value of the format is read right and written back; what lies between two neighbours goes to the nearer, and
-// half way to the even one.
+// Every value survives a round trip, and each number between two neighbours goes to the nearer one, halfway to the even
+// one.
 void test_rounding(uint16_t (*to)(float), float (*from)(uint16_t), int mantissa_bits, int bias) {
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
         const auto narrow = static_cast<uint16_t>(bits);
@@ -55,7 +54,7 @@ void test_rounding(uint16_t (*to)(float), float (*from)(uint16_t), int mantissa_
         }
         CHECK(static_cast<double>(from(narrow)) == value && to(from(narrow)) == narrow);
         CHECK(std::signbit(from(narrow)) == ((narrow & 0x8000) != 0));
-        // The neighbour further from zero; beyond the largest number the format's next one would be there.
+        // The neighbour away from zero; behind the largest number, where the format's next would be.
         if (std::isinf(value)) continue;
         const auto next = static_cast<uint16_t>(narrow + 1);
         double after = defined(next, mantissa_bits, bias);
@@ -87,11 +86,13 @@ void test_tensors() {
     fails([] { Tensor(DType::float32, {-1}); }, "at least 0, got [-1]");
 }
 
-// The texts are those of Python's repr and json.dumps.
+// Numbers and canonical text as Python's json.dumps writes them.
 void test_texts() {
-    CHECK(arcflow::repr(3.2) == "3.2" && arcflow::repr(10000.0) == "10000.0" && arcflow::repr(1e-6) == "1e-06");
-    CHECK(arcflow::repr(1e16) == "1e+16" && arcflow::repr(-0.0) == "-0.0" && arcflow::repr(-2.5e-300) == "-2.5e-300");
-    CHECK(arcflow::repr_float32(3.2f) == "3.2" && arcflow::repr("it's\n") == "\"it's\\n\"");
+    CHECK(arcflow::json_text(3.2) == "3.2" && arcflow::json_text(10000.0) == "10000.0" &&
+          arcflow::json_text(1e-6) == "1e-06");
+    CHECK(arcflow::json_text(1e16) == "1e+16" && arcflow::json_text(-0.0) == "-0.0" &&
+          arcflow::json_text(-2.5e-300) == "-2.5e-300");
+    CHECK(arcflow::json_text(3.2f) == "3.2" && arcflow::json_text("it's\n") == "\"it's\\n\"");
     const std::string text =
         "{\"a/\": {\"b\": 1, \"a\": -2.5}, \"\": 0, \"\\u00e9\\u007f\\\"\\\\\\n\\u0001\\ud83d\\ude00\": "
         "[1e-06, 1e16, 3.2, 10000.0, 1e15, 123456789012345680.0, 0.0001, 0.00001, -0.0, 5e-324, "
@@ -102,14 +103,14 @@ void test_texts() {
           "1.7976931348623157e+308,-1,18446744073709551615,100000,1e+22,1e+23,0.1,true,false,null,{},[]]}");
 }
 
-// Hostile JSON: refused in time and without a deep stack.
+// Hostile JSON is refused quickly and without deep recursion.
 void test_json() {
     const auto read = [](const std::string &text) { return [text] { arcflow::read_json(text, where); }; };
     const auto nested = [](size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
     arcflow::canonical(arcflow::read_json(nested(65), where));
-    fails(read(nested(66)), "manifest.json is nested deeper than 64");
-    fails(read(std::string(10 << 20, '[')), "manifest.json is nested deeper than 64");
-    fails(read("{\"a\": {\"b\": 1, \"b\": 2}}"), "manifest.json: an object has the key 'b' twice");
+    fails(read(nested(66)), "manifest.json must not be nested deeper than 64 levels");
+    fails(read(std::string(10 << 20, '[')), "manifest.json must not be nested deeper than 64 levels");
+    fails(read("{\"a\": {\"b\": 1, \"b\": 2}}"), "manifest.json: an object has the key \"b\" twice");
     arcflow::read_json("[{\"a\": {\"a\": 1}}, {\"a\": 2}]", where);
     for (const char *bad : {"", "{", "[1,]", "{} {}", "nan", "[NaN]", "[Infinity]", "[1e400]", "'a'", "[01]",
                             "\"\x80\"", "\"\\ud800\"", "\"\n\"", "// {}"}) {

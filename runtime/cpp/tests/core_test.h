@@ -1,4 +1,4 @@
-// What the tests of the core share: how an Error is expected, a folder, and manifests.
+// Shared by the tests of the core: expected errors, a temporary folder, manifests.
 #pragma once
 
 #include <filesystem>
@@ -10,15 +10,15 @@
 #include "json.h"
 #include "manifest.h"
 
-// Name of the manifests' file in errors.
+// The manifest's file name in errors.
 constexpr const char *where = "manifest.json";
 
-// Fails unless `work` throws an Error whose text has this part.
+// Fails unless `work` throws an Error whose text contains `part`.
 void fails(const std::function<void()> &work, const std::string &part);
 
 void write(const std::filesystem::path &path, const std::string &bytes);
 
-// A folder for one test.
+// A temporary folder.
 class Folder {
 public:
     Folder();
@@ -31,12 +31,12 @@ private:
     std::filesystem::path path_;
 };
 
-// Manifests without their digest, whose files hold "bytes". Qwen's has a baked table in place of the conditioner.
+// Manifests without a digest, whose files contain "bytes". Qwen's has a baked table and no conditioner.
 arcflow::Json flux_manifest();
 arcflow::Json qwen_manifest();
 arcflow::Json file_entry();
 
-// The text of a manifest as a writer would give it, with the digest of its content; and what it is read as.
+// `sealed`: a manifest's text with its digest. `parsed`: that text, read by the library.
 std::string sealed(arcflow::Json manifest);
 arcflow::Manifest parsed(const arcflow::Json &manifest);
 

@@ -48,9 +48,8 @@ void print(const std::vector<T> &values) {
 void print(const arcflow::Tensor &tensor) { print(tensor.data.data(), tensor.data.size()); }
 
 arcflow::DType dtype_of(const std::string &name) {
-    for (const auto dtype : {arcflow::DType::float32, arcflow::DType::float16, arcflow::DType::bfloat16}) {
+    for (const auto dtype : {arcflow::DType::float32, arcflow::DType::float16, arcflow::DType::bfloat16})
         if (name == arcflow::name_of(dtype)) return dtype;
-    }
     throw arcflow::request_error("unknown dtype " + name);
 }
 
@@ -77,7 +76,7 @@ void run(const std::string &command, const Arguments &a) {
         print(noise);
     } else if (command == "latents") {
         const arcflow::Latents latents{integer(2), integer(3), 8, 1, integer(3) * integer(3)};
-        print(arcflow::draw_latents(seeds_of(a.at(0)), integer(1), latents, integer(4), integer(5)));
+        print(arcflow::packed_noise(seeds_of(a.at(0)), integer(1), latents, integer(4), integer(5)));
     } else if (command == "sigmas") {
         print(arcflow::sigmas(integer(0), schedule_of(a.at(1), a.at(2))));
     } else if (command == "timesteps") {

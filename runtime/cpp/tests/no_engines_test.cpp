@@ -1,4 +1,4 @@
-// The library without engines: a bundle is checked, and then refused by a sentence that says what to build.
+// A library without any backend checks a bundle, then refuses it with a message that says what to build.
 #include "arcflow/arcflow.h"
 #include "core_test.h"
 
@@ -11,7 +11,7 @@ int main() {
     CHECK(std::string(arcflow_backends()).empty());
     CHECK(arcflow_open("no such folder", nullptr, &pipeline) == ARCFLOW_BUNDLE_ERROR);
     CHECK(arcflow_open(folder.path().c_str(), nullptr, &pipeline) == ARCFLOW_ENGINE_ERROR && pipeline == nullptr);
-    CHECK(arcflow_last_error() == std::string("this library was built without engines; build it with "
+    CHECK(arcflow_last_error() == std::string("this library was built without backends; build it with "
                                               "-DARCFLOW_OPENVINO=ON or -DARCFLOW_TENSORRT=ON"));
     std::puts("ok");
 }

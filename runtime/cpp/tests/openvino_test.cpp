@@ -23,49 +23,38 @@ void expect(bool ok, const std::string &what) {
     }
 }
 
-// Sizes of the dimensions that vary, the same for every name of one input set.
+// The size that each named dimension gets.
 int64_t size_of_dimension(const arcflow::Dimension &dimension) {
-    if (const auto *fixed = std::get_if<int64_t>(&dimension)) {
-        return *fixed;
-    }
+    if (const auto *fixed = std::get_if<int64_t>(&dimension)) return *fixed;
     const std::string &name = std::get<std::string>(dimension);
     return name == "batch" ? 2 : name == "steps" ? 3 : 4;
 }
 
-// Numbers between -1 and 1 from a linear congruence, or small ids.
+// Fill a tensor with numbers between -1 and 1 from a linear congruential generator, or with small ids.
 arcflow::Tensor filled(const arcflow::TensorSpec &spec, uint32_t seed) {
     std::vector<int64_t> shape;
-    for (const arcflow::Dimension &dimension : spec.shape) {
-        shape.push_back(size_of_dimension(dimension));
-    }
+    for (const arcflow::Dimension &dimension : spec.shape) shape.push_back(size_of_dimension(dimension));
     const bool is_float = spec.dtype != arcflow::DType::int64;
     arcflow::Tensor tensor(is_float ? arcflow::DType::float32 : arcflow::DType::int64, shape);
     uint32_t state = seed;
     for (int64_t i = 0; i < tensor.count(); ++i) {
         state = state * 1664525u + 1013904223u;
-        if (is_float) {
-            tensor.as<float>()[i] = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
-        } else {
-            tensor.as<int64_t>()[i] = state >> 28;
-        }
+        if (is_float) tensor.as<float>()[i] = static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
+        else tensor.as<int64_t>()[i] = state >> 28;
     }
     return is_float ? arcflow::cast(std::move(tensor), spec.dtype) : tensor;
 }
 
 arcflow::Tensors inputs_of(const arcflow::Part &part, uint32_t seed) {
     arcflow::Tensors inputs;
-    for (const arcflow::TensorSpec &spec : part.inputs) {
-        inputs.emplace(spec.name, filled(spec, seed += 7));
-    }
+    for (const arcflow::TensorSpec &spec : part.inputs) inputs.emplace(spec.name, filled(spec, seed += 7));
     return inputs;
 }
 
 bool same(const arcflow::Tensors &a, const arcflow::Tensors &b) {
     for (const auto &[name, tensor] : a) {
         const arcflow::Tensor &other = b.at(name);
-        if (tensor.shape != other.shape || tensor.data != other.data) {
-            return false;
-        }
+        if (tensor.shape != other.shape || tensor.data != other.data) return false;
     }
     return a.size() == b.size();
 }
@@ -94,15 +83,10 @@ void test_part(arcflow::Backend &backend, const arcflow::Bundle &bundle, const s
     }
     expect(!same(expected[0], expected[1]), name + ": other inputs give other outputs");
     std::vector<std::thread> threads;
-    for (uint32_t i = 0; i < callers; ++i) {
-        threads.emplace_back([&, i] { got[i] = engine->run(inputs[i]); });
-    }
-    for (std::thread &thread : threads) {
-        thread.join();
-    }
-    for (uint32_t i = 0; i < callers; ++i) {
+    for (uint32_t i = 0; i < callers; ++i) threads.emplace_back([&, i] { got[i] = engine->run(inputs[i]); });
+    for (std::thread &thread : threads) thread.join();
+    for (uint32_t i = 0; i < callers; ++i)
         expect(same(got[i], expected[i]), name + ": the same bits from several threads");
-    }
     try {
         engine->run({});
         expect(false, name + ": missing inputs are refused");
@@ -137,9 +121,7 @@ int main() {
     }
     try {
         std::istringstream list(paths);
-        for (std::string path; std::getline(list, path, ':');) {
-            test_bundle(path);
-        }
+        for (std::string path; std::getline(list, path, ':');) test_bundle(path);
     } catch (const std::exception &e) {
         expect(false, e.what());
     }

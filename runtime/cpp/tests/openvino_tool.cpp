@@ -1,6 +1,7 @@
 // Runs engines and tokenizers for tests/test_cpp_openvino.py; stdin and stdout are little-endian bytes.
-//   openvino_tool run BUNDLE PART    each input in the manifest's order as rank, sizes (int64) and data; outputs likewise
-//   openvino_tool ids BUNDLE NAME    texts each ended by a zero byte; a line of ids for each, after one for the prefix
+//   openvino_tool run BUNDLE PART    each input in the manifest's order as rank, sizes (int64) and data; outputs
+//   likewise openvino_tool ids BUNDLE NAME    texts each ended by a zero byte; a line of ids for each, after one for
+//   the prefix
 //                                    and one for the suffix
 // Prints the library's error and returns 1 where there is one.
 #include <cstdio>
@@ -31,9 +32,7 @@ void write_tensor(const arcflow::Tensor &tensor) {
 }
 
 void print_ids(const std::vector<int64_t> &ids) {
-    for (const int64_t id : ids) {
-        std::cout << id << ' ';
-    }
+    for (const int64_t id : ids) std::cout << id << ' ';
     std::cout << '\n';
 }
 
@@ -42,13 +41,10 @@ void run(const arcflow::Bundle &bundle, const std::string &part) {
     backend->check(bundle);
     const auto engine = backend->open(bundle, part);
     arcflow::Tensors inputs;
-    for (const arcflow::TensorSpec &spec : bundle.manifest.parts.at(part).inputs) {
+    for (const arcflow::TensorSpec &spec : bundle.manifest.parts.at(part).inputs)
         inputs.emplace(spec.name, read_tensor(spec.dtype));
-    }
     const arcflow::Tensors outputs = engine->run(inputs);
-    for (const arcflow::TensorSpec &spec : bundle.manifest.parts.at(part).outputs) {
-        write_tensor(outputs.at(spec.name));
-    }
+    for (const arcflow::TensorSpec &spec : bundle.manifest.parts.at(part).outputs) write_tensor(outputs.at(spec.name));
 }
 
 void ids(const arcflow::Bundle &bundle, const std::string &name) {
@@ -56,9 +52,7 @@ void ids(const arcflow::Bundle &bundle, const std::string &name) {
     const auto &tokenizer = tokenizers.at(name);
     print_ids(tokenizer->prefix);
     print_ids(tokenizer->suffix);
-    for (std::string text; std::getline(std::cin, text, '\0');) {
-        print_ids(tokenizer->ids(text));
-    }
+    for (std::string text; std::getline(std::cin, text, '\0');) print_ids(tokenizer->ids(text));
 }
 
 }  // namespace
@@ -70,11 +64,8 @@ int main(int argc, char **argv) {
     }
     try {
         const arcflow::Bundle bundle = arcflow::Bundle::open(argv[2], false);
-        if (std::string(argv[1]) == "run") {
-            run(bundle, argv[3]);
-        } else {
-            ids(bundle, argv[3]);
-        }
+        if (std::string(argv[1]) == "run") run(bundle, argv[3]);
+        else ids(bundle, argv[3]);
     } catch (const std::exception &e) {
         std::fprintf(stderr, "%s\n", e.what());
         return 1;

@@ -1,5 +1,5 @@
-// The pipeline with an engine that records what it is asked: pipeline_test FLUX QWEN HALF, three bundles of
-// tests/fake_bundle.py, of which QWEN has baked modulation and HALF is FLUX in float16. Token ids stand for prompts.
+// Tests of the pipeline with engines that record their inputs: pipeline_test FLUX QWEN HALF, three bundles of
+// tests/fake_bundle.py. QWEN has baked modulation; HALF is FLUX in float16. Requests use token ids.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -19,14 +19,14 @@ using arcflow::DType;
 using arcflow::Tensor;
 using arcflow::Tensors;
 
-// What the engines of one test were asked, and how they answer.
+// What the engines were asked, and how they answer.
 struct Log {
     std::vector<std::string> opens, runs;
     std::vector<Tensors> inputs;  // of each run
     std::set<std::string> open;
     std::size_t most_open = 0;
     float mean = 0.5f;
-    uint8_t colour_step = 1;  // from each pixel to the next
+    uint8_t colour_step = 1;  // difference from each byte to the next
     std::function<void(const std::string &, Tensors &)> spoil;
     bool has_denoiser = false;
     std::vector<arcflow::DenoiseInputs> denoised;
@@ -64,11 +64,11 @@ private:
     std::string part_;
 };
 
-// Of a fast device: a picture takes longer on the host.
+// Times of a device so fast that the host takes longer.
 const std::vector<std::pair<std::string, double>> device_ms = {
     {"copy", 1e-6}, {"backbone", 4e-6}, {"update", 2e-6}, {"decode", 3e-6}};
 
-// Moves the noise by the same constant velocity as the engine does.
+// Changes the noise by the same constant velocity as FakeEngine.
 class FakeDenoiser : public arcflow::Denoiser {
 public:
     FakeDenoiser(Log &log, const arcflow::Latents &latents) : log_(log), latents_(latents) {}
@@ -113,8 +113,8 @@ std::unique_ptr<arcflow::Pipeline> open(const char *root, Log &log, bool low_mem
 
 using Prompts = std::vector<std::vector<int64_t>>;
 
-arcflow::Drawing draw(arcflow::Pipeline &pipe, const Prompts &prompts, int32_t images = 1, bool decode = true,
-                      arcflow_step_callback on_step = nullptr) {
+arcflow::Images generate(arcflow::Pipeline &pipe, const Prompts &prompts, int32_t images = 1, bool decode = true,
+                         arcflow_step_callback on_step = nullptr) {
     static const int64_t t5[] = {1};
     std::vector<arcflow_tokens> tokens;
     const bool flux = prompts.front().size() == 1;
@@ -131,7 +131,7 @@ arcflow::Drawing draw(arcflow::Pipeline &pipe, const Prompts &prompts, int32_t i
     request.seed_count = 1;
     request.skip_decode = decode ? 0 : 1;
     request.on_step = on_step;
-    return pipe.draw(request);
+    return pipe.generate(request);
 }
 
 std::vector<float> floats(const Tensor &tensor) {
@@ -146,10 +146,10 @@ void runs_in_order(const char *flux) {
     Log log;
     const auto pipe = open(flux, log);
     CHECK(log.most_open == 5);
-    draw(*pipe, {{7}, {8}, {7}});
+    generate(*pipe, {{7}, {8}, {7}});
     CHECK((log.runs == Names{"text_encoder", "text_encoder", "text_encoder_2", "text_encoder_2", "conditioner",
                              "backbone", "backbone", "vae_decoder"}));
-    // Ids are padded: CLIP's to 77, T5's to max_sequence_length.
+    // CLIP's ids are padded to 77, T5's to max_sequence_length.
     CHECK((log.inputs[0].at("input_ids").shape == Shape{1, 77}));
     CHECK((log.of("text_encoder_2")[0].at("input_ids").shape == Shape{1, 4}));
 }
@@ -157,13 +157,13 @@ void runs_in_order(const char *flux) {
 void conditions_once_for_distinct_prompts(const char *flux) {
     Log log;
     const auto pipe = open(flux, log);
-    draw(*pipe, {{7}, {8}}, 2);
+    generate(*pipe, {{7}, {8}}, 2);
     const Tensors seen = log.of("conditioner").at(0);
     CHECK((seen.at("timesteps").shape == Shape{2}));
     CHECK((floats(seen.at("guidance")) == std::vector<float>{3500, 3500}));
     CHECK((seen.at("pooled_projections").shape == Shape{2, 6}));
     CHECK(floats(seen.at("pooled_projections"))[6] == 8);
-    // The row of step s and prompt u is 2 s + u.
+    // Step s and prompt u have row 2 s + u.
     const auto first = floats(log.of("backbone")[0].at("modulation"));
     const auto second = floats(log.of("backbone")[1].at("modulation"));
     const std::vector<float> expected{0, 0, 1, 1};
@@ -176,16 +176,16 @@ void conditions_once_for_distinct_prompts(const char *flux) {
 void caches_sixteen_prompts(const char *flux) {
     Log log;
     const auto pipe = open(flux, log);
-    for (int64_t id = 0; id < 17; ++id) draw(*pipe, {{id}}, 1, false);
+    for (int64_t id = 0; id < 17; ++id) generate(*pipe, {{id}}, 1, false);
     CHECK(log.of("text_encoder").size() == 17);
-    draw(*pipe, {{16}}, 1, false);
-    draw(*pipe, {{1}}, 1, false);
+    generate(*pipe, {{16}}, 1, false);
+    generate(*pipe, {{1}}, 1, false);
     CHECK(log.of("text_encoder").size() == 17);
-    draw(*pipe, {{0}}, 1, false);  // drops 2, since 1 was used again
+    generate(*pipe, {{0}}, 1, false);  // drops 2, because 1 was used since
     CHECK(log.of("text_encoder").size() == 18);
-    draw(*pipe, {{1}}, 1, false);
+    generate(*pipe, {{1}}, 1, false);
     CHECK(log.of("text_encoder").size() == 18);
-    draw(*pipe, {{2}}, 1, false);
+    generate(*pipe, {{2}}, 1, false);
     CHECK(log.of("text_encoder").size() == 19);
 }
 
@@ -193,29 +193,29 @@ void low_memory_opens_one_part_at_a_time(const char *flux) {
     Log log, other;
     const auto lean = open(flux, log, true);
     CHECK(log.opens.empty());
-    const arcflow::Drawing drawing = draw(*lean, {{7}, {8}});
+    const arcflow::Images images = generate(*lean, {{7}, {8}});
     CHECK((log.opens == Names{"text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder"}));
     CHECK(log.most_open == 1 && log.open.empty());
-    draw(*lean, {{7}}, 1, false);
+    generate(*lean, {{7}}, 1, false);
     CHECK((Names(log.opens.begin() + 5, log.opens.end()) == Names{"conditioner", "backbone"}));
-    CHECK(draw(*open(flux, other), {{7}, {8}}).latents.data == drawing.latents.data);
+    CHECK(generate(*open(flux, other), {{7}, {8}}).latents.data == images.latents.data);
 }
 
 void groups_by_text_length(const char *qwen) {
     Log log;
     const auto pipe = open(qwen, log);
-    draw(*pipe, {{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}}, 1, false);
-    CHECK((log.runs == Names{"text_encoder", "text_encoder", "text_encoder", "backbone", "backbone", "backbone",
-                             "backbone"}));
+    generate(*pipe, {{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}}, 1, false);
+    CHECK((log.runs ==
+           Names{"text_encoder", "text_encoder", "text_encoder", "backbone", "backbone", "backbone", "backbone"}));
     const auto runs = log.of("backbone");
     CHECK((runs[0].at("latents").shape == Shape{2, 6, 64}) && (runs[1].at("latents").shape == Shape{1, 6, 64}));
-    // The template's first three states are dropped.
+    // The states of the template's first three tokens are dropped.
     CHECK((runs[0].at("encoder_hidden_states").shape == Shape{2, 1, 8}));
     CHECK(floats(runs[0].at("encoder_hidden_states")).front() == 4);
     CHECK(floats(runs[0].at("encoder_hidden_states")).back() == 7);
     CHECK(floats(runs[1].at("encoder_hidden_states")).front() == 5);
     CHECK((runs[1].at("text_rotary").shape == Shape{2, 2, 16}));
-    // Baked, and the same for every prompt.
+    // The baked modulation, equal for all prompts.
     CHECK((runs[0].at("modulation").shape == Shape{2, 5}) && floats(runs[0].at("modulation")).front() == 2);
 }
 
@@ -224,10 +224,10 @@ void updates_and_scatters(const char *qwen) {
     const auto pipe = open(qwen, log);
     const Prompts prompts{{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}};
     log.mean = 0;
-    const Tensor noise = draw(*pipe, prompts, 1, false).latents;
+    const Tensor noise = generate(*pipe, prompts, 1, false).latents;
     log.mean = 0.5f;
-    const Tensor moved = draw(*pipe, prompts, 1, false).latents;
-    // A constant velocity of 0.5 moves every number by -0.5 from sigma 1 to 0.
+    const Tensor moved = generate(*pipe, prompts, 1, false).latents;
+    // A constant velocity of 0.5 from sigma 1 to 0 changes every number by -0.5.
     for (int64_t i = 0; i < noise.count(); ++i)
         CHECK(std::abs(noise.as<float>()[i] - 0.5f - moved.as<float>()[i]) < 1e-6f * 4);
 }
@@ -235,7 +235,7 @@ void updates_and_scatters(const char *qwen) {
 void casts_to_each_parts_dtype(const char *half) {
     Log log;
     const auto pipe = open(half, log);
-    CHECK(draw(*pipe, {{7}}).latents.dtype == DType::float32);
+    CHECK(generate(*pipe, {{7}}).latents.dtype == DType::float32);
     const Tensors seen = log.of("backbone").at(0);
     for (const char *name : {"latents", "encoder_hidden_states", "modulation"})
         CHECK(seen.at(name).dtype == DType::float16);
@@ -245,23 +245,43 @@ void casts_to_each_parts_dtype(const char *half) {
     CHECK(log.of("vae_decoder").at(0).at("latents").dtype == DType::float32);
 }
 
-void refuses_bad_pictures(const char *flux, const char *half) {
+void refuses_bad_images(const char *flux, const char *half) {
     for (const float poison : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
         Log log;
         log.mean = poison;
-        CHECK(thrown<arcflow::Error>([&] { draw(*open(flux, log), {{7}}, 2); }) ==
+        CHECK(thrown<arcflow::Error>([&] { generate(*open(flux, log), {{7}}, 2); }) ==
               "backbone: latents of images [0, 1] must be finite, got NaN or Inf; "
               "check the checkpoint and adapter with `arcflow verify`");
-        const std::string advice = thrown<arcflow::Error>([&] { draw(*open(half, log), {{7}}); });
+        const std::string advice = thrown<arcflow::Error>([&] { generate(*open(half, log), {{7}}); });
         CHECK(advice.find("; float16 overflows in these models:") != std::string::npos);
         CHECK(log.of("vae_decoder").empty());
     }
     Log flat;
     flat.colour_step = 0;
-    CHECK(thrown<arcflow::Error>([&] { draw(*open(half, flat), {{7}}, 2); }) ==
-          "vae_decoder: pictures [0, 1] must have more than one colour; float16 overflows in some decoders, "
+    CHECK(thrown<arcflow::Error>([&] { generate(*open(half, flat), {{7}}, 2); }) ==
+          "vae_decoder: images [0, 1] must have more than one colour; float16 overflows in some decoders, "
           "export with --precision vae_decoder=float32");
-    CHECK(draw(*open(flux, flat), {{7}}).pixels.count() == 32 * 48 * 3);
+    CHECK(generate(*open(flux, flat), {{7}}).pixels.count() == 32 * 48 * 3);
+}
+
+// An error names the one image of a batch that is bad, also if it is not the first.
+void names_the_bad_image(const char *half) {
+    const auto fill_second = [](Tensor &tensor, std::byte value) {
+        std::fill(tensor.data.begin() + static_cast<std::ptrdiff_t>(tensor.data.size() / 2), tensor.data.end(), value);
+    };
+    Log log;
+    log.spoil = [&](const std::string &part, Tensors &out) {
+        if (part == "backbone") fill_second(out.at("means"), std::byte{0xff});  // NaN
+    };
+    CHECK(thrown<arcflow::Error>([&] {
+              generate(*open(half, log), {{7}}, 2);
+          }).rfind("backbone: latents of images [1] must be finite", 0) == 0);
+    log.spoil = [&](const std::string &part, Tensors &out) {
+        if (part == "vae_decoder") fill_second(out.at("images"), std::byte{9});
+    };
+    CHECK(thrown<arcflow::Error>([&] {
+              generate(*open(half, log), {{7}}, 2);
+          }).rfind("vae_decoder: images [1] must have more than one colour", 0) == 0);
 }
 
 void refuses_outputs_that_do_not_fit(const char *flux) {
@@ -270,13 +290,14 @@ void refuses_outputs_that_do_not_fit(const char *flux) {
     log.spoil = [](const std::string &part, Tensors &out) {
         if (part == "backbone") out["means"] = Tensor(DType::float32, {1, 6, 3, 32});
     };
-    CHECK(thrown<arcflow::Error>([&] { draw(*pipe, {{7}}); }) ==
-          "backbone: output 'means' must have shape [1, 6, 3, 64], got float32[1, 6, 3, 32]; export the bundle again");
+    CHECK(
+        thrown<arcflow::Error>([&] { generate(*pipe, {{7}}); }) ==
+        "backbone: output \"means\" must have shape [1, 6, 3, 64], got float32[1, 6, 3, 32]; export the bundle again");
     log.spoil = [](const std::string &part, Tensors &out) {
         if (part == "vae_decoder") out.clear();
     };
-    CHECK(thrown<arcflow::Error>([&] { draw(*pipe, {{7}}); }) ==
-          "vae_decoder: the engine gave no output 'images'; export the bundle again");
+    CHECK(thrown<arcflow::Error>([&] { generate(*pipe, {{7}}); }) ==
+          "vae_decoder: the engine returned no output \"images\"; export the bundle again");
 }
 
 void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half) {
@@ -284,40 +305,41 @@ void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half
     log.has_denoiser = true;
     const auto pipe = open(qwen, log);
     const Prompts prompts{{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}};
-    const arcflow::Drawing drawing = draw(*pipe, prompts);
+    const arcflow::Images images = generate(*pipe, prompts);
     CHECK(log.of("backbone").empty() && log.of("vae_decoder").empty());
     const arcflow::DenoiseInputs &seen = log.denoised.at(0);
     CHECK((seen.shape == Shape{3, 6, 64}) && (seen.modulation.shape == Shape{2, 1, 5}));
     CHECK(seen.sigmas.size() == 3 && seen.groups.size() == 2 && seen.decode);
     CHECK((seen.groups[0].images == Shape{0, 2}) && (seen.groups[0].prompts == Shape{0, 2}));
     CHECK((seen.groups[1].images == Shape{1}) && (seen.groups[1].states.shape == Shape{1, 2, 8}));
-    // The same latents as step by step, to the rounding of the update.
-    const arcflow::Drawing stepped = draw(*open(qwen, other), prompts);
-    CHECK(drawing.pixels.data == stepped.pixels.data);
+    // The same latents as step by step, up to the update's rounding.
+    const arcflow::Images stepped = generate(*open(qwen, other), prompts);
+    CHECK(images.pixels.data == stepped.pixels.data);
     for (int64_t i = 0; i < stepped.latents.count(); ++i)
-        CHECK(std::abs(drawing.latents.as<float>()[i] - stepped.latents.as<float>()[i]) < 1e-6f * 4);
+        CHECK(std::abs(images.latents.as<float>()[i] - stepped.latents.as<float>()[i]) < 1e-6f * 4);
 
-    // Stages are the device's, and what is left of the call's time is the host's.
-    std::map<std::string, double> ms(drawing.timings_ms.begin(), drawing.timings_ms.end());
+    // Stages have the device's times, and "stage" is the rest of the call.
+    std::map<std::string, double> ms(images.timings_ms.begin(), images.timings_ms.end());
     for (const auto &[stage, expected] : device_ms) CHECK(ms.at(stage) == expected);
     CHECK(ms.at("engines") > 7e-6 && ms.at("stage") > 0);
     double sum = 0;
     for (const auto &[stage, time] : ms) sum += stage == "engines" || stage == "total" ? 0 : time;
     CHECK(sum <= ms.at("total"));
 
-    // A callback sees every step, and low memory has no two parts open.
-    draw(*pipe, {{1, 2, 3, 4}}, 1, false, [](void *, int32_t, const float *, size_t) { return 0; });
+    // With a callback or low memory the steps run one by one.
+    generate(*pipe, {{1, 2, 3, 4}}, 1, false, [](void *, int32_t, const float *, size_t) { return 0; });
     CHECK(log.of("backbone").size() == 2 && log.denoised.size() == 1);
-    draw(*open(qwen, log, true), {{1, 2, 3, 4}}, 1, false);
+    generate(*open(qwen, log, true), {{1, 2, 3, 4}}, 1, false);
     CHECK(log.denoised.size() == 1);
 
     log.mean = std::nanf("");
-    CHECK(thrown<arcflow::Error>([&] { draw(*pipe, prompts); }).find("latents of images [0, 1, 2] must be finite") !=
-          std::string::npos);
+    CHECK(thrown<arcflow::Error>([&] {
+              generate(*pipe, prompts);
+          }).find("latents of images [0, 1, 2] must be finite") != std::string::npos);
     Log flat;
     flat.has_denoiser = true;
     flat.colour_step = 0;
-    CHECK(thrown<arcflow::Error>([&] { draw(*open(half, flat), {{7}}); }).find("more than one colour") !=
+    CHECK(thrown<arcflow::Error>([&] { generate(*open(half, flat), {{7}}); }).find("more than one colour") !=
           std::string::npos);
 }
 
@@ -333,7 +355,8 @@ int main(int argc, char **argv) {
     groups_by_text_length(qwen);
     updates_and_scatters(qwen);
     casts_to_each_parts_dtype(half);
-    refuses_bad_pictures(flux, half);
+    refuses_bad_images(flux, half);
+    names_the_bad_image(half);
     refuses_outputs_that_do_not_fit(flux);
     denoises_at_one_go_where_the_backend_can(qwen, half);
     std::puts("ok");

@@ -1,5 +1,5 @@
-// What callers on several threads share, through the C ABI and with engines that compute nothing, for ThreadSanitizer
-// (make cpp-tsan): pipelines, results, the embedding cache, the last error, closing while others draw, and the pool.
+// Tests of everything that callers in several threads share, through the C API with engines that compute nothing:
+// pipelines, results, caches, the last error, closing, and the pool. `make cpp-tsan` runs it under ThreadSanitizer.
 #include <atomic>
 #include <filesystem>
 #include <functional>
@@ -17,7 +17,7 @@ namespace {
 using arcflow::Json;
 using arcflow::Tensors;
 
-// Answers with its own memory, which the pool must give to one caller at a time.
+// Returns tensors from its pool, which must give each to one caller at a time.
 class FakeEngine : public arcflow::Engine {
 public:
     FakeEngine(const arcflow::Manifest &manifest, std::string part) : manifest_(manifest), part_(std::move(part)) {}
@@ -50,7 +50,7 @@ Json specs(const std::vector<std::pair<const char *, const char *>> &tensors) {
     return list;
 }
 
-// A FLUX bundle whose parts take what the pipeline gives them.
+// Write a FLUX bundle whose parts take the pipeline's inputs.
 void write_bundle(const std::filesystem::path &root) {
     Json m = flux_manifest();
     m["parts"]["text_encoder"]["inputs"] = m["parts"]["text_encoder_2"]["inputs"] = specs({{"input_ids", "int64"}});
@@ -65,9 +65,9 @@ void write_bundle(const std::filesystem::path &root) {
     write(root / "manifest.json", sealed(m));
 }
 
-// One picture of a prompt of this id; gives the status.
-arcflow_status draw(arcflow_pipeline *pipeline, int64_t id, arcflow_result **result, int32_t height = 32,
-                    arcflow_step_callback on_step = nullptr, void *user = nullptr) {
+// Generate one image of the token id `id`; returns the status.
+arcflow_status generate(arcflow_pipeline *pipeline, int64_t id, arcflow_result **result, int32_t height = 32,
+                        arcflow_step_callback on_step = nullptr, void *user = nullptr) {
     const arcflow_tokens tokens{&id, 1, &id, 1};
     const uint64_t seed = static_cast<uint64_t>(id);
     arcflow_request request = ARCFLOW_REQUEST_INIT;
@@ -79,7 +79,7 @@ arcflow_status draw(arcflow_pipeline *pipeline, int64_t id, arcflow_result **res
     request.seed_count = 1;
     request.on_step = on_step;
     request.user = user;
-    return arcflow_draw(pipeline, &request, result);
+    return arcflow_generate(pipeline, &request, result);
 }
 
 std::vector<float> latents_of(const arcflow_result *result) {
@@ -102,14 +102,14 @@ void on_threads(int count, const std::function<void(int)> &work) {
     for (std::thread &thread : threads) thread.join();
 }
 
-// More prompts than the cache keeps; each thread also meets an error of its own.
-void draws_and_errors(const std::string &root, bool low_memory) {
+// Uses more prompts than the cache holds; each thread also makes an error of its own.
+void generates_and_errors(const std::string &root, bool low_memory) {
     constexpr int callers = 6, prompts = 20;
     arcflow_pipeline *pipeline = open(root, low_memory);
     std::vector<std::vector<float>> alone;
     for (int id = 0; id < prompts; ++id) {
         arcflow_result *result = nullptr;
-        CHECK(draw(pipeline, id, &result) == ARCFLOW_OK);
+        CHECK(generate(pipeline, id, &result) == ARCFLOW_OK);
         alone.push_back(latents_of(result));
         arcflow_result_free(result);
     }
@@ -117,32 +117,32 @@ void draws_and_errors(const std::string &root, bool low_memory) {
         for (int i = 0; i < 2 * prompts; ++i) {
             const int id = (i + 3 * caller) % prompts, height = 33 + caller;
             arcflow_result *result = nullptr;
-            CHECK(draw(pipeline, id, &result) == ARCFLOW_OK);
+            CHECK(generate(pipeline, id, &result) == ARCFLOW_OK);
             CHECK(latents_of(result) == alone[static_cast<std::size_t>(id)]);
             arcflow_result_free(result);
-            CHECK(draw(pipeline, id, &result, height) == ARCFLOW_REQUEST_ERROR);
-            const std::string expected = "height must be a multiple of 16, got " + std::to_string(height) + ";";
+            CHECK(generate(pipeline, id, &result, height) == ARCFLOW_REQUEST_ERROR);
+            const std::string expected = "request.height must be a multiple of 16, got " + std::to_string(height) + ";";
             CHECK(std::string(arcflow_last_error()).rfind(expected, 0) == 0);
         }
     });
     arcflow_close(pipeline);
 }
 
-// Two threads close what four draw with, a callback closes it from within, or nobody does.
+// Two threads close a pipeline that four others use; then four callbacks close their own pipeline.
 void closes_while_busy(const std::string &root) {
     for (int round = 0; round < 6; ++round) {
         arcflow_pipeline *pipeline = open(root);
-        std::atomic<int> drawn{0};
+        std::atomic<int> generated{0};
         on_threads(6, [&](int caller) {
             if (caller < 2) {
-                while (drawn < 4 + round) std::this_thread::yield();
+                while (generated < 4 + round) std::this_thread::yield();
                 arcflow_close(pipeline);
                 return;
             }
             arcflow_result *result = nullptr;
-            while (draw(pipeline, caller, &result) == ARCFLOW_OK) {
+            while (generate(pipeline, caller, &result) == ARCFLOW_OK) {
                 arcflow_result_free(result);
-                ++drawn;
+                ++generated;
             }
             CHECK(std::string(arcflow_last_error()).rfind("pipeline was closed", 0) == 0);
         });
@@ -153,20 +153,20 @@ void closes_while_busy(const std::string &root) {
                 return 0;
             };
             arcflow_result *result = nullptr;
-            const arcflow_status status = draw(pipeline, caller, &result, 32, close, pipeline);
+            const arcflow_status status = generate(pipeline, caller, &result, 32, close, pipeline);
             CHECK(status == ARCFLOW_OK || status == ARCFLOW_CLOSED);
             arcflow_result_free(result);
         });
     }
 }
 
-// Each thread has a pipeline; its result is read and freed by the next, whose own pipeline is gone.
+// Results are read and freed by other threads after their pipelines are closed.
 void results_wander(const std::string &root) {
     constexpr int callers = 4;
     arcflow_result *results[callers] = {};
     on_threads(callers, [&](int caller) {
         arcflow_pipeline *pipeline = open(root);
-        CHECK(draw(pipeline, caller, &results[caller]) == ARCFLOW_OK);
+        CHECK(generate(pipeline, caller, &results[caller]) == ARCFLOW_OK);
         arcflow_close(pipeline);
     });
     on_threads(2 * callers, [&](int caller) {
@@ -189,7 +189,7 @@ std::map<std::string, std::unique_ptr<Tokenizer>> open_tokenizers(const Bundle &
 int main() {
     const Folder folder;
     write_bundle(folder.path());
-    for (const bool low_memory : {false, true}) draws_and_errors(folder.path().string(), low_memory);
+    for (const bool low_memory : {false, true}) generates_and_errors(folder.path().string(), low_memory);
     closes_while_busy(folder.path().string());
     results_wander(folder.path().string());
     std::puts("ok");

@@ -1,4 +1,4 @@
-// TensorRT's objects behind interfaces of ours, with objects of the headers' own classes.
+// Tests of the adapters to TensorRT, with fakes that implement TensorRT's own classes.
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -14,7 +14,7 @@ namespace {
 
 using namespace arcflow;
 
-// What the refitter was asked; the last one made is at `last`.
+// A refitter that records calls; `last` is the one made last.
 class FakeRefitter : public nv::IRefitter, public nv::apiv::VRefitter {
 public:
     explicit FakeRefitter(nv::ILogger *logger) : logger_(logger) {
@@ -57,7 +57,7 @@ public:
     void setWeightsValidation(bool) noexcept override {}
     bool getWeightsValidation() const noexcept override { return true; }
     bool refitCudaEngineAsync(cudaStream_t) noexcept override { return false; }
-    // Of older headers only.
+    // In older headers only.
     virtual bool setDynamicRange(const char *, float, float) noexcept { return false; }
     virtual float getDynamicRangeMin(const char *) const noexcept { return 0; }
     virtual float getDynamicRangeMax(const char *) const noexcept { return 0; }
@@ -112,10 +112,11 @@ void test_a_refitter() {
         static_cast<nv::ILogger *>(logger)->log(nv::ILogger::Severity::kERROR, "not refittable");
         return nullptr;
     };
-    const std::string said = thrown<Error>(
-        [&] { make_trt_refitter(library, engine, "backbone", std::make_shared<TrtLogger>()); });
-    CHECK(said == std::string("backbone: ") + name_of(trt_flavour) + " cannot fill in the engine's weights: not "
-                                                                     "refittable; build it again with `arcflow build`");
+    const std::string said =
+        thrown<Error>([&] { make_trt_refitter(library, engine, "backbone", std::make_shared<TrtLogger>()); });
+    CHECK(said == std::string("backbone: ") + name_of(trt_flavour) +
+                      " cannot fill in the engine's weights: not "
+                      "refittable; build it again with `arcflow build`");
 }
 
 #ifdef TRT_MAJOR_RTX
@@ -158,7 +159,7 @@ void test_a_runtime_cache() {
     for (const bool empty : {false, true}) {
         const auto kernels = make_trt_kernels(std::make_unique<FakeCache>(*logger, empty), logger);
         CHECK(kernels->take("kernels") && !kernels->take("others"));
-        CHECK(logger->take().empty());  // it is no error of what follows
+        CHECK(logger->take().empty());  // a later error does not repeat the message
         CHECK(kernels->bytes() == (empty ? "" : "kernels"));
     }
     CHECK(alive == 0);

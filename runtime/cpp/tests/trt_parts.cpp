@@ -1,3 +1,4 @@
+// Implements trt_parts.h: fake engines, and the expected result on the host.
 #include "trt_parts.h"
 
 #include <cmath>
@@ -21,11 +22,15 @@ void write(DType dtype, std::byte *to, int64_t i, float x) {
     else reinterpret_cast<uint16_t *>(to)[i] = dtype == DType::float16 ? to_half(x) : to_bfloat16(x);
 }
 
-// One context of a fake engine; its outputs have the shapes of the parts above, one pixel per token for the decoder.
+// A context of a fake engine; the decoder makes one pixel per token.
 class Context : public TrtContext {
 public:
     Context(std::string part, DType dtype, Shapes shapes, cuda::Stream &stream, bool capturable)
         : part_(std::move(part)), dtype_(dtype), shapes_(std::move(shapes)), stream_(stream), capturable_(capturable) {
+        if (part_ == "conditioner") {
+            shapes_["modulation"] = {shapes_.at("timesteps")[0], shapes_.at("pooled_projections")[0], M};
+            return;
+        }
         const std::vector<int64_t> &s = shapes_.at("latents");
         if (part_ == "vae_decoder") {
             shapes_["images"] = {s[0], s[1], s[2], 3};
@@ -51,7 +56,7 @@ public:
     void enqueue() override {
         CHECK(at_.size() == shapes_.size() && scratch_ != nullptr);
         std::memset(scratch_, 1, scratch_bytes());
-        // The addresses of now, as a captured engine has them.
+        // Keeps the addresses of this call, as a captured engine does.
         struct Call {
             Context *context;
             std::map<std::string, std::byte *> at;
@@ -62,7 +67,8 @@ public:
             stream_.handle,
             [](void *user) {
                 const auto *c = static_cast<Call *>(user);
-                if (c->context->part_ == "vae_decoder") decoder(c->context->shapes_, c->at);
+                if (c->context->part_ == "conditioner") conditioner(c->context->shapes_, c->at);
+                else if (c->context->part_ == "vae_decoder") decoder(c->context->shapes_, c->at);
                 else backbone(c->context->shapes_, c->at, c->context->dtype_);
             },
             call.get());
@@ -76,7 +82,7 @@ private:
     bool capturable_;
     std::byte *scratch_ = nullptr;
     std::map<std::string, std::byte *> at_;
-    std::vector<std::shared_ptr<void>> calls_;  // a graph may run them as long as the context lives
+    std::vector<std::shared_ptr<void>> calls_;  // graphs may run them during the context's lifetime
 };
 
 }  // namespace
@@ -86,13 +92,10 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
     const int64_t batch = latents[0], tokens = latents[1], text = shapes.at("encoder_hidden_states")[1];
     for (int64_t b = 0; b < batch; ++b) {
         float told = 0;
-        for (int64_t i = 0; i < text * TEXT; ++i) {
+        for (int64_t i = 0; i < text * TEXT; ++i)
             told += read(dtype, at.at("encoder_hidden_states"), b * text * TEXT + i);
-        }
         for (int64_t i = 0; i < text * 2 * HALF_HEAD; ++i) told += read(DType::float32, at.at("text_rotary"), i);
-        for (int64_t i = 0; i < M; ++i) {
-            told += static_cast<float>(i + 1) * read(dtype, at.at("modulation"), b * M + i);
-        }
+        for (int64_t i = 0; i < M; ++i) told += static_cast<float>(i + 1) * read(dtype, at.at("modulation"), b * M + i);
         for (int64_t n = 0; n < tokens; ++n) {
             const int64_t token = b * tokens + n;
             const float here = told * 0.01f + read(DType::float32, at.at("image_rotary"), n * HALF_HEAD);
@@ -105,12 +108,20 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
                 for (int64_t p = 0; p < P; ++p) {
                     const float x = read(dtype, at.at("latents"), token * C + p);
                     write(dtype, at.at("logweights"), (token * K + k) * P + p, x * static_cast<float>(k) + here);
-                    if (k > 0) {
-                        write(dtype, at.at("loggammas"), (token * (K - 1) + k - 1) * P + p, here - x);
-                    }
+                    if (k > 0) write(dtype, at.at("loggammas"), (token * (K - 1) + k - 1) * P + p, here - x);
                 }
             }
         }
+    }
+}
+
+void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at) {
+    const int64_t steps = shapes.at("timesteps")[0], prompts = shapes.at("pooled_projections")[0];
+    for (int64_t i = 0; i < steps * prompts * M; ++i) {
+        const int64_t step = i / (prompts * M), prompt = i / M % prompts;
+        const float timestep = read(DType::float32, at.at("timesteps"), step);
+        const float pooled = read(DType::float32, at.at("pooled_projections"), prompt);
+        write(DType::float32, at.at("modulation"), i, timestep + 100 * pooled + static_cast<float>(i % M) / 8);
     }
 }
 
@@ -152,8 +163,8 @@ Tensor random_tensor(uint64_t seed, std::vector<int64_t> shape) {
 DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector<double> sigmas) {
     DenoiseInputs in;
     in.shape = {3, 6, C};
-    in.streams = noise_streams(seed % 2 ? std::vector<uint64_t>{seed} : std::vector<uint64_t>{seed, 9, seed << 40 | 7}, 3,
-                               6 * C);
+    in.streams = noise_streams(seed % 2 ? std::vector<uint64_t>{seed} : std::vector<uint64_t>{seed, 9, seed << 40 | 7},
+                               3, 6 * C);
     const auto table = [&](uint64_t more, int64_t tokens) {
         return std::make_shared<const Tensor>(random_tensor(seed + more, {2, tokens, HALF_HEAD}));
     };

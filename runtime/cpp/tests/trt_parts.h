@@ -1,5 +1,5 @@
-// The backbone and decoder of tests without a GPU: engines of TensorRT's interface that run on the CPU, in a stream of
-// the fake driver, and the same on host tensors.
+// Fakes for tests without a GPU: TensorRT engines that run on the CPU in a stream of the fake driver, and the same
+// functions on host tensors.
 #pragma once
 
 #include <dlfcn.h>
@@ -24,7 +24,7 @@ using namespace arcflow;
 
 constexpr int64_t K = 3, P = 4, C = 16, TEXT = 6, M = 5, HALF_HEAD = 2;
 
-// The driver's functions that only the fake one has.
+// A function that only the fake driver has.
 template <class Function> Function *driver(const char *name) {
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
     void *found = library == nullptr ? nullptr : dlsym(library, name);
@@ -35,13 +35,16 @@ template <class Function> Function *driver(const char *name) {
     return reinterpret_cast<Function *>(found);
 }
 
-// Some heads that depend on every input of each image: its own latents, text and modulation.
+// Heads that depend on every input of each image: latents, text, modulation and rotary tables.
 void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype);
+
+// modulation[s, u, m] = timesteps[s] + 100 * pooled_projections[u, 0] + m / 8.
+void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at);
 
 // One pixel per token.
 void decoder(const Shapes &shapes, const std::map<std::string, std::byte *> &at);
 
-// An engine of one of these parts.
+// A session for one of these parts; a conditioner takes at most 8 timesteps.
 class Session : public TrtSession {
 public:
     Session(std::string part, DType dtype, bool capturable)
@@ -57,15 +60,16 @@ private:
     bool capturable_;
 };
 
-// Of a bundle whose backbone takes and gives this dtype.
+// A manifest whose backbone takes and returns `dtype`.
 Manifest manifest_in(DType dtype);
 
 Tensor random_tensor(uint64_t seed, std::vector<int64_t> shape);
 
-// Images 0 and 2 have one text length, image 1 another; each prompt has its own modulation, or all share one.
+// Inputs for 3 images: 0 and 2 have one text length, 1 another. With `prompts` 2 each prompt has its own modulation,
+// with 1 all share one.
 DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector<double> sigmas = {1, 0.7619, 0});
 
-// What a denoiser must give, on host tensors, image by image, with the library's own update.
+// The result that a Denoiser must return, computed image by image on host tensors with the library's update.
 Denoised expected(const DenoiseInputs &in, DType dtype);
 
 }  // namespace fake

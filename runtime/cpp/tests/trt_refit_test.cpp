@@ -1,4 +1,4 @@
-// Weights of engines without weights, with a refitter that keeps what it is given.
+// Tests of filling in weights, with a refitter that keeps what it is given.
 #include <unistd.h>
 
 #include <cstdio>
@@ -20,7 +20,7 @@ using Bytes = std::string;
 
 constexpr int64_t float32 = 1, int64 = 7, float16 = 10, bfloat16 = 16;
 
-// Protobuf, of which a graph needs numbers and texts only.
+// Writes protobuf: a graph needs only numbers and texts.
 Bytes varint(uint64_t value) {
     Bytes bytes;
     for (; value >= 0x80; value >>= 7) bytes += static_cast<char>(value | 0x80);
@@ -43,7 +43,7 @@ Bytes inside(const Bytes &name, int64_t type, const std::vector<uint64_t> &dims,
     return field(5, head(name, type, dims) + field(9, raw));
 }
 
-// A folder with one part's two files.
+// A folder with the two files of a part.
 struct Files {
     Files(const Bytes &initializers, const Bytes &weights) {
         char name[] = "/tmp/arcflow_refit_XXXXXX";
@@ -85,7 +85,7 @@ public:
     }
     std::vector<std::string> missing() override { return still_missing; }
     bool refit() override {
-        // Only now are they read, so that they must still be there.
+        // Reads the data now, so it must still be valid.
         static const std::map<int64_t, size_t> sizes = {{float32, 4}, {int64, 8}, {float16, 2}, {bfloat16, 2}};
         for (const auto &[name, data] : given_) {
             const WeightSpec &spec = wanted_.at(name);
@@ -106,7 +106,7 @@ private:
     std::map<std::string, const void *> given_;
 };
 
-// 64 bytes: 8 of a header, a [2, 3] float32, b [4] bfloat16 at an odd place, c [3] float16.
+// 64 bytes of weights: an 8-byte header, `a` [2, 3] float32, `b` [4] bfloat16 at an odd offset, `c` [3] float16.
 Bytes some_bytes() {
     Bytes bytes;
     for (int i = 0; i < 64; ++i) bytes += static_cast<char>(i * 7 + 1);
@@ -119,8 +119,8 @@ Bytes graph() {
            inside("shape", int64, {1}, shape) + inside("unused", float32, {1}, scale);
 }
 std::map<std::string, WeightSpec> engine() {
-    return {{"a", {float32, 6}}, {"b", {bfloat16, 4}}, {"c", {float16, 3}}, {"scale", {float32, 1}},
-            {"shape", {int64, 1}}};
+    return {
+        {"a", {float32, 6}}, {"b", {bfloat16, 4}}, {"c", {float16, 3}}, {"scale", {float32, 1}}, {"shape", {int64, 1}}};
 }
 
 int open_files() {
@@ -150,7 +150,7 @@ void test_every_weight_is_filled_in() {
     CHECK(open_files() == open && mappings_of(files.bundle.root) == 0);
 }
 
-// The sentence of the error, with nothing filled in and nothing left open.
+// The error's text, after checking that no file is left open or mapped.
 std::string error_of(Files &files, FakeRefitter &refitter) {
     const int open = open_files();
     std::string said;
@@ -181,35 +181,36 @@ void test_weights_that_do_not_fit() {
     auto wanted = engine();
     wanted["d"] = {float32, 1};
     same(error_with(graph(), wanted),
-         "backbone: backbone.onnx lacks weights of the engine, such as 'd'; build it again with `arcflow build`, "
+         "backbone: backbone.onnx lacks weights of the engine, such as \"d\"; build it again with `arcflow build`, "
          "without --strip-weights");
     wanted = engine();
     wanted["a"].count = 5;
     same(error_with(graph(), wanted),
-         "backbone: weight 'a' must have 5 values of ONNX's type 1, got 6 of type 1 in backbone.onnx" + again);
+         "backbone: weight \"a\" must have 5 values of ONNX's type 1, got 6 of type 1 in backbone.onnx" + again);
     wanted = engine();
     wanted["b"].type = float16;
     same(error_with(graph(), wanted),
-         "backbone: weight 'b' must have 4 values of ONNX's type 10, got 4 of type 16 in backbone.onnx" + again);
-    wanted["b"].type = 0;  // one that the library has and ONNX does not
+         "backbone: weight \"b\" must have 4 values of ONNX's type 10, got 4 of type 16 in backbone.onnx" + again);
+    wanted["b"].type = 0;  // a type that TensorRT has and ONNX does not
     CHECK(error_with(graph(), wanted).find("of ONNX's type 0, got") != std::string::npos);
 
     const std::map<std::string, WeightSpec> one = {{"a", {float32, 6}}};
     same(error_with(outside("a", float32, {2, 3}, 8, 20), one),
-         "backbone: weight 'a' must have 24 bytes, got 20 bytes of type 1 in backbone.safetensors; export the bundle "
+         "backbone: weight \"a\" must have 24 bytes, got 20 bytes of type 1 in backbone.safetensors; export the bundle "
          "again");
     same(error_with(inside("a", float32, {2, 3}, scale), one),
-         "backbone: weight 'a' must have 24 bytes, got 4 bytes of type 1 in backbone.onnx; export the bundle again");
-    // Values that are not raw bytes: float_data.
+         "backbone: weight \"a\" must have 24 bytes, got 4 bytes of type 1 in backbone.onnx; export the bundle again");
+    // Values in float_data instead of raw_data.
     same(error_with(field(5, head("a", float32, {6}) + field(4, Bytes(24, 'x'))), one),
-         "backbone: weight 'a' must have 24 bytes, got 0 bytes of type 1 in backbone.onnx; export the bundle again");
+         "backbone: weight \"a\" must have 24 bytes, got 0 bytes of type 1 in backbone.onnx; export the bundle again");
     same(error_with(inside("a", 8, {6}, scale), {{"a", {8, 6}}}),
-         "backbone: weight 'a' must have a type that a bundle may have, got 4 bytes of type 8 in backbone.onnx; export "
+         "backbone: weight \"a\" must have a type that a bundle may have, got 4 bytes of type 8 in backbone.onnx; "
+         "export "
          "the bundle again");
-    // Of the end of the file there are 16 bytes, without a length and with one.
-    const Bytes rest = field(5, head("a", float32, {6}) + entry("location", "backbone.safetensors") +
-                                    entry("offset", "48"));
-    same(error_with(rest, one), "backbone: weight 'a' must have 24 bytes, got 16 bytes of type 1 in "
+    // The file ends 16 bytes after the offset: without a length, and with one.
+    const Bytes rest =
+        field(5, head("a", float32, {6}) + entry("location", "backbone.safetensors") + entry("offset", "48"));
+    same(error_with(rest, one), "backbone: weight \"a\" must have 24 bytes, got 16 bytes of type 1 in "
                                 "backbone.safetensors; export the bundle again");
     CHECK(error_with(outside("a", float32, {2, 3}, 48, 24), one).find("must lie within the 64 bytes") !=
           std::string::npos);
@@ -239,11 +240,10 @@ void test_a_library_that_refuses() {
     FakeRefitter refusing(engine());
     refusing.refused = "c";
     same(error_of(files, refusing),
-         "backbone: weight 'c' of backbone.safetensors does not fit the engine: it said so" + again);
+         "backbone: weight \"c\" of backbone.safetensors does not fit the engine: it said so" + again);
     FakeRefitter lacking(engine());
     lacking.still_missing = {"x", "y"};
-    same(error_of(files, lacking),
-         "backbone: backbone.safetensors lacks weights of the engine, such as 'x'" + again);
+    same(error_of(files, lacking), "backbone: backbone.safetensors lacks weights of the engine, such as \"x\"" + again);
     CHECK(refusing.filled.empty() && lacking.filled.empty());
     FakeRefitter failing(engine());
     failing.fails = true;

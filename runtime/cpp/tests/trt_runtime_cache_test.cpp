@@ -1,4 +1,4 @@
-// What TensorRT-RTX compiled, kept on disk, with kernels that are text.
+// Tests of the cache of TensorRT-RTX, with text in place of kernels.
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -45,7 +45,7 @@ std::string text_of(const fs::path &path) {
 
 void write(const fs::path &path, const std::string &text) { std::ofstream(path, std::ios::binary) << text; }
 
-// Takes what begins with "for this GPU: ", and knows what it took.
+// Accepts text that begins with "for this GPU: ".
 struct FakeKernels : CompiledKernels {
     explicit FakeKernels(int &alive_) : alive(alive_) { ++alive; }
     ~FakeKernels() override { --alive; }
@@ -74,7 +74,7 @@ void test_kept_and_read_again() {
         CHECK(of_other.path != file.path && !of_other.read());
     }
     fs::remove(file.path);
-    file.write("kernels");  // it holds this already
+    file.write("kernels");  // the file has this content already
     CHECK(!fs::exists(file.path));
     file.write("more kernels");
     CHECK(text_of(file.path) == "more kernels");
@@ -92,7 +92,7 @@ void test_damaged_and_foreign_files_are_ignored() {
             FakeKernels &kernels = *made;
             cache.open(std::move(made));
             CHECK(kernels.kernels.empty());
-            cache.save();  // nothing was compiled
+            cache.save();  // nothing new was compiled
             CHECK(text_of(path) == kept);
             kernels.kernels = "for this GPU: kernels";
             cache.save();
@@ -108,7 +108,7 @@ void test_damaged_and_foreign_files_are_ignored() {
         CHECK(kernels.kernels == "for this GPU: kernels");
     }
     CHECK(folder.endings() == (std::set<std::string>{".cache", ".lock"}));
-    // A library that makes none.
+    // A library that makes no cache.
     RuntimeCache none(RuntimeCacheFile(key, folder.path));
     none.open(nullptr);
     none.save();
@@ -138,7 +138,7 @@ void test_what_cannot_be_written_is_no_error() {
     const Folder folder;
     write(folder.path / "file", "");
     RuntimeCacheFile(key, folder.path / "file").write("kernels");
-    // Neither where the file cannot be replaced.
+    // Nor is it an error if the file cannot be replaced.
     RuntimeCacheFile file(key, folder.path);
     fs::create_directories(file.path / "inside");
     file.write("kernels");

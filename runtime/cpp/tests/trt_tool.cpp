@@ -1,4 +1,4 @@
-// Runs one step of opening a TensorRT engine, for tests/test_cpp_trt*.py: prints its result, or its error and status.
+// Runs one step of loading a TensorRT engine, for tests/test_cpp_trt*.py: prints the result, or status and error.
 //
 //   trt_tool gpu
 //   trt_tool library tensorrt|tensorrt-rtx MAJOR MINOR
@@ -8,6 +8,7 @@
 //   trt_tool platform
 //   trt_tool cache ENGINE VERSION DRIVER GPU [TEXT]
 //   trt_tool nvrtc TARGET
+//   trt_tool source
 //   trt_tool geometry TOKENS MODES SUB_PIXELS float32|float16
 #include <cstdio>
 #include <map>
@@ -15,13 +16,13 @@
 #include <vector>
 
 #include "error.h"
+#include "kernels_embedded.h"
 #include "sha256.h"
 #include "trt_kernel.h"
 #include "trt_library.h"
 #include "trt_record.h"
 #include "trt_refit.h"
 #include "trt_runtime_cache.h"
-#include "kernels_embedded.h"
 
 namespace {
 
@@ -36,7 +37,7 @@ void find(const std::vector<std::string> &a) {
     std::printf("%s %llu\n", engine.path.c_str(), static_cast<unsigned long long>(engine.record.bytes));
 }
 
-// Prints each weight's SHA-256. All but the elements' size is told by the arguments, which is in the tests' hands.
+// Prints the SHA-256 of each weight; the arguments give their names, types and counts.
 class Printer : public arcflow::TrtRefitter {
 public:
     explicit Printer(const std::vector<std::string> &a) {
@@ -98,10 +99,12 @@ void run(const std::vector<std::string> &a) {
         if (a.size() > 5) file.write(a[5]);
     } else if (a.at(0) == "nvrtc") {
         std::fwrite(arcflow::compile_with_nvrtc(kernels_source, a.at(1)).data(), 1, 4, stdout);
+    } else if (a.at(0) == "source") {
+        std::fputs(kernels_source, stdout);
     } else if (a.at(0) == "geometry") {
         const auto heads = a.at(4) == "float32" ? arcflow::DType::float32 : arcflow::DType::float16;
-        const arcflow::UpdateGeometry g = arcflow::update_geometry(
-            {std::stoll(a.at(1)), std::stoi(a.at(2)), 64, std::stoi(a.at(3)), heads, heads});
+        const arcflow::UpdateGeometry g =
+            arcflow::update_geometry({std::stoll(a.at(1)), std::stoi(a.at(2)), 64, std::stoi(a.at(3)), heads, heads});
         std::printf("%u %u %u\n", g.grid, g.block, g.shared_bytes);
     } else {
         throw std::invalid_argument(a.at(0));

@@ -1,4 +1,4 @@
-// The C++ wrapper: wrapper_test BUNDLE, that of the shapes student. Compiled without RTTI.
+// Tests of arcflow.hpp: wrapper_test BUNDLE, with a bundle of the shapes student. Compiled without RTTI.
 #include <arcflow/arcflow.hpp>
 
 #include <algorithm>
@@ -19,11 +19,11 @@ arcflow::Request circle() {
     return request;
 }
 
-void draws(const arcflow::Pipeline &pipe) {
+void generates(const arcflow::Pipeline &pipe) {
     arcflow::Request request = circle();
-    request.images_per_prompt = 2;
+    request.num_images_per_prompt = 2;
     request.seeds = {1, 2};
-    const arcflow::Result result = pipe.draw(request);
+    const arcflow::Result result = pipe.generate(request);
     CHECK(result.batch() == 2 && result.height() == 32 && result.width() == 64);
     CHECK(result.pixels().size() == 2 * 32 * 64 * 3);
     CHECK(result.image(1).data() == result.pixels().data() + 32 * 64 * 3);
@@ -31,23 +31,23 @@ void draws(const arcflow::Pipeline &pipe) {
     CHECK(result.seeds().size() == 2 && result.seeds()[1] == 2);
     CHECK(result.warnings().empty());
     CHECK(result.timings().front() == '{');
-    CHECK(thrown<arcflow::Error>([&] { result.image(2); }) == "there is no image 2 of 2");
+    CHECK(thrown<arcflow::Error>([&] { result.image(2); }) == "image index must be at least 0 and below 2, got 2");
 
-    request.decode = false;
-    const arcflow::Result latents = pipe.draw(request);
+    request.skip_decode = true;
+    const arcflow::Result latents = pipe.generate(request);
     CHECK(latents.pixels().empty());
     CHECK(std::equal(latents.latents().begin(), latents.latents().end(), result.latents().begin()));
-    CHECK(thrown<arcflow::Error>([&] { latents.image(0); }) == "there is no image 0 of 0");
+    CHECK(thrown<arcflow::Error>([&] { latents.image(0); }) == "image index must be at least 0 and below 0, got 0");
 }
 
 void moves(const std::string &bundle) {
     arcflow::Pipeline first(bundle);
     arcflow::Pipeline second = std::move(first);
-    arcflow::Result result = second.draw(circle());
+    arcflow::Result result = second.generate(circle());
     const arcflow::Result kept = std::move(result);
     second = arcflow::Pipeline(bundle, arcflow::Options{"", 1, true, false});
     CHECK(kept.image(0).size() == 32 * 64 * 3);
-    const arcflow::Result lean = second.draw(circle());
+    const arcflow::Result lean = second.generate(circle());
     CHECK(lean.pixels().size() == kept.pixels().size());
 }
 
@@ -55,25 +55,26 @@ void throws(const arcflow::Pipeline &pipe) {
     arcflow::Request request = circle();
     request.height = 40;
     try {
-        pipe.draw(request);
+        pipe.generate(request);
         CHECK(false);
     } catch (const arcflow::Error &e) {
         CHECK(e.status() == ARCFLOW_REQUEST_ERROR);
-        CHECK(std::strcmp(e.what(), "height must be a multiple of 16, got 40; the nearest is 32") == 0);
+        CHECK(std::strcmp(e.what(), "request.height must be a multiple of 16, got 40; the nearest is 32") == 0);
     }
     request.height = 0;
-    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == "height must be at least 1, got 0");
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) == "request.height must be at least 1, got 0");
     request = circle();
     request.guidance_scale = -1.0f;
-    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == 
-          "guidance_scale must not be negative; leave it out for the default");
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request.guidance_scale must not be negative; leave it empty for the default");
     request = circle();
     request.prompts = {std::string("a\0b", 3)};
-    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) == "prompt must not hold a NUL character");
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request.prompts[0] must not contain a NUL character");
     request = circle();
     request.tokens = {{{1}, {1}}};
-    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) ==
-          "prompts and tokens must not both be given; give one of them");
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request must have either prompts or tokens, got both; leave one of them empty");
     CHECK(thrown<arcflow::Error>([] { arcflow::Pipeline("nowhere"); }) ==
           std::filesystem::absolute("nowhere").string() +
               " is not a directory; give the directory that `arcflow export --out` wrote");
@@ -88,14 +89,14 @@ void calls_back(const arcflow::Pipeline &pipe) {
         last.assign(latents.begin(), latents.end());
         return true;
     };
-    const arcflow::Result result = pipe.draw(request);
+    const arcflow::Result result = pipe.generate(request);
     CHECK((steps == std::vector<int>{0, 1}));
     CHECK(std::equal(last.begin(), last.end(), result.latents().begin(), result.latents().end()));
     request.on_step = [](int, arcflow::View<float>) { return false; };
-    CHECK(thrown<arcflow::Error>([&] { pipe.draw(request); }) ==
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
           "on_step stopped the call after step 0 by returning 1; return 0 to go on");
     request.on_step = [](int, arcflow::View<float>) -> bool { throw std::logic_error("mine"); };
-    CHECK(thrown<std::logic_error>([&] { pipe.draw(request); }) == "mine");
+    CHECK(thrown<std::logic_error>([&] { pipe.generate(request); }) == "mine");
 }
 
 }  // namespace
@@ -103,10 +104,10 @@ void calls_back(const arcflow::Pipeline &pipe) {
 int main(int argc, char **argv) {
     CHECK(argc == 2);
     const arcflow::Pipeline pipe(argv[1]);
-    draws(pipe);
+    generates(pipe);
     moves(argv[1]);
     throws(pipe);
     calls_back(pipe);
-    std::thread([&] { draws(pipe); }).join();
+    std::thread([&] { generates(pipe); }).join();
     std::puts("ok");
 }

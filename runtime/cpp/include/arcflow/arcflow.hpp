@@ -1,14 +1,14 @@
-// ArcFlow for C++17: arcflow.h with objects that free themselves, containers, and exceptions.
+// ArcFlow for C++17: the functions of arcflow.h as classes that free themselves, with containers and exceptions.
 //
 //     arcflow::Pipeline pipe("out/shapes-fp32");
 //     arcflow::Request request;
 //     request.prompts = {"a large red circle on the left"};
 //     request.seeds = {42};
-//     const arcflow::Result result = pipe.draw(request);
+//     const arcflow::Result result = pipe.generate(request);
 //     write_rgb(result.image(0).data(), result.width(), result.height());
 //
-// Functions throw arcflow::Error. Objects can be moved, not copied. A pipeline may be used by several threads at once,
-// a result by one. Views are valid as long as the result they came from.
+// Functions throw arcflow::Error. Objects can be moved but not copied. Several threads may use one pipeline at the same
+// time; use a result in one thread at a time. A view is valid as long as the result it came from.
 #pragma once
 
 #include <cstddef>
@@ -25,13 +25,14 @@
 #include "arcflow.h"
 
 namespace arcflow {
-// The names differ from those inside the library, which a program may link statically.
+// A namespace of its own keeps these names apart from the library's own classes in a static link.
 inline namespace api {
 
-// Says what was wrong, what was expected and what to do.
+// A call failed: what() says what was wrong, what was expected and what to do.
 class Error : public std::runtime_error {
 public:
     Error(arcflow_status code, const char *text) : std::runtime_error(text), status_(code) {}
+    Error(arcflow_status code, const std::string &text) : std::runtime_error(text), status_(code) {}
     arcflow_status status() const noexcept { return status_; }
 
 private:
@@ -43,15 +44,15 @@ inline void check(arcflow_status status) {
     if (status != ARCFLOW_OK) throw Error(status, arcflow_last_error());
 }
 
-// C strings end at the first NUL, which would cut the text unsaid.
+// The text for C, which ends a string at its first NUL: a NUL inside would cut the text silently, so it is an error.
 inline const char *c_string(const std::string &text, const char *name) {
     if (text.find('\0') != std::string::npos)
-        throw Error(ARCFLOW_REQUEST_ERROR, (std::string(name) + " must not hold a NUL character").c_str());
+        throw Error(ARCFLOW_REQUEST_ERROR, std::string(name) + " must not contain a NUL character");
     return text.c_str();
 }
 }  // namespace detail
 
-// Some values that another object owns.
+// A read-only array that another object owns.
 template <class T> class View {
 public:
     View(const T *data, std::size_t size) : data_(data), size_(size) {}
@@ -67,52 +68,55 @@ private:
     std::size_t size_;
 };
 
-// How to load; see arcflow_options.
+// How to load a bundle; see arcflow_options.
 struct Options {
-    std::string backend;  // "" for the default
-    int threads = 0;      // per engine; 0: one per core
+    std::string backend;  // "": the default
+    int threads = 0;      // CPU threads per engine; 0: one per core
     bool low_memory = false;
     bool full_check = false;
 };
 
-// One prompt's token ids; see arcflow_tokens.
+// Token ids of one prompt; see arcflow_tokens.
 struct Tokens {
     std::vector<std::int64_t> ids, ids_2;
 };
 
-// What to draw: prompts or tokens, and what differs from the bundle's defaults; see arcflow_request.
+// What to generate; see arcflow_request. Set either `prompts` or `tokens`; what is left empty gets its default.
 struct Request {
     std::vector<std::string> prompts;
     std::vector<Tokens> tokens;
-    std::optional<int> images_per_prompt, height, width, steps, max_sequence_length;
+    std::optional<int> num_images_per_prompt, height, width, num_inference_steps, max_sequence_length;
     std::optional<float> guidance_scale;
-    std::vector<std::uint64_t> seeds;  // one for the whole batch, or one per image; none: a random one
-    bool decode = true;                // false: only the latents are wanted
-    // Called after each step with its index and the latents [batch, tokens, channels]; false stops the call with an
-    // Error. What it throws comes out of draw. It must not use the same pipeline.
+    std::vector<std::uint64_t> seeds;  // one for the whole batch, or one per image; empty: random ones
+    bool skip_decode = false;          // true: return only the latents, no pixels
+    // Called after each step with its index and the latents [batch, tokens, channels]. Return true to continue; false
+    // ends the request with an Error. An exception that it throws leaves `generate`. Do not use the same pipeline in
+    // it.
     std::function<bool(int step, View<float> latents)> on_step;
 };
 
-// Pictures, and how they were made.
+// The images of one request.
 class Result {
 public:
-    // Takes ownership.
+    // Takes ownership of the handle.
     explicit Result(arcflow_result *handle) : handle_(handle) {}
 
     int batch() const { return arcflow_result_batch(handle_.get()); }
     int height() const { return arcflow_result_height(handle_.get()); }
     int width() const { return arcflow_result_width(handle_.get()); }
 
-    // RGB, [batch, height, width, 3]; empty without decoding.
+    // All images as RGB bytes, [batch, height, width, 3]; empty with skip_decode.
     View<std::uint8_t> pixels() const {
         const std::uint8_t *data = arcflow_result_pixels(handle_.get());
         return {data, data == nullptr ? 0 : static_cast<std::size_t>(batch()) * image_size()};
     }
-    // One picture of them, [height, width, 3].
+    // One image, [height, width, 3].
     View<std::uint8_t> image(int index) const {
-        if (index < 0 || index >= batch() || pixels().empty())
-            throw Error(ARCFLOW_REQUEST_ERROR, ("there is no image " + std::to_string(index) + " of " +
-                                                std::to_string(pixels().empty() ? 0 : batch())).c_str());
+        const int count = pixels().empty() ? 0 : batch();
+        if (index < 0 || index >= count) {
+            throw Error(ARCFLOW_REQUEST_ERROR, "image index must be at least 0 and below " + std::to_string(count) +
+                                                   ", got " + std::to_string(index));
+        }
         return {pixels().data() + static_cast<std::size_t>(index) * image_size(), image_size()};
     }
     // [batch, tokens, channels].
@@ -122,15 +126,15 @@ public:
         return {data, static_cast<std::size_t>(batch()) * static_cast<std::size_t>(tokens) *
                           static_cast<std::size_t>(channels)};
     }
-    // Those that draw the same noise again: 1 or batch.
+    // The seeds that reproduce these images: 1 or batch.
     View<std::uint64_t> seeds() const {
         std::size_t count = 0;
         const std::uint64_t *data = arcflow_result_seeds(handle_.get(), &count);
         return {data, count};
     }
-    // One a line, "" if there were none.
+    // One warning per line; "" if there are none.
     std::string warnings() const { return arcflow_result_warnings(handle_.get()); }
-    // {"tokenize": 0.02, ...} in ms.
+    // The time of each stage in milliseconds, as JSON: {"tokenize": 0.02, ...}.
     std::string timings() const { return arcflow_result_timings(handle_.get()); }
 
 private:
@@ -144,13 +148,13 @@ private:
     std::unique_ptr<arcflow_result, Free> handle_;
 };
 
-// A loaded bundle. Its end waits for calls in progress.
+// A loaded bundle. Its destructor waits for running calls.
 class Pipeline {
 public:
-    // Checks and loads the bundle in a directory, whose name is UTF-8.
+    // Check and load the bundle in a directory, whose path is UTF-8.
     explicit Pipeline(const std::string &bundle, const Options &options = {}) {
         arcflow_options c = ARCFLOW_OPTIONS_INIT;
-        c.backend = options.backend.empty() ? nullptr : detail::c_string(options.backend, "backend");
+        c.backend = options.backend.empty() ? nullptr : detail::c_string(options.backend, "options.backend");
         c.threads = options.threads;
         c.low_memory = options.low_memory ? 1 : 0;
         c.full_check = options.full_check ? 1 : 0;
@@ -159,12 +163,17 @@ public:
         handle_.reset(handle);
     }
 
-    // Draws images_per_prompt pictures of each prompt, prompt by prompt.
-    Result draw(const Request &request) const {
-        if (!request.prompts.empty() && !request.tokens.empty())
-            throw Error(ARCFLOW_REQUEST_ERROR, "prompts and tokens must not both be given; give one of them");
+    // Generate num_images_per_prompt images of each prompt, prompt by prompt.
+    Result generate(const Request &request) const {
+        if (!request.prompts.empty() && !request.tokens.empty()) {
+            throw Error(ARCFLOW_REQUEST_ERROR,
+                        "request must have either prompts or tokens, got both; leave one of them empty");
+        }
         std::vector<const char *> prompts;
-        for (const std::string &prompt : request.prompts) prompts.push_back(detail::c_string(prompt, "prompt"));
+        for (const std::string &prompt : request.prompts) {
+            const std::string name = "request.prompts[" + std::to_string(prompts.size()) + "]";
+            prompts.push_back(detail::c_string(prompt, name.c_str()));
+        }
         std::vector<arcflow_tokens> tokens;
         for (const Tokens &t : request.tokens)
             tokens.push_back({t.ids.data(), t.ids.size(), t.ids_2.data(), t.ids_2.size()});
@@ -172,35 +181,37 @@ public:
         c.prompts = prompts.empty() ? nullptr : prompts.data();
         c.tokens = tokens.empty() ? nullptr : tokens.data();
         c.prompt_count = prompts.empty() ? tokens.size() : prompts.size();
-        // Zero is the C struct's default, so one that was set is told apart here.
-        c.num_images_per_prompt = given(request.images_per_prompt, "images_per_prompt");
-        c.height = given(request.height, "height");
-        c.width = given(request.width, "width");
-        c.num_inference_steps = given(request.steps, "steps");
-        c.max_sequence_length = given(request.max_sequence_length, "max_sequence_length");
+        c.num_images_per_prompt = or_default(request.num_images_per_prompt, "num_images_per_prompt");
+        c.height = or_default(request.height, "height");
+        c.width = or_default(request.width, "width");
+        c.num_inference_steps = or_default(request.num_inference_steps, "num_inference_steps");
+        c.max_sequence_length = or_default(request.max_sequence_length, "max_sequence_length");
         if (request.guidance_scale) {
-            // A negative one means the default in the C struct.
-            if (*request.guidance_scale < 0)
-                throw Error(ARCFLOW_REQUEST_ERROR, "guidance_scale must not be negative; leave it out for the default");
+            // In the C struct a negative scale selects the default.
+            if (*request.guidance_scale < 0) {
+                throw Error(ARCFLOW_REQUEST_ERROR,
+                            "request.guidance_scale must not be negative; leave it empty for the default");
+            }
             c.guidance_scale = *request.guidance_scale;
         }
         c.seeds = request.seeds.empty() ? nullptr : request.seeds.data();
         c.seed_count = request.seeds.size();
-        c.skip_decode = request.decode ? 0 : 1;
+        c.skip_decode = request.skip_decode ? 1 : 0;
         Step step{request.on_step, nullptr};
         if (request.on_step) {
             c.on_step = &Step::call;
             c.user = &step;
         }
         arcflow_result *result = nullptr;
-        const arcflow_status status = arcflow_draw(handle_.get(), &c, &result);
+        const arcflow_status status = arcflow_generate(handle_.get(), &c, &result);
         if (step.thrown) std::rethrow_exception(step.thrown);
         detail::check(status);
         return Result(result);
     }
 
 private:
-    // No exception may go through the library, so one of the callback's waits here.
+    // Calls on_step for C. It keeps what on_step throws until arcflow_generate has returned, since no exception may
+    // pass through C.
     struct Step {
         const std::function<bool(int, View<float>)> &function;
         std::exception_ptr thrown;
@@ -216,9 +227,10 @@ private:
         }
     };
 
-    static std::int32_t given(const std::optional<int> &value, const char *name) {
+    // A value for the C struct, where 0 selects the default; so a 0 that the caller sets is an error here.
+    static std::int32_t or_default(const std::optional<int> &value, const char *name) {
         if (value && *value == 0)
-            throw Error(ARCFLOW_REQUEST_ERROR, (std::string(name) + " must be at least 1, got 0").c_str());
+            throw Error(ARCFLOW_REQUEST_ERROR, std::string("request.") + name + " must be at least 1, got 0");
         return value.value_or(0);
     }
 

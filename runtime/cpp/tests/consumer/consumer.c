@@ -1,4 +1,4 @@
-/* Calls the installed library: its version is that of the header, and a missing bundle is an error with a text. */
+/* Calls the installed library: its ABI version must be the header's, and a missing bundle must be an error. */
 #include <arcflow/arcflow.h>
 
 #include <stdio.h>

@@ -1,5 +1,5 @@
-// libcuda.so.1 for tests without a GPU: device memory is the host's, a stream's work is done at once or captured, and
-// the kernels are loops over the arithmetic of update_math.h and noise_math.h.
+// A libcuda.so.1 for tests without a GPU. Device memory is host memory; work in a stream runs at once or is captured;
+// the kernels are loops over update_math.h and noise_math.h.
 #include <array>
 #include <cmath>
 #include <cstdlib>
@@ -23,7 +23,7 @@ struct Stream {
     Work captured;
 };
 
-// A time of the fake device's clock, which each kind of work moves on by as much.
+// A time on the fake device's clock, which each kind of work advances by a fixed amount.
 struct Event {
     bool recorded = false;
     double ms = 0;
@@ -41,7 +41,7 @@ int enqueue(void *stream, double ms, std::function<void()> done) {
         now_ms += ms;
         done();
     };
-    if (s->capturing) s->captured.push_back(std::move(work));
+    if (s->capturing) s->captured.emplace_back(std::move(work));
     else work();
     return 0;
 }
@@ -61,7 +61,7 @@ void store(const std::string &type, void *to, long long i, float x) {
     }
 }
 
-// The kernel's arguments in the order of update.cu.
+// The update kernel's arguments, in the order of update.cu.
 struct Arguments {
     Address means, logweights, loggammas, latents, next, input, sigmas;
     long long tokens;
@@ -82,8 +82,8 @@ void update(const std::string &heads, const std::string &input, const Arguments 
         for (int k = 0; k < a.modes; ++k) top = fmaxf(top, logit(k));
         for (int k = 0; k < a.modes; ++k) {
             const long long gamma = (token * (a.modes - 1) + k - 1) * a.sub_pixels + p;
-            const auto mode = arcflow_update::mode_of(
-                logit(k), top, k > 0 ? load(heads, at<void>(a.loggammas), gamma) : 0, step);
+            const auto mode =
+                arcflow_update::mode_of(logit(k), top, k > 0 ? load(heads, at<void>(a.loggammas), gamma) : 0, step);
             const long long mean = (token * a.modes + k) * a.channels + i % a.channels;
             total += mode.weight;
             mixed = fmaf(mode.share, load(heads, at<void>(a.means), mean), mixed);
@@ -94,7 +94,7 @@ void update(const std::string &heads, const std::string &input, const Arguments 
     }
 }
 
-// The uniforms of a generator, one after the other.
+// Gives the uniforms of an MT19937 generator one by one.
 class Uniforms {
 public:
     explicit Uniforms(long long seed) {
@@ -104,8 +104,8 @@ public:
 
     float next() {
         const size_t count = words_.size(), i = place_++ % count;
-        words_[i] = arcflow_random::twisted(words_[i], words_[(i + 1) % count],
-                                           words_[(i + arcflow_random::MIDDLE) % count]);
+        words_[i] =
+            arcflow_random::twisted(words_[i], words_[(i + 1) % count], words_[(i + arcflow_random::MIDDLE) % count]);
         return arcflow_random::uniform(words_[i]);
     }
 
@@ -114,7 +114,7 @@ private:
     size_t place_ = 0;
 };
 
-// The arguments in the order of noise.cu.
+// The noise kernel's arguments, in the order of noise.cu.
 struct NoiseArguments {
     Address streams, latents, input;
     int channels, height, width, patch;
@@ -128,19 +128,19 @@ void noise(const std::string &type, long long images, const NoiseArguments &a) {
         Uniforms uniforms(at<long long>(a.streams)[2 * image]);
         for (long long i = 0; i < first; ++i) uniforms.next();
         for (long long i = 0; i < numbers; i += group) {
-            float drawn[group];
-            for (float &x : drawn) x = uniforms.next();
+            float values[group];
+            for (float &x : values) x = uniforms.next();
             for (int j = 0; j < group / 2; ++j) {
-                const auto two = arcflow_random::box_muller(drawn[j], drawn[j + group / 2]);
-                drawn[j] = two.first;
-                drawn[j + group / 2] = two.second;
+                const auto two = arcflow_random::box_muller(values[j], values[j + group / 2]);
+                values[j] = two.first;
+                values[j + group / 2] = two.second;
             }
             for (int j = 0; j < group; ++j) {
                 const long long c = (i + j) / area, y = (i + j) % area / a.width, x = (i + j) % a.width;
                 const long long token = y / p * (a.width / p) + x / p;
                 const long long place = image * numbers + (token * a.channels + c) * p * p + y % p * p + x % p;
-                reinterpret_cast<float *>(a.latents)[place] = drawn[j];
-                if (a.input != 0) store(type, reinterpret_cast<void *>(a.input), place, drawn[j]);
+                reinterpret_cast<float *>(a.latents)[place] = values[j];
+                if (a.input != 0) store(type, reinterpret_cast<void *>(a.input), place, values[j]);
             }
         }
     }
@@ -150,7 +150,7 @@ void noise(const std::string &type, long long images, const NoiseArguments &a) {
 
 extern "C" {
 
-// For the tests: work of other code in a stream, what is allocated, and how graphs are made.
+// Functions for the tests: enqueue work, count allocations, events and launches, and refuse captures.
 void fake_enqueue(void *stream, void (*work)(void *), void *user) {
     enqueue(stream, engine_ms, [=] { work(user); });
 }
@@ -189,9 +189,9 @@ int cuGetErrorString(int, const char **text) {
     return 0;
 }
 int cuMemAlloc_v2(Address *address, size_t bytes) {
-    // The sanitizers see a write behind it only if it is no larger than asked for.
+    // Exactly as large as asked for, up to the alignment, so that the sanitizers see a write behind it.
     void *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-    std::memset(memory, 0xff, bytes);  // NaN in every float type
+    std::memset(memory, 0xff, bytes);  // NaN in every float dtype
     *address = reinterpret_cast<Address>(memory);
     ++live_allocations;
     return 0;
@@ -268,7 +268,7 @@ int cuEventDestroy_v2(void *event) {
 }
 int cuEventRecordWithFlags(void *event, void *stream, unsigned flags) {
     auto *e = static_cast<Event *>(event);
-    // What is captured without the flag cannot be asked for its time, and the flag is for captures.
+    // An event recorded in a capture without this flag has no time; outside a capture the flag is an error.
     if (static_cast<Stream *>(stream)->capturing != (flags == 1)) return invalid;
     return enqueue(stream, 0, [=] {
         e->recorded = true;
@@ -298,8 +298,8 @@ int cuModuleGetFunction(void **function, void *, const char *name) {
     }
     return invalid;
 }
-int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *stream,
-                   void **given, void **) {
+int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                   void *stream, void **given, void **) {
     const std::string name = *static_cast<std::string *>(function);
     const auto address = [&](size_t i) { return *static_cast<Address *>(given[i]); };
     const auto number = [&](size_t i) { return *static_cast<int *>(given[i]); };
@@ -310,8 +310,9 @@ int cuLaunchKernel(void *function, unsigned grid, unsigned, unsigned, unsigned, 
     }
     const std::string types = name.substr(std::strlen("arcflow_update_"));
     const size_t middle = types.find('_');
-    const Arguments a{address(0), address(1), address(2), address(3), address(4), address(5), address(6),
-                      *static_cast<long long *>(given[7]), number(8), number(9), number(10), number(11)};
+    const Arguments a{address(0), address(1), address(2), address(3),
+                      address(4), address(5), address(6), *static_cast<long long *>(given[7]),
+                      number(8),  number(9),  number(10), number(11)};
     return enqueue(stream, update_ms, [=] { update(types.substr(0, middle), types.substr(middle + 1), a); });
 }
 }

@@ -1,4 +1,4 @@
-// What engines that compute nothing answer, of the shapes that the pipeline expects.
+// Outputs of fake engines, with the shapes that the pipeline expects.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@ inline arcflow::Tensor filled(arcflow::DType dtype, const std::vector<int64_t> &
     return arcflow::cast(std::move(tensor), dtype);
 }
 
-// Text states that are the ids, modulation that counts rows, heads of a constant velocity `mean`, and pictures whose
-// bytes differ by `colour_step` from each to the next.
+// Text states equal the ids; modulation counts its rows; heads give the constant velocity `mean`; bytes of images
+// differ by `colour_step` from each to the next.
 inline arcflow::Tensors fake_outputs(const arcflow::Manifest &m, const std::string &part,
                                      const arcflow::Tensors &inputs, float mean, uint8_t colour_step) {
     using arcflow::DType;
@@ -43,8 +43,7 @@ inline arcflow::Tensors fake_outputs(const arcflow::Manifest &m, const std::stri
     } else {
         const std::vector<int64_t> &shape = inputs.at("latents").shape;
         Tensor images(DType::uint8, {shape[0], shape[1] * 16, shape[2] * 16, 3});
-        for (int64_t i = 0; i < images.count(); ++i)
-            images.as<uint8_t>()[i] = static_cast<uint8_t>(i * colour_step);
+        for (int64_t i = 0; i < images.count(); ++i) images.as<uint8_t>()[i] = static_cast<uint8_t>(i * colour_step);
         out["images"] = std::move(images);
     }
     return out;

@@ -1,4 +1,4 @@
-// In place of the embedded kernel: fake_cuda.cpp loads anything.
+// Stands in for the generated header; fake_cuda.cpp loads any module.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-#include "repr.h"
+#include "json_text.h"
 
 #include <charconv>
 #include <cmath>
@@ -6,10 +6,9 @@
 namespace arcflow {
 namespace {
 
-// The digits of `value` and its decimal exponent, laid out by the rule of Python's repr: an exponent below 1e-4 and
-// from 1e16 on, a ".0" on whole numbers.
-template <class Float>
-std::string repr_number(Float value) {
+// The shortest digits that read back as `value`, laid out as Python's json module does, since the digest of a manifest
+// depends on it (B3): an exponent below 1e-4 and from 1e16 on, and ".0" after whole numbers.
+template <class Float> std::string number_text(Float value) {
     if (std::isnan(value)) return "nan";
     if (std::isinf(value)) return value < 0 ? "-inf" : "inf";
     char buffer[64];
@@ -18,9 +17,8 @@ std::string repr_number(Float value) {
     const size_t e = text.find('e');
     const std::string sign = text[0] == '-' ? "-" : "";
     std::string digits;
-    for (const char c : text.substr(0, e)) {
+    for (const char c : text.substr(0, e))
         if (c >= '0' && c <= '9') digits += c;
-    }
     const int exponent = std::stoi(text.substr(e + 1));
     if (exponent < -4 || exponent >= 16) {
         const std::string fraction = digits.size() > 1 ? "." + digits.substr(1) : "";
@@ -32,8 +30,7 @@ std::string repr_number(Float value) {
     return sign + digits.substr(0, whole) + "." + digits.substr(whole);
 }
 
-template <class Values, class Write>
-std::string repr_list(const Values &values, Write write) {
+template <class Values, class Write> std::string list_text(const Values &values, Write write) {
     std::string text = "[";
     for (const auto &value : values) text += (text.size() > 1 ? ", " : "") + write(value);
     return text + "]";
@@ -41,12 +38,11 @@ std::string repr_list(const Values &values, Write write) {
 
 }  // namespace
 
-std::string repr(std::string_view text) {
-    const bool double_quoted = text.find('\'') != text.npos && text.find('"') == text.npos;
-    const char quote = double_quoted ? '"' : '\'';
-    std::string out(1, quote);
+std::string json_text(std::string_view text) {
+    std::string out = "\"";
     for (const char c : text) {
-        if (c == quote || c == '\\') {
+        const auto byte = static_cast<unsigned char>(c);
+        if (c == '"' || c == '\\') {
             out += '\\';
             out += c;
         } else if (c == '\n') {
@@ -55,27 +51,27 @@ std::string repr(std::string_view text) {
             out += "\\r";
         } else if (c == '\t') {
             out += "\\t";
-        } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) {
-            out += "\\x";
-            out += "0123456789abcdef"[c >> 4];
-            out += "0123456789abcdef"[c & 15];
+        } else if (byte < 0x20 || byte == 0x7F) {
+            out += "\\u00";
+            out += "0123456789abcdef"[byte >> 4];
+            out += "0123456789abcdef"[byte & 15];
         } else {
             out += c;
         }
     }
-    return out + quote;
+    return out + '"';
 }
 
-std::string repr(double value) { return repr_number(value); }
+std::string json_text(double value) { return number_text(value); }
 
-std::string repr_float32(float value) { return repr_number(value); }
+std::string json_text(float value) { return number_text(value); }
 
-std::string repr(const std::vector<int64_t> &values) {
-    return repr_list(values, [](int64_t value) { return std::to_string(value); });
+std::string json_text(const std::vector<int64_t> &values) {
+    return list_text(values, [](int64_t value) { return std::to_string(value); });
 }
 
-std::string repr(const std::vector<std::string> &texts) {
-    return repr_list(texts, [](const std::string &text) { return repr(text); });
+std::string json_text(const std::vector<std::string> &texts) {
+    return list_text(texts, [](const std::string &text) { return json_text(text); });
 }
 
 }  // namespace arcflow

@@ -1,4 +1,4 @@
-/* Draws one prompt: draw BUNDLE PROMPT OUT.ppm [SEED] */
+/* Generates one image of a prompt and writes it as a PPM file: generate BUNDLE PROMPT OUT.ppm [SEED] */
 #include <arcflow/arcflow.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,12 +29,10 @@ int main(int argc, char **argv) {
     arcflow_pipeline *pipe = NULL;
     arcflow_result *result = NULL;
     int code = 1;
-    if (arcflow_open(argv[1], NULL, &pipe) || arcflow_draw(pipe, &request, &result))
+    if (arcflow_open(argv[1], NULL, &pipe) || arcflow_generate(pipe, &request, &result))
         fprintf(stderr, "%s\n", arcflow_last_error());
-    else if (!write_ppm(argv[3], result))
-        perror(argv[3]);
-    else
-        code = 0;
+    else if (!write_ppm(argv[3], result)) perror(argv[3]);
+    else code = 0;
     arcflow_result_free(result);
     arcflow_close(pipe);
     return code;

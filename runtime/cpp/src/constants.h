@@ -1,0 +1,40 @@
+// Names, defaults and limits that the library shares with the Python runtime; tests/test_cpp_limits.py compares each
+// with Python's, so a constant changes in both or in neither.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace arcflow {
+
+// Bundles (docs/bundle.md, B1 to B6).
+inline constexpr const char *bundle_format = "arcflow-bundle";
+inline constexpr int64_t bundle_version = 1;
+inline constexpr const char *manifest_name = "manifest.json";
+inline constexpr uint64_t max_manifest_bytes = 16 << 20;
+inline constexpr uint64_t fast_hash_bytes = 64 << 20;  // larger files are hashed by a full check only
+inline constexpr uint64_t max_graph_bytes = 256 << 20;
+
+// Records of what was built from a bundle: engines (E1) and tokenizers (O2).
+inline constexpr uint64_t max_record_bytes = 1 << 20;
+inline constexpr const char *engines_folder = "engines";
+inline constexpr const char *engine_format = "arcflow-engine";
+inline constexpr int64_t engine_version = 1;
+inline constexpr const char *tokenizers_folder = "openvino";
+inline constexpr const char *tokenizers_record = "tokenizers.json";
+inline constexpr const char *tokenizers_format = "arcflow-openvino";
+inline constexpr int64_t tokenizers_version = 1;
+inline constexpr uint64_t max_runtime_cache_bytes = 1 << 30;
+
+// Requests.
+inline constexpr int64_t default_size_px = 1024;
+inline constexpr float default_guidance_scale = 3.5f;
+inline constexpr float max_guidance_scale = 65.0f;
+inline constexpr int64_t max_inference_steps = 1000;
+
+// Computation.
+inline constexpr float timestep_scale = 1000;   // the students' sinusoidal embedding takes sigma times this
+inline constexpr size_t cached_prompts = 16;    // whose token ids and embeddings are kept
+inline constexpr size_t shown_characters = 40;  // of a prompt in a warning
+
+}  // namespace arcflow
