@@ -34,6 +34,7 @@ EXTRAS = (
     "diffusers",
     "filelock",
     "huggingface_hub",
+    "markdown_it",
     "matplotlib",
     "ml_dtypes",
     "onnx",

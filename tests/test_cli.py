@@ -10,6 +10,7 @@ from PIL import Image
 
 from arcflow_runtime import backends, cli, installing
 from arcflow_runtime.errors import EngineError
+from arcflow_runtime.generate import pipeline
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +46,23 @@ def test_help_is_the_docstring(command, capsys):
 
     doc = importlib.import_module(cli.COMMANDS[command]).__doc__
     assert doc.splitlines()[0] in capsys.readouterr().out
+
+
+def test_only_a_cpu_gets_a_step_callback(root, monkeypatch):
+    """A CUDA graph runs all steps at once, which a callback between them would prevent."""
+    given = []
+    plain = pipeline.Pipeline.__call__
+
+    def call(self, *args, callback_on_step_end, **kwargs):
+        given.append(callback_on_step_end)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.Pipeline, "__call__", call)
+    assert generate(root, "--out", "a.png") == 0
+    monkeypatch.setattr("arcflow_runtime.commands.generate.DEFAULT_BACKEND", "fake")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert generate(root, "--out", "b.png") == 0
+    assert given[0] is None and callable(given[1])
 
 
 def test_a_misspelt_command(capsys):
@@ -210,6 +228,7 @@ def test_a_package_that_is_not_installed(capsys, monkeypatch, module, extra):
 
 def test_openvino_is_not_installed(root, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
+    monkeypatch.setattr(installing, "_CHECKOUT", CHECKOUT)
     assert cli.main(["build", root, "--backend", "openvino"]) == 1
     assert capsys.readouterr().err == (
         "arcflow build: error: needs openvino_tokenizers, which is not installed; "

@@ -145,6 +145,13 @@ def test_warnings(cpp_pipes):
     assert images.warnings == ["this student takes no guidance; request.guidance_scale 2.5 was ignored"]
     images = cpp_pipes("flux-tiny").generate(["x"], height=32, width=32, num_inference_steps=1)
     assert images.warnings == ["request.num_inference_steps is 1, which gives a blurry image; use 2 or more"]
+    images = cpp_pipes("flux-tiny").generate(["x"], height=32, width=32, num_inference_steps=5)
+    assert images.warnings == [
+        "request.num_inference_steps is 5, more than 2 times the 2 that this student was made for; "
+        "more steps may not improve the image, use 2"
+    ]
+    images = cpp_pipes("flux-tiny").generate(["x"], height=32, width=32, num_inference_steps=4)
+    assert images.warnings == []
 
 
 def test_random_seeds_reproduce_each_image(cpp_pipes):

@@ -34,6 +34,7 @@ PYTHON = {
     "default_guidance_scale": families.DEFAULT_GUIDANCE_SCALE,
     "max_guidance_scale": request.MAX_GUIDANCE_SCALE,
     "max_inference_steps": request.MAX_INFERENCE_STEPS,
+    "far_steps": request.FAR_STEPS,
     "timestep_scale": schedule.TIMESTEP_SCALE,
     "cached_prompts": text.CACHED_PROMPTS,
     "shown_characters": text._SHOWN_CHARACTERS,

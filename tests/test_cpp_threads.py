@@ -50,7 +50,12 @@ def test_a_relative_path_outlives_a_change_of_directory(cpp_library, cpp_bundles
 
 
 @pytest.mark.parametrize(
-    ("name", "low_memory", "count"), [("flux-tiny", 0, 200), ("qwen-tiny", 0, 40), ("shapes", 1, 8)]
+    ("name", "low_memory", "count"),
+    [
+        pytest.param("flux-tiny", 0, 200, marks=pytest.mark.slow),
+        ("qwen-tiny", 0, 40),
+        pytest.param("shapes", 1, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_eight_threads_give_what_one_gives(cpp_library, cpp_bundles, name, low_memory, count):
     pipe = embed.Pipeline(cpp_library, cpp_bundles(name), low_memory=low_memory)

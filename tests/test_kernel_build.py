@@ -14,6 +14,8 @@ from arcflow_runtime.gpu import kernels
 from arcflow_runtime.gpu.kernels import kernel_name
 from tests.kernel_source import DTYPES, ROOT
 
+SLOW = pytest.mark.slow
+
 
 def builder():
     """The module runtime/kernels/build.py."""
@@ -84,7 +86,7 @@ def nvrtc():
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("arch", ["75", "90", "120"])
+@pytest.mark.parametrize("arch", [pytest.param("75", marks=SLOW), "90", pytest.param("120", marks=SLOW)])
 def test_nvrtc_compiles_without_a_driver(nvrtc, arch):
     kind, code = kernels.compile_code(arch)
     assert kind == "cubin"

@@ -222,6 +222,7 @@ def mixed(bundles):
     return bundles("flux-tiny", **MIXED)
 
 
+@pytest.mark.slow
 def test_the_bundle_says_and_holds_each_precision(mixed, capsys):
     manifest = Bundle.open(mixed, "full").manifest
     assert (manifest.dtype, manifest.reference_dtype) == ("bfloat16", "bfloat16")
@@ -240,6 +241,7 @@ def test_the_bundle_says_and_holds_each_precision(mixed, capsys):
     assert f"dtype     bfloat16, {others}, conditioning as the reference in bfloat16, opset 23\n" in out
 
 
+@pytest.mark.slow
 def test_a_mixed_bundle_draws_what_torch_draws(mixed):
     rows = verify_bundle(Bundle.open(mixed), golden_student("flux-tiny"), [VerifyCase("a red circle", 48, 32, 2)])
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 
-# A progress bar appears if a run takes longer than this.
+# A progress bar appears if a run on the CPU takes longer than this. A GPU has none: its CUDA graph runs every step, and
+# a step callback would need them one by one.
 _BAR_DELAY_S = 2
 
 
@@ -107,7 +108,8 @@ def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
     from tqdm import tqdm
 
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
-    with tqdm(total=steps, desc="steps", delay=_BAR_DELAY_S, disable=None, leave=False) as bar:
+    disabled = None if args.backend == DEFAULT_BACKEND else True  # None: where standard error is not a terminal
+    with tqdm(total=steps, desc="steps", delay=_BAR_DELAY_S, disable=disabled, leave=False) as bar:
         return pipeline(
             args.prompt,
             height=args.height,
@@ -117,7 +119,7 @@ def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
             seed=_one_each(args.seed, len(args.prompt) * args.num_images),
             num_images_per_prompt=args.num_images,
             max_sequence_length=args.max_sequence_length,
-            callback_on_step_end=lambda step, latents: bar.update(),
+            callback_on_step_end=None if bar.disable else lambda step, latents: bar.update(),
         )
 
 

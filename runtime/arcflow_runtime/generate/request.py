@@ -25,7 +25,7 @@ DEFAULT_SIZE_PX = 1024
 MAX_INFERENCE_STEPS = 1000
 MAX_GUIDANCE_SCALE = 65.0
 #: More than this many times the student's own number of steps is warned of.
-_FAR = 2
+FAR_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def check_request(
     warnings = []
     if steps == 1:
         warnings.append("num_inference_steps 1 gives a blurry image; use 2 or more")
-    if steps > _FAR * (own := manifest.schedule.num_inference_steps):
+    if steps > FAR_STEPS * (own := manifest.schedule.num_inference_steps):
         warnings.append(
-            f"num_inference_steps {steps} is more than {_FAR} times the {own} that this student was made for; "
+            f"num_inference_steps {steps} is more than {FAR_STEPS} times the {own} that this student was made for; "
             f"more steps may not improve the image, use {own}"
         )
     if guidance_scale is not None and not manifest.guidance:

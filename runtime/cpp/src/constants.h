@@ -31,6 +31,7 @@ inline constexpr int64_t default_size_px = 1024;
 inline constexpr float default_guidance_scale = 3.5f;
 inline constexpr float max_guidance_scale = 65.0f;
 inline constexpr int64_t max_inference_steps = 1000;
+inline constexpr int64_t far_steps = 2;  // more than this many times the student's own number are warned of
 
 // Computation.
 inline constexpr float timestep_scale = 1000;   // the students' sinusoidal embedding takes sigma times this

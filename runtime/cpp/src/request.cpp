@@ -191,6 +191,13 @@ Request check_request(const arcflow_request &request, const Manifest &m) {
     const float guidance = check_guidance(request.guidance_scale);
     if (checked.steps == 1)
         checked.warnings.emplace_back("request.num_inference_steps is 1, which gives a blurry image; use 2 or more");
+    const int64_t own = m.schedule.num_inference_steps;
+    if (checked.steps > far_steps * own) {
+        checked.warnings.push_back("request.num_inference_steps is " + text_of(checked.steps) + ", more than " +
+                                   text_of(far_steps) + " times the " + text_of(own) +
+                                   " that this student was made for; more steps may not improve the image, use " +
+                                   text_of(own));
+    }
     if (m.guidance) {
         checked.guidance_scale = guidance;
     } else if (!(request.guidance_scale < 0)) {

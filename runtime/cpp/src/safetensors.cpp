@@ -167,13 +167,22 @@ std::map<int64_t, Tensor> load_modulation(const Bundle &bundle) {
         throw bundle_error(path.string() + ": the modulation table cannot be read (" + e.what() +
                            "); export the bundle again");
     }
+    const Part &backbone = bundle.manifest.parts.at("backbone");
+    const auto input = std::find_if(backbone.inputs.begin(), backbone.inputs.end(),
+                                    [](const TensorSpec &tensor) { return tensor.name == "modulation"; });
+    const int64_t *stated =
+        input == backbone.inputs.end() || input->shape.empty() ? nullptr : std::get_if<int64_t>(&input->shape.back());
+    const int64_t width = stated ? *stated : -1;
     for (const int64_t n : spec.num_inference_steps) {
         const auto found = tensors.find(name_of_count(n));
         if (found == tensors.end()) continue;  // the manifest lists this number twice
         const Tensor &tensor = found->second;
-        if (tensor.dtype != DType::float32 || tensor.shape.size() != 2 || tensor.shape[0] != n) {
-            throw bundle_error(path.string() + ": " + name_of_count(n) + " must have shape [" + std::to_string(n) +
-                               ", M] in float32, got " + tensor.describe() + "; export the bundle again");
+        if (tensor.dtype != DType::float32 || tensor.shape.size() != 2 || tensor.shape[0] != n ||
+            tensor.shape[1] != width) {
+            throw bundle_error(path.string() + ": " + name_of_count(n) + " must be float32 of shape [" +
+                               std::to_string(n) + ", " + std::to_string(width) +
+                               "], for the backbone's input modulation, got " + tensor.describe() +
+                               "; export the bundle again");
         }
         table.emplace(n, std::move(found->second));
         tensors.erase(found);

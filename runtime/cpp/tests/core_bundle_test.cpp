@@ -279,6 +279,7 @@ void test_modulation() {
     arcflow::Bundle bundle{folder.path(), parsed(flux_manifest())};
     CHECK(arcflow::load_modulation(bundle).empty());
     bundle.manifest = parsed(qwen_manifest());
+    bundle.manifest.parts.at("backbone").inputs = {{"modulation", arcflow::DType::float32, {"batch", int64_t{1}}}};
     const auto entry = [](const char *n, const char *shape, const char *offsets) {
         return std::string("\"num_inference_steps_") + n + "\": {\"dtype\": \"F32\", \"shape\": " + shape +
                ", \"data_offsets\": " + offsets + "}";
@@ -292,8 +293,10 @@ void test_modulation() {
           "modulation.safetensors: the modulation table cannot be read (" + path.string() +
               " has no tensor \"num_inference_steps_4\"); export the bundle again");
     write(path, safetensors("{" + two + ", " + entry("4", "[2, 2]", "[8, 24]") + "}", std::string(24, '\0')));
-    fails([&] { arcflow::load_modulation(bundle); },
-          "num_inference_steps_4 must have shape [4, M] in float32, got float32[2, 2]");
+    fails([&] { arcflow::load_modulation(bundle); }, "num_inference_steps_4 must be float32 of shape [4, 1], for the "
+                                                     "backbone's input modulation, got float32[2, 2]");
+    write(path, safetensors("{" + two + ", " + entry("4", "[4, 2]", "[8, 40]") + "}", std::string(40, '\0')));
+    fails([&] { arcflow::load_modulation(bundle); }, "must be float32 of shape [4, 1], for the backbone's input");
 }
 
 }  // namespace
