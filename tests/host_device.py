@@ -144,8 +144,7 @@ class HostKernels:
     def update(
         self, stream, shape, means, logweights, loggammas, latents, next_latents, engine_input, sigmas, step
     ) -> None:
-        n, k, p = shape.tokens, shape.modes, shape.sub_pixels
-        d = shape.channels * p
+        n, k, d, p = shape.tokens, shape.modes, shape.channels, shape.sub_pixels
 
         def run() -> None:
             heads = [

@@ -29,16 +29,16 @@ SIZE = {"height": 64, "width": 64, "seed": 1, "output_type": "latents"}
 def test_the_functions_used_exist():
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     driver = importlib.import_module("cuda.bindings.driver")
-    graph = importlib.import_module("cuda.core.graph")
     used = {
         core.Device: ("set_current", "create_stream", "create_event", "name", "device_id", "arch"),
-        core.Stream: ("create_graph_builder", "handle", "sync"),
-        core.Event: ("sync", "handle", "__sub__"),
-        core.Buffer: ("handle", "size", "close"),
-        core.LegacyPinnedMemoryResource: ("allocate",),
-        graph.GraphBuilder: ("begin_building", "end_building", "complete", "close"),
-        graph.Graph: ("launch", "close"),
-        driver: ("cuMemAlloc", "cuMemFree", "cuMemcpyAsync", "cuEventRecordWithFlags", "cuMemGetInfo"),
+        core.Stream: ("handle", "sync"),
+        core.Event: ("sync", "handle"),
+        driver: (
+            *("cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuMemcpyAsync", "cuMemGetInfo"),
+            *("cuEventRecordWithFlags", "cuEventElapsedTime"),
+            *("cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch", "cuGraphDestroy"),
+            "cuGraphExecDestroy",
+        ),
     }
     for owner, names in used.items():
         for name in names:

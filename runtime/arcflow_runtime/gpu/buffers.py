@@ -230,6 +230,7 @@ class Buffers:
                 stream.copy(self._memory[1].address, pinned.address, self._constant.nbytes)
                 stream.wait()
         finally:
+            self._lane.settle()
             pinned.close()
 
     def _staging(self, name: str) -> np.ndarray:

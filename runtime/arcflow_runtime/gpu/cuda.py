@@ -8,6 +8,9 @@ the engines' libraries at once.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,10 +27,24 @@ from arcflow_runtime.gpu.device import (
     PinnedMemory,
     Stream,
 )
-from arcflow_runtime.gpu.kernels import load_kernels
+from arcflow_runtime.gpu.kernels import CudaKernels, load_kernels
 from arcflow_runtime.installing import install_command
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+#: After these, every call of this process fails (cuda.h: "the process must be terminated and relaunched").
+_LOST = {
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_CONTAINED",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+}
 
 
 def open_device() -> Device:
@@ -46,9 +63,25 @@ def open_device() -> Device:
         device.set_current()
     except Exception as e:  # the loader's and cuda.core's errors share no public base
         raise EngineError(
-            f"the CUDA driver finds no GPU here ({_first_line(e)}); check that nvidia-smi lists one"
+            f"the CUDA driver finds no GPU here ({_what_failed(e)}); check that nvidia-smi lists one"
         ) from None
     return CudaDevice(device)
+
+
+def _failed(what: str) -> EngineError:
+    """The error to raise; `what` is the name of a CUDA error, or a sentence."""
+    then = "load the pipeline again"
+    if what == _OUT_OF_MEMORY:
+        then = "generate fewer or smaller images at once"
+    elif what in _LOST:
+        then = "start this process again"
+    return EngineError(f"the GPU failed: {what}; {then}")
+
+
+def _what_failed(error: Exception) -> str:
+    """What `_failed` takes, from an error of `cuda.core`."""
+    text = str(error).strip() or type(error).__name__
+    return text.partition(":")[0] if text.startswith("CUDA_ERROR_") else text.splitlines()[0]
 
 
 class CudaDevice:
@@ -62,22 +95,20 @@ class CudaDevice:
         """See `Device.use`."""
         from cuda.core import Device
 
-        Device(self._device.device_id).set_current()  # a new object, because each belongs to the thread that made it
+        with _as_engine_error():
+            Device(self._device.device_id).set_current()  # a new object: each belongs to the thread that made it
 
     def allocate(self, nbytes: int) -> Memory:
         """See `Device.allocate`."""
         from cuda.bindings import driver
 
-        return _Memory(int(_call(driver.cuMemAlloc(nbytes))), nbytes)
+        return _Memory(int(_allocated(driver.cuMemAlloc(nbytes))), nbytes)
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
         """See `Device.allocate_pinned`."""
-        from cuda.core import LegacyPinnedMemoryResource
+        from cuda.bindings import driver
 
-        try:
-            return _Pinned(LegacyPinnedMemoryResource().allocate(nbytes))
-        except Exception as e:
-            raise OutOfMemory(_first_line(e)) from None
+        return _Pinned(int(_allocated(driver.cuMemHostAlloc(nbytes, 0))), nbytes)
 
     def free_bytes(self) -> int:
         """See `Device.free_bytes`."""
@@ -95,18 +126,28 @@ class CudaDevice:
 
     def make_stream(self) -> Stream:
         """See `Device.make_stream`."""
-        return _Stream(self._device.create_stream())
+        with _as_engine_error():
+            return _Stream(self._device.create_stream())
 
     def make_event(self) -> Event:
         """See `Device.make_event`."""
         from cuda.core import EventOptions
 
         # blocking_sync: a waiting thread sleeps and leaves its core to other threads.
-        return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
+        with _as_engine_error():
+            return _Event(self._device.create_event(EventOptions(timing_enabled=True, blocking_sync=True)))
 
     def kernels(self) -> KernelLauncher:
         """See `Device.kernels`."""
-        return load_kernels(self._device)
+        return _kernels_of(self._device.device_id)
+
+
+@lru_cache
+def _kernels_of(device_id: int) -> CudaKernels:
+    """The kernels on a GPU, loaded once per process because `cuda.core` never unloads code."""
+    from cuda.core import Device
+
+    return load_kernels(Device(device_id))
 
 
 class _Memory:
@@ -117,22 +158,25 @@ class _Memory:
         from cuda.bindings import driver
 
         if self.address:
-            _call(driver.cuMemFree(self.address))
+            driver.cuMemFree(self.address)  # can fail only after an error in `_LOST`
             self.address = 0
 
 
 class _Pinned:
-    def __init__(self, buffer: Any) -> None:
-        self._buffer = buffer
-        self.address, self.nbytes = int(buffer.handle), int(buffer.size)
-        self._array = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
+        self._array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     @property
     def array(self) -> np.ndarray:
         return self._array
 
     def close(self) -> None:
-        self._buffer.close()
+        from cuda.bindings import driver
+
+        if self.address:
+            driver.cuMemFreeHost(self.address)  # can fail as in `_Memory`
+            self.address = 0
 
 
 class _Event:
@@ -140,38 +184,38 @@ class _Event:
         self.event = event
 
     def wait(self) -> None:
-        try:
+        with _as_engine_error():
             self.event.sync()
-        except Exception as e:
-            raise _failed(e) from e
 
     def ms_since(self, earlier: Event) -> float:
+        from cuda.bindings import driver
+
         assert isinstance(earlier, _Event)
-        return float(self.event - earlier.event)
+        return float(_call(driver.cuEventElapsedTime(earlier.event.handle, self.event.handle)))
 
 
 class _CudaGraph:
-    def __init__(self, graph: Any, stream: Any) -> None:
-        self._graph, self._stream = graph, stream
+    def __init__(self, executable: Any, stream: int) -> None:
+        self._executable, self._stream = executable, stream
 
     def launch(self) -> None:
-        try:
-            self._graph.launch(self._stream)
-        except Exception as e:
-            raise _failed(e) from e
+        from cuda.bindings import driver
+
+        _call(driver.cuGraphLaunch(self._executable, self._stream))
 
     def close(self) -> None:
-        self._graph.close()
+        from cuda.bindings import driver
+
+        if self._executable is not None:
+            driver.cuGraphExecDestroy(self._executable)
+            self._executable = None
 
 
 class _Stream:
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._builder: Any = None
+        self.core = stream  # for the launches in `kernels.py`
+        self._capturing = False
         self.handle = int(stream.handle)
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         from cuda.bindings import driver
@@ -184,58 +228,68 @@ class _Stream:
 
         assert isinstance(event, _Event)
         # An event recorded in a capture has a time only if it is external.
-        flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL if self._builder is not None else 0
+        flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL if self._capturing else 0
         _call(driver.cuEventRecordWithFlags(event.event.handle, self.handle, int(flags)))
 
     def wait(self) -> None:
-        try:
-            self._stream.sync()
-        except Exception as e:
-            raise _failed(e) from e
+        with _as_engine_error():
+            self.core.sync()
+
+    # The captures call the driver directly. A `cuda.core` GraphBuilder raises in `close` if an error has broken the
+    # capture, and its destructor can then end a later capture of the same stream.
 
     def begin_capture(self) -> None:
-        builder = self._stream.create_graph_builder()
-        try:
-            # thread_local: other threads may allocate during the capture. If an engine itself allocates, it fails.
-            self._builder = builder.begin_building("thread_local")
-        except Exception as e:
-            raise CaptureError(_first_line(e)) from e
+        from cuda.bindings import driver
+
+        # Thread-local: other threads may allocate during the capture. If an engine itself allocates, it fails.
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _call(driver.cuStreamBeginCapture(self.handle, mode), CaptureError)
+        self._capturing = True
 
     def end_capture(self) -> Graph:
-        builder, self._builder = self._builder, None
+        from cuda.bindings import driver
+
+        self._capturing = False
+        graph = _call(driver.cuStreamEndCapture(self.handle), CaptureError)
         try:
-            return _CudaGraph(builder.end_building().complete(), self._stream)
-        except Exception as e:
-            raise CaptureError(_first_line(e)) from e
+            return _CudaGraph(_call(driver.cuGraphInstantiate(graph, 0), CaptureError), self.handle)
         finally:
-            builder.close()
+            driver.cuGraphDestroy(graph)
 
     def abort_capture(self) -> None:
-        builder, self._builder = self._builder, None
-        builder.close()  # ends the capture
+        from cuda.bindings import driver
+
+        self._capturing = False
+        error, graph = driver.cuStreamEndCapture(self.handle)
+        if not int(error):  # a broken capture is ended too, but gives no graph
+            driver.cuGraphDestroy(graph)
 
 
-def _call(result: tuple[Any, ...]) -> Any:
+def _call(result: tuple[Any, ...], raised: Callable[[str], Exception] = _failed) -> Any:
     """The value of a call to the driver API, or a tuple if there are several.
 
     Args:
-        result: what `cuda.bindings.driver` returned: the error code and the values.
+        result: what `cuda.bindings` returned: the error code, then the values.
+        raised: makes the exception from the error's name.
 
     Raises:
-        OutOfMemory: the error is CUDA_ERROR_OUT_OF_MEMORY.
-        EngineError: it is any other error.
+        EngineError: the call failed, unless `raised` makes another exception.
     """
     error, *values = result
     if int(error):
-        if error.name == _OUT_OF_MEMORY:
-            raise OutOfMemory(error.name)
-        raise EngineError(f"the CUDA driver failed: {error.name}; load the pipeline again")
+        raise raised(error.name)
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _failed(error: Exception) -> EngineError:
-    return EngineError(f"the GPU failed: {_first_line(error)}; load the pipeline again")
+def _allocated(result: tuple[Any, ...]) -> Any:
+    """As `_call`, but raises OutOfMemory for CUDA_ERROR_OUT_OF_MEMORY."""
+    return _call(result, lambda name: OutOfMemory(name) if name == _OUT_OF_MEMORY else _failed(name))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextmanager
+def _as_engine_error() -> Iterator[None]:
+    """Raise the errors of `cuda.core`, which have no public base class, as `EngineError`."""
+    try:
+        yield
+    except Exception as e:
+        raise _failed(_what_failed(e)) from e

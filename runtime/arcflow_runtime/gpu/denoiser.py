@@ -217,8 +217,8 @@ class DeviceDenoiser:
                         context.set_workspace(workspace.address, workspace.nbytes)
                 yield context
             finally:
-                with self._lane.enter() as stream:
-                    stream.wait()
+                with self._lane.enter():
+                    self._lane.settle()
                     context.close()
                     self._lane.release_workspace()
 

@@ -57,8 +57,8 @@ class HostEngine:
 
     def close(self) -> None:
         """Free everything, after any run in another thread has finished."""
-        with self._lock, self._lane.enter() as stream:
-            stream.wait()
+        with self._lock, self._lane.enter():
+            self._lane.settle()
             while self._prepared:
                 self._prepared.popitem()[1].close()
             if self._engine is not None:
@@ -125,8 +125,8 @@ class _Prepared:
         return {n: r.view(self._pinned.array[split:]).copy() for n, r in self._outputs.regions.items()}
 
     def close(self) -> None:
-        with self._lane.enter() as stream:
-            stream.wait()
+        with self._lane.enter():
+            self._lane.settle()
             self._context.close()
             self._memory.close()
             self._pinned.close()

@@ -26,7 +26,7 @@ from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    from cuda.core import Device, Kernel, ObjectCode
+    from cuda.core import Device, Kernel, LaunchConfig, ObjectCode
 
 _log = logging.getLogger("arcflow")
 
@@ -41,7 +41,7 @@ _DEFINE = re.compile(r"^#define ARCFLOW_(\w+) (\d+)\b", re.MULTILINE)
 class UpdateShape:
     """Sizes and dtypes of one launch of the update kernel.
 
-    `tokens` is B*N, `modes` K, `channels` C and `sub_pixels` P. `heads` is the dtype of means, logweights and
+    `tokens` is B*N, `modes` K, `channels` C*P and `sub_pixels` P. `heads` is the dtype of means, logweights and
     loggammas, `engine_input` that of the second output; both are "float32", "float16" or "bfloat16".
     """
 
@@ -93,7 +93,7 @@ class CudaKernels:
         """Enqueue one closed-form update. The arguments from `means` to `sigmas` are device addresses.
 
         Args:
-            stream: a `cuda.core` Stream or GraphBuilder, or an object with `__cuda_stream__`.
+            stream: a `cuda.core` Stream or GraphBuilder, or an object whose `core` is one.
             shape: sizes and dtypes.
             means: [tokens, K, C*P].
             logweights: [tokens, K, P].
@@ -105,15 +105,15 @@ class CudaKernels:
             step: the update goes from sigmas[step] to sigmas[step + 1].
 
         Raises:
-            EngineError: a token's modes do not fit in shared memory.
+            EngineError: a token's modes do not fit in shared memory, or the GPU does not take the launch.
         """
-        from cuda.core import LaunchConfig, launch
+        from cuda.core import LaunchConfig
 
         grid, block, shared = geometry(shape)
-        launch(
+        self._launch(
             stream,
             LaunchConfig(grid=grid, block=block, shmem_size=shared),
-            self.kernel(kernel_name(shape.heads, shape.engine_input)),
+            kernel_name(shape.heads, shape.engine_input),
             *(means, logweights, loggammas, latents, next_latents, engine_input, sigmas),
             np.int64(shape.tokens),
             *(np.int32(n) for n in (step, shape.modes, shape.channels, shape.sub_pixels)),
@@ -128,14 +128,17 @@ class CudaKernels:
             streams: [images, 2] int64 from `noise.streams`, read at each launch, also in a captured graph.
             latents: [images, N, C*p*p] float32, receives the noise.
             engine_input: [images, N, C*p*p], receives a copy in the dtype `shape.engine_input`; 0 for none.
+
+        Raises:
+            EngineError: the GPU does not take the launch.
         """
-        from cuda.core import LaunchConfig, launch
+        from cuda.core import LaunchConfig
 
         n = launch_constants()
-        launch(
+        self._launch(
             stream,
             LaunchConfig(grid=shape.images, block=n["NOISE_THREADS"], shmem_size=n["NOISE_SHARED_BYTES"]),
-            self.kernel(f"arcflow_noise_{shape.engine_input}"),
+            f"arcflow_noise_{shape.engine_input}",
             *(streams, latents, engine_input),
             *(np.int32(n) for n in (shape.channels, shape.height, shape.width, shape.patch)),
         )
@@ -145,6 +148,16 @@ class CudaKernels:
         if name not in self._kernels:
             self._kernels[name] = self._code.get_kernel(name)
         return self._kernels[name]
+
+    def _launch(self, stream: Any, config: LaunchConfig, name: str, *arguments: Any) -> None:
+        from cuda.core import launch
+
+        try:
+            # cuda.core's own stream: a stream of another class is deprecated, and takes twice as long.
+            launch(getattr(stream, "core", stream), config, self.kernel(name), *arguments)
+        except Exception as e:  # cuda.core's errors share no public base
+            why = str(e).partition(":")[0]  # the name of the CUDA error, without its explanation
+            raise EngineError(f"the GPU does not take {name}: {why}; load the pipeline again") from e
 
 
 def load_kernels(device: Device, cache: Path | None = None) -> CudaKernels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Device, Memory, OutOfMemory, PinnedMemory, Stream
@@ -54,12 +54,23 @@ class Lane:
 
     def release_workspace(self) -> None:
         """Wait until the stream is idle, then free the workspace."""
-        with self.enter() as stream:
+        with self.enter():
             if self._workspace is not None:
-                stream.wait()
+                self.settle()
                 self._workspace.close()
                 self._workspace = None
                 self.generation += 1
+
+    def settle(self) -> None:
+        """Wait until the stream is idle, so that memory can be freed.
+
+        Errors are ignored: whoever waits for the failed work gets them, and the memory is freed in any case.
+        """
+        with self.enter() as stream:
+            for _ in range(2):  # a wait that failed may not have waited
+                with suppress(EngineError):
+                    stream.wait()
+                    break
 
     def allocate(self, nbytes: int, what: str) -> Memory:
         """Allocate device memory.

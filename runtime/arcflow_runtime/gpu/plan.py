@@ -89,8 +89,8 @@ class GraphPlan:
 
     def close(self) -> None:
         """Wait until the stream is idle, then free everything."""
-        with self._lane.enter() as stream:
-            stream.wait()
+        with self._lane.enter():
+            self._lane.settle()
             self._drop_graph()
             for context in self.contexts.values():
                 context.close()
@@ -202,7 +202,7 @@ class GraphPlan:
         shape = UpdateShape(
             tokens=size.batch * size.image_tokens,
             modes=means.shape[2],
-            channels=means.shape[3] // buffers.region("logweights").shape[3],
+            channels=means.shape[3],
             sub_pixels=buffers.region("logweights").shape[3],
             heads=cast(DType, means.dtype),
             engine_input=buffers.input_dtype,
