@@ -1,6 +1,6 @@
 // Runs parts with OpenVINO on a CPU.
 //
-// The arithmetic is float32 for every part. OpenVINO would otherwise use bfloat16 on CPUs that have it, and images
+// The arithmetic is float32 for every part. Left to choose, OpenVINO uses bfloat16 on CPUs that have it, so images
 // would depend on the machine. Weights, inputs and outputs of a float16 or bfloat16 part keep their dtype.
 #include "openvino_backend.h"
 
