@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_mode(args: argparse.Namespace) -> None:
-    """Refuse options that belong to the other kind of comparison, because they would be ignored."""
+    """Refuse the torch comparison's options with --against, and the drift gate's without it: they would be ignored."""
     if args.against is None:
         if missing := [f"--{name}" for name in ("base", "adapter") if getattr(args, name) is None]:
             raise RequestError(f"give {' and '.join(missing)}, or --against BUNDLE to compare with another bundle")

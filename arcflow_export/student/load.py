@@ -203,7 +203,8 @@ def _transformer_config(path: Path, family: str) -> dict[str, Any]:
     for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise SourceError(f"base checkpoint: {path}: {key} must be a positive integer, got {config[key]!r}")
-    config["axes_dims_rope"] = axes = list(config["axes_dims_rope"] or ())  # JSON's form, as adapters have it
+    # The class's default is a tuple. The adapter's config, which it is compared with, has a list.
+    config["axes_dims_rope"] = axes = list(config["axes_dims_rope"] or ())
     if sum(axes) != config["attention_head_dim"]:
         raise SourceError(
             f"base checkpoint: {path}: axes_dims_rope must add up to attention_head_dim "
