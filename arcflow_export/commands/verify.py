@@ -68,11 +68,12 @@ def _check_mode(args: argparse.Namespace) -> None:
         if missing := [f"--{name}" for name in ("base", "adapter") if getattr(args, name) is None]:
             raise RequestError(f"give {' and '.join(missing)}, or --against BUNDLE to compare with another bundle")
         if args.json not in (None, "-"):
-            raise RequestError(f"--json takes a file only with --against, got {args.json!r}; redirect the output")
+            raise RequestError(f"--json takes a file only with --against, got {args.json!r}; redirect stdout instead")
     kinds = {True: ("base", "adapter", "lora", "prompt"), False: ("report", "prompts", "limit", "judge", "policy")}
     if wrong := [f"--{name}" for name in kinds[args.against is not None] if getattr(args, name)]:
         how = "with" if args.against is not None else "without"
-        raise RequestError(f"{', '.join(wrong)} cannot be used {how} --against")
+        cure = "leave one or the other out" if args.against is not None else "add --against BUNDLE or leave it out"
+        raise RequestError(f"{', '.join(wrong)} cannot be used {how} --against; {cure}")
 
 
 def _run_torch(args: argparse.Namespace) -> int:

@@ -183,7 +183,9 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
     adapter_dir = resolve(adapter, "adapter", adapter_files)
     arc = load_adapter(adapter_dir, config, indexes["transformer"])
     if arc.family != family:
-        raise SourceError(f"adapter: it is made for {arc.family}, but the base checkpoint is {family}")
+        raise SourceError(
+            f"adapter: it is made for {arc.family}, but the base checkpoint is {family}; give an adapter of {family}"
+        )
     styles = tuple(_fitted(load_style(location, scale, family), indexes) for location, scale in loras)
     merged: dict[str, list[LoraPair]] = {m: [pair] for m, pair in arc.loras.items()}
     for module, more in _pairs(styles, "transformer").items():

@@ -260,11 +260,13 @@ def _resumable(state: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """The facts of the checkpoint to resume from; checks that its base and settings are the same."""
     found = read_facts(state)
     if found["base_digest"] != facts["base_digest"]:
-        raise DistillError(f"--resume: {state} was trained from another base checkpoint")
+        raise DistillError(f"--resume: {state} was trained from another base checkpoint; give that one")
     for name, value in facts["config"].items():
         before = found["config"].get(name)
         if name not in _FREE_TO_CHANGE and before != value:
-            raise DistillError(f"--resume: {name} was {before!r} when the run began and is {value!r} now")
+            raise DistillError(
+                f"--resume: {name} was {before!r} when the run began and is {value!r} now; give the same value"
+            )
     if found["iteration"] > facts["config"]["iterations"]:
         raise DistillError(f"--resume: {found['iteration']} iterations are already done; give more --iterations")
     return found

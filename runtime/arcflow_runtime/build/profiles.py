@@ -110,7 +110,7 @@ def _shapes(manifest: Manifest, part: str, spec: TensorSpec, dims: Mapping[str, 
     dynamic = [i for i, d in enumerate(spec.shape) if isinstance(d, str)]
     if len(axes) != len(spec.shape) or any(axes[i] not in dims for i in dynamic):
         raise BundleError(
-            f"{part}: input {spec.name} {list(spec.shape)} is not one of rule B9 (docs/bundle.md); "
+            f"{part}: input {spec.name} must have the axes of rule B9 (docs/bundle.md), got {list(spec.shape)}; "
             "export the bundle again"
         )
     rows = [(d, d, d) if isinstance(d, int) else dims[str(axis)] for d, axis in zip(spec.shape, axes, strict=True)]
