@@ -57,7 +57,7 @@ def contact_sheet(prompts: Sequence[str], reference: np.ndarray, candidate: np.n
     Args:
         prompts: [n].
         reference: [n, H, W, 3] uint8.
-        candidate: likewise.
+        candidate: [n, H, W, 3] uint8.
     """
     difference = np.abs(candidate.astype(np.int16) - reference) * AMPLIFIED
     rows = {

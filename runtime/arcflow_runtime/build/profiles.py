@@ -96,7 +96,7 @@ def _dimensions(manifest: Manifest, part: str, size: Size, batch: SizeRange) -> 
     if part == "conditioner":  # runs once per distinct prompt, and images of one prompt share its modulation
         dims["batch"] = (1, 1, batch.max)
     elif signature(manifest.family, part).input("input_ids") is not None:
-        # Text encoders run one prompt at a time. They also see the template's tokens, whose states are dropped after.
+        # Text encoders run one prompt at a time. They also see the template's tokens, whose states are dropped later.
         dims["batch"] = (1, 1, 1)
         dims["text_tokens"] = tuple(manifest.text.drop_tokens + n for n in (1, usual, text))  # type: ignore[assignment]
         if (clip := manifest.text.clip_tokens) is not None:
