@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from arcflow_runtime.disk.manifest import DType
 
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
-#: Short names that the command line accepts.
+#: Short names of dtypes that the command line accepts.
 SHORT_DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: Every part that a bundle may have, in the order in which data flows.
 PARTS = ("text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder")

@@ -29,7 +29,7 @@ DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 MODES, CHANNELS, SUB_PIXELS = 16, 64, 4
 #: Larger than the cache of any GPU, so that every run reads from memory.
 WORKING_SET_BYTES = 512 << 20
-#: Launches between two events, because an event's resolution is about half a microsecond.
+#: Launches timed together, because one launch is too short for an event, which resolves about half a microsecond.
 LAUNCHES = 20
 GOAL = 0.8
 

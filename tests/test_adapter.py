@@ -135,16 +135,22 @@ PROJ = "single_transformer_blocks.0.proj_mlp"
         ),
         (
             lambda tensors: tensors.pop(f"{PROJ}.lora_B.weight"),
-            f"adapter: {PROJ} has lora_A but not its partner",
+            f"adapter: {PROJ} has no lora_B; is the adapter complete?",
         ),
         (
             put("a.lora.down.weight", 1),
-            "adapter: {a}: LoRA key 'a.lora.down.weight' must be '<module>.lora_A.weight' or '<module>.lora_B.weight'",
+            "adapter: {a}: LoRA key 'a.lora.down.weight' must be '<module>.lora_A.weight' or '<module>.lora_B.weight'; "
+            "is this an ArcFlow adapter?",
         ),
-        (put("nothing.bias", 1), "adapter: {a}: key 'nothing.bias' does not exist in the base transformer"),
+        (
+            put("nothing.bias", 1),
+            "adapter: {a}: key 'nothing.bias' does not exist in the base transformer; "
+            "the adapter was trained for another model",
+        ),
         (
             put("proj_out_means.scale", 1),
-            "adapter: {a}: key 'proj_out_means.scale' does not exist in the base transformer",
+            "adapter: {a}: key 'proj_out_means.scale' does not exist in the base transformer; "
+            "the adapter was trained for another model",
         ),
         (put("proj_out.bias", 64), "adapter: {a}: key 'proj_out.bias' belongs to a layer that the three heads replace"),
         (
@@ -154,7 +160,7 @@ PROJ = "single_transformer_blocks.0.proj_mlp"
         ),
         (
             put("transformer.norm_out.linear.bias", 128),
-            "adapter: {a} has 'norm_out.linear.bias' twice, with and without the prefix 'transformer.'",
+            "adapter: {a} has 'norm_out.linear.bias' twice, with and without the prefix 'transformer.'; remove one",
         ),
         (
             put(f"{PROJ}.lora_A.weight", 8, 32),
@@ -164,7 +170,7 @@ PROJ = "single_transformer_blocks.0.proj_mlp"
         (
             rename(f"{PROJ}.lora_A.weight", f"{PROJ}.lora_C.weight"),
             "adapter: {a}: LoRA key '" + PROJ + ".lora_C.weight' must be "
-            "'<module>.lora_A.weight' or '<module>.lora_B.weight'",
+            "'<module>.lora_A.weight' or '<module>.lora_B.weight'; is this an ArcFlow adapter?",
         ),
     ],
 )

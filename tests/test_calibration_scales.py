@@ -155,7 +155,7 @@ def test_damaged_files(path, tmp_path):
     path.write_text(text[: len(text) // 2])
     with pytest.raises(CalibrationError, match="is not valid JSON"):
         Scales.load(path)
-    with pytest.raises(CalibrationError, match="is no file; make one with `arcflow calibrate`"):
+    with pytest.raises(CalibrationError, match="is not a file; make one with `arcflow calibrate`"):
         Scales.load(tmp_path / "none.json")
 
 
@@ -281,7 +281,7 @@ def test_prompts_of_ones_own(tmp_path):
     with pytest.raises(CalibrationError, match="is empty; write one prompt per line"):
         read_prompts(str(file))
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(CalibrationError, match="is not UTF-8 text"):
+    with pytest.raises(CalibrationError, match=r"is not UTF-8 text; save it as UTF-8$"):
         read_prompts(str(file))
     with pytest.raises(
         CalibrationError, match="must be general, shapes or a file with one prompt per line, got 'genral'"

@@ -169,7 +169,7 @@ def test_a_picture_is_replaced_whole_or_not_at_all(root, monkeypatch, capsys):
         (["--height", "40"], "height must be a multiple of 16, got 40; the nearest is 32"),
         (["--steps", "0"], "num_inference_steps must be between 1 and 1000, got 0"),
         (["--num-images", "0"], "num_images_per_prompt must be at least 1, got 0"),
-        (["--seed", "1,2"], "seed must be an integer or a list of one per image, 1, got a list of 2"),
+        (["--seed", "1,2"], "seed must be an integer or a list of 1, one per image, got a list of 2"),
         (["--seed", str(2**64)], f"seed[0] must be between {-(2**63)} and {2**64 - 1}, got {2**64}"),
     ],
 )

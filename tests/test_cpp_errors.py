@@ -81,7 +81,9 @@ def test_wrong_pointers(cpp_library, cpp_bundles, cpp_pipes):
     fails(generate(flux.handle, None, byref(out)), REQUEST_ERROR, "^request must not be NULL$")
     fails(generate(flux.handle, byref(request), None), REQUEST_ERROR, "^result must not be NULL$")
     for stale in (0xDEADBEEF, 2**63, 1 << 20):
-        fails(generate(c_void_p(stale), byref(request), byref(out)), CLOSED, "^pipeline was closed, or is no pipeline")
+        fails(
+            generate(c_void_p(stale), byref(request), byref(out)), CLOSED, "^pipeline was closed, or is not a pipeline"
+        )
     cpp_library.arcflow_close(c_void_p(0xDEADBEEF))
     fails(
         generate(flux.handle, byref(request), byref(out)),

@@ -84,7 +84,7 @@ def test_closing_waits_for_calls_in_progress(cpp_library, cpp_bundles):
         assert inside.wait(60)
         closing = pool.submit(lambda: (pipe.close(), closed.set()))
         assert not closed.wait(0.3)
-        with pytest.raises(embed.ArcFlowError, match=r"^pipeline was closed, or is no pipeline; open it again") as e:
+        with pytest.raises(embed.ArcFlowError, match=r"^pipeline was closed, or is not a pipeline; open it again") as e:
             pipe.generate(["x"], height=32, width=32)
         assert e.value.status == CLOSED
         leave.set()

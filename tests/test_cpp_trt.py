@@ -377,7 +377,8 @@ def test_no_gpu_is_an_error_of_the_library(library, bundle):
     if find_gpu() is not None:
         pytest.skip("there is a GPU here")
     assert open_bundle(path, bundle.root, flavour) == (
-        f"{ENGINE_ERROR} {flavour} engines run on an NVIDIA GPU, and the CUDA driver finds none here"
+        f"{ENGINE_ERROR} {flavour} engines run on an NVIDIA GPU, and the CUDA driver finds none here; "
+        "check that nvidia-smi lists one"
     )
 
 

@@ -159,7 +159,7 @@ def diffusers_callback(pipe, step, timestep, callback_kwargs):
         ),
         (
             {"generator": [torch.Generator(), torch.Generator()]},
-            "seed must be an integer or a list of one per image, 1, got a list of 2",
+            "seed must be an integer or a list of 1, one per image, got a list of 2",
         ),
         (
             {"latents": NOISE[:, 1:]},

@@ -553,8 +553,8 @@ def test_thresholds_of_policies(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--adapter", "x"], 2, "--adapter cannot be used with --against"),
-        (["--prompt", "x"], 2, "--prompt cannot be used with --against"),
+        (["--adapter", "x"], 2, "--adapter cannot be used with --against; leave one or the other out"),
+        (["--prompt", "x"], 2, "--prompt cannot be used with --against; leave one or the other out"),
         (["--limit", "0"], 2, "--limit must be at least 1, got 0"),
         (["--seed", "-1", "--limit", "1"], 2, "--seed must be between 0 and 2**32 - 1, got -1"),
         (["--policy", "flix"], 1, "did you mean 'flux'?"),
@@ -576,15 +576,15 @@ def test_without_against_base_and_adapter_are_needed(reference, capsys):
     assert "give --adapter, or --against BUNDLE to compare with another bundle" in capsys.readouterr().err
     sources = ["--base", "x", "--adapter", "y"]
     assert cli.main(["verify", str(reference), *sources, "--report", "z"]) == 2
-    assert "--report cannot be used without --against" in capsys.readouterr().err
+    assert "--report cannot be used without --against; add --against BUNDLE or leave it out" in capsys.readouterr().err
     assert cli.main(["verify", str(reference), *sources, "--json", "z"]) == 2
-    assert "--json takes a file only with --against, got 'z'" in capsys.readouterr().err
+    assert "--json takes a file only with --against, got 'z'; redirect stdout instead" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_report_is_not_overwritten(fp8, reference, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert verify(fp8, reference, "--report", tmp_path / "mine") == 1
-    assert "exists and is not a drift report; it will not be overwritten" in capsys.readouterr().err
+    assert "exists and is not a drift report; it will not be overwritten, give another name" in capsys.readouterr().err
 
 
 def test_cases():

@@ -121,5 +121,8 @@ def test_outside_of_the_bundle(flux, sizes, batch, message):
 def test_an_input_that_the_format_does_not_have(tmp_path):
     root = make_bundle(tmp_path / "bundle")
     edit_manifest(root, parts__vae_decoder__inputs=[{"name": "z", "dtype": "float32", "shape": ["B"]}])
-    with pytest.raises(BundleError, match=r"^vae_decoder: input z \['B'\] is not one of rule B9"):
+    with pytest.raises(
+        BundleError,
+        match=r"^vae_decoder: input z must have the axes of rule B9 \(docs/bundle.md\), got \['B'\]; export",
+    ):
         make_profiles(Bundle.open(root).manifest, "vae_decoder", (), ONE)

@@ -250,7 +250,7 @@ def test_an_earlier_evaluation_stays_until_the_new_one_is_whole(tmp_path, judge_
 def test_what_is_no_evaluation_is_not_overwritten(tmp_path, judge_dir, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert cli.main(arguments(FLUX / "adapter", tmp_path, judge_dir)) == cli.FAILED
-    assert "exists and is not an evaluation; it will not be overwritten" in capsys.readouterr().err
+    assert "exists and is not an evaluation; it will not be overwritten, give another name" in capsys.readouterr().err
     assert cli.main(arguments(FLUX / "adapter", tmp_path / "no" / "out", judge_dir)) == cli.FAILED
     assert "is not a directory; create it first" in capsys.readouterr().err
 

@@ -284,7 +284,10 @@ def test_no_gpu_and_no_library_are_errors_before_anything_else(root, monkeypatch
 
 def test_no_gpu(root, machine, monkeypatch):
     monkeypatch.setattr(store, "find_gpu", lambda: None)
-    text = "tensorrt-rtx engines run on an NVIDIA GPU, and the CUDA driver finds none here"
+    text = (
+        "tensorrt-rtx engines run on an NVIDIA GPU, and the CUDA driver finds none here; "
+        "check that nvidia-smi lists one"
+    )
     with pytest.raises(EngineError, match=f"^{re.escape(text)}$"):
         Pipeline.load(root, backend="tensorrt-rtx")
 

@@ -73,7 +73,8 @@ def test_transformer_config(root, folder, changes, message):
         (
             "vae",
             {"_class_name": "AutoencoderTiny"},
-            "vae: a flux base must have a AutoencoderKL, got 'AutoencoderTiny'",
+            "vae: _class_name must be 'AutoencoderKL' for a flux base, got 'AutoencoderTiny'; "
+            "give a base of this family",
         ),
         (
             "vae",

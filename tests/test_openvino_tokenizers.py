@@ -212,7 +212,11 @@ def disk_error(number):
     [
         (errno.ENOSPC, "the disk of {folder} is full; the unfinished tokenizers were removed"),
         (errno.EDQUOT, "the disk of {folder} is full; the unfinished tokenizers were removed"),
-        (0, "{folder}/.partial/tokenizer.xml cannot be written: basic_ios::clear: iostream error"),
+        (
+            0,
+            "{folder}/.partial/tokenizer.xml cannot be written: basic_ios::clear: iostream error; "
+            "check that its folder is writable",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_written(bundle, capsys, monkeypatch, number, message):

@@ -62,7 +62,7 @@ GOOD = {"prompt": "x", "height": 32, "width": 32}
             f"seed must be between {-(2**63)} and {2**64 - 1}, got {2**64}; "
             "give an integer, or a list of one per image",
         ),
-        ({"seed": [1, 2]}, "seed must be an integer or a list of one per image, 1, got a list of 2"),
+        ({"seed": [1, 2]}, "seed must be an integer or a list of 1, one per image, got a list of 2"),
         ({"seed": [1.5]}, "seed[0] must be an integer, got 1.5"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         (

@@ -172,7 +172,7 @@ def test_adapter(listing):
 def test_lora(listing):
     assert lora_files(listing(["README.md", "style.v1.safetensors", "old/x.safetensors"])) == ["style.v1.safetensors"]
     assert refused(lora_files, listing(["a.safetensors", "b.safetensors"], what="LoRA")) == (
-        "LoRA: owner/name holds ['a.safetensors', 'b.safetensors'] and no index; which one to use is unclear"
+        "LoRA: owner/name holds ['a.safetensors', 'b.safetensors'] and no index; give a folder with one of them"
     )
     assert refused(lora_files, listing(["a.bin"], what="LoRA")) == (
         "LoRA: owner/name holds only pickles (a.bin), which can run code when read; convert them to safetensors first"

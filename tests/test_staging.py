@@ -121,7 +121,11 @@ def test_killed_between_the_two_renames(tmp_path):
 
 def test_too_little_space(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_500_000_000))
-    fails(tmp_path / "out", f"--out: {tmp_path} has 1.5 GB free, the bundle needs 24.0 GB", needed=24_000_000_000)
+    message = (
+        f"--out: {tmp_path} has 1.5 GB free, the bundle needs 24.0 GB; "
+        "free some space, or give a folder on a larger disk"
+    )
+    fails(tmp_path / "out", message, needed=24_000_000_000)
     assert os.listdir(tmp_path) == []
 
 

@@ -276,5 +276,5 @@ def test_bad_metadata(style):
         golden_student("flux-tiny", [(Location(str(style.path)), 1.0)])
     assert str(error.value) == (
         f"LoRA: {style.path}: its metadata lora_adapter_metadata is not valid JSON "
-        "(Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"
+        "(Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); save the LoRA again"
     )

@@ -59,7 +59,7 @@ def test_index_that_leaves_its_directory(shards):
 
 def test_index_without_a_map(shards):
     (shards / "m.safetensors.index.json").write_text('{"weight_map": {}}')
-    fails(shards, "vae: {p}/m.safetensors.index.json has no 'weight_map'")
+    fails(shards, "vae: {p}/m.safetensors.index.json has no 'weight_map'; download it again")
 
 
 def test_no_directory_and_no_file(tmp_path):
@@ -139,7 +139,7 @@ def test_variants(tmp_path):
     fails(
         tmp_path,
         "vae: {p} holds ['model.fp16.safetensors', 'model.safetensors', 'other.safetensors'] and no index; "
-        "which one to use is unclear",
+        "give a folder with one of them",
     )
 
 
@@ -195,7 +195,8 @@ def test_shards_of_a_variant_alone(tmp_path, name):
 def test_two_plain_indexes(shards):
     (shards / "n.safetensors.index.json").write_text("{}")
     fails(
-        shards, "vae: {p} holds ['m.safetensors.index.json', 'n.safetensors.index.json']; which one to use is unclear"
+        shards,
+        "vae: {p} holds ['m.safetensors.index.json', 'n.safetensors.index.json']; give a folder with one of them",
     )
 
 

@@ -63,7 +63,9 @@ def load_adapter(source: Resolved, base_config: dict[str, Any], base: TensorInde
     refs = {key.removeprefix("transformer."): ref for key, ref in index.items()}
     if len(refs) != len(index):
         twice = next(k for k in index if f"transformer.{k}" in index)
-        raise SourceError(f"adapter: {source.path} has {twice!r} twice, with and without the prefix 'transformer.'")
+        raise SourceError(
+            f"adapter: {source.path} has {twice!r} twice, with and without the prefix 'transformer.'; remove one"
+        )
     full, loras = _split(refs, source)
     _check_heads(full, base_config, k, p, source)
     _check_fit(full, loras, base, source)
@@ -121,12 +123,14 @@ def _split(refs: dict[str, TensorRef], source: Resolved) -> tuple[dict[str, Tens
                 break
         else:
             raise SourceError(
-                f"adapter: {source.path}: LoRA key {key!r} must be '<module>.lora_A.weight' or '<module>.lora_B.weight'"
+                f"adapter: {source.path}: LoRA key {key!r} must be '<module>.lora_A.weight' or "
+                "'<module>.lora_B.weight'; is this an ArcFlow adapter?"
             )
     loras = {}
     for module, pair in sorted(factors.items()):
         if len(pair) != 2:
-            raise SourceError(f"adapter: {module} has lora_{next(iter(pair))} but not its partner")
+            missing = "B" if "A" in pair else "A"
+            raise SourceError(f"adapter: {module} has no lora_{missing}; is the adapter complete?")
         loras[module] = LoraPair(pair["A"], pair["B"])
     return full, loras
 
@@ -158,7 +162,10 @@ def _check_fit(full: dict[str, TensorRef], loras: dict[str, LoraPair], base: Ten
         if key in ("proj_out.weight", "proj_out.bias"):
             raise SourceError(f"adapter: {source.path}: key {key!r} belongs to a layer that the three heads replace")
         if key not in base:
-            raise SourceError(f"adapter: {source.path}: key {key!r} does not exist in the base transformer")
+            raise SourceError(
+                f"adapter: {source.path}: key {key!r} does not exist in the base transformer; "
+                "the adapter was trained for another model"
+            )
         if ref.shape != base[key].shape:
             raise SourceError(
                 f"adapter: {key} has shape {list(ref.shape)}, the base's is {list(base[key].shape)}; "

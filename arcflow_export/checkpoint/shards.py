@@ -44,7 +44,7 @@ def pick_weights(
         names = [n for n in names if n.startswith((f"{stem}.", f"{stem}-"))]
     indexes = sorted(n for n in names if n.endswith(".safetensors.index.json") and n.count(".") == 3)
     if len(indexes) > 1:
-        raise SourceError(f"{what}: {where} holds {indexes}; which one to use is unclear")
+        raise SourceError(f"{what}: {where} holds {indexes}; give a folder with one of them")
     if indexes:
         return Weights(indexes[0], _shards(indexes[0], names, read, where, what))
     single = sorted(n for n in names if n.endswith(".safetensors"))
@@ -60,7 +60,7 @@ def pick_weights(
                 "give a checkpoint that was saved without a variant"
             )
     if single:
-        raise SourceError(f"{what}: {where} holds {single} and no index; which one to use is unclear")
+        raise SourceError(f"{what}: {where} holds {single} and no index; give a folder with one of them")
     if pickles := sorted(n for n in names if n.endswith(PICKLES)):
         raise SourceError(
             f"{what}: {where} holds only pickles ({', '.join(pickles)}), which can run code when read; "
@@ -83,7 +83,7 @@ def _shards(
 ) -> tuple[str, ...]:
     weight_map = read_json(read(index), what).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{what}: {where}/{index} has no 'weight_map'")
+        raise SourceError(f"{what}: {where}/{index} has no 'weight_map'; download it again")
     shards = sorted({str(v) for v in weight_map.values()})
     for name in shards:
         if Path(name).name != name:

@@ -142,7 +142,9 @@ def _convert(
     try:
         adapter = json.loads(text) if text else {}
     except ValueError as e:
-        raise SourceError(f"LoRA: {file}: its metadata lora_adapter_metadata is not valid JSON ({e})") from None
+        raise SourceError(
+            f"LoRA: {file}: its metadata lora_adapter_metadata is not valid JSON ({e}); save the LoRA again"
+        ) from None
     known = {
         k if k.split(".")[0] in (*COMPONENTS, "text_encoder_2") else f"transformer.{k}": v for k, v in state.items()
     }

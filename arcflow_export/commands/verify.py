@@ -63,16 +63,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_mode(args: argparse.Namespace) -> None:
-    """Refuse options that belong to the other kind of comparison, because they would be ignored."""
+    """Refuse the torch comparison's options with --against, and the drift gate's without it: they would be ignored."""
     if args.against is None:
         if missing := [f"--{name}" for name in ("base", "adapter") if getattr(args, name) is None]:
             raise RequestError(f"give {' and '.join(missing)}, or --against BUNDLE to compare with another bundle")
         if args.json not in (None, "-"):
-            raise RequestError(f"--json takes a file only with --against, got {args.json!r}; redirect the output")
+            raise RequestError(f"--json takes a file only with --against, got {args.json!r}; redirect stdout instead")
     kinds = {True: ("base", "adapter", "lora", "prompt"), False: ("report", "prompts", "limit", "judge", "policy")}
     if wrong := [f"--{name}" for name in kinds[args.against is not None] if getattr(args, name)]:
         how = "with" if args.against is not None else "without"
-        raise RequestError(f"{', '.join(wrong)} cannot be used {how} --against")
+        cure = "leave one or the other out" if args.against is not None else "add --against BUNDLE or leave it out"
+        raise RequestError(f"{', '.join(wrong)} cannot be used {how} --against; {cure}")
 
 
 def _run_torch(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from arcflow_export.emulate.sizes import Sizes, dimensions
 from arcflow_export.models.layers import ModelPart, parameters
 from arcflow_runtime.disk.bundle import Bundle
 
-#: A square value is taken for the scores of an attention if its side has at least this many tokens.
+#: A value of shape [..., n, n] counts as an attention's scores if n is at least this many tokens.
 _SCORE_TOKENS = 2048
 
 

@@ -46,7 +46,7 @@ def drift_figure(layers: Sequence[LayerDrift], limits: Thresholds, path: Path) -
     axes.grid(axis="x", color="#e8eaed", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", ncols=5, frameon=False, fontsize=8)
-    # No dates and random ids, so that the same drift gives the same file.
+    # Without a date and random ids, the same drift gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "arcflow"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -57,7 +57,7 @@ def contact_sheet(prompts: Sequence[str], reference: np.ndarray, candidate: np.n
     Args:
         prompts: [n].
         reference: [n, H, W, 3] uint8.
-        candidate: likewise.
+        candidate: [n, H, W, 3] uint8.
     """
     difference = np.abs(candidate.astype(np.int16) - reference) * AMPLIFIED
     rows = {

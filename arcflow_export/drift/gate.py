@@ -15,7 +15,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Breach:
-    """A threshold that does not hold: its name, what was measured, the value and limit, the layer at fault, a hint."""
+    """A threshold that does not hold: its name, what was measured, value and limit, the layer to blame, a hint."""
 
     threshold: str
     what: str

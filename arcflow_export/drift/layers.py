@@ -20,7 +20,8 @@ from arcflow_runtime.maths.dtypes import E4M3_MAX
 #: A scale is too small if the largest input exceeds its range this many times. Percentile and MSE calibration clip
 #: outliers, but never that much.
 TOO_SMALL = 2.0
-#: The largest input counts as clipped above this ratio to the scale's range; the margin covers rounding of scales.
+#: An input counts as clipped if its largest value exceeds the scale's range by more than this factor. The margin of 1 %
+#: allows for the rounding of scales.
 _CLIPPED = 1.01
 #: A scale is called too large if its range exceeds the largest input this many times.
 TOO_LARGE = 4.0

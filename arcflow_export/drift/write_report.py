@@ -24,7 +24,9 @@ def check_report(out: Path) -> None:
     if not out.parent.is_dir():
         raise ExportError(f"--report: {out.parent} is not a directory; create it first")
     if out.is_symlink() or (out.exists() and not (out / _JSON).is_file()):
-        raise ExportError(f"--report: {out} exists and is not a drift report; it will not be overwritten")
+        raise ExportError(
+            f"--report: {out} exists and is not a drift report; it will not be overwritten, give another name"
+        )
     check_writable(out, "--report", ExportError)
 
 

@@ -40,7 +40,8 @@ def staged(out: Path, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(out.parent).free
         if free < needed_bytes:
             raise ExportError(
-                f"--out: {out.parent} has {free / 1e9:.1f} GB free, the bundle needs {needed_bytes / 1e9:.1f} GB"
+                f"--out: {out.parent} has {free / 1e9:.1f} GB free, the bundle needs {needed_bytes / 1e9:.1f} GB; "
+                "free some space, or give a folder on a larger disk"
             )
         partial.mkdir()
         try:

@@ -47,7 +47,7 @@ def read_prompts(name: str, limit: int | None = None) -> Prompts:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise CalibrationError(f"--prompts: {path} is not UTF-8 text") from None
+        raise CalibrationError(f"--prompts: {path} is not UTF-8 text; save it as UTF-8") from None
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise CalibrationError(f"--prompts: {path} is empty; write one prompt per line")

@@ -87,7 +87,7 @@ class Scales:
         """
         path = Path(path)
         if not path.is_file():
-            raise CalibrationError(f"{path} is no file; make one with `arcflow calibrate`")
+            raise CalibrationError(f"{path} is not a file; make one with `arcflow calibrate`")
         scales: Scales = read_sealed(
             Scales, path, "a scales file", "calibrate again", "update arcflow", CalibrationError, MAX_BYTES
         )

@@ -1,1 +1,1 @@
-"""Trace a module without weights to an ONNX graph, and clean up the graph."""
+"""Trace a PyTorch module to an ONNX graph without loading its weights, and clean up the graph."""

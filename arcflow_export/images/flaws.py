@@ -44,7 +44,7 @@ def flawed_images(scenes: Scenes, flaw: str, generator: torch.Generator) -> torc
 
 
 def _layers(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split a render into coverage, color and background; the coverage is solved from the render itself."""
+    """Render scenes, and split the images into coverage, color and background, as defined above."""
     color = _color(COLORS, scenes.attributes["color"])
     background = _color(BACKGROUNDS, scenes.attributes["background"])
     contrast = color - background

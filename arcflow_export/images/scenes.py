@@ -1,7 +1,7 @@
-"""Scenes of one shape on a plain background: grammar, captions and an anti-aliased renderer.
+"""Scenes of one shape on a plain background: sample them, write their captions, render them with smooth edges.
 
-A scene has five attributes. Its caption names a random subset of them, so many images are right for one caption, and
-the starting noise decides which one is generated.
+They are the training data of the shapes model and of its judge. A scene has five attributes. Its caption names a random
+subset of them, so many images are right for one caption, and the starting noise decides which one is generated.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 #: How often a caption names an attribute.
 NAMED = {"shape": 0.95, "color": 0.8, "size": 0.75, "position": 0.6, "background": 0.75}
-#: Shape and colour pairs that never occur in training: each shape and each colour once.
+#: Pairs of shape and colour that never occur in training. Each shape and each colour is in exactly one pair.
 HELD_OUT = (
     ("circle", "orange"),
     ("square", "purple"),
@@ -61,7 +61,8 @@ HELD_OUT = (
     ("cross", "yellow"),
     ("heart", "green"),
 )
-#: Largest shift of the centre and largest change of the radius, uniform, as fractions of the size and the radius.
+#: The centre is shifted by up to SHIFT times the image's size, and the radius changed by up to STRETCH times itself,
+#: both uniformly at random.
 SHIFT, STRETCH = 0.005, 0.0125
 #: The VAE and the judge are trained with shifts and changes this many times larger, because they must read images that
 #: are slightly off.
@@ -94,7 +95,7 @@ def sample(count: int, generator: torch.Generator, held_out: bool | None = False
     Args:
         count: number of scenes.
         generator: a CPU generator; the same state gives the same scenes.
-        held_out: False for training pairs of shape and colour only, True for held-out pairs only, None for all.
+        held_out: which pairs of shape and colour: False for those of training, True for `HELD_OUT`, None for all.
         jitter: factor for `SHIFT` and `STRETCH`.
     """
     kept = [(s, c) for s in SHAPES for c in COLORS if held_out is None or ((s, c) in HELD_OUT) == held_out]

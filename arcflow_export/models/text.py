@@ -196,7 +196,9 @@ def qwen(folder: Path, dtype: DType, keys: Collection[str]) -> ModelPart:
     # Three versions of transformers wrote three different prefixes.
     prefixes = [p for p in ("model.language_model.", "language_model.model.", "model.") if f"{p}norm.weight" in keys]
     if keys and not prefixes:
-        raise SourceError(f"text_encoder: {folder} has no Qwen2.5-VL language model weights")
+        raise SourceError(
+            f"text_encoder: {folder} has no Qwen2.5-VL language model weights; is the checkpoint complete?"
+        )
     return make_part(
         "qwen-image",
         "text_encoder",

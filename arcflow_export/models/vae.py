@@ -164,7 +164,10 @@ def qwen_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
 
 def _check(family: str, config: dict[str, Any], wanted: type, channels_key: str, levels_key: str) -> None:
     if config.get("_class_name") != wanted.__name__:
-        raise SourceError(f"vae: a {family} base must have a {wanted.__name__}, got {config.get('_class_name')!r}")
+        raise SourceError(
+            f"vae: _class_name must be {wanted.__name__!r} for a {family} base, got {config.get('_class_name')!r}; "
+            "give a base of this family"
+        )
     channels, levels = config.get(channels_key, 16), len(config.get(levels_key, range(4)))
     if (channels, levels) != (16, 4):
         raise SourceError(

@@ -26,7 +26,9 @@ def check_job(job: CompileJob) -> None:
         check_usage(stage.command)
     for module, package, name in _NEEDED:
         if find_spec(module) is None and (name is None or any(s.name == name for s in stages)):
-            raise ExportError(f"needs {module}, which is not installed; run: pip install '{package}'")
+            raise ExportError(
+                f"{name or 'arcflow compile'} needs {module}, which is not installed; run: pip install '{package}'"
+            )
     if job.precision == "fp8" and (policy := job.policy or job.student.policy) is not None:
         from arcflow_export.formats.policy import load_policy
 

@@ -168,7 +168,7 @@ class CompileRun:
             return 0
         if key is None:
             missing = ", ".join(str(i.path) for i in stage.inputs if i.identity() is None)
-            raise ExportError(f"{stage.name}: {missing} is missing; was it removed during this run?")
+            raise ExportError(f"{stage.name}: {missing} is missing; if it was removed just now, run the command again")
         return self._run_stage(stage, row, key, records)
 
     def _run_stage(self, stage: Stage, row: StageRow, key: str, records: StageRecords) -> int:

@@ -122,6 +122,6 @@ def _read(file: BinaryIO, buffer: bytearray, num_bytes: int, block_bytes: int) -
         block = memoryview(buffer)[: min(block_bytes, num_bytes)]
         read = file.readinto(block)  # type: ignore[attr-defined]
         if not read:
-            raise QuantizeError("the weights file ended early; was it changed while it was read?")
+            raise QuantizeError("the weights file ended early; if it was changed just now, run the command again")
         num_bytes -= read
         yield block[:read]

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 #: A linear whose output exceeds this share of float16's range on the calibration prompts is kept in float32. Other
 #: prompts can give larger values, and a block adds two such outputs: a factor of two, one bit of the exponent.
 MARGIN = 0.5
-#: Outputs of these linears go into attention with no norm between; attention runs in the part's precision.
+#: Linears whose outputs go into attention directly, without a norm. Attention runs in the part's precision, so their
+#: outputs are rounded to it even if the linear is kept in float32.
 ATTENTION_INPUTS = frozenset({"to_v", "add_v_proj", "q", "k", "v", "q_proj", "k_proj", "v_proj"})
 #: The few linears of a VAE decoder feed convolutions, so this part is kept in float32 as a whole or not at all.
 _WHOLE = "vae_decoder"

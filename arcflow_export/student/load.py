@@ -183,7 +183,9 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
     adapter_dir = resolve(adapter, "adapter", adapter_files)
     arc = load_adapter(adapter_dir, config, indexes["transformer"])
     if arc.family != family:
-        raise SourceError(f"adapter: it is made for {arc.family}, but the base checkpoint is {family}")
+        raise SourceError(
+            f"adapter: it is made for {arc.family}, but the base checkpoint is {family}; give an adapter of {family}"
+        )
     styles = tuple(_fitted(load_style(location, scale, family), indexes) for location, scale in loras)
     merged: dict[str, list[LoraPair]] = {m: [pair] for m, pair in arc.loras.items()}
     for module, more in _pairs(styles, "transformer").items():
@@ -203,7 +205,8 @@ def _transformer_config(path: Path, family: str) -> dict[str, Any]:
     for key in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise SourceError(f"base checkpoint: {path}: {key} must be a positive integer, got {config[key]!r}")
-    config["axes_dims_rope"] = axes = list(config["axes_dims_rope"] or ())  # JSON's form, as adapters have it
+    # The class's default is a tuple. The adapter's config, which it is compared with, has a list.
+    config["axes_dims_rope"] = axes = list(config["axes_dims_rope"] or ())
     if sum(axes) != config["attention_head_dim"]:
         raise SourceError(
             f"base checkpoint: {path}: axes_dims_rope must add up to attention_head_dim "

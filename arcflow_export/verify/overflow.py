@@ -1,8 +1,9 @@
 """Check a float16 part for overflow on real inputs, and find the linears to keep in float32.
 
-The graph runs in float32 without rounding and records the largest magnitude of each value. So nothing overflows, and
-one run finds every place that would. Two kinds of large values are harmless: those that only saturate a Tanh, Sigmoid
-or Erf, and large negative ones that only a Softmax reads, because a mask adds the lowest number that there is.
+`arcflow verify` runs it on its cases. The graph runs in float32 without rounding and records the largest magnitude of
+each value. So nothing overflows, and one run finds every value that would in float16. Two kinds of large values are
+harmless: those that only saturate a Tanh, Sigmoid or Erf, and large negative ones that only a Softmax reads, because
+they come from a mask.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Watch:
 
 
 class OverflowCheck:
-    """Runs one part of a `widened` bundle and measures how far its float16 values reach."""
+    """Runs one part of a bundle from `emulate.widened` and measures how far its float16 values reach."""
 
     def __init__(self, bundle: Bundle, part: str):
         """Load the part; raises `EngineError`."""
@@ -67,7 +68,7 @@ class OverflowCheck:
     def run(self, inputs: Mapping[str, np.ndarray]) -> Reach:
         """Measure on one set of inputs; raises `EngineError`."""
         found = self._engine.run(inputs)
-        # An infinity in float32 is intended: it is a mask.
+        # A value that is infinite even in float32 belongs to a mask.
         peaks = [float(p) if np.isfinite(p) else 0.0 for p in map(found.__getitem__, self._peaks)]
         furthest = int(np.argmax(peaks))
         values = zip(self._watched.items(), peaks, strict=True)
@@ -84,7 +85,7 @@ class OverflowCheck:
 
 
 def _watch(graph: ir.Graph) -> dict[ir.Value, _Watch]:
-    """Every computed float16 value whose overflow would do harm, in graph order."""
+    """Every computed float16 value whose overflow would change the result, in graph order."""
     left_out = _harmless(graph) | _limits(graph)
     watched = {}
     for node in graph:
@@ -95,6 +96,7 @@ def _watch(graph: ir.Graph) -> dict[ir.Value, _Watch]:
 
 
 def _harmless(graph: ir.Graph) -> set[ir.Value]:
+    """Values that may overflow, because they only reach functions that saturate."""
     found: set[ir.Value] = set()
     outputs = set(graph.outputs)
     for node in reversed(graph):

@@ -44,11 +44,12 @@ from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_t
 
 #: Bound for float32 parts, the same as for the golden cases: they differ from torch only in the order of float32 sums.
 FLOAT32_BOUND = 1e-4
-#: Factor for the graph's extra rounding. The graph rounds after every operator, torch once per kernel (for example a
-#: linear with its bias, or a whole group norm). On the shapes student the measured factor is 1.05 for the heads and 1.5
-#: for the VAE.
+#: A graph in reduced precision may be this many times as far from float32 as torch is. It rounds after every operator,
+#: torch only once per kernel (for example a linear with its bias, or a whole group norm). Measured on the shapes
+#: student: 1.05 times for the heads, 1.5 times for the VAE.
 SPREADS = 2.0
-#: Number of runs of torch in the reduced precision; the first rounds to nearest.
+#: Number of runs of torch in the reduced precision. The first rounds the latents to nearest, the others at random, so
+#: that their spread shows how much rounding matters.
 RUNS = 4
 #: Bound for images, 1.5 grey levels: an image has 8 bits, so smaller differences are rounding.
 IMAGE_BOUND = 1.5 / 255

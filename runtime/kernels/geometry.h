@@ -3,8 +3,8 @@
  * Python reads this file line by line (arcflow_runtime/gpu/kernels.py), so each constant is a #define of one integer.
  *
  * update.cu: a block has UPDATE_THREADS threads, halved down to UPDATE_MIN_THREADS until its shared memory fits in
- * MAX_SHARED_BYTES. A token takes LANES threads and UPDATE_TOKEN_FLOATS floats of shared memory; a block has
- * UPDATE_BLOCK_BYTES more of its own.
+ * MAX_SHARED_BYTES. A token takes LANES threads and UPDATE_TOKEN_FLOATS floats of shared memory. Each block takes
+ * UPDATE_BLOCK_BYTES in addition.
  * noise.cu: one block of NOISE_THREADS threads and NOISE_SHARED_BYTES per image.
  */
 #ifndef ARCFLOW_GEOMETRY_H

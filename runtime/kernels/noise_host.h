@@ -42,8 +42,8 @@ inline void randn(std::uint64_t seed, std::size_t count, float *out) {
     if (count < GROUP) return randn_scalar(generator, count, out);
     const std::size_t tail = count % GROUP;
     for (std::size_t i = 0; i < count - tail; i += GROUP) randn_group(generator, out + i);
-    if (tail != 0) {  // torch skips the tail's uniforms, takes 16 new ones, and computes the last 16 numbers again,
-                      // then 16 fresh ones, and computes the last 16 numbers again
+    if (tail != 0) {
+        // torch skips the tail's uniforms, takes 16 new ones, and computes the last 16 numbers again.
         generator.discard(tail);
         randn_group(generator, out + count - GROUP);
     }

@@ -113,7 +113,9 @@ def check_out(out: Path) -> None:
     if not out.parent.is_dir():
         raise DistillError(f"--out: {out.parent} is not a directory; create it first")
     if out.is_symlink() or (out.exists() and not (out / _JSON).is_file()):
-        raise DistillError(f"--out: {out} exists and is not an evaluation; it will not be overwritten")
+        raise DistillError(
+            f"--out: {out} exists and is not an evaluation; it will not be overwritten, give another name"
+        )
 
 
 def _generate(samplers: Mapping[str, Sampler], cases: Cases, progress: StageProgress) -> dict[str, Generated]:

@@ -1,6 +1,7 @@
-"""Samplers generate images: captions and seeds -> latents and images. Here are the interface and the teacher.
+"""Generate images to evaluate: captions and seeds -> latents and images.
 
-All samplers start from the same noise: that of torch's CPU generator with each image's own seed.
+This file has the `Sampler` interface and the teacher's sampler; those of students are in `students.py`. All start from
+the same noise: that of torch's CPU generator with each image's own seed.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not all((out / name).is_file() for name in ADAPTER_FILES):
-        raise DistillError(f"--out: {out} exists and is not an adapter; it will not be overwritten")
+        raise DistillError(f"--out: {out} exists and is not an adapter; it will not be overwritten, give another name")
     if not overwrite:
         raise DistillError(f"--out: {out} exists; give another name, or --overwrite to replace it when done")
 

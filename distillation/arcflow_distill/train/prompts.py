@@ -55,7 +55,7 @@ def read_prompts(config: Config) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise DistillError(f"prompts: {path} is not UTF-8 text") from None
+        raise DistillError(f"prompts: {path} is not UTF-8 text; save it as UTF-8") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DistillError(f"prompts: {path} is empty; write one prompt per line")

@@ -77,7 +77,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 
 
 class Distillation:
-    """Teacher, student, optimizer and average of one run, on one process's device."""
+    """One run on one process's device: teacher, student, optimizer, and the moving average of the student's weights."""
 
     def __init__(self, config: Config, base: Path, accelerator: Accelerator):
         """Encode the prompts and load the base; all random numbers come from the configuration's seed."""
@@ -153,7 +153,7 @@ class Distillation:
         return Figures(total, ratio, rate, self._update(iteration, rate))
 
     def _update(self, iteration: int, rate: float) -> float:
-        """Step the optimizer and the average; returns the gradient's norm before clipping."""
+        """Step the optimizer and the weights' average; returns the gradient's norm before clipping."""
         limit = self.config.grad_clip if iteration >= self.config.warmup else math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), limit))
         if math.isfinite(norm):
@@ -260,11 +260,13 @@ def _resumable(state: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """The facts of the checkpoint to resume from; checks that its base and settings are the same."""
     found = read_facts(state)
     if found["base_digest"] != facts["base_digest"]:
-        raise DistillError(f"--resume: {state} was trained from another base checkpoint")
+        raise DistillError(f"--resume: {state} was trained from another base checkpoint; give that one")
     for name, value in facts["config"].items():
         before = found["config"].get(name)
         if name not in _FREE_TO_CHANGE and before != value:
-            raise DistillError(f"--resume: {name} was {before!r} when the run began and is {value!r} now")
+            raise DistillError(
+                f"--resume: {name} was {before!r} when the run began and is {value!r} now; give the same value"
+            )
     if found["iteration"] > facts["config"]["iterations"]:
         raise DistillError(f"--resume: {found['iteration']} iterations are already done; give more --iterations")
     return found

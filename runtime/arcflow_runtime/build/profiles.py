@@ -96,7 +96,7 @@ def _dimensions(manifest: Manifest, part: str, size: Size, batch: SizeRange) -> 
     if part == "conditioner":  # runs once per distinct prompt, and images of one prompt share its modulation
         dims["batch"] = (1, 1, batch.max)
     elif signature(manifest.family, part).input("input_ids") is not None:
-        # Text encoders run one prompt at a time. They also see the template's tokens, whose states are dropped after.
+        # Text encoders run one prompt at a time. They also see the template's tokens, whose states are dropped later.
         dims["batch"] = (1, 1, 1)
         dims["text_tokens"] = tuple(manifest.text.drop_tokens + n for n in (1, usual, text))  # type: ignore[assignment]
         if (clip := manifest.text.clip_tokens) is not None:
@@ -110,7 +110,7 @@ def _shapes(manifest: Manifest, part: str, spec: TensorSpec, dims: Mapping[str, 
     dynamic = [i for i, d in enumerate(spec.shape) if isinstance(d, str)]
     if len(axes) != len(spec.shape) or any(axes[i] not in dims for i in dynamic):
         raise BundleError(
-            f"{part}: input {spec.name} {list(spec.shape)} is not one of rule B9 (docs/bundle.md); "
+            f"{part}: input {spec.name} must have the axes of rule B9 (docs/bundle.md), got {list(spec.shape)}; "
             "export the bundle again"
         )
     rows = [(d, d, d) if isinstance(d, int) else dims[str(axis)] for d, axis in zip(spec.shape, axes, strict=True)]

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", help="text prompt; several prompts make one batch")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 1024 or the nearest allowed)")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: likewise)")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: as for --height)")
     parser.add_argument("--steps", type=int, help="number of denoising steps (default: the bundle's)")
     parser.add_argument(
         "--seed",

@@ -65,7 +65,9 @@ def _fp8_parameters(bundle: Bundle, part: Part) -> int:
         with safe_open(path, framework="numpy") as f:
             shapes = [f.get_slice(f"{layer}.weight").get_shape() for layer in part.quantization.layers]
     except SafetensorError as e:
-        raise BundleError(f"{path} does not hold the weights that the manifest says are in FP8 ({e})") from None
+        raise BundleError(
+            f"{path} does not hold the weights that the manifest says are in FP8 ({e}); export again"
+        ) from None
     return sum(math.prod(shape) for shape in shapes)
 
 

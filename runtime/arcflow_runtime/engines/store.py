@@ -54,7 +54,10 @@ def this_host(builder: str) -> Host:
     version = library.load().__version__
     gpu = find_gpu()
     if gpu is None:
-        raise EngineError(f"{builder} engines run on an NVIDIA GPU, and the CUDA driver finds none here")
+        raise EngineError(
+            f"{builder} engines run on an NVIDIA GPU, and the CUDA driver finds none here; "
+            "check that nvidia-smi lists one"
+        )
     return Host(builder, version, gpu.target, library.key_gpu(gpu), this_platform())
 
 

@@ -35,7 +35,7 @@ def encode_prompts(parts: Parts, manifest: Manifest, prompts: Mapping[str, Token
 
 
 def _run(parts: Parts, manifest: Manifest, output: str, prompts: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
-    """An output of the text encoder that gives it, by prompt; nothing where no encoder does."""
+    """One output of the text encoders, by prompt; empty if no encoder of the family has this output."""
     part = encoder_of(manifest.family, output)
     if part is None or not prompts:
         return {}

@@ -142,7 +142,7 @@ class Pipeline:
         Args:
             prompt: one prompt or a list. The batch has B images: num_images_per_prompt of each prompt, in order.
             height: in pixels, a multiple of 16 within the bundle's range; None is 1024 or the nearest allowed.
-            width: likewise.
+            width: as `height`.
             num_inference_steps: number of backbone runs; None is the bundle's (2).
             guidance_scale: for a student with guidance; None is 3.5. Other students ignore it with a warning.
             seed: an int is one generator for the noise of the whole batch. A list of B ints is one generator per image,

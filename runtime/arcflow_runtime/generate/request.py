@@ -214,7 +214,7 @@ def _seed(value: int | Sequence[int] | None, batch: int) -> int | tuple[int, ...
         except RequestError as e:
             raise RequestError(f"{e}; give an integer, or a list of one per image") from None
     if len(value) != batch:
-        raise RequestError(f"seed must be an integer or a list of one per image, {batch}, got a list of {len(value)}")
+        raise RequestError(f"seed must be an integer or a list of {batch}, one per image, got a list of {len(value)}")
     return tuple(_integer(f"seed[{i}]", s, MIN_SEED, MAX_SEED) for i, s in enumerate(value))
 
 

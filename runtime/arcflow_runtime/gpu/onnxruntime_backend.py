@@ -47,7 +47,10 @@ class OnnxRuntimeCudaBackend:
                 "run: pip uninstall onnxruntime && pip install onnxruntime-gpu"
             )
         if find_gpu() is None:
-            raise EngineError("onnxruntime-cuda runs on an NVIDIA GPU, and the CUDA driver finds none here")
+            raise EngineError(
+                "onnxruntime-cuda runs on an NVIDIA GPU, and the CUDA driver finds none here; "
+                "check that nvidia-smi lists one"
+            )
 
     def open(self, bundle: Bundle, part: str) -> Engine:
         """Load a part.

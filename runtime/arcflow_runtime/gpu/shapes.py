@@ -75,15 +75,16 @@ def _fill(part: str, spec: TensorSpec, tensors: Sequence[Tensor], sizes: Mapping
     axes = next((t.axes for t in tensors if t.name == spec.name), ())
     if len(axes) != len(spec.shape):
         raise EngineError(
-            f"{part}: {spec.name} {list(spec.shape)} is not one of rule B9 (docs/bundle.md); export the bundle again"
+            f"{part}: {spec.name} must have the axes of rule B9 (docs/bundle.md), got {list(spec.shape)}; "
+            "export the bundle again"
         )
     shape = []
     for axis, said in zip(axes, spec.shape, strict=True):
         value = axis if isinstance(axis, int) else sizes.get(axis, said)
         if not isinstance(value, int):
             raise EngineError(
-                f"{part}: {spec.name} {list(spec.shape)} leaves open a dimension that rule B9 (docs/bundle.md) fixes; "
-                "export the bundle again"
+                f"{part}: {spec.name} must have fixed sizes where rule B9 (docs/bundle.md) has them, "
+                f"got {list(spec.shape)}; export the bundle again"
             )
         shape.append(value)
     return tuple(shape)

@@ -11,7 +11,7 @@ from arcflow_runtime.disk.manifest import DType, Schedule
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.maths.dtypes import round_to
 
-#: The students' sinusoidal embedding is given sigma times this.
+#: The students' sinusoidal embedding takes sigma times this number.
 TIMESTEP_SCALE = 1000
 
 

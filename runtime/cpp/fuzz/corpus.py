@@ -14,7 +14,7 @@ def seeds(bundle: Path) -> list[bytes]:
         with path.open("rb") as f:
             header = int.from_bytes(f.read(8), "little")
             data_bytes = path.stat().st_size - 8 - header
-            if data_bytes >= 0:  # the weights of the tests' bundles are no safetensors
+            if data_bytes >= 0:  # false for the tests' weights files, which are not in this format
                 found.append(b"s" + data_bytes.to_bytes(8, "little") + f.read(header))
     return found
 

@@ -50,7 +50,7 @@ public:
     }
 
     static Error closed() {
-        return {ARCFLOW_CLOSED, "pipeline was closed, or is no pipeline; open it again with arcflow_open"};
+        return {ARCFLOW_CLOSED, "pipeline was closed, or is not a pipeline; open it again with arcflow_open"};
     }
 
 private:

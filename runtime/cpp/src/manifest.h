@@ -100,8 +100,7 @@ Manifest parse_manifest(std::string_view text, const std::string &where);
 // An opened bundle. `open` has compared the size of every file, and the SHA-256 of files up to 64 MiB or, if `full`, of
 // all (B6).
 struct Bundle {
-    std::filesystem::path
-        root;  // absolute, so that a later chdir does not matter of the working directory does no harm
+    std::filesystem::path root;  // absolute, so that it stays valid if the working directory changes
     Manifest manifest;
     std::string manifest_sha256 = {};  // digest of the file that was read; "" if there was none
 

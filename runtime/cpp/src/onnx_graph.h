@@ -27,7 +27,7 @@ public:
     // The next field, or nothing at the end. Throws std::out_of_range if the bytes are not a protobuf message.
     std::optional<ProtobufField> next();
 
-    // The next number of a packed field, or nothing at the end; throws likewise.
+    // The next number of a packed field, or nothing at the end. Throws std::out_of_range like `next`.
     std::optional<uint64_t> next_packed();
 
 private:

@@ -1,6 +1,6 @@
 // Runs parts with OpenVINO on a CPU.
 //
-// The arithmetic is float32 for every part. OpenVINO would otherwise use bfloat16 on CPUs that have it, and images
+// The arithmetic is float32 for every part. Left to choose, OpenVINO uses bfloat16 on CPUs that have it, so images
 // would depend on the machine. Weights, inputs and outputs of a float16 or bfloat16 part keep their dtype.
 #include "openvino_backend.h"
 
@@ -32,7 +32,7 @@ ov::element::Type type_of(DType dtype) {
         case DType::uint8:
             return ov::element::u8;
     }
-    throw engine_error("a dtype that OpenVINO has not");
+    throw engine_error("a part has a dtype that OpenVINO does not have; this is a bug in libarcflow");
 }
 
 // A tensor that shares memory with `tensor`. OpenVINO takes no pointer to const here, but it does not write to inputs.
@@ -47,7 +47,8 @@ Tensor copy_out(const ov::Tensor &found, const TensorSpec &spec) {
     const ov::Shape &shape = found.get_shape();
     Tensor tensor(spec.dtype, std::vector<int64_t>(shape.begin(), shape.end()));
     if (found.get_byte_size() != tensor.data.size())
-        throw engine_error("output " + spec.name + " has " + std::to_string(found.get_byte_size()) + " bytes");
+        throw engine_error("output " + spec.name + " must have " + std::to_string(tensor.data.size()) + " bytes, got " +
+                           std::to_string(found.get_byte_size()));
     if (!tensor.data.empty()) std::memcpy(tensor.data.data(), found.data(), tensor.data.size());
     return tensor;
 }

@@ -312,7 +312,7 @@ Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs,
         const auto timed = all("all");
         made = denoiser.run(inputs);
     }
-    // The device's own times; "stage" is the rest of the call, which the host takes.
+    // The device measured its own stages. What remains of the call's time is the host's, and is reported as "stage".
     double rest = all.ms().front().second;
     for (const auto &[stage, ms] : made.stages_ms) {
         watch.add(stage, ms);

@@ -64,8 +64,8 @@ private:
     Tensor condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
                      Stopwatch &watch);
     std::vector<TextGroup> group(const Prompts &prompts, int64_t height, int64_t width);
-    std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width,
-                                         int64_t text_tokens = 0);  // text_tokens 0: the image's
+    // The rotary table of the text if `text_tokens` is above 0, otherwise that of the image.
+    std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);
     Denoised run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const;
     Tensor run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);

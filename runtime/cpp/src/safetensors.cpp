@@ -142,7 +142,8 @@ std::map<std::string, Tensor> load_safetensors(const std::filesystem::path &path
         if (found == entries.end()) throw bundle_error(where + " has no tensor " + json_text(name));
         const SafetensorsEntry &entry = found->second;
         const Type *type = find_type(entry.dtype);
-        if (!type->dtype) throw bundle_error(where + ": " + name + " has dtype " + entry.dtype + ", which is not read");
+        if (!type->dtype)
+            throw bundle_error(where + ": " + name + " has dtype " + entry.dtype + ", which is not supported");
         Tensor tensor(*type->dtype, entry.shape);
         file.seekg(static_cast<std::streamoff>(data_begin + entry.begin));
         read_bytes(file, reinterpret_cast<char *>(tensor.data.data()), entry.end - entry.begin, where);

@@ -46,7 +46,8 @@ private:
         if (runtime_) return;
         if (!cuda::find_gpu()) {
             throw engine_error(std::string(name_of(flavour_)) +
-                               " engines run on an NVIDIA GPU, and the CUDA driver finds none here");
+                               " engines run on an NVIDIA GPU, and the CUDA driver finds none here; "
+                               "check that nvidia-smi lists one");
         }
         const TrtLibrary library = open_trt_library(flavour_, trt_headers_version());
         device_ = std::make_shared<const cuda::Device>();

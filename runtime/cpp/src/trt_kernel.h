@@ -1,5 +1,5 @@
-// The CUDA kernels of runtime/kernels. The library embeds their fatbin if there was one at build time, and their
-// source, which NVRTC compiles at run time.
+// Loads and launches the CUDA kernels of runtime/kernels, for the TensorRT denoiser. The library embeds their source,
+// which NVRTC compiles at run time, and their compiled code (a fatbin) if it existed when the library was built.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct UpdateGeometry {
 UpdateGeometry update_geometry(const UpdateShape &shape);
 
 // Sizes for one launch of the noise: images of C = `channels`, h = `height`, w = `width` in patches of `patch`. C*h*w
-// must be a multiple of noise_group. `engine_input` is the dtype of `input`.
+// must be a multiple of noise_group (maths.h), 16. `engine_input` is the dtype of `input`.
 struct NoiseShape {
     int32_t images, channels, height, width, patch;
     DType engine_input;
@@ -48,8 +48,8 @@ public:
     // Enqueue the update from sigmas[step] to sigmas[step + 1].
     void update(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffers buffers, int32_t step);
 
-    // Enqueue the noise of a batch. All arguments are device addresses. `streams`: [images, 2] int64, each a seed and
-    // the index of the image's first number. `latents`: [images, N, C*p*p] float32. `input`: the same values in
+    // Enqueue the noise of a batch. All arguments are device addresses. `streams`: [images, 2] int64: a seed, and how
+    // many of its numbers belong to earlier images. `latents`: [images, N, C*p*p] float32. `input`: the same values in
     // `engine_input`, or 0 for none.
     void noise(cuda::Stream &stream, const NoiseShape &shape, cuda::Address streams, cuda::Address latents,
                cuda::Address input);

@@ -55,7 +55,7 @@ public:
 
     bool capturable() override {
 #if defined(TRT_MAJOR_RTX) && (TRT_MAJOR_RTX > 1 || TRT_MINOR_RTX >= 5)
-        // Before version 1.5 there is no function to ask; the capture itself then fails.
+        // Versions before 1.5 lack this function; with them, the capture itself fails.
         if (!context_->isStreamCapturable(stream_)) return false;
 #endif
         return !streams_weights_;

@@ -134,7 +134,9 @@ def _build_one(bundle: Bundle, name: str, partial: Path) -> BuiltTokenizer:
         ov.save_model(model, graph, compress_to_fp16=False)
     except RuntimeError as e:  # OpenVINO raises this for all errors, a full disk included
         _check_space(partial)
-        raise EngineError(f"{graph} cannot be written: {str(e).strip().splitlines()[-1]}") from e
+        raise EngineError(
+            f"{graph} cannot be written: {str(e).strip().splitlines()[-1]}; check that its folder is writable"
+        ) from e
     prefix, suffix = _special_ids(tokenizer)
     _verify(path, tokenizer, _compile(graph), prefix, suffix)
     return BuiltTokenizer(

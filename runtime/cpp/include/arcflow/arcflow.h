@@ -104,7 +104,7 @@ typedef int (*arcflow_step_callback)(void *user, int32_t step, const float *late
 /* What to generate. Start with ARCFLOW_REQUEST_INIT and set either `prompts` or `tokens`, and `prompt_count`. */
 typedef struct arcflow_request {
     size_t struct_size;
-    const char *const *prompts; /* prompt_count of them */
+    const char *const *prompts; /* [prompt_count], UTF-8 */
     const arcflow_tokens *tokens;
     size_t prompt_count;
     int32_t num_images_per_prompt; /* 0: 1 */
