@@ -346,7 +346,7 @@ def test_files_above_64_mib_are_hashed_by_the_full_check_only(both, tmp_path):
         (b'{"num_inference_steps_2": {"dtype": "F32", "shape": [2, 5], "data_offsets": [0, 20]}}', "span the bytes"),
         (b'{"num_inference_steps_2": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}}', "must take the 40"),
         (b'{"num_inference_steps_2": {"dtype": "I32", "shape": [2, 5], "data_offsets": [0, 40]}}', "is not supported"),
-        (b'{"num_inference_steps_2": {"dtype": "F32", "shape": [1, 10], "data_offsets": [0, 40]}}', "of shape [2, 5], for"),
+        (b'{"num_inference_steps_2": {"dtype": "F32", "shape": [1, 10], "data_offsets": [0, 40]}}', "of shape [2, 5]"),
     ],
 )
 def test_a_damaged_modulation_table(tool, tmp_path, header, message):
