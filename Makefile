@@ -91,8 +91,10 @@ check: setup
 # time; there each source compiles by itself, so a missing #include is found.
 FUZZ_SECONDS ?= 60
 CPP := $(abspath $(OUT))/cpp
+# Without make's flags: ninja stops at a job server that it cannot reach, and make closes it to programs other than make.
+CMAKE := env -u MAKEFLAGS cmake
 CPP_FOUND = $(shell $${CXX:-c++} -E -include openssl/evp.h -x c++ /dev/null >/dev/null && command -v cmake)
-CPP_CONFIGURE = cmake -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))/python -DARCFLOW_WERROR=ON
+CPP_CONFIGURE = $(CMAKE) -S runtime/cpp -G Ninja -DARCFLOW_PYTHON=$(abspath $(BIN))/python -DARCFLOW_WERROR=ON
 UNITY := -DCMAKE_UNITY_BUILD=ON
 CHECKED := -DARCFLOW_EXAMPLES=OFF -DCMAKE_BUILD_TYPE=None $(UNITY)
 SANITIZE := -DARCFLOW_SANITIZE=address,undefined $(CHECKED)
@@ -106,13 +108,13 @@ cpp-test: cpp-build
 
 cpp-build: setup
 	$(CPP_CONFIGURE) -B $(CPP) $(UNITY) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
-	cmake --build $(CPP)
+	$(CMAKE) --build $(CPP)
 
 # Installs a build, and builds and runs a project that finds it.
 define cpp_consume
 cmake --install $(1) --prefix $(1)/installed
-cmake -S runtime/cpp/tests/consumer -B $(1)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(1)/installed
-cmake --build $(1)/consumer
+$(CMAKE) -S runtime/cpp/tests/consumer -B $(1)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(1)/installed
+$(CMAKE) --build $(1)/consumer
 ctest --test-dir $(1)/consumer --output-on-failure
 endef
 
@@ -129,7 +131,7 @@ cpp-rest: setup
 
 cpp-static: setup
 	$(CPP_CONFIGURE) -B $(CPP)-static -DBUILD_SHARED_LIBS=OFF -DARCFLOW_TESTS=OFF $(filter-out $(UNITY),$(CHECKED))
-	cmake --build $(CPP)-static
+	$(CMAKE) --build $(CPP)-static
 	$(call cpp_consume,$(CPP)-static)
 
 # The tests under the sanitizers need exported bundles, and tracing is slow there. So it is done here; pytest keeps the
@@ -139,7 +141,7 @@ cpp-traces: setup
 
 cpp-sanitized: setup
 	$(CPP_CONFIGURE) -B $(CPP)-sanitized $(SANITIZE)
-	cmake --build $(CPP)-sanitized
+	$(CMAKE) --build $(CPP)-sanitized
 
 # Python itself is not sanitized. So the sanitizer, and the C++ library whose symbols it looks up, are loaded before it;
 # its own leaks are not reported; and OpenVINO's threads keep to the sanitizer's copies of what they open.
@@ -154,12 +156,12 @@ cpp-sanitize: cpp-traces cpp-sanitized
 TSAN := threads trt_denoiser trt_runtime_cache
 cpp-tsan: setup
 	$(CPP_CONFIGURE) -B $(CPP)-tsan -DARCFLOW_SANITIZE=thread -DARCFLOW_OPENVINO=OFF $(CHECKED) -DCMAKE_CXX_FLAGS=-O1
-	cmake --build $(CPP)-tsan --target $(addsuffix _test,$(TSAN))
+	$(CMAKE) --build $(CPP)-tsan --target $(addsuffix _test,$(TSAN))
 	ctest --test-dir $(CPP)-tsan --output-on-failure --tests-regex "$$(echo $(TSAN) | tr ' ' '|')"
 
 cpp-fuzz: setup
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(CPP)-fuzz $(SANITIZE) -DCMAKE_CXX_FLAGS=-O1 -DARCFLOW_FUZZ=ON -DARCFLOW_TESTS=OFF
-	cmake --build $(CPP)-fuzz --target bundle_fuzz
+	$(CMAKE) --build $(CPP)-fuzz --target bundle_fuzz
 	$(BIN)/python runtime/cpp/fuzz/corpus.py $(CPP)-fuzz/corpus $(dir $(wildcard $(OUT)/*/manifest.json))
 	$(CPP)-fuzz/fuzz/bundle_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 -print_final_stats=1 \
 		-verbosity=0 -dict=runtime/cpp/fuzz/json.dict -artifact_prefix=$(CPP)-fuzz/ $(CPP)-fuzz/corpus
