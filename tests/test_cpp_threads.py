@@ -180,3 +180,25 @@ def test_results_outlive_their_pipeline_and_are_freed_once(cpp_library, cpp_bund
         assert (tokens.value, count.value) == (0, 0)
     cpp_library.arcflow_result_free(second)
     cpp_library.arcflow_result_free(None)
+
+
+class SignalStack(ctypes.Structure):
+    """`stack_t` of signal.h."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack():
+    found = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+    return found.address, found.flags, found.size
+
+
+def test_the_signal_stack_of_the_caller_stays(cpp_library, cpp_bundles):
+    """A library that OpenVINO loads sets another, which is gone after closing: the next signal would be a crash."""
+    before = signal_stack()
+    pipe = embed.Pipeline(cpp_library, cpp_bundles("shapes"))
+    assert signal_stack() == before
+    pipe.generate(["a red circle"])
+    pipe.close()
+    assert signal_stack() == before

@@ -18,6 +18,7 @@
 #include "maths.h"
 #include "pipeline.h"
 #include "registry.h"
+#include "signal_stack.h"
 
 namespace {
 
@@ -132,6 +133,7 @@ arcflow_status fail(arcflow_status status, const char *before, const char *what)
 
 // Run the body of an API function. An exception becomes a status and the last error's text.
 template <class Work> arcflow_status guarded(const Work &work) noexcept {
+    const arcflow::KeptSignalStack signal_stack;
     last_error.clear();
     last_error_without_memory = nullptr;
     try {
