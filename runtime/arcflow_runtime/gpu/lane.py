@@ -64,7 +64,7 @@ class Lane:
     def settle(self) -> None:
         """Wait until the stream is idle, so that memory can be freed.
 
-        Errors are ignored: whoever waits for the failed work gets them, and the memory is freed in any case.
+        Errors are ignored: the caller that waits for the failed work gets them, and the memory is freed in any case.
         """
         with self.enter() as stream:
             for _ in range(2):  # a wait that failed may not have waited
