@@ -133,10 +133,14 @@ def network_bytes(
     activations = batch * _TORCH_VALUES * item * max(p.activation for n, p in parts.items() if n != "vae_decoder")
     if not stays_on_disk(weights, free_bytes):
         return weights + activations, 0
-    # One weight is in memory at a time, plus the stored tensor if it is cast.
-    largest = max(p.largest for p in parts.values()) * (item if item == 2 else item + 2)
+    # One weight is in memory at a time, plus the stored tensor if it is cast. The adapter is read when the transformer
+    # runs, after the text encoders.
+    stored = item if item == 2 else item + 2
+    text = max(stored * p.largest for name, p in parts.items() if name.startswith("text_encoder"))
+    network = max(stored * parts[name].largest for name in ("backbone", "conditioner"))
     transformer = 2 * (parts["backbone"].parameters + parts["conditioner"].parameters)
-    return adapter_bytes * item // 2 + largest + activations, base_bytes + (steps - 1) * transformer
+    memory = max(text, adapter_bytes * item // 2 + network) + activations
+    return memory, base_bytes + (steps - 1) * transformer
 
 
 def calibrate_cost(
@@ -243,13 +247,19 @@ def gate_cost(parts: Mapping[str, PartWork], gate: GateWork, machine: Machine) -
     read = sweeps * parts["backbone"].weight_bytes + 2 * sum(p.weight_bytes for p in parts.values())
     seconds = _start(machine, 2 * _START_S) + _EMULATED * gate.cases * flops / machine.float32_flops
     seconds += widened / _ELEMENTS + read / machine.read
-    # A piece's weights are in memory as float32, and a second time if the graph is small enough to stay open.
-    weights = max(
-        min(4 * p.parameters * (2 if 4 * p.parameters <= PIECE_BYTES else 1), 2 * PIECE_BYTES) for p in parts.values()
-    )
+    weights = max(map(_piece_bytes, parts.values()))
     activations = _VALUES * 4 * max(p.activation for p in parts.values())
     memory = _IMPORTED_BYTES + weights + gate.kept_bytes + activations
     return Cost("verify", seconds, memory, 50 << 20, "give --limit, or --height and --width of smaller images")
+
+
+def _piece_bytes(part: PartWork) -> int:
+    """Memory of the weights of a part's largest piece: as float32 and as they are stored.
+
+    A graph that is small enough to be one piece stays open, so its weights are in memory as float32 twice.
+    """
+    size = 4 * part.parameters
+    return 2 * size if size <= PIECE_BYTES else PIECE_BYTES + PIECE_BYTES * _ITEM[part.precision] // 4
 
 
 def build_cost(parts: Mapping[str, PartWork], targets: int, machine: Machine) -> Cost:
