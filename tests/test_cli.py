@@ -59,7 +59,7 @@ def test_only_a_cpu_gets_a_step_callback(root, monkeypatch):
 
     monkeypatch.setattr(pipeline.Pipeline, "__call__", call)
     assert generate(root, "--out", "a.png") == 0
-    monkeypatch.setattr("arcflow_runtime.commands.generate.DEFAULT_BACKEND", "fake")
+    monkeypatch.setattr("arcflow_runtime.commands.generate.ON_CPU", ("fake",))
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert generate(root, "--out", "b.png") == 0
     assert given[0] is None and callable(given[1])

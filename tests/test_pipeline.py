@@ -371,7 +371,7 @@ def test_an_empty_prompt_is_allowed(flux, qwen):
 
 def test_unknown_backend(flux_root):
     with pytest.raises(
-        EngineError, match=r"^backend must be one of \['onnxruntime', .*'tensorrt-rtx'\], got 'tensorflow'$"
+        EngineError, match=r"^backend must be one of \['onnxruntime', .*'tensorrt-rtx', 'auto'\], got 'tensorflow'$"
     ):
         Pipeline.load(flux_root, backend="tensorflow")
 

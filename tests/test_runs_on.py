@@ -24,9 +24,14 @@ def test_by_dtype_and_opset(bundles, options, expected):
 
 def test_sentences():
     assert [RunsOn(*case).sentence() for case in ((True, False), (False, True), (True, True))] == [
-        "runs on: ONNX Runtime on a CPU. TensorRT has no float32 Attention operator: export with --opset 20 for it",
-        "runs on: TensorRT, after `arcflow build`. ONNX Runtime has no bfloat16 on a CPU: "
+        "runs on: ONNX Runtime and OpenVINO on a CPU. TensorRT has no float32 Attention operator: "
+        "export with --opset 20 for it",
+        "runs on: OpenVINO on a CPU, and TensorRT after `arcflow build`. ONNX Runtime has no bfloat16 on a CPU: "
         "export with --dtype float32 for it",
-        "runs on: ONNX Runtime on a CPU, and TensorRT after `arcflow build`",
+        "runs on: ONNX Runtime and OpenVINO on a CPU, and TensorRT after `arcflow build`",
     ]
-    assert RunsOn(False, False).sentence().startswith("runs on: nothing. ONNX Runtime has no bfloat16 on a CPU: ")
+    assert (
+        RunsOn(False, False)
+        .sentence()
+        .startswith("runs on: OpenVINO on a CPU. ONNX Runtime has no bfloat16 on a CPU: ")
+    )

@@ -14,7 +14,7 @@ from arcflow_export.drift.cases import LIMIT, LIMIT_WITH_JUDGE
 from arcflow_export.errors import ExportError
 from arcflow_export.families import facts
 from arcflow_export.progress import stage_bars
-from arcflow_runtime.backends import BACKENDS
+from arcflow_runtime.backends import choices
 from arcflow_runtime.disk.outputs import check_file
 from arcflow_runtime.errors import RequestError
 
@@ -48,7 +48,7 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--backend",
-        choices=sorted(BACKENDS),
+        choices=choices(),
         help="generate the bundle's images with its engines on this machine; default: with its graphs on the CPU",
     )
     group.add_argument(

@@ -113,7 +113,7 @@ def _run_torch(args: argparse.Namespace) -> int:
             bar.set_description(stage)
             bar.update()
 
-        rows = verify_bundle(bundle, student, cases, progress)
+        rows = verify_bundle(bundle, student, cases, progress, args.backend)
     failed = [r for r in rows if not r.passed]
     layers = tuple(dict.fromkeys(layer for r in failed for layer in r.layers))
     if args.json:

@@ -26,7 +26,8 @@ from arcflow_export.emulate.emulate import MOVES, emulate, load_graph, release
 from arcflow_export.emulate.sizes import Sizes, bind, elements, nominal
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.base import Engine
-from arcflow_runtime.engines.onnxruntime import check_names, first_line, session_options
+from arcflow_runtime.engines.cpu import check_names, first_line
+from arcflow_runtime.engines.onnxruntime import session_options
 from arcflow_runtime.errors import EngineError
 
 #: Largest weights of one piece, counted in float32. One piece is in memory at a time; twice while it is opened.
@@ -131,7 +132,7 @@ class EmulatedBackend:
     def open(self, bundle: Bundle, part: str) -> Engine:
         """Load part `part` of a `widened` bundle; raises `EngineError` as ONNX Runtime's backend does."""
         model = load_graph(bundle, part)
-        check_names(bundle, part, model.graph.inputs, model.graph.outputs)
+        check_names(bundle, part, _names(model.graph.inputs), _names(model.graph.outputs))
         return BlockEngine(part, model)
 
 
@@ -275,3 +276,7 @@ def _ort_value(tensor: ir.TensorProtocol) -> ort.OrtValue:
     if tensor.dtype == ir.DataType.FLOAT8E4M3FN:  # numpy has no such dtype
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), int(tensor.dtype))
     return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _names(values: Sequence[ir.Value]) -> list[str]:
+    return [value.name or "" for value in values]

@@ -11,7 +11,10 @@ from arcflow_runtime.disk.bundle import Bundle
 
 @dataclass(frozen=True)
 class RunsOn:
-    """True for each engine that can run the bundle: ONNX Runtime's CPU provider, and TensorRT."""
+    """True for each engine that can run the bundle: ONNX Runtime's CPU provider, and TensorRT.
+
+    OpenVINO runs every exported bundle on a CPU.
+    """
 
     onnxruntime: bool
     tensorrt: bool
@@ -20,20 +23,20 @@ class RunsOn:
         """One sentence for the terminal."""
         if not self.onnxruntime and not self.tensorrt:
             return (
-                "runs on: nothing. ONNX Runtime has no bfloat16 on a CPU: export all parts in float32 for it. TensorRT "
-                "has no float32 Attention operator: export with --opset 20 for it"
+                "runs on: OpenVINO on a CPU. ONNX Runtime has no bfloat16 on a CPU: export all parts in float32 for "
+                "it. TensorRT has no float32 Attention operator: export with --opset 20 for it"
             )
         if not self.onnxruntime:
             return (
-                "runs on: TensorRT, after `arcflow build`. ONNX Runtime has no bfloat16 on a CPU: "
-                "export with --dtype float32 for it"
+                "runs on: OpenVINO on a CPU, and TensorRT after `arcflow build`. ONNX Runtime has no bfloat16 "
+                "on a CPU: export with --dtype float32 for it"
             )
         if not self.tensorrt:
             return (
-                "runs on: ONNX Runtime on a CPU. TensorRT has no float32 Attention operator: "
+                "runs on: ONNX Runtime and OpenVINO on a CPU. TensorRT has no float32 Attention operator: "
                 "export with --opset 20 for it"
             )
-        return "runs on: ONNX Runtime on a CPU, and TensorRT after `arcflow build`"
+        return "runs on: ONNX Runtime and OpenVINO on a CPU, and TensorRT after `arcflow build`"
 
 
 def runs_on(bundle: Bundle) -> RunsOn:

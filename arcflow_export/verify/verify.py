@@ -29,16 +29,18 @@ from arcflow_export.emulate.emulate import widened
 from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent
 from arcflow_export.verify.overflow import OverflowCheck, Reach
+from arcflow_runtime.backends import open_for
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.signatures import encoder_of
-from arcflow_runtime.engines.base import Engine
+from arcflow_runtime.engines.base import Backend, Engine
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.generate.condition import Conditioner
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.pipeline import Pipeline
 from arcflow_runtime.generate.text import PromptTokenizer
+from arcflow_runtime.maths.dtypes import to_float32
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
 
@@ -89,23 +91,35 @@ class VerifyRow:
 
 
 def verify_bundle(
-    bundle: Bundle, student: Student, cases: list[VerifyCase], progress: Callable[[str], None] = lambda _: None
+    bundle: Bundle,
+    student: Student,
+    cases: list[VerifyCase],
+    progress: Callable[[str], None] = lambda _: None,
+    backend: str | None = None,
 ) -> list[VerifyRow]:
     """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole images.
 
-    Parts in bfloat16 and float16 are emulated on the CPU; parts in float16 are also checked for overflow.
+    Without `backend`, parts in bfloat16 and float16 are emulated on the CPU, and parts in float16 are also checked for
+    overflow.
 
     Args:
         bundle: an opened bundle.
         student: the same base, adapter and LoRAs.
         cases: the requests to compare on.
         progress: called with the name of each stage as it begins.
+        backend: run the parts with this backend's engines, a key of `backends.BACKENDS` or "auto".
 
     Returns:
         One row per case and quantity.
+
+    Raises:
+        EngineError: the backend cannot run the bundle here, or an engine failed.
     """
-    progress("loading the torch student")
     m = bundle.manifest
+    checked = _CheckedBackend()
+    engines: Backend = checked if backend is None else open_for(bundle, backend)
+    shown = widened(bundle) if backend is None else bundle
+    progress("loading the torch student")
     reference = getattr(torch, m.reference_dtype)
     shift, ratio = m.schedule.shift, m.schedule.timestep_ratio
     exact = TorchStudent(student, torch.float32, reference, shift=shift, timestep_ratio=ratio)
@@ -119,11 +133,9 @@ def verify_bundle(
             shift=shift,
             timestep_ratio=ratio,
         )
-    shown = widened(bundle)
     rows: list[VerifyRow] = []
-    backend = _CheckedBackend()
-    with Pipeline(shown, EmulatedBackend()) as pipe:
-        parts = Parts(shown, backend, keep=True)
+    with Pipeline(shown, EmulatedBackend() if backend is None else engines) as pipe:
+        parts = Parts(shown, engines, keep=True)
         for i, case in enumerate(cases):
             progress(f"case {i}: {case.prompt[:40]!r} {case.width}x{case.height}, {case.num_inference_steps} steps")
             compare = _Comparison(i, rows)
@@ -131,14 +143,14 @@ def verify_bundle(
             try:
                 _compare_images(pipe, exact, same, case, compare)
             except EngineError:  # the pipeline refuses NaN, which an overflow causes
-                if all(reach.share <= 1 for reach in backend.furthest.values()):
+                if all(reach.share <= 1 for reach in checked.furthest.values()):
                     raise
                 rows.append(VerifyRow(i, "end to end: image", math.nan, IMAGE_BOUND))
             rows += [
                 VerifyRow(i, f"{part}: reach into float16", r.share, 1.0, r.node, r.layers)
-                for part, r in backend.furthest.items()
+                for part, r in checked.furthest.items()
             ]
-            backend.furthest.clear()
+            checked.furthest.clear()
         parts.close()
     return rows
 
@@ -240,10 +252,12 @@ def _compare_parts(
     rounded_states, rounded_pooled = same.encode(case.prompt, length)
     encoder = encoder_of(m.family, "encoder_hidden_states")
     assert encoder is not None
-    compare.add("text states", encoded.states, [rounded_states] if _roundings(bundle, encoder) else [], states)
+    compare.add(
+        "text states", to_float32(encoded.states), [rounded_states] if _roundings(bundle, encoder) else [], states
+    )
     if pooled is not None and rounded_pooled is not None and encoded.pooled is not None:
         runs = [rounded_pooled] if _roundings(bundle, "text_encoder") else []
-        compare.add("pooled text", encoded.pooled, runs, pooled)
+        compare.add("pooled text", to_float32(encoded.pooled), runs, pooled)
 
     grid = (case.height // 16, case.width // 16)
     schedule = sigmas(case.num_inference_steps, m.schedule)
@@ -275,7 +289,7 @@ def _compare_parts(
             reference = exact.predict(*arguments)
             rounded = [same.predict(*arguments, rounding) for rounding in roundings]
             for i, name in enumerate(("means", "logweights", "loggammas")):
-                compare.add(f"step {step} {name}", heads[name], [r[i] for r in rounded], reference[i])
+                compare.add(f"step {step} {name}", to_float32(heads[name]), [r[i] for r in rounded], reference[i])
             x = torch_run.steps[step]
     with parts.use("vae_decoder") as run:
         pixels = run({"latents": x.unflatten(1, grid).numpy()})["images"]

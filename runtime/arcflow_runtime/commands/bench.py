@@ -12,10 +12,11 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
+from arcflow_runtime.backends import DEFAULT_BACKEND, choices
 from arcflow_runtime.disk.outputs import check_writable
 from arcflow_runtime.errors import RequestError
 
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", default="a large red circle on a blue background", help="text prompt (default: %(default)r)"
     )
-    parser.add_argument(
-        "--backend", choices=sorted(BACKENDS), default=DEFAULT_BACKEND, help="engine (default: %(default)s)"
-    )
+    parser.add_argument("--backend", choices=choices(), default=DEFAULT_BACKEND, help="engine (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE as JSON")
 
@@ -87,8 +86,16 @@ def describe_machine(threads: int | None) -> dict[str, str | int]:
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "onnxruntime": onnxruntime.__version__,
+        **_version("openvino"),
         **({} if gpu is None else {"gpu": gpu.name}),
     }
+
+
+def _version(package: str) -> dict[str, str]:
+    try:
+        return {package: metadata.version(package)}
+    except metadata.PackageNotFoundError:
+        return {}
 
 
 def _processor() -> str:

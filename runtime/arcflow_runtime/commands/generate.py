@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
+from arcflow_runtime.backends import DEFAULT_BACKEND, ON_CPU, choices
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.outputs import check_writable
 from arcflow_runtime.errors import RequestError
@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", action="store_true", help="write one PNG of all images with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
     parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
-    parser.add_argument(
-        "--backend", choices=sorted(BACKENDS), default=DEFAULT_BACKEND, help="engine (default: %(default)s)"
-    )
+    parser.add_argument("--backend", choices=choices(), default=DEFAULT_BACKEND, help="engine (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -108,7 +106,7 @@ def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
     from tqdm import tqdm
 
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
-    disabled = None if args.backend == DEFAULT_BACKEND else True  # None: where standard error is not a terminal
+    disabled = None if args.backend in ON_CPU else True  # None: where standard error is not a terminal
     with tqdm(total=steps, desc="steps", delay=_BAR_DELAY_S, disable=disabled, leave=False) as bar:
         return pipeline(
             args.prompt,

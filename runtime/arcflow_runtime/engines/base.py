@@ -1,6 +1,7 @@
 """Interfaces of engines and backends. An engine runs one part of a bundle: named arrays in -> named arrays out.
 
-Implemented by `onnxruntime.py` here and by the `*_backend.py` modules in `gpu/`; used through `parts.py`.
+Implemented by `onnxruntime.py` and `openvino.py` here, and by the `*_backend.py` modules in `gpu/`; used through
+`parts.py`.
 """
 
 from __future__ import annotations

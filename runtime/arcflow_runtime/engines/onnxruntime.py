@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -17,20 +15,13 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.engines.base import LayerTime
-from arcflow_runtime.errors import EngineError, RequestError
+from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
+from arcflow_runtime.errors import EngineError
 
 # ONNX Runtime warns about dynamic shapes, which a user cannot act on; errors are raised as exceptions.
 _LOG_ERRORS_ONLY = 3
 # ONNX Runtime appends this to a node's name in the event that times its kernel.
 _KERNEL_SUFFIX = "_kernel_time"
-
-
-class _Named(Protocol):
-    """An input or output of a graph, as ONNX Runtime describes it."""
-
-    @property
-    def name(self) -> str | None:
-        """The name in the graph."""
 
 
 class OnnxRuntimeEngine:
@@ -98,14 +89,7 @@ class OnnxRuntimeBackend:
     """Opens parts with ONNX Runtime's CPU provider."""
 
     def __init__(self, threads: int | None) -> None:
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads must be at least 1, got {threads}; leave it out to use every core")
-        cores = os.cpu_count() or 1
-        if threads is not None and threads > cores:
-            raise RequestError(
-                f"threads must be at most {cores}, one per core of this machine, got {threads}; "
-                "leave it out to use every core"
-            )
+        check_threads(threads)
         self._threads = threads
 
     def check(self, bundle: Bundle) -> None:
@@ -173,24 +157,8 @@ def open_session(
         session = ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
         raise EngineError(f"{part}: ONNX Runtime cannot load {spec.graph}: {first_line(e)}") from e
-    check_names(bundle, part, session.get_inputs(), session.get_outputs())
+    check_names(bundle, part, (x.name for x in session.get_inputs()), (x.name for x in session.get_outputs()))
     return session
-
-
-def check_names(bundle: Bundle, part: str, inputs: Iterable[_Named], outputs: Iterable[_Named]) -> None:
-    """Check that a graph has the inputs and outputs that the manifest lists for `part`.
-
-    Raises:
-        EngineError: it has others.
-    """
-    spec = bundle.manifest.parts[part]
-    for kind, listed, found in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
-        expected, names = sorted(s.name for s in listed), sorted(str(f.name) for f in found)
-        if expected != names:
-            raise EngineError(
-                f"{part}: the {kind} of {spec.graph} must be {expected}, "
-                f"as in the manifest, got {names}; export the bundle again"
-            )
 
 
 def create(threads: int | None) -> OnnxRuntimeBackend:
@@ -200,8 +168,3 @@ def create(threads: int | None) -> OnnxRuntimeBackend:
         RequestError: `threads` is below 1 or above the number of cores.
     """
     return OnnxRuntimeBackend(threads)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or the name of its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

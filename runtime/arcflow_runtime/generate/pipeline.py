@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
-from arcflow_runtime.backends import DEFAULT_BACKEND, open_backend
+from arcflow_runtime.backends import DEFAULT_BACKEND, open_for
 from arcflow_runtime.disk.bundle import Bundle, Check
 from arcflow_runtime.engines.base import Backend
 from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
@@ -98,7 +98,8 @@ class Pipeline:
 
         Args:
             bundle: the directory that `arcflow export` wrote.
-            backend: the library that runs the graphs, a key of `backends.BACKENDS`.
+            backend: the library that runs the graphs, a key of `backends.BACKENDS`, or "auto" for the fastest that is
+                installed and runs the bundle on this machine.
             low_memory: load each part only while it is used, one at a time.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.
@@ -115,8 +116,8 @@ class Pipeline:
         """
         if check not in get_args(Check):
             raise RequestError(f"check must be one of {list(get_args(Check))}, got {check!r}")
-        opened = open_backend(backend, threads)
-        return Pipeline(Bundle.open(bundle, check), opened, low_memory)
+        opened = Bundle.open(bundle, check)
+        return Pipeline(opened, open_for(opened, backend, threads), low_memory)
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from arcflow_runtime.disk.manifest import DType, Manifest, Part
-from arcflow_runtime.engines.onnxruntime import first_line
+from arcflow_runtime.engines.cpu import first_line
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Stream
 from arcflow_runtime.gpu.engine import Shapes

@@ -1,0 +1,174 @@
+"""OpenVINO on the CPU: a part's ONNX graph and its safetensors weights -> an engine.
+
+Each operator computes in the dtype that the graph gives it, or in float32 where the CPU has no instructions for that
+dtype. OpenVINO calls this an inference precision of float32. A lower one would also be applied to operators that the
+graph keeps in float32, such as norms: the heads of the tiny FLUX student in bfloat16 were then 12 % from float32 in
+place of 0.6 %. Without an inference precision, images would depend on the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.external_data import checked_graph
+from arcflow_runtime.disk.manifest import Part, TensorSpec
+from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
+from arcflow_runtime.errors import EngineError
+from arcflow_runtime.installing import install_command
+
+try:
+    import openvino as ov
+except ModuleNotFoundError:
+    command = install_command("arcflow_runtime", "openvino")
+    raise EngineError(f"the backend openvino needs openvino, which is not installed; run: {command}") from None
+
+_log = logging.getLogger("arcflow")
+_DEVICE = "CPU"
+#: Dtype of an input or output -> OpenVINO's type.
+_TYPES = {
+    "float32": ov.Type.f32,
+    "float16": ov.Type.f16,
+    "bfloat16": ov.Type.bf16,
+    "int64": ov.Type.i64,
+    "uint8": ov.Type.u8,
+}
+#: Precision of a part -> what OpenVINO calls it in the list of a CPU's capabilities.
+_CAPABILITIES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+
+
+class OpenVinoEngine:
+    """One part as a compiled model, which several threads may run at the same time."""
+
+    def __init__(self, name: str, part: Part, model: ov.CompiledModel) -> None:
+        self._name = name
+        self._part = part
+        self._model: ov.CompiledModel | None = model
+        # A request has memory of its own, so each run takes one. Appending to a list and popping from it are atomic.
+        self._requests: list[ov.InferRequest] = []
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph; see `Engine.run`."""
+        model = self._model
+        if model is None:
+            raise EngineError(f"{self._name}: the engine is closed; load the pipeline again")
+        try:
+            request = self._requests.pop() if self._requests else model.create_infer_request()
+        except IndexError:  # another thread took the last one
+            request = model.create_infer_request()
+        try:
+            for spec in self._part.inputs:
+                request.set_tensor(spec.name, _tensor(inputs[spec.name], spec))
+            request.infer()
+            outputs = {spec.name: _array(request.get_tensor(spec.name), spec) for spec in self._part.outputs}
+        except RuntimeError as e:
+            shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
+            raise EngineError(f"{self._name}: OpenVINO failed on inputs {shapes}: {last_line(e)}") from e
+        self._requests.append(request)  # one that failed is not used again
+        return outputs
+
+    def close(self) -> None:
+        """Free the model, after any run in another thread has finished."""
+        self._model = None
+        self._requests.clear()
+
+
+class OpenVinoBackend:
+    """Opens parts with OpenVINO's CPU plugin."""
+
+    def __init__(self, threads: int | None) -> None:
+        check_threads(threads)
+        self._threads = threads
+        self._core = ov.Core()
+        self._capabilities = frozenset(self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
+
+    def check(self, bundle: Bundle) -> None:
+        """Check that no part is in FP8, and say it if a part's precision is not the one that it computes in.
+
+        Raises:
+            EngineError: a part is quantised to FP8; the message names it.
+        """
+        parts = bundle.manifest.parts
+        for name, part in parts.items():
+            if part.quantization is not None:
+                # OpenVINO rounds to FP8 through float16, so not always to the nearest value (B12).
+                raise EngineError(
+                    f"{name} is quantised to FP8, which OpenVINO does not round correctly on a CPU; "
+                    "use the bundle that it was quantised from, or --backend onnxruntime"
+                )
+        for precision in sorted({p.precision for p in parts.values()} - {"float32"}):
+            if not self._has(precision):
+                names = ", ".join(name for name, part in parts.items() if part.precision == precision)
+                _log.warning(
+                    f"this CPU has no {precision} instructions, so OpenVINO computes {names} in float32, which is "
+                    "slower and needs more memory"
+                )
+
+    def open(self, bundle: Bundle, part: str) -> OpenVinoEngine:
+        """Load a part. Its weights stay in the mapped file, except those that OpenVINO reorders for the CPU.
+
+        Raises:
+            BundleError: the graph's external data is not in the part's weights file.
+            EngineError: the graph cannot be loaded, or its inputs or outputs differ from the manifest's.
+        """
+        spec = bundle.manifest.parts[part]
+        graph = checked_graph(bundle, part)
+        try:
+            model = self._core.read_model(str(graph))
+            check_names(bundle, part, _names(model.inputs, spec.inputs), _names(model.outputs, spec.outputs))
+            compiled = self._core.compile_model(model, _DEVICE, self._properties())
+        except RuntimeError as e:
+            raise EngineError(f"{part}: OpenVINO cannot load {spec.graph}: {last_line(e)}") from e
+        return OpenVinoEngine(part, spec, compiled)
+
+    def _has(self, precision: str) -> bool:
+        return _CAPABILITIES[precision] in self._capabilities
+
+    def _properties(self) -> dict[str, Any]:
+        properties: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "EXECUTION_MODE_HINT": "ACCURACY",
+            "INFERENCE_PRECISION_HINT": ov.Type.f32,
+            "NUM_STREAMS": 1,
+            # Each part has threads of its own. If they were pinned, those of all parts would share the first cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        if self._threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = self._threads
+        return properties
+
+
+def create(threads: int | None) -> OpenVinoBackend:
+    """Create the backend with `threads` CPU threads per engine (None: one per core).
+
+    Raises:
+        RequestError: `threads` is below 1 or above the number of cores.
+    """
+    return OpenVinoBackend(threads)
+
+
+def last_line(error: Exception) -> str:
+    """The last line of OpenVINO's message, which says what failed; those before it name its source files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else first_line(error)
+
+
+def _tensor(array: np.ndarray, spec: TensorSpec) -> ov.Tensor:
+    """A tensor that shares memory with `array`."""
+    return ov.Tensor(array, list(array.shape), _TYPES[spec.dtype])
+
+
+def _array(tensor: ov.Tensor, spec: TensorSpec) -> np.ndarray:
+    """A copy of a tensor as an array. OpenVINO shows bfloat16 as float16 with the same bits; here it is uint16."""
+    data = tensor.data
+    return (data.view(np.uint16) if spec.dtype == "bfloat16" else data).copy()
+
+
+def _names(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> list[str]:
+    """The name of each port. A tensor may have several; if one of them is in the manifest, it is that one."""
+    known = {spec.name for spec in specs}
+    return [min(port.get_names() & known or port.get_names() or {""}) for port in ports]
