@@ -36,8 +36,8 @@ _NUMBER = re.compile(r"_(\d{1,4})_")
 
 def split_prefix(module: str, family: str) -> tuple[str | None, str]:
     """Remove prefixes: a module as the file calls it -> the component it says, None if it says none, and the name."""
-    component = None
-    prefixes = dict.fromkeys(_WRAPPERS) | _PREFIXES | lora_family(family).comfy
+    component: str | None = None
+    prefixes: dict[str, str | None] = {**dict.fromkeys(_WRAPPERS), **_PREFIXES, **lora_family(family).comfy}
     while found := next((p for p in prefixes if module.startswith(p)), None):
         component = prefixes[found] or component
         module = module.removeprefix(found)
