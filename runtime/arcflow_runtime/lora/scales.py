@@ -90,6 +90,7 @@ class Scales:
         """
         self._path = path
         self._kohya = metadata.get(_KOHYA)
+        self._matched: set[tuple[str, str, str]] = set()
         self._statements = [*_diffusers(path, metadata), *_plain(path, metadata), *_config(path)]
         for statement in self._statements:
             self._check(statement)
@@ -136,6 +137,16 @@ class Scales:
             first.value / divisor, first.value, f"alpha {first.value:g} ({first.short or first.where}) / {sign}"
         )
 
+    def unmatched(self) -> list[str]:
+        """The patterns that no module matched so far, each with its place."""
+        return [
+            f"{setting} {pattern!r} in {statement.where}"
+            for statement in self._statements
+            for setting in ("alpha_pattern", "rank_pattern")
+            for pattern in statement.settings.get(setting) or {}
+            if (statement.where, setting, pattern) not in self._matched
+        ]
+
     def check_kohya(self, alphas: Mapping[str, float]) -> None:
         """Compare the metadata's `ss_network_alpha` with the file's alpha tensors, by key.
 
@@ -178,6 +189,7 @@ class Scales:
         """The value of the first pattern that is the end of one of the names; None if there is none."""
         for pattern, value in (statement.settings.get(setting) or {}).items():
             if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                self._matched.add((statement.where, setting, pattern))
                 return value
         return None
 
