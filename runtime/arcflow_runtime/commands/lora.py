@@ -1,8 +1,8 @@
 """Show the contents of a LoRA file: the linears that it changes, their ranks and scales, and what is not used.
 
 arcflow lora inspect FILE shows where each scale comes from: the module's own alpha tensor, the file's metadata, or
-adapter_config.json beside it. With --bundle, it also shows which layers do not fit the bundle. Exit code 1 if any does
-not.
+adapter_config.json beside it. With --bundle, it also shows which layers do not fit the bundle. Exit code 1 if
+one does not that matters.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from arcflow_runtime.lora.fit import Misfit
     from arcflow_runtime.lora.layers import LoraFile
 
 #: --model -> family.
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     lora = read_lora(args.file, _family(args) if bundle is None else bundle.manifest.family)
     unfit = {} if bundle is None else misfits(lora, bundle)
     print(json.dumps(_describe(lora, unfit), indent=2) if args.json else _table(lora, unfit))
-    return 1 if unfit else 0
+    return 0 if all(misfit.harmless for misfit in unfit.values()) else 1
 
 
 def _family(args: argparse.Namespace) -> str:
@@ -61,7 +62,7 @@ def _family(args: argparse.Namespace) -> str:
     return next(iter(found or MODELS.values()))
 
 
-def _describe(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> dict[str, object]:
+def _describe(lora: LoraFile, unfit: dict[tuple[str, str], Misfit]) -> dict[str, object]:
     layers = [
         {
             "part": part,
@@ -74,7 +75,7 @@ def _describe(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> dict[str, ob
             "alpha": layer.alpha,
             "scale": layer.scale,
             "source": layer.source,
-            "misfit": unfit.get((part, name)),
+            "misfit": unfit[part, name].reason if (part, name) in unfit else None,
         }
         for (part, name), layer in lora.layers.items()
     ]
@@ -82,7 +83,7 @@ def _describe(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> dict[str, ob
     return {"family": lora.family, "tensors": lora.tensors, "layers": layers, "skipped": skipped}
 
 
-def _table(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> str:
+def _table(lora: LoraFile, unfit: dict[tuple[str, str], Misfit]) -> str:
     """One line for the same linear of all blocks, if rank, sizes and scale are the same."""
     groups: dict[tuple[str, ...], int] = {}
     for (part, name), layer in lora.layers.items():
@@ -102,5 +103,6 @@ def _table(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> str:
     if lora.skipped:
         lines += ["", "not used", *(f"  {s.key}: {s.reason}" for s in lora.skipped)]
     if unfit:
-        lines += ["", "does not fit the bundle", *(f"  {part}, {name}: {why}" for (part, name), why in unfit.items())]
+        lines += ["", "does not fit the bundle"]
+        lines += [f"  {part}, {name}: {misfit.reason}" for (part, name), misfit in unfit.items()]
     return "\n".join(lines)
