@@ -176,7 +176,7 @@ def _kohya(dtype=torch.float32, size=1.0, keep=lambda _: True, **options) -> Wri
 
 
 def _sparse() -> File:
-    """sd-scripts with split_qkv: q, k, v (and mlp) have factors of their own, stored as blocks; alpha stays as it was."""
+    """sd-scripts with split_qkv: q, k, v (and mlp) have factors of their own, stored as blocks; alpha is as before."""
     w = Writer()
     for theirs, ours in AUTHORS.items():
         if len(ours) < 2:

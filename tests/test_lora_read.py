@@ -544,3 +544,54 @@ def test_flat_names_have_no_doubles():
         spelt = [(target.component, name) for name, target in family.entries()]
         flat_names = [(component, flat("")(name)) for component, name in spelt]
         assert len(set(flat_names)) == len(set(spelt))
+
+
+@pytest.mark.parametrize("length", [0x4B50, 0x10280, 0x20480])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
+    """The file begins with the length of the header, here with the bytes "PK" or 80 02 or 80 04."""
+    from arcflow_export.checkpoint.tensors import TensorIndex
+
+    path = File(tensors=pair()).write(tmp_path)
+    data = path.read_bytes()
+    old = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + old].ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header + data[8 + old :])
+    assert len(read_lora(path, "flux").layers) == 1
+    assert len(TensorIndex.open(path, "LoRA")) == 2
+
+
+def test_damaged_files_give_an_error_or_a_lora(tmp_path):
+    """Any byte of the header may be changed; nothing but a `LoraError` is raised."""
+    generator = np.random.default_rng(0)
+    path = (FILES["kohya, split_qkv"]()).write(tmp_path)
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for place in generator.integers(0, end, 2):
+            damaged[place] = generator.integers(32, 127)
+        path.write_bytes(damaged)
+        try:
+            read_lora(path, "flux")
+        except LoraError:
+            refused += 1
+    assert refused > 150  # most changes hit a name, an offset or a shape
+
+
+SETTINGS = ("lora_alpha", "r", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora", "bias", "peft_type")
+
+
+@pytest.mark.parametrize("value", [None, True, False, 0, -1.5, "", "4", "x", [], [1], {}, {"to_q": None}, 1e400])
+@pytest.mark.parametrize("setting", [*SETTINGS, "init_lora_weights", "modules_to_save"])
+def test_any_value_of_a_setting_gives_an_error_or_a_lora(tmp_path, setting, value):
+    path = File(tensors=pair(), config={"lora_alpha": 4, setting: value}).write(tmp_path)
+    message = None
+    try:
+        lora = read_lora(path, "flux")
+    except LoraError as e:
+        message = str(e)
+    if message is None:
+        assert all(np.isfinite(layer.scale) for layer in lora.layers.values())
+    else:
+        assert "adapter_config.json" in message

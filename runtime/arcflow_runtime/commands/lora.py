@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_runtime.errors import RequestError
+from arcflow_runtime.lora.families import FAMILIES
 
 if TYPE_CHECKING:
     from arcflow_runtime.lora.fit import Misfit
     from arcflow_runtime.lora.layers import LoraFile
 
 #: --model -> family.
-MODELS = {"flux": "flux", "qwen": "qwen-image"}
+MODELS = {entry.option: family for family, entry in FAMILIES.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +92,7 @@ def _table(lora: LoraFile, unfit: dict[tuple[str, str], Misfit]) -> str:
         size = f"{layer.in_features} x {layer.out_features}"
         row = (part, re.sub(r"\.\d+\.", ".*.", name, count=1), size, rank, f"{layer.scale:g}", layer.source)
         groups[row] = groups.get(row, 0) + 1
-    rows = [("part", "linear", "in x out", "rank", "scale", "from", "number")]
+    rows: list[tuple[str, ...]] = [("part", "linear", "in x out", "rank", "scale", "from", "number")]
     rows += [(*row, str(count)) for row, count in groups.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
     head = f"{lora.path}: {lora.family}, {len(lora.layers)} linears from {lora.tensors} tensors"

@@ -52,9 +52,8 @@ def read_lora(path: Path, family: str) -> LoraFile:
     if keys.clash is not None:
         raise LoraError(f"LoRA: {path}: {keys.clash[0]!r} and {keys.clash[1]!r} are the same factor; remove one")
     if len(keys.adapters) > 1:
-        raise LoraError(
-            f"LoRA: {path} must hold one adapter, got {', '.join(map(repr, sorted(keys.adapters)))}; save each to its own file"
-        )
+        names = ", ".join(map(repr, sorted(keys.adapters)))
+        raise LoraError(f"LoRA: {path} must hold one adapter, got {names}; save each to its own file")
     if not keys.modules:
         raise LoraError(f"LoRA: {path} holds no LoRA factors; is it a LoRA?")
     reader = _Reader(tensors, family)
@@ -72,7 +71,8 @@ def read_lora(path: Path, family: str) -> LoraFile:
     skipped += [Skipped(pattern, "matches no module of the file") for pattern in reader.unmatched()]
     if not layers:
         raise LoraError(f"LoRA: {path} changes nothing: {skipped[0].key!r} {skipped[0].reason}; give another LoRA")
-    return LoraFile(path, family, MappingProxyType(dict(sorted(layers.items()))), tuple(skipped), len(tensors.entries))
+    found = MappingProxyType(dict(sorted(layers.items())))
+    return LoraFile(path, family, found, tuple(skipped), len(tensors.entries), reader.config)
 
 
 def families_of(path: Path) -> list[str]:
@@ -97,6 +97,7 @@ class _Reader:
         self._tensors, self._family, self._path = tensors, family, tensors.path
         self._scales = Scales(tensors.path, tensors.metadata)
         self._own: dict[str, float] = {}
+        self.config = self._scales.config
 
     def targets(self, modules: Iterable[Module], skipped: list[Skipped]) -> list[tuple[Module, Target]]:
         """Every module with the linears that it changes; those that change nothing go to `skipped`."""

@@ -162,10 +162,10 @@ class LoraTensors:
 
     def _bytes(self, key: str, dtype: str, flat: bool = False) -> np.ndarray:
         entry = self.entries[key]
-        with self.path.open("rb") as f:
-            f.seek(entry.start)
-            data = f.read(entry.stop - entry.start)
-        values = np.frombuffer(bytearray(data), dtype)
+        wanted = (entry.stop - entry.start) // np.dtype(dtype).itemsize
+        values = np.fromfile(self.path, dtype, wanted, offset=entry.start)
+        if values.size != wanted:
+            raise LoraError(f"LoRA: {self.path} became shorter while it was read; read it again")
         return values if flat else values.reshape(entry.shape)
 
 
