@@ -294,6 +294,7 @@ FILES: dict[str, Callable[[], File]] = {
     # diffusers, peft, ai-toolkit
     "diffusers": lambda: Writer().all(FLUX, dotted("transformer.")).file,
     "diffusers, alpha tensors": lambda: Writer().all(FLUX, dotted("transformer."), alpha=6).file,
+    "diffusers, alpha tensors without the prefix": lambda: _bare_alphas(),
     "diffusers, no prefix": lambda: Writer().all(FLUX, dotted("")).file,
     "diffusers, ranks and alphas per layer": _ranks,
     "diffusers, text encoders": lambda: _mixed(
@@ -443,6 +444,12 @@ def _together_writer(clip: Callable[[str], str], t5: Callable[[str], str], endin
     """Both text encoders of FLUX."""
     writer = _clip(clip, endings=endings, alpha=2)
     return writer.all(T5, t5, "text_encoder_2", endings=endings, alpha=3)
+
+
+def _bare_alphas() -> File:
+    file = Writer().all(FLUX, dotted("transformer."), alpha=6).file
+    file.tensors = {k.removeprefix("transformer.") if k.endswith(".alpha") else k: v for k, v in file.tensors.items()}
+    return file
 
 
 def _convolutions() -> File:

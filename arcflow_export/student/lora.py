@@ -130,7 +130,8 @@ def read_factors(path: Path, scale: float, modules: Mapping[str, nn.Module]) -> 
             raise SourceError(f"LoRA: {path}: the torch side knows no linear for {down!r}")
         for row in rows:
             names = (name, row.linear) if len(rows) == 1 else (name,)
-            strength = scale * _strength(names, row.component, len(a), tensors.get(f"{stem}.alpha"), metadata, settings)
+            own = tensors.get(f"{stem}.alpha", tensors.get(f"{stem.removeprefix('transformer.')}.alpha"))
+            strength = scale * _strength(names, row.component, len(a), own, metadata, settings)
             part = torch.cat(b.chunk(2)[::-1]) if row.swapped else b[row.start : row.stop]
             found = Factors(a, (part.double() * strength).float())
             out.setdefault(row.component, {})[row.linear] = found

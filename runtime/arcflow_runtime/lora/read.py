@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -102,7 +103,7 @@ class _Reader:
     def targets(self, modules: Iterable[Module], skipped: list[Skipped]) -> list[tuple[Module, Target]]:
         """Every module with the linears that it changes; those that change nothing go to `skipped`."""
         found, unknown = [], []
-        for module in modules:
+        for module in self._joined(modules):
             if module.down is None or module.up is None:
                 raise self._lonely(module)
             target = find(module.name, self._family)
@@ -117,6 +118,24 @@ class _Reader:
         if unknown:
             raise _not_understood(self._tensors, unknown, self._family)
         return found
+
+    def _joined(self, modules: Iterable[Module]) -> list[Module]:
+        """Give an alpha that stands alone to the module of the same linears; some tools leave out the prefix there."""
+        kept = {module.name: module for module in modules}
+        lone = [m for m in kept.values() if m.down is None and m.up is None]
+        if not lone:
+            return list(kept.values())
+        by_target: dict[Target | None, list[Module]] = {}
+        for module in kept.values():
+            if module.down is not None or module.up is not None:
+                by_target.setdefault(find(module.name, self._family), []).append(module)
+        for module in lone:
+            target = find(module.name, self._family)
+            same = by_target.get(target, []) if target is not None else []
+            if len(same) == 1 and kept[same[0].name].alpha is None:
+                del kept[module.name]
+                kept[same[0].name] = replace(same[0], alpha=module.alpha)
+        return list(kept.values())
 
     def check_alphas(self, targets: Sequence[tuple[Module, Target]]) -> None:
         """Read every alpha tensor, and compare them with the metadata."""
