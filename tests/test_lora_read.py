@@ -148,6 +148,10 @@ KINDS = "bundles take LoRAs of the linears of the transformer and the text encod
 #: Tensors, metadata and adapter_config.json -> the message after "LoRA: ", with {p} for the file.
 REFUSED: dict[str, tuple[File, str]] = {
     "no tensors": (File(), "{p} holds no LoRA factors; is it a LoRA?"),
+    "a whole checkpoint": (
+        File(tensors={"x_embedder.weight": torch.ones(4, 4), "x_embedder.bias": torch.ones(4)}),
+        "{p} holds no LoRA factors; is it a LoRA?",
+    ),
     "only alpha": (
         File(tensors={ALPHA: tensor(1.0)}),
         f"{{p}}: '{ALPHA}' is an alpha without factors; save the LoRA again",

@@ -50,6 +50,8 @@ _UNSUPPORTED = {
         (r"(\.|^)weight$", "a whole weight"),
     )
 }
+#: The kinds that a checkpoint without LoRA factors consists of.
+PLAIN_WEIGHTS = frozenset({"a norm", "a batch norm", "a bias", "a whole weight"})
 #: Buffers that old versions of transformers saved with CLIP; they hold 0, 1, 2, ...
 _BUFFERS = ("position_ids",)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from arcflow_runtime.errors import LoraError
 from arcflow_runtime.lora.families import FAMILIES, lora_family
-from arcflow_runtime.lora.keys import Module, SortedKeys, sort_keys
+from arcflow_runtime.lora.keys import PLAIN_WEIGHTS, Module, SortedKeys, sort_keys
 from arcflow_runtime.lora.layers import LoraFile, LoraLayer, Skipped
 from arcflow_runtime.lora.names import find, part_of, split_prefix
 from arcflow_runtime.lora.scales import Scales
@@ -46,6 +46,8 @@ def read_lora(path: Path, family: str) -> LoraFile:
     tensors = LoraTensors.open(path)
     _check_architecture(tensors, family)
     keys = sort_keys(tensors.entries)
+    if not keys.modules and not keys.unknown and PLAIN_WEIGHTS.issuperset(keys.unsupported.values()):
+        raise LoraError(f"LoRA: {path} holds no LoRA factors; is it a LoRA?")
     skipped = [Skipped(key, "is a buffer that the model computes itself") for key in keys.buffers]
     skipped += _check_unsupported(tensors, keys)
     if keys.unknown:
