@@ -77,7 +77,7 @@ def test_dry_run_names_the_loras(here, capsys):
     assert export("--out", "out", "--dry-run", "--lora", "ink.safetensors:0.8") == 0
     out = capsys.readouterr().out
     assert "lora     ink.safetensors x 0.8: 1 linears of transformer\n" in out
-    assert "         left out proj_out, which the student's heads replace\n" in out
+    assert "         left out transformer.proj_out: it is a layer that the student's heads replace\n" in out
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ def test_adapter(listing):
 
 def test_lora(listing):
     assert lora_files(listing(["README.md", "style.v1.safetensors", "old/x.safetensors"])) == ["style.v1.safetensors"]
+    peft = ["adapter_model.safetensors", "adapter_config.json"]
+    assert lora_files(listing(["README.md", *peft])) == peft
     assert refused(lora_files, listing(["a.safetensors", "b.safetensors"], what="LoRA")) == (
         "LoRA: owner/name holds ['a.safetensors', 'b.safetensors'] and no index; give a folder with one of them"
     )
