@@ -21,7 +21,7 @@ import pytest
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.maths import noise, speedups, update
 from tests.cpp import build_library, configure_cpp, embed, library_of
-from tests.kernel_source import build_host, open_gpu
+from tests.kernel_source import build_host
 
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
@@ -259,12 +259,6 @@ def python_pipes(cpp_bundles):
 def kernel_host(tmp_path_factory):
     """The kernels' source built for this CPU."""
     return build_host(tmp_path_factory.mktemp("kernel"))
-
-
-@pytest.fixture(scope="session")
-def kernel_gpu():
-    """A device, a stream and the kernels on it."""
-    return open_gpu()
 
 
 @pytest.fixture(params=["compiled", "numpy"])

@@ -12,7 +12,8 @@ import pytest
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu import kernels
 from arcflow_runtime.gpu.kernels import kernel_name
-from tests.kernel_source import DTYPES, ROOT
+from tests.gpu.stored import DTYPES
+from tests.kernel_source import ROOT
 
 SLOW = pytest.mark.slow
 

@@ -1,0 +1,82 @@
+"""`pytest tests/gpu -m gpu` where there is no GPU: on the CUDA driver made of host memory, and without any driver.
+
+Both run in a process of their own that has this checkout and no file of tests/ outside of tests/gpu/ but the driver.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from arcflow_runtime.engines.gpus import find_gpu
+from tests.host_cuda.build import CannotBuildError, build
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 300
+NO_GPU = "needs an NVIDIA GPU; the CUDA driver finds none here"
+HOST_MEMORY = "the driver made of host memory runs only this project's kernels"
+FILES = sorted(path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+
+
+def run_folder(report, environment, *names):
+    """Run files of tests/gpu; returns {file: {test: what was said if it was skipped or failed}}, and the output."""
+    files = [str(ROOT / "tests" / "gpu" / f"{name}.py") for name in names] or [str(ROOT / "tests" / "gpu")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report}", *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert report.is_file(), done.stdout + done.stderr
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        wrong = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        said = ("passed", "") if wrong is None else (wrong.tag, wrong.get("message", ""))
+        found.setdefault(case.get("classname", "").split(".")[-1], {})[case.get("name", "")] = said
+    return found, done.stdout
+
+
+@pytest.fixture(scope="module")
+def on_the_driver(once, request, tmp_path_factory):
+    for module in ("cuda", "cuda.core", "cuda.bindings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed, and the GPU runtime needs it")
+    try:
+        folder = once("driver of host memory", build)
+    except CannotBuildError as e:
+        pytest.skip(str(e))
+    cache = getattr(request.config, "cache", None)
+    kernels = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "ARCFLOW_CACHE": str(kernels)}
+    return run_folder(tmp_path_factory.mktemp("report") / "report.xml", environment)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_on_the_driver(file, on_the_driver):
+    found, output = on_the_driver
+    wrong = {name: said for name, said in found[file].items() if said not in (("passed", ""), ("skipped", HOST_MEMORY))}
+    assert wrong == {}, output
+    ran = [name for name, (outcome, _) in found[file].items() if outcome == "passed"]
+    assert bool(ran) == (file != "test_images_on_gpu")
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU")
+def test_without_a_gpu_each_test_is_skipped_and_says_why(tmp_path):
+    found, output = run_folder(tmp_path / "report.xml", dict(os.environ), *FILES)
+    assert sorted(found) == FILES
+    assert {said for tests in found.values() for said in tests.values()} == {("skipped", NO_GPU)}, output
+
+
+def test_only_the_runtime_and_pytest_are_imported(tmp_path):
+    """Packages other than these four cannot be imported: no diffusers, torch or onnxruntime, and no other conftest."""
+    allowed = {"numpy", "pytest", "cuda", "arcflow_runtime", "tests"}
+    checked = [*(ROOT / "tests" / "gpu").glob("*.py")]
+    assert checked
+    for path in checked:
+        top = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(top) - allowed <= set(sys.stdlib_module_names), path
+        ours = re.findall(r"^(?:from|import) tests\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(ours) <= {"gpu"}, path
