@@ -66,8 +66,12 @@ class Student:
 
     def compile(self) -> None:
         """Compile the blocks: one compilation serves all blocks of a kind. On a CPU they are traced only."""
+        from flux_torch import Backbone
+
         backend = "inductor" if self.torch_device == "cuda" else "eager"
-        for block in (*self.modules["backbone"].double_blocks, *self.modules["backbone"].single_blocks):
+        backbone = self.modules["backbone"]
+        assert isinstance(backbone, Backbone)
+        for block in (*backbone.double_blocks, *backbone.single_blocks):
             block.compile(dynamic=False, backend=backend)
 
     def wait(self) -> None:
@@ -146,7 +150,8 @@ def time_runtime(student: Student, graph: bool, runs: int) -> tuple[dict[str, An
         for _ in range(2):  # the second captures
             latents, _ = generate()
         (plan,) = denoiser._plans.values()
-        wall, host, cpu, stages = [], [], [], {}
+        wall, host, cpu = [], [], []
+        stages: dict[str, list[float]] = {}
         for _ in range(runs):
             begun, begun_cpu = time.perf_counter(), time.thread_time()
             latents, ms = generate()

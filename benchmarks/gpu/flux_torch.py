@@ -33,8 +33,8 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rotary: Tensor) -> Tensor:
     """Full attention over [B, S, H, D] -> [B, S, H*D]."""
-    q, k = _rotate(q, rotary), _rotate(k, rotary)
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+    q, k, v = _rotate(q, rotary).transpose(1, 2), _rotate(k, rotary).transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -78,8 +78,9 @@ class DoubleBlock(nn.Module):
         of_image, of_text = modulation.chunk(2, dim=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = of_image.chunk(6, dim=-1)
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = of_text.chunk(6, dim=-1)
-        joined = zip(self.text(_norm(text, t_shift, t_scale)), self.image(_norm(x, shift, scale)), strict=True)
-        mixed = _attend(*(torch.cat(pair, dim=1) for pair in joined), rotary)
+        both = zip(self.text(_norm(text, t_shift, t_scale)), self.image(_norm(x, shift, scale)), strict=True)
+        q, k, v = (torch.cat(pair, dim=1) for pair in both)
+        mixed = _attend(q, k, v, rotary)
         tokens = text.shape[1]
         x = x + gate[:, None] * self.image_out(mixed[:, tokens:])
         x = x + mlp_gate[:, None] * self.image_mlp(_norm(x, mlp_shift, mlp_scale))
@@ -101,7 +102,8 @@ class SingleBlock(nn.Module):
         """x [B, T + N, D], modulation [B, 3 D]."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
         normed = _norm(x, shift, scale)
-        mixed = _attend(*self.attention(normed), rotary)
+        q, k, v = self.attention(normed)
+        mixed = _attend(q, k, v, rotary)
         mlp = F.gelu(self.up(normed), approximate="tanh")
         return x + gate[:, None] * self.down(torch.cat([mixed, mlp], dim=2))
 
