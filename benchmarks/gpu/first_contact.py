@@ -127,19 +127,19 @@ def _read(step: Step, results: Path) -> dict[str, Any] | None:
 
 def _judge(step: Step, code: int | None, said: str, result: dict[str, Any] | None, limit_s: float) -> dict[str, str]:
     """Status and sentence of a step that ended with an exit code, or was killed (None)."""
+    so_far = "it had measured nothing" if result is None else f"so far: {step.answer(result)}"
     if code is None:
-        kept = "what it had measured is kept" if result is not None else "it had measured nothing"
-        return {"status": KILLED, "said": f"killed after {limit_s:.0f} s; {kept}; its last line: {said}"}
+        return {"status": KILLED, "said": f"killed after {limit_s:.0f} s, its last line: {said}; {so_far}"}
     if code == CANNOT_RUN:
         return {"status": CANNOT, "said": said}
     if "No module named pytest" in said:
         return {"status": CANNOT, "said": "pytest is not installed; add its wheel and those of iniconfig and pluggy"}
     if result is None:
-        return {"status": FAILED, "said": f"exit status {code}: {said}"}
+        return {"status": FAILED, "said": f"exit status {code}: {said}; {so_far}"}
     if (skipped := result.get("skipped")) and not result["passed"] and not result["failed"]:
         return {"status": CANNOT, "said": skipped[0]["message"]}
     if code != 0 and not result.get("failed"):
-        return {"status": FAILED, "said": f"exit status {code}: {said}; what it had measured is kept"}
+        return {"status": FAILED, "said": f"exit status {code}: {said}; {so_far}"}
     return {"status": FAILED if result.get("failed") else ANSWERED, "said": step.answer(result)}
 
 

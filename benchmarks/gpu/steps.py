@@ -37,7 +37,7 @@ class Step:
         limit_s: seconds after which it is killed.
         command: (file for the results, mode) -> arguments of Python.
         read: reads the results' file.
-        answer: the results as a sentence.
+        answer: the results as a sentence, also those of a step that was killed half-way.
     """
 
     name: str
@@ -91,8 +91,9 @@ def _kernels(result: Result) -> str:
 def _noise(result: Result) -> str:
     figures = result["figures"]
     different, compared = (figures.get(n) for n in ("numbers whose bits differ", "numbers compared"))
-    more = f"; of {compared:,.0f} numbers at most {different:.0f} differ from the CPU's" if compared else ""
-    return _count(result) + more
+    if compared is None or different is None:
+        return _count(result)
+    return f"{_count(result)}; of {compared:,.0f} numbers at most {different:.0f} differ from the CPU's"
 
 
 def _bandwidth(result: Result) -> str:
@@ -102,12 +103,12 @@ def _bandwidth(result: Result) -> str:
         for r in rows
     ]
     copies = max(r["copy_bytes_per_s"] for r in result["results"])
-    noise = [f"{r['tokens']} tokens {r['noise']['median_us']:.0f} us" for r in result["noise"]]
+    noise = "; ".join(f"{r['tokens']} tokens {r['noise']['median_us']:.0f} us" for r in result["noise"])
     missed = sum(not r["goal_met"] for r in result["results"])
     goal = f"{missed} of {len(result['results'])} sizes and dtypes are below the goal of {result['goal']:.0%}"
     return (
         f"update in bfloat16: {'; '.join(said)}. A copy moves up to {copies / 1e12:.2f} TB/s. {goal}. "
-        f"Noise: {'; '.join(noise)}"
+        f"Noise: {noise or 'not measured'}"
     )
 
 
