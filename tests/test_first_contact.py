@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,19 @@ def check_student(entry, ways):
     assert entry["result"]["relative_difference_from_torch_loop"]["graph"] < 16 * 2**-24
 
 
-def test_benchmarks_run(start, tmp_path):
+def check_partial_answers(first_contact, found):
+    """A step that is killed has written its first rows, and its answer has them."""
+    steps = {step.name: step for step in first_contact.STEPS}
+    plan, bandwidth = (dict(found[name]["result"]) for name in ("plan", "bandwidth"))
+    for key in ("relative_difference_from_torch_loop", "graph_has_the_bits_of_plain"):
+        plan.pop(key)
+    said = steps["plan"].answer(plan | {"rows": plan["rows"][:1]})
+    assert re.fullmatch(r"0.000624 billion parameters at 64 px, without torch.compile: plain .* ms", said), said
+    said = steps["bandwidth"].answer(bandwidth | {"results": bandwidth["results"][:1], "noise": []})
+    assert said.endswith("1 of 1 sizes and dtypes are below the goal of 80%. Noise: not measured"), said
+
+
+def test_benchmarks_run(start, tmp_path, first_contact):
     code, output = finish(start("--only", "bandwidth", "plan", "onnxruntime"))
     found = results(tmp_path)
     assert {name: entry["status"] for name, entry in found.items()} == {
@@ -80,6 +93,7 @@ def test_benchmarks_run(start, tmp_path):
     check_student(found["plan"], ["plain", "graph", "torch loop"])
     assert found["plan"]["result"]["graph_has_the_bits_of_plain"]
     assert len(found["bandwidth"]["result"]["results"]) == 3
+    check_partial_answers(first_contact, found)
     assert found["onnxruntime"]["said"].endswith("has no CUDA provider; install onnxruntime-gpu in its place")
     table = (tmp_path / "out" / "summary.md").read_text()
     assert all(entry["said"] in table for entry in found.values())

@@ -1,6 +1,6 @@
 """`pytest tests/gpu -m gpu` where there is no GPU: on the CUDA driver made of host memory, and without any driver.
 
-Both run in a process of their own that has this checkout and no file of tests/ outside of tests/gpu/ but the driver.
+Both run in a process of their own, which does not load tests/conftest.py.
 """
 
 from __future__ import annotations
@@ -25,18 +25,24 @@ HOST_MEMORY = "the driver made of host memory runs only this project's kernels"
 FILES = sorted(path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
 
 
-def run_folder(report, environment, *names):
-    """Run files of tests/gpu; returns {file: {test: what was said if it was skipped or failed}}, and the output."""
-    files = [str(ROOT / "tests" / "gpu" / f"{name}.py") for name in names] or [str(ROOT / "tests" / "gpu")]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junit-xml={report}", *files]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert report.is_file(), done.stdout + done.stderr
+def run_folder(folder, environment):
+    """Run tests/gpu, with the report and the output in `folder`."""
+    options = ["-m", "gpu", f"--junit-xml={folder / 'report.xml'}", ROOT / "tests" / "gpu"]
+    command = [sys.executable, "-m", "pytest", *map(str, options)]
+    with (folder / "output").open("w") as output:
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT_S)
+
+
+def read(folder):
+    """{file: {test: (outcome, what was said if it was skipped or failed)}}, and the output."""
+    output = (folder / "output").read_text()
+    assert (folder / "report.xml").is_file(), output
     found: dict[str, dict[str, tuple[str, str]]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         wrong = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         said = ("passed", "") if wrong is None else (wrong.tag, wrong.get("message", ""))
         found.setdefault(case.get("classname", "").split(".")[-1], {})[case.get("name", "")] = said
-    return found, done.stdout
+    return found, output
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +51,13 @@ def on_the_driver(once, request, tmp_path_factory):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed, and the GPU runtime needs it")
     try:
-        folder = once("driver of host memory", build)
+        driver = once("driver of host memory", build)
     except CannotBuildError as e:
         pytest.skip(str(e))
     cache = getattr(request.config, "cache", None)
     kernels = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
-    environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "ARCFLOW_CACHE": str(kernels)}
-    return run_folder(tmp_path_factory.mktemp("report") / "report.xml", environment)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(driver), "ARCFLOW_CACHE": str(kernels)}
+    return read(once("tests/gpu on the driver", lambda folder: run_folder(folder, environment)))
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -65,13 +71,14 @@ def test_on_the_driver(file, on_the_driver):
 
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU")
 def test_without_a_gpu_each_test_is_skipped_and_says_why(tmp_path):
-    found, output = run_folder(tmp_path / "report.xml", dict(os.environ), *FILES)
+    run_folder(tmp_path, dict(os.environ))
+    found, output = read(tmp_path)
     assert sorted(found) == FILES
     assert {said for tests in found.values() for said in tests.values()} == {("skipped", NO_GPU)}, output
 
 
-def test_only_the_runtime_and_pytest_are_imported(tmp_path):
-    """Packages other than these four cannot be imported: no diffusers, torch or onnxruntime, and no other conftest."""
+def test_only_the_runtime_and_pytest_are_imported():
+    """At the top of a file, which is what collecting the tests needs. Some tests import more, or skip without it."""
     allowed = {"numpy", "pytest", "cuda", "arcflow_runtime", "tests"}
     checked = [*(ROOT / "tests" / "gpu").glob("*.py")]
     assert checked

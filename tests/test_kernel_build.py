@@ -87,6 +87,21 @@ def nvrtc():
         pytest.skip(str(e))
 
 
+def test_a_missing_nvrtc_is_one_sentence(monkeypatch):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+
+    def missing():
+        raise RuntimeError("no libnvrtc.so.13\nlooked here\nand there")
+
+    monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", missing)
+    with pytest.raises(EngineError) as error:
+        kernels.nvrtc_architectures()
+    assert str(error.value) == (
+        "NVRTC, which compiles the CUDA kernels, cannot be loaded; run: pip install nvidia-cuda-nvrtc "
+        "(no libnvrtc.so.13)"
+    )
+
+
 @pytest.mark.parametrize("arch", [pytest.param("75", marks=SLOW), "90", pytest.param("120", marks=SLOW)])
 def test_nvrtc_compiles_without_a_driver(nvrtc, arch):
     kind, code = kernels.compile_code(arch)
