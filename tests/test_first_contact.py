@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from arcflow_runtime.engines.gpus import find_gpu
-from tests.host_cuda.build import CannotBuildError, build
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu" / "first_contact.py"
@@ -23,26 +21,11 @@ TIMEOUT_S = 400
 
 
 @pytest.fixture
-def driver(once):
-    for module in ("cuda", "cuda.core", "cuda.bindings", "torch"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed, and first_contact.py needs it")
-    try:
-        return once("driver of host memory", build)
-    except CannotBuildError as e:
-        pytest.skip(str(e))
-
-
-@pytest.fixture
-def environment(request, tmp_path_factory):
-    cache = getattr(request.config, "cache", None)
-    kernels = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
-    return os.environ | {"ARCFLOW_CACHE": str(kernels)}
-
-
-@pytest.fixture
-def start(driver, environment, tmp_path):
+def start(on_host_driver, tmp_path):
     """A function (*arguments) that starts the command with results in tmp_path / "out"."""
+    pytest.importorskip("torch", reason="first_contact.py needs torch")
+    environment = dict(on_host_driver)
+    driver = environment.pop("LD_LIBRARY_PATH")
 
     def start(*arguments):
         command = [sys.executable, SCRIPT, "--out", tmp_path / "out", "--host-driver", driver, *arguments]
@@ -181,6 +164,12 @@ WRITE = "open(out, 'w').write(json.dumps({'n': 2}))\n"
             "failed",
             "exit status 1: ValueError: broken; so far: 2 rows",
             {"n": 2},
+        ),
+        (
+            "sys.exit('python3: No module named pytest')",
+            "cannot run",
+            "pytest is not installed; add its wheel and those of iniconfig and pluggy",
+            None,
         ),
         ("open(out, 'w').write('{')", "failed", "exit status 0: it printed nothing; it had measured nothing", None),
     ],

@@ -5,7 +5,6 @@ Both run in a process of their own, which does not load tests/conftest.py.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -16,7 +15,6 @@ from xml.etree import ElementTree
 import pytest
 
 from arcflow_runtime.engines.gpus import find_gpu
-from tests.host_cuda.build import CannotBuildError, build
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 300
@@ -46,18 +44,8 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def on_the_driver(once, request, tmp_path_factory):
-    for module in ("cuda", "cuda.core", "cuda.bindings"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed, and the GPU runtime needs it")
-    try:
-        driver = once("driver of host memory", build)
-    except CannotBuildError as e:
-        pytest.skip(str(e))
-    cache = getattr(request.config, "cache", None)
-    kernels = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
-    environment = os.environ | {"LD_LIBRARY_PATH": str(driver), "ARCFLOW_CACHE": str(kernels)}
-    return read(once("tests/gpu on the driver", lambda folder: run_folder(folder, environment)))
+def on_the_driver(once, on_host_driver):
+    return read(once("tests/gpu on the driver", lambda folder: run_folder(folder, on_host_driver)))
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -200,7 +200,10 @@ def main() -> int:
             print(f"{wrong}; going on without them", flush=True)
         env = environment(site, scratch, args.host_driver)
         found = subprocess.run([sys.executable, "-c", _GPU], env=env, capture_output=True, text=True)
-        gpu = json.loads(found.stdout) if found.returncode == 0 else None
+        if found.returncode != 0:
+            print(f"error: this checkout's runtime cannot be imported: {_last_line(found.stderr)}", file=sys.stderr)
+            return 1
+        gpu = json.loads(found.stdout)
         if gpu is None:
             print("error: the CUDA driver finds no GPU here; check that nvidia-smi lists one", file=sys.stderr)
             return 1
