@@ -34,7 +34,7 @@ from machine import GPU_PACKAGES, describe
 
 FORMAT = "arcflow-first-contact"
 LIMIT_S = 480.0
-#: A step is not started with less time than this, since torch alone takes as long to import.
+#: A step is not started with less time left than this.
 LEAST_S = 10.0
 ANSWERED, FAILED, KILLED, CANNOT = "answered", "failed", "killed", "cannot run"
 #: What the steps' answers depend on.
