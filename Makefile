@@ -34,11 +34,12 @@ PROMPTS_shapes := "a large red circle on the left, blue background" "a small yel
 	"a large green triangle" "a purple cross at the top, white background"
 SIZE_tiny := --height 64 --width 64
 
-.PHONY: help setup demo engine shapes test check lint format docs clean
+.PHONY: help setup demo engine shapes test check gpu-test lint format docs clean
 help:
 	@echo "make demo     export the shapes student and generate four images on this CPU  [PROMPT=...]"
 	@echo "make test     build the C++ library once and run every quick test, in minutes"
 	@echo "make check    run all other tests: slow ones, packaging, sanitizers, fuzzing, static build  [CHECK=NAME]"
+	@echo "make gpu-test run the tests that need a GPU, on a machine that has one"
 	@echo "make lint     ruff, mypy, import-linter and clang-format, as pre-commit and CI run them"
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make docs     build the documentation's site in out/site; a broken link is an error"
@@ -83,6 +84,9 @@ test: setup
 check: setup
 	$(if $(CHECK),,$(if $(CPP_FOUND),$(MAKE) cpp-check,@echo "cpp-check was left out: it $(CPP_MISSING)"))
 	$(PYTEST) -m slow $(addprefix -k ,$(CHECK))
+
+gpu-test: setup
+	$(BIN)/pytest tests/gpu -m gpu
 
 # The C++ library; warnings are errors. `cpp-test` is what a user does: build, run the tests, install, and build a project
 # that finds what is installed. `cpp-check` is the rest, two steps at a time: the tests under AddressSanitizer and

@@ -21,7 +21,8 @@ import pytest
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.maths import noise, speedups, update
 from tests.cpp import build_library, configure_cpp, embed, library_of
-from tests.kernel_source import build_host, open_gpu
+from tests.host_cuda.build import CannotBuildError, build
+from tests.kernel_source import build_host
 
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
@@ -262,9 +263,18 @@ def kernel_host(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def kernel_gpu():
-    """A device, a stream and the kernels on it."""
-    return open_gpu()
+def on_host_driver(once, request, tmp_path_factory):
+    """The environment of a process that loads the CUDA driver made of host memory; skips where it cannot be built."""
+    for module in ("cuda", "cuda.core", "cuda.bindings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed, and the GPU runtime needs it")
+    try:
+        folder = once("driver of host memory", build)
+    except CannotBuildError as e:
+        pytest.skip(str(e))
+    cache = getattr(request.config, "cache", None)
+    kernels = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
+    return os.environ | {"LD_LIBRARY_PATH": str(folder), "ARCFLOW_CACHE": str(kernels)}
 
 
 @pytest.fixture(params=["compiled", "numpy"])

@@ -12,7 +12,8 @@ import pytest
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu import kernels
 from arcflow_runtime.gpu.kernels import kernel_name
-from tests.kernel_source import DTYPES, ROOT
+from tests.gpu.stored import DTYPES
+from tests.kernel_source import ROOT
 
 SLOW = pytest.mark.slow
 
@@ -84,6 +85,21 @@ def nvrtc():
         return kernels.nvrtc_architectures()
     except EngineError as e:
         pytest.skip(str(e))
+
+
+def test_a_missing_nvrtc_is_one_sentence(monkeypatch):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+
+    def missing():
+        raise RuntimeError("no libnvrtc.so.13\nlooked here\nand there")
+
+    monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", missing)
+    with pytest.raises(EngineError) as error:
+        kernels.nvrtc_architectures()
+    assert str(error.value) == (
+        "NVRTC, which compiles the CUDA kernels, cannot be loaded; run: pip install nvidia-cuda-nvrtc "
+        "(no libnvrtc.so.13)"
+    )
 
 
 @pytest.mark.parametrize("arch", [pytest.param("75", marks=SLOW), "90", pytest.param("120", marks=SLOW)])

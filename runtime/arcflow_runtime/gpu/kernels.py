@@ -301,7 +301,8 @@ def nvrtc_architectures() -> list[int]:
         error, archs = nvrtc.nvrtcGetSupportedArchs()
     except Exception as e:  # the loader's errors differ between versions
         raise EngineError(
-            f"NVRTC, which compiles the CUDA kernels, cannot be loaded; run: pip install nvidia-cuda-nvrtc ({e})"
+            "NVRTC, which compiles the CUDA kernels, cannot be loaded; run: pip install nvidia-cuda-nvrtc "
+            f"({str(e).partition(chr(10))[0]})"
         ) from e
     if error:
         raise EngineError(f"NVRTC cannot list its architectures ({error}); install nvidia-cuda-nvrtc again")
