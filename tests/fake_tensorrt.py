@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ state = SimpleNamespace()
 def reset() -> None:
     state.__dict__.update(
         refits=[], budgets=[], configs=[], contexts=0, capturable=True, refit_errors=[], missing=[], cached=b"",
-        outputs={}, log=None,
+        outputs={}, log=None, weights=[],
     )  # fmt: skip
 
 
@@ -72,6 +73,8 @@ _TYPES = {
 
 
 class Runtime:
+    defer_weights_loading = False
+
     def __init__(self, logger) -> None:
         self.logger = logger
 
@@ -80,10 +83,31 @@ class Runtime:
             self.logger.log(ILogger.ERROR, state.log)
             return None
         about = json.loads(bytes(data))
-        return ICudaEngine(about["graph"], about["stripped"], self.logger)
+        engine = ICudaEngine(about["graph"], about["stripped"], self.logger)
+        if self.defer_weights_loading:
+            engine._deferred, engine.weights_loaded = bytes(data), False
+        return engine
 
 
 class ICudaEngine:
+    _deferred: bytes | None = None
+    weights_loaded = True
+
+    def load_weights(self, blob) -> bool:
+        if state.log is not None:
+            self.logger.log(ILogger.ERROR, state.log)
+            return False
+        assert bytes(blob) == self._deferred and not self.weights_loaded
+        self.weights_loaded = True
+        state.weights.append((Path(self.graph).name, "load"))
+        return True
+
+    def unload_weights(self) -> bool:
+        assert self._deferred is not None and self.weights_loaded
+        self.weights_loaded = False
+        state.weights.append((Path(self.graph).name, "unload"))
+        return True
+
     def __init__(self, graph: str, stripped: bool, logger) -> None:
         self.graph, self.logger = graph, logger
         self.session = None if stripped else _session(graph)
@@ -187,7 +211,8 @@ class IExecutionContext:
         return state.capturable
 
     def execute_async_v3(self, stream: int) -> bool:
-        if self.engine.session is None or self.memory is None or set(self.addresses) != set(self.engine.names):
+        loaded = self.engine.session is not None and self.engine.weights_loaded
+        if not loaded or self.memory is None or set(self.addresses) != set(self.engine.names):
             self.engine.logger.log(ILogger.ERROR, "not ready")
             return False
         addresses, memory = dict(self.addresses), self.memory

@@ -16,6 +16,7 @@ from host_device import HostBackend, HostContext, HostDevice
 
 from arcflow_runtime import EngineError, Pipeline, RequestError
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 
 # Two runs of one float32 graph with another batch differ in summation order: a few units of 2^-24 per layer.
@@ -50,9 +51,9 @@ def plain(open_bundle):
 def on_device(open_bundle):
     made = []
 
-    def make(name="flux", low_memory=False, **arguments):
+    def make(name="flux", memory=None, **arguments):
         backend = HostBackend(**arguments)
-        pipe = Pipeline(open_bundle(name), backend, low_memory)
+        pipe = Pipeline(open_bundle(name), backend, memory)
         pipe.backend = backend
         made.append(pipe)
         return pipe
@@ -105,14 +106,14 @@ def test_float16(on_device, plain):
     assert "input" in next(iter(pipe.backend.denoiser._plans.values())).buffers
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_modulation_by_way_of_the_host(low_memory, on_device, plain, monkeypatch):
+@pytest.mark.parametrize("memory", MODES)
+def test_modulation_by_way_of_the_host(memory, on_device, plain, monkeypatch):
     """This is how a conditioner runs whose dtype differs from the backbone's."""
     monkeypatch.setattr("arcflow_runtime.gpu.denoiser.DeviceDenoiser._modulation_source", lambda self, d: "given")
-    pipe = on_device(low_memory=low_memory)
+    pipe = on_device(memory=memory)
     for prompt in (*PROMPTS, PROMPTS[0]):
         np.testing.assert_allclose(draw(pipe, prompt), draw(plain["flux"], prompt), **CLOSE)
-    assert pipe.backend.device.captures == (0 if low_memory else 1)
+    assert pipe.backend.device.captures == (0 if memory == "low" else 1)
 
 
 def test_a_replay_draws_what_is_staged(on_device, plain):
@@ -230,20 +231,20 @@ def test_what_cannot_be_captured_is_enqueued_and_logged_once(why, on_device, pla
 
 
 def test_low_memory_has_one_part_at_a_time_and_keeps_nothing(on_device, plain):
-    pipe = on_device(low_memory=True)
+    pipe = on_device(memory="low")
     for _ in range(2):
         found = draw(pipe, output_type="pil")
         assert np.abs(pixels(found) - pixels(draw(plain["flux"], output_type="pil"))).max() <= 1
         assert pipe.backend.opened == set()
-    parts = ["conditioner", "backbone", "vae_decoder"]
-    assert pipe.backend.opens == ["text_encoder", "text_encoder_2", *parts, *parts]  # texts were cached
+    parts = ["backbone", "vae_decoder"]  # texts and modulation were cached for the second image
+    assert pipe.backend.opens == ["text_encoder", "text_encoder_2", "conditioner", *parts, *parts]
     assert pipe.backend.most_open == 1
     assert pipe.backend.device.captures == 0
 
 
 def test_callbacks_see_every_step(on_device, plain):
-    for low_memory in (False, True):
-        pipe = on_device(low_memory=low_memory)
+    for memory in MODES:
+        pipe = on_device(memory=memory)
         seen, expected = {}, {}
         last = draw(pipe, [*PROMPTS], callback_on_step_end=seen.__setitem__)
         draw(plain["flux"], [*PROMPTS], callback_on_step_end=expected.__setitem__)
@@ -317,7 +318,7 @@ def test_two_hundred_pictures_of_eight_threads(on_device):
 
 
 def test_threads_with_low_memory(on_device, plain):
-    pipe = on_device(low_memory=True)
+    pipe = on_device(memory="low")
     wanted = {(p, s): draw(plain["flux"], p, seed=s) for p in PROMPTS for s in range(2)}
     with ThreadPoolExecutor(4) as pool:
         for case, found in zip(wanted, pool.map(lambda c: draw(pipe, c[0], seed=c[1]), wanted), strict=True):
@@ -354,7 +355,7 @@ def test_out_of_memory_names_what_it_was_for(on_device):
     with pytest.raises(
         EngineError,
         match=r"^backbone: activations need 1,073,741,824 bytes of Host 1's memory, [0-9,]+ are free; "
-        r"load with low_memory=True \(--low-memory\), or generate fewer or smaller images at once$",
+        r"load with memory='balanced' or 'low' \(--memory\), or generate fewer or smaller images at once$",
     ):
         draw(pipe)
     pipe.backend.workspace_bytes = lambda part, inputs: 0

@@ -26,6 +26,7 @@ from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines import store
 from arcflow_runtime.engines import tensorrt_library as library
 from arcflow_runtime.engines.gpus import Gpu
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
 from arcflow_runtime.engines.store import locked_store, write_engine
 from arcflow_runtime.gpu.tensorrt import TensorRTOptions
@@ -56,10 +57,10 @@ def machine(monkeypatch):
 def pipeline(machine, tmp_path):
     made = []
 
-    def make(root, name="tensorrt-rtx", device=None, low_memory=False, **options):
+    def make(root, name="tensorrt-rtx", device=None, memory=None, **options):
         device = device or HostDevice()
         backend = TensorRTBackend(name, lambda: device, TensorRTOptions(cache=tmp_path / "cache", **options))
-        pipe = Pipeline(Bundle.open(root), backend, low_memory)
+        pipe = Pipeline(Bundle.open(root), backend, memory)
         pipe.device = device
         made.append(pipe)
         return pipe
@@ -111,11 +112,11 @@ def test_pictures(root, pipeline, name):
         assert {c.cuda_graph_strategy for c in fake_tensorrt.state.configs} == {disabled}
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_noise_that_is_given(root, pipeline, low_memory):
+@pytest.mark.parametrize("memory", MODES)
+def test_noise_that_is_given(root, pipeline, memory):
     """The device draws its noise itself; a caller's takes the engines' way one by one."""
     build(root)
-    pipe = pipeline(root, low_memory=low_memory)
+    pipe = pipeline(root, memory=memory)
     noise = draw_latents(1, 1, 16, 4, 4, 2)
     drawn = pipe("a red circle", **(SIZE | {"seed": None, "latents": noise})).images
     np.testing.assert_allclose(drawn, expected(root), rtol=0, atol=2e-5)
@@ -123,9 +124,44 @@ def test_noise_that_is_given(root, pipeline, low_memory):
 
 def test_low_memory(root, pipeline):
     build(root)
-    pipe = pipeline(root, low_memory=True)
+    pipe = pipeline(root, memory="low")
     np.testing.assert_allclose(pipe("a red circle", **SIZE).images, expected(root), rtol=0, atol=2e-5)
     assert pipe.device.captures == 0
+
+
+ENCODERS = ("text_encoder", "text_encoder_2", "conditioner")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "unloads"),
+    [("tensorrt-rtx", (), True), ("tensorrt", (), False), ("tensorrt-rtx", ("REFIT_IDENTICAL", "STRIP_PLAN"), False)],
+)
+def test_balanced_unloads_weights_where_the_library_can(root, pipeline, name, flags, unloads):
+    """A new prompt then loads weights into the engines that are there, and makes no context again."""
+    build(root, name, flags=flags)
+    pipe = pipeline(root, name, memory="balanced")
+    weights = fake_tensorrt.state.weights
+    assert weights == []
+    first = pipe("a red circle", **SIZE).images
+    np.testing.assert_allclose(first, expected(root), rtol=0, atol=2e-5)
+    made = fake_tensorrt.state.contexts
+    pipe("a blue square", **SIZE)
+    np.testing.assert_array_equal(pipe("a red circle", **SIZE).images, first)
+    one = [(f"{part}.onnx", what) for part in ENCODERS for what in ("load", "unload")]
+    assert weights == (one + one if unloads else [])
+    assert fake_tensorrt.state.contexts == made + (0 if unloads else len(ENCODERS))
+
+
+def test_weights_that_cannot_be_loaded_again(root, pipeline):
+    build(root)
+    pipe = pipeline(root, memory="balanced")
+    pipe("a red circle", **SIZE)
+    fake_tensorrt.state.log = "out of memory"
+    with pytest.raises(EngineError, match=r"^text_encoder: weights need [0-9,]+ bytes of Host 1's memory, "):
+        pipe("a blue square", **SIZE)
+    fake_tensorrt.state.log = None
+    np.testing.assert_array_equal(pipe("a red circle", **SIZE).images, pipe("a red circle", **SIZE).images)
+    pipe("a blue square", **SIZE)
 
 
 def test_stripped_engines_get_the_bundles_weights_before_they_run(root, pipeline):

@@ -123,7 +123,7 @@ def verify_bundle(
     rows: list[VerifyRow] = []
     backend = _CheckedBackend()
     with Pipeline(shown, EmulatedBackend()) as pipe:
-        parts = Parts(shown, backend, keep=True)
+        parts = Parts(shown, backend, "resident")
         for i, case in enumerate(cases):
             progress(f"case {i}: {case.prompt[:40]!r} {case.width}x{case.height}, {case.num_inference_steps} steps")
             compare = _Comparison(i, rows)

@@ -56,9 +56,9 @@ def on_gpu(open_bundle, driver):
     made = []
     before = {kind: driver.live(kind) for kind in Live}
 
-    def make(name="flux", low_memory=False, **arguments):
+    def make(name="flux", memory=None, **arguments):
         backend = HostCudaBackend(driver, **arguments)
-        pipe = Pipeline(open_bundle(name), backend, low_memory)
+        pipe = Pipeline(open_bundle(name), backend, memory)
         pipe.backend = backend
         made.append(pipe)
         return pipe

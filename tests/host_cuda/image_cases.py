@@ -96,8 +96,8 @@ def test_a_warm_image_is_one_launch_and_allocates_nothing(on_gpu, driver):
 
 
 def test_low_memory(on_gpu, plain, driver):
-    """With `low_memory` there is no graph."""
-    pipe = on_gpu(low_memory=True)
+    """In the mode "low" there is no graph."""
+    pipe = on_gpu(memory="low")
     for seed in (1, 2):
         steps = []
         found = generate(pipe, seed=seed, callback_on_step_end=lambda step, latents, steps=steps: steps.append(latents))
@@ -203,14 +203,14 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
 
 
 @pytest.mark.parametrize(
-    ("low_memory", "image"),
-    [(False, 1), (False, 2), (False, 3), (True, 1)],
-    ids=["plain", "captured", "replayed", "low"],
+    ("memory", "image"),
+    [("resident", 1), ("resident", 2), ("resident", 3), ("balanced", 2), ("low", 1)],
+    ids=["plain", "captured", "replayed", "balanced", "low"],
 )
-def test_every_call_may_fail(low_memory, image, on_gpu, plain, driver):
+def test_every_call_may_fail(memory, image, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right."""
     expected = generate(plain["flux"])
-    pipe = on_gpu(low_memory=low_memory, max_plans=1)
+    pipe = on_gpu(memory=memory, max_plans=1)
 
     def prepare():
         generate(pipe, width=16)  # evicts the plan of the image before

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from arcflow_runtime.backends import BACKENDS, DEFAULT_BACKEND
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.outputs import check_writable
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -48,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="images per prompt (default: %(default)s)")
     parser.add_argument("--sheet", action="store_true", help="write one PNG of all images with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
-    parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
+    parser.add_argument(
+        "--memory",
+        choices=MODES,
+        help="parts that stay loaded: all, those that every image needs, or none (default: by the free memory)",
+    )
     parser.add_argument(
         "--backend", choices=sorted(BACKENDS), default=DEFAULT_BACKEND, help="engine (default: %(default)s)"
     )
@@ -61,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     from arcflow_runtime.generate.pipeline import Pipeline
 
-    with Pipeline.load(args.bundle, args.backend, args.low_memory, threads=args.threads) as pipeline:
+    with Pipeline.load(args.bundle, args.backend, args.memory, threads=args.threads) as pipeline:
         output = _generate(pipeline, args)
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
     prompts = [args.prompt[i // args.num_images] for i in range(len(output.images))]

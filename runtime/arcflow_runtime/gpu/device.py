@@ -6,11 +6,12 @@ be added. Work enqueued in a stream runs in order; a call may return before its 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from arcflow_runtime.gpu.kernels import NoiseShape, UpdateShape
+    from arcflow_runtime.gpu.kernels import NoiseShape, UpdateShape
 
 #: Every region starts at a multiple of this many bytes, as TensorRT requires of its tensors.
 ALIGNMENT = 256

@@ -102,5 +102,5 @@ def out_of_memory(device: Device, nbytes: int, what: str) -> str:
     """The error message for a failed allocation of `nbytes` bytes for `what`."""
     return (
         f"{what} need {nbytes:,} bytes of {device.name}'s memory, {device.free_bytes():,} are free; "
-        "load with low_memory=True (--low-memory), or generate fewer or smaller images at once"
+        "load with memory='balanced' or 'low' (--memory), or generate fewer or smaller images at once"
     )

@@ -29,6 +29,7 @@ from arcflow_runtime.gpu.runtime_cache import RuntimeCacheFile
 from arcflow_runtime.gpu.shapes import output_shapes
 
 _SHOWN_ERRORS = 3
+_OWN_WEIGHTS = {"STRIP_PLAN", "WEIGHT_STREAMING"}
 _DTYPES: dict[DType, str] = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -43,12 +44,14 @@ class TensorRTOptions:
     """How to run engines.
 
     `own_graphs`: TensorRT-RTX captures each engine's runs itself, in place of one graph of the whole job. `profile`:
-    time every layer. `cache`: folder of runtime caches; None for the user's cache folder.
+    time every layer. `cache`: folder of runtime caches; None for the user's cache folder. `unloadable`: load the
+    weights apart from the rest, where the library and the engine allow it, so that they can be freed alone.
     """
 
     own_graphs: bool = False
     profile: bool = False
     cache: Path | None = None
+    unloadable: bool = False
 
 
 class TensorRTEngine:
@@ -69,6 +72,8 @@ class TensorRTEngine:
         self._trt = library.load()
         self._logger = _make_logger(self._trt)
         self._flags = key.flags
+        # TensorRT 11 has no such function, and stripped or streamed weights are loaded in another way.
+        self._deferred = options.unloadable and library.ahead_of_time and not {*key.flags} & _OWN_WEIGHTS
         graph = checked_graph(bundle, self.part) if "STRIP_PLAN" in self._flags else None
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._deserialize(built)
@@ -132,11 +137,23 @@ class TensorRTEngine:
         assert self._profiler is not None, "loaded with TensorRTOptions.profile"
         return list(self._profiler.layers)
 
+    def unload_weights(self) -> bool:
+        """See `UnloadsWeights`."""
+        return self._deferred and bool(self._engine.unload_weights())
+
+    def load_weights(self) -> None:
+        """See `UnloadsWeights`."""
+        # The library wants the bytes that the engine was made of. The file stays mapped, so these are the same bytes
+        # even if `arcflow build` has replaced it.
+        if not self._engine.load_weights(self._data):
+            raise self._load_error(len(self._data), "the weights cannot be loaded")
+
     def close(self) -> None:
         """Free the engine; see `DeviceEngine.close`."""
         if self._engine is not None:
             self.save_cache()
         self._cache = self._engine = self._runtime = None
+        self._data.close()
 
     def error(self, what: str) -> EngineError:
         """An error that names this part and ends with the messages that the library logged."""
@@ -145,15 +162,25 @@ class TensorRTEngine:
         return EngineError(text)
 
     def _deserialize(self, built: BuiltEngine) -> Any:
-        with built.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = self._runtime.deserialize_cuda_engine(data)
-        if engine is not None:
-            return engine
+        with built.path.open("rb") as f:
+            self._data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._deferred:
+            self._runtime.defer_weights_loading = True
+        engine = self._runtime.deserialize_cuda_engine(self._data)
+        if engine is None or (self._deferred and not engine.load_weights(self._data)):
+            what = f"{built.path} cannot be loaded; build it again with `arcflow build`"
+            raise self._load_error(built.record.bytes, what)
+        if not self._deferred:
+            self._data.close()
+        return engine
+
+    def _load_error(self, nbytes: int, what: str) -> EngineError:
+        """The error of a failed load of weights of `nbytes` bytes: out of memory, or `what` with the library's log."""
         logged = self._logger.take()
         if any("memory" in line.lower() for line in logged):
-            raise OutOfDeviceMemory(out_of_memory(self._lane.device, built.record.bytes, f"{self.part}: weights"))
+            return OutOfDeviceMemory(out_of_memory(self._lane.device, nbytes, f"{self.part}: weights"))
         self._logger.errors = logged
-        raise self.error(f"{built.path} cannot be loaded; build it again with `arcflow build`")
+        return self.error(what)
 
     def _check_tensors(self) -> None:
         spec, trt, engine = self._bundle.manifest.parts[self.part], self._trt, self._engine

@@ -52,8 +52,11 @@ class TensorRTBackend:
         Raises:
             EngineError: there is no engine for this machine, or it cannot be loaded.
         """
-        lane = self._get_lane()
-        return HostEngine(lane, bundle.manifest, part, lambda: self._load(lane, bundle, part, self._options))
+        return self._open(bundle, part, self._options)
+
+    def open_unloadable(self, bundle: Bundle, part: str) -> HostEngine:
+        """Load a part's engine so that its weights can be freed alone; see `UnloadingBackend`."""
+        return self._open(bundle, part, replace(self._options, unloadable=True))
 
     def open_profiled(self, bundle: Bundle, part: str) -> ProfiledHostEngine:
         """Load a part's engine with layer timing; see `ProfilingBackend`."""
@@ -71,6 +74,10 @@ class TensorRTBackend:
             return f"{wrong}; {command} with --resolutions and --batch that include it"
 
         return DeviceDenoiser(bundle, parts, self._get_lane(), check_shapes)
+
+    def _open(self, bundle: Bundle, part: str, options: TensorRTOptions) -> HostEngine:
+        lane = self._get_lane()
+        return HostEngine(lane, bundle.manifest, part, lambda: self._load(lane, bundle, part, options))
 
     def _load(self, lane: Lane, bundle: Bundle, part: str, options: TensorRTOptions) -> TensorRTEngine:
         return TensorRTEngine(self._library, lane, bundle, self._find(bundle, part), options)
