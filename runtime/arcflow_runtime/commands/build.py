@@ -113,7 +113,8 @@ def _build_one(
     from tqdm import tqdm
 
     from arcflow_runtime.build.build import BuildProgress, build_engine
-    from arcflow_runtime.build.cost import GIB, available_bytes, builder_bytes, builder_seconds, check_memory
+    from arcflow_runtime.build.cost import GIB, builder_bytes, builder_seconds, check_memory
+    from arcflow_runtime.engines.host_memory import available_bytes
     from arcflow_runtime.engines.store import find_built, write_engine
 
     found, changed = find_built(bundle, job.key)

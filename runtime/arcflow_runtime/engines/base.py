@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.modes import EngineBytes, MemoryRules
 
 
 class Engine(Protocol):
@@ -81,6 +82,21 @@ class UnloadingBackend(Protocol):
 
     def open_unloadable(self, bundle: Bundle, part: str) -> Engine:
         """Load the part named `part`. An engine for which this is impossible is loaded as by `Backend.open`."""
+        ...
+
+
+@runtime_checkable
+class MeasuredBackend(Protocol):
+    """A backend that knows the memory of its device."""
+
+    memory_rules: MemoryRules
+
+    def free_bytes(self) -> int | None:
+        """Free bytes of the memory that parts are loaded into; None if that is unknown."""
+        ...
+
+    def built_bytes(self, bundle: Bundle, part: str) -> EngineBytes | None:
+        """What the part's built engine takes; None if the backend runs the part's graph without one."""
         ...
 
 

@@ -1,7 +1,8 @@
-"""The memory modes of a pipeline: which parts of a bundle stay loaded between images."""
+"""The memory modes of a pipeline, which say what parts of a bundle stay loaded, and how each library uses memory."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 #: "resident": all parts stay loaded. "balanced": those that every image needs. "low": none.
@@ -15,3 +16,35 @@ EVERY_IMAGE = ("backbone", "vae_decoder")
 def keeps(mode: MemoryMode, part: str) -> bool:
     """True if `part` stays loaded in `mode`."""
     return mode == "resident" or (mode == "balanced" and part in EVERY_IMAGE)
+
+
+@dataclass(frozen=True)
+class MemoryRules:
+    """How a library uses the memory of its device.
+
+    Args:
+        place: "GPU" or "CPU".
+        one_workspace: all engines share one workspace for activations. Otherwise each loaded engine keeps its own.
+        fused: attention is computed without a matrix of scores, and FP8 weights are multiplied as they are. Otherwise
+            scores and dequantised weights are activations.
+        least_item_bytes: bytes of the smallest floating-point number that it computes with.
+    """
+
+    place: Literal["GPU", "CPU"]
+    one_workspace: bool
+    fused: bool
+    least_item_bytes: int = 1
+
+
+TENSORRT = MemoryRules("GPU", one_workspace=True, fused=True)
+ONNX_RUNTIME_CUDA = MemoryRules("GPU", one_workspace=False, fused=False)
+#: ONNX Runtime widens float16 to float32 on a CPU, weights included.
+ONNX_RUNTIME_CPU = MemoryRules("CPU", one_workspace=False, fused=False, least_item_bytes=4)
+
+
+@dataclass(frozen=True)
+class EngineBytes:
+    """What a built engine takes: `weights` and, if known, `activations` for the largest shape that it accepts."""
+
+    weights: int
+    activations: int | None = None

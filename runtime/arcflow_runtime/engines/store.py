@@ -19,6 +19,7 @@ from arcflow_runtime.disk.engine_record import EngineKey, EngineRecord, engine_n
 from arcflow_runtime.disk.files import is_full, locked_folder, sha256_file
 from arcflow_runtime.disk.manifest import ENGINES
 from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.modes import EngineBytes
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
 
@@ -128,6 +129,13 @@ def check_engine(path: Path, record: EngineRecord, check: Check = "fast") -> Non
         raise EngineError(f"{path}, {what}, must have {record.bytes} bytes, got {size}; it was cut or swapped, {again}")
     if (check == "full" or size <= FAST_HASH_BYTES) and sha256_file(path) != record.sha256:
         raise EngineError(f"{path}, {what}, does not match its SHA-256; it was edited or swapped, {again}")
+
+
+def engine_bytes(bundle: Bundle, record: EngineRecord) -> EngineBytes:
+    """What a loaded engine takes: as much as its file has, and the part's weights if they are not in it."""
+    spec = bundle.manifest.parts[record.key.part]
+    outside = bundle.manifest.files[spec.weights].bytes if "STRIP_PLAN" in record.key.flags else 0
+    return EngineBytes(record.bytes + outside)
 
 
 def find_built(bundle: Bundle, key: EngineKey) -> tuple[BuiltEngine | None, list[str]]:

@@ -17,7 +17,7 @@ from arcflow_runtime.backends import DEFAULT_BACKEND, open_backend
 from arcflow_runtime.disk.bundle import Bundle, Check
 from arcflow_runtime.engines.base import Backend
 from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
-from arcflow_runtime.engines.modes import MODES, MemoryMode
+from arcflow_runtime.engines.modes import MemoryMode
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
 from arcflow_runtime.errors import RequestError
@@ -27,6 +27,7 @@ from arcflow_runtime.generate.decode import check_not_flat, decode_latents, to_f
 from arcflow_runtime.generate.denoise import Group, StepCallback, check_finite, denoise, denoise_on_device, join
 from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_others
 from arcflow_runtime.generate.encode import encode_prompts
+from arcflow_runtime.generate.memory import check_memory, fitting_memory
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
 from arcflow_runtime.maths.noise import GROUP, draw_latents, streams
@@ -62,11 +63,11 @@ class Pipeline:
             BundleError: a tokenizer or the modulation table cannot be read, or the bundle was replaced meanwhile.
             RequestError: `memory` is not a mode.
         """
-        _check_memory(memory)
+        check_memory(memory)
         backend.check(bundle)
         self.bundle = bundle
         #: The memory mode, given or chosen.
-        self.memory: MemoryMode = memory or "resident"
+        self.memory: MemoryMode = memory or fitting_memory(bundle, backend)
         self._calls = Calls()
         self._tokenizer = PromptTokenizer(bundle)
         self._cache = EmbeddingCache()
@@ -396,10 +397,3 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_memory(memory: object) -> None:
-    if memory is not None and memory not in MODES:
-        raise RequestError(
-            f"memory must be one of {', '.join(MODES)}, or None to choose by the free memory, got {memory!r}"
-        )

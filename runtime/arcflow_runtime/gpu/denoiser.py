@@ -102,10 +102,10 @@ class DeviceDenoiser:
         with self._lock:
             if self._closed:
                 raise EngineError("this pipeline is closed; load it again with Pipeline.load")
-            if not self._parts.keeps("backbone"):
-                self._lane.release_workspace()  # of the text encoders
             modulation = self._modulation_source(job)
             given = self._condition(job, steps_at_once, watch) if modulation == "given" else None
+            if not self._parts.keeps("backbone"):
+                self._lane.release_workspace()  # of text encoders and conditioner
             grid, texts = job.grid, job.texts
             size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
             plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)

@@ -37,6 +37,11 @@ class Lane:
                 self._stream = self.device.make_stream()
             yield self._stream
 
+    def free_bytes(self) -> int:
+        """Free memory of the device in bytes."""
+        with self.enter():
+            return self.device.free_bytes()
+
     def workspace(self, nbytes: int, what: str) -> Memory:
         """The workspace, replaced by a larger one if it has fewer than `nbytes`; the caller holds the lane.
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.modes import TENSORRT, EngineBytes
 from arcflow_runtime.engines.parts import Parts
-from arcflow_runtime.engines.store import BuiltEngine, Host, build_command, find_engine, this_host
+from arcflow_runtime.engines.store import BuiltEngine, Host, build_command, engine_bytes, find_engine, this_host
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.gpu.denoiser import DeviceDenoiser
@@ -22,6 +23,8 @@ from arcflow_runtime.gpu.tensorrt import TensorRTEngine, TensorRTOptions, shape_
 
 class TensorRTBackend:
     """Loads parts with one of the two libraries, all on one GPU and in one stream."""
+
+    memory_rules = TENSORRT
 
     def __init__(
         self,
@@ -57,6 +60,14 @@ class TensorRTBackend:
     def open_unloadable(self, bundle: Bundle, part: str) -> HostEngine:
         """Load a part's engine so that its weights can be freed alone; see `UnloadingBackend`."""
         return self._open(bundle, part, replace(self._options, unloadable=True))
+
+    def free_bytes(self) -> int:
+        """Free memory of the GPU; see `MeasuredBackend`."""
+        return self._get_lane().free_bytes()
+
+    def built_bytes(self, bundle: Bundle, part: str) -> EngineBytes:
+        """What the part's engine takes; see `MeasuredBackend`."""
+        return engine_bytes(bundle, self._find(bundle, part).record)
 
     def open_profiled(self, bundle: Bundle, part: str) -> ProfiledHostEngine:
         """Load a part's engine with layer timing; see `ProfilingBackend`."""
