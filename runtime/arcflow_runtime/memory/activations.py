@@ -86,12 +86,21 @@ class PartGraph:
         Raises:
             BundleError: the file is not an ONNX graph, or breaks rule B8.
         """
-        model = message_class("arcflow.activations", _MESSAGES, "Model")()
         path = checked_graph(bundle, part)
         try:
-            model.ParseFromString(path.read_bytes())
+            return PartGraph.parse(path.read_bytes())
         except DecodeError:
             raise BundleError(f"{path} is not an ONNX graph; export the bundle again") from None
+
+    @staticmethod
+    def parse(data: bytes) -> PartGraph | None:
+        """As `read`, from the bytes of an ONNX file.
+
+        Raises:
+            DecodeError: the bytes are not such a file.
+        """
+        model = message_class("arcflow.activations", _MESSAGES, "Model")()
+        model.ParseFromString(data)
         if len(model.graph) != 1 or model.functions:
             return None
         graph = model.graph[0]
