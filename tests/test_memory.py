@@ -255,7 +255,7 @@ def test_float16_is_widened_on_a_cpu(bundles):
     gpu, cpu = (BundleMemory(bundle, rules).sums(SIZE).parts["backbone"] for rules in (TENSORRT, ONNX_RUNTIME_CPU))
     part = bundle.manifest.parts["backbone"]
     assert gpu.weights == bundle.manifest.files[part.weights].bytes
-    assert cpu.weights == 4 * part.parameters
+    assert cpu.weights == gpu.weights + 4 * part.parameters
 
 
 def test_engines_take_the_place_of_files_and_bounds(bundles):
@@ -368,7 +368,7 @@ def test_inspect(bundles, capsys):
     ("gigabytes", "advice"),
     [
         ("0.0001", "nothing fits: vae_decoder alone needs "),
-        ("0.5", "the largest that fits is 1024 px, 1 at once; build engines for it with arcflow build --resolutions"),
+        ("0.5", "the largest that fits is 512 px, 1 at once; build engines for it with arcflow build --resolutions"),
     ],
 )
 def test_inspect_says_what_to_do(gigabytes, advice, bundles, capsys):
@@ -395,9 +395,9 @@ def test_the_real_sizes_are_those_of_full_size_exports():
         assert 0 < written - sum(weights.values()) < 30e6
     coverage = tables._read("quantize_flux")["coverage"]
     flux = tables._read("memory")["models"]["flux"]["weights"]
-    # Files begin with a header of at most 1 MB.
-    assert 0 < coverage["bytes_before"] - flux["bf16"]["backbone"] < 1e6
-    assert 0 < coverage["bytes_after"] - flux["FP8 backbone"]["backbone"] < 1e6
+    # The graph and the header of the weights file are counted there.
+    assert 0 < coverage["bytes_before"] - flux["bf16"]["backbone"] < 3e6
+    assert 0 < coverage["bytes_after"] - flux["FP8 backbone"]["backbone"] < 3e6
 
 
 def test_make_sums_takes_the_numbers_that_it_is_given(bundles):

@@ -38,7 +38,7 @@ class MemoryRules:
 
 TENSORRT = MemoryRules("GPU", one_workspace=True, fused=True)
 ONNX_RUNTIME_CUDA = MemoryRules("GPU", one_workspace=False, fused=False)
-#: ONNX Runtime widens float16 to float32 on a CPU, weights included.
+#: ONNX Runtime widens float16 to float32 on a CPU. It does so with weights when a session is opened, in a copy.
 ONNX_RUNTIME_CPU = MemoryRules("CPU", one_workspace=False, fused=False, least_item_bytes=4)
 
 

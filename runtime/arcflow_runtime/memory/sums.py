@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.dtypes import ITEM_BYTES
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.engines.modes import EVERY_IMAGE, MODES, EngineBytes, MemoryMode, MemoryRules, keeps
@@ -206,11 +207,12 @@ def part_inputs(manifest: Manifest, size: ImageSize) -> dict[str, Shapes]:
 
 
 def weight_bytes(manifest: Manifest, part: str, rules: MemoryRules) -> int:
-    """Bytes of a part's weights where there is no engine: those of its file, or more if the library widens them."""
+    """Bytes of a part's weights where there is no engine: of its file, and of a copy in the library's own dtype."""
     spec = manifest.parts[part]
-    return max(
-        manifest.files[spec.weights].bytes, rules.least_item_bytes * spec.parameters * (spec.quantization is None)
-    )
+    stored = manifest.files[spec.weights].bytes
+    if spec.quantization is not None or ITEM_BYTES[spec.precision] >= rules.least_item_bytes:
+        return stored
+    return stored + rules.least_item_bytes * spec.parameters
 
 
 def _shape(manifest: Manifest, size: ImageSize) -> DenoiseShape:
