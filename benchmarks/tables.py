@@ -13,7 +13,7 @@ from typing import Any
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.disk.parse import parse
 from arcflow_runtime.engines.modes import EVERY_IMAGE, MODES, TENSORRT
-from arcflow_runtime.memory.choice import GB, fitting_mode, gigabytes
+from arcflow_runtime.memory.choice import GB, choose_mode, fitting_mode, gigabytes
 from arcflow_runtime.memory.sums import ImageSize, Sums, make_sums
 
 HERE = Path(__file__).parent
@@ -278,6 +278,12 @@ def memory_example() -> str:
     return "\n".join([*rows, f"| **together** | **{sums.peak('balanced'):,}** |"])
 
 
+def memory_sentence() -> str:
+    """What the log says when FLUX.1-dev with an FP8 backbone is loaded on a card with 23.9 GB free."""
+    _, text = choose_mode(memory_sums("flux", "FP8 backbone", "1024"), 23_900_000_000)
+    return f"```text\n{text}\n```"
+
+
 def memory_sums(model: str, weights: str, side: str) -> Sums:
     """The runtime's sums for one image, from the recorded manifest, weights and bounds."""
     found = _read("memory")["models"][model]
@@ -314,6 +320,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "parts": memory_parts_table,
         "modes": memory_modes_table,
         "example": memory_example,
+        "sentence": memory_sentence,
     },
 }
 
