@@ -28,7 +28,7 @@ from arcflow_runtime.engines import tensorrt_library as library
 from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
-from arcflow_runtime.engines.store import locked_store, write_engine
+from arcflow_runtime.engines.store import BuildReport, locked_store, write_engine
 from arcflow_runtime.gpu.tensorrt import TensorRTOptions
 from arcflow_runtime.gpu.tensorrt_backend import TensorRTBackend
 from arcflow_runtime.maths.noise import draw_latents
@@ -87,7 +87,7 @@ def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), **ch
             )
             graph = str(bundle.path(bundle.manifest.parts[part].graph))
             about = json.dumps({"graph": graph, "stripped": "STRIP_PLAN" in flags}).encode()
-            write_engine(bundle, key, lambda out, about=about: float(out.write(about)))
+            write_engine(bundle, key, lambda out, about=about: BuildReport(out.write(about)))
 
 
 def expected(root, **arguments):

@@ -38,6 +38,15 @@ class Host:
 
 
 @dataclass(frozen=True)
+class BuildReport:
+    """What one build took, and what its builder said about the engine's memory, as in `EngineRecord`."""
+
+    seconds: float
+    activation_bytes: tuple[int, ...] | None = None
+    allocates_when_run: bool = False
+
+
+@dataclass(frozen=True)
 class BuiltEngine:
     """A built engine in the store: the path of its file, and its record."""
 
@@ -172,14 +181,14 @@ def locked_store(bundle: Bundle) -> Iterator[None]:
 
 
 def write_engine(
-    bundle: Bundle, key: EngineKey, build: Callable[[BinaryIO], float], created: datetime | None = None
+    bundle: Bundle, key: EngineKey, build: Callable[[BinaryIO], BuildReport], created: datetime | None = None
 ) -> BuiltEngine:
     """Build an engine and add it to the store atomically; the caller holds `locked_store`.
 
     Args:
         bundle: the bundle it belongs to.
         key: the engine's key.
-        build: writes the engine to the file that it is given, and returns how many seconds building took.
+        build: writes the engine to the file that it is given.
         created: the time to record; None for now.
 
     Raises:
@@ -191,7 +200,7 @@ def write_engine(
     engine = folder / f"{name}-{key.digest()[:16]}.engine"
     try:
         with partial.open("wb") as f:
-            seconds = build(f)
+            report = build(f)
             f.flush()
             os.fsync(f.fileno())
         record = EngineRecord(
@@ -200,7 +209,9 @@ def write_engine(
             sha256=sha256_file(partial),
             key=key,
             created=(created or datetime.now(timezone.utc)).isoformat(timespec="seconds"),
-            build_seconds=round(seconds, 3),
+            build_seconds=round(report.seconds, 3),
+            activation_bytes=report.activation_bytes,
+            allocates_when_run=report.allocates_when_run,
         )
         os.replace(partial, engine)
         with partial.open("w", encoding="utf-8") as f:

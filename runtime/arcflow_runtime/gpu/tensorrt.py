@@ -71,9 +71,9 @@ class TensorRTEngine:
         self._library, self._lane, self._bundle, self._options = library, lane, bundle, options
         self._trt = library.load()
         self._logger = _make_logger(self._trt)
-        self._flags = key.flags
         # TensorRT 11 has no such function, and stripped or streamed weights are loaded in another way.
         self._deferred = options.unloadable and library.ahead_of_time and not {*key.flags} & _OWN_WEIGHTS
+        self._flags, self._allocates = key.flags, built.record.allocates_when_run
         graph = checked_graph(bundle, self.part) if "STRIP_PLAN" in self._flags else None
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._deserialize(built)
@@ -117,6 +117,8 @@ class TensorRTEngine:
         """The reason why runs of `context` cannot be captured, or None."""
         if "WEIGHT_STREAMING" in self._flags:
             return "its weights are streamed from the host"
+        if self._allocates:
+            return "it allocates memory in each run"
         if self._options.own_graphs:
             return f"{self._library.name} captures its runs itself"
         if self._options.profile:
