@@ -27,7 +27,7 @@ CASES = [
     for path in sorted(HERE.glob("*_cases.py"))
     for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
-#: Ends a process that hangs. Either file takes less than a minute on one busy core.
+#: Ends a process that hangs. Each file takes less than half a minute of one core.
 TIMEOUT_S = 600
 
 

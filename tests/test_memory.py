@@ -17,7 +17,10 @@ from fake_bundle import FakeBackend, make_bundle
 from onnx import TensorProto, helper
 
 from arcflow_runtime import Pipeline, cli
+from arcflow_runtime.build.profiles import make_profiles, parse_sizes
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.engine_record import ShapeRange
+from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines import host_memory
 from arcflow_runtime.engines.modes import (
     MODES,
@@ -261,9 +264,17 @@ def test_float16_is_widened_on_a_cpu(bundles):
 def test_engines_take_the_place_of_files_and_bounds(bundles):
     bundle = Bundle.open(bundles("flux-tiny"))
     plain = BundleMemory(bundle, TENSORRT).sums(SIZE).parts
-    built = BundleMemory(bundle, TENSORRT, {"backbone": EngineBytes(77, 88)}).sums(SIZE).parts
-    assert (built["backbone"].weights, built["backbone"].activations) == (77, 88)
+    profiles = make_profiles(bundle.manifest, "backbone", parse_sizes("512,16-64"), SizeRange(1, 2))
+    engine = EngineBytes(77, tuple(zip(profiles, (99, 88), strict=True)))
+    memory = BundleMemory(bundle, TENSORRT, {"backbone": engine})
+    for size, activations in ((SIZE, 88), (dataclasses.replace(SIZE, height_px=512, width_px=512), 99)):
+        built = memory.sums(size).parts
+        assert (built["backbone"].weights, built["backbone"].activations) == (77, activations)
+    built = memory.sums(SIZE).parts
     assert {**plain, "backbone": None} == {**built, "backbone": None}
+    too_large = dataclasses.replace(SIZE, batch=3)
+    bound = BundleMemory(bundle, TENSORRT).sums(too_large).parts["backbone"].activations
+    assert memory.sums(too_large).parts["backbone"].activations == bound
 
 
 def test_nothing_but_the_manifest_and_graphs_is_read(bundles, tmp_path):
@@ -306,7 +317,9 @@ class Measured(FakeBackend):
         return self.free
 
     def built_bytes(self, bundle, part):
-        return EngineBytes(1_000_000, 1_000_000)
+        inputs = part_inputs(bundle.manifest, ImageSize(1, 256, 128, 64, 2))[part]
+        profile = {name: ShapeRange(shape, shape, shape) for name, shape in inputs.items()}
+        return EngineBytes(1_000_000, ((profile, 1_000_000),))
 
 
 def test_a_pipeline_chooses_its_mode_by_the_free_memory(tmp_path, caplog):

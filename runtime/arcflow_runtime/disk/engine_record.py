@@ -34,6 +34,15 @@ class ShapeRange:
 Profile = Mapping[str, ShapeRange]
 
 
+def accepts(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """True if inputs of these shapes are within a profile's ranges."""
+    return all(
+        len(shape) == len(profile[name].min)
+        and all(a <= d <= b for a, d, b in zip(profile[name].min, shape, profile[name].max, strict=True))
+        for name, shape in shapes.items()
+    )
+
+
 @dataclass(frozen=True)
 class EngineKey:
     """Everything that changes a built engine. An engine is used only if its whole key matches.

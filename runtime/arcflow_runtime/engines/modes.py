@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from arcflow_runtime.disk.engine_record import Profile, accepts
 
 #: "resident": all parts stay loaded. "balanced": those that every image needs. "low": none.
 MemoryMode = Literal["resident", "balanced", "low"]
@@ -44,7 +47,11 @@ ONNX_RUNTIME_CPU = MemoryRules("CPU", one_workspace=False, fused=False, least_it
 
 @dataclass(frozen=True)
 class EngineBytes:
-    """What a built engine takes: `weights` and, if known, `activations` for the largest shape that it accepts."""
+    """What a built engine takes: `weights`, and, if known, `activations` for the largest shapes of each profile."""
 
     weights: int
-    activations: int | None = None
+    activations: tuple[tuple[Profile, int], ...] = ()
+
+    def activations_for(self, inputs: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Bytes of activations for inputs of these shapes, from the first profile that accepts them, or None."""
+        return next((nbytes for profile, nbytes in self.activations if accepts(profile, inputs)), None)

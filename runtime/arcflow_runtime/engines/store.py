@@ -144,7 +144,8 @@ def engine_bytes(bundle: Bundle, record: EngineRecord) -> EngineBytes:
     """What a loaded engine takes: as much as its file has, and the part's weights if they are not in it."""
     spec = bundle.manifest.parts[record.key.part]
     outside = bundle.manifest.files[spec.weights].bytes if "STRIP_PLAN" in record.key.flags else 0
-    return EngineBytes(record.bytes + outside)
+    known = () if record.activation_bytes is None else zip(record.key.profiles, record.activation_bytes, strict=False)
+    return EngineBytes(record.bytes + outside, tuple(known))
 
 
 def find_built(bundle: Bundle, key: EngineKey) -> tuple[BuiltEngine | None, list[str]]:

@@ -28,6 +28,7 @@ from arcflow_runtime.gpu.device import (
     Stream,
 )
 from arcflow_runtime.gpu.kernels import CudaKernels, load_kernels
+from arcflow_runtime.gpu.lane import OutOfDeviceMemory
 from arcflow_runtime.installing import install_command
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
@@ -70,11 +71,9 @@ def open_device() -> Device:
 
 def _failed(what: str) -> EngineError:
     """The error to raise; `what` is the name of a CUDA error, or a sentence."""
-    then = "load the pipeline again"
     if what == _OUT_OF_MEMORY:
-        then = "generate fewer or smaller images at once"
-    elif what in _LOST:
-        then = "start this process again"
+        return OutOfDeviceMemory(f"the GPU failed: {what}; generate fewer or smaller images at once")
+    then = "start this process again" if what in _LOST else "load the pipeline again"
     return EngineError(f"the GPU failed: {what}; {then}")
 
 

@@ -35,8 +35,12 @@ class HostEngine:
         self._lane, self._manifest, self._part = lane, manifest, part
         self._prepared: OrderedDict[tuple[tuple[int, ...], ...], _Prepared] = OrderedDict()
         self._lock = threading.Lock()
-        with lane.enter():
-            self._engine: DeviceEngine | None = open_engine()
+
+        def load() -> DeviceEngine:
+            with lane.enter():
+                return open_engine()
+
+        self._engine: DeviceEngine | None = lane.with_room(load)
 
     @property
     def device_engine(self) -> DeviceEngine:
@@ -51,8 +55,7 @@ class HostEngine:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph; see `Engine.run`."""
-        with self._lock:
-            return self._prepare({name: x.shape for name, x in inputs.items()}).run(inputs)
+        return self._lane.with_room(lambda: self._run(inputs))
 
     def unload_weights(self) -> bool:
         """Free the weights alone; see `UnloadableEngine`. Contexts and buffers stay."""
@@ -65,10 +68,7 @@ class HostEngine:
 
     def load_weights(self) -> None:
         """Load the weights again; see `UnloadableEngine`."""
-        with self._lock, self._lane.enter():
-            engine = self.device_engine
-            assert isinstance(engine, UnloadsWeights), "called only after unload_weights returned True"
-            engine.load_weights()
+        self._lane.with_room(self._load_weights)
 
     def close(self) -> None:
         """Free everything, after any run in another thread has finished."""
@@ -79,6 +79,17 @@ class HostEngine:
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shapes = {name: x.shape for name, x in inputs.items()}
+        with self._lock:
+            return self._prepare(shapes).run(inputs)
+
+    def _load_weights(self) -> None:
+        with self._lock, self._lane.enter():
+            engine = self.device_engine
+            assert isinstance(engine, UnloadsWeights), "called only after unload_weights returned True"
+            engine.load_weights()
 
     def _prepare(self, shapes: Shapes) -> _Prepared:
         key = tuple(shapes.values())

@@ -153,7 +153,7 @@ class BundleMemory:
         }
 
     def _activations(self, part: str, inputs: Shapes) -> int | None:
-        if part in self.built and (known := self.built[part].activations) is not None:
+        if part in self.built and (known := self.built[part].activations_for(inputs)) is not None:
             return known
         if part not in self._graphs:
             self._graphs[part] = PartGraph.read(self.bundle, part)
