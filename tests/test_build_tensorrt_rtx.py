@@ -24,9 +24,11 @@ from arcflow_runtime import Bundle, cli
 from arcflow_runtime.build.build import BuildSettings, _Build, _fix_static_axes, build_engine
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
 from arcflow_runtime.disk.manifest import SizeRange
-from arcflow_runtime.engines.store import Host, find_engine
+from arcflow_runtime.engines.modes import TENSORRT
+from arcflow_runtime.engines.store import Host, engine_bytes, find_engine, read_records
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
+from arcflow_runtime.memory.activations import PartGraph
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'", exc_type=ImportError
@@ -106,6 +108,20 @@ def test_built_with_its_weights(engines, case):
     (engine,) = (Path(row["file"]).read_bytes() for row in rows if row["part"] == "backbone")
     # The builder may lay tensors out anew, but most stay as they are.
     assert sum(w[:64] in engine for w in weights.values()) > 0.5 * len(weights)
+
+
+@pytest.mark.parametrize("case", [c if c == "flux-bfloat16" else pytest.param(c, marks=SLOW) for c in CASES])
+def test_the_sums_bound_what_the_engines_need(engines, case):
+    """The bound: results as if nothing were fused, and the scratch memory that every engine has."""
+    bundle = Bundle.open(engines(case)[0])
+    records = [record for _, record in read_records(bundle)]
+    assert sorted(record.key.part for record in records) == sorted(CASES[case][2])
+    for record in records:
+        ((_, needed),) = engine_bytes(bundle, record).activations
+        (profile,) = record.key.profiles
+        graph = PartGraph.read(bundle, record.key.part)
+        bound = graph.activation_bytes({name: shapes.max for name, shapes in profile.items()}, TENSORRT)
+        assert 0.97 * TENSORRT.scratch_bytes < needed <= bound, record.key.part
 
 
 def output_dtypes(root, part, kind):

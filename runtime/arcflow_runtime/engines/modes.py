@@ -31,15 +31,18 @@ class MemoryRules:
         fused: attention is computed without a matrix of scores, and FP8 weights are multiplied as they are. Otherwise
             scores and dequantised weights are activations.
         least_item_bytes: bytes of the smallest floating-point number that it computes with.
+        scratch_bytes: what its kernels need beside the results, at least, in each engine.
     """
 
     place: Literal["GPU", "CPU"]
     one_workspace: bool
     fused: bool
     least_item_bytes: int = 1
+    scratch_bytes: int = 0
 
 
-TENSORRT = MemoryRules("GPU", one_workspace=True, fused=True)
+#: Every engine of TensorRT-RTX 1.7.1, however small, has 8.2 MB of scratch memory for its kernels.
+TENSORRT = MemoryRules("GPU", one_workspace=True, fused=True, scratch_bytes=8 << 20)
 ONNX_RUNTIME_CUDA = MemoryRules("GPU", one_workspace=False, fused=False)
 #: ONNX Runtime widens float16 to float32 on a CPU. It does so with weights when a session is opened, in a copy.
 ONNX_RUNTIME_CPU = MemoryRules("CPU", one_workspace=False, fused=False, least_item_bytes=4)

@@ -130,7 +130,7 @@ class PartGraph:
         ends: dict[int, list[str]] = {}
         for name, index in last.items():
             ends.setdefault(index, []).append(name)
-        held = most = 0
+        held, most = rules.scratch_bytes, 0
         for index, node in enumerate(self.nodes):
             held += sum(nbytes[o] for o in node.outputs if owners.get(o) == o)
             scores = self._scores(node, sizes, rules)
