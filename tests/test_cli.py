@@ -9,6 +9,7 @@ from fake_bundle import FakeBackend, edit_manifest, make_bundle
 from PIL import Image
 
 from arcflow_runtime import backends, cli, installing
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.generate import pipeline
 
@@ -98,6 +99,22 @@ def test_generate(root, capsys):
         assert image.text == {"prompt": "a prompt", "seed": "-7", "steps": "3"}
     assert os.listdir() == ["x.png"]
     assert os.stat("x.png").st_mode & 0o444 == 0o444 & ~_umask()
+
+
+def test_the_memory_mode_reaches_the_pipeline(root, monkeypatch, capsys):
+    modes, plain = [], pipeline.Pipeline.__init__
+
+    def init(self, *args):
+        plain(self, *args)
+        modes.append(self.memory)
+
+    monkeypatch.setattr(pipeline.Pipeline, "__init__", init)
+    for mode in MODES:
+        assert generate(root, "--out", "x.png", "--memory", mode) == 0
+        assert cli.main(["bench", root, "--backend", "fake", "--memory", mode, "--runs", "1", "--warmup", "0"]) == 0
+    assert modes == [mode for mode in MODES for _ in range(2)]
+    assert generate(root, "--out", "x.png", "--memory", "none") == 2
+    assert "argument --memory: invalid choice: 'none'" in capsys.readouterr().err
 
 
 def _umask():

@@ -21,6 +21,7 @@ from arcflow_runtime.engines.gpus import Gpu, find_gpu
 from arcflow_runtime.engines.store import (
     BuildReport,
     Host,
+    engine_bytes,
     find_built,
     find_engine,
     locked_store,
@@ -164,6 +165,21 @@ def test_inspect_lists_engines_and_what_is_wrong_with_them(bundle, capsys):
     assert "\n  backbone: tensorrt-rtx 1.7.1 for sm89, linux-x86_64, 9 bytes\n" in out
     assert "9 bytes; WILL NOT LOAD: built from another graph than the bundle's\n" in out
     assert "backbone-tensorrt-rtx-sm120.json: 'format' must be 'arcflow-engine'" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "outside"), [((), 0), (("REFIT_IDENTICAL", "STRIP_PLAN"), 1), (("WEIGHT_STREAMING",), -1)]
+)
+def test_what_a_loaded_engine_takes(bundle, flags, outside):
+    """The weights file counts beside an engine without weights, and not where weights are streamed."""
+    weights = bundle.manifest.files["backbone.safetensors"].bytes
+    record = put(bundle, make_key(bundle, flags=flags), b"x" * 100).record
+    taken = engine_bytes(bundle, record)
+    assert taken.weights == 100 + outside * weights
+    assert taken.activations == ((PROFILE, 700),)
+    for shape, activations in (((1, 1), 700), ((2, 4), 700), ((3, 1), None), ((1,), None)):
+        assert taken.activations_for({"latents": shape}) == activations
+    assert engine_bytes(bundle, dataclasses.replace(record, activation_bytes=None)).activations == ()
 
 
 def test_no_engine(bundle):

@@ -141,11 +141,18 @@ def check_engine(path: Path, record: EngineRecord, check: Check = "fast") -> Non
 
 
 def engine_bytes(bundle: Bundle, record: EngineRecord) -> EngineBytes:
-    """What a loaded engine takes: as much as its file has, and the part's weights if they are not in it."""
-    spec = bundle.manifest.parts[record.key.part]
-    outside = bundle.manifest.files[spec.weights].bytes if "STRIP_PLAN" in record.key.flags else 0
+    """What a loaded engine takes: as much as its file has, and the part's weights if they are not in it.
+
+    An engine that streams its weights counts without them, because it keeps on the GPU only what has room there.
+    """
+    flags, spec = record.key.flags, bundle.manifest.parts[record.key.part]
+    weights = bundle.manifest.files[spec.weights].bytes
+    if "WEIGHT_STREAMING" in flags:
+        taken = max(record.bytes - weights, 0)
+    else:
+        taken = record.bytes + ("STRIP_PLAN" in flags) * weights
     known = () if record.activation_bytes is None else zip(record.key.profiles, record.activation_bytes, strict=False)
-    return EngineBytes(record.bytes + outside, tuple(known))
+    return EngineBytes(taken, tuple(known))
 
 
 def find_built(bundle: Bundle, key: EngineKey) -> tuple[BuiltEngine | None, list[str]]:
