@@ -381,7 +381,7 @@ def test_inspect(bundles, capsys):
 @pytest.mark.parametrize(
     ("gigabytes", "advice"),
     [
-        ("0.0001", "nothing fits: vae_decoder alone needs "),
+        ("0.0001", "nothing fits: vae_decoder alone needs 0.1 GB for 512 px, 0.000 GB of it weights\ngenerate smaller"),
         ("0.5", "the largest that fits is 512 px, 1 at once; build engines for it with arcflow build --resolutions"),
     ],
 )

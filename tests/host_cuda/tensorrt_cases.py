@@ -24,7 +24,7 @@ from arcflow_runtime.engines import tensorrt_library as library
 from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
-from arcflow_runtime.engines.store import locked_store, write_engine
+from arcflow_runtime.engines.store import BuildReport, locked_store, write_engine
 from arcflow_runtime.gpu import onnxruntime_backend
 from arcflow_runtime.gpu.cuda import open_device
 from arcflow_runtime.gpu.lane import OutOfDeviceMemory
@@ -85,8 +85,10 @@ def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), **ch
                 platform=library.this_platform(),
             )
             graph = str(bundle.path(bundle.manifest.parts[part].graph))
-            about = {"graph": graph, "stripped": "STRIP_PLAN" in flags, "streams": "WEIGHT_STREAMING" in flags}
-            write_engine(bundle, key, lambda out, about=about: float(out.write(json.dumps(about).encode())))
+            named = {"graph": graph, "stripped": "STRIP_PLAN" in flags, "streams": "WEIGHT_STREAMING" in flags}
+            about = json.dumps(named).encode()
+            report = BuildReport(1.0, None, False)
+            write_engine(bundle, key, lambda out, about=about, report=report: out.write(about) and report)
 
 
 def expected(root, **arguments):

@@ -115,8 +115,10 @@ def _built(bundle: Bundle) -> dict[str, EngineBytes]:
 
 def _source(report: Report) -> str:
     built = ", ".join(report.built)
-    weights = f"engines of {built} and weights files" if report.built else "weights files"
-    return f"weights: {weights}; activations: a bound from the graphs, which engines with fused kernels do not reach"
+    sizes = f"sizes of the engines of {built}, otherwise weights files" if report.built else "weights files"
+    text = f"weights: {sizes}; activations: a bound from the graphs, which engines with fused kernels do not reach"
+    unknown = [name for name, part in report.sums[0].parts.items() if part.activations is None]
+    return f"{text}; unknown and not counted: {', '.join(unknown)}" if unknown else text
 
 
 def _advice(report: Report) -> list[str]:
@@ -132,10 +134,13 @@ def _advice(report: Report) -> list[str]:
     stages = smallest.stages("low")
     part = max(stages, key=lambda name: stages[name])
     spec = report.bundle.manifest.parts[part]
+    needed, weights = stages[part], smallest.parts[part].weights
     lines = [
-        f"nothing fits: {part} alone needs {gigabytes(stages[part])} GB for {_sides(smallest.size)}, "
-        f"{gigabytes(smallest.parts[part].weights)} GB of it weights"
+        f"nothing fits: {part} alone needs {gigabytes(needed)} GB for {_sides(smallest.size)}, "
+        f"{gigabytes(weights)} GB of it weights"
     ]
+    if weights < needed / 2:
+        return [*lines, "generate smaller images than these"]
     if spec.quantization is None and spec.precision != "float32":
         lines.append("put its linears in FP8, which halves them: arcflow quantize")
     if spec.precision == "float32":
