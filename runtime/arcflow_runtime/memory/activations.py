@@ -2,8 +2,11 @@
 
 The nodes run in the graph's order, each result is kept until its last use, and the bound is the most bytes of results
 that exist at one time. Results that only give another shape to a value share its memory. The part's own inputs and
-outputs do not count, because the caller has them. A library that fuses nodes needs less; its kernels may need scratch
-space beside this.
+outputs do not count, because the caller has them.
+
+A library that fuses nodes needs less, apart from three things, which are added. It joins products of one value, such as
+queries, keys and values, so that their results exist together. It may copy a product's result into another layout, so
+the largest counts twice. And its kernels have scratch memory.
 """
 
 from __future__ import annotations
@@ -78,6 +81,8 @@ class PartGraph:
     outputs: frozenset[str]
     #: Initializers, and what is computed from them alone; an engine has these as weights.
     constants: frozenset[str]
+    #: `constants`, and the results of DequantizeLinear on them.
+    weights: frozenset[str]
 
     @staticmethod
     def read(bundle: Bundle, part: str) -> PartGraph | None:
@@ -112,9 +117,11 @@ class PartGraph:
         for node in nodes:
             if node.op != "DequantizeLinear" and all(name in constants for name in node.inputs):
                 constants.update(node.outputs)
+        dequantized = (o for n in nodes if n.op == "DequantizeLinear" and n.inputs[0] in constants for o in n.outputs)
+        weights = frozenset(constants | {*dequantized})
         values = {_text(v.name): _value(v) for v in (*graph.input, *graph.value_info, *graph.output)}
         outputs = frozenset(_text(v.name) for v in graph.output)
-        return PartGraph(nodes, values, inputs, outputs, frozenset(constants))
+        return PartGraph(nodes, values, inputs, outputs, frozenset(constants), weights)
 
     def activation_bytes(self, inputs: Shapes, rules: MemoryRules) -> int | None:
         """The bound for inputs of these shapes, or None if the graph does not give the shape of a value."""
@@ -122,10 +129,13 @@ class PartGraph:
             return None
         owners = self._owners(rules)
         nbytes: dict[str, int] = {}
-        for name in {owners[o] for node in self.nodes for o in node.outputs if o in owners}:
+        joined = self._joined_products(rules)
+        for name, owner in owners.items():
+            if name != owner and name not in joined:
+                continue  # a view
             if (found := self._bytes(name, sizes, rules)) is None:
                 return None
-            nbytes[name] = found
+            nbytes[owner] = nbytes.get(owner, 0) + found
         last = {owners[n]: i for i, node in enumerate(self.nodes) for n in (*node.inputs, *node.outputs) if n in owners}
         ends: dict[int, list[str]] = {}
         for name, index in last.items():
@@ -138,7 +148,8 @@ class PartGraph:
                 return None
             most = max(most, held + scores)
             held -= sum(nbytes[name] for name in ends.get(index, ()))
-        return most
+        products = (self._bytes(name, sizes, rules) for name in self._products(rules))
+        return most + max((n for n in products if n is not None), default=0)
 
     def _sizes(self, inputs: Shapes) -> tuple[tuple[str, int], ...] | None:
         """The size of every named dimension of the inputs; None if they are not those of the graph."""
@@ -154,6 +165,7 @@ class PartGraph:
         """Name of each counted result -> the result whose memory it uses; that of a view is its source."""
         owners: dict[str, str] = {}
         outside = self.outputs | self.constants | set(self.inputs)
+        joined = self._joined_products(rules)
         for node in self.nodes:
             source = node.inputs[0] if node.inputs else ""
             if rules.fused and node.op == "DequantizeLinear" and source in self.constants:
@@ -163,8 +175,24 @@ class PartGraph:
                     if source in owners:
                         owners[name] = owners[source]
                 elif name not in outside:
-                    owners[name] = name
+                    owners[name] = joined.get(name, name)
         return owners
+
+    def _joined_products(self, rules: MemoryRules) -> dict[str, str]:
+        """Result of each product of a value with weights -> the first such result of the same value."""
+        groups: dict[str, list[str]] = {}
+        for name, source in self._products(rules).items():
+            groups.setdefault(source, []).append(name)
+        return {name: made[0] for made in groups.values() for name in made}
+
+    def _products(self, rules: MemoryRules) -> dict[str, str]:
+        """Result of each product with weights -> the value that is multiplied, where the library joins products."""
+        return {
+            node.outputs[0]: node.inputs[0]
+            for node in (self.nodes if rules.fused else ())
+            if node.op == "MatMul" and node.inputs[1] in self.weights
+            if node.outputs[0] not in self.outputs | self.constants
+        }
 
     def _bytes(self, name: str, sizes: tuple[tuple[str, int], ...], rules: MemoryRules) -> int | None:
         value = self.values.get(name)
