@@ -1,4 +1,4 @@
-"""Make a bundle with one real part, `p`: softmax(x x^T) x in float32. Its scratch memory is quadratic in the rows of x."""
+"""Make a bundle with one real part, `p`: softmax(x x^T) x in float32. Scratch memory is quadratic in the rows of x."""
 
 from __future__ import annotations
 
