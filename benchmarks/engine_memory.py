@@ -26,7 +26,9 @@ from quantize_fullsize import BLOCKS, make_bundle, make_scales
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.files import sha256_file
 from arcflow_runtime.disk.manifest import MANIFEST, FileEntry
+from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
+LIBRARY = LIBRARIES["tensorrt-rtx"]
 TARGET = "sm89"
 DECODER = "decoder"
 ROWS = ("text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder", DECODER)
@@ -83,7 +85,7 @@ def build(root: Path, part: str, *options: str) -> dict[str, Any]:
     Returns:
         Scratch memory, whether it allocates, sizes and times; or the error. All of them as in the JSON.
     """
-    command = ("--backend", "tensorrt-rtx", "--target", TARGET, "--parts", part, "--anyway", *options)
+    command = ("--backend", LIBRARY.name, "--target", TARGET, "--parts", part, "--anyway", *options)
     try:
         built, used = run_arcflow("build", str(root), *command)
     except MeasureError as e:
@@ -145,7 +147,12 @@ def main() -> int:
                 measured = [row]
         for row in measured:
             print(json.dumps(row))
-        found |= {"command": "python benchmarks/engine_memory.py", "target": TARGET, "machine": describe_machine()}
+        found |= {
+            "command": "python benchmarks/engine_memory.py",
+            "target": TARGET,
+            "library": LIBRARY.load().__version__,
+            "machine": describe_machine(),
+        }
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     rows = [*found["parts"].values(), *found["decoder"]]
     return 1 if any("error" in r or r["allocates_when_run"] for r in rows) else 0
