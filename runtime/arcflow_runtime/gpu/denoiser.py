@@ -54,7 +54,9 @@ class DeviceDenoiser:
         self._kernels: KernelLauncher | None = None
         self._logged: set[str] = set()
         self._closed = False
-        self._lock = threading.Lock()
+        # Reentrant, because a conditioner that runs by way of the host may call `make_room`.
+        self._lock = threading.RLock()
+        lane.make_room = self.make_room
 
     def denoise(self, job: DenoiseJob, watch: Stopwatch, on_step: OnStep | None = None) -> Denoised:
         """Run a job, in several pieces if the engines accept fewer images at once; see `Denoiser.denoise`."""
@@ -84,6 +86,20 @@ class DeviceDenoiser:
         for _ in range(2 if self._parts.keep else 0):
             self.denoise(job, Stopwatch())
 
+    def make_room(self) -> bool:
+        """Free the plans, which can be made again. False if there are none, or another thread is using one."""
+        if not self._lock.acquire(blocking=False):  # its owner may be waiting for a lock of the caller
+            return False
+        try:
+            if not self._plans:
+                return False
+            _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(self._plans))
+            self._drop_plans(0)
+            self._lane.release_workspace()
+            return True
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """Free every plan; see `Denoiser.close`."""
         with self._lock:
@@ -92,32 +108,50 @@ class DeviceDenoiser:
             self._lane.release_workspace()
 
     def _denoise(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
+        reported: list[int] = []
+
+        def report(step: int, latents: np.ndarray) -> None:
+            reported.append(step)
+            if on_step is not None:
+                on_step(step, latents)
+
         with self._lock:
             if self._closed:
                 raise EngineError("this pipeline is closed; load it again with Pipeline.load")
-            modulation = self._modulation_source(job)
-            given = self._condition(job, watch) if modulation == "given" else None
-            grid, texts = job.grid, job.texts
-            size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
-            plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)
-            with watch("stage"):
-                plan.buffers.stage(job, given)
+            given_step = report if on_step is not None else None
             try:
-                if self._parts.keep:
-                    plan.run(on_step)
-                else:
-                    plan.run_staged(lambda part: self._opened(part, plan.buffers.inputs[part]), on_step)
-            except BaseException:
-                # The plan may have enqueued or captured half of its work, so it is discarded.
-                self._plans.pop(plan.key, None)
-                plan.close()
-                raise
-            if plan.obstacle is not None and plan.obstacle not in self._logged:
-                self._logged.add(plan.obstacle)
-                _log.warning("images are generated without a CUDA graph: %s", plan.obstacle)
-            for stage, ms in plan.times_ms().items():
-                watch.add(stage, ms)
-            return plan.buffers.read()
+                return self._run(job, steps_at_once, watch, given_step)
+            except OutOfDeviceMemory:
+                # A step that the caller has seen cannot be taken back.
+                if reported or not self.make_room():
+                    raise
+                return self._run(job, steps_at_once, watch, given_step)
+
+    def _run(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
+        """Run a job that the engines accept whole. If it fails, its plan is dropped."""
+        modulation = self._modulation_source(job)
+        given = self._condition(job, watch) if modulation == "given" else None
+        grid, texts = job.grid, job.texts
+        size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
+        plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)
+        with watch("stage"):
+            plan.buffers.stage(job, given)
+        try:
+            if self._parts.keep:
+                plan.run(on_step)
+            else:
+                plan.run_staged(lambda part: self._opened(part, plan.buffers.inputs[part]), on_step)
+        except BaseException:
+            # The plan may have enqueued or captured half of its work, so it is discarded.
+            self._plans.pop(plan.key, None)
+            plan.close()
+            raise
+        if plan.obstacle is not None and plan.obstacle not in self._logged:
+            self._logged.add(plan.obstacle)
+            _log.warning("images are generated without a CUDA graph: %s", plan.obstacle)
+        for stage, ms in plan.times_ms().items():
+            watch.add(stage, ms)
+        return plan.buffers.read()
 
     def _fit(self, job: DenoiseJob) -> tuple[int, int]:
         """The largest number of images per run, and of timesteps per run of the conditioner, that the engines accept.
@@ -171,16 +205,7 @@ class DeviceDenoiser:
             self._plans.move_to_end(key)
             return self._plans[key]
         self._drop_plans(self._max_plans - 1)
-        try:
-            plan = self._make_plan(key, steps_at_once, job)
-        except OutOfDeviceMemory:
-            if not self._plans:
-                raise
-            _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(self._plans))
-            self._drop_plans(0)
-            self._lane.release_workspace()
-            plan = self._make_plan(key, steps_at_once, job)
-        self._plans[key] = plan
+        plan = self._plans[key] = self._make_plan(key, steps_at_once, job)
         return plan
 
     def _make_plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> GraphPlan:

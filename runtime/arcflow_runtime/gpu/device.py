@@ -1,7 +1,7 @@
 """The interface between the GPU pipeline and CUDA: memory, copies, streams, events, captured graphs, kernels.
 
-`cuda.py` implements it on a GPU, and the tests implement it on the host. Addresses are ints to which byte offsets may
-be added. Work enqueued in a stream runs in order; a call may return before its work has run.
+`cuda.py` implements it. Addresses are ints to which byte offsets may be added. Work enqueued in a stream runs in order;
+a call may return before its work has run.
 """
 
 from __future__ import annotations

@@ -36,8 +36,12 @@ class HostEngine:
         self._lane, self._manifest, self._part = lane, manifest, part
         self._prepared: OrderedDict[tuple[tuple[int, ...], ...], _Prepared] = OrderedDict()
         self._lock = threading.Lock()
-        with lane.enter():
-            self._engine: DeviceEngine | None = open_engine()
+
+        def load() -> DeviceEngine:
+            with lane.enter():
+                return open_engine()
+
+        self._engine: DeviceEngine | None = lane.with_room(load)
 
     @property
     def device_engine(self) -> DeviceEngine:
@@ -52,8 +56,7 @@ class HostEngine:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph; see `Engine.run`."""
-        with self._lock:
-            return self._prepare({name: x.shape for name, x in inputs.items()}).run(inputs)
+        return self._lane.with_room(lambda: self._run(inputs))
 
     def close(self) -> None:
         """Free everything, after any run in another thread has finished."""
@@ -64,6 +67,11 @@ class HostEngine:
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shapes = {name: x.shape for name, x in inputs.items()}
+        with self._lock:
+            return self._prepare(shapes).run(inputs)
 
     def _prepare(self, shapes: Shapes) -> _Prepared:
         key = tuple(shapes.values())

@@ -6,6 +6,7 @@ Implements `engine.py`; used by `tensorrt_backend.py`.
 from __future__ import annotations
 
 import mmap
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -24,11 +25,18 @@ from arcflow_runtime.engines.tensorrt_library import Library
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Stream
 from arcflow_runtime.gpu.engine import Shapes
-from arcflow_runtime.gpu.lane import Lane, OutOfDeviceMemory, out_of_memory
+from arcflow_runtime.gpu.lane import SAVE_MEMORY, Lane, OutOfDeviceMemory, out_of_memory
 from arcflow_runtime.gpu.runtime_cache import RuntimeCacheFile
 from arcflow_runtime.gpu.shapes import output_shapes
 
 _SHOWN_ERRORS = 3
+#: Says in the libraries' messages that memory ran out, as in "Error Code 1: Cuda Runtime (out of memory)", "OutOfMemory
+#: (Requested size was 4096 bytes.)", "GPU memory allocation failed for persistent buffer" and "Failed to allocate
+#: weight streaming device memory". An allocation that fails only because of a capture is worded differently.
+_NO_MEMORY = re.compile(r"out ?of ?memory|could not be allocated|allocation failed|failed to allocate", re.IGNORECASE)
+#: Device memory that the budget for streamed weights leaves free beside the engine's activations: for the buffers of
+#: `denoiser.MAX_PLANS` plans of 40 MB each, rounded up for contexts and kernels.
+RESERVE_BYTES = 512 << 20
 _DTYPES: dict[DType, str] = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -55,9 +63,24 @@ class TensorRTEngine:
     """A deserialised engine; implements `engine.DeviceEngine`."""
 
     def __init__(
-        self, library: Library, lane: Lane, bundle: Bundle, built: BuiltEngine, options: TensorRTOptions
+        self,
+        library: Library,
+        lane: Lane,
+        bundle: Bundle,
+        built: BuiltEngine,
+        options: TensorRTOptions,
+        share: tuple[int, int] = (1, 1),
     ) -> None:
         """Load the engine, and its weights from the bundle if it was built without them; the caller holds the lane.
+
+        Args:
+            library: which of the two libraries.
+            lane: its device and stream.
+            bundle: what the part belongs to.
+            built: the engine's file and record.
+            options: how to run it.
+            share: what part of the free memory the engine may take if its weights are streamed, as a fraction
+                (numerator, denominator). The rest is for engines that are loaded later.
 
         Raises:
             BundleError: the graph reads weights from outside the part's weights file.
@@ -76,8 +99,7 @@ class TensorRTEngine:
         self._check_tensors()
         if graph is not None:
             self._refit(graph)
-        if "WEIGHT_STREAMING" in self._flags:
-            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        self._streams = "WEIGHT_STREAMING" in self._flags and self._set_streaming_budget(*share)
         self._cache_file: RuntimeCacheFile | None = None
         self._cache: Any = None
         if library.ahead_of_time:
@@ -98,7 +120,11 @@ class TensorRTEngine:
         for name, shape in inputs.items():
             if not context.set_input_shape(name, shape):
                 raise self.error(f"{name} cannot have shape {list(shape)}")
-        if missing := context.infer_shapes():
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as e:  # the binding raises it for every failure but missing shapes
+            raise self.error(f"the shapes cannot be inferred: {e}") from e
+        if missing:
             raise self.error(f"the shapes of {missing} cannot be inferred")
         for name, shape in output_shapes(self._bundle.manifest, self.part, inputs).items():
             found = tuple(context.get_tensor_shape(name))
@@ -110,7 +136,7 @@ class TensorRTEngine:
 
     def obstacle(self, context: Any, stream: Stream) -> str | None:
         """The reason why runs of `context` cannot be captured, or None."""
-        if "WEIGHT_STREAMING" in self._flags:
+        if self._streams:
             return "its weights are streamed from the host"
         if self._allocates:
             return "it allocates memory in each run"
@@ -121,6 +147,11 @@ class TensorRTEngine:
         if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(stream.handle):
             return f"{self._library.name} says that its work cannot be captured"
         return None
+
+    @property
+    def is_open(self) -> bool:
+        """False once `close` was called."""
+        return self._engine is not None
 
     def save_cache(self) -> None:
         """Write the kernels that were compiled so far to the cache on disk."""
@@ -141,10 +172,18 @@ class TensorRTEngine:
         self._cache = self._engine = self._runtime = None
 
     def error(self, what: str) -> EngineError:
-        """An error that names this part and ends with the messages that the library logged."""
+        """An error that names this part and ends with the messages that the library logged.
+
+        It is an `OutOfDeviceMemory` if one of them says so.
+        """
         logged = self._logger.take()
-        text = f"{self.part}: {self._library.name}: {what}" + "".join(f"\n  {line}" for line in logged[:_SHOWN_ERRORS])
-        return EngineError(text)
+        text = f"{self.part}: {self._library.name}: {what}"
+        lines = "".join(f"\n  {line}" for line in logged[:_SHOWN_ERRORS])
+        if not any(map(_NO_MEMORY.search, logged)):
+            return EngineError(text + lines)
+        device = self._lane.device
+        free = f"{device.free_bytes():,} bytes of {device.name}'s memory are free"
+        return OutOfDeviceMemory(f"{text} for lack of memory; {free}; {SAVE_MEMORY}{lines}")
 
     def _deserialize(self, built: BuiltEngine) -> Any:
         with built.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -152,10 +191,36 @@ class TensorRTEngine:
         if engine is not None:
             return engine
         logged = self._logger.take()
-        if any("memory" in line.lower() for line in logged):
+        if any(map(_NO_MEMORY.search, logged)):
             raise OutOfDeviceMemory(out_of_memory(self._lane.device, built.record.bytes, f"{self.part}: weights"))
         self._logger.errors = logged
         raise self.error(f"{built.path} cannot be loaded; build it again with `arcflow build`")
+
+    def _set_streaming_budget(self, taken: int, of: int) -> bool:
+        """Keep as many of the weights on the device as `taken` / `of` of its memory hold.
+
+        That is of the memory that is free, less activations and `RESERVE_BYTES`. The library's automatic budget is not
+        used, because its binding returns only 32 bits of it.
+
+        Returns:
+            True if the other weights are streamed, False if all are on the device.
+
+        Raises:
+            OutOfDeviceMemory: the library cannot allocate the memory.
+            EngineError: it does not accept the budget.
+        """
+        engine, size = self._engine, int(self._engine.streamable_weights_size)
+        engine.weight_streaming_budget_v2 = 0  # so that the activations below include the buffer to stream through
+        reserve = int(engine.device_memory_size_v2) + RESERVE_BYTES
+        budget = min(size, max(0, self._lane.device.free_bytes() - reserve) * taken // of)
+        engine.weight_streaming_budget_v2 = budget
+        if (found := int(engine.weight_streaming_budget_v2)) == budget:
+            return budget < size
+        logged = self._logger.take()
+        if any(map(_NO_MEMORY.search, logged)):
+            raise OutOfDeviceMemory(out_of_memory(self._lane.device, budget, f"{self.part}: weights"))
+        self._logger.errors = logged
+        raise self.error(f"the budget for streamed weights must be {budget:,} bytes, got {found:,}")
 
     def _check_tensors(self) -> None:
         spec, trt, engine = self._bundle.manifest.parts[self.part], self._trt, self._engine

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.parts import Parts
@@ -35,6 +36,7 @@ class TensorRTBackend:
         self._host: Host | None = None
         self._lane: Lane | None = None
         self._found: dict[tuple[Path, str], BuiltEngine] = {}
+        self._loaded: WeakValueDictionary[tuple[Path, str], TensorRTEngine] = WeakValueDictionary()
 
     def check(self, bundle: Bundle) -> None:
         """Find the engine of every part for this machine, before any is loaded (rules E4, E5).
@@ -73,7 +75,17 @@ class TensorRTBackend:
         return DeviceDenoiser(bundle, parts, self._get_lane(), check_shapes)
 
     def _load(self, lane: Lane, bundle: Bundle, part: str, options: TensorRTOptions) -> TensorRTEngine:
-        return TensorRTEngine(self._library, lane, bundle, self._find(bundle, part), options)
+        share = self._share(bundle, part)
+        engine = TensorRTEngine(self._library, lane, bundle, self._find(bundle, part), options, share)
+        self._loaded[bundle.root, part] = engine
+        return engine
+
+    def _share(self, bundle: Bundle, part: str) -> tuple[int, int]:
+        """Bytes of a part's weights, and of those of all parts that are not loaded yet, this part included."""
+        files = bundle.manifest.files
+        nbytes = {name: files[spec.weights].bytes for name, spec in bundle.manifest.parts.items()}
+        loaded = {name for name in nbytes if (engine := self._loaded.get((bundle.root, name))) and engine.is_open}
+        return nbytes[part], sum(nbytes[name] for name in nbytes.keys() - loaded | {part})
 
     def _find(self, bundle: Bundle, part: str) -> BuiltEngine:
         key = (bundle.root, part)
