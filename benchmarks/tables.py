@@ -293,6 +293,27 @@ def memory_sums(model: str, weights: str, side: str) -> Sums:
     return make_sums(manifest, size, TENSORRT, found["weights"][weights], found["activations"][side])
 
 
+def engine_memory_table() -> str:
+    """Scratch memory of TensorRT-RTX's engines: of every part at the default shapes, and of the decoder by size."""
+    data = _read("engine_memory")
+    rows = ["| part | weights | scratch memory | build, peak resident | of it, anonymous |", "|---|---|---|---|---|"]
+    for name, r in data["parts"].items():
+        rows.append(
+            f"| `{name}` | {r['weight_bytes'] / 1e9:.2f} GB | {max(r['activation_bytes']) / 1e9:.3f} GB "
+            f"| {r['peak_resident_bytes'] / 2**30:.1f} GiB | {r['sampled_peak_anonymous_bytes'] / 2**30:.1f} GiB |"
+        )
+    found = {(r["size"], r["query_groups"]): max(r["activation_bytes"]) for r in data["decoder"]}
+    groups = sorted({n for _, n in found})
+    allocating = sum(r["allocates_when_run"] for r in [*data["parts"].values(), *data["decoder"]])
+    rows += ["", "The scratch memory of the VAE decoder by `--resolutions`:", ""]
+    rows += ["| pixels | as exported | " + " | ".join(f"queries in {n} groups" for n in groups[1:]) + " |"]
+    rows += ["|---" * (len(groups) + 1) + "|"]
+    for size in dict.fromkeys(size for size, _ in found):
+        rows.append(f"| {size} | " + " | ".join(f"{found[size, n] / 1e9:.2f} GB" for n in groups) + " |")
+    note = f"TensorRT-RTX {data['library']} for {data['target']}; {allocating or 'none'} of the engines"
+    return "\n".join([*rows, "", f"{note} allocates memory when it runs. {_machine(data)}"])
+
+
 def _read(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return data
@@ -315,6 +336,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "host": host_table,
         "arcs": arcs_table,
     },
+    HERE.parent / "docs" / "engines.md": {"memory": engine_memory_table},
     SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
     HERE.parent / "docs" / "memory.md": {
         "parts": memory_parts_table,

@@ -68,6 +68,21 @@ def test_prompts_are_grouped_by_length(on_gpu, plain, driver):
     assert captures(driver) == 2
 
 
+def test_what_a_new_text_length_costs(on_gpu, driver):
+    """docs/engines.md gives these numbers."""
+    pipe = on_gpu("qwen")
+    request = {"output_type": "pil", "max_sequence_length": 256}
+    generate(pipe, "a b c d e f", **request)  # the workspace is large enough for what follows
+    driver.reset()
+    before = len(pipe.backend.contexts)
+    generate(pipe, "a b c", **request)
+    made = [part for part, _ in pipe.backend.contexts[before:]]
+    assert sorted(made) == ["backbone", "text_encoder", "vae_decoder"]
+    # Also one each for the text encoder, and one in page-locked memory for the constants, which is freed at once.
+    assert (driver.calls("cuMemAlloc"), driver.calls("cuMemHostAlloc")) == (3 + 1, 2 + 1 + 1)
+    assert (driver.calls("cuMemFreeHost"), captures(driver), launches(driver)) == (1, 0, 0)
+
+
 def test_a_bundle_with_a_modulation_table_has_no_conditioner(on_gpu):
     pipe = on_gpu("qwen")
     for _ in range(2):

@@ -70,7 +70,7 @@ class EngineContext:
         self._backend.enqueues.append(self._part)
         self._backend.before_enqueue(self._part, stream)
         if error := driver.enqueue(stream.handle, run, self._kept):
-            raise EngineError(f"{self._part}: the engine cannot be enqueued: {CUresult(error).name}")
+            raise EngineError(f"{self._part}: the engine fails: {CUresult(error).name}; load the bundle again")
 
     def obstacle(self, stream: Stream) -> str | None:
         """See `Context.obstacle`."""

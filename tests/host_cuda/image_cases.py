@@ -6,6 +6,8 @@ import itertools
 import logging
 import os
 import re
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,21 +16,13 @@ import pytest
 from cuda.bindings import driver as cuda
 
 from arcflow_runtime import EngineError
+from arcflow_runtime.gpu.cuda import _kernels_of
+from tests.golden_cases import arguments, check_case, golden
 from tests.host_cuda.control import Code, Live, When
-from tests.host_cuda.images import CLOSE, PROMPTS, WITHOUT_GRAPH, generate, levels
+from tests.host_cuda.images import CLOSE, PROMPTS, WITHOUT_GRAPH, attempt, generate, levels
 
 #: Calls that allocate.
 ALLOCATING = ("cuMemAlloc", "cuMemAllocHost", "cuMemHostAlloc", "cuStreamCreate", "cuStreamCreateWithPriority")
-
-
-def attempt(pipe, expected):
-    """Generate an image: the message of its error, or None if it succeeded; then the image must be right."""
-    try:
-        found = generate(pipe)
-    except EngineError as e:
-        return str(e)
-    np.testing.assert_allclose(found, expected, **CLOSE)
-    return None
 
 
 def allocations(driver):
@@ -44,6 +38,21 @@ def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, on_gpu, p
     for count in (1, 2):
         np.testing.assert_array_equal(generate(pipe, num_inference_steps=steps), first)
         assert (driver.calls("cuGraphLaunch"), driver.calls("cuStreamBeginCapture")) == (count, 1)
+
+
+@pytest.mark.parametrize(("name", "index"), list(itertools.product(("flux", "qwen"), range(3))))
+def test_golden_images(name, index, on_gpu, driver):
+    """The reference's latents of every step, and its image from plain calls, the captured graph and a replay."""
+    case, reference = golden(f"{name}-tiny", index)
+    pipe, steps = on_gpu(name), []
+    request = arguments(case) | {"output_type": "numpy"}
+    images = [pipe(**request, callback_on_step_end=lambda _, x: steps.append(x.copy())).images]
+    assert len(steps) == case["nfe"]
+    images += [pipe(**request).images for _ in range(2)]
+    assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, 2)
+    for image in images:
+        check_case(reference, steps, image)
+        np.testing.assert_array_equal(image, images[0])
 
 
 def test_pixels(on_gpu, plain):
@@ -182,7 +191,7 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
     for nth in itertools.count(1):
         pipe = on_gpu()
         driver.fail(function, nth, Code.OUT_OF_MEMORY)
-        failed = attempt(pipe, expected)
+        failed = attempt(lambda pipe=pipe: generate(pipe), expected)
         assert failed is None or re.match(rf"\w+: .*bytes of {kind} memory", failed), failed
         reached = driver.pending_failures() == 0
         driver.reset()
@@ -193,12 +202,13 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
     assert nth > 5, "no allocation failed"
 
 
+@pytest.mark.parametrize("code", [Code.UNKNOWN, Code.OUT_OF_MEMORY], ids=["unknown", "memory"])
 @pytest.mark.parametrize(
     ("memory", "image"),
     [("resident", 1), ("resident", 2), ("resident", 3), ("balanced", 2), ("low", 1)],
     ids=["plain", "captured", "replayed", "balanced", "low"],
 )
-def test_every_call_may_fail(memory, image, on_gpu, plain, driver):
+def test_every_call_may_fail(memory, image, code, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right."""
     expected = generate(plain["flux"])
     pipe = on_gpu(memory=memory, max_plans=1)
@@ -215,11 +225,58 @@ def test_every_call_may_fail(memory, image, on_gpu, plain, driver):
     calls = sum(not re.search("Free|Destroy", name) for name in driver.log())
     for nth in range(1, calls + 1):
         prepare()
-        driver.fail("*", nth, Code.UNKNOWN)
-        failed = attempt(pipe, expected)
-        assert failed is None or re.fullmatch(r".*(CUDA_ERROR_UNKNOWN|Failed to create).*", failed), failed
+        driver.fail("*", nth, code)
+        failed = attempt(lambda pipe=pipe: generate(pipe), expected)
+        said = rf"CUDA_ERROR_{code.name}|Failed to create|bytes of (Host memory's|page-locked host) memory"
+        assert failed is None or re.fullmatch(rf".*({said}).*; (load|generate|start) .*", failed), failed
         assert driver.pending_failures() == 0, f"call {nth} of {calls} was not made"
         np.testing.assert_allclose(generate(pipe), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("function", ["cuLibraryLoadData", "cuLibraryGetKernel"])
+def test_loading_the_kernels_may_fail(function, on_gpu, plain, driver):
+    """The first image of a process loads them."""
+    expected = generate(plain["flux"])
+    _kernels_of.cache_clear()
+    pipe = on_gpu()
+    driver.fail(function, 1, Code.UNKNOWN)
+    with pytest.raises(EngineError, match=r"^[^\n]*CUDA_ERROR_UNKNOWN[^\n]*; load the pipeline again$"):
+        generate(pipe)
+    np.testing.assert_allclose(generate(pipe), expected, **CLOSE)
+
+
+def test_loading_a_pipeline_may_fail(on_gpu, driver):
+    driver.fail("cuStreamCreateWithPriority", 1, Code.UNKNOWN)
+    with pytest.raises(EngineError, match=r"^[^\n]*CUDA_ERROR_UNKNOWN[^\n]*; load the pipeline again$"):
+        on_gpu()
+    generate(on_gpu())
+
+
+#: Failures of a process's first calls: function, error, and the sentence.
+OPENING = [
+    (
+        "cuInit",
+        Code.UNKNOWN,
+        r"the CUDA driver finds no GPU here \(CUDA_ERROR_UNKNOWN\); check that nvidia-smi lists one",
+    ),
+    (
+        "cuDevicePrimaryCtxRetain",
+        Code.OUT_OF_MEMORY,
+        "the GPU's memory is full, so this process cannot use it; end other programs that nvidia-smi lists",
+    ),
+    ("cuDeviceGetAttribute", Code.UNKNOWN, "the GPU failed: CUDA_ERROR_UNKNOWN; load the pipeline again"),
+]
+
+
+@pytest.mark.parametrize(("function", "error", "text"), OPENING)
+def test_opening_the_device_may_fail(function, error, text):
+    code = (
+        "from tests.host_cuda.control import Code, Driver\nfrom arcflow_runtime.gpu.cuda import open_device\n"
+        f"from arcflow_runtime import EngineError\nDriver().fail('{function}', 1, Code({int(error)}))\n"
+        "try:\n    open_device().kernels()\nexcept EngineError as e:\n    print(e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.fullmatch(text, done.stdout.strip()), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("work", ["run:copy", "run:kernel", "run:engine", "run:graph"])

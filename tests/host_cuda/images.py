@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from arcflow_runtime import EngineError
+
 #: The same graphs run with ONNX Runtime on both sides, image by image. Only the conditioner's batch differs: it runs
 #: per prompt on the CPU and per image on the device. Another batch sums in another order, a few units of 2^-24 per
 #: layer.
@@ -16,6 +18,16 @@ def generate(pipe, prompt=PROMPTS[0], **arguments):
     """The images of one call; the defaults are small."""
     defaults = {"height": 32, "width": 48, "seed": 3, "output_type": "latents", "max_sequence_length": 16}
     return pipe(prompt, **(defaults | arguments)).images
+
+
+def attempt(make, expected):
+    """Call `make` for an image: the message of its error, or None if it succeeded; then the image must be right."""
+    try:
+        found = make()
+    except EngineError as e:
+        return str(e)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    return None
 
 
 def levels(images):

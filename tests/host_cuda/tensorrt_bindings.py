@@ -334,11 +334,12 @@ class IExecutionContext:
         except _AllocationError as e:
             e.log(engine._logger)
             return False
-        addresses, workspace = dict(self._addresses), self._workspace
+        # Not `self`, which would then not be freed as soon as it is dropped.
+        addresses, workspace, shapes = dict(self._addresses), self._workspace, dict(self._shapes)
 
         def run() -> None:
             ctypes.memset(_at(*workspace), 0xFF, workspace[1])
-            feeds = {n: _array(addresses[n], s, _dtype(engine, n)) for n, s in self._shapes.items()}
+            feeds = {n: _array(addresses[n], s, _dtype(engine, n)) for n, s in shapes.items()}
             outputs = [n for n in engine._names if n not in engine._inputs]
             for name, value in zip(outputs, engine._session.run(outputs, feeds), strict=True):
                 _array(addresses[name], value.shape, str(value.dtype))[...] = value

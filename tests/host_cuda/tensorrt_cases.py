@@ -35,7 +35,7 @@ from arcflow_runtime.maths.noise import draw_latents
 from tests.fake_bundle import list_files, write_manifest
 from tests.host_cuda import tensorrt_bindings as bindings
 from tests.host_cuda.control import Code
-from tests.host_cuda.images import CLOSE, WITHOUT_GRAPH
+from tests.host_cuda.images import CLOSE, WITHOUT_GRAPH, attempt
 from tests.small_graph import edit_graph, set_external
 
 SIZE = {"height": 32, "width": 32, "seed": 1, "output_type": "latents", "max_sequence_length": 16}
@@ -70,7 +70,7 @@ def pipeline(machine, on_gpu, tmp_path):
     return make
 
 
-def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), **changes):
+def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), allocates=False, **changes):
     bundle = Bundle.open(root)
     with locked_store(bundle):
         for part in bundle.manifest.parts:
@@ -85,10 +85,9 @@ def build(root, name="tensorrt-rtx", flags=(), sizes="16-64", batch=(1, 2), **ch
                 platform=library.this_platform(),
             )
             graph = str(bundle.path(bundle.manifest.parts[part].graph))
-            named = {"graph": graph, "stripped": "STRIP_PLAN" in flags, "streams": "WEIGHT_STREAMING" in flags}
-            about = json.dumps(named).encode()
-            report = BuildReport(1.0, None, False)
-            write_engine(bundle, key, lambda out, about=about, report=report: out.write(about) and report)
+            about = {"graph": graph, "stripped": "STRIP_PLAN" in flags, "streams": "WEIGHT_STREAMING" in flags}
+            text, report = json.dumps(about).encode(), BuildReport(1.0, None, allocates)
+            write_engine(bundle, key, lambda out, text=text, report=report: out.write(text) and report)
 
 
 def expected(root, **arguments):
@@ -108,6 +107,10 @@ def test_images(root, pipeline, name, driver, monkeypatch):
     assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, 2)
     # One for each text encoder, and those of one plan: conditioner and backbone.
     assert bindings.state.contexts == 4
+    driver.reset()
+    pipe(PROMPT, **SIZE)
+    launched = ["cuGraphLaunch", "cuEventCreate", "cuEventRecordWithFlags", "cuEventSynchronize", "cuEventDestroy"]
+    assert [call for call in driver.log() if call != "cuEventElapsedTime"] == launched
     if name == "tensorrt-rtx":
         eager = bindings.DynamicShapesKernelSpecializationStrategy.EAGER
         assert {c.dynamic_shapes_kernel_specialization_strategy for c in bindings.state.configs} == {eager}
@@ -194,11 +197,12 @@ def test_weights_from_elsewhere_are_not_filled_in(root, pipeline):
 
 
 def test_what_is_not_captured(root, pipeline, driver, caplog):
-    build(root)
-    for options, capturable, text in (
-        ({"own_graphs": True}, True, "tensorrt-rtx captures its runs itself"),
-        ({}, False, "tensorrt-rtx says that its work cannot be captured"),
+    for options, capturable, allocates, text in (
+        ({"own_graphs": True}, True, False, "tensorrt-rtx captures its runs itself"),
+        ({}, False, False, "tensorrt-rtx says that its work cannot be captured"),
+        ({}, True, True, "it allocates memory in each run"),
     ):
+        build(root, allocates=allocates)
         bindings.state.capturable = capturable
         caplog.clear()
         pipe = pipeline(root, **options)
@@ -478,6 +482,33 @@ def test_a_step_that_a_callback_has_seen_is_not_run_again(step, fails, root, pip
     assert seen == ([0] if fails else [0, 1])
     driver.reset()
     np.testing.assert_allclose(pipe(PROMPT, **(SIZE | {"width": 16})).images, expected(root, width=16), **CLOSE)
+
+
+@pytest.mark.parametrize("image", [1, 2], ids=["plain", "captured"])
+def test_every_call_may_fail(image, root, pipeline, driver):
+    """Those of this runtime and those of the library: an error that names the failure or a right image, then a right
+    image."""
+    build(root)
+    pipe, wanted = pipeline(root), expected(root)
+
+    def prepare():
+        pipe(PROMPT, **SIZE)
+        pipe._denoiser.make_room()
+        for _ in range(image - 1):
+            pipe(PROMPT, **SIZE)
+        driver.reset()
+
+    prepare()
+    pipe(PROMPT, **SIZE)
+    calls = sum(not re.search("Free|Destroy", name) for name in driver.log())
+    for nth in range(1, calls + 1):
+        prepare()
+        driver.fail("*", nth, Code.UNKNOWN)
+        failed = attempt(lambda: pipe(PROMPT, **SIZE).images, wanted)
+        said = r"CUDA_ERROR_UNKNOWN|Failed to create|Cuda Runtime \(|profile 0 cannot be set"
+        assert failed is None or re.search(said, failed), failed
+        assert driver.pending_failures() == 0, f"call {nth} of {calls} was not made"
+        np.testing.assert_allclose(pipe(PROMPT, **SIZE).images, wanted, **CLOSE)
 
 
 def test_an_engine_that_allocates_when_it_runs_is_not_captured(root, pipeline, driver, caplog):

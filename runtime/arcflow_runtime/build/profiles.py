@@ -55,8 +55,8 @@ def parse_batch(text: str) -> SizeRange:
 def default_size(manifest: Manifest) -> Size:
     """All sizes that the bundle allows up to 1024 pixels a side.
 
-    An engine's scratch memory is that of its largest shapes. The attention of FLUX's VAE needs the fourth power of the
-    side, so at 2048 pixels it would not fit on any card.
+    An engine needs scratch memory for its largest shapes. That of FLUX's VAE decoder is 1.6 GB up to 1024 pixels and
+    19.4 GB up to 2048 (docs/engines.md).
     """
 
     def up_to_default(allowed: SizeRange) -> SizeRange:

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
     from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 
-# A progress bar appears if a run on the CPU takes longer than this. A GPU has none: its CUDA graph runs every step, and
-# a step callback would need them one by one.
-_BAR_DELAY_S = 2
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -110,22 +106,17 @@ def _check_out(out: Path) -> None:
 
 
 def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
-    from tqdm import tqdm
-
-    steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
-    disabled = None if args.backend == DEFAULT_BACKEND else True  # None: where standard error is not a terminal
-    with tqdm(total=steps, desc="steps", delay=_BAR_DELAY_S, disable=disabled, leave=False) as bar:
-        return pipeline(
-            args.prompt,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            seed=_one_each(args.seed, len(args.prompt) * args.num_images),
-            num_images_per_prompt=args.num_images,
-            max_sequence_length=args.max_sequence_length,
-            callback_on_step_end=None if bar.disable else lambda step, latents: bar.update(),
-        )
+    # Without a step callback, which would keep a GPU from running all steps as one CUDA graph.
+    return pipeline(
+        args.prompt,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=_one_each(args.seed, len(args.prompt) * args.num_images),
+        num_images_per_prompt=args.num_images,
+        max_sequence_length=args.max_sequence_length,
+    )
 
 
 def _seeds(text: str) -> list[int]:

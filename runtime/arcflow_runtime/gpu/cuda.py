@@ -52,6 +52,7 @@ def open_device() -> Device:
     """Open the first GPU visible under `CUDA_VISIBLE_DEVICES`.
 
     Raises:
+        OutOfDeviceMemory: the GPU has no memory left for this process.
         EngineError: cuda-python is not installed, or there is no driver or no GPU.
     """
     try:
@@ -62,11 +63,13 @@ def open_device() -> Device:
     try:
         device = cuda.core.Device(0)
         device.set_current()
+        return CudaDevice(device)
     except Exception as e:  # the loader's and cuda.core's errors share no public base
-        raise EngineError(
-            f"the CUDA driver finds no GPU here ({_what_failed(e)}); check that nvidia-smi lists one"
-        ) from None
-    return CudaDevice(device)
+        if (what := _what_failed(e)) == _OUT_OF_MEMORY:
+            raise OutOfDeviceMemory(
+                "the GPU's memory is full, so this process cannot use it; end other programs that nvidia-smi lists"
+            ) from None
+        raise EngineError(f"the CUDA driver finds no GPU here ({what}); check that nvidia-smi lists one") from None
 
 
 def _failed(what: str) -> EngineError:
@@ -138,7 +141,8 @@ class CudaDevice:
 
     def kernels(self) -> KernelLauncher:
         """See `Device.kernels`."""
-        return _kernels_of(self._device.device_id)
+        with _as_engine_error():
+            return _kernels_of(self._device.device_id)
 
 
 @lru_cache
@@ -290,5 +294,7 @@ def _as_engine_error() -> Iterator[None]:
     """Raise the errors of `cuda.core`, which have no public base class, as `EngineError`."""
     try:
         yield
+    except EngineError:
+        raise
     except Exception as e:
         raise _failed(_what_failed(e)) from e
