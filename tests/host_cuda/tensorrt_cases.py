@@ -409,14 +409,24 @@ RUN_BYTES = {"backbone": 4096}
 SECOND_PLAN = 3 + 2 + 2
 
 
-@pytest.mark.parametrize("change", [{"width": 16}, {"max_sequence_length": 32}], ids=["size", "text"])
-def test_every_allocation_of_a_second_shape_may_fail(change, root, pipeline, driver, caplog):
-    """The other shape makes room for it, in buffers, contexts and runs; also for the text encoder's new shape."""
+@pytest.mark.parametrize(
+    ("change", "low_memory", "allocations"),
+    [
+        ({"width": 16}, False, SECOND_PLAN),
+        # Also the text encoder's context, and its inputs and outputs.
+        ({"max_sequence_length": 32}, False, SECOND_PLAN + 2),
+        # Also weights and workspace of conditioner and backbone.
+        ({"width": 16}, True, SECOND_PLAN + 4),
+    ],
+    ids=["size", "text", "low"],
+)
+def test_every_allocation_of_a_second_shape_may_fail(change, low_memory, allocations, root, pipeline, driver, caplog):
+    """The other shape makes room for it, in buffers, contexts, runs and loaded weights."""
     build(root)
     wanted = expected(root, **change)
     for nth in itertools.count(1):
         bindings.state.run_bytes = RUN_BYTES
-        pipe = pipeline(root)
+        pipe = pipeline(root, low_memory=low_memory)
         pipe(PROMPT, **SIZE)
         driver.fail("cuMemAlloc", nth, Code.OUT_OF_MEMORY)
         caplog.clear()
@@ -429,10 +439,7 @@ def test_every_allocation_of_a_second_shape_may_fail(change, root, pipeline, dri
         pipe.close()
         if not reached:
             break
-    if "width" in change:
-        assert nth - 1 == SECOND_PLAN
-    else:  # also the text encoder's context, and its inputs and outputs
-        assert nth - 1 >= SECOND_PLAN + 2
+    assert nth - 1 == allocations
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ class DeviceDenoiser:
         self._modulations = ModulationCache()
         self._logged: set[str] = set()
         self._closed = False
-        # Reentrant, because a conditioner that runs by way of the host may call `make_room`.
+        self._running: PlanKey | None = None
+        # Reentrant, because loading a part during a job may call `make_room`.
         self._lock = threading.RLock()
         lane.make_room = self.make_room
 
@@ -94,15 +95,22 @@ class DeviceDenoiser:
         self._modulations.clear()
 
     def make_room(self) -> bool:
-        """Free the plans, which can be made again. False if there are none, or another thread is using one."""
+        """Free the plans, which can be made again, except one that is running in this thread.
+
+        Returns:
+            False if there are none, or another thread is using one.
+        """
         if not self._lock.acquire(blocking=False):  # its owner may be waiting for a lock of the caller
             return False
         try:
-            if not self._plans:
+            others = [key for key in self._plans if key != self._running]
+            if not others:
                 return False
-            _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(self._plans))
-            self._drop_plans(0)
-            self._lane.release_workspace()
+            _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(others))
+            for key in others:
+                self._plans.pop(key).close()
+            if self._running is None:
+                self._lane.release_workspace()
             return True
         finally:
             self._lock.release()
@@ -146,6 +154,7 @@ class DeviceDenoiser:
         with watch("stage"):
             plan.buffers.stage(job, given)
         try:
+            self._running = plan.key
             if self._parts.keeps("backbone"):
                 plan.run(on_step)
             else:
@@ -155,6 +164,8 @@ class DeviceDenoiser:
             self._plans.pop(plan.key, None)
             plan.close()
             raise
+        finally:
+            self._running = None
         if plan.obstacle is not None and plan.obstacle not in self._logged:
             self._logged.add(plan.obstacle)
             _log.warning("images are generated without a CUDA graph: %s", plan.obstacle)

@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 class OutOfDeviceMemory(EngineError):
-    """An allocation for the GPU failed; the message says what the memory was for and how much is free."""
+    """Memory of the GPU, or page-locked memory for it, ran out; the message says what it was for if that is known."""
 
 
 #: What to do about it.
