@@ -425,6 +425,17 @@ def test_the_real_sizes_are_those_of_full_size_exports():
     assert 0 < coverage["bytes_after"] - flux["FP8 backbone"]["backbone"] < 3e6
 
 
+def test_the_bounds_hold_for_engines_of_the_real_shapes():
+    """What TensorRT-RTX's builder says that its engines need (docs/engines.md), against docs/memory.md."""
+    bounds = tables._read("memory")["models"]["flux"]["activations"]
+    built = tables._read("engine_memory")
+    whole = [r for r in built["decoder"] if r["query_groups"] == 1]
+    decoders = {r["size"]: max(r["activation_bytes"]) for r in whole if r["size"] in bounds}
+    assert decoders.keys() == bounds.keys()
+    for size, needed in decoders.items():
+        assert bounds[size]["vae_decoder"] / 3 < needed <= bounds[size]["vae_decoder"]
+
+
 def test_make_sums_takes_the_numbers_that_it_is_given(bundles):
     m = Bundle.open(bundles("qwen-tiny")).manifest
     sums = make_sums(m, SIZE, TENSORRT, dict.fromkeys(m.parts, 10), dict.fromkeys(m.parts))
