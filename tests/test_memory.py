@@ -129,6 +129,12 @@ def test_what_a_graph_does_not_say_is_unknown():
     for values in ([], [("a", [None])], [("a", ["n/2"])], [("a", ["m"])]):
         assert graph(relu, *tensors, values).activation_bytes({"x": (3,)}, TENSORRT) is None
     assert graph(relu, *tensors, [("a", ["n"])]).activation_bytes({"other": (3,)}, TENSORRT) is None
+    assert graph(relu, *tensors, [("a", [1 << 40, 1 << 40])]).activation_bytes({"x": (3,)}, TENSORRT) is None
+    for op in ("MatMul", "Attention", "DequantizeLinear", "Reshape"):
+        for given in ([], ["x"]):
+            odd = graph([(op, given, ["a"], {}), relu[1]], *tensors, [("a", ["n"])])
+            assert odd.activation_bytes({"x": (3,)}, ONNX_RUNTIME_CUDA) in (None, 0, 12)
+            assert odd.activation_bytes({"x": (3,)}, TENSORRT) - SCRATCH in (0, 12, 24)
     inner = helper.make_graph([], "inner", [], [])
     assert graph([("If", ["x"], ["y"], {"then_branch": inner, "else_branch": inner})], *tensors) is None
 

@@ -54,6 +54,8 @@ _MESSAGES = {
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 17: 1}
 _FLOATS = {1, 10, 11, 16}
 _VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+#: A larger result is an error in the graph.
+_MOST_BYTES = 1 << 50
 #: Longest expression of a dimension that is evaluated.
 _MAX_EXPRESSION = 200
 
@@ -69,6 +71,11 @@ class _Node:
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """The first input; "" if there is none."""
+        return self.inputs[0] if self.inputs else ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class PartGraph:
         for node in nodes:
             if node.op != "DequantizeLinear" and all(name in constants for name in node.inputs):
                 constants.update(node.outputs)
-        dequantized = (o for n in nodes if n.op == "DequantizeLinear" and n.inputs[0] in constants for o in n.outputs)
+        dequantized = (o for n in nodes if n.op == "DequantizeLinear" and n.source in constants for o in n.outputs)
         weights = frozenset(constants | {*dequantized})
         values = {_text(v.name): _value(v) for v in (*graph.input, *graph.value_info, *graph.output)}
         outputs = frozenset(_text(v.name) for v in graph.output)
@@ -167,7 +174,7 @@ class PartGraph:
         outside = self.outputs | self.constants | set(self.inputs)
         joined = self._joined_products(rules)
         for node in self.nodes:
-            source = node.inputs[0] if node.inputs else ""
+            source = node.source
             if rules.fused and node.op == "DequantizeLinear" and source in self.constants:
                 outside |= {*node.outputs}
             for name in filter(None, node.outputs):
@@ -188,10 +195,10 @@ class PartGraph:
     def _products(self, rules: MemoryRules) -> dict[str, str]:
         """Result of each product with weights -> the value that is multiplied, where the library joins products."""
         return {
-            node.outputs[0]: node.inputs[0]
+            node.outputs[0]: node.source
             for node in (self.nodes if rules.fused else ())
-            if node.op == "MatMul" and node.inputs[1] in self.weights
-            if node.outputs[0] not in self.outputs | self.constants
+            if node.op == "MatMul" and self.weights.issuperset(node.inputs[1:2])
+            if node.outputs and node.outputs[0] not in self.outputs | self.constants
         }
 
     def _bytes(self, name: str, sizes: tuple[tuple[str, int], ...], rules: MemoryRules) -> int | None:
@@ -200,13 +207,14 @@ class PartGraph:
         if value is None or item is None:
             return None
         shape = _shape(value.dims, sizes)
-        return None if shape is None else item * math.prod(shape)
+        nbytes = None if shape is None else item * math.prod(shape)
+        return None if nbytes is None or nbytes > _MOST_BYTES else nbytes
 
     def _scores(self, node: _Node, sizes: tuple[tuple[str, int], ...], rules: MemoryRules) -> int | None:
         """Bytes of an attention's scores before and after the softmax, twice [B, heads, T, S]; 0 for other nodes."""
         if node.op != "Attention" or rules.fused:
             return 0
-        query, key = (self.values.get(name) for name in node.inputs[:2])
+        query, key = (self.values.get(name) for name in (*node.inputs, "", "")[:2])
         if query is None or key is None or len(query.dims) != 4 or len(key.dims) != 4:
             return None
         asked, given = _shape(query.dims, sizes), _shape(key.dims, sizes)
