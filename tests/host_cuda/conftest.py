@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +12,7 @@ from cuda.bindings import driver as cuda
 
 from arcflow_runtime import Pipeline
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.engines import store
-from arcflow_runtime.engines import tensorrt_library as library
-from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend
-from arcflow_runtime.gpu.cuda import open_device
-from arcflow_runtime.gpu.tensorrt import TensorRTOptions
-from arcflow_runtime.gpu.tensorrt_backend import TensorRTBackend
-from tests.host_cuda import tensorrt_bindings as bindings
 from tests.host_cuda.checked import BYTES, ok
 from tests.host_cuda.control import Driver, Live
 from tests.host_cuda.engines import HostCudaBackend
@@ -89,35 +79,6 @@ def on_gpu(open_bundle, driver):
     made.clear()
     pipe = None
     assert left((Live.EVENTS, Live.STREAMS)) == {}
-
-
-@pytest.fixture
-def root(tmp_path, open_bundle):
-    """A copy of the FLUX bundle, for engines."""
-    shutil.copytree(open_bundle("flux").root, tmp_path / "bundle")
-    return tmp_path / "bundle"
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """A machine with TensorRT's stand-in and a GPU of sm89."""
-    bindings.reset()
-    changed = {n: replace(x, module=bindings.__name__) for n, x in library.LIBRARIES.items()}
-    changed["tensorrt"] = replace(changed["tensorrt"], major=1)
-    for module in (library, store, sys.modules["arcflow_runtime.gpu.tensorrt_backend"]):
-        monkeypatch.setattr(module, "LIBRARIES", changed)
-    monkeypatch.setattr(store, "find_gpu", lambda: Gpu("Host memory", "sm89"))
-
-
-@pytest.fixture
-def pipeline(machine, on_gpu, tmp_path):
-    """A function (root, library's name, low_memory, **`TensorRTOptions`) -> pipeline."""
-
-    def make(root, name="tensorrt-rtx", low_memory=False, **options):
-        backend = TensorRTBackend(name, open_device, TensorRTOptions(cache=tmp_path / "cache", **options))
-        return on_gpu(Bundle.open(root), low_memory, backend)
-
-    return make
 
 
 @pytest.fixture
