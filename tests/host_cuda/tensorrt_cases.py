@@ -1,4 +1,7 @@
-"""TensorRT engines on the driver made of host memory, with `tensorrt_bindings.py` in the place of the library."""
+"""TensorRT engines on the driver made of host memory, with `tensorrt_bindings.py` in the place of the library.
+
+One file, because each file of cases runs in a process of its own.
+"""
 
 from __future__ import annotations
 

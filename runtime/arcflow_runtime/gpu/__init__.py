@@ -28,9 +28,10 @@ is not in it: the modulation comes from the host, which caches it. The modules, 
 The first call with a shape enqueues its work without a graph; engines need this warm-up before capture. The second call
 captures the graph, and later calls replay it. `Pipeline.warm_up` does the first two in advance.
 
-Locks are taken in this order: the denoiser's, `Parts`', a host engine's, the lane's. `Lane.make_room` may be called with
-any of the first three held. It takes the denoiser's only if that is free, and otherwise frees nothing.
+Locks are taken in this order: the denoiser's, `Parts`', a host engine's, the lane's. `Lane.make_room` may be called
+with any of the first three held. It takes the denoiser's only if that is free, and otherwise frees nothing.
 
-When memory runs out, `OutOfDeviceMemory` is raised wherever it happens: in an allocation here, in a library that says so
-in its log, or at a launch. The denoiser and `HostEngine` then free the plans that are not running, and try once more.
+When memory runs out, `OutOfDeviceMemory` is raised wherever it happens: in an allocation here, in a library that says
+so in its log, or at a launch. The denoiser and `HostEngine` then free the plans that are not running, and try once
+more.
 """
