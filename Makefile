@@ -4,7 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 MODEL ?= shapes
-BACKEND ?= onnxruntime
 
 # What `arcflow compile` takes: a student of its own (flux, qwen), one of these two, or a student file.
 STUDENT_shapes := models/shapes/student.toml
@@ -12,7 +11,10 @@ STUDENT_tiny := tests/golden/flux-tiny/student.toml
 STUDENT := $(or $(STUDENT_$(MODEL)),$(MODEL))
 # Empty for the student's own.
 PRECISION ?=
-# What TensorRT-RTX builds for, such as sm89 or sm89,sm120; empty for the GPU here.
+# What the result runs on: tensorrt-rtx, tensorrt, or onnxruntime on a CPU. Empty or auto: engines for TARGET or for the
+# GPU here, or else a bundle for this CPU.
+BACKEND ?=
+# GPUs to build for, such as sm89 or sm89,sm120; empty for the GPU here.
 TARGET ?=
 # A policy of arcflow quantize, a preset or a file; empty for the student's own.
 POLICY ?=
@@ -23,8 +25,8 @@ GATE ?= 1
 # Prompts of calibration and gate, and the size of their images as HEIGHTxWIDTH; empty for the student's own.
 LIMIT ?=
 SIZE ?=
-COMPILE = $(BIN)/arcflow compile $(STUDENT) --backend $(BACKEND) --out $(OUT) $(addprefix --precision ,$(PRECISION)) \
-	$(addprefix --target ,$(TARGET)) $(addprefix --policy ,$(POLICY)) $(addprefix --scales ,$(SCALES)) \
+COMPILE = $(BIN)/arcflow compile $(STUDENT) --out $(OUT) $(addprefix --precision ,$(PRECISION)) \
+	$(addprefix --backend ,$(BACKEND)) $(addprefix --target ,$(TARGET)) $(addprefix --policy ,$(POLICY)) $(addprefix --scales ,$(SCALES)) \
 	$(addprefix --limit ,$(LIMIT)) $(addprefix --size ,$(SIZE)) $(if $(GATE),,--no-gate)
 
 # What the demo draws; on this CPU, in float32 unless PRECISION says otherwise.
@@ -44,7 +46,7 @@ help:
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make docs     build the documentation's site in out/site; a broken link is an error"
 	@echo "make cpp-test build, test and install the C++ library; make cpp-check its sanitizers, fuzzing and static build"
-	@echo "make engine   MODEL=shapes|tiny|flux|qwen|FILE.toml [PRECISION=fp32|bf16|fp16|fp8] [BACKEND=onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
+	@echo "make engine   MODEL=shapes|tiny|flux|qwen|FILE.toml [PRECISION=fp32|bf16|fp16|fp8] [BACKEND=auto|onnxruntime|tensorrt-rtx|tensorrt] [TARGET=sm89]"
 	@echo "make shapes   train the shapes model from nothing: two hours on two CPU cores, minutes on a GPU"
 
 # Bytecode is written when a module is first used, also where the environment forbids it: without, torch and
@@ -58,6 +60,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runt
 	@touch $@
 
 demo: PRECISION := $(or $(PRECISION),fp32)
+demo: BACKEND := onnxruntime
 demo: engine
 	$(BIN)/arcflow generate $(OUT)/$(NAME)-$(PRECISION) $(if $(PROMPT),"$(PROMPT)",$(or $(PROMPTS_$(MODEL)),$(PROMPTS))) \
 		$(SIZE_$(MODEL)) --seed 42 --sheet --out $(OUT)/demo.png

@@ -8,88 +8,33 @@ result. Criterion: peak resident memory at most 6 GiB. The files are deleted at 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from export_fullsize import MeasureError, drop_cache, run_arcflow
-from fullsize import random_chunks
-from fullsize_models import LOGWEIGHTS_CHANNELS, NUM_GAUSSIANS, components
+from fullsize_bundle import flux_parts, make_tiny, put_part
 from machine import describe as describe_machine
 
-from arcflow_export.checkpoint.sources import Location
-from arcflow_export.export.export import export_bundle, plan_export
-from arcflow_export.export.write import attach, initializer_name, write_weights
 from arcflow_export.formats.policy import load_policy, select
 from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
-from arcflow_export.graph.trace import trace
-from arcflow_export.models.flux import build
-from arcflow_export.models.layers import parameters
-from arcflow_export.options import ExportOptions
 from arcflow_export.quantize.graph import find_linears
-from arcflow_export.student.load import load_student
-from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.files import sha256_file
 
 MAX_RESIDENT_BYTES = 6 << 30
 BLOCKS = (19, 38)
-_GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "flux-tiny"
 _SEED = 0
-
-
-class RandomWeights:
-    """Random finite bfloat16 tensors with values of at most 2^-7; a tensor depends only on its name.
-
-    The bytes are made in the order in which the file stores them.
-    """
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]):
-        self._shapes = shapes
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of tensor `key`."""
-        return self._shapes[key]
-
-    def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
-        """Yield tensor `key` in flat pieces; the writer only joins them."""
-        for chunk in random_chunks(_SEED, key, torch.Size(self._shapes[key]).numel() * dtype.itemsize):
-            yield torch.from_numpy(chunk).view(dtype)
-
-    def uncache(self) -> None:
-        """Do nothing: no file was read."""
 
 
 def make_bundle(root: Path, blocks: tuple[int, int]) -> Bundle:
     """Write the bundle; see the module's docstring."""
-    student = load_student(Location(str(_GOLDEN / "base")), Location(str(_GOLDEN / "adapter")), [])
-    m = Bundle.open(export_bundle(plan_export(student, ExportOptions("bfloat16")), root, "benchmark")).manifest
-    (config,) = (c.config for c in components("flux") if c.folder == "transformer")
-    config = {**config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
-    built = build(config, NUM_GAUSSIANS, LOGWEIGHTS_CHANNELS, "bfloat16", "bfloat16")
-    part = next(p for p in built if p.name == "backbone")
-    params = [dataclasses.replace(p, transform="none") for p in parameters(part)]
-    model = trace(part, ExportOptions().opset)
-    live = [p for p in params if initializer_name(p) in model.graph.initializers]
-    weights, graph = root / "backbone.safetensors", root / "backbone.onnx"
-    source = RandomWeights({p.key: p.shape for p in live if p.key is not None})
-    entry, placed = write_weights(weights, live, source, lambda _: None)
-    attach(model, weights, placed)
-    ir.save(model, graph)
-    count = sum(math.prod(p.shape) for p in live if p.key is not None)
-    spec = dataclasses.replace(m.parts["backbone"], parameters=count, inputs=part.inputs, outputs=part.outputs)
-    files = {weights.name: entry, graph.name: b.FileEntry(graph.stat().st_size, sha256_file(graph))}
-    m = dataclasses.replace(m, parts={**m.parts, "backbone": spec}, files={**m.files, **files})
-    (root / b.MANIFEST).write_text(m.to_json(), encoding="utf-8")
-    return Bundle.open(root)
+    with tempfile.TemporaryDirectory() as configs:
+        backbone = flux_parts(Path(configs), "bfloat16", blocks)["backbone"]
+    return put_part(make_tiny(root), backbone)
 
 
 def make_scales(bundle: Bundle) -> Scales:

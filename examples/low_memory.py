@@ -10,8 +10,8 @@ from arcflow_runtime import Pipeline
 
 bundles, folder = [Path(name) for name in sys.argv[1:-1]], Path(sys.argv[-1])
 for number, bundle in enumerate(bundles):
-    # Leaving the block frees every part; low_memory frees each one after its use.
-    with Pipeline.load(bundle, low_memory=True) as pipe:
+    # Leaving the block frees every part; memory="low" frees each one after its use.
+    with Pipeline.load(bundle, memory="low") as pipe:
         # One call with many prompts loads each part once; a call for each prompt would load it each time.
         output = pipe(["a red circle", "a blue square"], seed=[1, 2])
         for i, image in enumerate(output.images):

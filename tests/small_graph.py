@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from fake_bundle import list_files
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Part, TensorSpec
+from tests.fake_bundle import list_files
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

@@ -13,6 +13,7 @@ from fake_bundle import make_bundle
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.build import build, plan
 from arcflow_runtime.engines.gpus import Gpu
+from arcflow_runtime.engines.store import BuildReport
 from arcflow_runtime.errors import EngineError
 
 RTX = ["--backend", "tensorrt-rtx", "--target", "sm89"]
@@ -25,6 +26,7 @@ class Builder:
     def __init__(self):
         self.calls = []
         self.error = None
+        self.report = BuildReport(0.25)
 
     def __call__(self, library, bundle, part, target, profiles, settings, out, progress):
         progress.update(1, 2, "Building")
@@ -32,7 +34,7 @@ class Builder:
         out.write(f"engine of {part}".encode())
         if self.error is not None:
             raise self.error
-        return 0.25
+        return self.report
 
 
 @pytest.fixture
@@ -88,8 +90,11 @@ def test_unchanged_engines_are_not_built_again(root, builder, capsys):
         (["--resolutions", "64"], "the shape profile"),
         (["--optimization-level", "0"], "optimization_level (none to 0)"),
         (["--workspace", "0.5"], "workspace_bytes (none to 536870912)"),
-        (["--weight-streaming"], "flags (none to WEIGHT_STREAMING)"),
-        (["--strip-weights"], "flags (none to REFIT_IDENTICAL+STRIP_PLAN)"),
+        (["--weight-streaming"], "flags (-TF32+REQUIRE_USER_ALLOCATION to -TF32+WEIGHT_STREAMING)"),
+        (
+            ["--strip-weights"],
+            "flags (-TF32+REQUIRE_USER_ALLOCATION to -TF32+REFIT_IDENTICAL+REQUIRE_USER_ALLOCATION+STRIP_PLAN)",
+        ),
     ],
 )
 def test_what_changed_is_said(root, builder, capsys, arguments, changed):
@@ -98,6 +103,27 @@ def test_what_changed_is_said(root, builder, capsys, arguments, changed):
     assert run(root, *RTX, "--parts", "backbone", *arguments) == 0
     assert capsys.readouterr().out.endswith(f" bytes  built in 0.2 s; changed: {changed}\n")
     assert len(builder.calls) == 2
+
+
+def test_the_memory_that_an_engine_needs_is_said(root, builder, capsys):
+    builder.report = BuildReport(0.25, (1_200_000_000, 340_000_000))
+    assert run(root, *RTX, "--parts", "backbone") == 0
+    assert capsys.readouterr().out.endswith("built in 0.2 s; needs 1.20 GB of scratch memory on the GPU\n")
+    builder.report = BuildReport(0.25, None, True)
+    allocates = "allocates more in each run, so it has no CUDA graph: smaller --resolutions avoid that"
+    assert run(root, *RTX, "--parts", "vae_decoder") == 0
+    assert capsys.readouterr().out.endswith(f"built in 0.2 s; {allocates}\n")
+    # It is in the records, so a later run says it too.
+    assert run(root, *RTX, "--parts", "backbone,vae_decoder") == 0
+    backbone, decoder = capsys.readouterr().out.splitlines()
+    assert backbone.endswith("unchanged; needs 1.20 GB of scratch memory on the GPU")
+    assert decoder.endswith(f"unchanged; {allocates}")
+    assert run(root, *RTX, "--parts", "backbone,vae_decoder", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["engines"]
+    assert [(row["activation_bytes"], row["allocates_when_run"]) for row in rows] == [
+        ([1_200_000_000, 340_000_000], False),
+        (None, True),
+    ]
 
 
 def test_another_version_of_the_library_builds_again(root, builder, capsys, monkeypatch):

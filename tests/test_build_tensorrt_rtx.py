@@ -18,14 +18,17 @@ from pathlib import Path
 import pytest
 from attention_graph import attention_bundle, attention_profile
 from fake_bundle import edit_manifest, list_files, make_bundle
+from product_graph import product_bundle, product_profile
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.build.build import BuildSettings, _fix_static_axes, build_engine
+from arcflow_runtime.build.build import BuildSettings, _Build, _fix_static_axes, build_engine
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
 from arcflow_runtime.disk.manifest import SizeRange
-from arcflow_runtime.engines.store import Host, find_engine
+from arcflow_runtime.engines.modes import TENSORRT
+from arcflow_runtime.engines.store import Host, engine_bytes, find_engine, read_records
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
+from arcflow_runtime.memory.activations import PartGraph
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'", exc_type=ImportError
@@ -107,6 +110,20 @@ def test_built_with_its_weights(engines, case):
     assert sum(w[:64] in engine for w in weights.values()) > 0.5 * len(weights)
 
 
+@pytest.mark.parametrize("case", [c if c == "flux-bfloat16" else pytest.param(c, marks=SLOW) for c in CASES])
+def test_the_sums_bound_what_the_engines_need(engines, case):
+    """The bound: results as if nothing were fused, and the scratch memory that every engine has."""
+    bundle = Bundle.open(engines(case)[0])
+    records = [record for _, record in read_records(bundle)]
+    assert sorted(record.key.part for record in records) == sorted(CASES[case][2])
+    for record in records:
+        ((_, needed),) = engine_bytes(bundle, record).activations
+        (profile,) = record.key.profiles
+        graph = PartGraph.read(bundle, record.key.part)
+        bound = graph.activation_bytes({name: shapes.max for name, shapes in profile.items()}, TENSORRT)
+        assert 0.97 * TENSORRT.scratch_bytes < needed <= bound, record.key.part
+
+
 def output_dtypes(root, part, kind):
     """Name -> dtype of what the layers of one kind give, in the network that the builder is given."""
     logger = trt.Logger(trt.Logger.ERROR)
@@ -167,7 +184,10 @@ def test_shapes_in_ranges_and_several_profiles(bundle):
         {"latents": {"min": [1, 4, 4, 64], "opt": [1, 4, 4, 64], "max": [2, 4, 4, 64]}},
         {"latents": {"min": [1, 2, 4, 64], "opt": [1, 8, 4, 64], "max": [2, 8, 4, 64]}},
     ]
-    assert record["key"]["flags"] == ["WEIGHT_STREAMING"]
+    assert record["key"]["flags"] == ["-TF32", "WEIGHT_STREAMING"]
+    # One figure per profile. The second profile's image is twice as large as the first's.
+    static, ranged = record["activation_bytes"]
+    assert 0 < static < ranged
 
 
 def test_axes_with_one_value_are_static(bundle):
@@ -257,6 +277,89 @@ def test_attention_without_a_kernel_says_what_to_do(tmp_path, precision):
     bundle = attention_bundle(root, 32, precision)
     build_engine(library, bundle, "p", "sm89", (attention_profile(32),), BuildSettings(), out)
     assert out.tell() > 0
+
+
+#: Scores of this many tokens in float32 take 4 * TOKENS ** 2 = 17.2 GB: as much as makes the builder give up allocating
+#: scratch memory once, and allocate in each run.
+TOKENS = 1 << 16
+
+
+@pytest.fixture
+def product(tmp_path):
+    """A function (largest number of tokens, settings, library) -> report of the build of `product_bundle`."""
+    bundle = product_bundle(make_bundle(tmp_path / "bundle"))
+
+    def build(tokens, settings, library=LIBRARIES["tensorrt-rtx"]):
+        return build_engine(library, bundle, "p", "sm89", (product_profile(tokens),), settings, io.BytesIO())
+
+    return build
+
+
+def test_no_engine_allocates_when_it_runs(product):
+    report = product(TOKENS, BuildSettings())
+    assert not report.allocates_when_run
+    (activations,) = report.activation_bytes
+    assert activations >= 4 * TOKENS**2
+
+
+def test_an_engine_that_allocates_when_it_runs_is_reported(product):
+    # Streamed weights are refused beside the flag that forbids it.
+    report = product(TOKENS, BuildSettings(weight_streaming=True))
+    assert report.allocates_when_run
+    assert not product(1024, BuildSettings(weight_streaming=True)).allocates_when_run
+
+
+def test_shapes_that_need_too_much_memory(product):
+    with pytest.raises(EngineError) as error:
+        product(2 * TOKENS, BuildSettings())
+    assert str(error.value).splitlines()[0] == (
+        "p: tensorrt-rtx cannot build an engine: its largest shapes need more scratch memory than the 68.7 GB that it "
+        "may have; give smaller --resolutions or a smaller --batch:"
+    )
+    with pytest.raises(EngineError) as error:
+        product(TOKENS, BuildSettings(workspace_bytes=1 << 30))
+    assert str(error.value).splitlines()[0] == (
+        "p: tensorrt-rtx cannot build an engine: its largest shapes need more scratch memory than the 1.1 GB that it "
+        "may have; give smaller --resolutions or a smaller --batch, or a larger --workspace:"
+    )
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """A function (library, settings) -> the real builder's configuration."""
+    bundle = product_bundle(make_bundle(tmp_path / "bundle"))
+    kept = []
+
+    def get(library, settings):
+        kept.append(trt.Builder(trt.Logger(trt.Logger.ERROR)))
+        config = kept[-1].create_builder_config()
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, False)
+        _Build(library, trt, bundle, "p")._configure(config, "sm89", settings)
+        return config
+
+    return get
+
+
+def test_products_in_float32_are_not_rounded_to_tf32(configure):
+    flag, library = trt.BuilderFlag.TF32, LIBRARIES["tensorrt-rtx"]
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    assert builder.create_builder_config().get_flag(flag)
+    for settings in (BuildSettings(), BuildSettings(weight_streaming=True), BuildSettings(strip_weights=True)):
+        assert not configure(library, settings).get_flag(flag)
+        # An engine that was built with TF32 is built again.
+        assert "-TF32" in settings.flags(library)
+
+
+def test_flags_of_both_libraries(configure):
+    rtx, resize = LIBRARIES["tensorrt-rtx"], trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10
+    own = trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+    assert configure(rtx, BuildSettings()).get_flag(own)
+    assert not configure(rtx, BuildSettings(weight_streaming=True)).get_flag(own)
+    # TensorRT's flags on the configuration of TensorRT-RTX, which has the same names.
+    tensorrt = dataclasses.replace(rtx, flags=LIBRARIES["tensorrt"].flags)
+    for settings in (BuildSettings(), BuildSettings(weight_streaming=True)):
+        assert configure(tensorrt, settings).get_preview_feature(resize)
+        assert "RUNTIME_ACTIVATION_RESIZE_10_10" in settings.flags(tensorrt)
 
 
 def test_the_library_knows_the_targets():

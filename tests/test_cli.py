@@ -9,6 +9,7 @@ from fake_bundle import FakeBackend, edit_manifest, make_bundle
 from PIL import Image
 
 from arcflow_runtime import backends, cli, installing
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.generate import pipeline
 
@@ -48,21 +49,21 @@ def test_help_is_the_docstring(command, capsys):
     assert doc.splitlines()[0] in capsys.readouterr().out
 
 
-def test_only_a_cpu_gets_a_step_callback(root, monkeypatch):
+def test_generate_has_no_step_callback(root, monkeypatch):
     """A CUDA graph runs all steps at once, which a callback between them would prevent."""
     given = []
     plain = pipeline.Pipeline.__call__
 
-    def call(self, *args, callback_on_step_end, **kwargs):
+    def call(self, *args, callback_on_step_end=None, **kwargs):
         given.append(callback_on_step_end)
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(pipeline.Pipeline, "__call__", call)
-    assert generate(root, "--out", "a.png") == 0
-    monkeypatch.setattr("arcflow_runtime.commands.generate.ON_CPU", ("fake",))
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert generate(root, "--out", "b.png") == 0
-    assert given[0] is None and callable(given[1])
+    for backend in ("fake", "onnxruntime"):
+        monkeypatch.setitem(backends.BACKENDS, backend, "fake_bundle")
+        assert generate(root, "--backend", backend, "--out", "a.png") == 0
+    assert given == [None, None]
 
 
 def test_a_misspelt_command(capsys):
@@ -98,6 +99,22 @@ def test_generate(root, capsys):
         assert image.text == {"prompt": "a prompt", "seed": "-7", "steps": "3"}
     assert os.listdir() == ["x.png"]
     assert os.stat("x.png").st_mode & 0o444 == 0o444 & ~_umask()
+
+
+def test_the_memory_mode_reaches_the_pipeline(root, monkeypatch, capsys):
+    modes, plain = [], pipeline.Pipeline.__init__
+
+    def init(self, *args):
+        plain(self, *args)
+        modes.append(self.memory)
+
+    monkeypatch.setattr(pipeline.Pipeline, "__init__", init)
+    for mode in MODES:
+        assert generate(root, "--out", "x.png", "--memory", mode) == 0
+        assert cli.main(["bench", root, "--backend", "fake", "--memory", mode, "--runs", "1", "--warmup", "0"]) == 0
+    assert modes == [mode for mode in MODES for _ in range(2)]
+    assert generate(root, "--out", "x.png", "--memory", "none") == 2
+    assert "argument --memory: invalid choice: 'none'" in capsys.readouterr().err
 
 
 def _umask():

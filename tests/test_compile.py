@@ -106,6 +106,7 @@ def test_the_plan_and_what_it_took(place, capsys):
     assert {k: v for k, v in result.items() if k != "stages"} == {
         "student": "some",
         "bundle": "out/some-fp8",
+        "backend": "tensorrt-rtx",
         "machine": {"cores": 2},
         "exit_code": 0,
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from fake_bundle import make_bundle
-from test_engine_store import HOST, make_key, put
+from test_engine_store import HOST, first_version, make_key, put
 
 from arcflow_runtime import Bundle, cli
 from arcflow_runtime.disk.manifest import seal
@@ -182,6 +182,12 @@ def test_an_engine_is_found(tool, bundle):
     says(tool, bundle, str(built.path), check="full")
 
 
+def test_a_record_of_version_1_is_read(tool, bundle):
+    built = put(bundle, make_key(bundle))
+    first_version(bundle.root / "engines" / "backbone-tensorrt-rtx-sm89.json")
+    says(tool, bundle, str(built.path))
+
+
 def test_no_engine(tool, bundle):
     says(tool, bundle, "has no engine for backbone; run: arcflow build")
     put(bundle, make_key(bundle, part="vae_decoder"))
@@ -238,8 +244,12 @@ def edit(bundle, change, sealed=True):
     ("change", "what"),
     [
         (lambda r: r.update(format="arcflow-bundle"), 'format must be "arcflow-engine"; this is not an engine'),
-        (lambda r: r.update(version=2), "version must be 1, got 2; build the engine again"),
-        (lambda r: r.update(version="1"), 'version must be 1, got "1"'),
+        (lambda r: r.update(version=3), "version must be 1 or 2, got 3; build the engine again"),
+        (lambda r: r.update(version="2"), 'version must be 1 or 2, got "2"'),
+        (lambda r: r.pop("activation_bytes"), 'missing keys ["activation_bytes"]; build the engine again'),
+        (lambda r: r.update(version=1), 'unknown keys ["activation_bytes", "allocates_when_run"]'),
+        (lambda r: r.update(activation_bytes=7), "activation_bytes must be a list, got 7"),
+        (lambda r: r.update(allocates_when_run=0), "allocates_when_run must be true or false, got 0"),
         (lambda r: r.update(extra=1), 'unknown keys ["extra"]; the known keys are ['),
         (lambda r: r.pop("sha256"), 'missing keys ["sha256"]; build the engine again'),
         (lambda r: r["key"].update(extra=1), 'key: unknown keys ["extra"]'),

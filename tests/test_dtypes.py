@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arcflow_runtime.maths.dtypes import cast, item_bytes, round_to, to_float32
+from arcflow_runtime.disk.dtypes import ITEM_BYTES
+from arcflow_runtime.maths.dtypes import cast, round_to, to_float32
 
 # every bfloat16, halfway points between them, their neighbours, and what float32 has beyond
 _UPPER = (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None]
@@ -43,7 +44,7 @@ def test_the_same_dtype_is_not_copied(dtype):
     x = np.ones((2, 3), dtype)
     assert cast(x, dtype) is x
     assert cast(x.T, dtype).flags.c_contiguous
-    assert item_bytes(dtype) == x.itemsize
+    assert ITEM_BYTES[dtype] == x.itemsize
 
 
 def test_from_bfloat16_to_float16():

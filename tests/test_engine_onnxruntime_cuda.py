@@ -6,13 +6,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from host_device import HostDevice, at
 
 from arcflow_runtime import EngineError, Pipeline, RequestError
 from arcflow_runtime.backends import open_backend
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Part, TensorSpec
-from arcflow_runtime.engines.gpus import Gpu
 from arcflow_runtime.gpu import onnxruntime_backend as onnxruntime_cuda
 from arcflow_runtime.gpu.onnxruntime import OrtArrayEngine
 from arcflow_runtime.gpu.onnxruntime_backend import OnnxRuntimeCudaBackend
@@ -38,16 +36,6 @@ def test_no_gpu(bundles, monkeypatch):
     monkeypatch.setattr(onnxruntime_cuda, "find_gpu", lambda: None)
     with pytest.raises(EngineError, match=r"^onnxruntime-cuda runs on an NVIDIA GPU, and the CUDA driver finds none"):
         Pipeline.load(bundles("flux-tiny"), backend="onnxruntime-cuda")
-
-
-@without_provider
-def test_a_provider_that_cannot_be_loaded(bundles, monkeypatch, recwarn):
-    """ONNX Runtime falls back to the CPU where CUDA's libraries are missing, as it does here for want of it all."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime_cuda, "find_gpu", lambda: Gpu("Host 1", "sm89"))
-    text = r"^text_encoder: ONNX Runtime cannot load its CUDA provider; it needs CUDA's"
-    with pytest.raises(EngineError, match=text):
-        Pipeline(Bundle.open(bundles("flux-tiny")), OnnxRuntimeCudaBackend(HostDevice))
 
 
 def test_threads_are_for_the_cpu():
@@ -83,9 +71,3 @@ def test_arrays_in_bfloat16():
     engine.close()
     with pytest.raises(EngineError, match=r"^part: the engine is closed"):
         engine.run({"x": cast(x, "bfloat16"), "z": x})
-
-
-def test_addresses():
-    memory = HostDevice().allocate(1024)
-    at(memory.address, (4,), "float32")[...] = 1
-    assert memory.array[:16].view(np.float32).tolist() == [1] * 4

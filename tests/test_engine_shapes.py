@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from fake_bundle import edit_manifest, make_bundle
 
 from arcflow_runtime import Bundle
-from arcflow_runtime.build.profiles import Size, make_profiles, parse_batch, parse_sizes
+from arcflow_runtime.build.profiles import Size, default_size, make_profiles, parse_batch, parse_sizes
 from arcflow_runtime.disk.engine_record import ShapeRange
 from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.errors import BundleError, RequestError
@@ -45,6 +47,19 @@ def test_no_size_is_all_that_the_bundle_allows(flux):
     assert make_profiles(flux, "vae_decoder", (), ONE) == (
         {"latents": ShapeRange((1, 1, 1, 64), (1, 16, 8, 64), (1, 16, 8, 64))},
     )
+
+
+@pytest.mark.parametrize(
+    ("allowed", "default"),
+    [((16, 2048), (16, 1024)), ((16, 768), (16, 768)), ((512, 512), (512, 512)), ((1280, 2048), (1280, 1280))],
+)
+def test_no_size_stops_at_1024_pixels(flux, allowed, default):
+    ranges = dataclasses.replace(flux.ranges, height_px=SizeRange(*allowed), width_px=SizeRange(16, 2048))
+    manifest = dataclasses.replace(flux, ranges=ranges)
+    assert default_size(manifest) == Size(SizeRange(*default), SizeRange(16, 1024))
+    (profile,) = make_profiles(manifest, "vae_decoder", (), ONE)
+    low, high = (px // 16 for px in default)
+    assert profile["latents"] == ShapeRange((1, low, 1, 64), (1, high, 64, 64), (1, high, 64, 64))
 
 
 def test_each_size_is_a_profile(flux):

@@ -18,7 +18,16 @@ from arcflow_runtime.disk.engine_record import EngineKey, ShapeRange, part_key_f
 from arcflow_runtime.engines import gpus as gpu
 from arcflow_runtime.engines import store
 from arcflow_runtime.engines.gpus import Gpu, find_gpu
-from arcflow_runtime.engines.store import Host, find_built, find_engine, locked_store, this_host, write_engine
+from arcflow_runtime.engines.store import (
+    BuildReport,
+    Host,
+    engine_bytes,
+    find_built,
+    find_engine,
+    locked_store,
+    this_host,
+    write_engine,
+)
 from arcflow_runtime.errors import BundleError, EngineError
 
 HOST = Host("tensorrt-rtx", "1.7.1", "sm89", None, "linux-x86_64")
@@ -39,7 +48,7 @@ def make_key(bundle, part="backbone", **changes):
 def put(bundle, key, content=b"an engine"):
     def build(out):
         out.write(content)
-        return 1.5
+        return BuildReport(1.5, (700, 300), True)
 
     with locked_store(bundle):
         return write_engine(bundle, key, build)
@@ -57,6 +66,7 @@ def test_written_and_found(bundle):
     assert found.path.read_bytes() == b"an engine"
     assert found.record.key == key
     assert found.record.build_seconds == 1.5
+    assert (found.record.activation_bytes, found.record.allocates_when_run) == ((700, 300), True)
     assert engines(bundle) == [
         f"backbone-tensorrt-rtx-sm89-{key.digest()[:16]}.engine",
         "backbone-tensorrt-rtx-sm89.json",
@@ -157,6 +167,21 @@ def test_inspect_lists_engines_and_what_is_wrong_with_them(bundle, capsys):
     assert "backbone-tensorrt-rtx-sm120.json: 'format' must be 'arcflow-engine'" in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "outside"), [((), 0), (("REFIT_IDENTICAL", "STRIP_PLAN"), 1), (("WEIGHT_STREAMING",), -1)]
+)
+def test_what_a_loaded_engine_takes(bundle, flags, outside):
+    """The weights file counts beside an engine without weights, and not where weights are streamed."""
+    weights = bundle.manifest.files["backbone.safetensors"].bytes
+    record = put(bundle, make_key(bundle, flags=flags), b"x" * 100).record
+    taken = engine_bytes(bundle, record)
+    assert taken.weights == 100 + outside * weights
+    assert taken.activations == ((PROFILE, 700),)
+    for shape, activations in (((1, 1), 700), ((2, 4), 700), ((3, 1), None), ((1,), None)):
+        assert taken.activations_for({"latents": shape}) == activations
+    assert engine_bytes(bundle, dataclasses.replace(record, activation_bytes=None)).activations == ()
+
+
 def test_no_engine(bundle):
     refused(bundle, f"{bundle.root} has no engine for backbone; {COMMAND.format(root=bundle.root)}")
 
@@ -231,7 +256,9 @@ def test_a_large_engine_is_hashed_when_asked(bundle, monkeypatch):
     [
         ("{", "is not valid JSON"),
         ("[]", "'format' must be 'arcflow-engine'; this is not an engine's record, remove it"),
-        ('{"format": "arcflow-engine", "version": 2}', "version must be 1, got 2; build the engine again"),
+        ('{"format": "arcflow-engine", "version": 3}', "version must be 1 or 2, got 3; build the engine again"),
+        ('{"format": "arcflow-engine", "version": []}', r"version must be 1 or 2, got \[\]; build the engine again"),
+        ('{"format": "arcflow-engine", "version": 2}', "missing keys"),
         ('{"format": "arcflow-engine", "version": 1}', "missing keys"),
         ("[" * 100_000, "is not valid JSON"),
         (" " * (1 << 20) + "{}", "is larger than 1048576 bytes"),
@@ -265,6 +292,29 @@ def edit_record(path, seal, **changes):
     data = json.loads(path.read_text()) | changes
     digest = data.pop("digest")
     path.write_text(json.dumps(data | {"digest": b.seal(data) if seal else digest}))
+
+
+def first_version(path):
+    """Rewrite a record as version 1 had it: without what the builder said of the engine's memory."""
+    data = json.loads(path.read_text())
+    for key in ("digest", "activation_bytes", "allocates_when_run"):
+        del data[key]
+    data["version"] = 1
+    path.write_text(json.dumps(data | {"digest": b.seal(data)}))
+
+
+def test_a_record_of_version_1_is_read(bundle):
+    built = put(bundle, make_key(bundle))
+    path = bundle.root / "engines" / "backbone-tensorrt-rtx-sm89.json"
+    first_version(path)
+    found = find_engine(bundle, "backbone", HOST)
+    assert found == store.BuiltEngine(
+        built.path, dataclasses.replace(built.record, activation_bytes=None, allocates_when_run=False)
+    )
+    # It has no keys of version 2.
+    edit_record(path, True, activation_bytes=None)
+    with pytest.raises(EngineError, match="unknown keys"):
+        read_record(path)
 
 
 def test_edited_records(bundle):

@@ -1,8 +1,4 @@
-"""Exported bundles, run by the runtime, against the reference implementation's own numbers, step by step.
-
-The bound is the project's contract: latents within 1e-4 of the largest reference value, images within 1.5 grey levels
-(the reference's float image is rounded once to 8 bits, which is half a level).
-"""
+"""Exported bundles, run by the runtime, against the reference implementation's own numbers, step by step."""
 
 from __future__ import annotations
 
@@ -10,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from arcflow_runtime import Pipeline
 from arcflow_runtime.maths.noise import draw_latents
 from tests.conftest import FAMILIES, GOLDEN
 from tests.fake_bundle import TOKENIZERS
+from tests.golden_cases import arguments, check_case, golden
 
 CASES = [(f, i) for f in FAMILIES for i in range(3)]
 
@@ -23,17 +19,6 @@ CASES = [(f, i) for f in FAMILIES for i in range(3)]
 @pytest.fixture(scope="module", params=[pytest.param(20, marks=pytest.mark.slow), 23], ids=["opset20", "opset23"])
 def pipelines(request, bundles):
     return {f: Pipeline.load(bundles(f, opset=request.param, steps=(2, 4))) for f in FAMILIES}
-
-
-def golden(name: str, index: int) -> tuple[dict, dict[str, np.ndarray]]:
-    case = json.loads((GOLDEN / name / "cases.json").read_text())[index]
-    return case, load_file(GOLDEN / name / f"case{index}.safetensors")
-
-
-def arguments(case: dict) -> dict:
-    guidance = {"guidance_scale": case["guidance_scale"]} if "guidance_scale" in case else {}
-    names = ("prompt", "height", "width", "seed", "max_sequence_length")
-    return {n: case[n] for n in names} | {"num_inference_steps": case["nfe"]} | guidance
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
@@ -44,10 +29,7 @@ def test_latents_of_every_step_and_image(pipelines, name, index):
         **arguments(case), output_type="numpy", callback_on_step_end=lambda _, x: steps.append(x.copy())
     )
     assert len(steps) == case["nfe"]
-    for i, latents in enumerate(steps):
-        expected = reference[f"step{i}.latents"]
-        assert np.abs(latents - expected).max() <= 1e-4 * np.abs(expected).max(), f"step {i}"
-    assert np.abs(out.images - reference["image"].transpose(0, 2, 3, 1)).max() <= 1.5 / 255
+    check_case(reference, steps, out.images)
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from arcflow_runtime import BundleError, EngineError, Pipeline, RequestError
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.maths.noise import draw_latents
 
 
@@ -36,8 +37,8 @@ def qwen(qwen_root):
     return open_fake(qwen_root)
 
 
-def open_fake(root, low_memory=False, poison=1.0):
-    pipe = Pipeline(Bundle.open(root), FakeBackend(poison), low_memory)
+def open_fake(root, memory=None, poison=1.0):
+    pipe = Pipeline(Bundle.open(root), FakeBackend(poison), memory)
     pipe.backend = pipe._parts._backend
     return pipe
 
@@ -156,19 +157,61 @@ def test_one_step_is_allowed_and_says_it_is_blurry(flux):
 
 
 def test_low_memory_has_one_part_open_at_a_time(flux_root, flux):
-    lean = open_fake(flux_root, low_memory=True)
+    lean = open_fake(flux_root, memory="low")
     assert lean.backend.opens == []
     np.testing.assert_array_equal(latents(lean, ["a", "b"], seed=1), latents(flux, ["a", "b"], seed=1))
     assert lean.backend.opens == ["text_encoder", "text_encoder_2", "conditioner", "backbone"]
     assert lean.backend.most_open == 1
     assert lean.backend.opened == set()
     lean("a", height=16, width=16)
-    assert lean.backend.opens[4:] == ["conditioner", "backbone", "vae_decoder"]  # the text was cached
+    assert lean.backend.opens[4:] == ["conditioner", "backbone", "vae_decoder"]  # the texts were cached
+    latents(lean, ["a", "b"], seed=2)
+    assert lean.backend.opens[7:] == ["backbone"]  # and so was the modulation of these two texts
+
+
+def test_balanced_brings_only_what_a_new_prompt_needs(flux_root, flux):
+    pipe = open_fake(flux_root, "balanced")
+    kept = ["backbone", "vae_decoder"]
+    assert pipe.backend.opens == kept
+    new = ["text_encoder", "text_encoder_2", "conditioner"]
+    for prompt, guidance, opened in (
+        ("a", 3.5, new),
+        ("b", 3.5, new),
+        ("a", 3.5, []),
+        ("a", 7.0, ["conditioner"]),
+        ("a", 3.5, []),
+    ):
+        before = len(pipe.backend.opens)
+        found = latents(pipe, prompt, seed=1, guidance_scale=guidance)
+        np.testing.assert_array_equal(found, latents(flux, prompt, seed=1, guidance_scale=guidance))
+        assert pipe.backend.opens[before:] == opened
+        assert pipe.backend.opened == set(kept)
+    assert pipe.backend.most_open == 3
+    pipe.clear_cache()
+    latents(pipe, "a")
+    assert pipe.backend.opens[-3:] == new
+
+
+def test_memory_must_be_a_mode(flux_root):
+    assert [open_fake(flux_root, memory).memory for memory in MODES] == list(MODES)
+    for wrong in (True, "none"):
+        with pytest.raises(RequestError) as error:
+            Pipeline.load(flux_root, memory=wrong)
+        assert str(error.value) == (
+            f"memory must be one of resident, balanced, low, or None to choose by the free memory, got {wrong!r}"
+        )
+
+
+@pytest.mark.parametrize(("given", "mode"), [(True, "low"), (False, "resident")])
+def test_the_former_option_names_the_new_one(flux_root, given, mode):
+    with pytest.raises(RequestError) as error:
+        Pipeline.load(flux_root, low_memory=given)
+    assert str(error.value) == f"low_memory is now memory; give memory='{mode}' instead"
 
 
 def test_threads(flux_root):
-    for low_memory in (False, True):
-        pipe = open_fake(flux_root, low_memory)
+    for memory in MODES:
+        pipe = open_fake(flux_root, memory)
         barrier = threading.Barrier(4)
 
         def draw(seed, pipe=pipe, barrier=barrier):
@@ -182,8 +225,8 @@ def test_threads(flux_root):
 
 
 def test_close(flux_root):
-    for low_memory in (False, True):
-        with open_fake(flux_root, low_memory) as pipe:
+    for memory in MODES:
+        with open_fake(flux_root, memory) as pipe:
             pipe("x", height=16, width=16)
         pipe.close()
         assert pipe.backend.opened == set()
@@ -191,10 +234,10 @@ def test_close(flux_root):
             pipe("x", height=16, width=16)
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_a_callback_cannot_call_its_own_pipeline(flux_root, low_memory):
-    """With `low_memory`, it would wait for the backbone that waits for it."""
-    pipe, other = open_fake(flux_root, low_memory), open_fake(flux_root)
+@pytest.mark.parametrize("memory", MODES)
+def test_a_callback_cannot_call_its_own_pipeline(flux_root, memory):
+    """In the mode "low", it would wait for the backbone that waits for it."""
+    pipe, other = open_fake(flux_root, memory), open_fake(flux_root)
     sentence = (
         "{} must not be called by callback_on_step_end on the pipeline that called it; "
         "call it after the pipeline has returned, or use another pipeline"
@@ -221,7 +264,7 @@ def test_a_callback_cannot_call_its_own_pipeline(flux_root, low_memory):
 
 
 def test_a_callback_that_fails_leaves_the_pipeline_usable(flux_root):
-    pipe = open_fake(flux_root, low_memory=True)
+    pipe = open_fake(flux_root, memory="low")
     with pytest.raises(ZeroDivisionError):
         latents(pipe, "x", callback_on_step_end=lambda i, x: 1 / 0)
     assert latents(pipe, "x").shape == (1, 6, 64)
@@ -229,9 +272,9 @@ def test_a_callback_that_fails_leaves_the_pipeline_usable(flux_root):
 
 
 def test_a_bundle_that_is_replaced_while_it_is_open(tmp_path):
-    """With `low_memory`, parts of the new bundle would run with modulation and tokens of the old one."""
+    """Parts of the new bundle would run with modulation and tokens of the old one."""
     root = make_bundle(tmp_path / "bundle")
-    lean, kept = open_fake(root, low_memory=True), open_fake(root)
+    lean, kept = open_fake(root, memory="low"), open_fake(root)
     drawn = latents(lean, "x", seed=1)
     shutil.rmtree(root)
     edit_manifest(make_bundle(root), provenance__created="2026-01-02T00:00:00Z")
@@ -291,7 +334,7 @@ def test_a_bundle_that_is_replaced_while_it_is_loaded(tmp_path):
     with pytest.raises(BundleError, match=r" was replaced or removed since it was opened; load it again$"):
         Pipeline(Bundle.open(root), backend)
     assert backend.opened == set()
-    lean = Pipeline(Bundle.open(root), backend, low_memory=True)
+    lean = Pipeline(Bundle.open(root), backend, memory="low")
     with pytest.raises(BundleError, match=r" was replaced or removed since it was opened; load it again$"):
         lean("x", height=16, width=16)
     assert "backbone" in [part for part, _ in backend.runs]
@@ -310,7 +353,7 @@ def test_a_relative_path_outlives_a_change_of_directory(tmp_path, monkeypatch):
             opened.append(bundle.path(bundle.manifest.parts[part].graph).is_file())
             return super().open(bundle, part)
 
-    pipe = Pipeline(Bundle.open("bundle"), Paths(), low_memory=True)
+    pipe = Pipeline(Bundle.open("bundle"), Paths(), memory="low")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     latents(pipe, "x")

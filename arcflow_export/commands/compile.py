@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from arcflow_export.pipeline.stages import CompileJob
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+AUTO = "auto"
+BACKENDS = (AUTO, "onnxruntime", "tensorrt-rtx", "tensorrt")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 
 
@@ -30,7 +31,13 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that describe the job; `arcflow plan` takes them too."""
     parser.add_argument("student", metavar="STUDENT", help="flux, qwen or a .toml file")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the student's")
-    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=AUTO,
+        help="what to build for; auto: TensorRT-RTX or TensorRT for --target or the GPU here, or else ONNX Runtime on "
+        "this CPU (default: %(default)s)",
+    )
     parser.add_argument("--target", metavar="SM[,SM...]", help="as of arcflow build (default: the GPU here)")
     parser.add_argument(
         "--out",
@@ -52,6 +59,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile."""
+    from arcflow_export.pipeline.backend import next_step
     from arcflow_export.pipeline.check import check_job
     from arcflow_export.pipeline.run import CompileRun
 
@@ -64,21 +72,24 @@ def run(args: argparse.Namespace) -> int:
 
     task, code = CompileRun(job, say, args.json), 0
     if args.dry_run:
-        task.plan(job_arguments(args))
+        task.plan(job_arguments(args, job))
     else:
-        code = task.compile(job_arguments(args))
+        code = task.compile(job_arguments(args, job))
+        if code == 0:
+            say("\n" + next_step(job, args.backend == AUTO))
     if args.json:
         print(json.dumps(task.as_dict() | {"exit_code": code}, indent=2))
     return code
 
 
 def read_job(args: argparse.Namespace) -> CompileJob:
-    """The job that the options of `add_job_arguments` describe.
+    """The job that the options of `add_job_arguments` describe, with the backend that "auto" stands for.
 
     Raises:
-        RequestError: an option is out of range.
+        RequestError: an option is out of range, or "auto" finds nothing to build for.
         SourceError: the student file is missing or not valid.
     """
+    from arcflow_export.pipeline.backend import choose_backend
     from arcflow_export.pipeline.stages import CompileJob
     from arcflow_export.pipeline.students import load_student_file
     from arcflow_runtime.errors import RequestError
@@ -86,11 +97,12 @@ def read_job(args: argparse.Namespace) -> CompileJob:
     if args.limit is not None and args.limit < 1:
         raise RequestError(f"--limit must be at least 1, got {args.limit}")
     student = load_student_file(args.student)
+    precision = args.precision or student.precision
     return CompileJob(
         student,
         args.out,
-        args.precision or student.precision,
-        args.backend,
+        precision,
+        choose_backend(args.target, precision) if args.backend == AUTO else args.backend,
         args.target,
         args.policy,
         args.scales,
@@ -103,9 +115,9 @@ def read_job(args: argparse.Namespace) -> CompileJob:
     )
 
 
-def job_arguments(args: argparse.Namespace) -> list[str]:
-    """The options that `read_job` reads, as command-line words."""
-    words = [args.student, "--backend", args.backend, "--out", str(args.out)]
+def job_arguments(args: argparse.Namespace, job: CompileJob) -> list[str]:
+    """The options that `read_job` reads, as command-line words, with the job's backend."""
+    words = [args.student, "--backend", job.backend, "--out", str(args.out)]
     for name in ("precision", "target", "policy", "scales", "device", "limit"):
         if (value := getattr(args, name)) is not None:
             words += [f"--{name}", str(value)]

@@ -96,7 +96,7 @@ class BundleStages:
         self.bundle = bundle
         self.cases, self.scene = cases, scene
         self.manifest = dataclasses.replace(bundle.manifest, reference_dtype=reference_dtype)
-        self._parts = Parts(widened(bundle), EmulatedBackend(), keep=False)
+        self._parts = Parts(widened(bundle), EmulatedBackend(), "low")
         self.sigmas = sigmas(scene.num_inference_steps, self.manifest.schedule)
         token_px = self.manifest.latents.patch_size * self.manifest.latents.vae_scale_factor
         self.grid = (scene.height_px // token_px, scene.width_px // token_px)

@@ -86,7 +86,8 @@ class CompileRun:
         """The rows and the machine as JSON values."""
         rows = [asdict(r) | {"output": None if r.output is None else str(r.output)} for r in self.rows]
         bundle = str(self.job.result.path)
-        return {"student": self.job.student.name, "bundle": bundle, "stages": rows, "machine": self.machine}
+        made = {"student": self.job.student.name, "bundle": bundle, "backend": self.job.backend}
+        return made | {"stages": rows, "machine": self.machine}
 
     def _file(self, suffix: str) -> Path:
         return self.job.out / f".{self.job.student.name}.{suffix}"

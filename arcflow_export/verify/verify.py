@@ -135,7 +135,7 @@ def verify_bundle(
         )
     rows: list[VerifyRow] = []
     with Pipeline(shown, EmulatedBackend() if backend is None else engines) as pipe:
-        parts = Parts(shown, engines, keep=True)
+        parts = Parts(shown, engines, "resident")
         for i, case in enumerate(cases):
             progress(f"case {i}: {case.prompt[:40]!r} {case.width}x{case.height}, {case.num_inference_steps} steps")
             compare = _Comparison(i, rows)

@@ -43,7 +43,7 @@ class StandInBackend:
 def open_denoiser(device: Device, bundle: Bundle, make_engine: MakeEngine) -> tuple[DeviceDenoiser, Parts]:
     """The denoiser, and the parts to close after it."""
     lane = Lane(device)
-    parts = Parts(bundle, StandInBackend(lane, make_engine), True)
+    parts = Parts(bundle, StandInBackend(lane, make_engine), "resident")
     return DeviceDenoiser(bundle, parts, lane, lambda part, shapes: None), parts
 
 

@@ -52,13 +52,16 @@ def plain(open_bundle):
 
 @pytest.fixture
 def on_gpu(open_bundle, driver):
-    """A function (bundle's name, **`HostCudaBackend`'s arguments) -> pipeline. Checks at the end that all is freed."""
+    """A function (bundle or its name, memory mode, backend) -> pipeline. Checks at the end that everything is freed.
+
+    Without a backend it makes a `HostCudaBackend`, which gets the other arguments.
+    """
     made = []
     before = {kind: driver.live(kind) for kind in Live}
 
-    def make(name="flux", low_memory=False, **arguments):
-        backend = HostCudaBackend(driver, **arguments)
-        pipe = Pipeline(open_bundle(name), backend, low_memory)
+    def make(bundle="flux", memory="resident", backend=None, **arguments):
+        backend = backend or HostCudaBackend(driver, **arguments)
+        pipe = Pipeline(open_bundle(bundle) if isinstance(bundle, str) else bundle, backend, memory)
         pipe.backend = backend
         made.append(pipe)
         return pipe
@@ -70,6 +73,8 @@ def on_gpu(open_bundle, driver):
     yield make
     for pipe in made:
         pipe.close()
+        if isinstance(pipe.backend, HostCudaBackend):
+            assert (pipe.backend.opened, pipe.backend.open_contexts) == (set(), set())
     assert left(_CLOSED) == {}
     made.clear()
     pipe = None

@@ -41,7 +41,9 @@ class EngineContext:
         self._inner = engine.context(inputs, stream)
         self._workspace = (0, 0)
         self._kept: list[object] = []
-        self.workspace_bytes = _WORKSPACE_BYTES * int(np.prod(next(iter(inputs.values()))))
+        self.workspace_bytes = backend.workspace_bytes(engine.part, inputs)
+        backend.contexts.append((engine.part, dict(inputs)))
+        backend.open_contexts.add(self)
 
     def set_workspace(self, address: int, nbytes: int) -> None:
         """See `Context.set_workspace`."""
@@ -56,7 +58,8 @@ class EngineContext:
         driver, given = self._backend.driver, dict(addresses)
 
         def run() -> None:
-            ctypes.memset(found(address, nbytes), 0xFF, nbytes)
+            if nbytes:
+                ctypes.memset(found(address, nbytes), 0xFF, nbytes)
             self._inner.enqueue({name: found(at, self._nbytes[name]) for name, at in given.items()}, stream)
 
         def found(at: int, size: int) -> int:
@@ -64,16 +67,18 @@ class EngineContext:
             assert here is not None, driver.fault()
             return here
 
+        self._backend.enqueues.append(self._part)
         self._backend.before_enqueue(self._part, stream)
         if error := driver.enqueue(stream.handle, run, self._kept):
-            raise EngineError(f"{self._part}: the engine cannot be enqueued: {CUresult(error).name}")
+            raise EngineError(f"{self._part}: the engine fails: {CUresult(error).name}; load the bundle again")
 
     def obstacle(self, stream: Stream) -> str | None:
         """See `Context.obstacle`."""
-        return None
+        return self._backend.obstacles.get(self._part)
 
     def close(self) -> None:
         """See `Context.close`."""
+        self._backend.open_contexts.discard(self)
         self._inner.close()
 
 
@@ -89,20 +94,39 @@ class PartEngine:
 
     def close(self) -> None:
         """See `DeviceEngine.close`."""
+        self._backend.opened.discard(self._inner.part)
         self._inner.close()
 
 
 class HostCudaBackend:
     """Runs a real bundle's parts on the real `CudaDevice`.
 
-    `before_enqueue(part, stream)` is called before each run of a part. Tests set it to do what an engine's library
-    might do there.
+    Tests read what happened, and change how the engines behave:
+
+    - `opens` lists the parts in the order in which they were loaded. `opened` are those loaded now, `most_open` the
+      most at one time. `contexts` lists every context with its input shapes, and `open_contexts` are those open now.
+      `enqueues` lists the part of every run.
+    - `before_enqueue(part, stream)` is called before each run of a part, to do what an engine's library might do there.
+      `limits(part, shapes)` is the engines' check of shapes. `obstacles` is a part's reason not to be captured.
+      `workspace_bytes(part, inputs)` is the workspace of a context.
     """
 
     def __init__(self, driver: Driver, max_plans: int = 8) -> None:
         self.driver = driver
         self.lane = Lane(open_device())
+        self.opens: list[str] = []
+        self.opened: set[str] = set()
+        self.most_open = 0
+        self.contexts: list[tuple[str, dict[str, tuple[int, ...]]]] = []
+        self.open_contexts: set[EngineContext] = set()
+        self.enqueues: list[str] = []
         self.before_enqueue: Callable[[str, Stream], None] = lambda part, stream: None
+        self.limits: Callable[[str, Shapes], str | None] = lambda part, shapes: None
+        self.obstacles: dict[str, str] = {}
+        self.workspace_bytes: Callable[[str, Shapes], int] = lambda part, inputs: (
+            _WORKSPACE_BYTES * int(np.prod(next(iter(inputs.values()))))
+        )
+        self.denoiser: DeviceDenoiser | None = None
         self._max_plans = max_plans
 
     def check(self, bundle: Bundle) -> None:
@@ -115,10 +139,15 @@ class HostCudaBackend:
             options = ort.SessionOptions()
             options.intra_op_num_threads = 1
             session = open_session(bundle, part, options, ["CPUExecutionProvider"])
+            self.opens.append(part)
+            self.opened.add(part)
+            self.most_open = max(self.most_open, len(self.opened))
             return PartEngine(self, OrtEngine(bundle.manifest, part, session, "cpu"))
 
         return HostEngine(self.lane, bundle.manifest, part, load)
 
     def open_denoiser(self, bundle: Bundle, parts: Parts) -> DeviceDenoiser:
         """See `DenoisingBackend.open_denoiser`."""
-        return DeviceDenoiser(bundle, parts, self.lane, lambda part, shapes: None, self._max_plans)
+        limits = lambda part, shapes: self.limits(part, shapes)  # noqa: E731
+        self.denoiser = DeviceDenoiser(bundle, parts, self.lane, limits, self._max_plans)
+        return self.denoiser

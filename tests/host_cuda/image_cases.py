@@ -6,6 +6,8 @@ import itertools
 import logging
 import os
 import re
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,29 +16,13 @@ import pytest
 from cuda.bindings import driver as cuda
 
 from arcflow_runtime import EngineError
+from arcflow_runtime.gpu.cuda import _kernels_of
+from tests.golden_cases import arguments, check_case, golden
 from tests.host_cuda.control import Code, Live, When
+from tests.host_cuda.images import CLOSE, PROMPTS, WITHOUT_GRAPH, attempt, generate, levels
 
-# Two runs of one float32 graph with another batch differ in summation order: a few units of 2^-24 per layer.
-CLOSE = {"rtol": 0, "atol": 2e-5}
-PROMPTS = ("a red circle", "a much longer prompt about a blue square on a green background")
 #: Calls that allocate.
 ALLOCATING = ("cuMemAlloc", "cuMemAllocHost", "cuMemHostAlloc", "cuStreamCreate", "cuStreamCreateWithPriority")
-WITHOUT_GRAPH = "images are generated without a CUDA graph: the capture failed: "
-
-
-def generate(pipe, prompt=PROMPTS[0], **arguments):
-    defaults = {"height": 32, "width": 48, "seed": 3, "output_type": "latents", "max_sequence_length": 16}
-    return pipe(prompt, **(defaults | arguments)).images
-
-
-def attempt(pipe, expected):
-    """Generate an image: the message of its error, or None if it succeeded; then the image must be right."""
-    try:
-        found = generate(pipe)
-    except EngineError as e:
-        return str(e)
-    np.testing.assert_allclose(found, expected, **CLOSE)
-    return None
 
 
 def allocations(driver):
@@ -45,22 +31,36 @@ def allocations(driver):
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "conditioner"])
 def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, on_gpu, plain, driver):
-    pipe = on_gpu(name)
-    expected = generate(plain[name])
-    first = generate(pipe)
-    np.testing.assert_allclose(first, expected, **CLOSE)
+    pipe, steps = on_gpu(name), 3 if name == "conditioner" else 2
+    first = generate(pipe, num_inference_steps=steps)
+    np.testing.assert_allclose(first, generate(plain[name], num_inference_steps=steps), **CLOSE)
     assert driver.calls("cuGraphLaunch") == 0
     for count in (1, 2):
-        np.testing.assert_array_equal(generate(pipe), first)
+        np.testing.assert_array_equal(generate(pipe, num_inference_steps=steps), first)
         assert (driver.calls("cuGraphLaunch"), driver.calls("cuStreamBeginCapture")) == (count, 1)
+
+
+@pytest.mark.parametrize(("name", "index"), list(itertools.product(("flux", "qwen"), range(3))))
+def test_golden_images(name, index, on_gpu, driver):
+    """The reference's latents of every step, and its image from plain calls, the captured graph and a replay."""
+    case, reference = golden(f"{name}-tiny", index)
+    pipe, steps = on_gpu(name), []
+    request = arguments(case) | {"output_type": "numpy"}
+    images = [pipe(**request, callback_on_step_end=lambda _, x: steps.append(x.copy())).images]
+    assert len(steps) == case["nfe"]
+    images += [pipe(**request).images for _ in range(2)]
+    assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, 2)
+    for image in images:
+        check_case(reference, steps, image)
+        np.testing.assert_array_equal(image, images[0])
 
 
 def test_pixels(on_gpu, plain):
     """A value next to a rounding boundary may differ by one level."""
     pipe = on_gpu()
-    expected = np.asarray(generate(plain["flux"], output_type="pil")[0]).astype(int)
+    expected = levels(generate(plain["flux"], output_type="pil"))
     for _ in range(3):
-        assert np.abs(np.asarray(generate(pipe, output_type="pil")[0]).astype(int) - expected).max() <= 1
+        assert np.abs(levels(generate(pipe, output_type="pil")) - expected).max() <= 1
 
 
 def test_float16(on_gpu, plain):
@@ -77,7 +77,7 @@ def test_float16(on_gpu, plain):
 
 def test_a_replay_reads_what_was_staged_for_it(on_gpu, plain, driver):
     pipe = on_gpu()
-    cases = list(itertools.product(PROMPTS, (1, 2), (3.5, 7.0)))
+    cases = list(itertools.product(PROMPTS, (1, 1, 2), (3.5, 7.0)))
     for prompt, seed, guidance in cases:
         found = generate(pipe, prompt, seed=seed, guidance_scale=guidance)
         np.testing.assert_allclose(found, generate(plain["flux"], prompt, seed=seed, guidance_scale=guidance), **CLOSE)
@@ -96,8 +96,8 @@ def test_a_warm_image_is_one_launch_and_allocates_nothing(on_gpu, driver):
 
 
 def test_low_memory(on_gpu, plain, driver):
-    """With `low_memory` there is no graph."""
-    pipe = on_gpu(low_memory=True)
+    """In the mode "low" there is no graph."""
+    pipe = on_gpu(memory="low")
     for seed in (1, 2):
         steps = []
         found = generate(pipe, seed=seed, callback_on_step_end=lambda step, latents, steps=steps: steps.append(latents))
@@ -152,7 +152,7 @@ def test_an_engine_that_breaks_the_capture(act, on_gpu, plain, driver, caplog):
             np.testing.assert_allclose(generate(pipe), generate(plain["flux"]), **CLOSE)
     said = [r.message for r in caplog.records if "CUDA graph" in r.message]
     assert len(said) == 1
-    assert said[0].startswith(WITHOUT_GRAPH), said
+    assert said[0].startswith(f"{WITHOUT_GRAPH}the capture failed: "), said
     assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, 0)
 
 
@@ -179,7 +179,7 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
     assert driver.pending_failures() == 0
     said = [r.message for r in caplog.records if "CUDA graph" in r.message]
     assert len(said) == 1
-    assert said[0].startswith(WITHOUT_GRAPH), said
+    assert said[0].startswith(f"{WITHOUT_GRAPH}the capture failed: "), said
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
     for nth in itertools.count(1):
         pipe = on_gpu()
         driver.fail(function, nth, Code.OUT_OF_MEMORY)
-        failed = attempt(pipe, expected)
+        failed = attempt(lambda pipe=pipe: generate(pipe), expected)
         assert failed is None or re.match(rf"\w+: .*bytes of {kind} memory", failed), failed
         reached = driver.pending_failures() == 0
         driver.reset()
@@ -202,15 +202,16 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
     assert nth > 5, "no allocation failed"
 
 
+@pytest.mark.parametrize("code", [Code.UNKNOWN, Code.OUT_OF_MEMORY], ids=["unknown", "memory"])
 @pytest.mark.parametrize(
-    ("low_memory", "image"),
-    [(False, 1), (False, 2), (False, 3), (True, 1)],
-    ids=["plain", "captured", "replayed", "low"],
+    ("memory", "image"),
+    [("resident", 1), ("resident", 2), ("resident", 3), ("balanced", 2), ("low", 1)],
+    ids=["plain", "captured", "replayed", "balanced", "low"],
 )
-def test_every_call_may_fail(low_memory, image, on_gpu, plain, driver):
+def test_every_call_may_fail(memory, image, code, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right."""
     expected = generate(plain["flux"])
-    pipe = on_gpu(low_memory=low_memory, max_plans=1)
+    pipe = on_gpu(memory=memory, max_plans=1)
 
     def prepare():
         generate(pipe, width=16)  # evicts the plan of the image before
@@ -224,11 +225,58 @@ def test_every_call_may_fail(low_memory, image, on_gpu, plain, driver):
     calls = sum(not re.search("Free|Destroy", name) for name in driver.log())
     for nth in range(1, calls + 1):
         prepare()
-        driver.fail("*", nth, Code.UNKNOWN)
-        failed = attempt(pipe, expected)
-        assert failed is None or re.fullmatch(r".*(CUDA_ERROR_UNKNOWN|Failed to create).*", failed), failed
+        driver.fail("*", nth, code)
+        failed = attempt(lambda pipe=pipe: generate(pipe), expected)
+        said = rf"CUDA_ERROR_{code.name}|Failed to create|bytes of (Host memory's|page-locked host) memory"
+        assert failed is None or re.fullmatch(rf".*({said}).*; (load|generate|start) .*", failed), failed
         assert driver.pending_failures() == 0, f"call {nth} of {calls} was not made"
         np.testing.assert_allclose(generate(pipe), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("function", ["cuLibraryLoadData", "cuLibraryGetKernel"])
+def test_loading_the_kernels_may_fail(function, on_gpu, plain, driver):
+    """The first image of a process loads them."""
+    expected = generate(plain["flux"])
+    _kernels_of.cache_clear()
+    pipe = on_gpu()
+    driver.fail(function, 1, Code.UNKNOWN)
+    with pytest.raises(EngineError, match=r"^[^\n]*CUDA_ERROR_UNKNOWN[^\n]*; load the pipeline again$"):
+        generate(pipe)
+    np.testing.assert_allclose(generate(pipe), expected, **CLOSE)
+
+
+def test_loading_a_pipeline_may_fail(on_gpu, driver):
+    driver.fail("cuStreamCreateWithPriority", 1, Code.UNKNOWN)
+    with pytest.raises(EngineError, match=r"^[^\n]*CUDA_ERROR_UNKNOWN[^\n]*; load the pipeline again$"):
+        on_gpu()
+    generate(on_gpu())
+
+
+#: Failures of a process's first calls: function, error, and the sentence.
+OPENING = [
+    (
+        "cuInit",
+        Code.UNKNOWN,
+        r"the CUDA driver finds no GPU here \(CUDA_ERROR_UNKNOWN\); check that nvidia-smi lists one",
+    ),
+    (
+        "cuDevicePrimaryCtxRetain",
+        Code.OUT_OF_MEMORY,
+        "the GPU's memory is full, so this process cannot use it; end other programs that nvidia-smi lists",
+    ),
+    ("cuDeviceGetAttribute", Code.UNKNOWN, "the GPU failed: CUDA_ERROR_UNKNOWN; load the pipeline again"),
+]
+
+
+@pytest.mark.parametrize(("function", "error", "text"), OPENING)
+def test_opening_the_device_may_fail(function, error, text):
+    code = (
+        "from tests.host_cuda.control import Code, Driver\nfrom arcflow_runtime.gpu.cuda import open_device\n"
+        f"from arcflow_runtime import EngineError\nDriver().fail('{function}', 1, Code({int(error)}))\n"
+        "try:\n    open_device().kernels()\nexcept EngineError as e:\n    print(e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.fullmatch(text, done.stdout.strip()), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("work", ["run:copy", "run:kernel", "run:engine", "run:graph"])

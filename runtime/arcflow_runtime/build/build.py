@@ -6,6 +6,7 @@ Called by `arcflow build`.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import Profile
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.store import BuildReport
 from arcflow_runtime.engines.tensorrt_library import Library
 from arcflow_runtime.errors import EngineError
 
@@ -25,6 +27,12 @@ _SHOWN_ERRORS = 5
 #: From this opset on, attention is one ONNX operator. The libraries have no float32 kernels for it and, at least up to
 #: TensorRT-RTX 1.7, no kernels for head sizes below 16.
 _FUSED_ATTENTION_OPSET = 23
+#: What the builder logs, once per profile: the scratch memory of the profile's largest shapes.
+_ACTIVATIONS = re.compile(r"^Total Activation Memory: (\d+) bytes")
+#: What it logs if no scratch memory of a fixed size holds the largest shapes. The engine then allocates in each run.
+_ALLOCATES = "Enable Runtime Tensor Allocation (RTA)"
+#: What it logs if the largest shapes need more scratch memory than it may use: --workspace, or 64 GiB without a GPU.
+_OUT_OF_MEMORY = re.compile(r"OutOfMemory(?: \(Requested size was (\d+) bytes)?")
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,19 @@ class BuildSettings:
     weight_streaming: bool = False
     timing_cache: Path | None = None
 
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Names of TensorRT's builder flags, as in an engine's key."""
-        strip = ("REFIT_IDENTICAL", "STRIP_PLAN") if self.strip_weights else ()
-        return (*strip, "WEIGHT_STREAMING") if self.weight_streaming else strip
+    def flags(self, library: Library) -> tuple[str, ...]:
+        """The builder flags and preview features to set, sorted, and "-TF32": as in an engine's key (E2).
+
+        Of TensorRT's flags, TF32 alone is on by default. It rounds the factors of float32 products to 10 bits of
+        mantissa, so it is always cleared. An engine whose weights are streamed allocates memory in each run, and
+        refuses to be built with a flag that forbids it.
+        """
+        flags = {"-TF32", *library.flags}
+        if self.strip_weights:
+            flags |= {"REFIT_IDENTICAL", "STRIP_PLAN"}
+        if self.weight_streaming:
+            flags = flags - {"REQUIRE_USER_ALLOCATION"} | {"WEIGHT_STREAMING"}
+        return tuple(sorted(flags))
 
 
 class BuildProgress:
@@ -65,7 +81,7 @@ def build_engine(
     settings: BuildSettings,
     out: BinaryIO,
     progress: BuildProgress | None = None,
-) -> float:
+) -> BuildReport:
     """Build one engine and write it to `out`.
 
     The build runs in its own thread, so that Ctrl-C and SIGTERM reach the caller. They stop the build at its next step
@@ -82,7 +98,7 @@ def build_engine(
         progress: called at every step.
 
     Returns:
-        The seconds that parsing and building took.
+        The seconds that parsing and building took, and what the builder said about the engine.
 
     Raises:
         BundleError: the graph's external data is not in the part's weights file.
@@ -97,7 +113,7 @@ def build_engine(
             # Leaving the `with` block waits for the thread, so nothing writes to `out` afterwards.
             build.cancelled.set()
             raise
-    return time.perf_counter() - began
+    return build.report(time.perf_counter() - began, len(profiles))
 
 
 class _Build:
@@ -146,6 +162,11 @@ class _Build:
         if cache is not None and settings.timing_cache is not None:
             _replace_file(settings.timing_cache, cache.serialize())
 
+    def report(self, seconds: float, profiles: int) -> BuildReport:
+        """What the build took, and what the log says about the engine; TensorRT may say nothing of its memory."""
+        found = self._logger.activation_bytes
+        return BuildReport(seconds, tuple(found) if len(found) == profiles else None, self._logger.allocates)
+
     def _configure(self, config: Any, target: str, settings: BuildSettings) -> None:
         trt = self._trt
         if self._library.ahead_of_time:
@@ -154,8 +175,13 @@ class _Build:
                 raise EngineError(
                     f"{self._part}: {self._library.name} cannot build for {target}; give another --target"
                 )
-        for flag in settings.flags:
-            config.set_flag(getattr(trt.BuilderFlag, flag))
+        for flag in settings.flags(self._library):
+            if flag.startswith("-"):
+                config.clear_flag(getattr(trt.BuilderFlag, flag[1:]))
+            elif hasattr(trt.PreviewFeature, flag):
+                config.set_preview_feature(getattr(trt.PreviewFeature, flag), True)
+            else:
+                config.set_flag(getattr(trt.BuilderFlag, flag))
         if settings.optimization_level is not None:
             config.builder_optimization_level = settings.optimization_level
         if settings.workspace_bytes is not None:
@@ -191,6 +217,11 @@ class _Build:
 
     def _build_error(self, settings: BuildSettings) -> str:
         text = f"{self._part}: {self._library.name} cannot build an engine"
+        if (memory := next(filter(None, map(_OUT_OF_MEMORY.search, self._logger.errors)), None)) is not None:
+            limit = f"the {int(memory[1]) / 1e9:.1f} GB that it may have" if memory[1] else "there is"
+            text += f": its largest shapes need more scratch memory than {limit}; "
+            text += "give smaller --resolutions or a smaller --batch"
+            text += "" if settings.workspace_bytes is None else ", or a larger --workspace"
         opset = self._bundle.manifest.opset
         if opset >= _FUSED_ATTENTION_OPSET and any("Attention" in e for e in self._logger.errors):
             if self._spec.precision == "float32":
@@ -219,15 +250,21 @@ class _Build:
 
 def _make_logger(trt: ModuleType) -> Any:
     class Logger(trt.ILogger):  # type: ignore[name-defined]
-        """Collects error messages and drops messages of lower severity."""
+        """Collects error messages and what is said of the engine's memory, and drops all other messages."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.activation_bytes: list[int] = []
+            self.allocates = False
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message.strip())
+            elif (found := _ACTIVATIONS.match(message)) is not None:
+                self.activation_bytes.append(int(found[1]))
+            elif _ALLOCATES in message:
+                self.allocates = True
 
     return Logger()
 

@@ -5,8 +5,6 @@ Used by `arcflow build` and by the cost plan of `arcflow compile`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from arcflow_runtime.errors import EngineError
 
 GIB = 1 << 30
@@ -25,22 +23,13 @@ def builder_seconds(weight_bytes: int) -> float:
     return _START_S + _SECONDS_PER_BYTE * weight_bytes
 
 
-def available_bytes() -> int | None:
-    """Available memory of this machine in bytes (Linux's MemAvailable); None on other systems."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def check_memory(part: str, weight_bytes: int, available: int | None) -> None:
     """Check before a build starts that it will not run out of memory.
 
     Args:
         part: name of the part, for the message.
         weight_bytes: size of the part's weights.
-        available: from `available_bytes`; None skips the check.
+        available: from `engines/host_memory.py`; None skips the check.
 
     Raises:
         EngineError: the build needs more memory than is available; says how much, and what to do.

@@ -47,7 +47,7 @@ def plan_builds(
         backend: a key of `LIBRARIES`.
         targets: compute capabilities such as "sm89"; empty means that of this machine's GPU.
         parts: parts of the bundle; empty means all.
-        sizes: image sizes, one optimisation profile each; empty means all that the bundle allows.
+        sizes: image sizes, one optimisation profile each; empty means `default_size`.
         batch: images per call.
         settings: options of the builder.
 
@@ -84,7 +84,7 @@ def plan_builds(
             key = EngineKey(
                 **part_key_fields(bundle, part),
                 profiles=profiles,
-                flags=settings.flags,
+                flags=settings.flags(library),
                 optimization_level=settings.optimization_level,
                 workspace_bytes=settings.workspace_bytes,
                 builder=backend,

@@ -52,13 +52,26 @@ def parse_batch(text: str) -> SizeRange:
     return _parse_range(text, "--batch", text)
 
 
+def default_size(manifest: Manifest) -> Size:
+    """All sizes that the bundle allows up to 1024 pixels a side.
+
+    An engine needs scratch memory for its largest shapes. That of FLUX's VAE decoder is 1.6 GB up to 1024 pixels and
+    19.4 GB up to 2048 (docs/engines.md).
+    """
+
+    def up_to_default(allowed: SizeRange) -> SizeRange:
+        return SizeRange(*_triple(allowed, DEFAULT_SIZE_PX)[:2])
+
+    return Size(up_to_default(manifest.ranges.height_px), up_to_default(manifest.ranges.width_px))
+
+
 def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch: SizeRange) -> tuple[Profile, ...]:
     """The optimisation profiles of one part: one per size, without duplicates.
 
     Args:
         manifest: the bundle's; gives the inputs, the text length and the schedule.
         part: name of the part.
-        sizes: image sizes in pixels; empty means all that the bundle allows.
+        sizes: image sizes in pixels; empty means `default_size`.
         batch: images per call.
 
     Raises:
@@ -66,9 +79,8 @@ def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch:
         BundleError: the part has an input that rule B9 does not have.
     """
     _check_range("--batch", batch, manifest.ranges.batch, 1)
-    whole = Size(manifest.ranges.height_px, manifest.ranges.width_px)
     profiles = []
-    for size in sizes or (whole,):
+    for size in sizes or (default_size(manifest),):
         _check_size(size, manifest)
         dims = _dimensions(manifest, part, size, batch)
         profile = {spec.name: _shapes(manifest, part, spec, dims) for spec in manifest.parts[part].inputs}

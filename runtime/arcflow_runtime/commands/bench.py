@@ -1,7 +1,7 @@
 """Time a bundle stage by stage.
 
-The cache of text embeddings is cleared before every run, so that each run encodes its prompt. On a GPU, the times of
-condition, backbone, update, decode and copy are measured on the device.
+The cached text embeddings and modulations are dropped before every run, so that each run encodes its prompt. On a GPU,
+the times of condition, backbone, update, decode and copy are measured on the device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from arcflow_runtime.backends import DEFAULT_BACKEND, choices
 from arcflow_runtime.disk.outputs import check_writable
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", default="a large red circle on a blue background", help="text prompt (default: %(default)r)"
     )
     parser.add_argument("--backend", choices=choices(), default=DEFAULT_BACKEND, help="engine (default: %(default)s)")
+    parser.add_argument("--memory", choices=MODES, help="memory mode (default: by the free memory)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE as JSON")
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_runtime.generate.pipeline import Pipeline
 
     timings: list[dict[str, float]] = []
-    with Pipeline.load(args.bundle, args.backend, threads=args.threads) as pipeline:
+    with Pipeline.load(args.bundle, args.backend, args.memory, threads=args.threads) as pipeline:
         for i in trange(args.warmup + args.runs, desc="runs", disable=None, leave=False):
             measured = _time(pipeline, args)
             if i >= args.warmup:
@@ -123,7 +125,7 @@ def _time(pipeline: Pipeline, args: argparse.Namespace) -> dict[str, float]:
 
 
 def _request(args: argparse.Namespace) -> dict[str, object]:
-    names = ("height", "width", "steps", "batch", "runs", "warmup", "prompt", "backend")
+    names = ("height", "width", "steps", "batch", "runs", "warmup", "prompt", "backend", "memory")
     return {"bundle": str(args.bundle)} | {name: getattr(args, name) for name in names}
 
 

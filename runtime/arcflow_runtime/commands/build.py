@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from arcflow_runtime.build.build import BuildSettings
     from arcflow_runtime.build.plan import BuildJob
     from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.engines.store import BuiltEngine
+    from arcflow_runtime.engines.store import BuildReport, BuiltEngine
     from arcflow_runtime.engines.tensorrt_library import Library
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "openvino")
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolutions",
         metavar="SIZE[,SIZE...]",
         help="image sizes in pixels: 1024x768 (height x width), 1024, or ranges such as 512-1536 or 768-1024x512; each "
-        "becomes an optimisation profile (default: one profile for all sizes that the bundle allows)",
+        "becomes an optimisation profile, and an engine needs scratch memory for its largest (default: one profile for "
+        "the bundle's sizes up to 1024 pixels)",
     )
     shapes.add_argument("--batch", default="1", metavar="N[-M]", help="images per call (default: %(default)s)")
     builder = parser.add_argument_group("builder")
@@ -113,7 +114,8 @@ def _build_one(
     from tqdm import tqdm
 
     from arcflow_runtime.build.build import BuildProgress, build_engine
-    from arcflow_runtime.build.cost import GIB, available_bytes, builder_bytes, builder_seconds, check_memory
+    from arcflow_runtime.build.cost import GIB, builder_bytes, builder_seconds, check_memory
+    from arcflow_runtime.engines.host_memory import available_bytes
     from arcflow_runtime.engines.store import find_built, write_engine
 
     found, changed = find_built(bundle, job.key)
@@ -134,7 +136,7 @@ def _build_one(
                 bar.set_postfix_str(phase, refresh=False)
                 bar.update(done - bar.n)
 
-        def build(out: BinaryIO) -> float:
+        def build(out: BinaryIO) -> BuildReport:
             return build_engine(library, bundle, job.part, job.target, job.key.profiles, settings, out, ProgressBar())
 
         built = write_engine(bundle, job.key, build)
@@ -163,6 +165,8 @@ def _row(job: BuildJob, built: BuiltEngine, reused: bool, changed: list[str]) ->
         "reused": reused,
         "changed": changed,
         "build_seconds": record.build_seconds,
+        "activation_bytes": record.activation_bytes,
+        "allocates_when_run": record.allocates_when_run,
         "key": job.key.digest(),
     }
 
@@ -174,6 +178,10 @@ def _line(row: dict[str, Any]) -> str:
         what = f"built in {row['build_seconds']:.1f} s"
         if row["changed"]:
             what += f"; changed: {', '.join(row['changed'])}"
+    if row["activation_bytes"]:
+        what += f"; needs {max(row['activation_bytes']) / 1e9:.2f} GB of scratch memory on the GPU"
+    if row["allocates_when_run"]:
+        what += "; allocates more in each run, so it has no CUDA graph: smaller --resolutions avoid that"
     return f"{row['part']:16}{row['target']:8}{row['bytes']:>16,} bytes  {what}"
 
 

@@ -14,19 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcflow_runtime.backends import DEFAULT_BACKEND, ON_CPU, choices
+from arcflow_runtime.backends import DEFAULT_BACKEND, choices
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.outputs import check_writable
+from arcflow_runtime.engines.modes import MODES
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
-
-# A progress bar appears if a run on the CPU takes longer than this. A GPU has none: its CUDA graph runs every step, and
-# a step callback would need them one by one.
-_BAR_DELAY_S = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="images per prompt (default: %(default)s)")
     parser.add_argument("--sheet", action="store_true", help="write one PNG of all images with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
-    parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
+    parser.add_argument(
+        "--memory",
+        choices=MODES,
+        help="parts that stay loaded: all, those that every image needs, or none (default: by the free memory)",
+    )
     parser.add_argument("--backend", choices=choices(), default=DEFAULT_BACKEND, help="engine (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     from arcflow_runtime.generate.pipeline import Pipeline
 
-    with Pipeline.load(args.bundle, args.backend, args.low_memory, threads=args.threads) as pipeline:
+    with Pipeline.load(args.bundle, args.backend, args.memory, threads=args.threads) as pipeline:
         output = _generate(pipeline, args)
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
     prompts = [args.prompt[i // args.num_images] for i in range(len(output.images))]
@@ -103,22 +104,17 @@ def _check_out(out: Path) -> None:
 
 
 def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
-    from tqdm import tqdm
-
-    steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
-    disabled = None if args.backend in ON_CPU else True  # None: where standard error is not a terminal
-    with tqdm(total=steps, desc="steps", delay=_BAR_DELAY_S, disable=disabled, leave=False) as bar:
-        return pipeline(
-            args.prompt,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            seed=_one_each(args.seed, len(args.prompt) * args.num_images),
-            num_images_per_prompt=args.num_images,
-            max_sequence_length=args.max_sequence_length,
-            callback_on_step_end=None if bar.disable else lambda step, latents: bar.update(),
-        )
+    # Without a step callback, which would keep a GPU from running all steps as one CUDA graph.
+    return pipeline(
+        args.prompt,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=_one_each(args.seed, len(args.prompt) * args.num_images),
+        num_images_per_prompt=args.num_images,
+        max_sequence_length=args.max_sequence_length,
+    )
 
 
 def _seeds(text: str) -> list[int]:

@@ -1,4 +1,7 @@
-"""Show the contents of a bundle: parts, sizes, shapes, schedule, provenance and the engines built from it."""
+"""Show the contents of a bundle: parts, sizes, shapes, schedule, provenance and the engines built from it.
+
+With --gpu-memory, say what the bundle needs on a GPU in each memory mode. Nothing is loaded for that.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     parser.add_argument("--check", action="store_true", help="hash every file, not only the small ones")
+    parser.add_argument(
+        "--gpu-memory",
+        type=_gigabytes,
+        metavar="GB",
+        help="say which sizes and memory modes fit a GPU with GB of memory",
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest and sizes as JSON")
 
 
@@ -26,8 +35,27 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_runtime.disk.bundle import Bundle
 
     bundle = _open_checked(args.bundle) if args.check else Bundle.open(args.bundle)
-    print(json.dumps(_describe(bundle), indent=2) if args.json else _table(bundle, args.check))
+    described = _describe(bundle) if args.json else {}
+    lines = [] if args.json else [_table(bundle, args.check)]
+    if args.gpu_memory is not None:
+        from arcflow_runtime.commands import gpu_memory
+
+        report = gpu_memory.report(bundle, args.gpu_memory)
+        described["gpu_memory"] = gpu_memory.as_dict(report)
+        lines += ["", *gpu_memory.as_lines(report)]
+    print(json.dumps(described, indent=2) if args.json else "\n".join(lines))
     return 0
+
+
+def _gigabytes(text: str) -> int:
+    """GB as bytes."""
+    try:
+        nbytes = round(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        nbytes = 0
+    if nbytes <= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of GB such as 16, got {text!r}")
+    return nbytes
 
 
 def _open_checked(root: Path) -> Bundle:

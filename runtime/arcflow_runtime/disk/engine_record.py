@@ -18,7 +18,7 @@ from arcflow_runtime.disk.sealed import read_sealed, sealed_json
 from arcflow_runtime.errors import EngineError
 
 FORMAT = "arcflow-engine"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class ShapeRange:
 
 #: A TensorRT optimisation profile: input name -> its range of shapes.
 Profile = Mapping[str, ShapeRange]
+
+
+def accepts(profile: Profile, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """True if inputs of these shapes are within a profile's ranges."""
+    return all(
+        len(shape) == len(profile[name].min)
+        and all(a <= d <= b for a, d, b in zip(profile[name].min, shape, profile[name].max, strict=True))
+        for name, shape in shapes.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,32 @@ class EngineKey:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The contents of an engine's record: the engine's file name in the same folder, size, SHA-256 and key."""
+    """The contents of an engine's record: the engine's file name in the same folder, size, SHA-256 and key.
+
+    `activation_bytes` is the scratch memory that the engine needs on the GPU for the largest shapes of each profile, as
+    its builder reported it; None if it did not. `allocates_when_run` is true if the engine allocates GPU memory in each
+    run besides, so that its runs cannot be captured into a CUDA graph.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    key: EngineKey
+    created: str
+    build_seconds: float
+    activation_bytes: tuple[int, ...] | None
+    allocates_when_run: bool
+    format: str = FORMAT
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """The record as JSON text, sealed with its digest."""
+        return sealed_json(self)
+
+
+@dataclass(frozen=True)
+class _FirstRecord:
+    """A record of version 1, which says nothing of the engine's memory."""
 
     file: str
     bytes: int
@@ -88,11 +122,7 @@ class EngineRecord:
     created: str
     build_seconds: float
     format: str = FORMAT
-    version: int = VERSION
-
-    def to_json(self) -> str:
-        """The record as JSON text, sealed with its digest."""
-        return sealed_json(self)
+    version: int = 1
 
 
 def part_key_fields(bundle: Bundle, part: str) -> dict[str, Any]:
@@ -112,7 +142,12 @@ def read_record(path: Path) -> EngineRecord:
     Raises:
         EngineError: the file is not an engine's record, has an unsupported version, or was edited.
     """
-    record: EngineRecord = read_sealed(EngineRecord, path, "an engine's record", _HOW_TO_REBUILD)
+    found = read_sealed(EngineRecord, path, "an engine's record", _HOW_TO_REBUILD, older=(_FirstRecord,))
+    if isinstance(found, _FirstRecord):
+        found = EngineRecord(
+            **vars(found) | {"activation_bytes": None, "allocates_when_run": False, "version": VERSION}
+        )
+    record: EngineRecord = found
     if Path(record.file).name != record.file or record.file in ("", ".", ".."):
         raise EngineError(f"{path}: file {record.file!r} must lie beside its record; {_HOW_TO_REBUILD}")
     return record

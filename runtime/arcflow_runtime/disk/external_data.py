@@ -14,16 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.protobuf import BYTES, NUMBER, message_class
 from arcflow_runtime.errors import BundleError
 
 #: Weights are stored outside the graph, so a graph takes only kilobytes per layer.
 MAX_GRAPH_BYTES = 256 << 20
 
-_BYTES, _NUMBER = "bytes", "number"
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "Model": {"graph": (7, "Graph"), "training_info": (20, "Training"), "functions": (25, "Function")},
     "Training": {"initialization": (1, "Graph"), "algorithm": (2, "Graph")},
@@ -39,8 +38,8 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "sparse_tensors": (23, "SparseTensor"),
     },
     "SparseTensor": {"values": (1, "Tensor"), "indices": (2, "Tensor")},
-    "Tensor": {"name": (8, _BYTES), "external_data": (13, "Entry"), "data_location": (14, _NUMBER)},
-    "Entry": {"key": (1, _BYTES), "value": (2, _BYTES)},
+    "Tensor": {"name": (8, BYTES), "external_data": (13, "Entry"), "data_location": (14, NUMBER)},
+    "Entry": {"key": (1, BYTES), "value": (2, BYTES)},
 }
 # TensorProto.DataLocation
 _EXTERNAL = 1
@@ -113,26 +112,6 @@ def _text(value: bytes) -> str:
 
 @functools.cache
 def _model_class() -> Any:
-    """The protobuf class of `Model`. Its own descriptor pool avoids a clash with the onnx package's messages."""
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="arcflow_external_data.proto", package="arcflow", syntax="proto2")
-    for name, fields in _MESSAGES.items():
-        message = file.message_type.add(name=name)
-        for field, (number, kind) in fields.items():
-            # Every message field is declared repeated, even where onnx.proto allows one value: protobuf would merge a
-            # second value into the first and so hide it from this check.
-            if kind == _BYTES:
-                message.field.add(name=field, number=number, type=kinds.TYPE_BYTES, label=kinds.LABEL_OPTIONAL)
-            elif kind == _NUMBER:
-                message.field.add(name=field, number=number, type=kinds.TYPE_INT32, label=kinds.LABEL_REPEATED)
-            else:
-                message.field.add(
-                    name=field,
-                    number=number,
-                    type=kinds.TYPE_MESSAGE,
-                    label=kinds.LABEL_REPEATED,
-                    type_name=f".arcflow.{kind}",
-                )
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("arcflow.Model"))
+    # Every message field is declared repeated, even where onnx.proto allows one value: protobuf would merge a second
+    # value into the first and so hide it from this check.
+    return message_class("arcflow.external_data", _MESSAGES, "Model")

@@ -32,6 +32,7 @@ def read_sealed(
     newer: str | None = None,
     error: type[ArcFlowError] = EngineError,
     limit_bytes: int = MAX_RECORD_BYTES,
+    older: tuple[Any, ...] = (),
 ) -> Any:
     """Read and check one record, without looking at the files that it names.
 
@@ -43,6 +44,7 @@ def read_sealed(
         newer: what to do about a newer version, for messages; None means `again`.
         error: the class of the exception.
         limit_bytes: largest size of the file.
+        older: dataclasses of earlier versions that are read too; the result is then one of these.
 
     Raises:
         ArcFlowError: of class `error`; the file is not such a record, has an unsupported version, or was edited.
@@ -56,12 +58,14 @@ def read_sealed(
     if not isinstance(data, dict) or data.get("format") != kind.format:
         raise error(f"{path}: 'format' must be {kind.format!r}; this is not {what}, remove it")
     version = data.get("version")
-    if version != kind.version or isinstance(version, bool):
+    known = {k.version: k for k in (*older, kind)}
+    if not isinstance(version, int) or isinstance(version, bool) or version not in known:
         cure = newer if newer and isinstance(version, int) and version > kind.version else again
-        raise error(f"{path}: version must be {kind.version}, got {version!r}; {cure}")
+        wanted = " or ".join(map(str, known))
+        raise error(f"{path}: version must be {wanted}, got {version!r}; {cure}")
     digest = data.pop("digest", None)
     try:
-        record = parse(kind, data, str(path))
+        record = parse(known[version], data, str(path))
     except BundleError as e:
         raise error(f"{e}; {again}") from None
     if digest != seal(data):

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.modes import EngineBytes, MemoryRules
 
 
 class Engine(Protocol):
@@ -47,6 +48,23 @@ class StreamedEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class UnloadableEngine(Engine, Protocol):
+    """An engine whose weights can leave the device and come back, while its compiled kernels stay."""
+
+    def unload_weights(self) -> bool:
+        """Free the memory of the weights; False if this engine cannot. Running needs `load_weights` first."""
+        ...
+
+    def load_weights(self) -> None:
+        """Load the weights again.
+
+        Raises:
+            EngineError: they cannot be loaded, for example because memory ran out.
+        """
+        ...
+
+
 class Backend(Protocol):
     """Loads parts of bundles as engines of one library, such as ONNX Runtime."""
 
@@ -56,6 +74,30 @@ class Backend(Protocol):
 
     def open(self, bundle: Bundle, part: str) -> Engine:
         """Load the part named `part`."""
+        ...
+
+
+@runtime_checkable
+class UnloadingBackend(Protocol):
+    """A backend that can load parts so that their weights can be unloaded; see `UnloadableEngine`."""
+
+    def open_unloadable(self, bundle: Bundle, part: str) -> Engine:
+        """Load the part named `part`. An engine for which this is impossible is loaded as by `Backend.open`."""
+        ...
+
+
+@runtime_checkable
+class MeasuredBackend(Protocol):
+    """A backend that knows the memory of its device."""
+
+    memory_rules: MemoryRules
+
+    def free_bytes(self) -> int | None:
+        """Free bytes of the memory that parts are loaded into; None if that is unknown."""
+        ...
+
+    def built_bytes(self, bundle: Bundle, part: str) -> EngineBytes | None:
+        """What the part's built engine takes; None if the backend runs the part's graph without one."""
         ...
 
 

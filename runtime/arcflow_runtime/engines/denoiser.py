@@ -88,6 +88,10 @@ class Denoiser(Protocol):
         """Do the one-time work for this job's shape ahead of `denoise`, such as the capture of a CUDA graph."""
         ...
 
+    def clear_cache(self) -> None:
+        """Drop results that are kept to avoid running the conditioner again."""
+        ...
+
     def close(self) -> None:
         """Wait for running jobs and free the memory; `denoise` raises `EngineError` afterwards."""
         ...

@@ -16,6 +16,8 @@ from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
+from arcflow_runtime.engines.host_memory import available_bytes
+from arcflow_runtime.engines.modes import ONNX_RUNTIME_CPU
 from arcflow_runtime.errors import EngineError
 
 # ONNX Runtime warns about dynamic shapes, which a user cannot act on; errors are raised as exceptions.
@@ -88,6 +90,8 @@ class OnnxRuntimeProfiledEngine(OnnxRuntimeEngine):
 class OnnxRuntimeBackend:
     """Opens parts with ONNX Runtime's CPU provider."""
 
+    memory_rules = ONNX_RUNTIME_CPU
+
     def __init__(self, threads: int | None) -> None:
         check_threads(threads)
         self._threads = threads
@@ -115,6 +119,13 @@ class OnnxRuntimeBackend:
         """
         session = open_session(bundle, part, session_options(self._threads), ["CPUExecutionProvider"])
         return OnnxRuntimeEngine(part, bundle.manifest.parts[part], session)
+
+    def free_bytes(self) -> int | None:
+        """Available memory of this machine; see `MeasuredBackend`."""
+        return available_bytes()
+
+    def built_bytes(self, bundle: Bundle, part: str) -> None:
+        """None: parts run without built engines."""
 
     def open_profiled(self, bundle: Bundle, part: str) -> OnnxRuntimeProfiledEngine:
         """Load a part with layer timing; see `ProfilingBackend`."""

@@ -18,6 +18,8 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part, TensorSpec
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
+from arcflow_runtime.engines.host_memory import available_bytes
+from arcflow_runtime.engines.modes import OPENVINO, OPENVINO_WIDENED
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.installing import install_command
 
@@ -83,6 +85,7 @@ class OpenVinoBackend:
     def __init__(self, threads: int | None) -> None:
         check_threads(threads)
         self._threads = threads
+        self.memory_rules = OPENVINO
         self._core = ov.Core()
         self._capabilities = frozenset(self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
 
@@ -102,6 +105,7 @@ class OpenVinoBackend:
                 )
         for precision in sorted({p.precision for p in parts.values()} - {"float32"}):
             if not self._has(precision):
+                self.memory_rules = OPENVINO_WIDENED
                 names = ", ".join(name for name, part in parts.items() if part.precision == precision)
                 _log.warning(
                     f"this CPU has no {precision} instructions, so OpenVINO computes {names} in float32, which is "
@@ -124,6 +128,13 @@ class OpenVinoBackend:
         except RuntimeError as e:
             raise EngineError(f"{part}: OpenVINO cannot load {spec.graph}: {last_line(e)}") from e
         return OpenVinoEngine(part, spec, compiled)
+
+    def free_bytes(self) -> int | None:
+        """Available memory of this machine; see `MeasuredBackend`."""
+        return available_bytes()
+
+    def built_bytes(self, bundle: Bundle, part: str) -> None:
+        """None: parts run without built engines."""
 
     def _has(self, precision: str) -> bool:
         return _CAPABILITIES[precision] in self._capabilities

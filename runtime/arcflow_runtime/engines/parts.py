@@ -1,6 +1,6 @@
 """Hold a bundle's engines for the pipeline: part name -> a function that runs it.
 
-Engines stay loaded, or, to save memory, are loaded for each use and freed after it.
+The memory mode says which engines stay loaded. The others are loaded for each use and freed after it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Part
-from arcflow_runtime.engines.base import Backend, Engine, StreamedEngine
+from arcflow_runtime.engines.base import Backend, Engine, StreamedEngine, UnloadableEngine, UnloadingBackend
+from arcflow_runtime.engines.modes import MemoryMode, keeps
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.maths.dtypes import cast
 
@@ -26,27 +27,34 @@ RunAll = Callable[[Sequence[Inputs]], Iterator[dict[str, np.ndarray]]]
 class Parts:
     """The engines of one bundle; safe to use from several threads.
 
-    With `keep`, a part is loaded on first use and stays loaded. Without it, a part is loaded for each use and freed
-    after it, and only one part is in memory at a time: other threads wait.
+    A part that the mode keeps is loaded on first use and stays loaded. Any other part is loaded for each use and let go
+    after it, and only one of those is in memory at a time: other threads wait.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, keep: bool) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, memory: MemoryMode) -> None:
         self._bundle = bundle
         self._backend = backend
-        #: True if parts stay loaded.
-        self.keep = keep
+        self.memory: MemoryMode = memory
         self._engines: dict[str, Engine] = {}
+        #: Engines whose weights were unloaded; their compiled kernels stay.
+        self._unloaded: dict[str, UnloadableEngine] = {}
         self._closed = False
         self._lock = threading.Lock()
+        #: Held while a part that is not kept is in use. It is taken before `_lock`.
+        self._turn = threading.Lock()
 
-    def open_all(self) -> None:
-        """Load every part now rather than on first use.
+    def keeps(self, part: str) -> bool:
+        """True if `part` stays loaded once it was used."""
+        return keeps(self.memory, part)
+
+    def open_kept(self) -> None:
+        """Load now, rather than on first use, every part that stays loaded.
 
         Raises:
             EngineError: a part cannot be loaded; those already loaded are freed.
         """
         try:
-            for part in self._bundle.manifest.parts:
+            for part in filter(self.keeps, self._bundle.manifest.parts):
                 self._kept(part)
         except BaseException:
             self.close()
@@ -57,10 +65,10 @@ class Parts:
 
         Raises:
             EngineError: the part cannot be loaded, or `close` was called.
-            BundleError: parts do not stay loaded, and the bundle was replaced since it was opened.
+            BundleError: the part does not stay loaded, and the bundle was replaced since it was opened.
         """
         spec = self._bundle.manifest.parts[part]
-        if self.keep:
+        if self.keeps(part):
             return nullcontext(partial(_run, self._kept(part), spec))
         return self._run_once(part, spec)
 
@@ -81,15 +89,16 @@ class Parts:
         Raises:
             EngineError: the part cannot be loaded, or `close` was called.
         """
-        return nullcontext(self._kept(part)) if self.keep else self._opened(part)
+        return nullcontext(self._kept(part)) if self.keeps(part) else self._opened(part)
 
     def close(self) -> None:
         """Close every engine; using a part afterwards raises `EngineError`. Calling it twice is allowed."""
-        with self._lock:
+        with self._turn, self._lock:
             self._closed = True
-            for engine in self._engines.values():
+            for engine in (*self._engines.values(), *self._unloaded.values()):
                 engine.close()
             self._engines.clear()
+            self._unloaded.clear()
 
     @contextmanager
     def _run_once(self, part: str, spec: Part) -> Iterator[Run]:
@@ -98,15 +107,40 @@ class Parts:
 
     @contextmanager
     def _opened(self, part: str) -> Iterator[Engine]:
-        with self._lock:
+        with self._turn:
             self._check_open()
             self._bundle.check_unchanged()
-            engine = self._backend.open(self._bundle, part)
+            engine = self._bring(part)
             try:
                 # Checked again, in case the bundle was replaced while the part was being loaded.
                 self._bundle.check_unchanged()
                 yield engine
             finally:
+                self._let_go(part, engine)
+
+    def _bring(self, part: str) -> Engine:
+        """Load a part that does not stay loaded, or only its weights if the rest of it is still there."""
+        if (engine := self._unloaded.pop(part, None)) is not None:
+            try:
+                engine.load_weights()
+            except BaseException:
+                engine.close()
+                raise
+            return engine
+        if self.memory == "balanced" and isinstance(self._backend, UnloadingBackend):
+            return self._backend.open_unloadable(self._bundle, part)
+        return self._backend.open(self._bundle, part)
+
+    def _let_go(self, part: str, engine: Engine) -> None:
+        """Free the weights of a part, and in "low" or where its library cannot do that alone, all of it."""
+        unloaded = False
+        try:
+            if self.memory == "balanced" and isinstance(engine, UnloadableEngine):
+                unloaded = engine.unload_weights()
+                if unloaded:
+                    self._unloaded[part] = engine
+        finally:
+            if not unloaded:
                 engine.close()
 
     def _kept(self, part: str) -> Engine:

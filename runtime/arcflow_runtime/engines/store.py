@@ -19,6 +19,7 @@ from arcflow_runtime.disk.engine_record import EngineKey, EngineRecord, engine_n
 from arcflow_runtime.disk.files import is_full, locked_folder, sha256_file
 from arcflow_runtime.disk.manifest import ENGINES
 from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.modes import EngineBytes
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError
 
@@ -34,6 +35,15 @@ class Host:
     target: str
     gpu: str | None
     platform: str
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What one build took, and what its builder said about the engine's memory, as in `EngineRecord`."""
+
+    seconds: float
+    activation_bytes: tuple[int, ...] | None = None
+    allocates_when_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,21 @@ def check_engine(path: Path, record: EngineRecord, check: Check = "fast") -> Non
         raise EngineError(f"{path}, {what}, does not match its SHA-256; it was edited or swapped, {again}")
 
 
+def engine_bytes(bundle: Bundle, record: EngineRecord) -> EngineBytes:
+    """What a loaded engine takes: as much as its file has, and the part's weights if they are not in it.
+
+    An engine that streams its weights counts without them, because it keeps on the GPU only what has room there.
+    """
+    flags, spec = record.key.flags, bundle.manifest.parts[record.key.part]
+    weights = bundle.manifest.files[spec.weights].bytes
+    if "WEIGHT_STREAMING" in flags:
+        taken = max(record.bytes - weights, 0)
+    else:
+        taken = record.bytes + ("STRIP_PLAN" in flags) * weights
+    known = () if record.activation_bytes is None else zip(record.key.profiles, record.activation_bytes, strict=False)
+    return EngineBytes(taken, tuple(known))
+
+
 def find_built(bundle: Bundle, key: EngineKey) -> tuple[BuiltEngine | None, list[str]]:
     """Find the engine with exactly this key.
 
@@ -164,14 +189,14 @@ def locked_store(bundle: Bundle) -> Iterator[None]:
 
 
 def write_engine(
-    bundle: Bundle, key: EngineKey, build: Callable[[BinaryIO], float], created: datetime | None = None
+    bundle: Bundle, key: EngineKey, build: Callable[[BinaryIO], BuildReport], created: datetime | None = None
 ) -> BuiltEngine:
     """Build an engine and add it to the store atomically; the caller holds `locked_store`.
 
     Args:
         bundle: the bundle it belongs to.
         key: the engine's key.
-        build: writes the engine to the file that it is given, and returns how many seconds building took.
+        build: writes the engine to the file that it is given.
         created: the time to record; None for now.
 
     Raises:
@@ -183,7 +208,7 @@ def write_engine(
     engine = folder / f"{name}-{key.digest()[:16]}.engine"
     try:
         with partial.open("wb") as f:
-            seconds = build(f)
+            report = build(f)
             f.flush()
             os.fsync(f.fileno())
         record = EngineRecord(
@@ -192,7 +217,9 @@ def write_engine(
             sha256=sha256_file(partial),
             key=key,
             created=(created or datetime.now(timezone.utc)).isoformat(timespec="seconds"),
-            build_seconds=round(seconds, 3),
+            build_seconds=round(report.seconds, 3),
+            activation_bytes=report.activation_bytes,
+            allocates_when_run=report.allocates_when_run,
         )
         os.replace(partial, engine)
         with partial.open("w", encoding="utf-8") as f:

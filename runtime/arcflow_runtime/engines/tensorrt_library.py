@@ -20,7 +20,8 @@ class Library:
     """One of NVIDIA's two inference libraries.
 
     `module` is its Python module, `package` the pip requirement, `major` the supported major version. `targets` are the
-    compute capabilities that it builds for without a GPU; empty if it builds only for the GPU that it runs on.
+    compute capabilities that it builds for without a GPU; empty if it builds only for the GPU that it runs on. `flags`
+    are the builder flags and preview features that every engine is built with.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Library:
     package: str
     major: int
     targets: tuple[str, ...]
+    flags: tuple[str, ...]
 
     @property
     def ahead_of_time(self) -> bool:
@@ -67,14 +69,19 @@ class Library:
         return target
 
 
+#: REQUIRE_USER_ALLOCATION: no engine allocates memory when it runs, which would keep it out of a CUDA graph. It takes
+#: its scratch memory from the caller instead, or is not built. Only TensorRT-RTX has the flag.
+#: RUNTIME_ACTIVATION_RESIZE_10_10: an engine wants the scratch memory of the shapes at hand, in place of that of its
+#: largest. It is off by default in TensorRT and on in TensorRT-RTX.
 LIBRARIES = {
-    "tensorrt": Library("tensorrt", "tensorrt", "tensorrt>=11,<12", 11, ()),
+    "tensorrt": Library("tensorrt", "tensorrt", "tensorrt>=11,<12", 11, (), ("RUNTIME_ACTIVATION_RESIZE_10_10",)),
     "tensorrt-rtx": Library(
         "tensorrt-rtx",
         "tensorrt_rtx",
         "tensorrt-rtx>=1.7,<1.8",
         1,
         ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+        ("REQUIRE_USER_ALLOCATION",),
     ),
 }
 

@@ -9,15 +9,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.modulation import ModulationCache
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.errors import BundleError
 
 
 class Conditioner:
-    """Computes the backbone's modulation, or takes it from the bundle's baked table if it has the step count."""
+    """Computes the backbone's modulation, or takes it from the bundle's baked table if it has the step count.
+
+    The results for the most recent inputs are cached.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         self._table = _load_table(bundle)
+        self._cache = ModulationCache()
 
     def baked(self, steps: int) -> np.ndarray | None:
         """The baked modulation [S, M] float32 for this number of steps, or None if the conditioner must run."""
@@ -26,7 +31,7 @@ class Conditioner:
     def modulation(
         self, parts: Parts, timesteps: np.ndarray, guidance: np.float32 | None, pooled: np.ndarray | None
     ) -> np.ndarray:
-        """The modulation of all steps, in one run of the conditioner.
+        """The modulation of all steps, from the table, from the cache, or in one run of the conditioner.
 
         Args:
             parts: the bundle's parts.
@@ -47,8 +52,16 @@ class Conditioner:
             inputs["pooled_projections"] = pooled
         if guidance is not None:
             inputs["guidance"] = np.full(1 if pooled is None else len(pooled), guidance, np.float32)
+        if (cached := self._cache.get(inputs)) is not None:
+            return cached
         with parts.use("conditioner") as run:
-            return run(inputs)["modulation"]
+            modulation = run(inputs)["modulation"]
+        self._cache.put(inputs, modulation)
+        return modulation
+
+    def clear_cache(self) -> None:
+        """Drop the cached results."""
+        self._cache.clear()
 
 
 def _load_table(bundle: Bundle) -> dict[int, np.ndarray]:

@@ -17,6 +17,7 @@ from arcflow_runtime.backends import DEFAULT_BACKEND, open_for
 from arcflow_runtime.disk.bundle import Bundle, Check
 from arcflow_runtime.engines.base import Backend
 from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
+from arcflow_runtime.engines.modes import MemoryMode
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
 from arcflow_runtime.errors import RequestError
@@ -26,6 +27,7 @@ from arcflow_runtime.generate.decode import check_not_flat, decode_latents, to_f
 from arcflow_runtime.generate.denoise import Group, StepCallback, check_finite, denoise, denoise_on_device, join
 from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_others
 from arcflow_runtime.generate.encode import encode_prompts
+from arcflow_runtime.generate.memory import check_memory, fitting_memory
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
 from arcflow_runtime.maths.noise import GROUP, draw_latents, streams
@@ -53,32 +55,35 @@ class PipelineOutput:
 class Pipeline:
     """A loaded bundle that generates images; safe to call from several threads."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, low_memory: bool = False) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, memory: MemoryMode | None = None) -> None:
         """Load the parts of an opened bundle; `Pipeline.load` does this from a path.
 
         Raises:
             EngineError: the backend cannot run the bundle or load a part.
             BundleError: a tokenizer or the modulation table cannot be read, or the bundle was replaced meanwhile.
+            RequestError: `memory` is not a mode.
         """
+        check_memory(memory)
         backend.check(bundle)
         self.bundle = bundle
+        #: The memory mode, given or chosen.
+        self.memory: MemoryMode = memory or fitting_memory(bundle, backend)
         self._calls = Calls()
         self._tokenizer = PromptTokenizer(bundle)
         self._cache = EmbeddingCache()
         self._conditioner = Conditioner(bundle)
-        self._parts = Parts(bundle, backend, keep=not low_memory)
+        self._parts = Parts(bundle, backend, self.memory)
         self._denoiser: Denoiser | None = None
         try:
-            self._open(backend, low_memory)
+            self._open(backend)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, backend: Backend, low_memory: bool) -> None:
+    def _open(self, backend: Backend) -> None:
         """Load the engines and open the denoiser. If this raises, the caller closes whatever was opened."""
         bundle = self.bundle
-        if not low_memory:
-            self._parts.open_all()
+        self._parts.open_kept()
         latents = bundle.manifest.latents
         # The GPU kernel generates noise in groups of 16 numbers, so an image's latent size must be a multiple of 16.
         # Height and width of the latents are multiples of patch_size.
@@ -90,9 +95,11 @@ class Pipeline:
     def load(
         bundle: str | Path,
         backend: str = DEFAULT_BACKEND,
-        low_memory: bool = False,
+        memory: MemoryMode | None = None,
         check: Check = "fast",
         threads: int | None = None,
+        *,
+        low_memory: object = None,
     ) -> Pipeline:
         """Load a bundle from a directory.
 
@@ -100,9 +107,13 @@ class Pipeline:
             bundle: the directory that `arcflow export` wrote.
             backend: the library that runs the graphs, a key of `backends.BACKENDS`, or "auto" for the fastest that is
                 installed and runs the bundle on this machine.
-            low_memory: load each part only while it is used, one at a time.
+            memory: which parts stay in the memory of the backend's device. "resident": all. "balanced": backbone and
+                VAE decoder; text encoders and conditioner are loaded one at a time when a prompt, guidance scale or
+                number of steps is new. "low": none; each part is loaded while it is used, one at a time. The images are
+                the same in all modes.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.
+            low_memory: the former name of `memory`; an error that says so.
 
         A GPU backend runs on the first GPU visible under the environment variable CUDA_VISIBLE_DEVICES.
 
@@ -112,12 +123,14 @@ class Pipeline:
         Raises:
             BundleError: the bundle is missing, damaged or of an unsupported version, or was replaced while loading.
             EngineError: the backend is unknown or cannot run the bundle.
-            RequestError: `check` or `threads` is out of range.
+            RequestError: `memory`, `check` or `threads` is out of range.
         """
+        if low_memory is not None:
+            raise RequestError(f"low_memory is now memory; give memory={'low' if low_memory else 'resident'!r} instead")
         if check not in get_args(Check):
             raise RequestError(f"check must be one of {list(get_args(Check))}, got {check!r}")
         opened = Bundle.open(bundle, check)
-        return Pipeline(opened, open_for(opened, backend, threads), low_memory)
+        return Pipeline(opened, open_for(opened, backend, threads), memory)
 
     def __call__(
         self,
@@ -163,7 +176,7 @@ class Pipeline:
         Raises:
             RequestError: an argument is wrong and nothing was run, or this pipeline's own callback called it.
             EngineError: an engine failed, or the latents are not finite.
-            BundleError: `low_memory` is on and the bundle was replaced since it was loaded.
+            BundleError: a part must be loaded for this call, and the bundle was replaced since it was opened.
         """
         started = time.perf_counter()
         refuse_others(others)
@@ -360,8 +373,11 @@ class Pipeline:
                 self._denoiser.warm_up(job)
 
     def clear_cache(self) -> None:
-        """Drop the cached text embeddings of earlier prompts."""
+        """Drop the cached text embeddings and modulations of earlier prompts."""
         self._cache.clear()
+        self._conditioner.clear_cache()
+        if self._denoiser is not None:
+            self._denoiser.clear_cache()
 
     def close(self) -> None:
         """Free every engine; calls afterwards raise `EngineError`. Closing twice is allowed.
@@ -373,7 +389,7 @@ class Pipeline:
         if self._denoiser is not None:
             self._denoiser.close()
         self._parts.close()
-        self._cache.clear()
+        self.clear_cache()
 
     def __enter__(self) -> Pipeline:
         return self

@@ -10,14 +10,16 @@ How data flows, for a group of images whose texts have one length (see `DenoiseJ
                                                               vae_decoder: latents -> images
     latents, images  <---------------  results       <-copy-- latents float32, images uint8
 
-Everything from the first copy to the last is one CUDA graph. The modules, from the bottom up:
+Everything from the first copy to the last is one CUDA graph. In the memory modes "balanced" and "low" the conditioner
+is not in it: the modulation comes from the host, which caches it. The modules, from the bottom up:
 
 - `device.py`: the interface to CUDA: memory, copies, streams, events, capture. `cuda.py` implements it with
   cuda-python, which only `cuda.py` and `kernels.py` import. `kernels.py` launches the update and noise kernels.
 - `engine.py`: the interface of a part on a device, which runs on device addresses. `tensorrt.py` implements it with
   TensorRT and TensorRT-RTX, `onnxruntime.py` with ONNX Runtime. `host.py` runs such an engine on numpy arrays, for the
   text encoders.
-- `shapes.py`: the shapes of every part's inputs and outputs. `layout.py`: named regions of one allocation.
+- `shapes.py`: the shapes of every part's inputs and outputs. `layout.py`: named regions of one allocation. `arrays.py`:
+  which arrays a plan has.
 - `lane.py`: the one stream, lock and workspace that all engines of a pipeline share; they never run at the same time.
 - `buffers.py`, `plan.py`: fixed buffers and execution contexts for one shape (`PlanKey`), and its CUDA graph.
 - `denoiser.py`: keeps a bounded number of plans, and implements the pipeline's `Denoiser` interface.
@@ -26,5 +28,10 @@ Everything from the first copy to the last is one CUDA graph. The modules, from 
 The first call with a shape enqueues its work without a graph; engines need this warm-up before capture. The second call
 captures the graph, and later calls replay it. `Pipeline.warm_up` does the first two in advance.
 
-Locks are taken in this order: the denoiser's, `Parts`', a host engine's, the lane's.
+Locks are taken in this order: the denoiser's, `Parts`', a host engine's, the lane's. `Lane.make_room` may be called
+with any of the first three held. It takes the denoiser's only if that is free, and otherwise frees nothing.
+
+When memory runs out, `OutOfDeviceMemory` is raised wherever it happens: in an allocation here, in a library that says
+so in its log, or at a launch. The denoiser and `HostEngine` then free the plans that are not running, and try once
+more.
 """

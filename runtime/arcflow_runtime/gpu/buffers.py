@@ -6,34 +6,17 @@ Used by `plan.py`, whose CUDA graph has these addresses built in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from arcflow_runtime.disk.manifest import DType, Manifest
 from arcflow_runtime.engines.denoiser import Denoised, DenoiseJob
+from arcflow_runtime.gpu.arrays import PlanArrays, PlanKey, dtype_of
 from arcflow_runtime.gpu.device import Memory, PinnedMemory
-from arcflow_runtime.gpu.engine import Shapes
 from arcflow_runtime.gpu.kernels import NoiseShape
 from arcflow_runtime.gpu.lane import Lane
-from arcflow_runtime.gpu.layout import Layout, Region, StoredDType
-from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
+from arcflow_runtime.gpu.layout import Layout, Region
 from arcflow_runtime.maths.dtypes import cast
-
-#: Where the modulation comes from: the conditioner run on the device, the bundle's table, or the host at each call.
-Modulation = Literal["conditioner", "table", "given"]
-#: Name of an array -> its shape and dtype.
-ArraySpecs = dict[str, tuple[tuple[int, ...], StoredDType]]
-
-
-@dataclass(frozen=True)
-class PlanKey:
-    """What a plan is made for. A job runs with the plan of exactly its own key."""
-
-    size: DenoiseShape
-    pixels: bool
-    modulation: Modulation
 
 
 class Buffers:
@@ -61,21 +44,16 @@ class Buffers:
             OutOfDeviceMemory: there is not enough memory; nothing stays allocated.
         """
         self._manifest, self._key, self._lane = manifest, key, lane
-        size = key.size
+        arrays = PlanArrays(manifest, key, steps_at_once)
         #: Part -> shapes of its inputs, for each part that this plan runs.
-        self.inputs: dict[str, Shapes] = {"backbone": backbone_inputs(manifest, size)}
-        if key.modulation == "conditioner":
-            self.inputs["conditioner"] = conditioner_inputs(manifest, size.batch, steps_at_once)
-        if key.pixels:
-            self.inputs["vae_decoder"] = decoder_inputs(manifest, size)
-        #: First step of every run of the conditioner. All runs have the same length, so that one context serves them
-        #: all; the last two overlap if the length does not divide S.
-        self.starts = [*range(0, size.steps - steps_at_once, steps_at_once), size.steps - steps_at_once]
-        self.staged, self._constant = Layout.of(self._staged_arrays()), Layout.of(self._constant_arrays())
-        self._working = Layout.of(self._working_arrays())
+        self.inputs = arrays.inputs
+        #: First step of every run of the conditioner.
+        self.starts = arrays.starts
+        self.staged, self._constant, self._working = arrays.staged, arrays.constant, arrays.working
         regions = {name: self._working[name] for name in ("latents", "images") if name in self._working}
         self.results = Layout.of({name: (r.shape, r.dtype) for name, r in regions.items()})
         self._texts: Sequence[object] = ()
+        self._modulation: np.ndarray | None = None
         layouts = (self.staged, self._constant, self._working)
         self._memory: list[Memory] = []
         self._pinned: list[PinnedMemory] = []
@@ -109,7 +87,7 @@ class Buffers:
     @property
     def input_dtype(self) -> DType:
         """The dtype of the backbone's input `latents`."""
-        return self._dtype("backbone", "latents")
+        return dtype_of(self._manifest, "backbone", "latents")
 
     @property
     def engine_input(self) -> int:
@@ -136,7 +114,8 @@ class Buffers:
 
         Args:
             job: a job of this plan's key.
-            modulation: [S, b, M] or [S, 1, M] if the key's `modulation` is "given", else None.
+            modulation: [S, b, M] or [S, 1, M] if the key's `modulation` is "given", else None. The caller must not
+                change it afterwards.
         """
         self._put("streams", job.streams)
         # Embeddings are read-only, so the same objects as last time have the same values and are not copied again.
@@ -147,8 +126,9 @@ class Buffers:
             self._texts = tuple(job.texts)
         if "guidance" in self.staged:
             self._staging("guidance")[...] = job.guidance
-        if modulation is not None:
+        if modulation is not None and modulation is not self._modulation:
             self._put("modulations", modulation)
+            self._modulation = modulation
 
     def read_latents(self) -> np.ndarray:
         """A copy of the latents in `results`."""
@@ -163,54 +143,6 @@ class Buffers:
         for memory in (*self._memory, *self._pinned):
             memory.close()
         self._memory, self._pinned = [], []
-
-    def _dtype(self, part: str, name: str) -> DType:
-        spec = self._manifest.parts[part]
-        return next(s.dtype for s in spec.inputs + spec.outputs if s.name == name)
-
-    def _modulations(self, rows: int) -> tuple[tuple[int, ...], StoredDType]:
-        """Shape and dtype of the modulation of all steps: [S, rows, M] in the dtype of the backbone's input."""
-        width = self.inputs["backbone"]["modulation"][1]
-        return (self._key.size.steps, rows, width), self._dtype("backbone", "modulation")
-
-    def _staged_arrays(self) -> ArraySpecs:
-        inputs, conditioner = self.inputs["backbone"], self.inputs.get("conditioner", {})
-        arrays: ArraySpecs = {"streams": ((self._key.size.batch, 2), "int64")}
-        arrays["states"] = (inputs["encoder_hidden_states"], self._dtype("backbone", "encoder_hidden_states"))
-        if self._key.modulation == "given":
-            arrays["modulations"] = self._modulations(self._key.size.batch)
-        for short, name in (("pooled", "pooled_projections"), ("guidance", "guidance")):
-            if name in conditioner:
-                arrays[short] = (conditioner[name], self._dtype("conditioner", name))
-        return arrays
-
-    def _constant_arrays(self) -> ArraySpecs:
-        inputs = self.inputs["backbone"]
-        arrays: ArraySpecs = {n: (inputs[n], self._dtype("backbone", n)) for n in ("image_rotary", "text_rotary")}
-        arrays["sigmas"] = ((self._key.size.steps + 1,), "float64")
-        if self._key.modulation == "table":
-            arrays["modulations"] = self._modulations(1)
-        if self._key.modulation == "conditioner":
-            shape = self.inputs["conditioner"]["timesteps"]
-            arrays |= {f"timesteps.{run}": (shape, "float32") for run in range(len(self.starts))}
-        return arrays
-
-    def _working_arrays(self) -> ArraySpecs:
-        inputs = self.inputs
-        heads = output_shapes(self._manifest, "backbone", inputs["backbone"])
-        arrays: ArraySpecs = {"latents": (inputs["backbone"]["latents"], "float32")}
-        if self.input_dtype != "float32":
-            arrays["input"] = (inputs["backbone"]["latents"], self.input_dtype)
-        arrays |= {name: (shape, self._dtype("backbone", name)) for name, shape in heads.items()}
-        arrays["modulation"] = (inputs["backbone"]["modulation"], self._dtype("backbone", "modulation"))
-        if self._key.modulation == "conditioner":
-            made = output_shapes(self._manifest, "conditioner", inputs["conditioner"])["modulation"]
-            arrays["conditioned"] = (made, self._dtype("conditioner", "modulation"))
-            arrays["modulations"] = self._modulations(made[1])
-        if self._key.pixels:
-            images = output_shapes(self._manifest, "vae_decoder", inputs["vae_decoder"])["images"]
-            arrays["images"] = (images, "uint8")
-        return arrays
 
     def _upload_constants(self, job: DenoiseJob) -> None:
         values: Mapping[str, np.ndarray | None] = {

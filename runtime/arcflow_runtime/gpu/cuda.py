@@ -28,6 +28,7 @@ from arcflow_runtime.gpu.device import (
     Stream,
 )
 from arcflow_runtime.gpu.kernels import CudaKernels, load_kernels
+from arcflow_runtime.gpu.lane import OutOfDeviceMemory
 from arcflow_runtime.installing import install_command
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
@@ -51,6 +52,7 @@ def open_device() -> Device:
     """Open the first GPU visible under `CUDA_VISIBLE_DEVICES`.
 
     Raises:
+        OutOfDeviceMemory: the GPU has no memory left for this process.
         EngineError: cuda-python is not installed, or there is no driver or no GPU.
     """
     try:
@@ -61,20 +63,20 @@ def open_device() -> Device:
     try:
         device = cuda.core.Device(0)
         device.set_current()
+        return CudaDevice(device)
     except Exception as e:  # the loader's and cuda.core's errors share no public base
-        raise EngineError(
-            f"the CUDA driver finds no GPU here ({_what_failed(e)}); check that nvidia-smi lists one"
-        ) from None
-    return CudaDevice(device)
+        if (what := _what_failed(e)) == _OUT_OF_MEMORY:
+            raise OutOfDeviceMemory(
+                "the GPU's memory is full, so this process cannot use it; end other programs that nvidia-smi lists"
+            ) from None
+        raise EngineError(f"the CUDA driver finds no GPU here ({what}); check that nvidia-smi lists one") from None
 
 
 def _failed(what: str) -> EngineError:
     """The error to raise; `what` is the name of a CUDA error, or a sentence."""
-    then = "load the pipeline again"
     if what == _OUT_OF_MEMORY:
-        then = "generate fewer or smaller images at once"
-    elif what in _LOST:
-        then = "start this process again"
+        return OutOfDeviceMemory(f"the GPU failed: {what}; generate fewer or smaller images at once")
+    then = "start this process again" if what in _LOST else "load the pipeline again"
     return EngineError(f"the GPU failed: {what}; {then}")
 
 
@@ -139,7 +141,8 @@ class CudaDevice:
 
     def kernels(self) -> KernelLauncher:
         """See `Device.kernels`."""
-        return _kernels_of(self._device.device_id)
+        with _as_engine_error():
+            return _kernels_of(self._device.device_id)
 
 
 @lru_cache
@@ -291,5 +294,7 @@ def _as_engine_error() -> Iterator[None]:
     """Raise the errors of `cuda.core`, which have no public base class, as `EngineError`."""
     try:
         yield
+    except EngineError:
+        raise
     except Exception as e:
         raise _failed(_what_failed(e)) from e

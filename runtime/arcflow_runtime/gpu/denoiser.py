@@ -9,19 +9,20 @@ import dataclasses
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.manifest import TensorSpec
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.denoiser import Denoised, DenoiseJob, OnStep
+from arcflow_runtime.engines.modulation import ModulationCache
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu.buffers import Buffers, Modulation, PlanKey
+from arcflow_runtime.gpu.arrays import Modulation, PlanKey, conditioner_starts, modulation_source
+from arcflow_runtime.gpu.buffers import Buffers
 from arcflow_runtime.gpu.device import KernelLauncher
 from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes
 from arcflow_runtime.gpu.host import HostEngine
@@ -41,8 +42,9 @@ ShapeCheck = Callable[[str, Shapes], str | None]
 class DeviceDenoiser:
     """Implements `Denoiser` for every backend that runs parts on a device.
 
-    If parts stay loaded, each shape is one CUDA graph. With `low_memory`, a part is loaded for its stage and freed
-    after it; only the buffers stay.
+    Each shape is one CUDA graph, with the conditioner in it if that stays loaded. If it does not ("balanced"), the
+    modulation comes from the host, where it is cached. If backbone and decoder do not stay loaded either ("low"), each
+    is loaded for its stage and freed after it, without a graph; only the buffers stay.
     """
 
     def __init__(
@@ -52,9 +54,13 @@ class DeviceDenoiser:
         self._max_plans = max_plans
         self._plans: OrderedDict[PlanKey, GraphPlan] = OrderedDict()
         self._kernels: KernelLauncher | None = None
+        self._modulations = ModulationCache()
         self._logged: set[str] = set()
         self._closed = False
-        self._lock = threading.Lock()
+        self._running: PlanKey | None = None
+        # Reentrant, because loading a part during a job may call `make_room`.
+        self._lock = threading.RLock()
+        lane.make_room = self.make_room
 
     def denoise(self, job: DenoiseJob, watch: Stopwatch, on_step: OnStep | None = None) -> Denoised:
         """Run a job, in several pieces if the engines accept fewer images at once; see `Denoiser.denoise`."""
@@ -81,8 +87,33 @@ class DeviceDenoiser:
 
     def warm_up(self, job: DenoiseJob) -> None:
         """Run the job twice, which enqueues it and then captures its graph; see `Denoiser.warm_up`."""
-        for _ in range(2 if self._parts.keep else 0):
+        for _ in range(2 if self._parts.keeps("backbone") else 0):
             self.denoise(job, Stopwatch())
+
+    def clear_cache(self) -> None:
+        """See `Denoiser.clear_cache`."""
+        self._modulations.clear()
+
+    def make_room(self) -> bool:
+        """Free the plans, which can be made again, except one that is running in this thread.
+
+        Returns:
+            False if there are none, or another thread is using one.
+        """
+        if not self._lock.acquire(blocking=False):  # its owner may be waiting for a lock of the caller
+            return False
+        try:
+            others = [key for key in self._plans if key != self._running]
+            if not others:
+                return False
+            _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(others))
+            for key in others:
+                self._plans.pop(key).close()
+            if self._running is None:
+                self._lane.release_workspace()
+            return True
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Free every plan; see `Denoiser.close`."""
@@ -92,32 +123,55 @@ class DeviceDenoiser:
             self._lane.release_workspace()
 
     def _denoise(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
+        reported: list[int] = []
+
+        def report(step: int, latents: np.ndarray) -> None:
+            reported.append(step)
+            if on_step is not None:
+                on_step(step, latents)
+
         with self._lock:
             if self._closed:
                 raise EngineError("this pipeline is closed; load it again with Pipeline.load")
-            modulation = self._modulation_source(job)
-            given = self._condition(job, watch) if modulation == "given" else None
-            grid, texts = job.grid, job.texts
-            size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
-            plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)
-            with watch("stage"):
-                plan.buffers.stage(job, given)
+            given_step = report if on_step is not None else None
             try:
-                if self._parts.keep:
-                    plan.run(on_step)
-                else:
-                    plan.run_staged(lambda part: self._opened(part, plan.buffers.inputs[part]), on_step)
-            except BaseException:
-                # The plan may have enqueued or captured half of its work, so it is discarded.
-                self._plans.pop(plan.key, None)
-                plan.close()
-                raise
-            if plan.obstacle is not None and plan.obstacle not in self._logged:
-                self._logged.add(plan.obstacle)
-                _log.warning("images are generated without a CUDA graph: %s", plan.obstacle)
-            for stage, ms in plan.times_ms().items():
-                watch.add(stage, ms)
-            return plan.buffers.read()
+                return self._run(job, steps_at_once, watch, given_step)
+            except OutOfDeviceMemory:
+                # A step that the caller has seen cannot be taken back.
+                if reported or not self.make_room():
+                    raise
+                return self._run(job, steps_at_once, watch, given_step)
+
+    def _run(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
+        """Run a job that the engines accept whole. If it fails, its plan is dropped."""
+        modulation = self._modulation_source(job)
+        given = self._condition(job, steps_at_once, watch) if modulation == "given" else None
+        if not self._parts.keeps("backbone"):
+            self._lane.release_workspace()  # of text encoders and conditioner
+        grid, texts = job.grid, job.texts
+        size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
+        plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)
+        with watch("stage"):
+            plan.buffers.stage(job, given)
+        try:
+            self._running = plan.key
+            if self._parts.keeps("backbone"):
+                plan.run(on_step)
+            else:
+                plan.run_staged(lambda part: self._opened(part, plan.buffers.inputs[part]), on_step)
+        except BaseException:
+            # The plan may have enqueued or captured half of its work, so it is discarded.
+            self._plans.pop(plan.key, None)
+            plan.close()
+            raise
+        finally:
+            self._running = None
+        if plan.obstacle is not None and plan.obstacle not in self._logged:
+            self._logged.add(plan.obstacle)
+            _log.warning("images are generated without a CUDA graph: %s", plan.obstacle)
+        for stage, ms in plan.times_ms().items():
+            watch.add(stage, ms)
+        return plan.buffers.read()
 
     def _fit(self, job: DenoiseJob) -> tuple[int, int]:
         """The largest number of images per run, and of timesteps per run of the conditioner, that the engines accept.
@@ -147,23 +201,30 @@ class DeviceDenoiser:
         return wrong
 
     def _modulation_source(self, job: DenoiseJob) -> Modulation:
-        if job.table is not None:
-            return "table"
-        parts = self._bundle.manifest.parts
-        # Within a CUDA graph nothing casts between engines, so both must have the same dtype.
-        same = parts["conditioner"].outputs[0].dtype == _input_dtype(parts["backbone"].inputs, "modulation")
-        return "conditioner" if same else "given"
+        return modulation_source(self._bundle.manifest, job.table is not None, self._parts.keeps("conditioner"))
 
-    def _condition(self, job: DenoiseJob, watch: Stopwatch) -> np.ndarray:
-        """The modulation [S, b, M], computed through the host because conditioner and backbone differ in dtype."""
+    def _condition(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch) -> np.ndarray:
+        """The modulation [S, b, M] or [S, 1, M] by way of the host; the results for the last inputs are cached.
+
+        The runs of the conditioner are those that a graph would make, so that the modulation has the same bits.
+        """
         inputs = {"timesteps": job.timesteps}
         pooled = [text.pooled for text in job.texts if text.pooled is not None]
         if pooled:
             inputs["pooled_projections"] = np.concatenate(pooled)
         if job.guidance is not None:
             inputs["guidance"] = np.full(len(job.texts), job.guidance, np.float32)
-        with watch("condition"), self._parts.use("conditioner") as run:
-            return run(inputs)["modulation"]
+        with watch("condition"):
+            if (cached := self._modulations.get(inputs)) is not None:
+                return cached
+            made: dict[int, np.ndarray] = {}
+            with self._parts.use("conditioner") as run:
+                for start in conditioner_starts(len(job.timesteps), steps_at_once):
+                    steps = job.timesteps[start : start + steps_at_once]
+                    made |= enumerate(run(inputs | {"timesteps": steps})["modulation"], start)
+            modulation = np.stack([made[step] for step in range(len(job.timesteps))])
+            self._modulations.put(inputs, modulation)
+            return modulation
 
     def _plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> GraphPlan:
         """The plan of a key, made on first use; the least recently used plan is dropped if there are too many."""
@@ -171,16 +232,7 @@ class DeviceDenoiser:
             self._plans.move_to_end(key)
             return self._plans[key]
         self._drop_plans(self._max_plans - 1)
-        try:
-            plan = self._make_plan(key, steps_at_once, job)
-        except OutOfDeviceMemory:
-            if not self._plans:
-                raise
-            _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(self._plans))
-            self._drop_plans(0)
-            self._lane.release_workspace()
-            plan = self._make_plan(key, steps_at_once, job)
-        self._plans[key] = plan
+        plan = self._plans[key] = self._make_plan(key, steps_at_once, job)
         return plan
 
     def _make_plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> GraphPlan:
@@ -190,7 +242,7 @@ class DeviceDenoiser:
                 self._kernels = self._lane.device.kernels()
             plan = GraphPlan(self._lane, key, Buffers(self._lane, manifest, key, steps_at_once, job), self._kernels)
         try:
-            if self._parts.keep:
+            if self._parts.keeps("backbone"):
                 for part, inputs in plan.buffers.inputs.items():
                     plan.contexts[part] = self._context(part, inputs)
                 with self._lane.enter():
@@ -231,7 +283,3 @@ class DeviceDenoiser:
 def _device_engine(engine: Engine) -> DeviceEngine:
     assert isinstance(engine, HostEngine), "a backend with a DeviceDenoiser opens only HostEngines"
     return engine.device_engine
-
-
-def _input_dtype(specs: Sequence[TensorSpec], name: str) -> str:
-    return next(s.dtype for s in specs if s.name == name)

@@ -1,16 +1,17 @@
 """The interface between the GPU pipeline and CUDA: memory, copies, streams, events, captured graphs, kernels.
 
-`cuda.py` implements it on a GPU, and the tests implement it on the host. Addresses are ints to which byte offsets may
-be added. Work enqueued in a stream runs in order; a call may return before its work has run.
+`cuda.py` implements it. Addresses are ints to which byte offsets may be added. Work enqueued in a stream runs in order;
+a call may return before its work has run.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from arcflow_runtime.gpu.kernels import NoiseShape, UpdateShape
+    from arcflow_runtime.gpu.kernels import NoiseShape, UpdateShape
 
 #: Every region starts at a multiple of this many bytes, as TensorRT requires of its tensors.
 ALIGNMENT = 256

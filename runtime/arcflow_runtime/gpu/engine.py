@@ -71,3 +71,20 @@ class TimesLayers(Protocol):
     def layer_times(self) -> list[LayerTime]:
         """The layers of every run so far, in order."""
         ...
+
+
+@runtime_checkable
+class UnloadsWeights(Protocol):
+    """An engine whose weights can be freed and loaded again while its contexts stay valid."""
+
+    def unload_weights(self) -> bool:
+        """Free the weights; False if this engine cannot. Everything enqueued must have finished."""
+        ...
+
+    def load_weights(self) -> None:
+        """Load the weights again.
+
+        Raises:
+            EngineError: they cannot be loaded.
+        """
+        ...

@@ -14,11 +14,10 @@ import numpy as np
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.errors import EngineError
+from arcflow_runtime.gpu.arrays import host_arrays
 from arcflow_runtime.gpu.device import PinnedMemory
-from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes, TimesLayers
+from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes, TimesLayers, UnloadsWeights
 from arcflow_runtime.gpu.lane import Lane
-from arcflow_runtime.gpu.layout import Layout
-from arcflow_runtime.gpu.shapes import output_shapes
 
 # Shapes whose contexts and buffers are kept. Text length varies with Qwen-Image; with FLUX it is fixed.
 _MAX_SHAPES = 4
@@ -36,8 +35,12 @@ class HostEngine:
         self._lane, self._manifest, self._part = lane, manifest, part
         self._prepared: OrderedDict[tuple[tuple[int, ...], ...], _Prepared] = OrderedDict()
         self._lock = threading.Lock()
-        with lane.enter():
-            self._engine: DeviceEngine | None = open_engine()
+
+        def load() -> DeviceEngine:
+            with lane.enter():
+                return open_engine()
+
+        self._engine: DeviceEngine | None = lane.with_room(load)
 
     @property
     def device_engine(self) -> DeviceEngine:
@@ -52,8 +55,20 @@ class HostEngine:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph; see `Engine.run`."""
-        with self._lock:
-            return self._prepare({name: x.shape for name, x in inputs.items()}).run(inputs)
+        return self._lane.with_room(lambda: self._run(inputs))
+
+    def unload_weights(self) -> bool:
+        """Free the weights alone; see `UnloadableEngine`. Contexts and buffers stay."""
+        with self._lock, self._lane.enter():
+            engine = self.device_engine
+            if not isinstance(engine, UnloadsWeights):
+                return False
+            self._lane.settle()
+            return engine.unload_weights()
+
+    def load_weights(self) -> None:
+        """Load the weights again; see `UnloadableEngine`."""
+        self._lane.with_room(self._load_weights)
 
     def close(self) -> None:
         """Free everything, after any run in another thread has finished."""
@@ -64,6 +79,17 @@ class HostEngine:
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shapes = {name: x.shape for name, x in inputs.items()}
+        with self._lock:
+            return self._prepare(shapes).run(inputs)
+
+    def _load_weights(self) -> None:
+        with self._lock, self._lane.enter():
+            engine = self.device_engine
+            assert isinstance(engine, UnloadsWeights), "called only after unload_weights returned True"
+            engine.load_weights()
 
     def _prepare(self, shapes: Shapes) -> _Prepared:
         key = tuple(shapes.values())
@@ -97,9 +123,7 @@ class _Prepared:
     def __init__(self, lane: Lane, manifest: Manifest, part: str, inputs: Shapes, context: Context) -> None:
         self._lane, self._part, self._context = lane, part, context
         self._generation: int | None = None
-        spec, outputs = manifest.parts[part], output_shapes(manifest, part, inputs)
-        self._inputs = Layout.of({s.name: (inputs[s.name], s.dtype) for s in spec.inputs})
-        self._outputs = Layout.of({s.name: (outputs[s.name], s.dtype) for s in spec.outputs})
+        self._inputs, self._outputs = host_arrays(manifest, part, inputs)
         total = self._inputs.nbytes + self._outputs.nbytes
         self._memory = lane.allocate(total, f"{part}: inputs and outputs")
         try:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Device, Memory, OutOfMemory, PinnedMemory, Stream
 
+_T = TypeVar("_T")
+
 
 class OutOfDeviceMemory(EngineError):
-    """An allocation for the GPU failed; the message says what the memory was for and how much is free."""
+    """Memory of the GPU, or page-locked memory for it, ran out; the message says what it was for if that is known."""
+
+
+#: What to do about it.
+SAVE_MEMORY = "load with memory='balanced' or 'low' (--memory), or generate fewer or smaller images at once"
 
 
 class Lane:
@@ -24,6 +31,8 @@ class Lane:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.generation = 0
+        #: Frees what can be made again, and returns False if there was nothing. The denoiser sets it.
+        self.make_room: Callable[[], bool] = lambda: False
         self._stream: Stream | None = None
         self._workspace: Memory | None = None
         self._lock = threading.RLock()
@@ -36,6 +45,20 @@ class Lane:
             if self._stream is None:
                 self._stream = self.device.make_stream()
             yield self._stream
+
+    def free_bytes(self) -> int:
+        """Free memory of the device in bytes."""
+        with self.enter():
+            return self.device.free_bytes()
+
+    def with_room(self, work: Callable[[], _T]) -> _T:
+        """Call `work`, and if memory runs out, once more after `make_room`. The caller does not hold the lane."""
+        try:
+            return work()
+        except OutOfDeviceMemory:
+            if not self.make_room():
+                raise
+            return work()
 
     def workspace(self, nbytes: int, what: str) -> Memory:
         """The workspace, replaced by a larger one if it has fewer than `nbytes`; the caller holds the lane.
@@ -100,7 +123,4 @@ class Lane:
 
 def out_of_memory(device: Device, nbytes: int, what: str) -> str:
     """The error message for a failed allocation of `nbytes` bytes for `what`."""
-    return (
-        f"{what} need {nbytes:,} bytes of {device.name}'s memory, {device.free_bytes():,} are free; "
-        "load with low_memory=True (--low-memory), or generate fewer or smaller images at once"
-    )
+    return f"{what} need {nbytes:,} bytes of {device.name}'s memory, {device.free_bytes():,} are free; {SAVE_MEMORY}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
+from arcflow_runtime.disk.dtypes import ITEM_BYTES
 from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.gpu.device import ALIGNMENT
-from arcflow_runtime.maths.dtypes import NUMPY, item_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Dtype of a region: that of a part's input or output, or float64 for the sigmas.
 StoredDType = DType | Literal["float64"]
@@ -28,10 +29,13 @@ class Region:
     @property
     def nbytes(self) -> int:
         """Size in bytes, without padding."""
-        return math.prod(self.shape) * item_bytes(self.dtype)
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def view(self, memory: np.ndarray) -> np.ndarray:
         """This region as an array; `memory` is the whole allocation in host memory, [nbytes] uint8."""
+        # Here, because sums of memory need layouts but not numpy.
+        from arcflow_runtime.maths.dtypes import NUMPY
+
         return memory[self.offset : self.offset + self.nbytes].view(NUMPY[self.dtype]).reshape(self.shape)
 
 

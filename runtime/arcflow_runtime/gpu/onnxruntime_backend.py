@@ -14,6 +14,7 @@ import onnxruntime as ort
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.gpus import find_gpu
+from arcflow_runtime.engines.modes import ONNX_RUNTIME_CUDA
 from arcflow_runtime.engines.onnxruntime import open_session
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.errors import EngineError, RequestError
@@ -29,6 +30,8 @@ _PROVIDER = "CUDAExecutionProvider"
 
 class OnnxRuntimeCudaBackend:
     """Loads parts with ONNX Runtime's CUDA provider, all on one GPU and in one stream."""
+
+    memory_rules = ONNX_RUNTIME_CUDA
 
     def __init__(self, open_device: Callable[[], Device] | None) -> None:
         """Args: `open_device` is called when the device is first needed; None runs parts on host arrays instead."""
@@ -68,6 +71,13 @@ class OnnxRuntimeCudaBackend:
                 return OrtEngine(bundle.manifest, part, self._session(bundle, part, stream.handle), "cuda")
 
         return HostEngine(lane, bundle.manifest, part, load)
+
+    def free_bytes(self) -> int | None:
+        """Free memory of the GPU, or None without cuda-core; see `MeasuredBackend`."""
+        return None if self._open_device is None else self._get_lane(self._open_device).free_bytes()
+
+    def built_bytes(self, bundle: Bundle, part: str) -> None:
+        """None: parts run without built engines."""
 
     def open_denoiser(self, bundle: Bundle, parts: Parts) -> DeviceDenoiser | None:
         """The denoiser on the device, or None without cuda-core; see `DenoisingBackend`."""

@@ -13,7 +13,8 @@ from typing import cast
 from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.engines.denoiser import OnStep
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu.buffers import Buffers, PlanKey
+from arcflow_runtime.gpu.arrays import PlanKey
+from arcflow_runtime.gpu.buffers import Buffers
 from arcflow_runtime.gpu.device import CaptureError, Event, Graph, KernelLauncher, Stream
 from arcflow_runtime.gpu.engine import Context
 from arcflow_runtime.gpu.kernels import UpdateShape
@@ -29,7 +30,7 @@ Use = Callable[[str], AbstractContextManager[Context]]
 class GraphPlan:
     """The buffers, execution contexts and CUDA graph of one key; used by one thread at a time.
 
-    `contexts` holds the contexts that stay open, by part. With `low_memory` it is empty: `run_staged` is given a
+    `contexts` holds the contexts that stay open, by part. In the memory mode "low" it is empty: `run_staged` is given a
     context for each stage, and there is no graph. `obstacle` is the reason why no graph could be captured, or None.
     """
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from arcflow_runtime.disk.manifest import Manifest, TensorSpec
 from arcflow_runtime.disk.signatures import Tensor, signature
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu.engine import Shapes
+
+if TYPE_CHECKING:
+    from arcflow_runtime.gpu.engine import Shapes
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class DenoiseShape:
     def image_tokens(self) -> int:
         """N, tokens of one image."""
         return self.grid[0] * self.grid[1]
+
+
+def encoder_inputs(manifest: Manifest, part: str, text_tokens: int) -> Shapes:
+    """Input shapes of a text encoder for one prompt with `text_tokens` states; it also sees the template's tokens."""
+    tokens = manifest.text.drop_tokens + text_tokens
+    sizes = {"batch": 1, "text_tokens": tokens}
+    if manifest.text.clip_tokens is not None:
+        sizes["clip_tokens"] = manifest.text.clip_tokens
+    return _inputs(manifest, part, sizes)
 
 
 def conditioner_inputs(manifest: Manifest, batch: int, steps: int) -> Shapes:

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.modes import TENSORRT, EngineBytes
 from arcflow_runtime.engines.parts import Parts
-from arcflow_runtime.engines.store import BuiltEngine, Host, build_command, find_engine, this_host
+from arcflow_runtime.engines.store import BuiltEngine, Host, build_command, engine_bytes, find_engine, this_host
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.gpu.denoiser import DeviceDenoiser
@@ -23,6 +25,8 @@ from arcflow_runtime.gpu.tensorrt import TensorRTEngine, TensorRTOptions, shape_
 class TensorRTBackend:
     """Loads parts with one of the two libraries, all on one GPU and in one stream."""
 
+    memory_rules = TENSORRT
+
     def __init__(
         self,
         name: str,
@@ -35,6 +39,7 @@ class TensorRTBackend:
         self._host: Host | None = None
         self._lane: Lane | None = None
         self._found: dict[tuple[Path, str], BuiltEngine] = {}
+        self._loaded: WeakValueDictionary[tuple[Path, str], TensorRTEngine] = WeakValueDictionary()
 
     def check(self, bundle: Bundle) -> None:
         """Find the engine of every part for this machine, before any is loaded (rules E4, E5).
@@ -52,8 +57,19 @@ class TensorRTBackend:
         Raises:
             EngineError: there is no engine for this machine, or it cannot be loaded.
         """
-        lane = self._get_lane()
-        return HostEngine(lane, bundle.manifest, part, lambda: self._load(lane, bundle, part, self._options))
+        return self._open(bundle, part, self._options)
+
+    def open_unloadable(self, bundle: Bundle, part: str) -> HostEngine:
+        """Load a part's engine so that its weights can be freed alone; see `UnloadingBackend`."""
+        return self._open(bundle, part, replace(self._options, unloadable=True))
+
+    def free_bytes(self) -> int:
+        """Free memory of the GPU; see `MeasuredBackend`."""
+        return self._get_lane().free_bytes()
+
+    def built_bytes(self, bundle: Bundle, part: str) -> EngineBytes:
+        """What the part's engine takes; see `MeasuredBackend`."""
+        return engine_bytes(bundle, self._find(bundle, part).record)
 
     def open_profiled(self, bundle: Bundle, part: str) -> ProfiledHostEngine:
         """Load a part's engine with layer timing; see `ProfilingBackend`."""
@@ -72,8 +88,22 @@ class TensorRTBackend:
 
         return DeviceDenoiser(bundle, parts, self._get_lane(), check_shapes)
 
+    def _open(self, bundle: Bundle, part: str, options: TensorRTOptions) -> HostEngine:
+        lane = self._get_lane()
+        return HostEngine(lane, bundle.manifest, part, lambda: self._load(lane, bundle, part, options))
+
     def _load(self, lane: Lane, bundle: Bundle, part: str, options: TensorRTOptions) -> TensorRTEngine:
-        return TensorRTEngine(self._library, lane, bundle, self._find(bundle, part), options)
+        share = self._share(bundle, part)
+        engine = TensorRTEngine(self._library, lane, bundle, self._find(bundle, part), options, share)
+        self._loaded[bundle.root, part] = engine
+        return engine
+
+    def _share(self, bundle: Bundle, part: str) -> tuple[int, int]:
+        """Bytes of a part's weights, and of those of all parts that are not loaded yet, this part included."""
+        files = bundle.manifest.files
+        nbytes = {name: files[spec.weights].bytes for name, spec in bundle.manifest.parts.items()}
+        loaded = {name for name in nbytes if (engine := self._loaded.get((bundle.root, name))) and engine.is_open}
+        return nbytes[part], sum(nbytes[name] for name in nbytes.keys() - loaded | {part})
 
     def _find(self, bundle: Bundle, part: str) -> BuiltEngine:
         key = (bundle.root, part)

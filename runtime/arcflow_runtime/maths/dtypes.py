@@ -23,11 +23,6 @@ FLOAT16_MAX = 65504.0
 E4M3_MAX = 448.0
 
 
-def item_bytes(dtype: str) -> int:
-    """Bytes per element of `dtype`, a key of `NUMPY`."""
-    return np.dtype(NUMPY[dtype]).itemsize
-
-
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """Convert an array to `dtype`, rounding to nearest (B9). The result is contiguous; it is a copy only if needed.
 

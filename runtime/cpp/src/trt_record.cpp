@@ -77,7 +77,14 @@ EngineKey parse_key(const Place &place) {
 
 EngineRecord parse_record(const Json &json, const std::string &where) {
     const Place place(json, where);
-    place.keys({"format", "version", "file", "bytes", "sha256", "key", "created", "build_seconds"});
+    if (place["version"].integer() == 1) {
+        place.keys({"format", "version", "file", "bytes", "sha256", "key", "created", "build_seconds"});
+    } else {
+        place.keys({"format", "version", "file", "bytes", "sha256", "key", "created", "build_seconds",
+                    "activation_bytes", "allocates_when_run"});
+        if (!place["activation_bytes"].is_null()) sizes(place["activation_bytes"]);
+        place["allocates_when_run"].boolean();
+    }
     EngineRecord record;
     record.file = place["file"].text();
     record.bytes = static_cast<uint64_t>(place["bytes"].integer());
@@ -145,8 +152,8 @@ EngineRecord read_record(const fs::path &path) {
                                "; this is not an engine's record, remove it");
         }
         const Json version = json.value("version", Json());
-        if (!version.is_number_integer() || version != engine_version) {
-            throw engine_error(where + ": version must be " + std::to_string(engine_version) + ", got " +
+        if (!version.is_number_integer() || version < 1 || version > engine_version) {
+            throw engine_error(where + ": version must be 1 or " + std::to_string(engine_version) + ", got " +
                                message_text(version) + "; " + again);
         }
         digest = json.value("digest", Json());
