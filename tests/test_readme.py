@@ -72,7 +72,8 @@ def walk(tmp_path_factory):
 def test_the_walk_on_a_cpu(walk, capsys):
     for section in WALK[:-1]:
         walk(section)
-    assert "runs on: ONNX Runtime and OpenVINO on a CPU, and TensorRT after `arcflow build`\n" in capsys.readouterr().out
+    said = "runs on: ONNX Runtime and OpenVINO on a CPU, and TensorRT after `arcflow build`\n"
+    assert said in capsys.readouterr().out
     again, second = (Image.open(walk.folder / f"{name}.png") for name in ("again", "image-1"))
     assert again.tobytes() == second.tobytes()
     found = sorted(p.name for p in walk.folder.iterdir())
