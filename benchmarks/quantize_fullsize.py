@@ -30,11 +30,11 @@ from arcflow_export.export.export import export_bundle, plan_export
 from arcflow_export.export.write import attach, initializer_name, write_weights
 from arcflow_export.formats.policy import load_policy, select
 from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
+from arcflow_export.graph.linears import find_linears
 from arcflow_export.graph.trace import trace
 from arcflow_export.models.flux import build
 from arcflow_export.models.layers import parameters
 from arcflow_export.options import ExportOptions
-from arcflow_export.quantize.graph import find_linears
 from arcflow_export.student.load import load_student
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import Bundle
