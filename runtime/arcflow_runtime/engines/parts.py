@@ -55,6 +55,8 @@ class Parts:
     def use(self, part: str) -> AbstractContextManager[Run]:
         """A context that yields a function to run `part`. It casts its inputs to the dtypes that the graph expects.
 
+        The inputs may include those of the part's LoRA slots.
+
         Raises:
             EngineError: the part cannot be loaded, or `close` was called.
             BundleError: parts do not stay loaded, and the bundle was replaced since it was opened.
@@ -132,4 +134,9 @@ def _run_all(engine: Engine, part: Part, batches: Sequence[Inputs]) -> Iterator[
 
 
 def _cast(part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
-    return {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}
+    found = {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}
+    if part.lora is not None and len(inputs) > len(found):
+        found |= {
+            name: cast(inputs[name], dtype) for name, (_, dtype) in part.lora.shapes({}).items() if name in inputs
+        }
+    return found
