@@ -15,3 +15,7 @@ class RequestError(ArcFlowError, ValueError):
 
 class EngineError(ArcFlowError):
     """An engine cannot be found, built or loaded, or it failed while running."""
+
+
+class LoraError(ArcFlowError):
+    """A LoRA file is damaged, not a LoRA or for another model, or holds something that is not supported."""
