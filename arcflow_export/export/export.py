@@ -39,11 +39,15 @@ from arcflow_runtime.maths.schedule import conditioning_timesteps, sigmas
 
 @dataclass(frozen=True)
 class PartExportPlan:
-    """The plan for one part: its module, its parameters, and the linears that get LoRA slots."""
+    """The plan for one part: its module, its parameters, and the linears that get LoRA slots.
+
+    `unread` are the linears of the checkpoint that the part leaves out.
+    """
 
     part: ModelPart
     params: list[Parameter] = field(repr=False)
-    slots: Mapping[str, b.LoraLayer] = field(default_factory=dict, repr=False)
+    slots: Mapping[str, b.SlotLayer] = field(default_factory=dict, repr=False)
+    unread: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def parameters(self) -> int:
@@ -73,7 +77,7 @@ class ExportPlan:
     options: ExportOptions
     parts: tuple[PartExportPlan, ...]
     baked: ModelPart | None
-    table_slots: Mapping[str, tuple[b.LoraLayer, int]] = field(default_factory=dict, repr=False)
+    table_slots: Mapping[str, tuple[b.SlotLayer, int]] = field(default_factory=dict, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -96,16 +100,23 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
     for part, layers in matching(described, options.keep_float32):
         keep_float32(part, layers)
     slots = slot_layers(student.family, described, options.lora_slots)
-    parts, baked, table = [], None, {}
+    parts, baked, table, used = [], None, {}, set()
     for part in described:
         params = parameters(part)
         check_source(params, student.source(part.name), part.name)
+        used |= {p.key for p in params}
         if part.name == "conditioner" and bakes_modulation(student.family):
             baked = part
             if not options.keep_conditioner:
                 table = _table_slots(part, slots.get(part.name, {}))
                 continue
         parts.append(PartExportPlan(part, params, slots.get(part.name, {})))
+    transformer = student.indexes["transformer"]
+    unread = {
+        k.removesuffix(".weight") for k in transformer if k.endswith(".weight") and len(transformer[k].shape) == 2
+    }
+    left_out = tuple(sorted(name for name in unread if f"{name}.weight" not in used))
+    parts = [dataclasses.replace(p, unread=left_out) if p.part.name == "backbone" else p for p in parts]
     if options.lora_slots and not table and not any(p.slots for p in parts):
         raise RequestError(
             "--lora-slots: the patterns match only the timestep's embedding, which is baked into the modulation; "
@@ -114,7 +125,7 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
     return ExportPlan(student, options, tuple(parts), baked, table)
 
 
-def _table_slots(conditioner: ModelPart, layers: Mapping[str, b.LoraLayer]) -> dict[str, tuple[b.LoraLayer, int]]:
+def _table_slots(conditioner: ModelPart, layers: Mapping[str, b.SlotLayer]) -> dict[str, tuple[b.SlotLayer, int]]:
     """The slots of a baked table: its own linears among `layers`, in float32, with the first column of each."""
     columns = modulation_columns(conditioner)
     return {
@@ -181,11 +192,11 @@ def _bake(
     files[path.name] = _entry(path)
     layers = {name: layer for name, (layer, _) in plan.table_slots.items()}
     columns = {name: column for name, (_, column) in plan.table_slots.items()}
-    return b.ModulationTable(path.name, plan.options.steps, _slots(plan, layers), columns or None)
+    return b.ModulationTable(path.name, plan.options.steps, _slots(plan, layers, ()), columns or None)
 
 
-def _slots(plan: ExportPlan, layers: Mapping[str, b.LoraLayer]) -> b.LoraSlots | None:
-    return b.LoraSlots(layers, b.RANK_MULTIPLE, plan.options.lora_max_rank) if layers else None
+def _slots(plan: ExportPlan, layers: Mapping[str, b.SlotLayer], unread: tuple[str, ...]) -> b.LoraSlots | None:
+    return b.LoraSlots(layers, b.RANK_MULTIPLE, plan.options.lora_max_rank, unread) if layers else None
 
 
 def _export_part(
@@ -204,7 +215,7 @@ def _export_part(
     files[graph.name] = _entry(graph)
     count = sum(int(torch.Size(p.shape).numel()) for p in live if p.key is not None)
     precision: b.DType = str(part.precision).removeprefix("torch.")  # type: ignore[assignment]
-    lora = _slots(plan, planned.slots)
+    lora = _slots(plan, planned.slots, planned.unread)
     return b.Part(graph.name, weights.name, precision, count, part.inputs, part.outputs, lora=lora)
 
 

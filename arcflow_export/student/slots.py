@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from arcflow_export.models.layers import MatMul, ModelPart
 from arcflow_export.student.keep import linears
-from arcflow_runtime.disk.manifest import DType, LoraLayer
+from arcflow_runtime.disk.manifest import DType, SlotLayer
 from arcflow_runtime.disk.signatures import encoder_of
 from arcflow_runtime.errors import RequestError
 
@@ -19,7 +19,7 @@ from arcflow_runtime.errors import RequestError
 _HEADS = "proj_out_"
 
 
-def slot_layers(family: str, parts: list[ModelPart], patterns: Iterable[str]) -> dict[str, dict[str, LoraLayer]]:
+def slot_layers(family: str, parts: list[ModelPart], patterns: Iterable[str]) -> dict[str, dict[str, SlotLayer]]:
     """The linears that match a pattern, by part: in the backbone without its heads, the conditioner and CLIP.
 
     Args:
@@ -36,7 +36,7 @@ def slot_layers(family: str, parts: list[ModelPart], patterns: Iterable[str]) ->
         for part in parts
         if part.name in with_slots
     }
-    chosen: dict[str, dict[str, LoraLayer]] = {}
+    chosen: dict[str, dict[str, SlotLayer]] = {}
     for pattern in patterns:
         hits = {part: [n for n in layers if fnmatchcase(n, pattern)] for part, layers in known.items()}
         if not any(hits.values()):
@@ -49,7 +49,7 @@ def slot_layers(family: str, parts: list[ModelPart], patterns: Iterable[str]) ->
     return {p: {n: size for n, size in known[p].items() if n in names} for p, names in chosen.items() if names}
 
 
-def _layer(module: MatMul) -> LoraLayer:
+def _layer(module: MatMul) -> SlotLayer:
     rows, columns = module.weight.shape
     dtype: DType = str(module.weight.dtype).removeprefix("torch.")  # type: ignore[assignment]
-    return LoraLayer(rows, columns, dtype)
+    return SlotLayer(rows, columns, dtype)

@@ -57,7 +57,7 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class LoraLayer:
+class SlotLayer:
     """A linear with a slot: its sizes, and the dtype of the slot's two inputs."""
 
     in_features: int
@@ -67,11 +67,16 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraSlots:
-    """The linears of a part that take the factors of a LoRA as inputs (B14), by name."""
+    """The linears of a part that take the factors of a LoRA as inputs (B14), by name.
 
-    layers: Mapping[str, LoraLayer]
+    `unread` names linears of the checkpoint that the part leaves out because nothing reads their output: a LoRA changes
+    nothing there.
+    """
+
+    layers: Mapping[str, SlotLayer]
     rank_multiple: int
     max_rank: int
+    unread: tuple[str, ...] = ()
 
     def shapes(self, ranks: Mapping[str, int], default: int = 0) -> dict[str, tuple[tuple[int, ...], DType]]:
         """The shape and dtype of every input, by name.
