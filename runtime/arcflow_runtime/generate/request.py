@@ -34,7 +34,7 @@ class Request:
     """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, in the order of the prompts.
 
     Either `seed` is set or the caller's noise, `latents` [B, N, C] float32. If the caller gives `embeddings`, they are
-    by prompt, and `prompts` holds made-up names for them. `loras` are names with their scales, sorted; none has scale 0.
+    by prompt, and `prompts` holds made-up names for them. `loras` are names with scales other than 0, sorted.
     """
 
     prompts: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Files of `arcflow lora convert`: a fitted LoRA <-> a safetensors file with the graphs' input names (docs/bundle.md, L1).
+"""Files of `arcflow lora convert`: a fitted LoRA <-> a safetensors file with the graphs' input names (rule L1).
 
 A reader needs no knowledge of LoRA files' names: it copies each tensor to the input of the same name.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open, serialize_file
@@ -36,7 +37,7 @@ def write_converted(path: Path, lora: FittedLora, manifest: Manifest) -> None:
     """
     slots = manifest.slots()
     prepared = prepare(manifest, [(0, lora, 1.0)])
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for part, arrays in prepared.inputs.items():
         dtypes = slots[part].shapes({})
         for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Fit a LoRA to a bundle's slots: layers by part and linear -> factors by part and slot, checked against the manifest."""
+"""Fit a LoRA to a bundle's slots: layers by part and linear -> factors by part and slot, checked in size."""
 
 from __future__ import annotations
 
