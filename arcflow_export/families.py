@@ -51,7 +51,6 @@ class FamilyFacts:
         calibrated: parts besides the backbone that can be calibrated, each with the module of diffusers' pipeline below
             which its layer names are valid.
         lora_targets: name endings of the linears that get LoRA factors in distillation, as in the released adapters.
-        lora_alphas: True if diffusers' LoRA converter returns the alphas separately.
         unused_last: beginning of the names, inside the last block, of linears whose output is unused.
     """
 
@@ -69,7 +68,6 @@ class FamilyFacts:
     policy: str
     calibrated: Mapping[str, str]
     lora_targets: tuple[str, ...]
-    lora_alphas: bool
     unused_last: str | None
 
 
@@ -121,7 +119,6 @@ FAMILIES: dict[str, FamilyFacts] = {
             ".timestep_embedder.linear_1",
             ".timestep_embedder.linear_2",
         ),
-        lora_alphas=True,
         unused_last=None,
     ),
     "qwen-image": FamilyFacts(
@@ -164,7 +161,6 @@ FAMILIES: dict[str, FamilyFacts] = {
             ".timestep_embedder.linear_1",
             ".timestep_embedder.linear_2",
         ),
-        lora_alphas=False,
         unused_last="txt_mlp.",
     ),
 }

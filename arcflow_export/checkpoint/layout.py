@@ -12,6 +12,7 @@ from arcflow_export.checkpoint.shards import pick_weights
 from arcflow_export.checkpoint.sources import Listing, read_json
 from arcflow_export.errors import SourceError
 from arcflow_export.families import facts, family_of_pipeline, pipelines
+from arcflow_runtime.lora.scales import ADAPTER_CONFIG
 
 MODEL_INDEX = "model_index.json"
 
@@ -51,12 +52,12 @@ def adapter_files(listing: Listing) -> list[str]:
 
 
 def lora_files(listing: Listing) -> list[str]:
-    """The weight files of a LoRA.
+    """The weight files of a LoRA, and peft's file with its alpha.
 
     Raises:
         SourceError: there are none, or it is unclear which to use.
     """
-    return _weights(listing)
+    return [*_weights(listing), *({ADAPTER_CONFIG} & listing.names)]
 
 
 def read_family(model_index: Path, what: str) -> str:

@@ -91,6 +91,10 @@ class MergedWeights(PlainWeights):
             merged = block.to(torch.float32, copy=True)
             for a, b, scale in factors:
                 merged.addmm_(b[start : start + len(block)], a, alpha=scale)
+            if not all(map(torch.isfinite, torch.aminmax(merged))):
+                raise SourceError(
+                    f"tensor {key!r} is beyond float32's range after merging; use a smaller scale for the LoRAs"
+                )
             return cast(merged, dtype, key)
 
         yield from _convert(self.ref(key), merge, transpose)

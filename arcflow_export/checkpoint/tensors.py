@@ -17,7 +17,7 @@ from arcflow_export.checkpoint.sources import check_present
 from arcflow_export.errors import SourceError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: `TensorIndex.digest` reads at most this many blocks of this size from a file: 64 MiB.
+#: `digest_of` reads at most this many blocks of this size from a file: 64 MiB.
 _SAMPLES, _SAMPLE_BYTES = 4096, 16 << 10
 
 
@@ -81,18 +81,8 @@ class TensorIndex(Mapping[str, TensorRef]):
         return sorted({r.path for r in self._refs.values()})
 
     def digest(self) -> str:
-        """SHA-256 over every file's name, size, safetensors header and a sample of its values (all of a small file).
-
-        It takes well under a second for 24 GB. It tells two sets of weights apart, because training changes nearly
-        every value. It does not detect damage to single values.
-        """
-        sha = hashlib.sha256()
-        for path in self.files:
-            sha.update(f"{path.name} {path.stat().st_size} ".encode())
-            sha.update(_read_header(path))
-            for block in _sample(path):
-                sha.update(block)
-        return sha.hexdigest()
+        """SHA-256 of the files, see `digest_of`."""
+        return digest_of(self.files)
 
     @staticmethod
     def open(path: Path, what: str) -> TensorIndex:
@@ -102,7 +92,7 @@ class TensorIndex(Mapping[str, TensorRef]):
             SourceError: there is no safetensors file, the file is a pickle, a shard is missing or truncated, or a dtype
                 is not supported.
         """
-        files = [path] if path.is_file() else _files(path, what)
+        files = weight_files(path, what)
         refs: dict[str, TensorRef] = {}
         for file in files:
             _check_file(file, what)
@@ -119,6 +109,30 @@ class TensorIndex(Mapping[str, TensorRef]):
             except SafetensorError as e:
                 raise SourceError(f"{what}: {file} is not a valid safetensors file ({e}); download it again") from None
         return TensorIndex(refs, path)
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 over every file's name, size, safetensors header and a sample of its values (all of a small file).
+
+    It takes well under a second for 24 GB. It tells two sets of weights apart, because training changes nearly every
+    value. It does not detect damage to single values.
+    """
+    sha = hashlib.sha256()
+    for path in files:
+        sha.update(f"{path.name} {path.stat().st_size} ".encode())
+        sha.update(_read_header(path))
+        for block in _sample(path):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def weight_files(path: Path, what: str) -> list[Path]:
+    """The safetensors files of a checkpoint: `path` itself, or the one or the shards in that directory.
+
+    Raises:
+        SourceError: there is none, or it is unclear which to use.
+    """
+    return [path] if path.is_file() else _files(path, what)
 
 
 def uncache(path: Path) -> None:

@@ -279,8 +279,7 @@ def _describe(plan: ExportPlan) -> str:
     for style in student.styles:
         counts = ", ".join(f"{len(pairs)} linears of {component}" for component, pairs in style.pairs.items())
         lines.append(f"lora     {style.source.name} x {style.scale:g}: {counts}")
-        if style.skipped:
-            lines.append(f"         left out {', '.join(style.skipped)}, which the student's heads replace")
+        lines += [f"         left out {s.key}: it {s.reason}" for s in style.lora.skipped]
     lines.append("")
     lines.append(f"  {'part':16}{'parameters':>18}{'bytes':>18}  dtype")
     for p in plan.parts:
@@ -309,7 +308,10 @@ def _as_dict(plan: ExportPlan) -> dict[str, Any]:
         "base_parameters": plan.student.base_parameters,
         "adapter_parameters": adapter.parameters,
         "adapter_loras": len(adapter.loras),
-        "loras": [{"name": s.source.name, "scale": s.scale, "skipped": s.skipped} for s in plan.student.styles],
+        "loras": [
+            {"name": s.source.name, "scale": s.scale, "skipped": [x.key for x in s.lora.skipped]}
+            for s in plan.student.styles
+        ],
         "parts": {
             p.part.name: {
                 "parameters": p.parameters,

@@ -6,7 +6,7 @@ weights stay on disk, only the factors, the heads and the tensors that the adapt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -18,6 +18,7 @@ from arcflow_export.checkpoint.adapter import HEADS
 from arcflow_export.families import facts
 from arcflow_export.models.student import Heads
 from arcflow_export.student.load import Student
+from arcflow_export.student.lora import Factors, read_factors
 from arcflow_export.student.memory import component_dtypes
 from arcflow_export.student.offload import DiskWeights, empty_components, merge, read_when_used
 
@@ -43,8 +44,12 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
         **{name: module for name, (module, _) in empty.items()},
     )
     pipe.set_progress_bar_config(disable=True)
-    heads = _attach(pipe.transformer, student, dtypes["backbone"])
-    _merge_text_loras(pipe.text_encoder, student, empty["text_encoder"][1] if on_disk else None)
+    encoders = {name: getattr(pipe, name) for name in facts(student.family).encoders}
+    modules = {"transformer": pipe.transformer, **encoders}
+    styles = [read_factors(style.lora.path, style.scale, modules) for style in student.styles]
+    heads = _attach(pipe.transformer, student, dtypes["backbone"], [s.get("transformer", {}) for s in styles])
+    for name, encoder in encoders.items():
+        _merge_text_loras(encoder, [s.get(name, {}) for s in styles], empty[name][1] if on_disk else None)
     if hasattr(pipe.text_encoder, "lm_head"):
         pipe.text_encoder.lm_head = nn.Identity()  # only hidden states are used, and the logits would be large
     if not on_disk:
@@ -55,8 +60,8 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     return pipe, heads.to(device)
 
 
-def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
-    """Put the adapter into a base transformer: full tensors, heads, and unmerged LoRA factors."""
+def _attach(transformer: Any, student: Student, dtype: torch.dtype, styles: Sequence[Mapping[str, Factors]]) -> Heads:
+    """Put the adapter and the LoRAs into a base transformer: full tensors, heads, and unmerged LoRA factors."""
     adapter = student.adapter
     state = {k.removeprefix("transformer."): v for k, v in load_file(_file(student)).items()}
     heads = Heads(
@@ -73,11 +78,11 @@ def _attach(transformer: Any, student: Student, dtype: torch.dtype) -> Heads:
         _load_factors(transformer, lora, "arcflow")
         names.append("arcflow")
         scales.append(1.0)
-    for i, style in enumerate(student.styles):
+    for i, style in enumerate(styles):
         factors = {}
-        for module, pair in style.pairs.get("transformer", {}).items():
-            factors[f"{module}.lora_A.weight"] = pair.a.read().to(dtype)
-            factors[f"{module}.lora_B.weight"] = (pair.b.read().float() * pair.scale).to(dtype)
+        for module, pair in style.items():
+            factors[f"{module}.lora_A.weight"] = pair.a.to(dtype)
+            factors[f"{module}.lora_B.weight"] = pair.b.to(dtype)
         if factors:
             _load_factors(transformer, factors, f"style{i}")
             names.append(f"style{i}")
@@ -96,15 +101,14 @@ def _load_factors(transformer: Any, factors: dict[str, torch.Tensor], name: str)
             factor.weight = nn.Parameter(value, requires_grad=False)
 
 
-def _merge_text_loras(encoder: nn.Module, student: Student, weights: DiskWeights | None) -> None:
-    for style in student.styles:
-        for module, pair in style.pairs.get("text_encoder", {}).items():
-            name = f"{module.removeprefix('text_model.')}.weight"
+def _merge_text_loras(encoder: nn.Module, styles: Sequence[Mapping[str, Factors]], weights: DiskWeights | None) -> None:
+    for style in styles:
+        for module, pair in style.items():
             if weights is not None:
-                weights.add_lora(name, pair)
+                weights.add_lora(f"{module}.weight", pair)
             else:
                 with torch.no_grad():
-                    merge(encoder.get_parameter(name), pair)
+                    merge(encoder.get_parameter(f"{module}.weight"), pair)
 
 
 def _file(student: Student) -> Any:

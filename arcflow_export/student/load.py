@@ -35,6 +35,7 @@ from arcflow_export.models.layers import ModelPart
 from arcflow_runtime.disk.families import facts as family_facts
 from arcflow_runtime.disk.manifest import DType, Source
 from arcflow_runtime.disk.signatures import signature
+from arcflow_runtime.lora.names import spellings
 
 
 @dataclass(frozen=True)
@@ -224,18 +225,14 @@ def _transformer_config(path: Path, family: str) -> dict[str, Any]:
 
 
 def _fitted(style: Style, indexes: dict[str, TensorIndex]) -> Style:
-    """Rename a style's modules as in the base's files, and check every pair against its linear."""
+    """Rename a style's linears as in the base's files, and check every pair against its linear."""
     pairs: dict[str, dict[str, LoraPair]] = {}
-    for component, found in style.pairs.items():
-        index = indexes[component]
-        for module, pair in found.items():
-            # Depending on the version of transformers, CLIP's files and LoRAs have the prefix or not.
-            # diffusers' converter for Qwen-Image adds its prefix even to keys that already have it.
-            other = module.removeprefix("text_model.").removeprefix("transformer.")
-            names = (module, other, f"text_model.{module}")
-            name = next((n for n in names if f"{n}.weight" in index), module)
-            check_pair(name, pair, index, f"LoRA {style.source.name}", component)
-            pairs.setdefault(component, {})[name] = pair
+    for (part, name), layer in style.lora.layers.items():
+        index, pair = indexes[layer.component], style.pairs[layer.component][name]
+        names = spellings(style.lora.family, part, name)
+        there = next((n for n in names if f"{n}.weight" in index), name)
+        check_pair(there, pair, index, f"LoRA {style.source.name}, module {layer.key!r}", layer.component)
+        pairs.setdefault(layer.component, {})[there] = pair
     return dataclasses.replace(style, pairs=pairs)
 
 

@@ -24,10 +24,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from accelerate.utils import OffloadedWeightsLoader
 from torch import nn
 
-from arcflow_export.checkpoint.adapter import LoraPair
 from arcflow_export.errors import SourceError
 from arcflow_export.families import facts
 from arcflow_export.student.load import Student
+from arcflow_export.student.lora import Factors
 
 #: A flag of Linux's madvise since 5.14; Python's mmap has no constant for it.
 _MADV_POPULATE_READ = 22
@@ -40,9 +40,9 @@ class DiskWeights:
         """Store accelerate's `index` (parameter name -> safetensors_file, weight_name, dtype) and a name for errors."""
         self._index, self._where = index, where
         self._files = OffloadedWeightsLoader(index=index)
-        self._loras: dict[str, list[LoraPair]] = {}
+        self._loras: dict[str, list[Factors]] = {}
 
-    def add_lora(self, name: str, pair: LoraPair) -> None:
+    def add_lora(self, name: str, pair: Factors) -> None:
         """Merge a LoRA into weight `name` each time that it is read."""
         self._loras.setdefault(name, []).append(pair)
 
@@ -74,9 +74,9 @@ def _map_pages(tensor: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ)
 
 
-def merge(weight: torch.Tensor, pair: LoraPair) -> None:
+def merge(weight: torch.Tensor, pair: Factors) -> None:
     """Add a LoRA to a linear's weight [out, in] in place; the product B A is computed in float64."""
-    weight.add_(pair.scale * pair.b.read().double() @ pair.a.read().double())
+    weight.add_(pair.b.double() @ pair.a.double())
 
 
 def empty_components(student: Student, dtypes: Mapping[str, torch.dtype]) -> dict[str, tuple[nn.Module, DiskWeights]]:

@@ -29,6 +29,7 @@ COMMANDS = {
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",
     "inspect": "arcflow_runtime.commands.inspect",
+    "lora": "arcflow_runtime.commands.lora",
     "bench": "arcflow_runtime.commands.bench",
     "profile": "arcflow_runtime.commands.profile",
     "distill": "arcflow_distill.commands.distill",

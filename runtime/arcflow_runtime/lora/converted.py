@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open, serialize_file
 from arcflow_runtime.disk.files import whole_file
 from arcflow_runtime.disk.manifest import Manifest, lora_a, lora_b, seal
 from arcflow_runtime.errors import LoraError
-from arcflow_runtime.lora.fit import Factors, FittedLora
 from arcflow_runtime.lora.prepare import prepare
+from arcflow_runtime.lora.slots import Factors, FittedLora
 from arcflow_runtime.lora.tensors import LoraTensors
 
 FORMAT, VERSION = "arcflow-lora", "1"

@@ -1,99 +1,60 @@
-"""Fit a LoRA to a bundle's slots: layers by part and linear -> factors by part and slot, checked in size."""
+"""Compare a LoRA with a bundle: `LoraFile`, bundle -> the layers that do not fit it, each with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from arcflow_runtime.disk.manifest import MODULATION, LoraSlots, Manifest, SlotLayer
-from arcflow_runtime.errors import LoraError
-from arcflow_runtime.lora.layers import LoraLayer
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.errors import BundleError, LoraError
+from arcflow_runtime.lora.families import lora_family
+from arcflow_runtime.lora.layers import LoraFile, LoraLayer
 from arcflow_runtime.lora.names import spellings
 
-_SHOWN = 3
 
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """The change of one linear, W' = W + scale * up @ down, with `down` [r, in] and `up` [out, r] in float32."""
-
-    down: np.ndarray
-    up: np.ndarray
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors."""
-        return int(self.down.shape[0])
-
-
-@dataclass(frozen=True, eq=False)
-class FittedLora:
-    """A LoRA that fits a bundle: its factors by part and slot. The modulation table counts as a part."""
-
-    name: str
-    parts: Mapping[str, Mapping[str, Factors]]
-
-
-def fit(name: str, layers: Mapping[tuple[str, str], LoraLayer], manifest: Manifest) -> FittedLora:
-    """Find the slot of every layer of a LoRA.
-
-    Args:
-        name: what to call the LoRA in messages.
-        layers: from `read_lora`, by part and linear.
-        manifest: the bundle's.
+def misfits(lora: LoraFile, bundle: Bundle) -> dict[tuple[str, str], str]:
+    """The layers of `lora` that the bundle has no linear for, or one of another size: part and linear -> the reason.
 
     Raises:
-        LoraError: the bundle has no slots, or a layer has no slot, another size than its slot, or too large a rank. The
-            message names the layer.
+        LoraError: the bundle is of another family.
+        BundleError: a weights file of the bundle is damaged.
     """
-    slots = manifest.slots()
-    if not slots:
+    family = bundle.manifest.family
+    if family != lora.family:
         raise LoraError(
-            f"{name}: this bundle has no LoRA slots; export with --lora-slots all, or merge the LoRA with --lora"
+            f"LoRA: {lora.path} was read as one for {lora_family(lora.family).title}, the bundle is "
+            f"{lora_family(family).title}; give a LoRA for this model"
         )
-    unread = {layer for part in slots.values() for layer in part.unread}
-    parts: dict[str, dict[str, Factors]] = {}
-    without = []
-    for (part, linear), layer in layers.items():
-        place = _place(manifest, slots, part, linear)
-        if place is None:
-            if linear not in unread:
-                without.append(linear)
+    found = {}
+    sizes: dict[str, Mapping[str, tuple[int, ...]]] = {}
+    for (part, name), layer in lora.layers.items():
+        if part not in bundle.manifest.parts:
+            found[part, name] = f"the bundle has no {part}: its results are stored as a table"
             continue
-        where, slot = place
-        _check(name, linear, layer, slots[where].layers[slot], slots[where].max_rank)
-        parts.setdefault(where, {})[slot] = Factors(layer.down, layer.up, layer.scale)
-    if without:
-        more = f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else ""
-        raise LoraError(
-            f"{name} changes {', '.join(without[:_SHOWN])}{more}, which must have slots in this bundle; export with "
-            "--lora-slots all, or with patterns that match them"
-        )
-    if not parts:
-        raise LoraError(f"{name} changes only {next(iter(layers))[1]}, whose output this student never reads")
-    return FittedLora(name, parts)
+        if part not in sizes:
+            sizes[part] = _linears(bundle, part)
+        if reason := _misfit(layer, sizes[part], spellings(lora.family, part, name), part):
+            found[part, name] = reason
+    return found
 
 
-def _place(manifest: Manifest, slots: Mapping[str, LoraSlots], part: str, linear: str) -> tuple[str, str] | None:
-    """The part and name of a linear's slot. A conditioner that was baked has its slots in the modulation table."""
-    for where in (part, MODULATION) if part == "conditioner" else (part,):
-        for name in spellings(manifest.family, part, linear):
-            if where in slots and name in slots[where].layers:
-                return where, name
+def _misfit(layer: LoraLayer, sizes: Mapping[str, tuple[int, ...]], names: tuple[str, ...], part: str) -> str | None:
+    size = next((sizes[name] for name in names if name in sizes), None)
+    if size is None:
+        return f"the bundle's {part} has no such linear"
+    got = (layer.in_features, layer.out_features)
+    if size != got:
+        return f"the linear is [{size[0]}, {size[1]}], the LoRA's [{got[0]}, {got[1]}]: it is for another model"
     return None
 
 
-def _check(name: str, linear: str, layer: LoraLayer, slot: SlotLayer, max_rank: int) -> None:
-    if (layer.in_features, layer.out_features) != (slot.in_features, slot.out_features):
-        raise LoraError(
-            f"{name}: {linear} must have {slot.in_features} inputs and {slot.out_features} outputs in this bundle, got "
-            f"{layer.in_features} and {layer.out_features}; the LoRA was trained for another model"
-        )
-    if layer.rank > max_rank:
-        raise LoraError(
-            f"{name}: {linear} must have a rank of at most {max_rank}, the largest of this bundle, got {layer.rank}; "
-            f"export with --lora-max-rank {-(-layer.rank // 8) * 8}"
-        )
+def _linears(bundle: Bundle, part: str) -> dict[str, tuple[int, ...]]:
+    """Linear -> [in, out], from the header of the part's weights file."""
+    path = bundle.path(bundle.manifest.parts[part].weights)
+    try:
+        with safe_open(path, framework="numpy") as f:
+            shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as e:
+        raise BundleError(f"{path} is not a valid safetensors file ({e}); export again") from None
+    return {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}

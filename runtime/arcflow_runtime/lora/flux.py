@@ -68,8 +68,8 @@ def _authors() -> Iterator[Entry]:
 def _clip() -> Iterator[Entry]:
     """transformers' names with and without `text_model`, and those of old versions of diffusers."""
     old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-    spelt = {f"self_attn.{n}": (f"self_attn.{n}", f"self_attn.{o}") for n, o in old.items()}
-    spelt |= {"mlp.fc1": ("mlp.fc1",), "mlp.fc2": ("mlp.fc2",)}
+    spelt: dict[str, tuple[str, ...]] = {"mlp.fc1": ("mlp.fc1",), "mlp.fc2": ("mlp.fc2",)}
+    spelt |= {f"self_attn.{n}": (f"self_attn.{n}", f"self_attn.{o}") for n, o in old.items()}
     for name, spellings in spelt.items():
         target = Target("text_encoder", (f"text_model.encoder.layers.{{i}}.{name}",))
         for spelling in spellings:

@@ -18,7 +18,7 @@ class LoraLayer:
         down: A [r, in] float32, read-only; the linears of a fused one may share it.
         up: B [out, r] float32, read-only.
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA; 1 if the file says nothing.
-        source: where the scale comes from, such as "alpha 8 (key 'x.alpha') / rank 4".
+        source: where the scale comes from, such as "alpha 8 (its own tensor) / 4".
         key: the module as the file calls it.
         alpha: None if the file states none.
         file_rank: the rank in the file, which the scale is computed with. `rank` can be smaller: of a fused linear's

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.lora.converted import is_converted, read_converted
-from arcflow_runtime.lora.fit import FittedLora, fit
 from arcflow_runtime.lora.read import read_lora
+from arcflow_runtime.lora.slots import FittedLora, fit
 
 
 def open_lora(path: Path, name: str, manifest: Manifest) -> FittedLora:

@@ -11,7 +11,7 @@ import numpy as np
 from arcflow_runtime.disk.manifest import LoraSlots, Manifest, SlotLayer, lora_a, lora_b
 from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.lora.fit import Factors, FittedLora
+from arcflow_runtime.lora.slots import Factors, FittedLora
 from arcflow_runtime.maths.dtypes import cast
 
 #: Identifies LoRAs with their scales: (number of the loaded LoRA, scale), sorted.

@@ -72,6 +72,7 @@ class _Statement:
 class _Alpha:
     value: float
     where: str
+    short: str | None = None
 
 
 class Scales:
@@ -105,7 +106,7 @@ class Scales:
         Raises:
             LoraError: two places disagree, or a number is not one.
         """
-        alphas = [] if own is None else [_Alpha(own[1], f"key {own[0]!r}")]
+        alphas = [] if own is None else [_Alpha(own[1], f"key {own[0]!r}", "its own tensor")]
         roots = {}
         for statement in self._statements:
             if statement.component in (None, component):
@@ -123,7 +124,7 @@ class Scales:
         rslora = any(roots.values())
         divisor, sign = (math.sqrt(rank), f"sqrt({rank})") if rslora else (float(rank), str(rank))
         if not alphas:
-            return Scale(1.0, None, "1: the file states no alpha")
+            return Scale(1.0, None, "no alpha stated")
         first = alphas[0]
         for other in alphas[1:]:
             if not math.isclose(first.value, other.value, rel_tol=_SAME):
@@ -131,7 +132,9 @@ class Scales:
                     f"LoRA: {self._path}: alpha of {names[0]} is {first.value:g} by {first.where} and {other.value:g} "
                     f"by {other.where}; correct one of them"
                 )
-        return Scale(first.value / divisor, first.value, f"alpha {first.value:g} ({first.where}) / {sign}")
+        return Scale(
+            first.value / divisor, first.value, f"alpha {first.value:g} ({first.short or first.where}) / {sign}"
+        )
 
     def check_kohya(self, alphas: Mapping[str, float]) -> None:
         """Compare the metadata's `ss_network_alpha` with the file's alpha tensors, by key.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.lora.fit import FittedLora
 from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras, SetKey, prepare
+from arcflow_runtime.lora.slots import FittedLora
 
 #: Prepared sets that are kept, and their bytes. A LoRA of rank 16 for all linears of FLUX takes 125 MiB in bfloat16.
 CACHED_SETS = 16

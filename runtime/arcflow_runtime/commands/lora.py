@@ -1,0 +1,106 @@
+"""Show the contents of a LoRA file: the linears that it changes, their ranks and scales, and what is not used.
+
+arcflow lora inspect FILE shows where each scale comes from: the module's own alpha tensor, the file's metadata, or
+adapter_config.json beside it. With --bundle, it also shows which layers do not fit the bundle. Exit code 1 if any does
+not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arcflow_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from arcflow_runtime.lora.layers import LoraFile
+
+#: --model -> family.
+MODELS = {"flux": "flux", "qwen": "qwen-image"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("action", choices=["inspect"], help="what to do")
+    parser.add_argument("file", type=Path, help="the LoRA, a .safetensors file")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", choices=MODELS, help="default: the model whose linears the file names")
+    model.add_argument("--bundle", type=Path, metavar="DIR", help="compare with this bundle")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the LoRA's description."""
+    from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.lora.fit import misfits
+    from arcflow_runtime.lora.read import read_lora
+
+    bundle = None if args.bundle is None else Bundle.open(args.bundle)
+    lora = read_lora(args.file, _family(args) if bundle is None else bundle.manifest.family)
+    unfit = {} if bundle is None else misfits(lora, bundle)
+    print(json.dumps(_describe(lora, unfit), indent=2) if args.json else _table(lora, unfit))
+    return 1 if unfit else 0
+
+
+def _family(args: argparse.Namespace) -> str:
+    """The family that --model names, or the only one that the file can be for."""
+    from arcflow_runtime.lora.read import families_of
+
+    if args.model is not None:
+        return MODELS[args.model]
+    found = families_of(args.file)
+    if len(found) > 1:
+        names = [f"--model {model}" for model, family in MODELS.items() if family in found]
+        raise RequestError(
+            f"{args.file} can be for several models, whose linears have the same names; give {' or '.join(names)}"
+        )
+    # A file that no model fits is read as one for the first, so that the reader says what is wrong.
+    return next(iter(found or MODELS.values()))
+
+
+def _describe(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> dict[str, object]:
+    layers = [
+        {
+            "part": part,
+            "linear": name,
+            "module": layer.key,
+            "in": layer.in_features,
+            "out": layer.out_features,
+            "rank": layer.rank,
+            "file_rank": layer.file_rank,
+            "alpha": layer.alpha,
+            "scale": layer.scale,
+            "source": layer.source,
+            "misfit": unfit.get((part, name)),
+        }
+        for (part, name), layer in lora.layers.items()
+    ]
+    skipped = [{"key": s.key, "reason": s.reason} for s in lora.skipped]
+    return {"family": lora.family, "tensors": lora.tensors, "layers": layers, "skipped": skipped}
+
+
+def _table(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> str:
+    """One line for the same linear of all blocks, if rank, sizes and scale are the same."""
+    groups: dict[tuple[str, ...], int] = {}
+    for (part, name), layer in lora.layers.items():
+        rank = str(layer.rank) if layer.rank == layer.file_rank else f"{layer.rank} of {layer.file_rank}"
+        size = f"{layer.in_features} x {layer.out_features}"
+        row = (part, re.sub(r"\.\d+\.", ".*.", name, count=1), size, rank, f"{layer.scale:g}", layer.source)
+        groups[row] = groups.get(row, 0) + 1
+    rows = [("part", "linear", "in x out", "rank", "scale", "from", "number")]
+    rows += [(*row, str(count)) for row, count in groups.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(7)]
+    head = f"{lora.path}: {lora.family}, {len(lora.layers)} linears from {lora.tensors} tensors"
+    lines = [
+        head,
+        "",
+        *("  " + "  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows),
+    ]
+    if lora.skipped:
+        lines += ["", "not used", *(f"  {s.key}: {s.reason}" for s in lora.skipped)]
+    if unfit:
+        lines += ["", "does not fit the bundle", *(f"  {part}, {name}: {why}" for (part, name), why in unfit.items())]
+    return "\n".join(lines)
