@@ -6,11 +6,12 @@ A reader needs no knowledge of LoRA files' names: it copies each tensor to the i
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
 
 from arcflow_runtime.disk.files import whole_file
 from arcflow_runtime.disk.manifest import Manifest, lora_a, lora_b, seal
@@ -20,6 +21,8 @@ from arcflow_runtime.lora.slots import Factors, FittedLora
 from arcflow_runtime.lora.tensors import LoraTensors
 
 FORMAT, VERSION = "arcflow-lora", "1"
+#: The safetensors format wants a header of a multiple of 8 bytes.
+_ALIGNMENT = 8
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -37,15 +40,24 @@ def write_converted(path: Path, lora: FittedLora, manifest: Manifest) -> None:
     """
     slots = manifest.slots()
     prepared = prepare(manifest, [(0, lora, 1.0)])
-    tensors: dict[str, Any] = {}
-    for part, arrays in prepared.inputs.items():
+    metadata = {"format": FORMAT, "version": VERSION, "slots": slots_digest(manifest), "name": lora.name}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    arrays = []
+    offset = 0
+    for part, inputs in prepared.inputs.items():
         dtypes = slots[part].shapes({})
-        for name, array in arrays.items():
-            tensors[name] = {"dtype": dtypes[name][1], "shape": array.shape, "data": array.tobytes()}
-    with whole_file(path) as partial:
-        serialize_file(
-            tensors, partial, {"format": FORMAT, "version": VERSION, "slots": slots_digest(manifest), "name": lora.name}
-        )
+        for name, array in inputs.items():
+            offsets = [offset, offset + array.nbytes]
+            header[name] = {"dtype": _NAMES[dtypes[name][1]], "shape": array.shape, "data_offsets": offsets}
+            offset = offsets[1]
+            arrays.append(array)
+    # The safetensors library cannot write bfloat16 from numpy.
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with whole_file(path) as partial, partial.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays:
+            f.write(array.data)
 
 
 def is_converted(path: Path) -> bool:
