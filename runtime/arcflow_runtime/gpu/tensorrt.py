@@ -157,7 +157,10 @@ class TensorRTEngine:
 
     def _check_tensors(self) -> None:
         spec, trt, engine = self._bundle.manifest.parts[self.part], self._trt, self._engine
-        expected = {s.name: getattr(trt.DataType, _DTYPES[s.dtype]) for s in spec.inputs + spec.outputs}
+        dtypes = {s.name: s.dtype for s in spec.inputs + spec.outputs}
+        if spec.lora is not None:
+            dtypes |= {name: dtype for name, (_, dtype) in spec.lora.shapes({}).items()}
+        expected = {name: getattr(trt.DataType, _DTYPES[dtype]) for name, dtype in dtypes.items()}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: engine.get_tensor_dtype(name) for name in names}
         if found != expected:
