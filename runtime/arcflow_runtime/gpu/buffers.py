@@ -18,6 +18,7 @@ from arcflow_runtime.gpu.engine import Shapes
 from arcflow_runtime.gpu.kernels import NoiseShape
 from arcflow_runtime.gpu.lane import Lane
 from arcflow_runtime.gpu.layout import Layout, Region, StoredDType
+from arcflow_runtime.gpu.loras import LoraArenas
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
 from arcflow_runtime.maths.dtypes import cast
 
@@ -29,11 +30,15 @@ ArraySpecs = dict[str, tuple[tuple[int, ...], StoredDType]]
 
 @dataclass(frozen=True)
 class PlanKey:
-    """What a plan is made for. A job runs with the plan of exactly its own key."""
+    """What a plan is made for. A job runs with the plan of exactly its own key.
+
+    `lora_rank` is the rank of the arena that the engines read their LoRAs from; 0 if they have no slots.
+    """
 
     size: DenoiseShape
     pixels: bool
     modulation: Modulation
+    lora_rank: int = 0
 
 
 class Buffers:
@@ -47,7 +52,15 @@ class Buffers:
     - `results`: pinned memory for `latents` and `images`.
     """
 
-    def __init__(self, lane: Lane, manifest: Manifest, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        manifest: Manifest,
+        key: PlanKey,
+        steps_at_once: int,
+        job: DenoiseJob,
+        arenas: LoraArenas,
+    ) -> None:
         """Allocate everything and fill in the constants, which are equal for all jobs of this key.
 
         Args:
@@ -56,6 +69,7 @@ class Buffers:
             key: what the plan is made for.
             steps_at_once: timesteps per run of the conditioner, at most S.
             job: any job of this key; gives the tables and the schedule.
+            arenas: hold the LoRAs.
 
         Raises:
             OutOfDeviceMemory: there is not enough memory; nothing stays allocated.
@@ -68,6 +82,10 @@ class Buffers:
             self.inputs["conditioner"] = conditioner_inputs(manifest, size.batch, steps_at_once)
         if key.pixels:
             self.inputs["vae_decoder"] = decoder_inputs(manifest, size)
+        for part, shapes in self.inputs.items():
+            self.inputs[part] = {**shapes, **arenas.shapes(part, key.lora_rank)}
+        #: Part -> device addresses of the inputs of its LoRA slots.
+        self.slots = {part: arenas.addresses(part, key.lora_rank) for part in self.inputs}
         #: First step of every run of the conditioner. All runs have the same length, so that one context serves them
         #: all; the last two overlap if the length does not divide S.
         self.starts = [*range(0, size.steps - steps_at_once, steps_at_once), size.steps - steps_at_once]

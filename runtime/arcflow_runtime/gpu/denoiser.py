@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.manifest import TensorSpec
+from arcflow_runtime.disk.manifest import MODULATION, TensorSpec
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.denoiser import Denoised, DenoiseJob, OnStep
 from arcflow_runtime.engines.parts import Parts
@@ -26,6 +26,7 @@ from arcflow_runtime.gpu.device import KernelLauncher
 from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes
 from arcflow_runtime.gpu.host import HostEngine
 from arcflow_runtime.gpu.lane import Lane, OutOfDeviceMemory
+from arcflow_runtime.gpu.loras import LoraArenas
 from arcflow_runtime.gpu.plan import GraphPlan
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs
 
@@ -51,6 +52,7 @@ class DeviceDenoiser:
         self._bundle, self._parts, self._lane, self._check_shapes = bundle, parts, lane, check_shapes
         self._max_plans = max_plans
         self._plans: OrderedDict[PlanKey, GraphPlan] = OrderedDict()
+        self._arenas = LoraArenas(lane, bundle.manifest, ("backbone", "conditioner"))
         self._kernels: KernelLauncher | None = None
         self._logged: set[str] = set()
         self._closed = False
@@ -89,6 +91,7 @@ class DeviceDenoiser:
         with self._lock:
             self._closed = True
             self._drop_plans(0)
+            self._arenas.release()
             self._lane.release_workspace()
 
     def _denoise(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
@@ -96,12 +99,15 @@ class DeviceDenoiser:
             if self._closed:
                 raise EngineError("this pipeline is closed; load it again with Pipeline.load")
             modulation = self._modulation_source(job)
-            given = self._condition(job, watch) if modulation == "given" else None
+            given = self._given(job, watch) if modulation == "given" else None
             grid, texts = job.grid, job.texts
             size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
-            plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)
+            rank = self._arenas.rank(job.loras)
+            plan = self._plan(PlanKey(size, job.pixels, modulation, rank), steps_at_once, job)
             with watch("stage"):
                 plan.buffers.stage(job, given)
+            with watch("loras"), self._lane.enter() as stream:
+                self._arenas.put(job.loras, rank, stream)
             try:
                 if self._parts.keep:
                     plan.run(on_step)
@@ -111,6 +117,7 @@ class DeviceDenoiser:
                 # The plan may have enqueued or captured half of its work, so it is discarded.
                 self._plans.pop(plan.key, None)
                 plan.close()
+                self._arenas.forget()
                 raise
             if plan.obstacle is not None and plan.obstacle not in self._logged:
                 self._logged.add(plan.obstacle)
@@ -148,15 +155,22 @@ class DeviceDenoiser:
 
     def _modulation_source(self, job: DenoiseJob) -> Modulation:
         if job.table is not None:
-            return "table"
+            # A plan has the bundle's table built in, but not one that LoRAs changed.
+            return "given" if job.loras.of(MODULATION) else "table"
         parts = self._bundle.manifest.parts
         # Within a CUDA graph nothing casts between engines, so both must have the same dtype.
         same = parts["conditioner"].outputs[0].dtype == _input_dtype(parts["backbone"].inputs, "modulation")
         return "conditioner" if same else "given"
 
-    def _condition(self, job: DenoiseJob, watch: Stopwatch) -> np.ndarray:
-        """The modulation [S, b, M], computed through the host because conditioner and backbone differ in dtype."""
-        inputs = {"timesteps": job.timesteps}
+    def _given(self, job: DenoiseJob, watch: Stopwatch) -> np.ndarray:
+        """The modulation [S, b, M] or [S, 1, M] from the host.
+
+        It is a table that LoRAs changed, or is computed by the conditioner because that and the backbone differ in
+        dtype.
+        """
+        if job.table is not None:
+            return job.table[:, None]
+        inputs = {"timesteps": job.timesteps, **job.loras.of("conditioner")}
         pooled = [text.pooled for text in job.texts if text.pooled is not None]
         if pooled:
             inputs["pooled_projections"] = np.concatenate(pooled)
@@ -178,6 +192,7 @@ class DeviceDenoiser:
                 raise
             _log.warning("out of GPU memory: the CUDA graphs of %d other shapes are dropped", len(self._plans))
             self._drop_plans(0)
+            self._arenas.release()
             self._lane.release_workspace()
             plan = self._make_plan(key, steps_at_once, job)
         self._plans[key] = plan
@@ -188,7 +203,8 @@ class DeviceDenoiser:
         with self._lane.enter():
             if self._kernels is None:
                 self._kernels = self._lane.device.kernels()
-            plan = GraphPlan(self._lane, key, Buffers(self._lane, manifest, key, steps_at_once, job), self._kernels)
+            buffers = Buffers(self._lane, manifest, key, steps_at_once, job, self._arenas)
+            plan = GraphPlan(self._lane, key, buffers, self._kernels)
         try:
             if self._parts.keep:
                 for part, inputs in plan.buffers.inputs.items():

@@ -18,6 +18,7 @@ from arcflow_runtime.gpu.device import PinnedMemory
 from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes, TimesLayers
 from arcflow_runtime.gpu.lane import Lane
 from arcflow_runtime.gpu.layout import Layout
+from arcflow_runtime.gpu.loras import pad_inputs
 from arcflow_runtime.gpu.shapes import output_shapes
 
 # Shapes whose contexts and buffers are kept. Text length varies with Qwen-Image; with FLUX it is fixed.
@@ -52,8 +53,10 @@ class HostEngine:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph; see `Engine.run`."""
+        slots = self._manifest.parts[self._part].lora
+        given = dict(inputs) if slots is None else {**inputs, **pad_inputs(slots, inputs)}
         with self._lock:
-            return self._prepare({name: x.shape for name, x in inputs.items()}).run(inputs)
+            return self._prepare({name: x.shape for name, x in given.items()}).run(given)
 
     def close(self) -> None:
         """Free everything, after any run in another thread has finished."""
@@ -98,7 +101,9 @@ class _Prepared:
         self._lane, self._part, self._context = lane, part, context
         self._generation: int | None = None
         spec, outputs = manifest.parts[part], output_shapes(manifest, part, inputs)
-        self._inputs = Layout.of({s.name: (inputs[s.name], s.dtype) for s in spec.inputs})
+        slots = {} if spec.lora is None else spec.lora.shapes({})
+        dtypes = {s.name: s.dtype for s in spec.inputs} | {name: dtype for name, (_, dtype) in slots.items()}
+        self._inputs = Layout.of({name: (inputs[name], dtype) for name, dtype in dtypes.items()})
         self._outputs = Layout.of({s.name: (outputs[s.name], s.dtype) for s in spec.outputs})
         total = self._inputs.nbytes + self._outputs.nbytes
         self._memory = lane.allocate(total, f"{part}: inputs and outputs")
