@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from arcflow_export.graph.linears import LinearNode, find_linears
 from arcflow_runtime.disk.manifest import RANK_MULTIPLE, lora_a, lora_b
@@ -48,6 +49,22 @@ class AddLoraSlots(ir.passes.InPlacePass):
         missing = [n for n in self._layers if not {lora_a(n), lora_b(n)} <= names]
         if missing:
             raise ir.passes.PostconditionError(f"linears without slots: {missing}")
+
+
+def remove_lora_slots(model: ir.Model) -> ir.Model:
+    """Undo `AddLoraSlots` in place, for tools that run a graph without LoRAs; returns the model."""
+    graph = model.graph
+    slots = [value for value in graph.inputs if str(value.name).endswith((lora_a(""), lora_b("")))]
+    sums = {f"{str(value.name).removesuffix(lora_a(''))}.lora_add" for value in slots}
+    for node in [node for node in graph if node.name in sums]:
+        base = node.inputs[0]
+        assert base is not None
+        for reader, index in list(node.outputs[0].uses()):
+            reader.replace_input_with(index, base)
+    common.RemoveUnusedNodesPass()(model)
+    for value in slots:
+        graph.inputs.remove(value)
+    return model
 
 
 def _add_slot(graph: ir.Graph, linear: LinearNode) -> None:
