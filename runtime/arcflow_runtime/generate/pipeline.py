@@ -192,8 +192,7 @@ class Pipeline:
         )
         watch = Stopwatch()
         with self._calls.enter("a pipeline"):
-            with watch("loras"):
-                prepared = self._loras.get(request.loras)
+            prepared = self._prepare(request, watch)
             embeddings, warnings = self._encode(request, prepared, watch)
             for warning in warnings:
                 _log.warning(warning)
@@ -233,6 +232,13 @@ class Pipeline:
     def loras(self) -> tuple[str, ...]:
         """Names of the loaded LoRAs."""
         return self._loras.names
+
+    def _prepare(self, request: Request, watch: Stopwatch) -> PreparedLoras:
+        """The inputs of the request's LoRAs."""
+        if not request.loras:
+            return NO_LORAS
+        with watch("loras"):
+            return self._loras.get(request.loras)
 
     def _encode(
         self, request: Request, loras: PreparedLoras, watch: Stopwatch

@@ -106,8 +106,9 @@ class DeviceDenoiser:
             plan = self._plan(PlanKey(size, job.pixels, modulation, rank), steps_at_once, job)
             with watch("stage"):
                 plan.buffers.stage(job, given)
-            with watch("loras"), self._lane.enter() as stream:
-                self._arenas.put(job.loras, rank, stream)
+            if rank:
+                with watch("loras"), self._lane.enter() as stream:
+                    self._arenas.put(job.loras, rank, stream)
             try:
                 if self._parts.keep:
                     plan.run(on_step)

@@ -94,8 +94,6 @@ class LoraArenas:
         Raises:
             OutOfDeviceMemory: there is not enough memory for the arena or the set.
         """
-        if not self._slots:
-            return
         arena = self._arena(rank)
         if arena.holds == loras.key:
             return
