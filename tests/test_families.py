@@ -36,21 +36,30 @@ from arcflow_runtime.disk import families as runtime
 from arcflow_runtime.disk import signatures
 from arcflow_runtime.disk.families import Family
 from arcflow_runtime.disk.manifest import Rotary, Schedule, SizeRange
-from arcflow_runtime.errors import ArcFlowError, BundleError
+from arcflow_runtime.errors import ArcFlowError, BundleError, LoraError
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.text import PromptTokenizer
 from arcflow_runtime.gpu.shapes import conditioner_inputs
+from arcflow_runtime.lora import families as lora_names
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import timesteps_of
 from tests.conftest import GOLDEN, golden_student
 from tests.fake_bundle import FakeBackend, make_bundle
 
 ROOT = Path(__file__).parent.parent
-TABLES = (runtime.FAMILIES, signatures.SIGNATURES, exporter.FAMILIES, making.MAKERS, torch_side.TORCH_FAMILIES)
+TABLES = (
+    runtime.FAMILIES,
+    signatures.SIGNATURES,
+    exporter.FAMILIES,
+    making.MAKERS,
+    torch_side.TORCH_FAMILIES,
+    lora_names.FAMILIES,
+)
 #: The files that may tell families apart by name.
 TABLE_FILES = {
     "runtime/arcflow_runtime/disk/families.py",
     "runtime/arcflow_runtime/disk/signatures.py",
+    "runtime/arcflow_runtime/lora/families.py",
     "arcflow_export/families.py",
     "arcflow_export/models/families.py",
     "arcflow_export/student/families.py",
@@ -99,6 +108,7 @@ DISPATCHES = {
     "encode_prompts": lambda b, _: encode_prompts(SimpleNamespace(), b.manifest, {}),
     "make_profiles": lambda b, _: make_profiles(b.manifest, "backbone", parse_sizes("64"), SizeRange(1, 1)),
     "gpu shapes": lambda b, _: conditioner_inputs(b.manifest, 1, 2),
+    "lora_family": lambda b, _: lora_names.lora_family("third"),
     "open a bundle": lambda b, _: b._check_references(),
     "exporter facts": lambda b, _: exporter.facts("third"),
     "makers": lambda b, _: making.makers("third"),
@@ -138,7 +148,7 @@ def test_an_unknown_family_is_refused(flux_bundle, tmp_path, name):
     with pytest.raises(ArcFlowError) as error:
         DISPATCHES[name](renamed(flux_bundle, "third"), tmp_path)
     kinds = {"base_family": DistillError, "read_family": SourceError}
-    assert isinstance(error.value, kinds.get(name, (BundleError, SourceError)))
+    assert isinstance(error.value, kinds.get(name, (BundleError, SourceError, LoraError)))
     known = exporter.pipelines() if name in kinds else list(get_args(Family))
     assert "hird" in str(error.value) and all(k in str(error.value) for k in known)
 

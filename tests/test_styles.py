@@ -112,6 +112,12 @@ def test_kohya_text_encoder(style):
     assert student.styles[0].pairs.keys() == {"transformer", "text_encoder"}
 
 
+def test_kohya_t5(style):
+    b = torch.randn(32, 2, generator=torch.manual_seed(4))
+    student = style(kohya("lora_te3_encoder_block_1_layer_0_SelfAttention_q", A, b, 1.0))
+    assert_adds(student, "encoder.block.1.layer.0.SelfAttention.q", 0.5 * b @ A, "text_encoder_2")
+
+
 @pytest.mark.parametrize("prefix", ["text_encoder.text_model.", "text_encoder."])
 def test_text_encoder_with_and_without_its_prefix(style, prefix):
     b = torch.randn(32, 2, generator=torch.manual_seed(4))
@@ -154,7 +160,7 @@ def test_loras_add_up(tmp_path):
 def test_lora_of_the_replaced_projection_is_named(style):
     tensors = diffusers_naming() | {"transformer.proj_out.lora_A.weight": A, "transformer.proj_out.lora_B.weight": B}
     student = style(tensors)
-    assert student.styles[0].skipped == ("proj_out",)
+    assert [s.key for s in student.styles[0].lora.skipped] == ["transformer.proj_out"]
     assert_adds(student, QUERY, B @ A)
 
 
@@ -210,13 +216,13 @@ QUERY_A = f"transformer.{QUERY}.lora_A.weight"
     [
         (
             diffusers_naming() | {QUERY_A: torch.zeros(2, 32)},
-            "LoRA style.safetensors: LoRA of transformer_blocks.0.attn.to_q must be A [r, 64] and B [64, r], "
-            "got A [2, 32] and B [64, 2]; it was trained for another model",
+            f"LoRA style.safetensors, module 'transformer.{QUERY}': LoRA of transformer_blocks.0.attn.to_q must be "
+            "A [r, 64] and B [64, r], got A [2, 32] and B [64, 2]; it was trained for another model",
         ),
         (
             {k.replace("blocks.0", "blocks.9"): v for k, v in diffusers_naming().items()},
-            "LoRA style.safetensors: LoRA target 'transformer_blocks.9.attn.to_q' does not exist "
-            "in the base's transformer",
+            "LoRA style.safetensors, module 'transformer.transformer_blocks.9.attn.to_q': LoRA target "
+            "'transformer_blocks.9.attn.to_q' does not exist in the base's transformer",
         ),
         (
             diffusers_naming() | put("transformer.x.dora_scale", 4),
@@ -228,35 +234,22 @@ QUERY_A = f"transformer.{QUERY}.lora_A.weight"
             "which is not supported; give a plain LoRA",
         ),
         (
-            diffusers_naming()
-            | put("text_encoder_2.x.lora_A.weight", 2, 4)
-            | put("text_encoder_2.x.lora_B.weight", 4, 2),
-            "LoRA: {p}: key 'text_encoder_2.x.lora_A.weight' is not understood; "
-            "bundles take LoRAs of the linears of transformer and text_encoder",
+            kohya("lora_te2_encoder_block_0_layer_0_SelfAttention_q", A, B, 1.0),
+            "LoRA style.safetensors, module 'lora_te2_encoder_block_0_layer_0_SelfAttention_q': LoRA of "
+            "encoder.block.0.layer.0.SelfAttention.q must be A [r, 64] and B [32, r], got A [2, 64] and B [64, 2]; "
+            "it was trained for another model",
         ),
         (
-            kohya("lora_te2_encoder_block_0_layer_0_SelfAttention_q", A, B, 1.0)
-            | kohya("lora_unet_double_blocks_0_img_attn_proj", A, B, 1.0),
-            "LoRA: {p}: key 'lora_te2_encoder_block_0_layer_0_SelfAttention_q.alpha' is not supported; "
-            "bundles take LoRAs of the linears of transformer and text_encoder",
-        ),
-        (
-            kohya("lora_unet_double_blocks_0_img_attn_proj", A, B, 1.0)
-            | {"lora_unet_double_blocks_0_img_attn_norm.diff": torch.ones(4)},
-            "LoRA: {p}: key 'lora_unet_double_blocks_0_img_attn_norm.diff' is not supported; "
-            "bundles take LoRAs of the linears of transformer and text_encoder",
+            kohya("lora_unet_double_blocks_9_img_attn_proj", A, B, 1.0),
+            "LoRA style.safetensors, module 'lora_unet_double_blocks_9_img_attn_proj': LoRA target "
+            "'transformer_blocks.9.attn.to_out.0' does not exist in the base's transformer",
         ),
         (
             {k: v for k, v in diffusers_naming().items() if k != QUERY_A},
-            f"LoRA: {{p}}: transformer.{QUERY}.lora_B.weight has no lora_A",
-        ),
-        (
-            put("model.diffusion_model.weight", 4, 4),
-            "LoRA: {p}: key 'transformer.model.diffusion_model.weight' is not understood; "
-            "bundles take LoRAs of the linears of transformer and text_encoder",
+            f"LoRA: {{p}}: transformer.{QUERY}.lora_B.weight has no lora_A; save the LoRA again",
         ),
     ],
-    ids=["shape", "target", "dora", "peft dora", "component", "kohya t5", "norm", "half", "no lora"],
+    ids=["shape", "target", "dora", "peft dora", "kohya t5", "kohya target", "half"],
 )
 def test_errors(style, tensors, message):
     with pytest.raises(SourceError) as error:
@@ -267,7 +260,41 @@ def test_errors(style, tensors, message):
 def test_lora_for_the_other_family(style):
     with pytest.raises(SourceError) as error:
         style(kohya("lora_unet_double_blocks_0_img_attn_proj", A, B, 1.0), "qwen")
-    assert "LoRA" in str(error.value)
+    assert str(error.value) == (
+        f"LoRA: {style.path} is a LoRA for FLUX.1, the model is Qwen-Image; give a LoRA for this model"
+    )
+
+
+def test_a_merged_weight_beyond_float32(style):
+    student = style({k: v * 1e19 for k, v in diffusers_naming().items()}, scale=1e5)
+    with pytest.raises(SourceError) as error:
+        list(student.source("backbone").blocks(f"{QUERY}.weight", torch.float32))
+    assert str(error.value) == (
+        f"tensor '{QUERY}.weight' is beyond float32's range after merging; use a smaller scale for the LoRAs"
+    )
+
+
+def test_integer_alpha_and_position_ids(style):
+    tensors = kohya("lora_unet_double_blocks_0_img_attn_proj", A, B, 1) | {
+        "text_encoder.text_model.embeddings.position_ids": torch.arange(77)
+    }
+    assert_adds(style(tensors), "transformer_blocks.0.attn.to_out.0", 0.5 * B @ A)
+
+
+def test_adapter_config_beside_the_file(style):
+    style.path.with_name("adapter_config.json").write_text('{"lora_alpha": 6}')
+    assert_adds(style(diffusers_naming()), QUERY, 3 * B @ A)
+
+
+def test_a_directory_with_two_files(tmp_path):
+    for name in ("a", "b"):
+        make_style(tmp_path / f"{name}-0000{name == 'b':d}.safetensors", {f"transformer.{QUERY}": (64, 64)})
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "a-00000.safetensors", "y": "b-00001.safetensors"}})
+    )
+    with pytest.raises(SourceError) as error:
+        golden_student("flux-tiny", [(Location(str(tmp_path)), 1.0)])
+    assert str(error.value) == f"LoRA: {tmp_path} must hold one .safetensors file, got 2 shards; join them"
 
 
 def test_bad_metadata(style):

@@ -5,6 +5,7 @@ The runtime's reader, `arcflow_runtime.lora`, knows the files' formats.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,13 @@ def load_style(location: Location, scale: float, family: str) -> Style:
     pairs: dict[str, dict[str, LoraPair]] = {}
     for (_, name), layer in lora.layers.items():
         pairs.setdefault(layer.component, {})[name] = _pair(file, layer, scale)
-    return Style(source, scale, digest_of([file]), lora, pairs)
+    return Style(source, scale, _digest(lora), lora, pairs)
+
+
+def _digest(lora: LoraFile) -> str:
+    """SHA-256 of the file, and of the adapter_config.json that belongs to it: that can change the scale."""
+    digest = digest_of([lora.path])
+    return digest if lora.config is None else hashlib.sha256(digest.encode() + lora.config.read_bytes()).hexdigest()
 
 
 def _pair(file: Path, layer: LoraLayer, scale: float) -> LoraPair:

@@ -179,10 +179,11 @@ def _check_file(path: Path, what: str) -> None:
         raise SourceError(f"{what}: {path} is a pickle, which can run code when read; convert it to safetensors")
     size = path.stat().st_size
     with path.open("rb") as f:
-        head = f.read(8)
+        head = f.read(9)
     if len(head) < 8:
         raise SourceError(f"{what}: {path} has only {size} bytes; it is truncated, download it again")
-    if head[:2] in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6))):
+    # The length of a safetensors header can begin with the same bytes; then a "{" follows.
+    if head[:2] in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6))) and not head.endswith(b"{"):
         raise SourceError(f"{what}: {path} is a pickle by its content; convert it to safetensors")
     if head.startswith(b"version "):
         raise SourceError(f"{what}: {path} is a Git LFS pointer, not the weights; run `git lfs pull`")

@@ -27,7 +27,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True)
         action="append",
         default=[],
         metavar="PATH[:SCALE]",
-        help="style LoRA to merge on top, in diffusers' or Kohya's naming; repeatable",
+        help="style LoRA to merge on top; `arcflow lora inspect` shows what a file holds; repeatable",
     )
     group.add_argument("--offline", action="store_true", help="use the hub's cache only")
 

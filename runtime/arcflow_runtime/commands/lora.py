@@ -2,7 +2,8 @@
 
 arcflow lora inspect FILE shows the linears that it changes, their ranks and scales, and what is not used. Each scale
 comes from the module's own alpha tensor, from the file's metadata, or from adapter_config.json beside it. With
---bundle, it also shows which layers do not fit the bundle. Exit code 1 if any does not.
+--bundle, it also shows which layers do not fit the bundle. Exit code 1 if one
+does not that matters.
 
 arcflow lora convert FILE --bundle DIR --out FILE writes the inputs of a bundle's slots, at scale 1 and in the slots'
 dtypes. Such a file opens faster, and its reader needs no knowledge of the names that other tools use.
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_runtime.errors import RequestError
+from arcflow_runtime.lora.families import FAMILIES
 
 if TYPE_CHECKING:
+    from arcflow_runtime.lora.fit import Misfit
     from arcflow_runtime.lora.layers import LoraFile
 
 #: --model -> family.
-MODELS = {"flux": "flux", "qwen": "qwen-image"}
+MODELS = {entry.option: family for family, entry in FAMILIES.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     lora = read_lora(args.file, _family(args) if bundle is None else bundle.manifest.family)
     unfit = {} if bundle is None else misfits(lora, bundle)
     print(json.dumps(_describe(lora, unfit), indent=2) if args.json else _table(lora, unfit))
-    return 1 if unfit else 0
+    return 0 if all(misfit.harmless for misfit in unfit.values()) else 1
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -97,7 +100,7 @@ def _family(args: argparse.Namespace) -> str:
     return next(iter(found or MODELS.values()))
 
 
-def _describe(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> dict[str, object]:
+def _describe(lora: LoraFile, unfit: dict[tuple[str, str], Misfit]) -> dict[str, object]:
     layers = [
         {
             "part": part,
@@ -110,7 +113,7 @@ def _describe(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> dict[str, ob
             "alpha": layer.alpha,
             "scale": layer.scale,
             "source": layer.source,
-            "misfit": unfit.get((part, name)),
+            "misfit": unfit[part, name].reason if (part, name) in unfit else None,
         }
         for (part, name), layer in lora.layers.items()
     ]
@@ -118,7 +121,7 @@ def _describe(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> dict[str, ob
     return {"family": lora.family, "tensors": lora.tensors, "layers": layers, "skipped": skipped}
 
 
-def _table(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> str:
+def _table(lora: LoraFile, unfit: dict[tuple[str, str], Misfit]) -> str:
     """One line for the same linear of all blocks, if rank, sizes and scale are the same."""
     groups: dict[tuple[str, ...], int] = {}
     for (part, name), layer in lora.layers.items():
@@ -126,7 +129,7 @@ def _table(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> str:
         size = f"{layer.in_features} x {layer.out_features}"
         row = (part, re.sub(r"\.\d+\.", ".*.", name, count=1), size, rank, f"{layer.scale:g}", layer.source)
         groups[row] = groups.get(row, 0) + 1
-    rows = [("part", "linear", "in x out", "rank", "scale", "from", "number")]
+    rows: list[tuple[str, ...]] = [("part", "linear", "in x out", "rank", "scale", "from", "number")]
     rows += [(*row, str(count)) for row, count in groups.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(7)]
     head = f"{lora.path}: {lora.family}, {len(lora.layers)} linears from {lora.tensors} tensors"
@@ -138,5 +141,6 @@ def _table(lora: LoraFile, unfit: dict[tuple[str, str], str]) -> str:
     if lora.skipped:
         lines += ["", "not used", *(f"  {s.key}: {s.reason}" for s in lora.skipped)]
     if unfit:
-        lines += ["", "does not fit the bundle", *(f"  {part}, {name}: {why}" for (part, name), why in unfit.items())]
+        lines += ["", "does not fit the bundle"]
+        lines += [f"  {part}, {name}: {misfit.reason}" for (part, name), misfit in unfit.items()]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ class LoraFamily:
 
     Args:
         title: the model's name in messages.
+        option: the model's name on the command line.
         entries: every spelling of every linear.
         comfy: ComfyUI's prefixes of the text encoders -> component.
         modulation: endings of the linears that compute modulation, which are in the conditioner.
@@ -25,6 +26,7 @@ class LoraFamily:
     """
 
     title: str
+    option: str
     entries: Callable[[], Iterator[Entry]]
     comfy: Mapping[str, str]
     modulation: tuple[str, ...]
@@ -35,6 +37,7 @@ class LoraFamily:
 FAMILIES: dict[str, LoraFamily] = {
     "flux": LoraFamily(
         title="FLUX.1",
+        option="flux",
         entries=flux.entries,
         comfy={
             "text_encoders.clip_l.transformer.": "text_encoder",
@@ -48,6 +51,7 @@ FAMILIES: dict[str, LoraFamily] = {
     ),
     "qwen-image": LoraFamily(
         title="Qwen-Image",
+        option="qwen",
         entries=qwen.entries,
         comfy={"text_encoders.qwen25_7b.transformer.": "text_encoder", "text_encoders.qwen25_7b.": "text_encoder"},
         modulation=(".img_mod.1", ".txt_mod.1", "norm_out.linear"),

@@ -60,13 +60,17 @@ class Skipped:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """One LoRA file: its layers by part and linear, sorted, and what is not used."""
+    """One LoRA file: its layers by part and linear, sorted, and what is not used.
+
+    `tensors` counts the tensors of the file. `config` is the adapter_config.json that was read with it, if any.
+    """
 
     path: Path
     family: str
     layers: Mapping[tuple[str, str], LoraLayer]
     skipped: tuple[Skipped, ...]
     tensors: int
+    config: Path | None = None
 
     def component(self, component: str) -> dict[str, LoraLayer]:
         """The layers of one component of the checkpoint, by linear."""

@@ -52,9 +52,8 @@ def read_lora(path: Path, family: str) -> LoraFile:
     if keys.clash is not None:
         raise LoraError(f"LoRA: {path}: {keys.clash[0]!r} and {keys.clash[1]!r} are the same factor; remove one")
     if len(keys.adapters) > 1:
-        raise LoraError(
-            f"LoRA: {path} must hold one adapter, got {', '.join(map(repr, keys.adapters))}; save each to its own file"
-        )
+        names = ", ".join(map(repr, sorted(keys.adapters)))
+        raise LoraError(f"LoRA: {path} must hold one adapter, got {names}; save each to its own file")
     if not keys.modules:
         raise LoraError(f"LoRA: {path} holds no LoRA factors; is it a LoRA?")
     reader = _Reader(tensors, family)
@@ -69,9 +68,11 @@ def read_lora(path: Path, family: str) -> LoraFile:
                     f"LoRA: {path}: {layers[at].key!r} and {module.name!r} both change {name}; remove one of them"
                 )
             layers[at] = layer
+    skipped += [Skipped(pattern, "matches no module of the file") for pattern in reader.unmatched()]
     if not layers:
         raise LoraError(f"LoRA: {path} changes nothing: {skipped[0].key!r} {skipped[0].reason}; give another LoRA")
-    return LoraFile(path, family, MappingProxyType(dict(sorted(layers.items()))), tuple(skipped), len(tensors.entries))
+    found = MappingProxyType(dict(sorted(layers.items())))
+    return LoraFile(path, family, found, tuple(skipped), len(tensors.entries), reader.config)
 
 
 def families_of(path: Path) -> list[str]:
@@ -96,6 +97,7 @@ class _Reader:
         self._tensors, self._family, self._path = tensors, family, tensors.path
         self._scales = Scales(tensors.path, tensors.metadata)
         self._own: dict[str, float] = {}
+        self.config = self._scales.config
 
     def targets(self, modules: Iterable[Module], skipped: list[Skipped]) -> list[tuple[Module, Target]]:
         """Every module with the linears that it changes; those that change nothing go to `skipped`."""
@@ -120,6 +122,10 @@ class _Reader:
         """Read every alpha tensor, and compare them with the metadata."""
         self._own = {m.alpha: self._tensors.number(m.alpha) for m, _ in targets if m.alpha is not None}
         self._scales.check_kohya(self._own)
+
+    def unmatched(self) -> list[str]:
+        """Patterns for alpha or rank that no module matched."""
+        return self._scales.unmatched()
 
     def layers(self, module: Module, target: Target, skipped: list[Skipped]) -> Iterator[tuple[str, LoraLayer]]:
         """The layers of one module, by linear: several if it is fused."""
@@ -215,8 +221,9 @@ def _check_architecture(tensors: LoraTensors, family: str) -> None:
 
 def _not_understood(tensors: LoraTensors, keys: Sequence[str], family: str) -> LoraError:
     modules = sort_keys(tensors.entries).modules
+    ours = all(find(name, family) is not None for name in modules)
     for other, entry in FAMILIES.items():
-        if other != family and modules and all(find(name, other) is not None for name in modules):
+        if not ours and all(find(name, other) is not None for name in modules):
             return _other_model(tensors.path, entry.title, family)
     for title, pattern in _OTHER_MODELS.items():
         if any(re.search(pattern, key) for key in keys):

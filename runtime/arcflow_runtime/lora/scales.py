@@ -90,7 +90,11 @@ class Scales:
         """
         self._path = path
         self._kohya = metadata.get(_KOHYA)
-        self._statements = [*_diffusers(path, metadata), *_plain(path, metadata), *_config(path)]
+        self._matched: set[tuple[str, str, str]] = set()
+        self.config = _find_config(path)
+        self._statements = [*_diffusers(path, metadata), *_plain(path, metadata)]
+        if self.config is not None:
+            self._statements.append(_Statement(ADAPTER_CONFIG, None, _read_config(self.config)))
         for statement in self._statements:
             self._check(statement)
 
@@ -136,6 +140,16 @@ class Scales:
             first.value / divisor, first.value, f"alpha {first.value:g} ({first.short or first.where}) / {sign}"
         )
 
+    def unmatched(self) -> list[str]:
+        """The patterns that no module matched so far, each with its place."""
+        return [
+            f"{setting} {pattern!r} in {statement.where}"
+            for statement in self._statements
+            for setting in ("alpha_pattern", "rank_pattern")
+            for pattern in statement.settings.get(setting) or {}
+            if (statement.where, setting, pattern) not in self._matched
+        ]
+
     def check_kohya(self, alphas: Mapping[str, float]) -> None:
         """Compare the metadata's `ss_network_alpha` with the file's alpha tensors, by key.
 
@@ -178,6 +192,7 @@ class Scales:
         """The value of the first pattern that is the end of one of the names; None if there is none."""
         for pattern, value in (statement.settings.get(setting) or {}).items():
             if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                self._matched.add((statement.where, setting, pattern))
                 return value
         return None
 
@@ -247,19 +262,20 @@ def _plain(path: Path, metadata: Mapping[str, str]) -> list[_Statement]:
     return _by_component(found, "the metadata")
 
 
-def _config(path: Path) -> list[_Statement]:
+def _find_config(path: Path) -> Path | None:
     """peft's file beside the weights. It belongs to adapter_model.safetensors if the folder has that."""
-    config = path.parent / ADAPTER_CONFIG
-    named = path.parent / "adapter_model.safetensors"
-    if not config.is_file() or (named.exists() and path.name != named.name):
-        return []
+    config, named = path.parent / ADAPTER_CONFIG, path.parent / "adapter_model.safetensors"
+    return config if config.is_file() and (path.name == named.name or not named.exists()) else None
+
+
+def _read_config(config: Path) -> dict[str, Any]:
     if config.stat().st_size > _MAX_CONFIG_BYTES:
         raise LoraError(f"LoRA: {config} must have at most {_MAX_CONFIG_BYTES} bytes, got {config.stat().st_size}")
     try:
         text = config.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise LoraError(f"LoRA: {config} is not valid UTF-8 ({e}); save the LoRA again") from None
-    return [_Statement(ADAPTER_CONFIG, None, _json(text, f"LoRA: {config}"))]
+    return _json(text, f"LoRA: {config}")
 
 
 def _by_component(data: Mapping[str, Any], where: str) -> list[_Statement]:

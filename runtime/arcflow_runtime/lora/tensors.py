@@ -162,10 +162,10 @@ class LoraTensors:
 
     def _bytes(self, key: str, dtype: str, flat: bool = False) -> np.ndarray:
         entry = self.entries[key]
-        with self.path.open("rb") as f:
-            f.seek(entry.start)
-            data = f.read(entry.stop - entry.start)
-        values = np.frombuffer(bytearray(data), dtype)
+        wanted = (entry.stop - entry.start) // np.dtype(dtype).itemsize
+        values = np.fromfile(self.path, dtype, wanted, offset=entry.start)
+        if values.size != wanted:
+            raise LoraError(f"LoRA: {self.path} became shorter while it was read; read it again")
         return values if flat else values.reshape(entry.shape)
 
 
@@ -174,10 +174,11 @@ def _check_start(path: Path) -> None:
     if not path.is_file():
         raise LoraError(f"LoRA: {path} is not a file; check the path")
     with path.open("rb") as f:
-        head = f.read(8)
+        head = f.read(9)
     if len(head) < 8:
         raise LoraError(f"LoRA: {path} has only {len(head)} bytes; it is truncated, download it again")
-    if head.startswith(_PICKLES):
+    # The length of a safetensors header can begin with the same bytes; then a "{" follows.
+    if head.startswith(_PICKLES) and not head.endswith(b"{"):
         raise LoraError(f"LoRA: {path} is a pickle, which can run code when read; convert it to safetensors")
     if head.startswith(b"version "):
         raise LoraError(f"LoRA: {path} is a Git LFS pointer, not the weights; run `git lfs pull`")
