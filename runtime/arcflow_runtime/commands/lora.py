@@ -2,8 +2,7 @@
 
 arcflow lora inspect FILE shows the linears that it changes, their ranks and scales, and what is not used. Each scale
 comes from the module's own alpha tensor, from the file's metadata, or from adapter_config.json beside it. With
---bundle, it also shows which layers do not fit the bundle. Exit code 1 if one
-does not that matters.
+--bundle, it also shows which layers do not fit the bundle. Exit code 1 if one does not that matters.
 
 arcflow lora convert FILE --bundle DIR --out FILE writes the inputs of a bundle's slots, at scale 1 and in the slots'
 dtypes. Such a file opens faster, and its reader needs no knowledge of the names that other tools use.
