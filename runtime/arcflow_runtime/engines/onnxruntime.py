@@ -17,8 +17,8 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.engines.base import LayerTime
+from arcflow_runtime.engines.slots import empty_slots, slot_dtypes
 from arcflow_runtime.errors import EngineError, RequestError
-from arcflow_runtime.maths.dtypes import NUMPY
 
 # ONNX Runtime warns about dynamic shapes, which a user cannot act on; errors are raised as exceptions.
 _LOG_ERRORS_ONLY = 3
@@ -40,8 +40,7 @@ class OnnxRuntimeEngine:
     def __init__(self, name: str, part: Part, session: ort.InferenceSession) -> None:
         self._name = name
         self._outputs = [spec.name for spec in part.outputs]
-        shapes = {} if part.lora is None else part.lora.shapes({})
-        self._without_lora = {name: np.zeros(shape, NUMPY[dtype]) for name, (shape, dtype) in shapes.items()}
+        self._without_loras = empty_slots(part)
         self._session: ort.InferenceSession | None = session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -50,7 +49,7 @@ class OnnxRuntimeEngine:
         if session is None:
             raise EngineError(f"{self._name}: the engine is closed; load the pipeline again")
         try:
-            outputs = session.run(self._outputs, {**self._without_lora, **inputs})
+            outputs = session.run(self._outputs, {**self._without_loras, **inputs})
         except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
             raise EngineError(f"{self._name}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e
@@ -187,9 +186,8 @@ def check_names(bundle: Bundle, part: str, inputs: Iterable[_Named], outputs: It
         EngineError: it has others.
     """
     spec = bundle.manifest.parts[part]
-    slots = [] if spec.lora is None else list(spec.lora.shapes({}))
     wanted = (
-        ("inputs", [s.name for s in spec.inputs] + slots, inputs),
+        ("inputs", [s.name for s in spec.inputs] + list(slot_dtypes(spec)), inputs),
         ("outputs", [s.name for s in spec.outputs], outputs),
     )
     for kind, listed, found in wanted:

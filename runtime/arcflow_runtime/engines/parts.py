@@ -15,6 +15,7 @@ import numpy as np
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.engines.base import Backend, Engine, StreamedEngine
+from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.maths.dtypes import cast
 
@@ -135,8 +136,6 @@ def _run_all(engine: Engine, part: Part, batches: Sequence[Inputs]) -> Iterator[
 
 def _cast(part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
     found = {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}
-    if part.lora is not None and len(inputs) > len(found):
-        found |= {
-            name: cast(inputs[name], dtype) for name, (_, dtype) in part.lora.shapes({}).items() if name in inputs
-        }
+    if len(inputs) > len(found):
+        found |= {name: cast(inputs[name], dtype) for name, dtype in slot_dtypes(part).items() if name in inputs}
     return found

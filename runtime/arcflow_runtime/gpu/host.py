@@ -13,6 +13,7 @@ import numpy as np
 
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.engines.base import LayerTime
+from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import PinnedMemory
 from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes, TimesLayers
@@ -101,8 +102,7 @@ class _Prepared:
         self._lane, self._part, self._context = lane, part, context
         self._generation: int | None = None
         spec, outputs = manifest.parts[part], output_shapes(manifest, part, inputs)
-        slots = {} if spec.lora is None else spec.lora.shapes({})
-        dtypes = {s.name: s.dtype for s in spec.inputs} | {name: dtype for name, (_, dtype) in slots.items()}
+        dtypes = {s.name: s.dtype for s in spec.inputs} | slot_dtypes(spec)
         self._inputs = Layout.of({name: (inputs[name], dtype) for name, dtype in dtypes.items()})
         self._outputs = Layout.of({s.name: (outputs[s.name], s.dtype) for s in spec.outputs})
         total = self._inputs.nbytes + self._outputs.nbytes

@@ -65,6 +65,7 @@ class LoraArenas:
         found = manifest.slots()
         self._slots = {part: found[part] for part in parts if part in found}
         self._lane, self._limits = lane, (sets, nbytes)
+        self._layouts: dict[int, Layout] = {}
         self._arenas: dict[int, _Arena] = {}
         self._sets: OrderedDict[tuple[int, SetKey], Memory] = OrderedDict()
 
@@ -120,8 +121,11 @@ class LoraArenas:
         return self._slots[part].shapes({}, rank) if part in self._slots else {}
 
     def _layout(self, rank: int) -> Layout:
-        # A layer has its slot in one part only (B14), so names are unique.
-        return Layout.of({name: spec for part in self._slots for name, spec in self._specs(part, rank).items()})
+        if rank not in self._layouts:
+            # A layer has its slot in one part only (B14), so names are unique.
+            specs = {name: spec for part in self._slots for name, spec in self._specs(part, rank).items()}
+            self._layouts[rank] = Layout.of(specs)
+        return self._layouts[rank]
 
     def _arena(self, rank: int) -> _Arena:
         if rank not in self._arenas:

@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from arcflow_runtime.disk.manifest import DType, Manifest, Part
 from arcflow_runtime.engines.onnxruntime import first_line
+from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Stream
 from arcflow_runtime.gpu.engine import Shapes
@@ -55,8 +56,7 @@ class OrtContext:
         outputs = output_shapes(engine.manifest, engine.part, inputs)
         self._engine = engine
         self._session: ort.InferenceSession | None = session
-        slots = {} if spec.lora is None else spec.lora.shapes({})
-        dtypes = {s.name: s.dtype for s in spec.inputs} | {name: dtype for name, (_, dtype) in slots.items()}
+        dtypes = {s.name: s.dtype for s in spec.inputs} | slot_dtypes(spec)
         self._inputs = [(name, _ONNX[dtype], inputs[name]) for name, dtype in dtypes.items()]
         self._outputs = [(s.name, _ONNX[s.dtype], outputs[s.name]) for s in spec.outputs]
         self._options = ort.RunOptions()
@@ -102,10 +102,9 @@ class OrtArrayEngine:
         if session is None:
             raise EngineError(f"{self._part}: the engine is closed; load the pipeline again")
         binding, slots = session.io_binding(), self._spec.lora
-        dtypes = {spec.name: spec.dtype for spec in self._spec.inputs}
+        dtypes = {spec.name: spec.dtype for spec in self._spec.inputs} | slot_dtypes(self._spec)
         if slots is not None:
             inputs = {**inputs, **pad_inputs(slots, inputs)}
-            dtypes |= {name: dtype for name, (_, dtype) in slots.shapes({}).items()}
         try:
             for name, dtype in dtypes.items():
                 value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(inputs[name], _ONNX[dtype])
