@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 from host_device import HostBackend, HostDevice, at
 
-from arcflow_runtime import Bundle, EngineError, Pipeline
+from arcflow_runtime import Bundle, EngineError, Pipeline, RequestError
 from arcflow_runtime.disk.manifest import LoraSlots, SlotLayer
 from arcflow_runtime.engines.onnxruntime import OnnxRuntimeBackend, open_session
 from arcflow_runtime.gpu.loras import LoraArenas, pad_inputs, padded_rank
@@ -113,6 +113,18 @@ def test_requests_without_a_lora_have_the_smallest_rank(both):
     draw(pipe, {"r30": 1})
     backbone = dict(pipe.backend.contexts)["backbone"]
     assert {shape[1] for name, shape in backbone.items() if name.endswith(".lora_a")} == {4}
+
+
+def test_warm_up_captures_a_graph_for_each_rank(both):
+    plain, pipe = both("flux")
+    pipe.warm_up([(1, 32, 48)], text_tokens=16, lora_ranks=(16, 32))
+    device = pipe.backend.device
+    assert device.captures == 3
+    for loras in ({}, {"r12": 0.5}, {"r30": 1}):
+        np.testing.assert_allclose(draw(pipe, loras), draw(plain, loras), **CLOSE)
+    assert device.captures == 3
+    with pytest.raises(RequestError, match=r"^lora_ranks must be between 1 and 32 for this bundle, got 40$"):
+        pipe.warm_up([(1, 32, 48)], lora_ranks=(40,))
 
 
 def test_kept_sets_are_bounded(roots):

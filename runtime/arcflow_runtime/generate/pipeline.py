@@ -29,7 +29,7 @@ from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
 from arcflow_runtime.lora.open import open_lora
-from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras
+from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras, blank_loras
 from arcflow_runtime.lora.store import LoraStore
 from arcflow_runtime.maths.noise import GROUP, draw_latents, streams
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
@@ -385,6 +385,7 @@ class Pipeline:
         shapes: Sequence[tuple[int, int, int]],
         num_inference_steps: int | None = None,
         text_tokens: int | None = None,
+        lora_ranks: Sequence[int] = (),
     ) -> None:
         """Do the one-time work for images of these shapes: capture CUDA graphs on a GPU; nothing on a CPU.
 
@@ -393,9 +394,10 @@ class Pipeline:
             num_inference_steps: number of backbone runs; None is the bundle's.
             text_tokens: number of text states T; None is the bundle's max_sequence_length, to which FLUX pads. With
                 Qwen-Image, T is the length of the prompt, and each length has a graph of its own.
+            lora_ranks: ranks of LoRAs that requests will have, besides those without a LoRA.
 
         Raises:
-            RequestError: a shape is out of the bundle's range.
+            RequestError: a shape or a rank is out of the bundle's range.
             EngineError: an engine does not accept a shape, or memory ran out.
         """
         m = self.bundle.manifest
@@ -403,6 +405,7 @@ class Pipeline:
             check_request(m, [""] * batch, height, width, num_inference_steps, None, 0, 1, text_tokens, "pil")
             for batch, height, width in shapes
         ]
+        sets = [NO_LORAS, *(blank_loras(m, rank) for rank in lora_ranks)]
         if self._denoiser is None:
             return
         self._calls.check("warm_up()")
@@ -410,8 +413,9 @@ class Pipeline:
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
             groups = self._groups(request, {"": blank_text(m, request.max_sequence_length)}, grid)
-            for _, job in self._jobs(request, NO_LORAS, groups):
-                self._denoiser.warm_up(job)
+            for loras in sets:
+                for _, job in self._jobs(request, loras, groups):
+                    self._denoiser.warm_up(job)
 
     def clear_cache(self) -> None:
         """Drop the cached text embeddings of earlier prompts."""

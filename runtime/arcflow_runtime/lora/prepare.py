@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import LoraSlots, Manifest, SlotLayer, lora_a, lora_b
+from arcflow_runtime.disk.manifest import MODULATION, LoraSlots, Manifest, SlotLayer, lora_a, lora_b
 from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.lora.slots import Factors, FittedLora
@@ -47,6 +47,21 @@ class PreparedLoras:
 
 #: No LoRA at all.
 NO_LORAS = PreparedLoras((), (), {}, {})
+
+
+def blank_loras(manifest: Manifest, rank: int) -> PreparedLoras:
+    """A LoRA of zeros that has this rank in every slot, for warm-up.
+
+    Raises:
+        RequestError: the bundle has no slots, or takes no such rank.
+    """
+    slots = manifest.slots()
+    largest = max((part.max_rank for part in slots.values()), default=0)
+    if not 1 <= rank <= largest:
+        raise RequestError(f"lora_ranks must be between 1 and {largest} for this bundle, got {rank}")
+    ranks = {part: dict.fromkeys(found.layers, rank) for part, found in slots.items() if part != MODULATION}
+    # Loaded LoRAs are numbered from 0 on.
+    return PreparedLoras(((-1, float(rank)),), (), {}, ranks)
 
 
 def prepare(manifest: Manifest, loras: Sequence[tuple[int, FittedLora, float]]) -> PreparedLoras:
