@@ -286,6 +286,13 @@ def test_adapter_config_beside_the_file(style):
     assert_adds(style(diffusers_naming()), QUERY, 3 * B @ A)
 
 
+def test_bytes_of_the_factors(style):
+    qkv = torch.randn(192, 2, generator=torch.manual_seed(3))
+    student = style(kohya("lora_unet_double_blocks_0_img_attn_qkv", A, qkv, 1.0))
+    assert student.lora_bytes == 4 * (2 * 64 + 192 * 2)
+    assert student.adapter_bytes - golden_student("flux-tiny").adapter_bytes == style.path.stat().st_size
+
+
 def test_a_directory_with_two_files(tmp_path):
     for name in ("a", "b"):
         make_style(tmp_path / f"{name}-0000{name == 'b':d}.safetensors", {f"transformer.{QUERY}": (64, 64)})

@@ -206,3 +206,28 @@ def test_another_family(float32, capsys):
         f"arcflow verify: error: {float32} is a flux bundle, the student given is qwen-image; "
         "give the base and adapter it was made from\n"
     )
+
+
+@pytest.mark.slow
+def test_a_lora_that_the_exporter_reads_wrongly(tmp_path, monkeypatch, capsys):
+    """verify reads the file by itself, so a wrong scale in the bundle shows in its numbers."""
+    from arcflow_runtime.lora import scales
+    from tests.lora_files import FILES
+
+    lora = f"{FILES['kohya, text encoders']().write(tmp_path)}:0.05"
+    student = ["--base", str(BASE), "--adapter", str(ADAPTER), "--lora", lora]
+    right = scales.Scales.of
+    for factor, name in ((1.0, "right"), (2.0, "wrong")):
+
+        def scale(*args, factor=factor):
+            found = right(*args)
+            return dataclasses.replace(found, value=factor * found.value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(scales.Scales, "of", scale)
+            assert cli.main(["export", *student, "--out", str(tmp_path / name)]) == 0
+        capsys.readouterr()
+        assert verify(tmp_path / name, "--lora", lora, "--json") == (0 if name == "right" else 1)
+        rows = {row["what"]: row["passed"] for row in json.loads(capsys.readouterr().out)["rows"]}
+        parts = ("text states", "pooled text", "step 0 means")
+        assert [rows[part] for part in parts] == [name == "right"] * 3

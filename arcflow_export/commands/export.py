@@ -171,7 +171,8 @@ def _cost(plan: ExportPlan, machine: Machine) -> Cost:
     parts = {
         p.part.name: PartWork(p.parameters, p.bytes, len(p.params), 0, 0, 0, str(p.part.precision)) for p in plan.parts
     }
-    return export_cost(parts, student.base_bytes, student.adapter_bytes, student.outline.width, machine)
+    cost = export_cost(parts, student.base_bytes, student.adapter_bytes, student.outline.width, machine)
+    return dataclasses.replace(cost, memory_bytes=cost.memory_bytes + student.lora_bytes)
 
 
 def _steps(text: str) -> tuple[int, ...]:

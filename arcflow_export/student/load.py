@@ -59,9 +59,15 @@ class Student:
     @property
     def adapter_bytes(self) -> int:
         """Bytes of the adapter's and LoRAs' weights as stored."""
-        pairs = [pair for style in self.styles for found in style.pairs.values() for pair in found.values()]
-        loras = sum(pair.a.num_bytes + pair.b.num_bytes for pair in pairs)
+        loras = sum(style.lora.path.stat().st_size for style in self.styles)
         return loras + sum(ref.num_bytes for ref in self.adapter.index.values())
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes of the LoRAs' factors in memory, in float32; the linears of a fused one may share A."""
+        layers = [layer for style in self.styles for layer in style.lora.layers.values()]
+        factors = {id(values): values.nbytes for layer in layers for values in (layer.down, layer.up)}
+        return sum(factors.values())
 
     def source(self, part: str) -> WeightSource:
         """The source of the weights of part `part`."""

@@ -137,9 +137,14 @@ def _table(lora: LoraFile, unfit: dict[tuple[str, str], Misfit]) -> str:
         "",
         *("  " + "  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip() for row in rows),
     ]
-    if lora.skipped:
-        lines += ["", "not used", *(f"  {s.key}: {s.reason}" for s in lora.skipped)]
-    if unfit:
-        lines += ["", "does not fit the bundle"]
-        lines += [f"  {part}, {name}: {misfit.reason}" for (part, name), misfit in unfit.items()]
+    unused = [f"  {s.key}: {s.reason}" for s in lora.skipped]
+    unused += [_line(at, misfit) for at, misfit in unfit.items() if misfit.harmless]
+    wrong = [_line(at, misfit) for at, misfit in unfit.items() if not misfit.harmless]
+    for title, found in (("not used", unused), ("does not fit the bundle", wrong)):
+        if found:
+            lines += ["", title, *found]
     return "\n".join(lines)
+
+
+def _line(at: tuple[str, str], misfit: Misfit) -> str:
+    return f"  {at[0]}, {at[1]}: {misfit.reason}"
