@@ -268,6 +268,36 @@ def test_the_digest_of_slots_does_not_depend_on_the_weights(manifest, root):
     assert slots_digest(Bundle.open(root).manifest) != before
 
 
+def test_other_sets_are_there_while_one_is_prepared(manifest, monkeypatch):
+    store, started, go = LoraStore(manifest), threading.Event(), threading.Event()
+    store.add("ink", fitted(manifest))
+    ready = store.get((("ink", 1.0),))
+
+    def slowly(*arguments):
+        started.set()
+        assert go.wait(60)
+        return prepare(*arguments)
+
+    monkeypatch.setattr("arcflow_runtime.lora.store.prepare", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(store.get, (("ink", 2.0),))
+        assert started.wait(60)
+        assert store.get((("ink", 1.0),)) is ready
+        store.remove("ink")
+        go.set()
+        assert slow.result().key == ((0, 2.0),), "a request that has begun ends as it began"
+    assert not store._prepared and not store._pending
+
+
+def test_a_set_that_cannot_be_prepared_is_an_error_each_time(manifest):
+    store = LoraStore(manifest)
+    for i, rank in enumerate((20, 13)):
+        store.add(str(i), fitted(manifest, str(i), i, rank))
+    for _ in range(2):
+        with pytest.raises(RequestError, match="must add up to at most 32"):
+            store.get((("0", 1.0), ("1", 1.0)))
+
+
 SLOTS = "parts.backbone: lora"
 
 

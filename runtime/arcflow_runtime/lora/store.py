@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.errors import RequestError
@@ -24,6 +25,7 @@ class LoraStore:
         self._manifest, self._sets, self._bytes = manifest, sets, nbytes
         self._loras: dict[str, tuple[int, FittedLora]] = {}
         self._prepared: OrderedDict[SetKey, PreparedLoras] = OrderedDict()
+        self._pending: dict[SetKey, Future[PreparedLoras]] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
@@ -72,11 +74,31 @@ class LoraStore:
             if key in self._prepared:
                 self._prepared.move_to_end(key)
                 return self._prepared[key]
-            # The lock is held, so that two requests with the same set do not prepare it twice.
+            pending = self._pending.get(key)
+            own: Future[PreparedLoras] = Future()
+            if pending is None:
+                self._pending[key] = own
+        return self._make(key, found, own) if pending is None else pending.result()
+
+    def _make(
+        self, key: SetKey, found: list[tuple[int, FittedLora, float]], own: Future[PreparedLoras]
+    ) -> PreparedLoras:
+        """Prepare a set, while other threads get other sets, or wait for this one in `own`."""
+        try:
             made = prepare(self._manifest, found)
-            self._prepared[key] = made
-            self._trim()
-            return made
+        except BaseException as e:
+            own.set_exception(e)
+            with self._lock:
+                del self._pending[key]
+            raise
+        own.set_result(made)
+        with self._lock:
+            del self._pending[key]
+            loaded = {number for number, _ in self._loras.values()}
+            if loaded.issuperset(number for number, _ in key):  # none was removed meanwhile
+                self._prepared[key] = made
+                self._trim()
+        return made
 
     def clear(self) -> None:
         """Drop every LoRA and every prepared set."""
