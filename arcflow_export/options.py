@@ -15,6 +15,8 @@ SHORT_DTYPES: dict[str, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16":
 #: Every part that a bundle may have, in the order in which data flows.
 PARTS = ("text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder")
 OPSETS = (20, 23)
+#: Short names of patterns for `lora_slots`: the projections of all attention blocks, and every linear.
+SLOT_PATTERNS = {"attn": "*attn.*", "all": "*"}
 #: The schedule of the released students and of those that `arcflow distill` makes: a fixed shift that does not depend
 #: on the image size, and a last step as long as the others.
 SHIFT, TIMESTEP_RATIO = 3.2, 1.0
@@ -34,6 +36,9 @@ class ExportOptions:
 
     `shift` and `timestep_ratio` are the schedule that the student was trained with: S and r in docs/bundle.md,
     "Schedule".
+
+    `lora_slots` holds fnmatch patterns: linears with a matching name get a slot, two inputs that take a LoRA of rank
+    `lora_max_rank` or less at each request.
     """
 
     dtype: DType = "float32"
@@ -46,6 +51,8 @@ class ExportOptions:
     keep_float32: tuple[str, ...] = ()
     shift: float = SHIFT
     timestep_ratio: float = TIMESTEP_RATIO
+    lora_slots: tuple[str, ...] = ()
+    lora_max_rank: int = 128
 
     def part_dtype(self, part: str) -> DType:
         """The dtype of one part."""

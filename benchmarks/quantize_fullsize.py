@@ -22,7 +22,7 @@ from machine import describe as describe_machine
 
 from arcflow_export.formats.policy import load_policy, select
 from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
-from arcflow_export.quantize.graph import find_linears
+from arcflow_export.graph.linears import find_linears
 from arcflow_runtime.disk.bundle import Bundle
 
 MAX_RESIDENT_BYTES = 6 << 30

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from arcflow_export.emulate.emulate import emulate
 from arcflow_export.formats.policy import load_policy
 from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
-from arcflow_export.quantize.graph import find_linears
+from arcflow_export.graph.linears import find_linears
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime import Bundle
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary

@@ -15,7 +15,7 @@ from arcflow_export.drift.layers import LayerDrift, drift_of_layers, measure_lay
 from arcflow_export.drift.stages import BundleStages, backbone_inputs
 from arcflow_export.formats.policy import load_policy
 from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
-from arcflow_export.quantize.graph import find_linears
+from arcflow_export.graph.linears import find_linears
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime.disk.bundle import Bundle
 from tests.fake_bundle import list_files, write_manifest

@@ -199,7 +199,8 @@ QUANTIZED = "parts.backbone: quantization"
 #: Changes of a manifest, and the error without the file's name and "; export the bundle again".
 CHANGES = [
     ({"family": "sd"}, 'family must be one of ["flux", "qwen-image"], got "sd"'),
-    ({"version": 2}, "version must be 1, got 2; update arcflow"),
+    ({"version": 2}, "version must be 1, got 2; it has LoRA slots, which libarcflow cannot run, so export without "),
+    ({"version": 3}, "version must be 1, got 3; update arcflow"),
     ({"version": "1"}, 'version must be 1, got "1"'),
     ({"opset": 1.5}, f"opset {INTEGER}, got 1.5"),
     ({"guidance": None}, "guidance must be true or false, got null"),

@@ -268,7 +268,8 @@ DAMAGES = {
     ),
     "another version": (
         lambda root: edit_manifest(root, version=2),
-        "{root}/manifest.json: version must be 1, got 2; update arcflow",
+        "{root}/manifest.json: version must be 1, got 2; it has LoRA slots, which libarcflow cannot run, so export "
+        "without --lora-slots",
     ),
     "unknown key": (
         lambda root: edit_manifest(root, schedule__sampler="euler"),

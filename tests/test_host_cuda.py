@@ -62,6 +62,8 @@ def run_cases(environment, bundles, once):
         "qwen": bundles("qwen-tiny", steps=(2, 4)),
         "conditioner": bundles("qwen-tiny", keep_conditioner=True),
         "float16": bundles("flux-tiny", dtype="float16"),
+        "slots": bundles("flux-tiny", lora_slots=("*",), lora_max_rank=32),
+        "qwen slots": bundles("qwen-tiny", lora_slots=("*",), lora_max_rank=32),
     }
     given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 

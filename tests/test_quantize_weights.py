@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from arcflow_export.checkpoint import merge
 from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
+from arcflow_export.graph.linears import LinearNode, find_linears
 from arcflow_export.quantize import quantize, weights
 from arcflow_export.quantize.coverage import _flops, cover_part
 from arcflow_export.quantize.fp8 import make_scale
-from arcflow_export.quantize.graph import LinearNode, QuantizeLinears, find_linears, is_quantized, shared_inputs
+from arcflow_export.quantize.graph import QuantizeLinears, is_quantized, shared_inputs
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_runtime.disk.bundle import Bundle
 from tests.fake_bundle import make_bundle

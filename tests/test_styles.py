@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from arcflow_export.checkpoint.sources import Location
-from arcflow_export.checkpoint.styles import parse_lora
 from arcflow_export.errors import SourceError
 from arcflow_export.student.load import Student
+from arcflow_runtime.lora.argument import parse_lora
 from tests.checkpoints import make_style
 from tests.conftest import golden_student
 

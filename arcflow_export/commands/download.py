@@ -67,7 +67,7 @@ def _wanted(args: argparse.Namespace) -> list[tuple[str, Location, Choose]]:
         ("adapter", Location(args.adapter, args.adapter_subfolder, args.adapter_revision, args.offline), adapter_files),
     ]
     if args.lora:
-        from arcflow_export.checkpoint.styles import parse_lora  # it imports torch
+        from arcflow_runtime.lora.argument import parse_lora
 
         try:
             names = [parse_lora(text)[0] for text in args.lora]

@@ -25,8 +25,9 @@ from arcflow_export.commands.sources import (
     quiet_libraries,
     warn_of_shift,
 )
-from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, ExportOptions
+from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, SLOT_PATTERNS, ExportOptions
 from arcflow_export.progress import ByteBars
+from arcflow_runtime.disk.manifest import MAX_RANK, RANK_MULTIPLE
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
@@ -98,6 +99,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.max_sequence_length,
         metavar="TOKENS",
         help="largest number of text tokens, and the bundle's default; default: %(default)s",
+    )
+    group.add_argument(
+        "--lora-slots",
+        action="append",
+        default=[],
+        metavar="attn|all|PATTERN[,...]",
+        help="linears of backbone, conditioner and CLIP that can take a LoRA at each request, by name; repeatable",
+    )
+    group.add_argument(
+        "--lora-max-rank",
+        type=int,
+        default=default.lora_max_rank,
+        metavar="RANK",
+        help="largest rank of the LoRAs of one request, all together; a multiple of 8; default: %(default)s",
     )
     add_schedule_arguments(group)
     add_anyway(parser)
@@ -179,7 +194,12 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         raise RequestError(f"--max-px must be a positive multiple of 16, got {args.max_px}")
     if args.max_sequence_length < 1:
         raise RequestError(f"--max-sequence-length must be at least 1, got {args.max_sequence_length}")
+    if not 0 < args.lora_max_rank <= MAX_RANK or args.lora_max_rank % RANK_MULTIPLE:
+        raise RequestError(
+            f"--lora-max-rank must be a multiple of {RANK_MULTIPLE} up to {MAX_RANK}, got {args.lora_max_rank}"
+        )
     check_schedule(args)
+    slots = [pattern for text in args.lora_slots for pattern in _items(text, "--lora-slots")]
     return ExportOptions(
         args.dtype,
         args.opset,
@@ -191,6 +211,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         tuple(pattern for text in args.keep_float32 for pattern in _items(text, "--keep-float32")),
         args.shift,
         args.timestep_ratio,
+        tuple(SLOT_PATTERNS.get(pattern, pattern) for pattern in slots),
+        args.lora_max_rank,
     )
 
 
@@ -266,10 +288,18 @@ def _describe(plan: ExportPlan) -> str:
         if kept := len(p.float32_layers):
             precision += f", {kept} linear{'s' if kept > 1 else ''} in float32"
         lines.append(f"  {p.part.name:16}{p.parameters:>18,}{p.bytes:>18,}  {precision}")
+    for name, layers in _slots(plan).items():
+        lines.append(f"  {len(layers)} linears of {name} take LoRAs up to rank {plan.options.lora_max_rank}")
     if plan.baked is not None:
         shipped = "kept as well" if plan.options.keep_conditioner else "its conditioner is not shipped"
         lines.append(f"  modulation is baked for {', '.join(map(str, plan.options.steps))} steps; {shipped}")
     return "\n".join(lines)
+
+
+def _slots(plan: ExportPlan) -> dict[str, list[str]]:
+    """Names of the linears that get LoRA slots, by part; those of a modulation table under "modulation"."""
+    found = {p.part.name: list(p.slots) for p in plan.parts} | {"modulation": list(plan.table_slots)}
+    return {name: layers for name, layers in found.items() if layers}
 
 
 def _as_dict(plan: ExportPlan) -> dict[str, Any]:
@@ -293,4 +323,5 @@ def _as_dict(plan: ExportPlan) -> dict[str, Any]:
             for p in plan.parts
         },
         "bytes": plan.bytes,
+        "lora_slots": _slots(plan),
     }

@@ -99,9 +99,9 @@ def open_student(args: argparse.Namespace) -> Student:
         SourceError: a file is missing or damaged, or does not fit the others.
     """
     from arcflow_export.checkpoint.sources import Location
-    from arcflow_export.checkpoint.styles import parse_lora
     from arcflow_export.student.load import load_student
     from arcflow_runtime.errors import RequestError
+    from arcflow_runtime.lora.argument import parse_lora
 
     try:
         loras = [parse_lora(text) for text in args.lora]

@@ -16,6 +16,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from arcflow_export.graph.lora import remove_lora_slots
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part, TensorSpec
@@ -42,7 +43,7 @@ _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 
 def load_graph(bundle: Bundle, part: str) -> ir.Model:
-    """Load a part's graph; its weights stay in their file until they are used.
+    """Load a part's graph without its LoRA slots; its weights stay in their file until they are used.
 
     onnx-ir refuses a relative path to a weights file with several hard links, which tools that link equal files make.
     So the full path is given, after the check of rule B8.
@@ -59,7 +60,7 @@ def load_graph(bundle: Bundle, part: str) -> ir.Model:
         value.const_value = ir.ExternalTensor(
             weights, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=""
         )
-    return model
+    return remove_lora_slots(model)
 
 
 def widened(bundle: Bundle) -> Bundle:

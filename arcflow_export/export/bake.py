@@ -11,7 +11,7 @@ from arcflow_export.models.layers import MatMul, ModelPart, Sinusoid
 
 def bake_modulation(
     part: ModelPart, source: WeightSource, timesteps: torch.Tensor, precision: torch.dtype
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the modulation table of a schedule, with one linear's weights in memory at a time.
 
     Args:
@@ -21,7 +21,8 @@ def bake_modulation(
         precision: the backbone's dtype.
 
     Returns:
-        Modulation [S, M] float32; its values are rounded to the conditioner's precision, then to the backbone's.
+        Modulation [S, M] float32, whose values are rounded to the conditioner's precision, then to the backbone's; and
+        the input of the modulation linears, silu(temb) [S, D] float32.
     """
     names = {id(m): n for n, m in part.module.named_modules()}
 
@@ -46,4 +47,19 @@ def bake_modulation(
     x = F.silu(x)
     linears = conditioner.get_submodule("modulations.linears")
     table = torch.cat([linear(x, module).to(part.precision) for module in linears.children()], dim=-1)
-    return table.to(precision).float()
+    return table.to(precision).float(), x.float()
+
+
+def modulation_columns(part: ModelPart) -> dict[str, int]:
+    """The layers that make a modulation table -> the first column of each.
+
+    Args:
+        part: the conditioner of `models.qwen.build`.
+    """
+    linears = part.module.get_submodule("modulations.linears")
+    columns, start = {}, 0
+    for i, module in enumerate(linears.children()):
+        assert isinstance(module, MatMul)
+        columns[part.rename(f"modulations.linears.{i}.weight").removesuffix(".weight")] = start
+        start += module.weight.shape[1]
+    return columns

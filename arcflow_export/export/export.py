@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections.abc import Mapping
@@ -16,16 +17,18 @@ import onnx_ir as ir
 import torch
 
 from arcflow_export.checkpoint.tokenizer import export_tokenizer
-from arcflow_export.export.bake import bake_modulation
+from arcflow_export.export.bake import bake_modulation, modulation_columns
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, check_source, initializer_name, num_bytes, write_weights
 from arcflow_export.families import facts
+from arcflow_export.graph.lora import AddLoraSlots
 from arcflow_export.graph.trace import MAX_BATCH, trace
 from arcflow_export.models.layers import ModelPart, Parameter, parameters
 from arcflow_export.options import ExportOptions
 from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
+from arcflow_export.student.slots import slot_layers
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import timestamp
 from arcflow_runtime.disk.files import sha256_file
@@ -36,10 +39,15 @@ from arcflow_runtime.maths.schedule import conditioning_timesteps, sigmas
 
 @dataclass(frozen=True)
 class PartExportPlan:
-    """The plan for one part: its module and parameters."""
+    """The plan for one part: its module, its parameters, and the linears that get LoRA slots.
+
+    `unread` are the linears of the checkpoint that the part leaves out.
+    """
 
     part: ModelPart
     params: list[Parameter] = field(repr=False)
+    slots: Mapping[str, b.SlotLayer] = field(default_factory=dict, repr=False)
+    unread: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def parameters(self) -> int:
@@ -59,12 +67,17 @@ class PartExportPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The plan for a whole bundle; it can be used once. `baked` is Qwen-Image's conditioner, or None."""
+    """The plan for a whole bundle; it can be used once.
+
+    `baked` is Qwen-Image's conditioner, or None. `table_slots` are the slots of its table, with each layer's first
+    column.
+    """
 
     student: Student
     options: ExportOptions
     parts: tuple[PartExportPlan, ...]
     baked: ModelPart | None
+    table_slots: Mapping[str, tuple[b.SlotLayer, int]] = field(default_factory=dict, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -86,16 +99,40 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
             raise RequestError(f"--precision: a {student.family} bundle has the parts {', '.join(names)}, got {name!r}")
     for part, layers in matching(described, options.keep_float32):
         keep_float32(part, layers)
-    parts, baked = [], None
+    slots = slot_layers(student.family, described, options.lora_slots)
+    parts, baked, table, used = [], None, {}, set()
     for part in described:
         params = parameters(part)
         check_source(params, student.source(part.name), part.name)
+        used |= {p.key for p in params}
         if part.name == "conditioner" and bakes_modulation(student.family):
             baked = part
             if not options.keep_conditioner:
+                table = _table_slots(part, slots.get(part.name, {}))
                 continue
-        parts.append(PartExportPlan(part, params))
-    return ExportPlan(student, options, tuple(parts), baked)
+        parts.append(PartExportPlan(part, params, slots.get(part.name, {})))
+    transformer = student.indexes["transformer"]
+    unread = {
+        k.removesuffix(".weight") for k in transformer if k.endswith(".weight") and len(transformer[k].shape) == 2
+    }
+    left_out = tuple(sorted(name for name in unread if f"{name}.weight" not in used))
+    parts = [dataclasses.replace(p, unread=left_out) if p.part.name == "backbone" else p for p in parts]
+    if options.lora_slots and not table and not any(p.slots for p in parts):
+        raise RequestError(
+            "--lora-slots: the patterns match only the timestep's embedding, which is baked into the modulation; "
+            "export with --keep-conditioner"
+        )
+    return ExportPlan(student, options, tuple(parts), baked, table)
+
+
+def _table_slots(conditioner: ModelPart, layers: Mapping[str, b.SlotLayer]) -> dict[str, tuple[b.SlotLayer, int]]:
+    """The slots of a baked table: its own linears among `layers`, in float32, with the first column of each."""
+    columns = modulation_columns(conditioner)
+    return {
+        name: (dataclasses.replace(layer, dtype="float32"), columns[name])
+        for name, layer in layers.items()
+        if name in columns
+    }
 
 
 def export_bundle(
@@ -141,16 +178,25 @@ def _bake(
 
     progress.stage("modulation: baking", 0)
     schedule, family = _schedule(plan.options), _family(plan.student)
-    tables = {}
+    tables: dict[str, torch.Tensor] = {}
     for n in plan.options.steps:
         timesteps = conditioning_timesteps(sigmas(n, schedule), family, plan.options.reference_dtype)
         source = plan.student.source("conditioner")
         precision = getattr(torch, plan.options.part_dtype("backbone"))
-        tables[f"num_inference_steps_{n}"] = bake_modulation(plan.baked, source, torch.from_numpy(timesteps), precision)
+        table, inputs = bake_modulation(plan.baked, source, torch.from_numpy(timesteps), precision)
+        tables[f"num_inference_steps_{n}"] = table
+        if plan.table_slots:
+            tables[f"conditioning_{n}"] = inputs
     path = folder / "modulation.safetensors"
     path.write_bytes(save(tables))
     files[path.name] = _entry(path)
-    return b.ModulationTable(path.name, plan.options.steps)
+    layers = {name: layer for name, (layer, _) in plan.table_slots.items()}
+    columns = {name: column for name, (_, column) in plan.table_slots.items()}
+    return b.ModulationTable(path.name, plan.options.steps, _slots(plan, layers, ()), columns or None)
+
+
+def _slots(plan: ExportPlan, layers: Mapping[str, b.SlotLayer], unread: tuple[str, ...]) -> b.LoraSlots | None:
+    return b.LoraSlots(layers, b.RANK_MULTIPLE, plan.options.lora_max_rank, unread) if layers else None
 
 
 def _export_part(
@@ -159,6 +205,7 @@ def _export_part(
     part = planned.part
     progress.stage(f"{part.name}: tracing", 0)
     model = trace(part, plan.options.opset)
+    AddLoraSlots(tuple(planned.slots))(model)
     live = [p for p in planned.params if initializer_name(p) in model.graph.initializers]
     graph, weights = folder / f"{part.name}.onnx", folder / f"{part.name}.safetensors"
     progress.stage(f"{part.name}: weights", sum(map(num_bytes, live)))
@@ -168,7 +215,8 @@ def _export_part(
     files[graph.name] = _entry(graph)
     count = sum(int(torch.Size(p.shape).numel()) for p in live if p.key is not None)
     precision: b.DType = str(part.precision).removeprefix("torch.")  # type: ignore[assignment]
-    return b.Part(graph.name, weights.name, precision, count, part.inputs, part.outputs)
+    lora = _slots(plan, planned.slots, planned.unread)
+    return b.Part(graph.name, weights.name, precision, count, part.inputs, part.outputs, lora=lora)
 
 
 def _export_tokenizers(
@@ -215,6 +263,7 @@ def _manifest(
         **{key: pads[tokenizer] for key, tokenizer in found.pad_tokenizers.items()},
     )
     px = b.SizeRange(16, options.max_px)
+    slots = any(part.lora for part in parts.values()) or (modulation is not None and modulation.lora is not None)
     config = student.config
     return b.Manifest(
         family=_family(student),
@@ -234,6 +283,7 @@ def _manifest(
         files=files,
         provenance=_provenance(student, command),
         modulation=modulation,
+        version=b.LORA_VERSION if slots else b.PLAIN_VERSION,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from arcflow_export.quantize.graph import LinearNode
+from arcflow_export.graph.linears import LinearNode
 from arcflow_runtime.disk.families import facts
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.disk.signatures import signature

@@ -22,10 +22,11 @@ from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, write_weights
 from arcflow_export.formats.policy import QuantizationPolicy, select
 from arcflow_export.formats.scales import Scales
+from arcflow_export.graph.linears import LinearNode, find_linears
 from arcflow_export.models.layers import Parameter
 from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.quantize.fp8 import E4M3, make_scale
-from arcflow_export.quantize.graph import LinearNode, QuantizeLinears, find_linears, is_quantized, shared_inputs
+from arcflow_export.quantize.graph import QuantizeLinears, is_quantized, shared_inputs
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import Bundle, timestamp

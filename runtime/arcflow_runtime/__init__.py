@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.errors import ArcFlowError, BundleError, EngineError, RequestError
+    from arcflow_runtime.errors import ArcFlowError, BundleError, EngineError, LoraError, RequestError
     from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "EngineError",
+    "LoraError",
     "Pipeline",
     "PipelineOutput",
     "RequestError",
@@ -30,6 +31,7 @@ _MODULES = {
     "Bundle": "arcflow_runtime.disk.bundle",
     "BundleError": "arcflow_runtime.errors",
     "EngineError": "arcflow_runtime.errors",
+    "LoraError": "arcflow_runtime.errors",
     "Pipeline": "arcflow_runtime.generate.pipeline",
     "PipelineOutput": "arcflow_runtime.generate.pipeline",
     "RequestError": "arcflow_runtime.errors",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from arcflow_runtime.disk.engine_record import Profile, ShapeRange
 from arcflow_runtime.disk.families import facts
-from arcflow_runtime.disk.manifest import Manifest, SizeRange, TensorSpec
+from arcflow_runtime.disk.manifest import LoraSlots, Manifest, SizeRange, TensorSpec
 from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.errors import BundleError, RequestError
 from arcflow_runtime.generate.request import DEFAULT_SIZE_PX
@@ -18,6 +18,8 @@ from arcflow_runtime.generate.request import DEFAULT_SIZE_PX
 #: Largest number of timesteps per run of a conditioner engine, unless the bundle's own schedule has more. Requests with
 #: more steps take several runs.
 MAX_STEPS = 8
+#: Kernels of LoRA slots are tuned for this rank.
+USUAL_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def make_profiles(manifest: Manifest, part: str, sizes: tuple[Size, ...], batch:
         _check_size(size, manifest)
         dims = _dimensions(manifest, part, size, batch)
         profile = {spec.name: _shapes(manifest, part, spec, dims) for spec in manifest.parts[part].inputs}
+        profile |= _slot_shapes(manifest.parts[part].lora)
         if profile not in profiles:
             profiles.append(profile)
     return tuple(profiles)
@@ -128,6 +131,16 @@ def _shapes(manifest: Manifest, part: str, spec: TensorSpec, dims: Mapping[str, 
     rows = [(d, d, d) if isinstance(d, int) else dims[str(axis)] for d, axis in zip(spec.shape, axes, strict=True)]
     low, best, high = zip(*rows, strict=True)
     return ShapeRange(low, best, high)
+
+
+def _slot_shapes(slots: LoraSlots | None) -> Profile:
+    """Ranks from the smallest that a slot takes to the largest. An engine has no rank 0: no LoRA is a LoRA of zeros."""
+    if slots is None:
+        return {}
+    low, best, high = (
+        slots.shapes({}, rank) for rank in (slots.rank_multiple, min(USUAL_RANK, slots.max_rank), slots.max_rank)
+    )
+    return {name: ShapeRange(low[name][0], best[name][0], high[name][0]) for name in low}
 
 
 def _triple(span: SizeRange, best: int) -> tuple[int, int, int]:

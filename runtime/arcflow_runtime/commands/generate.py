@@ -1,7 +1,7 @@
 """Generate images from prompts with a bundle.
 
 Several prompts, or --num-images above 1, write NAME-0.png, NAME-1.png and so on. With --sheet, one PNG shows all images
-with their prompts. Each PNG records its prompt, seed and number of steps. The same prompt, size, steps and seed
+with their prompts. Each PNG records its prompt, seed, number of steps and LoRAs. The same prompt, size, steps and seed
 generate the same image again, alone or in any batch.
 """
 
@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", action="store_true", help="write one PNG of all images with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
     parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="LoRA for a bundle with slots, such as ink.safetensors:0.8; repeatable (default scale: 1)",
+    )
+    parser.add_argument(
         "--memory",
         choices=MODES,
         help="parts that stay loaded: all, those that every image needs, or none (default: by the free memory)",
@@ -58,10 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate the images and write them as PNG files."""
     _check_out(args.out)
+    loras = _loras(args.lora)
     from arcflow_runtime.generate.pipeline import Pipeline
 
     with Pipeline.load(args.bundle, args.backend, args.memory, threads=args.threads) as pipeline:
-        output = _generate(pipeline, args)
+        for file in loras:
+            pipeline.load_lora(file, name=file)
+        output = _generate(pipeline, args, loras)
     steps = args.steps or pipeline.bundle.manifest.schedule.num_inference_steps
     prompts = [args.prompt[i // args.num_images] for i in range(len(output.images))]
     images = list(output.images)
@@ -71,9 +81,10 @@ def run(args: argparse.Namespace) -> int:
         images, prompts = [make_sheet(images, prompts)], ["\n".join(prompts)]
     paths = _paths(args.out, len(images))
     seeds = [str(seed) for seed in (output.seed if isinstance(output.seed, tuple) else (output.seed,))]
+    used = {"loras": ",".join(f"{Path(file).name}:{scale:g}" for file, scale in loras.items())} if loras else {}
     recorded = [",".join(seeds)] if args.sheet else seeds
     for path, image, prompt, seed in zip(paths, images, prompts, recorded, strict=True):
-        _write_png(path, image, {"prompt": prompt, "seed": seed, "steps": str(steps)})
+        _write_png(path, image, {"prompt": prompt, "seed": seed, "steps": str(steps), **used})
     if args.json:
         print(
             json.dumps(
@@ -103,7 +114,7 @@ def _check_out(out: Path) -> None:
     check_writable(out, "--out")
 
 
-def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
+def _generate(pipeline: Pipeline, args: argparse.Namespace, loras: dict[str, float]) -> PipelineOutput:
     # Without a step callback, which would keep a GPU from running all steps as one CUDA graph.
     return pipeline(
         args.prompt,
@@ -114,7 +125,24 @@ def _generate(pipeline: Pipeline, args: argparse.Namespace) -> PipelineOutput:
         seed=_one_each(args.seed, len(args.prompt) * args.num_images),
         num_images_per_prompt=args.num_images,
         max_sequence_length=args.max_sequence_length,
+        loras=loras,
     )
+
+
+def _loras(texts: list[str]) -> dict[str, float]:
+    """Path -> scale of each --lora."""
+    from arcflow_runtime.lora.argument import parse_lora
+
+    loras: dict[str, float] = {}
+    for text in texts:
+        try:
+            path, scale = parse_lora(text)
+        except ValueError as e:
+            raise RequestError(str(e)) from None
+        if path in loras:
+            raise RequestError(f"--lora: {path} is given twice; give one scale for it")
+        loras[path] = scale
+    return loras
 
 
 def _seeds(text: str) -> list[int]:

@@ -191,12 +191,15 @@ def _facts(m: Manifest) -> list[str]:
     sigmas = ", ".join(f"{x:.4f}" for x in _sigmas(m))
     steps = f"{s.num_inference_steps} steps, shift {s.shift:g}, timestep ratio {s.timestep_ratio:g}"
     loras = ", ".join(f"{x.name} x {x.scale:g}" for x in p.loras if x.scale is not None) or "none"
+    slots = m.slots()
     others = "".join(f", {name} in {p.precision}" for name, p in m.parts.items() if p.precision != m.dtype)
     facts = {
         "dtype": f"{m.dtype}{others}, conditioning as the reference in {m.reference_dtype}, opset {m.opset}",
         "schedule": f"{steps}: sigma {sigmas}",
         "baked": f"modulation for step counts: {baked}",
         "guidance": "yes" if m.guidance else "no",
+        "slots": ", ".join(f"{len(s.layers)} linears of {p} up to rank {s.max_rank}" for p, s in slots.items())
+        or "none",
         "modes": f"K {m.latents.num_gaussians}, P {m.latents.logweights_channels}",
         "text": f"up to {m.text.max_sequence_length} tokens",
         "ranges": f"batch {r.batch.min}-{r.batch.max}, height {r.height_px.min}-{r.height_px.max} px, "

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Literal
 
 from arcflow_runtime.disk.files import sha256_file
-from arcflow_runtime.disk.manifest import ENGINES, FORMAT, MANIFEST, OPENVINO, VERSION, Manifest, seal
+from arcflow_runtime.disk.manifest import (
+    ENGINES,
+    FORMAT,
+    MANIFEST,
+    OPENVINO,
+    PLAIN_VERSION,
+    VERSIONS,
+    Manifest,
+    lora_keys,
+    seal,
+)
 from arcflow_runtime.disk.parse import parse, read_json
 from arcflow_runtime.disk.rules import check_values
 from arcflow_runtime.disk.signatures import signatures
@@ -168,11 +178,15 @@ def _read_manifest(root: Path) -> tuple[Manifest, str]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f"{path}: 'format' must be {FORMAT!r}; this is not an ArcFlow bundle")
     version = data.get("version")
-    if version != VERSION:
-        what = "update arcflow" if isinstance(version, int) and version > VERSION else "export the bundle again"
-        raise BundleError(f"{path}: version must be {VERSION}, got {version!r}; {what}")
+    if version not in VERSIONS or isinstance(version, bool):
+        what = "update arcflow" if isinstance(version, int) and version > max(VERSIONS) else "export the bundle again"
+        raise BundleError(f"{path}: version must be {' or '.join(map(str, VERSIONS))}, got {version!r}; {what}")
     digest = data.pop("digest", None)
     manifest: Manifest = parse(Manifest, data, str(path))
+    if version == PLAIN_VERSION:
+        for place, keys in lora_keys({"modulation": None} | data):
+            if unknown := sorted(place.keys() & keys):
+                raise BundleError(f"{path}: unknown keys {unknown} in a bundle of version {PLAIN_VERSION} (B14)")
     if digest != seal(data):
         raise BundleError(f"{path} does not match its own digest; it was edited, export the bundle again")
     return manifest, hashlib.sha256(text).hexdigest()

@@ -10,17 +10,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from arcflow_runtime.disk.families import Family
 
 FORMAT = "arcflow-bundle"
-VERSION = 1
+#: The version of a bundle without LoRA slots, and of one with them.
+PLAIN_VERSION, LORA_VERSION = VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
+#: Key of the modulation table in a manifest; its slots are listed under this name beside those of the parts.
+MODULATION = "modulation"
 #: Folder of built engines; its files are not listed in the manifest.
 ENGINES = "engines"
 #: Folder of tokenizers built for OpenVINO; its files are not listed in the manifest.
 OPENVINO = "openvino"
+
+#: A slot takes LoRAs whose rank is a multiple of this (B14).
+RANK_MULTIPLE = 8
+#: The largest rank that a slot can be made for.
+MAX_RANK = 1024
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 QuantFormat = Literal["fp8_e4m3"]
@@ -49,11 +57,58 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class SlotLayer:
+    """A linear with a slot: its sizes, and the dtype of the slot's two inputs."""
+
+    in_features: int
+    out_features: int
+    dtype: DType
+
+
+@dataclass(frozen=True)
+class LoraSlots:
+    """The linears of a part that take the factors of a LoRA as inputs (B14), by name.
+
+    `unread` names linears of the checkpoint that the part leaves out because nothing reads their output: a LoRA changes
+    nothing there.
+    """
+
+    layers: Mapping[str, SlotLayer]
+    rank_multiple: int
+    max_rank: int
+    unread: tuple[str, ...] = ()
+
+    def shapes(self, ranks: Mapping[str, int], default: int = 0) -> dict[str, tuple[tuple[int, ...], DType]]:
+        """The shape and dtype of every input, by name.
+
+        Args:
+            ranks: layer -> its rank, a multiple of `rank_multiple`.
+            default: the rank of the other layers.
+        """
+        found: dict[str, tuple[tuple[int, ...], DType]] = {}
+        for name, layer in self.layers.items():
+            groups = ranks.get(name, default) // self.rank_multiple
+            found[lora_a(name)] = ((layer.in_features, groups, self.rank_multiple), layer.dtype)
+            found[lora_b(name)] = ((groups, self.rank_multiple, layer.out_features), layer.dtype)
+        return found
+
+
+def lora_a(layer: str) -> str:
+    """The input for a layer's first factor, [in, rank / 8, 8] (B14)."""
+    return f"{layer}.lora_a"
+
+
+def lora_b(layer: str) -> str:
+    """The input for a layer's second factor, [rank / 8, 8, out] (B14)."""
+    return f"{layer}.lora_b"
+
+
+@dataclass(frozen=True)
 class Part:
     """One ONNX graph of the bundle with its weights, such as the backbone.
 
     `precision` is the dtype of its floating-point inputs, outputs and arithmetic; the linears that `quantization` lists
-    are computed in FP8.
+    are computed in FP8. `inputs` are those of B9; the slots of `lora` are inputs as well.
     """
 
     graph: str
@@ -63,6 +118,7 @@ class Part:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     quantization: Quantization | None = None
+    lora: LoraSlots | None = None
 
 
 @dataclass(frozen=True)
@@ -136,10 +192,16 @@ class Ranges:
 
 @dataclass(frozen=True)
 class ModulationTable:
-    """Modulation computed at export: for each step count n, the tensor `num_inference_steps_<n>` [n, M] float32."""
+    """Modulation computed at export: for each step count n, the tensor `num_inference_steps_<n>` [n, M] float32.
+
+    With slots, `lora`, the file also has the linears' input `conditioning_<n>` [n, D], and `columns` has the first of
+    the columns of M that each layer gives.
+    """
 
     file: str
     num_inference_steps: tuple[int, ...]
+    lora: LoraSlots | None = None
+    columns: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,13 +254,31 @@ class Manifest:
     provenance: Provenance
     modulation: ModulationTable | None = None
     format: str = FORMAT
-    version: int = VERSION
+    version: int = PLAIN_VERSION
+
+    def slots(self) -> dict[str, LoraSlots]:
+        """The LoRA slots by part; those of the modulation table are under `MODULATION`."""
+        table = None if self.modulation is None else self.modulation.lora
+        found = {name: part.lora for name, part in self.parts.items()} | {MODULATION: table}
+        return {name: slots for name, slots in found.items() if slots is not None}
 
     def to_json(self) -> str:
         """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
+        if self.version == PLAIN_VERSION:
+            for place, keys in lora_keys(data):
+                for key in keys:
+                    del place[key]
         data = {"format": data.pop("format"), "version": data.pop("version")} | data
         return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
+
+
+def lora_keys(data: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
+    """The objects of a decoded manifest that have keys of `LORA_VERSION`, each with these keys."""
+    found = [(part, ["lora"]) for part in data["parts"].values()]
+    if data["modulation"] is not None:
+        found.append((data["modulation"], ["lora", "columns"]))
+    return found
 
 
 def seal(data: Mapping[str, object]) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from arcflow_runtime.disk.families import facts as family_facts
-from arcflow_runtime.disk.manifest import Manifest
+from arcflow_runtime.disk.manifest import LORA_VERSION, MAX_RANK, MODULATION, PLAIN_VERSION, RANK_MULTIPLE, Manifest
 from arcflow_runtime.errors import BundleError
 
 
@@ -68,6 +68,7 @@ def _rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
         )
     yield from _text_rules(m)
     yield from _quantization_rules(m)
+    yield from _lora_rules(m)
     if m.modulation is not None and "conditioner" not in m.parts:
         baked = m.modulation.num_inference_steps
         yield (
@@ -90,6 +91,42 @@ def _quantization_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
         for digest in ("policy", "scales"):
             value = getattr(q, digest)
             yield re.fullmatch("[0-9a-f]{64}", value) is not None, f"{key}: {digest}", "a SHA-256", value
+
+
+def _lora_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
+    found = m.slots()
+    version = LORA_VERSION if found else PLAIN_VERSION
+    yield m.version == version, "version", f"{version} with {len(found)} parts that have slots (B14)", m.version
+    floats = ("float32", "float16", "bfloat16")
+    for name, slots in found.items():
+        key = f"{MODULATION}: lora" if name == MODULATION else f"parts.{name}: lora"
+        yield bool(slots.layers), f"{key}: layers", "at least one, or no lora", list(slots.layers)
+        yield slots.rank_multiple == RANK_MULTIPLE, f"{key}: rank_multiple", str(RANK_MULTIPLE), slots.rank_multiple
+        fits = 0 < slots.max_rank <= MAX_RANK and slots.max_rank % RANK_MULTIPLE == 0
+        yield fits, f"{key}: max_rank", f"a multiple of {RANK_MULTIPLE} up to {MAX_RANK}", slots.max_rank
+        for layer, sizes in slots.layers.items():
+            yield sizes.dtype in floats, f"{key}: {layer}: dtype", f"one of {list(floats)}", sizes.dtype
+            size = (sizes.in_features, sizes.out_features)
+            yield min(size) >= 1, f"{key}: {layer}", "of at least one input and output", size
+    every = Counter(layer for slots in found.values() for layer in slots.layers)
+    twice = sorted(layer for layer, count in every.items() if count > 1)
+    yield not twice, "lora: layers", "in one part each", twice
+    ranks = sorted({slots.max_rank for slots in found.values()})
+    yield len(ranks) <= 1, "lora: max_rank", "the same in every part", ranks
+    table = m.modulation
+    if table is None or table.lora is None:
+        columns = None if table is None else table.columns
+        yield columns is None, f"{MODULATION}: columns", "given with lora only", columns
+        return
+    yield "conditioner" not in m.parts, f"{MODULATION}: lora", "null in a bundle with a conditioner", "slots"
+    columns = table.columns or {}
+    named = sorted(table.lora.layers)
+    yield sorted(columns) == named, f"{MODULATION}: columns", f"given for {named}", sorted(columns)
+    wide = next((s.shape[-1] for s in m.parts["backbone"].inputs if s.name == "modulation"), 0)
+    for layer, sizes in table.lora.layers.items():
+        fits = isinstance(wide, int) and columns[layer] + sizes.out_features <= wide
+        yield fits, f"{MODULATION}: columns: {layer}", f"at most {wide} with its outputs", columns[layer]
+        yield sizes.dtype == "float32", f"{MODULATION}: lora: {layer}: dtype", "float32", sizes.dtype
 
 
 def _text_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:

@@ -24,7 +24,7 @@ class Engine(Protocol):
 
         Args:
             inputs: one array per input in the part's manifest entry, of its dtype and shape; `maths/dtypes.py` says
-                how bfloat16 is stored.
+                how bfloat16 is stored. Inputs of LoRA slots may be left out: those layers run without a LoRA.
 
         Returns:
             One array per output in the part's manifest entry.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError, RequestError
 
 
@@ -32,8 +33,12 @@ def check_names(bundle: Bundle, part: str, inputs: Iterable[str], outputs: Itera
         EngineError: it has others.
     """
     spec = bundle.manifest.parts[part]
-    for kind, listed, found in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
-        expected, names = sorted(s.name for s in listed), sorted(found)
+    wanted = (
+        ("inputs", [s.name for s in spec.inputs] + list(slot_dtypes(spec)), inputs),
+        ("outputs", [s.name for s in spec.outputs], outputs),
+    )
+    for kind, listed, found in wanted:
+        expected, names = sorted(listed), sorted(found)
         if expected != names:
             raise EngineError(
                 f"{part}: the {kind} of {spec.graph} must be {expected}, "

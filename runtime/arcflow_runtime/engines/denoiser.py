@@ -14,6 +14,7 @@ import numpy as np
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
+from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras
 
 #: Called with the index of a step and the latents after it, [b, N, C] float32.
 OnStep = Callable[[int, np.ndarray], None]
@@ -46,6 +47,7 @@ class DenoiseJob:
         guidance: input of the conditioner, or None for a student without guidance.
         table: the baked modulation [S, M] float32, or None if the conditioner must run.
         pixels: True to decode images, False to stop at the latents.
+        loras: the LoRAs of the request; `table` includes their change.
     """
 
     streams: np.ndarray
@@ -58,6 +60,7 @@ class DenoiseJob:
     guidance: np.float32 | None
     table: np.ndarray | None
     pixels: bool
+    loras: PreparedLoras = NO_LORAS
 
 
 @dataclass(frozen=True)

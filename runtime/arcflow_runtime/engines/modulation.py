@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 
@@ -16,26 +16,26 @@ CACHED_MODULATIONS = 16
 
 
 class ModulationCache:
-    """A least-recently-used cache, keyed by the values of the conditioner's inputs; thread-safe."""
+    """A least-recently-used cache, keyed by the conditioner's inputs and LoRAs; thread-safe."""
 
     def __init__(self, size: int = CACHED_MODULATIONS) -> None:
         self._size = size
         self._entries: OrderedDict[tuple[object, ...], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """The modulation for these inputs, read-only, or None."""
-        key = _key(inputs)
+    def get(self, inputs: Mapping[str, np.ndarray], loras: Hashable = None) -> np.ndarray | None:
+        """The modulation for these inputs, read-only, or None. `loras` is the key of the LoRAs in the conditioner."""
+        key = (loras, *_key(inputs))
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
                 self._entries.move_to_end(key)
             return found
 
-    def put(self, inputs: Mapping[str, np.ndarray], modulation: np.ndarray) -> None:
+    def put(self, inputs: Mapping[str, np.ndarray], modulation: np.ndarray, loras: Hashable = None) -> None:
         """Cache a modulation, which becomes read-only; if the cache is full, drop the least recently used one."""
         modulation.setflags(write=False)
-        key = _key(inputs)
+        key = (loras, *_key(inputs))
         with self._lock:
             self._entries[key] = modulation
             self._entries.move_to_end(key)

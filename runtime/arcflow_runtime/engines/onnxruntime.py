@@ -18,6 +18,7 @@ from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
 from arcflow_runtime.engines.host_memory import available_bytes
 from arcflow_runtime.engines.modes import ONNX_RUNTIME_CPU
+from arcflow_runtime.engines.slots import empty_slots
 from arcflow_runtime.errors import EngineError
 
 # ONNX Runtime warns about dynamic shapes, which a user cannot act on; errors are raised as exceptions.
@@ -32,6 +33,7 @@ class OnnxRuntimeEngine:
     def __init__(self, name: str, part: Part, session: ort.InferenceSession) -> None:
         self._name = name
         self._outputs = [spec.name for spec in part.outputs]
+        self._without_loras = empty_slots(part)
         self._session: ort.InferenceSession | None = session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -40,7 +42,7 @@ class OnnxRuntimeEngine:
         if session is None:
             raise EngineError(f"{self._name}: the engine is closed; load the pipeline again")
         try:
-            outputs = session.run(self._outputs, dict(inputs))
+            outputs = session.run(self._outputs, {**self._without_loras, **inputs})
         except Exception as e:  # ONNX Runtime's exceptions have no common base class except Exception
             shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in inputs.items()}
             raise EngineError(f"{self._name}: ONNX Runtime failed on inputs {shapes}: {first_line(e)}") from e

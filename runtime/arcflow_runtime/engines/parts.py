@@ -16,6 +16,7 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.engines.base import Backend, Engine, StreamedEngine, UnloadableEngine, UnloadingBackend
 from arcflow_runtime.engines.modes import MemoryMode, keeps
+from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.maths.dtypes import cast
 
@@ -62,6 +63,8 @@ class Parts:
 
     def use(self, part: str) -> AbstractContextManager[Run]:
         """A context that yields a function to run `part`. It casts its inputs to the dtypes that the graph expects.
+
+        The inputs may include those of the part's LoRA slots.
 
         Raises:
             EngineError: the part cannot be loaded, or `close` was called.
@@ -166,4 +169,7 @@ def _run_all(engine: Engine, part: Part, batches: Sequence[Inputs]) -> Iterator[
 
 
 def _cast(part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
-    return {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}
+    found = {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}
+    if len(inputs) > len(found):
+        found |= {name: cast(inputs[name], dtype) for name, dtype in slot_dtypes(part).items() if name in inputs}
+    return found

@@ -36,8 +36,8 @@ _REFUSED = {
     "ip_adapter_image_embeds": _ADAPTERS,
     "negative_ip_adapter_image": _ADAPTERS,
     "negative_ip_adapter_image_embeds": _ADAPTERS,
-    "joint_attention_kwargs": "LoRAs are merged when a bundle is exported",
-    "attention_kwargs": "LoRAs are merged when a bundle is exported",
+    "joint_attention_kwargs": "the scales of LoRAs are given as loras",
+    "attention_kwargs": "the scales of LoRAs are given as loras",
     "callback_on_step_end_tensor_inputs": "a callback is given the step and the latents",
     "return_dict": "the result is always an object with the field images",
 }

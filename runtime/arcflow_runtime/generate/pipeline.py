@@ -30,6 +30,9 @@ from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.memory import check_memory, fitting_memory
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
+from arcflow_runtime.lora.open import open_lora
+from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras, blank_loras
+from arcflow_runtime.lora.store import LoraStore
 from arcflow_runtime.maths.noise import GROUP, draw_latents, streams
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, sigmas, timesteps_of
@@ -71,6 +74,7 @@ class Pipeline:
         self._calls = Calls()
         self._tokenizer = PromptTokenizer(bundle)
         self._cache = EmbeddingCache()
+        self._loras = LoraStore(bundle.manifest)
         self._conditioner = Conditioner(bundle)
         self._parts = Parts(bundle, backend, self.memory)
         self._denoiser: Denoiser | None = None
@@ -149,6 +153,7 @@ class Pipeline:
         latents: object = None,
         prompt_embeds: object = None,
         pooled_prompt_embeds: object = None,
+        loras: Mapping[str, float] | None = None,
         **others: object,
     ) -> PipelineOutput:
         """Generate images.
@@ -171,6 +176,7 @@ class Pipeline:
             latents: in place of `seed`, the noise itself, [B, N, 64], packed as in diffusers.
             prompt_embeds: in place of `prompt`, text states [P, T, Dt] of P prompts, without padding for Qwen-Image.
             pooled_prompt_embeds: with `prompt_embeds` for FLUX, CLIP's pooled vectors [P, Dp].
+            loras: names of LoRAs that `load_lora` has read, with a scale for each; they apply to the whole batch.
             others: diffusers' other arguments, which are rejected unless they are None.
 
         Raises:
@@ -196,32 +202,75 @@ class Pipeline:
             latents=latents,
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
+            loras=loras,
         )
         watch = Stopwatch()
         with self._calls.enter("a pipeline"):
-            embeddings, warnings = self._encode(request, watch)
+            prepared = self._prepare(request, watch)
+            embeddings, warnings = self._encode(request, prepared, watch)
             for warning in warnings:
                 _log.warning(warning)
-            latents, pixels = self._denoise(request, embeddings, watch, callback_on_step_end)
+            latents, pixels = self._denoise(request, prepared, embeddings, watch, callback_on_step_end)
             images = self._decode(request, latents, pixels, watch)
         timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
         return PipelineOutput(images, request.seed, warnings, timings)
 
-    def _encode(self, request: Request, watch: Stopwatch) -> tuple[dict[str, Embeddings], tuple[str, ...]]:
+    def load_lora(self, file: str | Path, name: str | None = None) -> str:
+        """Read a LoRA, so that calls can name it in `loras`. It changes nothing by itself.
+
+        Args:
+            file: a .safetensors file of any common tool, or one that `arcflow lora convert` wrote.
+            name: what calls will call it; None is the file's name without its ending.
+
+        Returns:
+            The name.
+
+        Raises:
+            LoraError: the file cannot be read, or does not fit the bundle's slots; the message names the layer.
+            RequestError: the name is taken.
+        """
+        path = Path(file)
+        name = path.stem if name is None else name
+        self._loras.add(name, open_lora(path, name, self.bundle.manifest))
+        return name
+
+    def unload_lora(self, name: str) -> None:
+        """Forget a LoRA. Calls that are running with it finish unchanged.
+
+        Raises:
+            RequestError: no LoRA has this name.
+        """
+        self._loras.remove(name)
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of the loaded LoRAs."""
+        return self._loras.names
+
+    def _prepare(self, request: Request, watch: Stopwatch) -> PreparedLoras:
+        """The inputs of the request's LoRAs."""
+        if not request.loras:
+            return NO_LORAS
+        with watch("loras"):
+            return self._loras.get(request.loras)
+
+    def _encode(
+        self, request: Request, loras: PreparedLoras, watch: Stopwatch
+    ) -> tuple[dict[str, Embeddings], tuple[str, ...]]:
         """The embeddings of the distinct prompts, in order, and the warnings to show the caller.
 
         A prompt whose embeddings are cached is neither tokenised nor encoded.
         """
         if request.embeddings is not None:
             return dict(request.embeddings), request.warnings
-        length = request.max_sequence_length
-        embeddings = {p: self._cache.get(p, length) for p in request.prompts}
+        length, key = request.max_sequence_length, loras.text_key
+        embeddings = {p: self._cache.get(p, length, key) for p in request.prompts}
         unknown = [p for p, e in embeddings.items() if e is None]
         with watch("tokenize"):
             tokens = {p: self._tokenizer.tokenize(p, length) for p in unknown}
         with watch("encode"):
-            for p, e in encode_prompts(self._parts, self.bundle.manifest, tokens).items():
-                self._cache.put(p, length, e)
+            for p, e in encode_prompts(self._parts, self.bundle.manifest, tokens, loras).items():
+                self._cache.put(p, length, e, key)
                 embeddings[p] = e
         known = {p: e for p, e in embeddings.items() if e is not None}
         return known, request.warnings + tuple(w for e in known.values() for w in e.warnings)
@@ -229,6 +278,7 @@ class Pipeline:
     def _denoise(
         self,
         request: Request,
+        loras: PreparedLoras,
         embeddings: dict[str, Embeddings],
         watch: Stopwatch,
         callback: StepCallback | None,
@@ -239,7 +289,7 @@ class Pipeline:
         schedule = sigmas(request.num_inference_steps, m.schedule)
         # The denoiser generates the noise on its device, so noise given by the caller takes the loop on the host.
         denoiser = self._denoiser if request.latents is None else None
-        modulation = self._modulation(request, embeddings, watch) if denoiser is None else None
+        modulation = self._modulation(request, loras, embeddings, watch) if denoiser is None else None
         noise = self._noise(request, watch) if denoiser is None else None
         with watch("rotary"):
             rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
@@ -247,9 +297,11 @@ class Pipeline:
         pixels: np.ndarray | None = None
         if modulation is not None and noise is not None:
             with self._parts.use("backbone") as run:
-                latents = denoise(run, groups, noise, modulation, rotary, schedule, watch, callback)
+                inputs = loras.of("backbone")
+                with_loras = (lambda given: run({**given, **inputs})) if inputs else run
+                latents = denoise(with_loras, groups, noise, modulation, rotary, schedule, watch, callback)
         elif denoiser is not None:
-            latents, pixels = denoise_on_device(denoiser, self._jobs(request, groups), watch, callback)
+            latents, pixels = denoise_on_device(denoiser, self._jobs(request, loras, groups), watch, callback)
         check_finite(latents, m.parts["backbone"].precision)
         return latents, pixels
 
@@ -269,15 +321,17 @@ class Pipeline:
         timesteps = timesteps_of(request.num_inference_steps, m.schedule, m.family, m.reference_dtype)
         return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
 
-    def _modulation(self, request: Request, embeddings: dict[str, Embeddings], watch: Stopwatch) -> np.ndarray:
+    def _modulation(
+        self, request: Request, loras: PreparedLoras, embeddings: dict[str, Embeddings], watch: Stopwatch
+    ) -> np.ndarray:
         """The modulation [S, U, M] of the U distinct prompts, or [S, 1, M]."""
         with watch("condition"):
             pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
             return self._conditioner.modulation(
-                self._parts, *self._conditioning(request), join(pooled) if pooled else None
+                self._parts, *self._conditioning(request), join(pooled) if pooled else None, loras
             )
 
-    def _jobs(self, request: Request, groups: list[Group]) -> list[tuple[list[int], DenoiseJob]]:
+    def _jobs(self, request: Request, loras: PreparedLoras, groups: list[Group]) -> list[tuple[list[int], DenoiseJob]]:
         """A job for the backend's denoiser per group, with the indices of the group's images in the batch."""
         m, grid = self.bundle.manifest, self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule)
@@ -297,8 +351,9 @@ class Pipeline:
                     sigmas=schedule,
                     timesteps=timesteps,
                     guidance=guidance,
-                    table=self._conditioner.baked(len(timesteps)),
+                    table=self._conditioner.baked(len(timesteps), loras),
                     pixels=request.output_type != "latents",
+                    loras=loras,
                 ),
             )
             for group in groups
@@ -344,6 +399,7 @@ class Pipeline:
         shapes: Sequence[tuple[int, int, int]],
         num_inference_steps: int | None = None,
         text_tokens: int | None = None,
+        lora_ranks: Sequence[int] = (),
     ) -> None:
         """Do the one-time work for images of these shapes: capture CUDA graphs on a GPU; nothing on a CPU.
 
@@ -352,9 +408,10 @@ class Pipeline:
             num_inference_steps: number of backbone runs; None is the bundle's.
             text_tokens: number of text states T; None is the bundle's max_sequence_length, to which FLUX pads. With
                 Qwen-Image, T is the length of the prompt, and each length has a graph of its own.
+            lora_ranks: ranks of LoRAs that requests will have, besides those without a LoRA.
 
         Raises:
-            RequestError: a shape is out of the bundle's range.
+            RequestError: a shape or a rank is out of the bundle's range.
             EngineError: an engine does not accept a shape, or memory ran out.
         """
         m = self.bundle.manifest
@@ -362,6 +419,7 @@ class Pipeline:
             check_request(m, [""] * batch, height, width, num_inference_steps, None, 0, 1, text_tokens, "pil")
             for batch, height, width in shapes
         ]
+        sets = [NO_LORAS, *(blank_loras(m, rank) for rank in lora_ranks)]
         if self._denoiser is None:
             return
         self._calls.check("warm_up()")
@@ -369,8 +427,9 @@ class Pipeline:
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
             groups = self._groups(request, {"": blank_text(m, request.max_sequence_length)}, grid)
-            for _, job in self._jobs(request, groups):
-                self._denoiser.warm_up(job)
+            for loras in sets:
+                for _, job in self._jobs(request, loras, groups):
+                    self._denoiser.warm_up(job)
 
     def clear_cache(self) -> None:
         """Drop the cached text embeddings and modulations of earlier prompts."""
@@ -390,6 +449,7 @@ class Pipeline:
             self._denoiser.close()
         self._parts.close()
         self.clear_cache()
+        self._loras.clear()
 
     def __enter__(self) -> Pipeline:
         return self

@@ -7,7 +7,7 @@ import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,7 @@ _OUTPUT_TYPES = get_args(OutputType)
 DEFAULT_SIZE_PX = 1024
 MAX_INFERENCE_STEPS = 1000
 MAX_GUIDANCE_SCALE = 65.0
+MAX_LORA_SCALE = 1e6
 #: More than this many times the student's own number of steps is warned of.
 FAR_STEPS = 2
 
@@ -33,7 +34,7 @@ class Request:
     """Checked arguments. A batch has len(prompts) * num_images_per_prompt images, in the order of the prompts.
 
     Either `seed` is set or the caller's noise, `latents` [B, N, C] float32. If the caller gives `embeddings`, they are
-    by prompt, and `prompts` holds made-up names for them.
+    by prompt, and `prompts` holds made-up names for them. `loras` are names with scales other than 0, sorted.
     """
 
     prompts: tuple[str, ...]
@@ -48,6 +49,7 @@ class Request:
     warnings: tuple[str, ...]
     latents: np.ndarray | None = None
     embeddings: Mapping[str, Embeddings] | None = None
+    loras: tuple[tuple[str, float], ...] = ()
 
     @property
     def batch(self) -> int:
@@ -71,6 +73,7 @@ def check_request(
     latents: object = None,
     prompt_embeds: object = None,
     pooled_prompt_embeds: object = None,
+    loras: object = None,
 ) -> Request:
     """Check every argument and fill in the bundle's defaults; see `Pipeline.__call__` for the arguments.
 
@@ -120,7 +123,30 @@ def check_request(
         warnings=tuple(warnings),
         latents=latents,
         embeddings=embeddings,
+        loras=_loras(loras),
     )
+
+
+def _loras(value: object) -> tuple[tuple[str, float], ...]:
+    """Names and scales, sorted, so that requests with the same LoRAs are equal; a scale of 0 is no LoRA."""
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise RequestError(f'loras must be names with scales such as {{"ink": 0.8}}, got {value!r}')
+    scales = {name: _lora_scale(name, scale) for name, scale in value.items()}
+    return tuple(sorted((name, scale) for name, scale in scales.items() if scale != 0))
+
+
+def _lora_scale(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        scale = float(value)
+    except (TypeError, ValueError):
+        raise RequestError(f"loras: the scale of {name!r} must be a number, got {value!r}") from None
+    if not abs(scale) <= MAX_LORA_SCALE:
+        raise RequestError(f"loras: the scale of {name!r} must be at most {MAX_LORA_SCALE:g} in size, got {value!r}")
+    return scale
 
 
 def _prompts(prompt: object) -> tuple[str, ...]:

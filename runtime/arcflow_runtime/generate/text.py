@@ -19,6 +19,7 @@ from arcflow_runtime.disk.families import TextKind, facts
 from arcflow_runtime.disk.manifest import Manifest, PromptFormat
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import BundleError
+from arcflow_runtime.lora.prepare import SetKey
 
 #: Number of prompts whose embeddings are cached; 512 tokens of Qwen-Image or T5 take about 8 MB.
 CACHED_PROMPTS = 16
@@ -92,26 +93,31 @@ class PromptTokenizer:
 
 
 class EmbeddingCache:
-    """A least-recently-used cache of embeddings, keyed by (prompt, max_sequence_length); thread-safe."""
+    """A least-recently-used cache of embeddings, keyed by prompt, max_sequence_length and LoRAs; thread-safe.
+
+    The LoRAs are those that change a text encoder: a `PreparedLoras.text_key`.
+    """
 
     def __init__(self, size: int = CACHED_PROMPTS) -> None:
         self._size = size
-        self._entries: OrderedDict[tuple[str, int], Embeddings] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, int, SetKey], Embeddings] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, prompt: str, max_sequence_length: int) -> Embeddings | None:
+    def get(self, prompt: str, max_sequence_length: int, loras: SetKey = ()) -> Embeddings | None:
         """The cached embeddings, or None."""
+        key = (prompt, max_sequence_length, loras)
         with self._lock:
-            entry = self._entries.get((prompt, max_sequence_length))
+            entry = self._entries.get(key)
             if entry is not None:
-                self._entries.move_to_end((prompt, max_sequence_length))
+                self._entries.move_to_end(key)
             return entry
 
-    def put(self, prompt: str, max_sequence_length: int, embeddings: Embeddings) -> None:
+    def put(self, prompt: str, max_sequence_length: int, embeddings: Embeddings, loras: SetKey = ()) -> None:
         """Cache the embeddings; if the cache is full, drop the least recently used prompt."""
+        key = (prompt, max_sequence_length, loras)
         with self._lock:
-            self._entries[prompt, max_sequence_length] = embeddings
-            self._entries.move_to_end((prompt, max_sequence_length))
+            self._entries[key] = embeddings
+            self._entries.move_to_end(key)
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from arcflow_runtime.disk.manifest import DType, Manifest
+from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.gpu.layout import Layout, StoredDType
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
 
@@ -23,11 +24,15 @@ ArraySpecs = dict[str, tuple[tuple[int, ...], StoredDType]]
 
 @dataclass(frozen=True)
 class PlanKey:
-    """What a plan is made for. A job runs with the plan of exactly its own key."""
+    """What a plan is made for. A job runs with the plan of exactly its own key.
+
+    `lora_rank` is the rank of the arena that the engines read their LoRAs from; 0 if they have no slots.
+    """
 
     size: DenoiseShape
     pixels: bool
     modulation: Modulation
+    lora_rank: int = 0
 
 
 def modulation_source(manifest: Manifest, in_table: bool, kept: bool) -> Modulation:
@@ -58,6 +63,11 @@ class PlanArrays:
             self.inputs["conditioner"] = conditioner_inputs(manifest, size.batch, steps_at_once)
         if key.pixels:
             self.inputs["vae_decoder"] = decoder_inputs(manifest, size)
+        for part, shapes in self.inputs.items():
+            slots = manifest.parts[part].lora
+            if slots is not None:
+                of_slots = {name: shape for name, (shape, _) in slots.shapes({}, key.lora_rank).items()}
+                self.inputs[part] = {**shapes, **of_slots}
         #: First step of every run of the conditioner. All runs have the same length, so that one context serves them
         #: all; the last two overlap if the length does not divide S.
         self.starts = conditioner_starts(size.steps, steps_at_once)
@@ -122,8 +132,9 @@ class PlanArrays:
 def host_arrays(manifest: Manifest, part: str, inputs: Shapes) -> tuple[Layout, Layout]:
     """The arrays of a part that runs on host arrays: of its inputs, and of its outputs."""
     spec, outputs = manifest.parts[part], output_shapes(manifest, part, inputs)
+    dtypes = {s.name: s.dtype for s in spec.inputs} | slot_dtypes(spec)
     return (
-        Layout.of({s.name: (inputs[s.name], s.dtype) for s in spec.inputs}),
+        Layout.of({name: (inputs[name], dtype) for name, dtype in dtypes.items()}),
         Layout.of({s.name: (outputs[s.name], s.dtype) for s in spec.outputs}),
     )
 

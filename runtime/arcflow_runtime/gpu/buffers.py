@@ -16,6 +16,7 @@ from arcflow_runtime.gpu.device import Memory, PinnedMemory
 from arcflow_runtime.gpu.kernels import NoiseShape
 from arcflow_runtime.gpu.lane import Lane
 from arcflow_runtime.gpu.layout import Layout, Region
+from arcflow_runtime.gpu.loras import LoraArenas
 from arcflow_runtime.maths.dtypes import cast
 
 
@@ -30,7 +31,15 @@ class Buffers:
     - `results`: pinned memory for `latents` and `images`.
     """
 
-    def __init__(self, lane: Lane, manifest: Manifest, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> None:
+    def __init__(
+        self,
+        lane: Lane,
+        manifest: Manifest,
+        key: PlanKey,
+        steps_at_once: int,
+        job: DenoiseJob,
+        arenas: LoraArenas,
+    ) -> None:
         """Allocate everything and fill in the constants, which are equal for all jobs of this key.
 
         Args:
@@ -39,6 +48,7 @@ class Buffers:
             key: what the plan is made for.
             steps_at_once: timesteps per run of the conditioner, at most S.
             job: any job of this key; gives the tables and the schedule.
+            arenas: hold the LoRAs.
 
         Raises:
             OutOfDeviceMemory: there is not enough memory; nothing stays allocated.
@@ -47,6 +57,8 @@ class Buffers:
         arrays = PlanArrays(manifest, key, steps_at_once)
         #: Part -> shapes of its inputs, for each part that this plan runs.
         self.inputs = arrays.inputs
+        #: Part -> device addresses of the inputs of its LoRA slots.
+        self.slots = {part: arenas.addresses(part, key.lora_rank) for part in self.inputs}
         #: First step of every run of the conditioner.
         self.starts = arrays.starts
         self.staged, self._constant, self._working = arrays.staged, arrays.constant, arrays.working

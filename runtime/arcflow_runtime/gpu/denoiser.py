@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import MODULATION
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.denoiser import Denoised, DenoiseJob, OnStep
 from arcflow_runtime.engines.modulation import ModulationCache
@@ -27,6 +28,7 @@ from arcflow_runtime.gpu.device import KernelLauncher
 from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes
 from arcflow_runtime.gpu.host import HostEngine
 from arcflow_runtime.gpu.lane import Lane, OutOfDeviceMemory
+from arcflow_runtime.gpu.loras import LoraArenas
 from arcflow_runtime.gpu.plan import GraphPlan
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs
 
@@ -53,6 +55,7 @@ class DeviceDenoiser:
         self._bundle, self._parts, self._lane, self._check_shapes = bundle, parts, lane, check_shapes
         self._max_plans = max_plans
         self._plans: OrderedDict[PlanKey, GraphPlan] = OrderedDict()
+        self._arenas = LoraArenas(lane, bundle.manifest, ("backbone", "conditioner"))
         self._kernels: KernelLauncher | None = None
         self._modulations = ModulationCache()
         self._logged: set[str] = set()
@@ -110,6 +113,7 @@ class DeviceDenoiser:
             for key in others:
                 self._plans.pop(key).close()
             if self._running is None:
+                self._arenas.release()
                 self._lane.release_workspace()
             return True
         finally:
@@ -120,6 +124,7 @@ class DeviceDenoiser:
         with self._lock:
             self._closed = True
             self._drop_plans(0)
+            self._arenas.release()
             self._lane.release_workspace()
 
     def _denoise(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
@@ -150,9 +155,13 @@ class DeviceDenoiser:
             self._lane.release_workspace()  # of text encoders and conditioner
         grid, texts = job.grid, job.texts
         size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
-        plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)
+        rank = self._arenas.rank(job.loras)
+        plan = self._plan(PlanKey(size, job.pixels, modulation, rank), steps_at_once, job)
         with watch("stage"):
             plan.buffers.stage(job, given)
+        if rank:
+            with watch("loras"), self._lane.enter() as stream:
+                self._arenas.put(job.loras, rank, stream)
         try:
             self._running = plan.key
             if self._parts.keeps("backbone"):
@@ -163,6 +172,7 @@ class DeviceDenoiser:
             # The plan may have enqueued or captured half of its work, so it is discarded.
             self._plans.pop(plan.key, None)
             plan.close()
+            self._arenas.forget()
             raise
         finally:
             self._running = None
@@ -201,13 +211,20 @@ class DeviceDenoiser:
         return wrong
 
     def _modulation_source(self, job: DenoiseJob) -> Modulation:
+        if job.table is not None and job.loras.of(MODULATION):
+            return "given"  # a plan has the bundle's table built in, but not one that LoRAs changed
         return modulation_source(self._bundle.manifest, job.table is not None, self._parts.keeps("conditioner"))
 
     def _condition(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch) -> np.ndarray:
         """The modulation [S, b, M] or [S, 1, M] by way of the host; the results for the last inputs are cached.
 
-        The runs of the conditioner are those that a graph would make, so that the modulation has the same bits.
+        It is a table that LoRAs changed, or the conditioner computes it. The runs of the conditioner are those that a
+        graph would make, so that the modulation has the same bits.
         """
+        if job.table is not None:
+            return job.table[:, None]
+        slots = job.loras.of("conditioner")
+        key = job.loras.key if slots else None
         inputs = {"timesteps": job.timesteps}
         pooled = [text.pooled for text in job.texts if text.pooled is not None]
         if pooled:
@@ -215,15 +232,15 @@ class DeviceDenoiser:
         if job.guidance is not None:
             inputs["guidance"] = np.full(len(job.texts), job.guidance, np.float32)
         with watch("condition"):
-            if (cached := self._modulations.get(inputs)) is not None:
+            if (cached := self._modulations.get(inputs, key)) is not None:
                 return cached
             made: dict[int, np.ndarray] = {}
             with self._parts.use("conditioner") as run:
                 for start in conditioner_starts(len(job.timesteps), steps_at_once):
                     steps = job.timesteps[start : start + steps_at_once]
-                    made |= enumerate(run(inputs | {"timesteps": steps})["modulation"], start)
+                    made |= enumerate(run({**inputs, **slots, "timesteps": steps})["modulation"], start)
             modulation = np.stack([made[step] for step in range(len(job.timesteps))])
-            self._modulations.put(inputs, modulation)
+            self._modulations.put(inputs, modulation, key)
             return modulation
 
     def _plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> GraphPlan:
@@ -240,7 +257,8 @@ class DeviceDenoiser:
         with self._lane.enter():
             if self._kernels is None:
                 self._kernels = self._lane.device.kernels()
-            plan = GraphPlan(self._lane, key, Buffers(self._lane, manifest, key, steps_at_once, job), self._kernels)
+            buffers = Buffers(self._lane, manifest, key, steps_at_once, job, self._arenas)
+            plan = GraphPlan(self._lane, key, buffers, self._kernels)
         try:
             if self._parts.keeps("backbone"):
                 for part, inputs in plan.buffers.inputs.items():

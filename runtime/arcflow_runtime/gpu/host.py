@@ -18,6 +18,7 @@ from arcflow_runtime.gpu.arrays import host_arrays
 from arcflow_runtime.gpu.device import PinnedMemory
 from arcflow_runtime.gpu.engine import Context, DeviceEngine, Shapes, TimesLayers, UnloadsWeights
 from arcflow_runtime.gpu.lane import Lane
+from arcflow_runtime.gpu.loras import pad_inputs
 
 # Shapes whose contexts and buffers are kept. Text length varies with Qwen-Image; with FLUX it is fixed.
 _MAX_SHAPES = 4
@@ -55,7 +56,9 @@ class HostEngine:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph; see `Engine.run`."""
-        return self._lane.with_room(lambda: self._run(inputs))
+        slots = self._manifest.parts[self._part].lora
+        given = dict(inputs) if slots is None else {**inputs, **pad_inputs(slots, inputs)}
+        return self._lane.with_room(lambda: self._run(given))
 
     def unload_weights(self) -> bool:
         """Free the weights alone; see `UnloadableEngine`. Contexts and buffers stay."""

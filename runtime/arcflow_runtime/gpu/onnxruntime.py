@@ -15,9 +15,11 @@ import onnxruntime as ort
 
 from arcflow_runtime.disk.manifest import DType, Manifest, Part
 from arcflow_runtime.engines.cpu import first_line
+from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Stream
 from arcflow_runtime.gpu.engine import Shapes
+from arcflow_runtime.gpu.loras import pad_inputs
 from arcflow_runtime.gpu.shapes import output_shapes
 from arcflow_runtime.maths.dtypes import NUMPY
 
@@ -54,7 +56,8 @@ class OrtContext:
         outputs = output_shapes(engine.manifest, engine.part, inputs)
         self._engine = engine
         self._session: ort.InferenceSession | None = session
-        self._inputs = [(s.name, _ONNX[s.dtype], inputs[s.name]) for s in spec.inputs]
+        dtypes = {s.name: s.dtype for s in spec.inputs} | slot_dtypes(spec)
+        self._inputs = [(name, _ONNX[dtype], inputs[name]) for name, dtype in dtypes.items()]
         self._outputs = [(s.name, _ONNX[s.dtype], outputs[s.name]) for s in spec.outputs]
         self._options = ort.RunOptions()
         # No synchronisation after a run: the next work is enqueued in the same stream.
@@ -98,11 +101,14 @@ class OrtArrayEngine:
         session = self._session
         if session is None:
             raise EngineError(f"{self._part}: the engine is closed; load the pipeline again")
-        binding = session.io_binding()
+        binding, slots = session.io_binding(), self._spec.lora
+        dtypes = {spec.name: spec.dtype for spec in self._spec.inputs} | slot_dtypes(self._spec)
+        if slots is not None:
+            inputs = {**inputs, **pad_inputs(slots, inputs)}
         try:
-            for spec in self._spec.inputs:
-                value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(inputs[spec.name], _ONNX[spec.dtype])
-                binding.bind_ortvalue_input(spec.name, value)
+            for name, dtype in dtypes.items():
+                value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(inputs[name], _ONNX[dtype])
+                binding.bind_ortvalue_input(name, value)
             for spec in self._spec.outputs:
                 binding.bind_output(spec.name, "cpu")
             session.run_with_iobinding(binding)

@@ -171,6 +171,7 @@ class GraphPlan:
         target, made = buffers.region("modulations"), buffers.region("conditioned")
         for run, start in enumerate(buffers.starts):
             addresses = {"timesteps": buffers[f"timesteps.{run}"], "modulation": buffers["conditioned"]}
+            addresses |= buffers.slots["conditioner"]
             for short, name in (("pooled", "pooled_projections"), ("guidance", "guidance")):
                 if short in buffers:
                     addresses[name] = buffers[short]
@@ -194,6 +195,7 @@ class GraphPlan:
                 "modulation": buffers["modulation"],
                 "image_rotary": buffers["image_rotary"],
                 "text_rotary": buffers["text_rotary"],
+                **buffers.slots["backbone"],
                 **heads,
             },
             stream,

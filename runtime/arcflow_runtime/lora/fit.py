@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.manifest import MODULATION
 from arcflow_runtime.errors import BundleError, LoraError
 from arcflow_runtime.lora.families import lora_family
 from arcflow_runtime.lora.layers import LoraFile, LoraLayer
@@ -40,6 +41,12 @@ def misfits(lora: LoraFile, bundle: Bundle) -> dict[tuple[str, str], Misfit]:
     sizes: dict[str, Mapping[str, tuple[int, ...]]] = {}
     for (part, name), layer in lora.layers.items():
         if part not in bundle.manifest.parts:
+            slots = bundle.manifest.slots().get(MODULATION)
+            if slots is not None and name in slots.layers:
+                size = slots.layers[name]
+                if misfit := _misfit(layer, {name: (size.in_features, size.out_features)}, (name,), MODULATION):
+                    found[part, name] = misfit
+                continue
             found[part, name] = Misfit(f"the bundle has no {part}: its results are stored as a table")
             continue
         if part not in sizes:

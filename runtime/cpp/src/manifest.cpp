@@ -138,8 +138,12 @@ void check_format(const Json &json, const std::string &where) {
     const Json got = found == json.end() ? Json() : *found;
     if (!got.is_number_integer() || got != bundle_version) {
         const bool newer = got.is_number_integer() && got > bundle_version;
+        const bool slots = got.is_number_integer() && got == lora_bundle_version;
         throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + ", got " +
-                           message_text(got) + "; " + (newer ? "update arcflow" : "export the bundle again"));
+                           message_text(got) + "; " +
+                           (slots   ? "it has LoRA slots, which libarcflow cannot run, so export without --lora-slots"
+                            : newer ? "update arcflow"
+                                    : "export the bundle again"));
     }
 }
 
