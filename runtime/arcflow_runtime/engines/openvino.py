@@ -9,7 +9,7 @@ place of 0.6 %. Without an inference precision, images would depend on the machi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from arcflow_runtime.disk.manifest import Part, TensorSpec
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
 from arcflow_runtime.engines.host_memory import available_bytes
 from arcflow_runtime.engines.modes import OPENVINO, OPENVINO_WIDENED
+from arcflow_runtime.engines.slots import empty_slots, slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.installing import install_command
 
@@ -49,6 +50,8 @@ class OpenVinoEngine:
     def __init__(self, name: str, part: Part, model: ov.CompiledModel) -> None:
         self._name = name
         self._part = part
+        self._dtypes = {spec.name: spec.dtype for spec in part.inputs} | slot_dtypes(part)
+        self._empty = empty_slots(part)
         self._model: ov.CompiledModel | None = model
         # A request has memory of its own, so each run takes one. Appending to a list and popping from it are atomic.
         self._requests: list[ov.InferRequest] = []
@@ -63,8 +66,9 @@ class OpenVinoEngine:
         except IndexError:  # another thread took the last one
             request = model.create_infer_request()
         try:
-            for spec in self._part.inputs:
-                request.set_tensor(spec.name, _tensor(inputs[spec.name], spec))
+            given = {**self._empty, **inputs}
+            for name, dtype in self._dtypes.items():
+                request.set_tensor(name, _tensor(given[name], dtype))
             request.infer()
             outputs = {spec.name: _array(request.get_tensor(spec.name), spec) for spec in self._part.outputs}
         except RuntimeError as e:
@@ -123,7 +127,9 @@ class OpenVinoBackend:
         graph = checked_graph(bundle, part)
         try:
             model = self._core.read_model(str(graph))
-            check_names(bundle, part, _names(model.inputs, spec.inputs), _names(model.outputs, spec.outputs))
+            inputs = {s.name for s in spec.inputs} | slot_dtypes(spec).keys()
+            outputs = {s.name for s in spec.outputs}
+            check_names(bundle, part, _names(model.inputs, inputs), _names(model.outputs, outputs))
             compiled = self._core.compile_model(model, _DEVICE, self._properties())
         except RuntimeError as e:
             raise EngineError(f"{part}: OpenVINO cannot load {spec.graph}: {last_line(e)}") from e
@@ -168,9 +174,9 @@ def last_line(error: Exception) -> str:
     return lines[-1] if lines else first_line(error)
 
 
-def _tensor(array: np.ndarray, spec: TensorSpec) -> ov.Tensor:
+def _tensor(array: np.ndarray, dtype: str) -> ov.Tensor:
     """A tensor that shares memory with `array`."""
-    return ov.Tensor(array, list(array.shape), _TYPES[spec.dtype])
+    return ov.Tensor(array, list(array.shape), _TYPES[dtype])
 
 
 def _array(tensor: ov.Tensor, spec: TensorSpec) -> np.ndarray:
@@ -179,7 +185,6 @@ def _array(tensor: ov.Tensor, spec: TensorSpec) -> np.ndarray:
     return (data.view(np.uint16) if spec.dtype == "bfloat16" else data).copy()
 
 
-def _names(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> list[str]:
+def _names(ports: Sequence[Any], known: Set[str]) -> list[str]:
     """The name of each port. A tensor may have several; if one of them is in the manifest, it is that one."""
-    known = {spec.name for spec in specs}
     return [min(port.get_names() & known or port.get_names() or {""}) for port in ports]
