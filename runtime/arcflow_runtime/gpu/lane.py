@@ -53,7 +53,8 @@ class Lane:
         except OutOfDeviceMemory:
             if not self.make_room():
                 raise
-            return work()
+        # After the `except`, so that nothing keeps the objects of the first call.
+        return work()
 
     def workspace(self, nbytes: int, what: str) -> Memory:
         """The workspace, replaced by a larger one if it has fewer than `nbytes`; the caller holds the lane.
