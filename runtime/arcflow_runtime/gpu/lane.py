@@ -35,6 +35,7 @@ class Lane:
         self.make_room: Callable[[], bool] = lambda: False
         self._stream: Stream | None = None
         self._workspace: Memory | None = None
+        self._engines = 0
         self._lock = threading.RLock()
 
     @contextmanager
@@ -45,6 +46,18 @@ class Lane:
             if self._stream is None:
                 self._stream = self.device.make_stream()
             yield self._stream
+
+    def add_engine(self) -> None:
+        """Count an engine that was loaded."""
+        with self._lock:
+            self._engines += 1
+
+    def remove_engine(self) -> None:
+        """Count an engine that was freed. With the last one the workspace is freed too."""
+        with self._lock:
+            self._engines -= 1
+            if self._engines == 0:
+                self.release_workspace()
 
     def with_room(self, work: Callable[[], _T]) -> _T:
         """Call `work`, and if memory runs out, once more after `make_room`. The caller does not hold the lane."""
