@@ -145,7 +145,8 @@ class DeviceDenoiser:
                 # A step that the caller has seen cannot be taken back.
                 if reported or not self.make_room():
                     raise
-                return self._run(job, steps_at_once, watch, given_step)
+            # After the `except`, so that nothing keeps the objects of the first run.
+            return self._run(job, steps_at_once, watch, given_step)
 
     def _run(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
         """Run a job that the engines accept whole. If it fails, its plan is dropped."""
