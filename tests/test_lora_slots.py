@@ -80,8 +80,9 @@ def test_slots_are_in_the_graphs_and_nothing_else_changes(name, bundles, slotted
         own = {spec.name for spec in spec.inputs}
         expected = {}
         for layer, size in (spec.lora.layers if spec.lora else {}).items():
-            expected[f"{layer}.lora_a"] = [size.in_features, f"{layer}.lora_rank", 8]
-            expected[f"{layer}.lora_b"] = [f"{layer}.lora_rank", 8, size.out_features]
+            rank = f"{layer}.lora_rank".replace(".", "_")
+            expected[f"{layer}.lora_a"] = [size.in_features, rank, 8]
+            expected[f"{layer}.lora_b"] = [rank, 8, size.out_features]
         assert {n: s for n, s in shapes.items() if n not in own} == expected
         weights = {n: s for n, s in shapes.items() if n in own}
         assert weights.keys() == own

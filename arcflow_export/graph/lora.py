@@ -70,13 +70,16 @@ def remove_lora_slots(model: ir.Model) -> ir.Model:
 def _add_slot(graph: ir.Graph, linear: LinearNode) -> None:
     name, dtype, base = linear.name, linear.dtype, linear.node.outputs[0]
     assert not any(base is output for output in graph.outputs), f"{name}: a linear's product is no output of a part"
-    groups = f"{name}.lora_rank"
+    groups = f"{name}.lora_rank".replace(".", "_")
+    rank = f"{RANK_MULTIPLE}*{groups}"
     a = _value(lora_a(name), dtype, [linear.in_features, groups, RANK_MULTIPLE])
     b = _value(lora_b(name), dtype, [groups, RANK_MULTIPLE, linear.out_features])
     graph.inputs.extend([a, b])
-    flat_a, flat_b = _value(f"{name}.lora_a_flat", dtype), _value(f"{name}.lora_b_flat", dtype)
+    flat_a = _value(f"{name}.lora_a_flat", dtype, [linear.in_features, rank])
+    flat_b = _value(f"{name}.lora_b_flat", dtype, [rank, linear.out_features])
     low, product, total = (_value(f"{name}.lora_{what}", dtype) for what in ("low", "product", "sum"))
-    product.shape = total.shape = base.shape
+    assert base.shape is not None
+    low.shape, product.shape, total.shape = ir.Shape([*list(base.shape)[:-1], rank]), base.shape, base.shape
     uses = list(base.uses())
     nodes = [
         ir.node("Reshape", [a, _shape(graph, linear.in_features, -1)], outputs=[flat_a], name=f"{name}.lora_a_reshape"),
