@@ -121,7 +121,7 @@ def measure_decoder(folder: Path) -> list[dict[str, Any]]:
         if groups > 1:
             graph = bundle.path("vae_decoder.onnx")
             split_queries(graph, groups)
-            files = bundle.manifest.files | {graph.name: FileEntry(graph.stat().st_size, sha256_file(graph))}
+            files = {**bundle.manifest.files, graph.name: FileEntry(graph.stat().st_size, sha256_file(graph))}
             (root / MANIFEST).write_text(replace(bundle.manifest, files=files).to_json(), encoding="utf-8")
         for size in SIZES:
             rows.append({"size": size, "query_groups": groups, **build(root, "vae_decoder", "--resolutions", size)})
