@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,8 @@ from cuda.bindings import driver as cuda
 
 from arcflow_runtime import EngineError, RequestError
 from arcflow_runtime.engines.modes import MODES
+from arcflow_runtime.gpu.cuda import open_device
+from arcflow_runtime.gpu.lane import Lane, OutOfDeviceMemory
 from tests.host_cuda.checked import ok
 from tests.host_cuda.images import CLOSE, PROMPTS, WITHOUT_GRAPH, generate, levels
 
@@ -311,6 +314,20 @@ def test_out_of_memory_says_what_it_was_for(on_gpu, driver):
         generate(pipe)
     pipe.backend.workspace_bytes = lambda part, inputs: 0
     generate(pipe)
+
+
+def test_a_second_try_has_what_the_first_one_freed(driver):
+    lane, first = Lane(open_device()), []
+    lane.make_room = lambda: True
+
+    def work():
+        loaded = Lane(lane.device)
+        if not first:
+            first.append(weakref.ref(loaded))
+            raise OutOfDeviceMemory("full")
+        return first[0]() is None
+
+    assert lane.with_room(work)
 
 
 def test_small_images_need_little_memory(on_gpu, driver):

@@ -37,7 +37,7 @@ from arcflow_runtime.gpu.tensorrt_backend import TensorRTBackend
 from arcflow_runtime.maths.noise import draw_latents
 from tests.fake_bundle import list_files, write_manifest
 from tests.host_cuda import tensorrt_bindings as bindings
-from tests.host_cuda.control import Code
+from tests.host_cuda.control import Code, Live
 from tests.host_cuda.images import CLOSE, WITHOUT_GRAPH, attempt
 from tests.small_graph import edit_graph, set_external
 
@@ -310,8 +310,9 @@ def test_shapes_that_the_library_cannot_infer(root, pipeline, monkeypatch):
         pipe(PROMPT, **SIZE)
 
 
-def test_layers_are_timed(root, machine, tmp_path, monkeypatch, capsys):
+def test_layers_are_timed(root, machine, driver, tmp_path, monkeypatch, capsys):
     build(root)
+    before = driver.live(Live.DEVICE_BYTES)
     backend = TensorRTBackend("tensorrt-rtx", open_device, TensorRTOptions(cache=tmp_path / "cache"))
     monkeypatch.setattr("arcflow_runtime.commands.profile.open_backend", lambda name, threads: backend)
     arguments = ["--height", "32", "--width", "32", "--json", "--backend", "tensorrt-rtx"]
@@ -322,6 +323,7 @@ def test_layers_are_timed(root, machine, tmp_path, monkeypatch, capsys):
         ("backbone", "second", 2, 0.5),
     }
     assert len(rows) == 10
+    assert driver.live(Live.DEVICE_BYTES) == before
 
 
 # Weight streaming

@@ -140,14 +140,13 @@ class DeviceDenoiser:
                 # A step that the caller has seen cannot be taken back.
                 if reported or not self.make_room():
                     raise
-                return self._run(job, steps_at_once, watch, given_step)
+            # After the `except`, so that nothing keeps the objects of the first run.
+            return self._run(job, steps_at_once, watch, given_step)
 
     def _run(self, job: DenoiseJob, steps_at_once: int, watch: Stopwatch, on_step: OnStep | None) -> Denoised:
         """Run a job that the engines accept whole. If it fails, its plan is dropped."""
         modulation = self._modulation_source(job)
         given = self._condition(job, steps_at_once, watch) if modulation == "given" else None
-        if not self._parts.keeps("backbone"):
-            self._lane.release_workspace()  # of text encoders and conditioner
         grid, texts = job.grid, job.texts
         size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
         plan = self._plan(PlanKey(size, job.pixels, modulation), steps_at_once, job)

@@ -41,6 +41,7 @@ class HostEngine:
                 return open_engine()
 
         self._engine: DeviceEngine | None = lane.with_room(load)
+        lane.add_engine()
 
     @property
     def device_engine(self) -> DeviceEngine:
@@ -79,6 +80,7 @@ class HostEngine:
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
+                self._lane.remove_engine()
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         shapes = {name: x.shape for name, x in inputs.items()}

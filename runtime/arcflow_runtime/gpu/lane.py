@@ -35,6 +35,7 @@ class Lane:
         self.make_room: Callable[[], bool] = lambda: False
         self._stream: Stream | None = None
         self._workspace: Memory | None = None
+        self._engines = 0
         self._lock = threading.RLock()
 
     @contextmanager
@@ -51,6 +52,18 @@ class Lane:
         with self.enter():
             return self.device.free_bytes()
 
+    def add_engine(self) -> None:
+        """Count an engine that was loaded."""
+        with self._lock:
+            self._engines += 1
+
+    def remove_engine(self) -> None:
+        """Count an engine that was freed. With the last one the workspace is freed too."""
+        with self._lock:
+            self._engines -= 1
+            if self._engines == 0:
+                self.release_workspace()
+
     def with_room(self, work: Callable[[], _T]) -> _T:
         """Call `work`, and if memory runs out, once more after `make_room`. The caller does not hold the lane."""
         try:
@@ -58,7 +71,8 @@ class Lane:
         except OutOfDeviceMemory:
             if not self.make_room():
                 raise
-            return work()
+        # After the `except`, so that nothing keeps the objects of the first call.
+        return work()
 
     def workspace(self, nbytes: int, what: str) -> Memory:
         """The workspace, replaced by a larger one if it has fewer than `nbytes`; the caller holds the lane.
