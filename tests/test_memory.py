@@ -235,7 +235,7 @@ def test_stages_by_hand():
     assert sums.stages("low") == {
         "text_encoder": plan + 1_000 + 5 + 1,
         "text_encoder_2": plan + 50_000 + 20 + 2,
-        "conditioner": plan + 30_000 + 20 + 3,
+        "conditioner": plan + 30_000 + 7 + 3,
         "backbone": plan + 200_000 + 300,
         "vae_decoder": plan + 4_000 + 700,
         BETWEEN: plan,

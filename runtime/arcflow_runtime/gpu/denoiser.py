@@ -152,8 +152,6 @@ class DeviceDenoiser:
         """Run a job that the engines accept whole. If it fails, its plan is dropped."""
         modulation = self._modulation_source(job)
         given = self._condition(job, steps_at_once, watch) if modulation == "given" else None
-        if not self._parts.keeps("backbone"):
-            self._lane.release_workspace()  # of text encoders and conditioner
         grid, texts = job.grid, job.texts
         size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
         rank = self._arenas.rank(job.loras)

@@ -106,15 +106,10 @@ class Sums:
         return {p: held + nbytes for p, nbytes in brought.items()} | {BETWEEN: held}
 
     def _one_at_a_time(self, plan: int) -> dict[str, int]:
-        stages, workspace = {}, 0
+        stages = {}
         for part in self.runs["low"]:
-            if part in self.by_host["low"]:
-                # Their common workspace grows, and is freed before the backbone is loaded.
-                workspace = max(workspace, self._activations(part))
-                shared = workspace if self.rules.one_workspace else 0
-                stages[part] = plan + self._loaded(part) + shared + self.parts[part].arrays
-            else:
-                stages[part] = plan + self.parts[part].weights + self._activations(part)
+            arrays = self.parts[part].arrays if part in self.by_host["low"] else 0
+            stages[part] = plan + self.parts[part].weights + self._activations(part) + arrays
         return stages | {BETWEEN: plan}
 
     def _loaded(self, part: str) -> int:
