@@ -184,7 +184,7 @@ def test_text_states_are_kept_for_each_set_that_changes_them(slotted, files):
 def test_low_memory(slotted, files):
     name = "flux-tiny"
     kept = open_pipe(slotted(name), {"ink": files(name, 1)})
-    with Pipeline.load(slotted(name), low_memory=True, threads=1) as pipe:
+    with Pipeline.load(slotted(name), memory="low", threads=1) as pipe:
         pipe.load_lora(files(name, 1), "ink")
         np.testing.assert_array_equal(draw(pipe, loras={"ink": 0.8}), draw(kept, loras={"ink": 0.8}))
 

@@ -12,7 +12,6 @@ from cuda.bindings.driver import CUresult
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.onnxruntime import open_session
 from arcflow_runtime.engines.parts import Parts
-from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.cuda import open_device
 from arcflow_runtime.gpu.denoiser import DeviceDenoiser
@@ -35,7 +34,7 @@ class EngineContext:
     def __init__(self, backend: HostCudaBackend, engine: OrtEngine, inputs: Shapes, stream: Stream) -> None:
         spec, manifest = engine.manifest.parts[engine.part], engine.manifest
         shapes = {**inputs, **output_shapes(manifest, engine.part, inputs)}
-        dtypes = {s.name: s.dtype for s in spec.inputs + spec.outputs} | slot_dtypes(spec)
+        dtypes = {s.name: s.dtype for s in spec.inputs + spec.outputs} | spec.slot_dtypes
         self._nbytes = {n: int(np.prod(shapes[n])) * np.dtype(NUMPY[dtype]).itemsize for n, dtype in dtypes.items()}
         self._backend, self._part = backend, engine.part
         self._inner = engine.context(inputs, stream)

@@ -120,6 +120,11 @@ class Part:
     quantization: Quantization | None = None
     lora: LoraSlots | None = None
 
+    @property
+    def slot_dtypes(self) -> dict[str, DType]:
+        """The dtype of every input of the LoRA slots, by name; empty without slots."""
+        return {} if self.lora is None else {name: dtype for name, (_, dtype) in self.lora.shapes({}).items()}
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError, RequestError
 
 
@@ -34,7 +33,7 @@ def check_names(bundle: Bundle, part: str, inputs: Iterable[str], outputs: Itera
     """
     spec = bundle.manifest.parts[part]
     wanted = (
-        ("inputs", [s.name for s in spec.inputs] + list(slot_dtypes(spec)), inputs),
+        ("inputs", [s.name for s in spec.inputs] + list(spec.slot_dtypes), inputs),
         ("outputs", [s.name for s in spec.outputs], outputs),
     )
     for kind, listed, found in wanted:

@@ -20,7 +20,7 @@ from arcflow_runtime.disk.manifest import Part, TensorSpec
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
 from arcflow_runtime.engines.host_memory import available_bytes
 from arcflow_runtime.engines.modes import OPENVINO, OPENVINO_WIDENED
-from arcflow_runtime.engines.slots import empty_slots, slot_dtypes
+from arcflow_runtime.engines.slots import empty_slots
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.installing import install_command
 
@@ -50,7 +50,7 @@ class OpenVinoEngine:
     def __init__(self, name: str, part: Part, model: ov.CompiledModel) -> None:
         self._name = name
         self._part = part
-        self._dtypes = {spec.name: spec.dtype for spec in part.inputs} | slot_dtypes(part)
+        self._dtypes = {spec.name: spec.dtype for spec in part.inputs} | part.slot_dtypes
         self._empty = empty_slots(part)
         self._model: ov.CompiledModel | None = model
         # A request has memory of its own, so each run takes one. Appending to a list and popping from it are atomic.
@@ -127,7 +127,7 @@ class OpenVinoBackend:
         graph = checked_graph(bundle, part)
         try:
             model = self._core.read_model(str(graph))
-            inputs = {s.name for s in spec.inputs} | slot_dtypes(spec).keys()
+            inputs = {s.name for s in spec.inputs} | spec.slot_dtypes.keys()
             outputs = {s.name for s in spec.outputs}
             check_names(bundle, part, _names(model.inputs, inputs), _names(model.outputs, outputs))
             compiled = self._core.compile_model(model, _DEVICE, self._properties())

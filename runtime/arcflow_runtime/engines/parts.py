@@ -16,7 +16,6 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.engines.base import Backend, Engine, StreamedEngine, UnloadableEngine, UnloadingBackend
 from arcflow_runtime.engines.modes import MemoryMode, keeps
-from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.maths.dtypes import cast
 
@@ -171,5 +170,5 @@ def _run_all(engine: Engine, part: Part, batches: Sequence[Inputs]) -> Iterator[
 def _cast(part: Part, inputs: Inputs) -> dict[str, np.ndarray]:
     found = {spec.name: cast(inputs[spec.name], spec.dtype) for spec in part.inputs}
     if len(inputs) > len(found):
-        found |= {name: cast(inputs[name], dtype) for name, dtype in slot_dtypes(part).items() if name in inputs}
+        found |= {name: cast(inputs[name], dtype) for name, dtype in part.slot_dtypes.items() if name in inputs}
     return found

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from arcflow_runtime.disk.manifest import DType, Part
+from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.maths.dtypes import NUMPY
-
-
-def slot_dtypes(part: Part) -> dict[str, DType]:
-    """The dtype of every input of a part's LoRA slots, by name; empty if it has none."""
-    return {} if part.lora is None else {name: dtype for name, (_, dtype) in part.lora.shapes({}).items()}
 
 
 def empty_slots(part: Part) -> dict[str, np.ndarray]:

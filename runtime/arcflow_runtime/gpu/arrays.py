@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from arcflow_runtime.disk.manifest import DType, Manifest
-from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.gpu.layout import Layout, StoredDType
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, decoder_inputs, output_shapes
 
@@ -132,7 +131,7 @@ class PlanArrays:
 def host_arrays(manifest: Manifest, part: str, inputs: Shapes) -> tuple[Layout, Layout]:
     """The arrays of a part that runs on host arrays: of its inputs, and of its outputs."""
     spec, outputs = manifest.parts[part], output_shapes(manifest, part, inputs)
-    dtypes = {s.name: s.dtype for s in spec.inputs} | slot_dtypes(spec)
+    dtypes = {s.name: s.dtype for s in spec.inputs} | spec.slot_dtypes
     return (
         Layout.of({name: (inputs[name], dtype) for name, dtype in dtypes.items()}),
         Layout.of({s.name: (outputs[s.name], s.dtype) for s in spec.outputs}),

@@ -15,7 +15,6 @@ import onnxruntime as ort
 
 from arcflow_runtime.disk.manifest import DType, Manifest, Part
 from arcflow_runtime.engines.cpu import first_line
-from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.errors import EngineError
 from arcflow_runtime.gpu.device import Stream
 from arcflow_runtime.gpu.engine import Shapes
@@ -56,7 +55,7 @@ class OrtContext:
         outputs = output_shapes(engine.manifest, engine.part, inputs)
         self._engine = engine
         self._session: ort.InferenceSession | None = session
-        dtypes = {s.name: s.dtype for s in spec.inputs} | slot_dtypes(spec)
+        dtypes = {s.name: s.dtype for s in spec.inputs} | spec.slot_dtypes
         self._inputs = [(name, _ONNX[dtype], inputs[name]) for name, dtype in dtypes.items()]
         self._outputs = [(s.name, _ONNX[s.dtype], outputs[s.name]) for s in spec.outputs]
         self._options = ort.RunOptions()
@@ -102,7 +101,7 @@ class OrtArrayEngine:
         if session is None:
             raise EngineError(f"{self._part}: the engine is closed; load the pipeline again")
         binding, slots = session.io_binding(), self._spec.lora
-        dtypes = {spec.name: spec.dtype for spec in self._spec.inputs} | slot_dtypes(self._spec)
+        dtypes = {spec.name: spec.dtype for spec in self._spec.inputs} | self._spec.slot_dtypes
         if slots is not None:
             inputs = {**inputs, **pad_inputs(slots, inputs)}
         try:

@@ -20,7 +20,6 @@ from arcflow_runtime.disk.engine_record import Profile, accepts
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.engines.base import LayerTime
-from arcflow_runtime.engines.slots import slot_dtypes
 from arcflow_runtime.engines.store import BuiltEngine
 from arcflow_runtime.engines.tensorrt_library import Library
 from arcflow_runtime.errors import EngineError
@@ -252,7 +251,7 @@ class TensorRTEngine:
 
     def _check_tensors(self) -> None:
         spec, trt, engine = self._bundle.manifest.parts[self.part], self._trt, self._engine
-        dtypes = {s.name: s.dtype for s in spec.inputs + spec.outputs} | slot_dtypes(spec)
+        dtypes = {s.name: s.dtype for s in spec.inputs + spec.outputs} | spec.slot_dtypes
         expected = {name: getattr(trt.DataType, _DTYPES[dtype]) for name, dtype in dtypes.items()}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: engine.get_tensor_dtype(name) for name in names}

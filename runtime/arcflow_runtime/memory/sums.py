@@ -17,6 +17,7 @@ from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.engines.modes import EVERY_IMAGE, MODES, EngineBytes, MemoryMode, MemoryRules, keeps
 from arcflow_runtime.gpu.arrays import PlanArrays, PlanKey, host_arrays, modulation_source
+from arcflow_runtime.gpu.layout import Layout
 from arcflow_runtime.gpu.shapes import (
     DenoiseShape,
     backbone_inputs,
@@ -167,15 +168,19 @@ def make_sums(
     shape, inputs = _shape(manifest, size), part_inputs(manifest, size)
     in_table = manifest.modulation is not None and size.steps in manifest.modulation.num_inference_steps
     encoders = tuple(p for p in manifest.parts if signature(manifest.family, p).input("input_ids") is not None)
+    # The graph's parts read LoRAs from one array, which is filled from a copy for each set.
+    slots = [manifest.parts[p].lora for p in ("conditioner", *EVERY_IMAGE) if p in manifest.parts]
+    rank = max((s.rank_multiple for s in slots if s is not None), default=0)
+    loras = 2 * sum(Layout.of(s.shapes({}, rank)).nbytes for s in slots if s is not None)
     plans: dict[MemoryMode, PlanBytes] = {}
     runs: dict[MemoryMode, tuple[str, ...]] = {}
     by_host: dict[MemoryMode, tuple[str, ...]] = {}
     for mode in MODES:
         source = modulation_source(manifest, in_table, keeps(mode, "conditioner"))
-        arrays = PlanArrays(manifest, PlanKey(shape, True, source), size.steps)
+        arrays = PlanArrays(manifest, PlanKey(shape, True, source, rank), size.steps)
         regions = [r for layout in (arrays.constant, arrays.working) for r in layout.regions.items()]
         update = sum(region.nbytes for name, region in regions if name in _UPDATE)
-        plans[mode] = PlanBytes(arrays.nbytes - update, update)
+        plans[mode] = PlanBytes(arrays.nbytes - update + loras, update)
         conditioner = () if source == "table" else ("conditioner",)
         runs[mode] = (*encoders, *conditioner, *EVERY_IMAGE)
         by_host[mode] = (*encoders, *conditioner) if source == "given" else encoders
@@ -198,7 +203,14 @@ def part_inputs(manifest: Manifest, size: ImageSize) -> dict[str, Shapes]:
         "backbone": lambda: backbone_inputs(manifest, shape),
         "vae_decoder": lambda: decoder_inputs(manifest, shape),
     }
-    return {p: made[p]() if p in made else encoder_inputs(manifest, p, size.text_tokens) for p in manifest.parts}
+    inputs = {p: made[p]() if p in made else encoder_inputs(manifest, p, size.text_tokens) for p in manifest.parts}
+    return {p: {**shapes, **_slots(manifest, p)} for p, shapes in inputs.items()}
+
+
+def _slots(manifest: Manifest, part: str) -> Shapes:
+    """The inputs of a part's LoRA slots at the least rank, at which they hold no LoRA."""
+    slots = manifest.parts[part].lora
+    return {} if slots is None else {n: shape for n, (shape, _) in slots.shapes({}, slots.rank_multiple).items()}
 
 
 def weight_bytes(manifest: Manifest, part: str, rules: MemoryRules) -> int:
