@@ -158,10 +158,10 @@ class DeviceDenoiser:
         plan = self._plan(PlanKey(size, job.pixels, modulation, rank), steps_at_once, job)
         with watch("stage"):
             plan.buffers.stage(job, given)
-        if rank:
-            with watch("loras"), self._lane.enter() as stream:
-                self._arenas.put(job.loras, rank, stream)
         try:
+            if rank:
+                with watch("loras"), self._lane.enter() as stream:
+                    self._arenas.put(job.loras, rank, stream)
             self._running = plan.key
             if self._parts.keeps("backbone"):
                 plan.run(on_step)
