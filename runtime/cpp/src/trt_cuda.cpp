@@ -243,12 +243,22 @@ double Event::ms_since(const Event &earlier) const {
     return static_cast<double>(ms);
 }
 
-Stream::Stream() { check(api().cuStreamCreate(&handle, stream_non_blocking), "make a stream"); }
+Stream::Stream() { cuda::check(api().cuStreamCreate(&handle, stream_non_blocking), "make a stream"); }
 
 Stream::~Stream() { api().cuStreamDestroy_v2(handle); }
 
+void Stream::check(int result, const std::string &what) const {
+    if (capturing_) check_capture(result, what);
+    else cuda::check(result, what);
+}
+
 void Stream::copy(Address target, Address source, size_t bytes) {
     if (bytes) check(api().cuMemcpyAsync(target, source, bytes, handle), "enqueue a copy");
+}
+
+void Stream::launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, void **arguments) {
+    check(api().cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared_bytes, handle, arguments, nullptr),
+          "launch a kernel");
 }
 
 void Stream::wait() { check(api().cuStreamSynchronize(handle), "finish the enqueued work"); }
@@ -285,11 +295,6 @@ Handle Module::function(const char *name) const {
     Handle function = nullptr;
     check(api().cuModuleGetFunction(&function, module_, name), std::string("find the kernel ") + name);
     return function;
-}
-
-void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, Handle stream, void **arguments) {
-    check(api().cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, nullptr),
-          "launch a kernel");
 }
 
 }  // namespace arcflow::cuda

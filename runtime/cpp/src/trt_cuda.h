@@ -120,6 +120,10 @@ public:
 
     // Each is an address of device memory or of pinned memory.
     void copy(Address target, Address source, size_t bytes);
+
+    // Enqueue a kernel. `arguments` points to each argument in order.
+    void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, void **arguments);
+
     void wait();
 
     // Record the event at this point; in a capture, at this point of each launch.
@@ -137,6 +141,8 @@ public:
     Handle handle = nullptr;
 
 private:
+    void check(int result, const std::string &what) const;
+
     bool capturing_ = false;
 };
 
@@ -153,8 +159,5 @@ public:
 private:
     Handle module_ = nullptr;
 };
-
-// Enqueue a kernel. `arguments` points to each argument in order.
-void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, Handle stream, void **arguments);
 
 }  // namespace arcflow::cuda

@@ -206,16 +206,16 @@ void Kernels::update(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffe
                          &modes,
                          &channels,
                          &sub_pixels};
-    cuda::launch(updates_.at({shape.heads, shape.engine_input}), geometry.grid, geometry.block, geometry.shared_bytes,
-                 stream.handle, arguments);
+    stream.launch(updates_.at({shape.heads, shape.engine_input}), geometry.grid, geometry.block, geometry.shared_bytes,
+                  arguments);
 }
 
 void Kernels::noise(cuda::Stream &stream, const NoiseShape &shape, cuda::Address streams, cuda::Address latents,
                     cuda::Address input) {
     int32_t channels = shape.channels, height = shape.height, width = shape.width, patch = shape.patch;
     void *arguments[] = {&streams, &latents, &input, &channels, &height, &width, &patch};
-    cuda::launch(noises_.at(shape.engine_input), static_cast<unsigned>(shape.images), ARCFLOW_NOISE_THREADS,
-                 ARCFLOW_NOISE_SHARED_BYTES, stream.handle, arguments);
+    stream.launch(noises_.at(shape.engine_input), static_cast<unsigned>(shape.images), ARCFLOW_NOISE_THREADS,
+                  ARCFLOW_NOISE_SHARED_BYTES, arguments);
 }
 
 }  // namespace arcflow

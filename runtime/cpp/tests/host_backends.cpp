@@ -5,7 +5,6 @@
 
 #include <cstring>
 #include <mutex>
-#include <set>
 #include <variant>
 
 #include "engine.h"
@@ -15,13 +14,17 @@
 #include "trt_engine.h"
 #include "trt_shapes.h"
 
-namespace arcflow {
+namespace host_backends {
 namespace {
 
+using namespace arcflow;
+
 // What tests set.
-size_t max_plans = default_max_plans;
-int64_t max_batch = 64;
-void (*before_enqueue)(const char *part, void *stream) = nullptr;
+struct {
+    size_t max_plans = default_max_plans;
+    int64_t max_batch = 64;
+    void (*before_enqueue)(const char *part, void *stream) = nullptr;
+} settings;
 
 // A function of host_cuda.h.
 template <class Function> Function *control(const char *name) {
@@ -119,7 +122,7 @@ public:
     std::string obstacle() override { return ""; }
     void enqueue() override {
         if (given_ < workspace_bytes_) throw engine_error(loaded_->name + ": no workspace was given");
-        if (before_enqueue != nullptr) before_enqueue(loaded_->name.c_str(), stream_.handle);
+        if (settings.before_enqueue != nullptr) settings.before_enqueue(loaded_->name.c_str(), stream_.handle);
         calls_.push_back(std::make_unique<Call>(Call{loaded_, shapes_, at_, workspace_, given_}));
         const int failed = control<int(void *, int (*)(void *), void *)>("host_cuda_enqueue")(stream_.handle, run_call,
                                                                                               calls_.back().get());
@@ -145,8 +148,8 @@ public:
     }
     std::string misfit(const Shapes &inputs) override {
         const int64_t batch = inputs.begin()->second.front();
-        if (loaded_->name != "backbone" || batch <= max_batch) return "";
-        return loaded_->name + ": the engine takes at most " + std::to_string(max_batch) + " images";
+        if (loaded_->name != "backbone" || batch <= settings.max_batch) return "";
+        return loaded_->name + ": the engine takes at most " + std::to_string(settings.max_batch) + " images";
     }
 
 private:
@@ -171,7 +174,8 @@ public:
             sessions.conditioner = session(bundle, "conditioner");
             conditioner = open(bundle, "conditioner");
         }
-        return make_trt_denoiser(lane_, std::move(sessions), std::move(conditioner), bundle.manifest, max_plans);
+        return make_trt_denoiser(lane_, std::move(sessions), std::move(conditioner), bundle.manifest,
+                                 settings.max_plans);
     }
 
 private:
@@ -195,11 +199,14 @@ private:
 };
 
 }  // namespace
+}  // namespace host_backends
+
+namespace arcflow {
 
 const char *backend_names() { return "host-cuda,openvino"; }
 
 std::unique_ptr<Backend> make_backend(const std::string &name, int threads) {
-    if (name == "host-cuda") return std::make_unique<HostCudaBackend>(threads);
+    if (name == "host-cuda") return std::make_unique<host_backends::HostCudaBackend>(threads);
     return make_openvino_backend(threads);
 }
 
@@ -209,12 +216,12 @@ extern "C" {
 
 // Settings for pipelines that are opened later: plans that are kept, and images that the backbone takes at once.
 __attribute__((visibility("default"))) void host_backends_limits(size_t plans, int64_t batch) {
-    arcflow::max_plans = plans;
-    arcflow::max_batch = batch;
+    host_backends::settings.max_plans = plans;
+    host_backends::settings.max_batch = batch;
 }
 
 // Called before each run of a part, to do what an engine's library might do there; null for nothing.
 __attribute__((visibility("default"))) void host_backends_before_enqueue(void (*act)(const char *, void *)) {
-    arcflow::before_enqueue = act;
+    host_backends::settings.before_enqueue = act;
 }
 }
