@@ -289,8 +289,8 @@ def test_every_allocation_may_fail(function, on_gpu, plain, driver):
         failed = attempt(pipe, expected)
         if failed is not None:
             assert failed.status == OUT_OF_MEMORY
-            said = r"\w+: .* (bytes of Host memory's memory, [\d,]+ are free|bytes of page-locked host memory cannot .*); "
-            assert re.match(said, str(failed)), failed
+            kind = r"(Host memory's memory, [\d,]+ are free|page-locked host memory cannot .*)"
+            assert re.match(rf"\w+: .* bytes of {kind}; ", str(failed)), failed
         reached = driver.pending_failures() == 0
         driver.reset()
         np.testing.assert_allclose(generate(pipe).latents, expected, **CLOSE)
