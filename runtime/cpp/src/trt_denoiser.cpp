@@ -55,12 +55,14 @@ public:
         check_heads(manifest_.parts.at("backbone"));
         const Lane::Hold hold(*lane_);
         kernels_ = std::make_unique<Kernels>(lane_->device->gpu.target);
+        lane_->make_room = [this] { return make_room(); };
     }
 
     ~TrtDenoiser() override {
         plans_.clear();
         try {
             const Lane::Hold hold(*lane_);
+            lane_->make_room = [] { return false; };
             lane_->release_workspace();
             kernels_.reset();
         } catch (const std::exception &) {  // the device is lost, so there is nothing to free
@@ -71,7 +73,7 @@ public:
     // `on_step` gets the whole batch, so it is called while the last piece runs.
     Denoised run(const DenoiseJob &job, const OnStep &on_step) override {
         check_job(job);
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<std::recursive_mutex> lock(mutex_);
         const cuda::Current current(*lane_->device);
         const auto [most, steps_at_once] = fit(job);
         const auto batch = static_cast<int64_t>(job.texts.size());
@@ -137,6 +139,19 @@ private:
                    : Modulation::given;
     }
 
+    // Free the plans and the workspace. False if there is nothing to free, or another thread uses them.
+    bool make_room() {
+        const std::unique_lock<std::recursive_mutex> lock(mutex_, std::try_to_lock);  // its owner may wait for us
+        if (!lock) return false;
+        const size_t others = plans_.size();
+        if (others > 0)
+            std::fprintf(stderr, "arcflow: out of GPU memory: the CUDA graphs of %zu other shapes are dropped\n",
+                         others);
+        drop_plans(0);
+        const Lane::Hold hold(*lane_);
+        return lane_->release_workspace() || others > 0;
+    }
+
     // If memory runs out, free the other plans and the workspace, and try once more.
     Denoised run_piece(const DenoiseJob &job, int64_t steps_at_once, const OnStep &on_step) {
         bool reported = false;  // a step must not be reported twice
@@ -148,15 +163,7 @@ private:
         try {
             return try_piece(job, steps_at_once, given);
         } catch (const Error &e) {
-            if (e.status != ARCFLOW_OUT_OF_MEMORY || reported) throw;
-            const size_t others = plans_.size();
-            drop_plans(0);
-            const Lane::Hold hold(*lane_);
-            if (!lane_->release_workspace() && others == 0) throw;
-            if (others > 0) {
-                std::fprintf(stderr, "arcflow: out of GPU memory: the CUDA graphs of %zu other shapes are dropped\n",
-                             others);
-            }
+            if (e.status != ARCFLOW_OUT_OF_MEMORY || reported || !make_room()) throw;
         }
         return try_piece(job, steps_at_once, given);
     }
@@ -222,7 +229,9 @@ private:
     std::unique_ptr<Engine> conditioner_;
     Manifest manifest_;
     size_t max_plans_;
-    std::mutex mutex_;  // one job at a time, since two would only share the GPU; taken before the lane
+    // One job at a time, since two would only share the GPU. Taken before the lane. Recursive, because the conditioner
+    // that runs on the host may ask for room.
+    std::recursive_mutex mutex_;
     std::unique_ptr<Kernels> kernels_;
     std::list<std::unique_ptr<Plan>> plans_;  // most recently used first
     std::set<std::string> logged_;

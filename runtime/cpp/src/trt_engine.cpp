@@ -140,7 +140,17 @@ private:
         return joined;
     }
 
+    // If memory runs out, ask the denoiser for room, and try once more.
     Tensors run_whole(const Tensors &inputs) {
+        try {
+            return try_whole(inputs);
+        } catch (const Error &e) {
+            if (e.status != ARCFLOW_OUT_OF_MEMORY || !lane_->make_room()) throw;
+        }
+        return try_whole(inputs);
+    }
+
+    Tensors try_whole(const Tensors &inputs) {
         try {
             Prepared &prepared = prepare(shapes_of(inputs));
             prepared.fill(part_, inputs);

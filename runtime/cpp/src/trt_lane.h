@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -56,6 +57,10 @@ public:
     // Allocate memory; `what` it is for begins the error. Throws Error(ARCFLOW_OUT_OF_MEMORY).
     std::unique_ptr<cuda::Memory> allocate(size_t bytes, const std::string &what);
     std::unique_ptr<cuda::Pinned> allocate_pinned(size_t bytes, const std::string &part);
+
+    // Frees what can be made again, for an engine that found no memory; returns whether there was anything. Set by the
+    // denoiser. It is called without the lane, since it takes the denoiser's lock.
+    std::function<bool()> make_room = [] { return false; };
 
 private:
     std::recursive_mutex mutex_;

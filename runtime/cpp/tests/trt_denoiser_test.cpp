@@ -279,6 +279,29 @@ void test_out_of_memory_is_a_sentence() {
     CHECK(s.backbone->live_contexts == 1 && runs > 1);
 }
 
+// A text encoder, or a conditioner on the host, that finds no memory gets that of the plans.
+void test_plans_make_room_for_a_host_engine() {
+    Setup s(DType::bfloat16, DType::float32);
+    const auto engine = make_trt_engine(s.lane, s.conditioner, "conditioner", s.manifest.parts.at("conditioner"));
+    Tensors in;
+    in["timesteps"] = random_tensor(1, {2});
+    in["pooled_projections"] = random_tensor(2, {2, POOL});
+    in["guidance"] = random_tensor(3, {2});
+    reset_driver();
+    fail("cuMemAlloc", 1, out_of_memory);
+    CHECK(thrown<Error>([&] { engine->run(in); }).find("conditioner: inputs and outputs need ") == 0);
+    const DenoiseJob job = job_of(1), next = job_of(2, 2);
+    s.run(job);
+    for (const int host : {0, 1}) {
+        reset_driver();
+        fail("cuMemAlloc", 1, out_of_memory);  // the host engine's buffers for a new shape
+        if (host == 0) engine->run(in);
+        else check_image(s.run(next), next, s.manifest);
+        CHECK(failures_pending() == 0 && s.backbone->live_contexts == host);
+        check_image(s.run(job), job, s.manifest);
+    }
+}
+
 // The context is lost: the error says so, and so do all later ones; closing does not crash.
 void test_work_that_fails_on_the_device() {
     for (const char *work : {"run:copy", "run:kernel", "run:engine", "run:graph"}) {
@@ -537,6 +560,7 @@ int main() {
     test_every_call_may_fail();
     test_every_allocation_may_fail();
     test_out_of_memory_is_a_sentence();
+    test_plans_make_room_for_a_host_engine();
     test_work_that_fails_on_the_device();
     test_a_warm_image();
     test_times_of_stages();
