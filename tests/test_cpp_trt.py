@@ -7,6 +7,7 @@ a TensorRT or TensorRT-RTX SDK (its headers suffice), the library is built with 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -336,12 +337,59 @@ def test_the_embedded_source_is_pythons(tool):
     assert subprocess.run([tool.path, "source"], capture_output=True, check=True).stdout.decode() == kernels.source()
 
 
-def test_the_embedded_source_compiles_without_a_driver(tool):
+@pytest.fixture(scope="session")
+def nvrtc():
+    """The environment in which the library finds NVRTC."""
     spec = importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
     (folder,) = spec.submodule_search_locations
-    assert tool("nvrtc", "sm90", LD_LIBRARY_PATH=f"{folder}/lib") == (0, "\x7fELF")
+    return {"LD_LIBRARY_PATH": f"{folder}/lib"}
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_compiled_kernels_are_cached_in_pythons_files(tool, nvrtc, tmp_path):
+    """Each runtime takes what the other compiled. A damaged file is compiled again, and replaced."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed", exc_type=ImportError)
+    code, said = tool("nvrtc", "sm89", tmp_path, **nvrtc)
+    assert code == 0, said
+    (path,) = tmp_path.glob("kernels-*.cubin")
+    kept = path.read_bytes()
+    assert said == f"cubin {sha256(kept[32:])}" and kept[32:36] == b"\x7fELF"
+    # Python finds the same file: with other code in it, it returns that.
+    other = b"\x7fELF other code"
+    path.write_bytes(hashlib.sha256(other).digest() + other)
+    assert kernels.cached_code("89", tmp_path) == ("cubin", other)
+    assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == (0, f"cubin {sha256(other)}")
+    for damaged in (b"", kept[:-1], kept[:40], other):
+        path.write_bytes(damaged)
+        assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == (0, said)
+        assert path.read_bytes() == kept
+    assert {p.suffix for p in tmp_path.iterdir()} == {".cubin", ".lock"}
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx(tool, nvrtc, tmp_path):
+    for _ in range(2):
+        code, said = tool("nvrtc", "sm999", tmp_path, **nvrtc)
+        (path,) = tmp_path.glob("kernels-*.ptx")
+        assert (code, said) == (0, f"ptx {sha256(path.read_bytes()[32:])}")
+        assert b".version" in path.read_bytes()
+
+
+def test_kernels_without_nvrtc_or_a_cache_folder(tool, nvrtc, tmp_path):
+    tmp_path.joinpath("file").touch()
+    path = str(tool.path)
+    environment = os.environ | nvrtc
+    done = subprocess.run([path, "nvrtc", "sm90", tmp_path / "file"], capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith("cubin ")
+    assert done.stderr == f"arcflow: the compiled kernels cannot be kept in {tmp_path / 'file'}: Not a directory\n"
+    assert tool("nvrtc", "sm50", **nvrtc) == (
+        1,
+        f"{ENGINE_ERROR} NVRTC has no architecture up to sm50; use a GPU of compute capability 7.5 or newer",
+    )
 
 
 # With the headers of an SDK.

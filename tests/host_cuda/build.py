@@ -1,7 +1,7 @@
 """Build the CUDA driver made of host memory: cuda.h and the sources beside this file -> a folder with libcuda.so.1.
 
 To build it without pytest: `python tests/host_cuda/build.py FOLDER`. Programs started with `LD_LIBRARY_PATH=FOLDER`
-load this driver.
+load this driver. With `--check` in place of the folder, nothing is built, and the exit code says whether it can be.
 """
 
 from __future__ import annotations
@@ -46,6 +46,18 @@ def find_header() -> Path:
     raise CannotBuildError(f"cuda.h of CUDA 13 is missing; run: pip install '{_WHEEL}>=13,<14'")
 
 
+def find_compiler() -> str:
+    """Find a C++ compiler.
+
+    Raises:
+        CannotBuildError: there is none.
+    """
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise CannotBuildError("a C++ compiler is missing; run: apt-get install g++")
+    return compiler
+
+
 def error_table(header: str) -> str:
     """Generate the C++ table NAMES: the code, name and text of every CUresult in cuda.h."""
     found = re.search(r"typedef enum cudaError_enum \{(.*?)\} CUresult;", header, re.DOTALL)
@@ -66,10 +78,7 @@ def build(folder: Path) -> Path:
         CannotBuildError: there is no compiler or no cuda.h.
         subprocess.CalledProcessError: the compiler fails.
     """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise CannotBuildError("a C++ compiler is missing; run: apt-get install g++")
-    header = find_header()
+    compiler, header = find_compiler(), find_header()
     kernels = ROOT / "runtime" / "kernels"
     sources = [*sorted(HERE.glob("*.cpp")), HERE.parent / "kernel_host.cpp"]
     used = [*sources, *sorted(HERE.glob("*.h")), *sorted(kernels.glob("*.[ch]*")), HERE / "exports.map", header]
@@ -89,8 +98,8 @@ def build(folder: Path) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} FOLDER")
+        sys.exit(f"usage: {sys.argv[0]} FOLDER|--check")
     try:
-        print(build(Path(sys.argv[1])))
+        print(find_compiler() and find_header() if sys.argv[1] == "--check" else build(Path(sys.argv[1])))
     except CannotBuildError as e:
         sys.exit(str(e))

@@ -1,8 +1,10 @@
 // The interface between the pipeline and the backends that run a graph: named tensors in, named tensors out.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,45 +27,47 @@ public:
     virtual Tensors run(const Tensors &inputs) = 0;
 };
 
-// The images of a batch whose texts have the same length; the backbone runs them together. `images` [b]: each image's
-// index in the batch. `prompts` [b]: each image's index along the axis U of the modulation. `states` [b, T, Dt]: text
-// states in any float dtype. `rotary` [2, T, D/2] float32.
-struct TextGroup {
-    std::vector<int64_t> images, prompts;
-    Tensor states;
-    std::shared_ptr<const Tensor> rotary;
+// One prompt's text states [1, T, Dt] and, for FLUX only, CLIP's pooled vector [1, Dp].
+struct Embeddings {
+    Tensor states, pooled;
 };
 
-// Everything that the steps need. `streams`: where each image's noise begins. `shape`: shape of noise and latents, [B,
-// N, C], where C is a multiple of noise_group. `modulation`: [S, U, M], or [S, 1, M] if it does not depend on the
-// prompt, in any float dtype. `image_rotary`: [2, N, D/2] float32. `sigmas`: [S+1], falling.
-struct DenoiseInputs {
+// What a Denoiser takes: b images whose texts all have T tokens. `streams` [b]: where each image's noise begins.
+// `texts` [b]: one for each image. `image_rotary` [2, N, D/2] and `text_rotary` [2, T, D/2] float32. `height` and
+// `width`: the grid of image tokens. `sigmas` [S+1], falling. `timesteps` [S] and `guidance`: inputs of the
+// conditioner; a student without guidance has none. `table`: the baked modulation [S, M] float32, or null if the
+// conditioner must run. `pixels`: whether to decode.
+struct DenoiseJob {
     std::vector<NoiseStream> streams;
-    std::vector<int64_t> shape;
-    std::vector<TextGroup> groups;
-    Tensor modulation;
-    std::shared_ptr<const Tensor> image_rotary;
+    std::vector<std::shared_ptr<const Embeddings>> texts;
+    std::shared_ptr<const Tensor> image_rotary, text_rotary;
+    int64_t height, width;
     std::vector<double> sigmas;
-    int64_t height_px, width_px;
-    bool decode;
+    std::vector<float> timesteps;
+    std::optional<float> guidance;
+    const Tensor *table;
+    bool pixels;
 };
 
-// `latents`: [B, N, C] float32 after the last step. `pixels`: [B, H, W, 3] uint8 if `decode` was set. `stages_ms`: the
-// device's time in milliseconds for "copy", "noise", "backbone", "update" and "decode".
+// `latents`: [b, N, C] float32 after the last step. `pixels`: [b, H, W, 3] uint8 if the job asked for them.
+// `stages_ms`: the device's time in milliseconds for "copy", "noise", "condition", "backbone", "update" and "decode".
 struct Denoised {
     Tensor latents, pixels;
     std::vector<std::pair<std::string, double>> stages_ms;
 };
 
-// Runs noise, all backbone calls, all updates and the decoder on the device, without going back to the host in between.
-// Several threads may call `run` at the same time. It has no step callback: a request with a callback runs the engines
-// of Backend::open one by one, and gives the same latents.
+// Called with the index of a step and the latents after it, [b, N, C] float32. What it throws ends the job.
+using OnStep = std::function<void(int64_t, const Tensor &)>;
+
+// Runs conditioner, noise, all backbone calls, all updates and the decoder on the device, without going back to the
+// host in between. Several threads may call `run` at the same time.
 class Denoiser {
 public:
     virtual ~Denoiser() = default;
 
-    // Throws Error that names the part. The caller checks the latents for NaN.
-    virtual Denoised run(const DenoiseInputs &inputs) = 0;
+    // `on_step` may be empty; otherwise it is called after every step, before the next one starts. Throws Error that
+    // names the part. The caller checks the latents for NaN.
+    virtual Denoised run(const DenoiseJob &job, const OnStep &on_step) = 0;
 };
 
 // Opens the parts of bundles.
@@ -75,8 +79,8 @@ public:
     virtual void check(const Bundle &bundle) = 0;
     virtual std::unique_ptr<Engine> open(const Bundle &bundle, const std::string &part) = 0;
 
-    // A Denoiser for the bundle, which must not outlive this backend, or null if the backend has none. It shares the
-    // engines of backbone and decoder with `open`.
+    // A Denoiser for the bundle, which must not outlive this backend, or null if the backend has none. It shares its
+    // engines with `open`.
     virtual std::unique_ptr<Denoiser> open_denoiser(const Bundle &) { return nullptr; }
 };
 

@@ -98,6 +98,16 @@ void check_images(const Tensor &pixels, DType precision) {
                        "export with --precision vae_decoder=float32");
 }
 
+// Tell the caller of a step. Throws Error if the caller stops the request.
+void report(const Request &request, int64_t step, const Tensor &latents) {
+    const int answer = request.on_step(request.user, static_cast<int32_t>(step), latents.as<float>(),
+                                       static_cast<std::size_t>(latents.count()));
+    if (answer != 0) {
+        throw request_error("on_step stopped the call after step " + std::to_string(step) + " by returning " +
+                            std::to_string(answer) + "; return 0 to go on");
+    }
+}
+
 }  // namespace
 
 // Braces fix the order of evaluation, so that errors of the bundle come before errors of the backend.
@@ -122,11 +132,10 @@ Images Pipeline::generate(const arcflow_request &arguments) {
         out.width_px = request.width_px;
         out.warnings = request.warnings;
         const Prompts prompts = encode(request, out.warnings, watch);
-        const DenoiseInputs inputs = prepare(request, prompts, watch);
         Denoised made;
-        Denoiser *denoiser = request.on_step == nullptr ? parts_.denoiser() : nullptr;
-        if (denoiser != nullptr) made = run_denoiser(*denoiser, inputs, watch);
-        else made.latents = run_steps(inputs, request, watch);
+        Denoiser *denoiser = parts_.denoiser();
+        if (denoiser != nullptr) made = run_denoiser(*denoiser, request, prompts, watch);
+        else made.latents = run_steps(request, prompts, watch);
         check_finite(made.latents, bundle_.manifest.parts.at("backbone").precision);
         if (request.decode) {
             if (denoiser == nullptr) made.pixels = decode(made.latents, request.height_px, request.width_px, watch);
@@ -215,42 +224,21 @@ std::vector<Tensor> Pipeline::run_encoder(const std::string &part, const std::st
     return out;
 }
 
-// The inputs of all steps, the same for a Denoiser and for single engines.
-DenoiseInputs Pipeline::prepare(const Request &request, const Prompts &prompts, Stopwatch &watch) {
-    const Manifest &m = bundle_.manifest;
-    const int64_t height = tokens(request.height_px), width = tokens(request.width_px), patch = m.latents.patch_size;
-    DenoiseInputs inputs;
-    inputs.shape = {request.batch(), height * width, m.latents.channels * patch * patch};
-    inputs.streams = noise_streams(request.seeds, request.batch(), inputs.shape[1] * inputs.shape[2]);
-    inputs.sigmas = sigmas(request.steps, m.schedule);
-    inputs.height_px = request.height_px;
-    inputs.width_px = request.width_px;
-    inputs.decode = request.decode;
-    {
-        const auto timed = watch("condition");
-        inputs.modulation = condition(request, prompts, inputs.sigmas, watch);
-    }
-    const auto timed = watch("rotary");
-    inputs.image_rotary = rotary(height, width);
-    inputs.groups = group(prompts, height, width);
-    return inputs;
-}
-
 // The modulation of all steps: [S, U, M] for U distinct prompts, or [S, 1, M] if it does not depend on the prompt. It
 // comes from the bundle's table if that has this number of steps, else from one run of the conditioner.
-Tensor Pipeline::condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
-                           Stopwatch &watch) {
+Tensor Pipeline::condition(const Request &request, const Prompts &prompts, Stopwatch &watch) {
+    const auto timed = watch("condition");
     const Manifest &m = bundle_.manifest;
     if (const auto baked = table_.find(request.steps); baked != table_.end()) {
         Tensor modulation = baked->second;
         modulation.shape.insert(modulation.shape.begin() + 1, 1);
         return modulation;
     }
-    const std::vector<float> timesteps = conditioning_timesteps(sigmas, m.family, m.reference_dtype);
+    const std::vector<float> values = timesteps(request);
     Parts::Use conditioner = parts_.use("conditioner");
     Tensors inputs;
     Tensor seen(DType::float32, {request.steps});
-    std::copy(timesteps.begin(), timesteps.end(), seen.as<float>());
+    std::copy(values.begin(), values.end(), seen.as<float>());
     inputs["timesteps"] = conditioner.cast("timesteps", std::move(seen));
     int64_t count = 1;
     if (m.family == Family::flux) {
@@ -260,34 +248,37 @@ Tensor Pipeline::condition(const Request &request, const Prompts &prompts, const
             conditioner.cast("pooled_projections", join(pooled, "text_encoder: pooled_projections"));
         count = static_cast<int64_t>(pooled.size());
     }
-    if (request.guidance_scale) {
-        Tensor guidance(DType::float32, {count});
-        std::fill_n(guidance.as<float>(), count, conditioning_guidance(*request.guidance_scale, m.reference_dtype));
-        inputs["guidance"] = conditioner.cast("guidance", std::move(guidance));
+    if (const std::optional<float> scale = guidance(request)) {
+        Tensor scales(DType::float32, {count});
+        std::fill_n(scales.as<float>(), count, *scale);
+        inputs["guidance"] = conditioner.cast("guidance", std::move(scales));
     }
     Tensors outputs = conditioner.run(inputs, watch);
     return conditioner.take(outputs, "modulation", {request.steps, count, -1});
 }
 
+// The conditioner's inputs.
+std::vector<float> Pipeline::timesteps(const Request &request) const {
+    const Manifest &m = bundle_.manifest;
+    return conditioning_timesteps(sigmas(request.steps, m.schedule), m.family, m.reference_dtype);
+}
+
+std::optional<float> Pipeline::guidance(const Request &request) const {
+    if (!request.guidance_scale) return std::nullopt;
+    return conditioning_guidance(*request.guidance_scale, bundle_.manifest.reference_dtype);
+}
+
 // Group the batch's images by text length, so that no text is padded.
-std::vector<TextGroup> Pipeline::group(const Prompts &prompts, int64_t height, int64_t width) {
-    std::vector<TextGroup> groups;
+std::vector<Pipeline::Group> Pipeline::group(const Prompts &prompts, int64_t height, int64_t width) {
+    std::vector<Group> groups;
     std::map<int64_t, std::size_t> by_length;
-    const auto states_of = [&](int64_t prompt) -> const Tensor & {
-        return prompts.embeddings[static_cast<std::size_t>(prompt)]->states;
-    };
     for (std::size_t image = 0; image < prompts.of_image.size(); ++image) {
         const int64_t prompt = prompts.of_image[image];
-        const auto [place, is_new] = by_length.emplace(states_of(prompt).shape[1], groups.size());
-        if (is_new) groups.emplace_back();
+        const int64_t length = prompts.embeddings[static_cast<std::size_t>(prompt)]->states.shape[1];
+        const auto [place, is_new] = by_length.emplace(length, groups.size());
+        if (is_new) groups.push_back({{}, {}, rotary(height, width, length)});
         groups[place->second].images.push_back(static_cast<int64_t>(image));
         groups[place->second].prompts.push_back(prompt);
-    }
-    for (TextGroup &g : groups) {
-        std::vector<const Tensor *> states;
-        for (const int64_t prompt : g.prompts) states.push_back(&states_of(prompt));
-        g.states = join(states, "text encoder: encoder_hidden_states");
-        g.rotary = rotary(height, width, g.states.shape[1]);
     }
     return groups;
 }
@@ -304,60 +295,129 @@ std::shared_ptr<const Tensor> Pipeline::rotary(int64_t height, int64_t width, in
     return made;
 }
 
-// Run all steps and the decoder in one call.
-Denoised Pipeline::run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const {
+// Run conditioner, all steps and the decoder on the device, with one job for each text length.
+Denoised Pipeline::run_denoiser(Denoiser &denoiser, const Request &request, const Prompts &prompts, Stopwatch &watch) {
+    const Manifest &m = bundle_.manifest;
+    const int64_t height = tokens(request.height_px), width = tokens(request.width_px), batch = request.batch();
+    const std::vector<int64_t> shape{batch, height * width,
+                                     m.latents.channels * m.latents.patch_size * m.latents.patch_size};
+    const std::vector<NoiseStream> streams = noise_streams(request.seeds, batch, shape[1] * shape[2]);
+    DenoiseJob job{};
+    std::vector<Group> groups;
+    {
+        const auto timed = watch("rotary");
+        job.image_rotary = rotary(height, width);
+        groups = group(prompts, height, width);
+    }
+    job.height = height;
+    job.width = width;
+    job.sigmas = sigmas(request.steps, m.schedule);
+    job.timesteps = timesteps(request);
+    job.guidance = guidance(request);
+    const auto baked = table_.find(request.steps);
+    job.table = baked == table_.end() ? nullptr : &baked->second;
+    job.pixels = request.decode;
+
+    Denoised made;
+    made.latents = Tensor(DType::float32, shape);
+    if (request.decode) made.pixels = Tensor(DType::uint8, {batch, request.height_px, request.width_px, 3});
+    std::vector<Tensor> by_step(request.on_step == nullptr ? 0 : job.timesteps.size(), made.latents);
+    for (const Group &g : groups) {
+        job.streams.clear();
+        job.texts.clear();
+        for (std::size_t i = 0; i < g.images.size(); ++i) {
+            job.streams.push_back(streams[static_cast<std::size_t>(g.images[i])]);
+            job.texts.push_back(prompts.embeddings[static_cast<std::size_t>(g.prompts[i])]);
+        }
+        job.text_rotary = g.rotary;
+        OnStep on_step;
+        if (request.on_step != nullptr) {
+            // The jobs run one after the other; the caller gets the whole batch, so it is told during the last job.
+            on_step = [&](int64_t step, const Tensor &latents) {
+                Tensor &whole = by_step[static_cast<std::size_t>(step)];
+                scatter(latents, g.images, whole);
+                if (&g == &groups.back()) report(request, step, whole);
+            };
+        }
+        const Denoised part = run_job(denoiser, job, on_step, watch);
+        scatter(part.latents, g.images, made.latents);
+        if (request.decode) scatter(part.pixels, g.images, made.pixels);
+    }
+    return made;
+}
+
+Denoised Pipeline::run_job(Denoiser &denoiser, const DenoiseJob &job, const OnStep &on_step, Stopwatch &watch) const {
     Stopwatch all;
     Denoised made;
     {
         const auto timed = all("all");
-        made = denoiser.run(inputs);
+        made = denoiser.run(job, on_step);
     }
     // The device measured its own stages. What remains of the call's time is the host's, and is reported as "stage".
     double rest = all.ms().front().second;
     for (const auto &[stage, ms] : made.stages_ms) {
         watch.add(stage, ms);
-        if (stage == "backbone" || stage == "decode") watch.add("engines", ms);
+        if (stage == "condition" || stage == "backbone" || stage == "decode") watch.add("engines", ms);
         rest -= ms;
     }
     watch.add("stage", std::max(rest, 0.0));
-    if (made.latents.dtype != DType::float32 || made.latents.shape != inputs.shape) {
-        throw engine_error("backbone: latents must be " + Tensor(DType::float32, inputs.shape).describe() + ", got " +
+    const Latents &sizes = bundle_.manifest.latents;
+    const auto images = static_cast<int64_t>(job.texts.size());
+    const std::vector<int64_t> shape{images, job.height * job.width,
+                                     sizes.channels * sizes.patch_size * sizes.patch_size};
+    if (made.latents.dtype != DType::float32 || made.latents.shape != shape) {
+        throw engine_error("backbone: latents must be " + Tensor(DType::float32, shape).describe() + ", got " +
                            made.latents.describe());
     }
-    if (inputs.decode) check_pixels(made.pixels, {inputs.shape[0], inputs.height_px, inputs.width_px, 3});
+    const int64_t token_px = sizes.patch_size * sizes.vae_scale_factor;
+    if (job.pixels) check_pixels(made.pixels, {images, job.height * token_px, job.width * token_px, 3});
     return made;
 }
 
-// Run the steps one by one, each a backbone run and a closed-form update -> latents [B, N, C] float32.
-Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch) {
+// Run the steps one by one on the host, each a backbone run and a closed-form update -> latents [B, N, C] float32.
+Tensor Pipeline::run_steps(const Request &request, const Prompts &prompts, Stopwatch &watch) {
     const Latents &sizes = bundle_.manifest.latents;
+    const int64_t height = tokens(request.height_px), width = tokens(request.width_px);
     const int64_t modes = sizes.num_gaussians, sub_pixels = sizes.logweights_channels;
-    const int64_t steps = inputs.modulation.shape[0], prompts = inputs.modulation.shape[1];
+    const std::vector<double> schedule = sigmas(request.steps, bundle_.manifest.schedule);
+    Tensor modulation = condition(request, prompts, watch);  // [S, U, M]
+    const int64_t steps = modulation.shape[0], rows_of_step = modulation.shape[1];
+    modulation.shape = {steps * rows_of_step, modulation.shape[2]};
+    std::shared_ptr<const Tensor> image_rotary;
+    std::vector<Group> groups;
+    {
+        const auto timed = watch("rotary");
+        image_rotary = rotary(height, width);
+        groups = group(prompts, height, width);
+    }
     Tensor latents;
     {
         const auto timed = watch("noise");
-        latents = packed_noise(request.seeds, request.batch(), sizes, inputs.height_px / sizes.vae_scale_factor,
-                               inputs.width_px / sizes.vae_scale_factor);
+        latents = packed_noise(request.seeds, request.batch(), sizes, request.height_px / sizes.vae_scale_factor,
+                               request.width_px / sizes.vae_scale_factor);
     }
-    Tensor modulation = inputs.modulation;  // as rows [S * U, M]
-    modulation.shape = {steps * prompts, modulation.shape[2]};
     Parts::Use backbone = parts_.use("backbone");
-    std::vector<Tensors> given(inputs.groups.size());  // the backbone's inputs of each group
+    std::vector<Tensors> given(groups.size());  // the backbone's inputs of each group
     for (std::size_t i = 0; i < given.size(); ++i) {
-        given[i]["encoder_hidden_states"] = backbone.cast("encoder_hidden_states", inputs.groups[i].states);
-        given[i]["image_rotary"] = backbone.cast("image_rotary", *inputs.image_rotary);
-        given[i]["text_rotary"] = backbone.cast("text_rotary", *inputs.groups[i].rotary);
+        std::vector<const Tensor *> states;
+        for (const int64_t prompt : groups[i].prompts)
+            states.push_back(&prompts.embeddings[static_cast<std::size_t>(prompt)]->states);
+        given[i]["encoder_hidden_states"] =
+            backbone.cast("encoder_hidden_states", join(states, "text encoder: encoder_hidden_states"));
+        given[i]["image_rotary"] = backbone.cast("image_rotary", *image_rotary);
+        given[i]["text_rotary"] = backbone.cast("text_rotary", *groups[i].rotary);
     }
     for (int64_t step = 0; step < steps; ++step) {
         for (std::size_t i = 0; i < given.size(); ++i) {
-            const TextGroup &g = inputs.groups[i];
+            const Group &g = groups[i];
             const auto images = static_cast<int64_t>(g.images.size());
             Tensor x = gather(latents, g.images);
             Tensors heads;
             {
                 const auto timed = watch("backbone");
                 std::vector<int64_t> rows;
-                for (const int64_t prompt : g.prompts) rows.push_back(step * prompts + (prompts > 1 ? prompt : 0));
+                for (const int64_t prompt : g.prompts)
+                    rows.push_back(step * rows_of_step + (rows_of_step > 1 ? prompt : 0));
                 given[i]["latents"] = backbone.cast("latents", x);
                 given[i]["modulation"] = backbone.cast("modulation", gather(modulation, rows));
                 heads = backbone.run(given[i], watch);
@@ -367,16 +427,10 @@ Tensor Pipeline::run_steps(const DenoiseInputs &inputs, const Request &request, 
             const Tensor logweights = backbone.take(heads, "logweights", {images, x.shape[1], modes, sub_pixels});
             const Tensor loggammas = backbone.take(heads, "loggammas", {images, x.shape[1], modes - 1, sub_pixels});
             const auto place = static_cast<std::size_t>(step);
-            update(x, means, logweights, loggammas, inputs.sigmas[place], inputs.sigmas[place + 1]);
+            update(x, means, logweights, loggammas, schedule[place], schedule[place + 1]);
             scatter(x, g.images, latents);
         }
-        if (request.on_step == nullptr) continue;
-        const int answer = request.on_step(request.user, static_cast<int32_t>(step), latents.as<float>(),
-                                           static_cast<std::size_t>(latents.count()));
-        if (answer != 0) {
-            throw request_error("on_step stopped the call after step " + std::to_string(step) + " by returning " +
-                                std::to_string(answer) + "; return 0 to go on");
-        }
+        if (request.on_step != nullptr) report(request, step, latents);
     }
     return latents;
 }

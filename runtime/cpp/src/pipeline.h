@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -54,20 +55,28 @@ private:
         std::vector<std::shared_ptr<const Embeddings>> embeddings;
     };
 
+    // The images of a batch whose texts have the same length T; the backbone runs them together. `images` [b]: each
+    // image's index in the batch. `prompts` [b]: each image's index in Prompts::embeddings. `rotary` [2, T, D/2].
+    struct Group {
+        std::vector<int64_t> images, prompts;
+        std::shared_ptr<const Tensor> rotary;
+    };
+
     Prompts encode(const Request &request, std::vector<std::string> &warnings, Stopwatch &watch);
     std::vector<std::shared_ptr<const Embeddings>> run_encoders(const std::vector<const Ids *> &prompts,
                                                                 Stopwatch &watch);
     std::vector<Tensor> run_encoder(const std::string &part, const std::string &output,
                                     const std::vector<int64_t> &shape, const std::vector<const Ids *> &prompts,
                                     Stopwatch &watch);
-    DenoiseInputs prepare(const Request &request, const Prompts &prompts, Stopwatch &watch);
-    Tensor condition(const Request &request, const Prompts &prompts, const std::vector<double> &sigmas,
-                     Stopwatch &watch);
-    std::vector<TextGroup> group(const Prompts &prompts, int64_t height, int64_t width);
+    Tensor condition(const Request &request, const Prompts &prompts, Stopwatch &watch);
+    std::vector<float> timesteps(const Request &request) const;
+    std::optional<float> guidance(const Request &request) const;
+    std::vector<Group> group(const Prompts &prompts, int64_t height, int64_t width);
     // The rotary table of the text if `text_tokens` is above 0, otherwise that of the image.
     std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);
-    Denoised run_denoiser(Denoiser &denoiser, const DenoiseInputs &inputs, Stopwatch &watch) const;
-    Tensor run_steps(const DenoiseInputs &inputs, const Request &request, Stopwatch &watch);
+    Denoised run_denoiser(Denoiser &denoiser, const Request &request, const Prompts &prompts, Stopwatch &watch);
+    Denoised run_job(Denoiser &denoiser, const DenoiseJob &job, const OnStep &on_step, Stopwatch &watch) const;
+    Tensor run_steps(const Request &request, const Prompts &prompts, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);
     int64_t tokens(int64_t size_px) const;  // tokens along a side of this length
 

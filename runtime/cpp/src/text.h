@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine.h"
 #include "recent.h"
 #include "request.h"
 #include "tokenizer.h"
@@ -18,11 +19,6 @@ namespace arcflow {
 
 // Token ids by the text encoder's part name. Embeddings depend on nothing else, so Ids are also their cache key.
 using Ids = std::map<std::string, std::vector<int64_t>>;
-
-// One prompt's text states [1, T, Dt] and, for FLUX only, CLIP's pooled vector [1, Dp].
-struct Embeddings {
-    Tensor states, pooled;
-};
 
 // Tokenizes prompts for one bundle. Safe to use from several threads.
 class PromptTokenizer {

@@ -26,19 +26,24 @@ public:
     }
 
     std::unique_ptr<Engine> open(const Bundle &bundle, const std::string &part) override {
-        return make_trt_engine(device_of(), session(bundle, part), part, bundle.manifest.parts.at(part));
+        return make_trt_engine(lane(), session(bundle, part), part, bundle.manifest.parts.at(part));
     }
 
     std::unique_ptr<Denoiser> open_denoiser(const Bundle &bundle) override {
-        return make_trt_denoiser(device_of(), session(bundle, "backbone"), session(bundle, "vae_decoder"),
-                                 bundle.manifest);
+        Sessions sessions{nullptr, session(bundle, "backbone"), session(bundle, "vae_decoder")};
+        std::unique_ptr<Engine> conditioner;
+        if (bundle.manifest.parts.count("conditioner") != 0) {
+            sessions.conditioner = session(bundle, "conditioner");
+            conditioner = open(bundle, "conditioner");
+        }
+        return make_trt_denoiser(lane(), std::move(sessions), std::move(conditioner), bundle.manifest);
     }
 
 private:
-    std::shared_ptr<const cuda::Device> device_of() {
+    std::shared_ptr<Lane> lane() {
         const std::lock_guard<std::mutex> lock(mutex_);
         start();
-        return device_;
+        return lane_;
     }
 
     // Find the GPU and open the library, once. The caller holds the mutex.
@@ -50,11 +55,12 @@ private:
                                "check that nvidia-smi lists one");
         }
         const TrtLibrary library = open_trt_library(flavour_, trt_headers_version());
-        device_ = std::make_shared<const cuda::Device>();
-        host_ = {name_of(flavour_), library.version.text(), device_->gpu.target, std::nullopt, this_platform()};
-        if (flavour_ == TrtFlavour::tensorrt) host_.gpu = device_->gpu.name;
-        const cuda::Current current(*device_);
-        runtime_ = make_trt_runtime(library, device_->gpu);
+        const auto device = std::make_shared<const cuda::Device>();
+        host_ = {name_of(flavour_), library.version.text(), device->gpu.target, std::nullopt, this_platform()};
+        if (flavour_ == TrtFlavour::tensorrt) host_.gpu = device->gpu.name;
+        lane_ = std::make_shared<Lane>(device);
+        const Lane::Hold hold(*lane_);
+        runtime_ = make_trt_runtime(library, device->gpu);
     }
 
     // A part's engine: loaded once, shared by all users, freed with the last of them.
@@ -65,22 +71,23 @@ private:
         if (std::shared_ptr<TrtSession> loaded = known.lock()) return loaded;
         const BuiltEngine engine = find_engine(bundle, part, host_);
         check_engine(engine, false);
-        const cuda::Current current(*device_);
-        // Keeps runtime and device alive as long as the session, which needs them.
+        const Lane::Hold hold(*lane_);
+        // Keeps runtime and lane alive as long as the session, which needs them.
         struct Loaded {
-            std::shared_ptr<const cuda::Device> device;
+            std::shared_ptr<Lane> lane;
             std::shared_ptr<TrtRuntime> runtime;
             std::unique_ptr<TrtSession> session;
             ~Loaded() {
                 try {
-                    const cuda::Current during(*device);
+                    const Lane::Hold during(*lane);
+                    lane->settle();
                     session.reset();
                 } catch (const Error &) {  // the device is lost, so there is nothing to free
                 }
             }
         };
         const auto loaded = std::make_shared<Loaded>();
-        loaded->device = device_;
+        loaded->lane = lane_;
         loaded->runtime = runtime_;
         loaded->session = runtime_->load(engine, bundle);
         std::shared_ptr<TrtSession> shared(loaded, loaded->session.get());
@@ -90,7 +97,7 @@ private:
 
     TrtFlavour flavour_;
     std::mutex mutex_;
-    std::shared_ptr<const cuda::Device> device_;
+    std::shared_ptr<Lane> lane_;
     std::shared_ptr<TrtRuntime> runtime_;
     Host host_;
     std::map<std::string, std::weak_ptr<TrtSession>> sessions_;

@@ -3,6 +3,9 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "error.h"
 
 namespace arcflow::cuda {
@@ -12,8 +15,13 @@ constexpr int success = 0, out_of_memory = 2;
 constexpr int compute_capability_major = 75, compute_capability_minor = 76;
 constexpr unsigned stream_non_blocking = 1;
 constexpr int capture_thread_local = 1;
-constexpr unsigned event_default = 0, record_default = 0, record_external = 1;
+constexpr unsigned event_blocking_sync = 1, record_default = 0, record_external = 1;
 constexpr int name_bytes = 256;
+
+// After these, every call of this process fails (cuda.h: "the process must be terminated and relaunched"): illegal
+// address, launch timeout, assert, hardware stack error, illegal instruction, misaligned address, invalid address
+// space, invalid program counter, launch failed, tensor memory leak, contained.
+constexpr int lost[] = {700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 226};
 
 // The driver's functions by their exported names, whose suffixes are ABI versions.
 struct Api {
@@ -32,8 +40,8 @@ struct Api {
     int (*cuMemFree_v2)(Address);
     int (*cuMemHostAlloc)(void **, size_t, unsigned);
     int (*cuMemFreeHost)(void *);
-    int (*cuMemcpyHtoDAsync_v2)(Address, const void *, size_t, Handle);
-    int (*cuMemcpyDtoHAsync_v2)(void *, Address, size_t, Handle);
+    int (*cuMemGetInfo_v2)(size_t *, size_t *);
+    int (*cuMemcpyAsync)(Address, Address, size_t, Handle);
     int (*cuStreamCreate)(Handle *, unsigned);
     int (*cuStreamDestroy_v2)(Handle);
     int (*cuStreamSynchronize)(Handle);
@@ -46,6 +54,7 @@ struct Api {
     int (*cuEventCreate)(Handle *, unsigned);
     int (*cuEventDestroy_v2)(Handle);
     int (*cuEventRecordWithFlags)(Handle, Handle, unsigned);
+    int (*cuEventSynchronize)(Handle);
     int (*cuEventElapsedTime)(float *, Handle, Handle);
     int (*cuModuleLoadData)(Handle *, const void *);
     int (*cuModuleUnload)(Handle);
@@ -86,8 +95,8 @@ struct Driver {
         ARCFLOW_FIND(cuMemFree_v2);
         ARCFLOW_FIND(cuMemHostAlloc);
         ARCFLOW_FIND(cuMemFreeHost);
-        ARCFLOW_FIND(cuMemcpyHtoDAsync_v2);
-        ARCFLOW_FIND(cuMemcpyDtoHAsync_v2);
+        ARCFLOW_FIND(cuMemGetInfo_v2);
+        ARCFLOW_FIND(cuMemcpyAsync);
         ARCFLOW_FIND(cuStreamCreate);
         ARCFLOW_FIND(cuStreamDestroy_v2);
         ARCFLOW_FIND(cuStreamSynchronize);
@@ -100,6 +109,7 @@ struct Driver {
         ARCFLOW_FIND(cuEventCreate);
         ARCFLOW_FIND(cuEventDestroy_v2);
         ARCFLOW_FIND(cuEventRecordWithFlags);
+        ARCFLOW_FIND(cuEventSynchronize);
         ARCFLOW_FIND(cuEventElapsedTime);
         ARCFLOW_FIND(cuModuleLoadData);
         ARCFLOW_FIND(cuModuleUnload);
@@ -128,8 +138,14 @@ void check(int result, const std::string &what) {
     if (result == success) return;
     const std::string text = "CUDA cannot " + what + ": " + describe(result);
     if (result == out_of_memory)
-        throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; ask for smaller images or fewer of them, or use low_memory");
-    throw engine_error(text);
+        throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; ask for fewer or smaller images, or set low_memory");
+    const bool ends_process = std::find(std::begin(lost), std::end(lost), result) != std::end(lost);
+    throw engine_error(text + (ends_process ? "; start this process again" : "; open the bundle again"));
+}
+
+// As `check`, for a capture: the error is the reason why there is no graph, and nothing has to be done about it.
+void check_capture(int result, const std::string &what) {
+    if (result != success) throw engine_error("CUDA cannot " + what + ": " + describe(result));
 }
 
 // The first GPU and its device number, or why there is none.
@@ -184,6 +200,11 @@ Current::~Current() {
     api().cuCtxPopCurrent_v2(&context);
 }
 
+size_t free_bytes() {
+    size_t available = 0, total = 0;
+    return api().cuMemGetInfo_v2(&available, &total) == success ? available : 0;
+}
+
 Memory::Memory(size_t size) : bytes(size) {
     if (bytes) check(api().cuMemAlloc_v2(&address, bytes), "allocate " + std::to_string(bytes) + " bytes on the GPU");
 }
@@ -203,16 +224,18 @@ Pinned::~Pinned() { api().cuMemFreeHost(data); }
 Graph::Graph(Handle captured) {
     const int result = api().cuGraphInstantiateWithFlags(&executable_, captured, 0);
     api().cuGraphDestroy(captured);
-    check(result, "make a graph of the captured work");
+    check_capture(result, "make a graph of the captured work");
 }
 
 Graph::~Graph() { api().cuGraphExecDestroy(executable_); }
 
 void Graph::launch(Handle stream) { check(api().cuGraphLaunch(executable_, stream), "launch a graph"); }
 
-Event::Event() { check(api().cuEventCreate(&event_, event_default), "make an event"); }
+Event::Event() { check(api().cuEventCreate(&event_, event_blocking_sync), "make an event"); }
 
 Event::~Event() { api().cuEventDestroy_v2(event_); }
+
+void Event::wait() { check(api().cuEventSynchronize(event_), "finish the enqueued work"); }
 
 double Event::ms_since(const Event &earlier) const {
     float ms = 0;
@@ -220,19 +243,25 @@ double Event::ms_since(const Event &earlier) const {
     return static_cast<double>(ms);
 }
 
-Stream::Stream() { check(api().cuStreamCreate(&handle, stream_non_blocking), "make a stream"); }
+Stream::Stream() { cuda::check(api().cuStreamCreate(&handle, stream_non_blocking), "make a stream"); }
 
 Stream::~Stream() { api().cuStreamDestroy_v2(handle); }
 
-void Stream::to_device(Address target, const void *source, size_t bytes) {
-    if (bytes) check(api().cuMemcpyHtoDAsync_v2(target, source, bytes, handle), "copy to the GPU");
+void Stream::check(int result, const std::string &what) const {
+    if (capturing_) check_capture(result, what);
+    else cuda::check(result, what);
 }
 
-void Stream::to_host(void *target, Address source, size_t bytes) {
-    if (bytes) check(api().cuMemcpyDtoHAsync_v2(target, source, bytes, handle), "copy from the GPU");
+void Stream::copy(Address target, Address source, size_t bytes) {
+    if (bytes) check(api().cuMemcpyAsync(target, source, bytes, handle), "enqueue a copy");
 }
 
-void Stream::wait() { check(api().cuStreamSynchronize(handle), "finish the work of a stream"); }
+void Stream::launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, void **arguments) {
+    check(api().cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared_bytes, handle, arguments, nullptr),
+          "launch a kernel");
+}
+
+void Stream::wait() { check(api().cuStreamSynchronize(handle), "finish the enqueued work"); }
 
 void Stream::record(Event &event) {
     // In a capture, only an event that is recorded as external has a time.
@@ -241,27 +270,24 @@ void Stream::record(Event &event) {
 }
 
 void Stream::begin_capture() {
-    check(api().cuStreamBeginCapture_v2(handle, capture_thread_local), "begin a capture");
+    check_capture(api().cuStreamBeginCapture_v2(handle, capture_thread_local), "begin a capture");
     capturing_ = true;
 }
 
-std::unique_ptr<Graph> Stream::end_capture(std::string &why) {
+std::unique_ptr<Graph> Stream::end_capture() {
     Handle captured = nullptr;
     capturing_ = false;
-    const int result = api().cuStreamEndCapture(handle, &captured);
-    if (result != success) {
-        why = describe(result);
-        return nullptr;
-    }
-    try {
-        return std::make_unique<Graph>(captured);
-    } catch (const Error &e) {
-        why = e.what();
-        return nullptr;
-    }
+    check_capture(api().cuStreamEndCapture(handle, &captured), "end a capture");
+    return std::make_unique<Graph>(captured);
 }
 
-Module::Module(const void *image) { check(api().cuModuleLoadData(&module_, image), "load the update kernel"); }
+void Stream::abort_capture() noexcept {
+    Handle captured = nullptr;
+    capturing_ = false;
+    if (api().cuStreamEndCapture(handle, &captured) == success) api().cuGraphDestroy(captured);
+}
+
+Module::Module(const void *image) { check(api().cuModuleLoadData(&module_, image), "load the kernels"); }
 
 Module::~Module() { api().cuModuleUnload(module_); }
 
@@ -269,11 +295,6 @@ Handle Module::function(const char *name) const {
     Handle function = nullptr;
     check(api().cuModuleGetFunction(&function, module_, name), std::string("find the kernel ") + name);
     return function;
-}
-
-void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, Handle stream, void **arguments) {
-    check(api().cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, arguments, nullptr),
-          "launch the update kernel");
 }
 
 }  // namespace arcflow::cuda

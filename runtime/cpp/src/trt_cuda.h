@@ -49,6 +49,9 @@ public:
     Current &operator=(const Current &) = delete;
 };
 
+// Bytes of device memory that are free, or 0 if the driver does not tell.
+size_t free_bytes();
+
 // Device memory; `address` is a multiple of 256. Throws Error(ARCFLOW_OUT_OF_MEMORY).
 class Memory {
 public:
@@ -61,13 +64,15 @@ public:
     Address address = 0;
 };
 
-// Page-locked host memory, which copies need to be asynchronous.
+// Page-locked host memory, which copies need to be asynchronous. Throws Error(ARCFLOW_OUT_OF_MEMORY).
 class Pinned {
 public:
     explicit Pinned(size_t bytes);
     ~Pinned();
     Pinned(const Pinned &) = delete;
     Pinned &operator=(const Pinned &) = delete;
+
+    Address address() const { return reinterpret_cast<Address>(data); }
 
     std::byte *data = nullptr;
 };
@@ -94,7 +99,10 @@ public:
     Event(const Event &) = delete;
     Event &operator=(const Event &) = delete;
 
-    // Milliseconds on the GPU since `earlier`. Both events must be recorded, and the caller has waited for the stream.
+    // Wait until the work before the event is done, and throw the error of that work. The thread sleeps meanwhile.
+    void wait();
+
+    // Milliseconds on the GPU since `earlier`. Both events must be recorded, and the caller has waited for them.
     double ms_since(const Event &earlier) const;
 
 private:
@@ -102,7 +110,7 @@ private:
     Handle event_ = nullptr;
 };
 
-// A CUDA stream. Errors of the enqueued work come out of `wait`.
+// A CUDA stream. Whoever waits gets the errors of the enqueued work.
 class Stream {
 public:
     Stream();
@@ -110,21 +118,31 @@ public:
     Stream(const Stream &) = delete;
     Stream &operator=(const Stream &) = delete;
 
-    void to_device(Address target, const void *source, size_t bytes);
-    void to_host(void *target, Address source, size_t bytes);
+    // Each is an address of device memory or of pinned memory.
+    void copy(Address target, Address source, size_t bytes);
+
+    // Enqueue a kernel. `arguments` points to each argument in order.
+    void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, void **arguments);
+
     void wait();
 
     // Record the event at this point; in a capture, at this point of each launch.
     void record(Event &event);
 
-    // Turn the work that is enqueued between these two calls into a graph instead of running it. end_capture returns
-    // null, and `why`, if the work cannot be captured; the stream then works as before.
+    // Turn the work that is enqueued between these two calls into a graph instead of running it. Other threads may
+    // allocate memory meanwhile; if the work itself does, the capture fails. Throws Error if the driver refuses; the
+    // stream then works as before.
     void begin_capture();
-    std::unique_ptr<Graph> end_capture(std::string &why);
+    std::unique_ptr<Graph> end_capture();
+
+    // End a capture and forget what was captured.
+    void abort_capture() noexcept;
 
     Handle handle = nullptr;
 
 private:
+    void check(int result, const std::string &what) const;
+
     bool capturing_ = false;
 };
 
@@ -141,8 +159,5 @@ public:
 private:
     Handle module_ = nullptr;
 };
-
-// Enqueue a kernel. `arguments` points to each argument in order.
-void launch(Handle function, unsigned grid, unsigned block, unsigned shared_bytes, Handle stream, void **arguments);
 
 }  // namespace arcflow::cuda

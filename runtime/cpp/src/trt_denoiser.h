@@ -1,16 +1,23 @@
-// The Denoiser for TensorRT: runs noise, all backbone calls, updates and decoder as one CUDA graph per request shape.
+// The Denoiser on a GPU: a job -> latents and images, with one launch of a CUDA graph per job.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 
 #include "engine.h"
-#include "trt_session.h"
+#include "trt_lane.h"
+#include "trt_plan.h"
 
 namespace arcflow {
 
-// Throws Error if the update kernel cannot take the backbone's heads, or the kernels cannot be loaded.
-std::unique_ptr<Denoiser> make_trt_denoiser(std::shared_ptr<const cuda::Device> device,
-                                            std::shared_ptr<TrtSession> backbone, std::shared_ptr<TrtSession> decoder,
-                                            const Manifest &manifest);
+// Number of plans kept; the buffers of one for a 1024 px FLUX image take about 40 MB.
+constexpr size_t default_max_plans = 8;
+
+// `conditioner`: the conditioner on host tensors, which runs if its dtype differs from the backbone's; null if the
+// bundle has a table. Throws Error if the update kernel cannot take the backbone's heads, or the kernels cannot be
+// loaded.
+std::unique_ptr<Denoiser> make_trt_denoiser(std::shared_ptr<Lane> lane, Sessions sessions,
+                                            std::unique_ptr<Engine> conditioner, const Manifest &manifest,
+                                            size_t max_plans = default_max_plans);
 
 }  // namespace arcflow

@@ -3,67 +3,131 @@
 
 #include <algorithm>
 #include <cstring>
+#include <list>
 #include <mutex>
 #include <utility>
 #include <vector>
 
 #include "error.h"
+#include "trt_buffers.h"
+#include "trt_shapes.h"
 
 namespace arcflow {
 namespace {
 
-// A stream, and a context with its memory for one set of shapes. Used by one thread at a time.
-struct Lane {
-    cuda::Stream stream;
-    Shapes shapes;
-    std::unique_ptr<TrtContext> context;
-    std::unique_ptr<cuda::Memory> scratch, tensors;
-    std::map<std::string, cuda::Address> addresses;
-    std::map<std::string, std::vector<int64_t>> outputs;
+constexpr size_t max_shapes = 4;  // text length varies with Qwen-Image; with FLUX it is fixed
+
+// The context and buffers for one set of shapes. Pinned memory and device memory have the same layout: inputs first.
+// Made and freed by a thread that holds the lane.
+class Prepared {
+public:
+    Prepared(Lane &lane, TrtSession &session, const std::string &name, const Part &part, const Shapes &inputs)
+        : shapes(inputs), lane_(lane), name_(name), context_(session.context(inputs, lane.stream())) {
+        const auto add = [&](const TensorSpec &spec, const std::vector<int64_t> &shape) {
+            layout_.add(spec.name, bytes_of(shape, spec.dtype, name + ": " + spec.name), shape);
+        };
+        for (const TensorSpec &spec : part.inputs) add(spec, inputs.at(spec.name));
+        input_bytes_ = layout_.bytes();
+        for (const TensorSpec &spec : part.outputs) add(spec, context_->shape(spec.name));
+        workspace_bytes_ = context_->workspace_bytes();
+        memory_ = lane.allocate(layout_.bytes(), name + ": inputs and outputs");
+        pinned_ = lane.allocate_pinned(layout_.bytes(), name);
+        done_ = std::make_unique<cuda::Event>();
+        for (const auto &[tensor, region] : layout_.regions()) context_->bind(tensor, memory_->address + region.offset);
+    }
+
+    void fill(const Part &part, const Tensors &inputs) {
+        for (const TensorSpec &spec : part.inputs) {
+            const Layout::Region &region = layout_[spec.name];
+            if (region.bytes)
+                std::memcpy(pinned_->data + region.offset, inputs.at(spec.name).data.data(), region.bytes);
+        }
+    }
+
+    // The caller holds the lane.
+    void enqueue() {
+        if (workspace_bytes_ > 0) {
+            const cuda::Memory &workspace = lane_.workspace(workspace_bytes_, name_);
+            if (!bound_ || generation_ != lane_.generation()) {
+                context_->use_workspace(workspace.address, workspace.bytes);
+                generation_ = lane_.generation();
+                bound_ = true;
+            }
+        }
+        cuda::Stream &stream = lane_.stream();
+        const size_t output_bytes = layout_.bytes() - input_bytes_;
+        stream.copy(memory_->address, pinned_->address(), input_bytes_);
+        context_->enqueue();
+        stream.copy(pinned_->address() + input_bytes_, memory_->address + input_bytes_, output_bytes);
+        stream.record(*done_);
+    }
+
+    // The caller does not hold the lane, so that other threads enqueue meanwhile.
+    Tensors wait(const Part &part) {
+        done_->wait();
+        Tensors outputs;
+        for (const TensorSpec &spec : part.outputs) {
+            const Layout::Region &region = layout_[spec.name];
+            Tensor &output = outputs.emplace(spec.name, Tensor(spec.dtype, region.shape)).first->second;
+            if (region.bytes) std::memcpy(output.data.data(), pinned_->data + region.offset, region.bytes);
+        }
+        return outputs;
+    }
+
+    const Shapes shapes;
+
+private:
+    Lane &lane_;
+    std::string name_;
+    Layout layout_;
+    size_t input_bytes_ = 0, workspace_bytes_ = 0;
+    uint64_t generation_ = 0;
+    bool bound_ = false;
+    // Declared before the context, which is freed first.
+    std::unique_ptr<cuda::Memory> memory_;
+    std::unique_ptr<cuda::Pinned> pinned_;
+    std::unique_ptr<cuda::Event> done_;
+    std::unique_ptr<TrtContext> context_;
 };
 
 class TrtEngine : public Engine {
 public:
-    TrtEngine(std::shared_ptr<const cuda::Device> device, std::shared_ptr<TrtSession> session, std::string name,
-              Part part)
-        : device_(std::move(device)), session_(std::move(session)), name_(std::move(name)), part_(std::move(part)) {}
+    TrtEngine(std::shared_ptr<Lane> lane, std::shared_ptr<TrtSession> session, std::string name, Part part)
+        : lane_(std::move(lane)), session_(std::move(session)), name_(std::move(name)), part_(std::move(part)) {}
 
-    ~TrtEngine() override {
-        try {
-            const cuda::Current current(*device_);
-            lanes_.clear();
-        } catch (const Error &) {  // the device is lost, so there is nothing to free
-        }
-    }
+    ~TrtEngine() override { drop(0); }
 
+    // One thread at a time, others wait.
     Tensors run(const Tensors &inputs) override {
-        const auto timesteps = inputs.find("timesteps");
-        if (timesteps != inputs.end()) {
-            const int64_t most = session_->largest("timesteps", 0);
-            if (most > 0 && timesteps->second.count() > most) return run_in_pieces(inputs, most);
+        for (const TensorSpec &spec : part_.inputs) {
+            const auto given = inputs.find(spec.name);
+            if (given == inputs.end() || given->second.dtype != spec.dtype) {
+                throw Error(ARCFLOW_INTERNAL_ERROR,
+                            name_ + ": input " + spec.name + " must be in " + name_of(spec.dtype));
+            }
         }
-        const cuda::Current current(*device_);
-        std::unique_ptr<Lane> lane = take();
-        // A lane that failed is destroyed, not returned to the list.
-        Tensors outputs = run_on(*lane, inputs);
         const std::lock_guard<std::mutex> lock(mutex_);
-        lanes_.push_back(std::move(lane));
-        return outputs;
+        return run_in_pieces(inputs);
     }
 
 private:
-    // Run a conditioner in pieces of at most `most` timesteps, the limit of its engine, and join the modulation [S, U,
-    // M] along its first axis.
-    Tensors run_in_pieces(const Tensors &inputs, int64_t most) {
-        const Tensor &timesteps = inputs.at("timesteps");
+    // Run a conditioner in pieces of as many timesteps as its engine takes, and join the modulation [S, U, M] along its
+    // first axis.
+    Tensors run_in_pieces(const Tensors &inputs) {
+        const auto timesteps = inputs.find("timesteps");
+        const int64_t steps = timesteps == inputs.end() ? 1 : timesteps->second.count();
+        Shapes shapes = shapes_of(inputs);
+        int64_t most = steps;
+        for (; most > 1 && !session_->misfit(shapes).empty(); --most) shapes["timesteps"] = {most - 1};
+        if (most == steps) return run_whole(inputs);
         Tensors joined;
-        for (int64_t begin = 0; begin < timesteps.count(); begin += most) {
-            const int64_t count = std::min(most, timesteps.count() - begin);
+        for (int64_t begin = 0; begin < steps; begin += most) {
+            const int64_t count = std::min(most, steps - begin);
             Tensors piece = inputs;
-            piece["timesteps"] = Tensor(timesteps.dtype, {count});
-            std::memcpy(piece["timesteps"].data.data(), timesteps.as<float>() + begin,
+            piece["timesteps"] = Tensor(DType::float32, {count});
+            std::memcpy(piece["timesteps"].data.data(), timesteps->second.as<float>() + begin,
                         static_cast<size_t>(count) * sizeof(float));
-            for (auto &[name, part] : run(piece)) {
+            for (auto &[name, part] : run_whole(piece)) {
                 const auto found = joined.find(name);
                 if (found == joined.end()) {
                     joined.emplace(name, std::move(part));
@@ -76,109 +140,76 @@ private:
         return joined;
     }
 
-    std::unique_ptr<Lane> take() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (lanes_.empty()) return std::make_unique<Lane>();
-        std::unique_ptr<Lane> lane = std::move(lanes_.back());
-        lanes_.pop_back();
-        return lane;
-    }
-
-    void prepare(Lane &lane, const Shapes &shapes) {
-        lane.context.reset();
-        lane.context = session_->context(shapes, lane.stream);
-        lane.addresses.clear();
-        lane.outputs.clear();
-        std::map<std::string, size_t> offsets;
-        size_t total = 0;
-        const auto place = [&](const TensorSpec &spec, const std::vector<int64_t> &shape) {
-            offsets[spec.name] = total;
-            total += aligned(bytes_of(shape, spec.dtype, name_ + ": " + spec.name));
-        };
-        for (const TensorSpec &spec : part_.inputs) place(spec, shapes.at(spec.name));
-        for (const TensorSpec &spec : part_.outputs) {
-            lane.outputs[spec.name] = lane.context->shape(spec.name);
-            place(spec, lane.outputs[spec.name]);
+    // If memory runs out, ask the denoiser for room, and try once more.
+    Tensors run_whole(const Tensors &inputs) {
+        try {
+            return try_whole(inputs);
+        } catch (const Error &e) {
+            if (e.status != ARCFLOW_OUT_OF_MEMORY || !lane_->make_room()) throw;
         }
-        grow(lane.tensors, total);
-        for (const auto &[name, offset] : offsets) {
-            lane.addresses[name] = lane.tensors->address + offset;
-            lane.context->bind(name, lane.addresses[name]);
-        }
-        const size_t scratch = lane.context->scratch_bytes();
-        grow(lane.scratch, scratch);
-        lane.context->use_scratch(lane.scratch->address, lane.scratch->bytes);
-        lane.shapes = shapes;
+        return try_whole(inputs);
     }
 
-    static void grow(std::unique_ptr<cuda::Memory> &memory, size_t bytes) {
-        if (memory && memory->bytes >= bytes) return;
-        memory.reset();
-        memory = std::make_unique<cuda::Memory>(bytes);
-    }
-
-    Tensors run_on(Lane &lane, const Tensors &inputs) {
-        for (const TensorSpec &spec : part_.inputs) {
-            const auto given = inputs.find(spec.name);
-            if (given == inputs.end() || given->second.dtype != spec.dtype) {
-                throw Error(ARCFLOW_INTERNAL_ERROR,
-                            name_ + ": input " + spec.name + " must be in " + name_of(spec.dtype));
+    Tensors try_whole(const Tensors &inputs) {
+        try {
+            Prepared &prepared = prepare(shapes_of(inputs));
+            prepared.fill(part_, inputs);
+            {
+                const Lane::Hold hold(*lane_);
+                prepared.enqueue();
             }
+            const cuda::Current current(*lane_->device);
+            return prepared.wait(part_);
+        } catch (...) {
+            // What was enqueued may still run, and its buffers are freed after it only.
+            drop(0);
+            throw;
         }
-        const Shapes shapes = shapes_of(inputs);
-        if (!lane.context || shapes != lane.shapes) prepare(lane, shapes);
-        for (const TensorSpec &spec : part_.inputs) {
-            const Tensor &input = inputs.at(spec.name);
-            lane.stream.to_device(lane.addresses.at(spec.name), input.data.data(), input.data.size());
-        }
-        lane.context->enqueue();
-        Tensors outputs;
-        for (const TensorSpec &spec : part_.outputs) {
-            Tensor &output = outputs.emplace(spec.name, Tensor(spec.dtype, lane.outputs.at(spec.name))).first->second;
-            lane.stream.to_host(output.data.data(), lane.addresses.at(spec.name), output.data.size());
-        }
-        lane.stream.wait();
-        return outputs;
     }
 
-    std::shared_ptr<const cuda::Device> device_;
+    Prepared &prepare(const Shapes &shapes) {
+        const auto found =
+            std::find_if(prepared_.begin(), prepared_.end(), [&](const auto &p) { return p->shapes == shapes; });
+        if (found != prepared_.end()) {
+            prepared_.splice(prepared_.begin(), prepared_, found);
+        } else {
+            drop(max_shapes - 1);
+            const Lane::Hold hold(*lane_);
+            prepared_.push_front(std::make_unique<Prepared>(*lane_, *session_, name_, part_, shapes));
+        }
+        return *prepared_.front();
+    }
+
+    // Free all but the `keep` most recently used shapes, after the stream's work.
+    void drop(size_t keep) noexcept {
+        if (prepared_.size() <= keep) return;
+        try {
+            const Lane::Hold hold(*lane_);
+            lane_->settle();
+            while (prepared_.size() > keep) prepared_.pop_back();
+        } catch (const std::exception &) {  // the device is lost, so there is nothing to free
+        }
+    }
+
+    std::shared_ptr<Lane> lane_;
     std::shared_ptr<TrtSession> session_;
     std::string name_;
     Part part_;
     std::mutex mutex_;
-    std::vector<std::unique_ptr<Lane>> lanes_;  // idle lanes
+    std::list<std::unique_ptr<Prepared>> prepared_;  // most recently used first
 };
 
 }  // namespace
 
-std::unique_ptr<Engine> make_trt_engine(std::shared_ptr<const cuda::Device> device, std::shared_ptr<TrtSession> session,
+std::unique_ptr<Engine> make_trt_engine(std::shared_ptr<Lane> lane, std::shared_ptr<TrtSession> session,
                                         std::string name, Part part) {
-    return std::make_unique<TrtEngine>(std::move(device), std::move(session), std::move(name), std::move(part));
+    return std::make_unique<TrtEngine>(std::move(lane), std::move(session), std::move(name), std::move(part));
 }
 
 Shapes shapes_of(const Tensors &tensors) {
     Shapes shapes;
     for (const auto &[name, tensor] : tensors) shapes[name] = tensor.shape;
     return shapes;
-}
-
-const TensorSpec &spec_of(const std::vector<TensorSpec> &specs, const std::string &name, const std::string &part) {
-    for (const TensorSpec &spec : specs)
-        if (spec.name == name) return spec;
-    throw bundle_error(part + " has no " + name + ", which B9 (docs/bundle.md) demands; export the bundle again");
-}
-
-size_t bytes_of(const std::vector<int64_t> &shape, DType dtype, const std::string &what) {
-    size_t bytes = size_of(dtype);
-    for (const int64_t size : shape)
-        if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes))
-            throw engine_error(what + " has a shape that its inputs do not tell; build the engine again");
-    return bytes;
-}
-
-size_t aligned(size_t bytes) {
-    constexpr size_t alignment = 256;
-    return (bytes + alignment - 1) / alignment * alignment;
 }
 
 }  // namespace arcflow

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <string>
 
+#include "error.h"
 #include "trt_refit.h"
 #include "trt_runtime_cache.h"
 #include "trt_session.h"
@@ -46,6 +47,12 @@ private:
     std::mutex mutex_;
     std::string last_;
 };
+
+// The error `text` with what the logger returned. Where that tells of memory, its status is ARCFLOW_OUT_OF_MEMORY.
+inline Error logged_error(const std::string &text, const std::string &logged) {
+    if (logged.find("emory") == std::string::npos) return engine_error(text + logged);
+    return {ARCFLOW_OUT_OF_MEMORY, text + logged + "; ask for fewer or smaller images, or set low_memory"};
+}
 
 // A session for a loaded and checked engine that has its weights. `cache` may be null.
 std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,

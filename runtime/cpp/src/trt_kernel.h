@@ -1,8 +1,11 @@
 // Loads and launches the CUDA kernels of runtime/kernels, for the TensorRT denoiser. The library embeds their source,
-// which NVRTC compiles at run time, and their compiled code (a fatbin) if it existed when the library was built.
+// and their compiled code (a fatbin) if it existed when the library was built. Without code for this GPU, NVRTC
+// compiles the source, once per machine: the result is kept in the user's cache folder, in the same files as the Python
+// runtime's.
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
@@ -60,7 +63,17 @@ private:
     std::map<DType, cuda::Handle> noises_;
 };
 
-// Compile a source with NVRTC, which needs no driver -> a cubin for `target`. Throws Error.
-std::string compile_with_nvrtc(const char *source, const std::string &target);
+// Code for a GPU: a "cubin", or "ptx" that the driver compiles, for a GPU that is newer than NVRTC.
+struct KernelCode {
+    std::string kind, bytes;
+};
+
+// Compile a source with NVRTC, which needs no driver, for `target`. Throws Error.
+KernelCode compile_with_nvrtc(const std::string &source, const std::string &target);
+
+// As compile_with_nvrtc, but kept in files of `folder` under a key of source, NVRTC's version and `target`. A file
+// starts with the SHA-256 of the code after it, and a damaged one is compiled again. A folder that cannot be written is
+// a warning on stderr.
+KernelCode cached_code(const std::string &source, const std::string &target, const std::filesystem::path &folder);
 
 }  // namespace arcflow

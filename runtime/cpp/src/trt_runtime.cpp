@@ -85,9 +85,11 @@ private:
         const MappedFile file(built.path, built.record.bytes);
         std::unique_ptr<nv::ICudaEngine> engine(runtime_->deserializeCudaEngine(file.data, file.bytes));
         if (engine) return engine;
-        throw engine_error(built.record.key.part + ": " + name_of(trt_flavour) + " " + library_.version.text() +
-                           " cannot load " + built.path.string() + logger_->take() +
-                           "; build it again with `arcflow build`");
+        const Error error = logged_error(built.record.key.part + ": " + name_of(trt_flavour) + " " +
+                                             library_.version.text() + " cannot load " + built.path.string(),
+                                         logger_->take());
+        if (error.status == ARCFLOW_OUT_OF_MEMORY) throw error;
+        throw engine_error(std::string(error.what()) + "; build it again with `arcflow build`");
     }
 
     // The cache for what TensorRT-RTX compiles at run time; null for TensorRT, which compiles when it builds the

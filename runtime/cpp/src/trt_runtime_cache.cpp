@@ -1,4 +1,4 @@
-// Reads and replaces the cache files of TensorRT-RTX.
+// Reads and replaces cache files.
 #include "trt_runtime_cache.h"
 
 #include <fcntl.h>
@@ -68,7 +68,9 @@ int write_whole(const fs::path &path, std::string_view data) {
     return 0;
 }
 
-int replace(const fs::path &path, std::string_view data) {
+}  // namespace
+
+int replace_whole(const fs::path &path, std::string_view data) {
     std::error_code failed;
     fs::create_directories(path.parent_path(), failed);
     if (failed) return failed.value();
@@ -85,7 +87,16 @@ int replace(const fs::path &path, std::string_view data) {
     return error;
 }
 
-}  // namespace
+std::optional<std::string> read_whole(const fs::path &path, uint64_t max_bytes) {
+    // Size and content come from one open file, since another process may replace the file meanwhile.
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    const auto end = file ? static_cast<std::streamoff>(file.tellg()) : std::streamoff{-1};
+    if (end < 0 || static_cast<uint64_t>(end) > max_bytes) return std::nullopt;
+    std::string data(static_cast<size_t>(end), '\0');
+    file.seekg(0);
+    if (!file.read(data.data(), static_cast<std::streamsize>(end))) return std::nullopt;
+    return data;
+}
 
 std::optional<fs::path> cache_folder() {
     if (std::string named = environment("ARCFLOW_CACHE"); !named.empty()) return named;
@@ -98,21 +109,15 @@ RuntimeCacheFile::RuntimeCacheFile(const std::vector<std::string> &key, const fs
     : path(folder / file_name(key)) {}
 
 std::optional<std::string> RuntimeCacheFile::read(uint64_t max_bytes) {
-    // Size and content come from one open file, since another process may replace the file meanwhile.
-    std::ifstream file(path, std::ios::binary | std::ios::ate);
-    const auto end = file ? static_cast<std::streamoff>(file.tellg()) : std::streamoff{-1};
-    if (end < 0 || static_cast<uint64_t>(end) > max_bytes) return std::nullopt;
-    std::string data(static_cast<size_t>(end), '\0');
-    file.seekg(0);
-    if (!file.read(data.data(), static_cast<std::streamsize>(end))) return std::nullopt;
-    written_ = sha256(data);
+    std::optional<std::string> data = read_whole(path, max_bytes);
+    if (data) written_ = sha256(*data);
     return data;
 }
 
 void RuntimeCacheFile::write(std::string_view data) {
     const std::string digest = sha256(data);
     if (digest == written_) return;
-    if (const int error = replace(path, data); error != 0) {
+    if (const int error = replace_whole(path, data); error != 0) {
         std::fprintf(stderr, "arcflow: what TensorRT-RTX compiled cannot be kept in %s: %s\n",
                      path.parent_path().c_str(), std::generic_category().message(error).c_str());
     }

@@ -19,6 +19,12 @@ namespace arcflow {
 // The user's cache folder: ARCFLOW_CACHE, or `arcflow` in XDG_CACHE_HOME or ~/.cache. Nothing if the user has no home.
 std::optional<std::filesystem::path> cache_folder();
 
+// A file's content; nothing if it cannot be read or has more than `max_bytes`.
+std::optional<std::string> read_whole(const std::filesystem::path &path, uint64_t max_bytes);
+
+// Replace a file as a whole, under the lock `<stem>.lock` beside it; makes its folder. Returns 0 or an errno.
+int replace_whole(const std::filesystem::path &path, std::string_view data);
+
 // The cache file for a key: SHA-256 of the engine, version of the library, version of the driver, GPU.
 class RuntimeCacheFile {
 public:

@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "trt_headers.h"
+#include "trt_shapes.h"
 
 namespace arcflow {
 namespace {
@@ -22,12 +23,6 @@ std::vector<int64_t> from_dims(const nv::Dims &dims) {
     return std::vector<int64_t>(dims.d, dims.d + std::max(dims.nbDims, 0));
 }
 
-std::string text_of(const std::vector<int64_t> &shape) {
-    std::string text = "[";
-    for (const int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-    return text + "]";
-}
-
 class Context : public TrtContext {
 public:
     Context(std::string part, std::unique_ptr<nv::IExecutionContext> context, cuda::Stream &stream,
@@ -39,9 +34,9 @@ public:
           cache_(std::move(cache)),
           logger_(std::move(logger)) {}
 
-    size_t scratch_bytes() override { return context_->updateDeviceMemorySizeForShapes(); }
+    size_t workspace_bytes() override { return context_->updateDeviceMemorySizeForShapes(); }
 
-    void use_scratch(cuda::Address address, size_t bytes) override {
+    void use_workspace(cuda::Address address, size_t bytes) override {
         context_->setDeviceMemoryV2(reinterpret_cast<void *>(address), static_cast<int64_t>(bytes));
     }
 
@@ -53,12 +48,14 @@ public:
         if (!context_->setTensorAddress(tensor.c_str(), reinterpret_cast<void *>(address))) fail("bind " + tensor);
     }
 
-    bool capturable() override {
+    std::string obstacle() override {
+        if (streams_weights_) return "its weights are streamed from the host";
 #if defined(TRT_MAJOR_RTX) && (TRT_MAJOR_RTX > 1 || TRT_MINOR_RTX >= 5)
         // Versions before 1.5 lack this function; with them, the capture itself fails.
-        if (!context_->isStreamCapturable(stream_)) return false;
+        if (!context_->isStreamCapturable(stream_))
+            return std::string(name_of(trt_flavour)) + " says that its work cannot be captured";
 #endif
-        return !streams_weights_;
+        return "";
     }
 
     void enqueue() override {
@@ -76,7 +73,7 @@ private:
     }
 
     [[noreturn]] void fail(const std::string &what) {
-        throw engine_error(part_ + ": " + name_of(trt_flavour) + " cannot " + what + logger_->take());
+        throw logged_error(part_ + ": " + name_of(trt_flavour) + " cannot " + what, logger_->take());
     }
 
     std::string part_;
@@ -108,7 +105,9 @@ public:
     }
 
     std::unique_ptr<TrtContext> context(const Shapes &inputs, cuda::Stream &stream) override {
-        const int32_t profile = profile_for(inputs);
+        std::string wrong;
+        const int32_t profile = profile_for(inputs, wrong);
+        if (profile < 0) throw engine_error(wrong);
         const std::lock_guard<std::mutex> lock(cache_ ? cache_->mutex : mutex_);
         std::unique_ptr<nv::IExecutionContext> context = make_context();
         const auto handle = static_cast<cudaStream_t>(stream.handle);
@@ -116,19 +115,16 @@ public:
         if (set) stream.wait();
         for (const auto &[name, shape] : inputs) set = set && context->setInputShape(name.c_str(), to_dims(shape));
         if (!set) {
-            throw engine_error(part_ + ": " + name_of(trt_flavour) + " cannot make an execution context" +
+            throw logged_error(part_ + ": " + name_of(trt_flavour) + " cannot make an execution context",
                                logger_->take());
         }
         return std::make_unique<Context>(part_, std::move(context), stream, streams_weights_, cache_, logger_);
     }
 
-    int64_t largest(const std::string &input, size_t axis) override {
-        int64_t found = 0;
-        for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
-            const auto most = profile_shape(input, profile, nv::OptProfileSelector::kMAX);
-            if (axis < most.size()) found = std::max(found, most[axis]);
-        }
-        return found;
+    std::string misfit(const Shapes &inputs) override {
+        std::string wrong;
+        profile_for(inputs, wrong);
+        return wrong;
     }
 
 private:
@@ -144,19 +140,21 @@ private:
         return fits;
     }
 
-    int32_t profile_for(const Shapes &inputs) const {
-        std::string misfit;
+    // The first profile that takes the shapes; -1, and `wrong`, if none does.
+    int32_t profile_for(const Shapes &inputs, std::string &wrong) const {
+        std::string misfits;
         for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
             const auto bad = std::find_if(inputs.begin(), inputs.end(), [&](const auto &input) {
                 return !takes(profile, input.first, input.second);
             });
             if (bad == inputs.end()) return profile;
-            misfit += std::string(misfit.empty() ? "" : "; ") + bad->first + " of " + text_of(bad->second) +
-                      " is not " + text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMIN)) + " to " +
-                      text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMAX));
+            misfits += std::string(misfits.empty() ? "" : "; ") + bad->first + " of " + text_of(bad->second) +
+                       " is not " + text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMIN)) + " to " +
+                       text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMAX));
         }
-        throw engine_error(part_ + ": the engine was not built for these shapes (" + misfit +
-                           "); build it with `arcflow build --resolutions` and `--batch` that hold them");
+        wrong = part_ + ": the engine was not built for these shapes (" + misfits +
+                "); build it with `arcflow build --resolutions` and `--batch` that hold them";
+        return -1;
     }
 
     std::unique_ptr<nv::IExecutionContext> make_context() {

@@ -16,37 +16,39 @@ namespace arcflow {
 
 using Shapes = std::map<std::string, std::vector<int64_t>>;
 
-// An engine bound to one stream and one set of input shapes. Used by one thread at a time.
+// An engine prepared for one stream and one set of input shapes. Used by one thread at a time, which holds the lane of
+// that stream.
 class TrtContext {
 public:
     virtual ~TrtContext() = default;
 
-    // Bytes of scratch memory for the shapes. Give it with `use_scratch` before the first run.
-    virtual size_t scratch_bytes() = 0;
-    virtual void use_scratch(cuda::Address address, size_t bytes) = 0;
+    // Bytes of memory that activations need. Give it with `use_workspace` before the first run; contexts that never run
+    // at the same time may share it.
+    virtual size_t workspace_bytes() = 0;
+    virtual void use_workspace(cuda::Address address, size_t bytes) = 0;
 
     virtual std::vector<int64_t> shape(const std::string &tensor) = 0;
 
     // Set the device address of an input or output, a multiple of 256.
     virtual void bind(const std::string &tensor, cuda::Address address) = 0;
 
-    // True if `enqueue` may be captured into a graph.
-    virtual bool capturable() = 0;
+    // Why `enqueue` cannot be captured into a graph, or "".
+    virtual std::string obstacle() = 0;
 
     // Enqueue one run. Throws Error that names the part.
     virtual void enqueue() = 0;
 };
 
-// An engine in memory. Safe to use from several threads. Must not outlive its TrtRuntime.
+// An engine in memory. Used by a thread that holds the lane. Must not outlive its TrtRuntime.
 class TrtSession {
 public:
     virtual ~TrtSession() = default;
 
-    // A context with the engine's first profile that takes these shapes. Throws Error if none does.
+    // A context with the engine's first profile that takes these shapes. Throws Error if none does, or memory ran out.
     virtual std::unique_ptr<TrtContext> context(const Shapes &inputs, cuda::Stream &stream) = 0;
 
-    // The largest size of an input's axis over all profiles.
-    virtual int64_t largest(const std::string &input, size_t axis) = 0;
+    // Why the engine does not take these shapes, or "". Any thread may ask.
+    virtual std::string misfit(const Shapes &inputs) = 0;
 };
 
 class TrtRuntime {

@@ -2,6 +2,7 @@
 // tests/fake_bundle.py. QWEN has baked modulation; HALF is FLUX in float16. Requests use token ids.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <map>
@@ -29,7 +30,7 @@ struct Log {
     uint8_t colour_step = 1;  // difference from each byte to the next
     std::function<void(const std::string &, Tensors &)> spoil;
     bool has_denoiser = false;
-    std::vector<arcflow::DenoiseInputs> denoised;
+    std::vector<arcflow::DenoiseJob> denoised;
 
     std::vector<Tensors> of(const std::string &part) const {
         std::vector<Tensors> out;
@@ -73,12 +74,18 @@ class FakeDenoiser : public arcflow::Denoiser {
 public:
     FakeDenoiser(Log &log, const arcflow::Latents &latents) : log_(log), latents_(latents) {}
 
-    arcflow::Denoised run(const arcflow::DenoiseInputs &inputs) override {
-        log_.denoised.push_back(inputs);
-        arcflow::Denoised out{noise_of(inputs, latents_), {}, device_ms};
-        for (int64_t i = 0; i < out.latents.count(); ++i) out.latents.as<float>()[i] -= log_.mean;
-        if (inputs.decode) {
-            out.pixels = Tensor(DType::uint8, {inputs.shape[0], inputs.height_px, inputs.width_px, 3});
+    arcflow::Denoised run(const arcflow::DenoiseJob &job, const arcflow::OnStep &on_step) override {
+        log_.denoised.push_back(job);
+        arcflow::Denoised out{noise_of(job, latents_), {}, device_ms};
+        const auto steps = static_cast<int64_t>(job.timesteps.size());
+        for (int64_t step = 0; step < steps; ++step) {
+            const auto place = static_cast<std::size_t>(step);
+            const auto fall = static_cast<float>(job.sigmas[place] - job.sigmas[place + 1]);
+            for (int64_t i = 0; i < out.latents.count(); ++i) out.latents.as<float>()[i] -= log_.mean * fall;
+            if (on_step) on_step(step, out.latents);
+        }
+        if (job.pixels) {
+            out.pixels = Tensor(DType::uint8, {out.latents.shape[0], job.height * 16, job.width * 16, 3});
             for (int64_t i = 0; i < out.pixels.count(); ++i)
                 out.pixels.as<uint8_t>()[i] = static_cast<uint8_t>(i * log_.colour_step);
         }
@@ -307,30 +314,56 @@ void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half
     const Prompts prompts{{1, 2, 3, 4}, {1, 2, 3, 5, 6}, {1, 2, 3, 7}};
     const arcflow::Images images = generate(*pipe, prompts);
     CHECK(log.of("backbone").empty() && log.of("vae_decoder").empty());
-    const arcflow::DenoiseInputs &seen = log.denoised.at(0);
-    CHECK((seen.shape == Shape{3, 6, 64}) && (seen.modulation.shape == Shape{2, 1, 5}));
-    CHECK(seen.sigmas.size() == 3 && seen.groups.size() == 2 && seen.decode);
-    CHECK((seen.groups[0].images == Shape{0, 2}) && (seen.groups[0].prompts == Shape{0, 2}));
-    CHECK((seen.groups[1].images == Shape{1}) && (seen.groups[1].states.shape == Shape{1, 2, 8}));
+    // One job for each text length, with the images that have it.
+    CHECK(log.denoised.size() == 2 && log.of("conditioner").empty());
+    const arcflow::DenoiseJob &seen = log.denoised[0], &other_length = log.denoised[1];
+    CHECK(seen.height == 2 && seen.width == 3 && seen.sigmas.size() == 3 && seen.timesteps.size() == 2 && seen.pixels);
+    CHECK(seen.table != nullptr && (seen.table->shape == Shape{2, 5}) && !seen.guidance);
+    CHECK(seen.texts.size() == 2 && (seen.texts[1]->states.shape == Shape{1, 1, 8}));
+    CHECK(other_length.texts.size() == 1 && (other_length.texts[0]->states.shape == Shape{1, 2, 8}));
+    const int64_t numbers = 6 * 64;  // one generator for the batch: each image's noise begins where the last one ends
+    CHECK(seen.streams[0].first == 0 && seen.streams[1].first == 2 * numbers &&
+          other_length.streams[0].first == numbers);
     // The same latents as step by step, up to the update's rounding.
     const arcflow::Images stepped = generate(*open(qwen, other), prompts);
-    CHECK(images.pixels.data == stepped.pixels.data);
+    CHECK(images.pixels.shape == stepped.pixels.shape && images.latents.shape == stepped.latents.shape);
+    // The engines' pixels depend on an image's place in its job: 0 and 2 are the first job's images, 1 the second's.
+    const auto image = [](const arcflow::Images &of, std::size_t i) {
+        return std::vector<std::byte>(of.pixels.data.begin() + static_cast<std::ptrdiff_t>(i * 32 * 48 * 3),
+                                      of.pixels.data.begin() + static_cast<std::ptrdiff_t>((i + 1) * 32 * 48 * 3));
+    };
+    CHECK(image(images, 0) == image(stepped, 0) && image(images, 1) == image(stepped, 0));
+    CHECK(image(images, 2) == image(stepped, 1));
     for (int64_t i = 0; i < stepped.latents.count(); ++i)
         CHECK(std::abs(images.latents.as<float>()[i] - stepped.latents.as<float>()[i]) < 1e-6f * 4);
 
     // Stages have the device's times, and "stage" is the rest of the call.
     std::map<std::string, double> ms(images.timings_ms.begin(), images.timings_ms.end());
-    for (const auto &[stage, expected] : device_ms) CHECK(ms.at(stage) == expected);
-    CHECK(ms.at("engines") > 7e-6 && ms.at("stage") > 0);
+    for (const auto &[stage, expected] : device_ms) CHECK(ms.at(stage) == 2 * expected);  // of two jobs
+    CHECK(ms.at("engines") > 2 * 7e-6 && ms.at("stage") > 0);
     double sum = 0;
     for (const auto &[stage, time] : ms) sum += stage == "engines" || stage == "total" ? 0 : time;
     CHECK(sum <= ms.at("total"));
 
-    // With a callback or low memory the steps run one by one.
-    generate(*pipe, {{1, 2, 3, 4}}, 1, false, [](void *, int32_t, const float *, size_t) { return 0; });
-    CHECK(log.of("backbone").size() == 2 && log.denoised.size() == 1);
+    // A callback gets the latents of the whole batch, in order, during the last job.
+    static std::vector<std::vector<float>> steps;
+    steps.clear();
+    const arcflow::Images again =
+        generate(*pipe, prompts, 1, false, [](void *, int32_t, const float *latents, size_t count) {
+            steps.emplace_back(latents, latents + count);
+            return 0;
+        });
+    CHECK(steps.size() == 2 && log.of("backbone").empty());
+    CHECK(std::memcmp(steps[1].data(), again.latents.data.data(), again.latents.data.size()) == 0);
+    CHECK(again.latents.data == images.latents.data);
+    CHECK(thrown<arcflow::Error>([&] {
+              generate(*pipe, prompts, 1, false, [](void *, int32_t, const float *, size_t) { return 7; });
+          }) == "on_step stopped the call after step 0 by returning 7; return 0 to go on");
+
+    // With low memory the steps run one by one.
+    const std::size_t jobs = log.denoised.size();
     generate(*open(qwen, log, true), {{1, 2, 3, 4}}, 1, false);
-    CHECK(log.denoised.size() == 1);
+    CHECK(log.denoised.size() == jobs && log.of("backbone").size() == 2);
 
     log.mean = std::nanf("");
     CHECK(thrown<arcflow::Error>([&] {

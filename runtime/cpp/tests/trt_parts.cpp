@@ -1,12 +1,16 @@
 // Implements trt_parts.h: fake engines, and the expected result on the host.
 #include "trt_parts.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 
+#include "error.h"
 #include "maths.h"
 #include "noise_of.h"
 #include "trt_engine.h"
+#include "trt_shapes.h"
 
 namespace fake {
 namespace {
@@ -22,68 +26,149 @@ void write(DType dtype, std::byte *to, int64_t i, float x) {
     else reinterpret_cast<uint16_t *>(to)[i] = dtype == DType::float16 ? to_half(x) : to_bfloat16(x);
 }
 
-// A context of a fake engine; the decoder makes one pixel per token.
+// One run, with the addresses of its call, as a captured engine keeps them.
+struct Call {
+    std::string part;
+    DType dtype;
+    Shapes shapes;
+    std::map<std::string, cuda::Address> at;
+    cuda::Address workspace;
+    size_t workspace_bytes;
+    std::shared_ptr<bool> alive;  // false after the context was freed
+};
+
+DType dtype_of(const Call &call, const std::string &tensor) {
+    if (tensor == "images") return DType::uint8;
+    const bool single = tensor.find("rotary") != std::string::npos || tensor == "timesteps" || tensor == "guidance" ||
+                        call.part == "vae_decoder";
+    return single ? DType::float32 : call.dtype;
+}
+
+// Called by the driver when the work runs; returns 0 or 1 for a failure.
+int run(void *user) {
+    const auto &call = *static_cast<const Call *>(user);
+    if (!*call.alive) {
+        std::fprintf(stderr, "%s: runs after its context was freed\n", call.part.c_str());
+        return 1;
+    }
+    const auto resolve = [](cuda::Address address, size_t bytes) {
+        void *found = control<void *(cuda::Address, size_t)>("host_cuda_at")(address, bytes);
+        if (found == nullptr) std::fprintf(stderr, "%s\n", control<const char *()>("host_cuda_fault")());
+        return static_cast<std::byte *>(found);
+    };
+    std::map<std::string, std::byte *> at;
+    for (const auto &[name, address] : call.at)
+        at[name] = resolve(address, bytes_of(call.shapes.at(name), dtype_of(call, name), name));
+    std::byte *workspace = resolve(call.workspace, call.workspace_bytes);
+    for (const auto &[name, found] : at)
+        if (found == nullptr) return 1;
+    if (workspace == nullptr) return 1;
+    std::memset(workspace, 0xff, call.workspace_bytes);
+    if (call.part == "conditioner") conditioner(call.shapes, at, call.dtype);
+    else if (call.part == "vae_decoder") decoder(call.shapes, at);
+    else backbone(call.shapes, at, call.dtype);
+    return 0;
+}
+
 class Context : public TrtContext {
 public:
-    Context(std::string part, DType dtype, Shapes shapes, cuda::Stream &stream, bool capturable)
-        : part_(std::move(part)), dtype_(dtype), shapes_(std::move(shapes)), stream_(stream), capturable_(capturable) {
+    Context(Session &session, std::string part, DType dtype, Shapes shapes, cuda::Stream &stream)
+        : session_(session), part_(std::move(part)), dtype_(dtype), shapes_(std::move(shapes)), stream_(stream) {
+        session_.most_contexts = std::max(session_.most_contexts, ++session_.live_contexts);
         if (part_ == "conditioner") {
             shapes_["modulation"] = {shapes_.at("timesteps")[0], shapes_.at("pooled_projections")[0], M};
             return;
         }
         const std::vector<int64_t> &s = shapes_.at("latents");
         if (part_ == "vae_decoder") {
-            shapes_["images"] = {s[0], s[1], s[2], 3};
+            shapes_["images"] = {s[0], s[1] * TOKEN_PX, s[2] * TOKEN_PX, 3};
         } else {
             shapes_["means"] = {s[0], s[1], K, C};
             shapes_["logweights"] = {s[0], s[1], K, P};
             shapes_["loggammas"] = {s[0], s[1], K - 1, P};
         }
     }
+    ~Context() override {
+        --session_.live_contexts;
+        *alive_ = false;
+    }
 
-    size_t scratch_bytes() override { return part_ == "vae_decoder" ? 1000 : 300; }
-    void use_scratch(cuda::Address address, size_t bytes) override {
-        CHECK(address % 256 == 0 && bytes >= scratch_bytes());
-        scratch_ = reinterpret_cast<std::byte *>(address);
+    // The decoder needs most, and larger images need more.
+    size_t workspace_bytes() override {
+        if (part_ != "vae_decoder") return 300;
+        const std::vector<int64_t> &s = shapes_.at("latents");
+        return 1000 + 64 * static_cast<size_t>(s[0] * s[1] * s[2]);
+    }
+    void use_workspace(cuda::Address address, size_t bytes) override {
+        CHECK(address % 256 == 0 && bytes >= workspace_bytes());
+        workspace_ = address;
+        given_ = bytes;
     }
     std::vector<int64_t> shape(const std::string &tensor) override { return shapes_.at(tensor); }
     void bind(const std::string &tensor, cuda::Address address) override {
-        CHECK(address % 256 == 0);
-        CHECK(shapes_.count(tensor) == 1);
-        at_[tensor] = reinterpret_cast<std::byte *>(address);
+        CHECK(address % 256 == 0 && address != 0 && shapes_.count(tensor) == 1);
+        at_[tensor] = address;
     }
-    bool capturable() override { return capturable_; }
+    std::string obstacle() override { return session_.obstacle; }
     void enqueue() override {
-        CHECK(at_.size() == shapes_.size() && scratch_ != nullptr);
-        std::memset(scratch_, 1, scratch_bytes());
-        // Keeps the addresses of this call, as a captured engine does.
-        struct Call {
-            Context *context;
-            std::map<std::string, std::byte *> at;
-        };
-        auto call = std::make_shared<Call>(Call{this, at_});
-        calls_.push_back(call);
-        driver<void(void *, void (*)(void *), void *)>("fake_enqueue")(
-            stream_.handle,
-            [](void *user) {
-                const auto *c = static_cast<Call *>(user);
-                if (c->context->part_ == "conditioner") conditioner(c->context->shapes_, c->at);
-                else if (c->context->part_ == "vae_decoder") decoder(c->context->shapes_, c->at);
-                else backbone(c->context->shapes_, c->at, c->context->dtype_);
-            },
-            call.get());
+        CHECK(at_.size() == shapes_.size() && workspace_ != 0);
+        session_.before_enqueue();
+        // Never freed, so that a run after the context was freed is found.
+        static std::mutex mutex;
+        static auto *const all = new std::vector<std::unique_ptr<Call>>;
+        auto call = std::make_unique<Call>(Call{part_, dtype_, shapes_, at_, workspace_, given_, alive_});
+        Call *const given = call.get();
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            all->push_back(std::move(call));
+        }
+        const int failed =
+            control<int(void *, int (*)(void *), void *)>("host_cuda_enqueue")(stream_.handle, run, given);
+        if (failed == out_of_memory) throw Error(ARCFLOW_OUT_OF_MEMORY, part_ + ": the run needs more memory");
+        if (failed) throw engine_error(part_ + ": the run failed with error " + std::to_string(failed));
     }
 
 private:
+    Session &session_;
     std::string part_;
     DType dtype_;
     Shapes shapes_;
     cuda::Stream &stream_;
-    bool capturable_;
-    std::byte *scratch_ = nullptr;
-    std::map<std::string, std::byte *> at_;
-    std::vector<std::shared_ptr<void>> calls_;  // graphs may run them during the context's lifetime
+    cuda::Address workspace_ = 0;
+    size_t given_ = 0;
+    std::map<std::string, cuda::Address> at_;
+    std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
+
+// The rows [row, row + count) of a tensor's first axis.
+Tensor rows(const Tensor &from, int64_t row, int64_t count = 1) {
+    std::vector<int64_t> shape = from.shape;
+    shape[0] = count;
+    Tensor part(from.dtype, shape);
+    const size_t bytes = from.data.size() / static_cast<size_t>(from.shape[0]);
+    std::memcpy(part.data.data(), from.data.data() + static_cast<size_t>(row) * bytes, part.data.size());
+    return part;
+}
+
+std::map<std::string, std::byte *> addresses(Tensors &tensors) {
+    std::map<std::string, std::byte *> at;
+    for (auto &[name, tensor] : tensors) at[name] = tensor.data.data();
+    return at;
+}
+
+// The modulation [S, 1, M] of one image, in the conditioner's dtype.
+Tensor conditioned(const DenoiseJob &job, const Embeddings &text, DType dtype) {
+    const auto steps = static_cast<int64_t>(job.timesteps.size());
+    Tensors t;
+    t["timesteps"] = Tensor(DType::float32, {steps});
+    std::copy(job.timesteps.begin(), job.timesteps.end(), t["timesteps"].as<float>());
+    t["pooled_projections"] = cast(text.pooled, dtype);
+    t["guidance"] = Tensor(DType::float32, {1});
+    *t["guidance"].as<float>() = *job.guidance;
+    t["modulation"] = Tensor(dtype, {steps, 1, M});
+    conditioner(shapes_of(t), addresses(t), dtype);
+    return t["modulation"];
+}
 
 }  // namespace
 
@@ -115,42 +200,62 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
     }
 }
 
-void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at) {
+void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype) {
     const int64_t steps = shapes.at("timesteps")[0], prompts = shapes.at("pooled_projections")[0];
     for (int64_t i = 0; i < steps * prompts * M; ++i) {
         const int64_t step = i / (prompts * M), prompt = i / M % prompts;
         const float timestep = read(DType::float32, at.at("timesteps"), step);
-        const float pooled = read(DType::float32, at.at("pooled_projections"), prompt);
-        write(DType::float32, at.at("modulation"), i, timestep + 100 * pooled + static_cast<float>(i % M) / 8);
+        const float pooled = read(dtype, at.at("pooled_projections"), prompt * POOL + 1);
+        const float guidance = read(DType::float32, at.at("guidance"), prompt);
+        write(dtype, at.at("modulation"), i, timestep / 1000 + pooled + guidance + static_cast<float>(i % M) / 8);
     }
 }
 
 void decoder(const Shapes &shapes, const std::map<std::string, std::byte *> &at) {
     const auto &s = shapes.at("latents");
-    for (int64_t i = 0; i < s[0] * s[1] * s[2]; ++i) {
+    const int64_t width = s[2] * TOKEN_PX, pixels = s[0] * s[1] * TOKEN_PX * width;
+    for (int64_t i = 0; i < pixels; ++i) {
+        const int64_t y = i / width, token = y / TOKEN_PX * s[2] + i % width / TOKEN_PX;
         for (int64_t channel = 0; channel < 3; ++channel) {
-            const float x = read(DType::float32, at.at("latents"), i * C + channel);
+            const float x = read(DType::float32, at.at("latents"), token * C + channel);
             at.at("images")[i * 3 + channel] = static_cast<std::byte>(std::lround(x * 16) & 0xff);
         }
     }
 }
 
 std::unique_ptr<TrtContext> Session::context(const Shapes &inputs, cuda::Stream &stream) {
+    if (const std::string wrong = misfit(inputs); !wrong.empty()) throw engine_error(wrong);
     ++contexts;
-    return std::make_unique<Context>(part_, dtype_, inputs, stream, capturable_);
+    return std::make_unique<Context>(*this, part_, dtype_, inputs, stream);
 }
 
-Manifest manifest_in(DType dtype) {
+std::string Session::misfit(const Shapes &inputs) {
+    if (part_ == "conditioner" && inputs.at("timesteps")[0] > max_steps)
+        return part_ + ": the engine takes at most " + std::to_string(max_steps) + " steps";
+    const std::string &batched = part_ == "conditioner" ? "pooled_projections" : "latents";
+    if (inputs.at(batched)[0] > max_batch)
+        return part_ + ": the engine takes at most " + std::to_string(max_batch) + " images";
+    return "";
+}
+
+Manifest manifest_in(DType dtype, DType conditioned) {
     Manifest m{};
+    m.family = Family::flux;
     m.latents = {C / P, 2, 8, K, P};
+    const Dimension any = std::string("any");
     Part part{};
-    part.inputs = {{"latents", dtype, {}},
-                   {"encoder_hidden_states", dtype, {}},
-                   {"modulation", dtype, {}},
-                   {"image_rotary", DType::float32, {}},
-                   {"text_rotary", DType::float32, {}}};
+    part.inputs = {{"latents", dtype, {any, any, C}},
+                   {"encoder_hidden_states", dtype, {any, any, TEXT}},
+                   {"modulation", dtype, {any, M}},
+                   {"image_rotary", DType::float32, {int64_t{2}, any, HALF_HEAD}},
+                   {"text_rotary", DType::float32, {int64_t{2}, any, HALF_HEAD}}};
     part.outputs = {{"means", dtype, {}}, {"logweights", dtype, {}}, {"loggammas", dtype, {}}};
     m.parts["backbone"] = part;
+    part.inputs = {{"timesteps", DType::float32, {any}},
+                   {"guidance", DType::float32, {any}},
+                   {"pooled_projections", conditioned, {any, POOL}}};
+    part.outputs = {{"modulation", conditioned, {any, any, M}}};
+    m.parts["conditioner"] = part;
     return m;
 }
 
@@ -160,63 +265,67 @@ Tensor random_tensor(uint64_t seed, std::vector<int64_t> shape) {
     return tensor;
 }
 
-DenoiseInputs inputs_of(uint64_t seed, int64_t prompts, bool decode, std::vector<double> sigmas) {
-    DenoiseInputs in;
-    in.shape = {3, 6, C};
-    in.streams = noise_streams(seed % 2 ? std::vector<uint64_t>{seed} : std::vector<uint64_t>{seed, 9, seed << 40 | 7},
-                               3, 6 * C);
-    const auto table = [&](uint64_t more, int64_t tokens) {
-        return std::make_shared<const Tensor>(random_tensor(seed + more, {2, tokens, HALF_HEAD}));
+DenoiseJob job_of(uint64_t seed, int64_t images, bool pixels, std::vector<double> sigmas, int64_t text_tokens,
+                  int64_t height, int64_t width) {
+    DenoiseJob job{};
+    std::vector<uint64_t> seeds{seed};
+    for (int64_t i = 1; i < images && seed % 2 == 0; ++i) seeds.push_back(seed << (20 * i) | 7);
+    job.streams = noise_streams(seeds, images, height * width * C);
+    for (int64_t i = 0; i < images; ++i) {
+        const uint64_t text = seed + static_cast<uint64_t>(i) * 100;
+        job.texts.push_back(std::make_shared<const Embeddings>(
+            Embeddings{random_tensor(text + 1, {1, text_tokens, TEXT}), random_tensor(text + 2, {1, POOL})}));
+    }
+    // The tables are the same for all jobs of one shape.
+    const auto table = [](int64_t tokens) {
+        return std::make_shared<const Tensor>(random_tensor(static_cast<uint64_t>(tokens), {2, tokens, HALF_HEAD}));
     };
-    in.groups.push_back({{0, 2}, {1, 0}, random_tensor(seed + 1, {2, 4, TEXT}), table(2, 4)});
-    in.groups.push_back({{1}, {1}, random_tensor(seed + 3, {1, 7, TEXT}), table(4, 7)});
-    const auto steps = static_cast<int64_t>(sigmas.size()) - 1;
-    in.modulation = random_tensor(seed + 5, {steps, prompts, M});
-    in.image_rotary = table(6, 6);
-    in.sigmas = std::move(sigmas);
-    in.height_px = 32;
-    in.width_px = 48;
-    in.decode = decode;
-    return in;
+    job.image_rotary = table(height * width);
+    job.text_rotary = table(text_tokens);
+    job.height = height;
+    job.width = width;
+    for (size_t i = 0; i + 1 < sigmas.size(); ++i) job.timesteps.push_back(static_cast<float>(sigmas[i] * 1000));
+    job.sigmas = std::move(sigmas);
+    job.guidance = 0.5f + static_cast<float>(seed % 3);
+    job.pixels = pixels;
+    return job;
 }
 
-Denoised expected(const DenoiseInputs &in, DType dtype) {
+Denoised expected(const DenoiseJob &job, const Manifest &manifest) {
     Denoised out;
-    out.latents = noise_of(in, manifest_in(dtype).latents);
-    const int64_t tokens = in.shape[1], prompts = in.modulation.shape[1], batch = in.shape[0];
-    for (size_t step = 0; step + 1 < in.sigmas.size(); ++step) {
-        for (const TextGroup &group : in.groups) {
-            for (size_t i = 0; i < group.images.size(); ++i) {
-                const auto copy = [](const Tensor &from, std::vector<int64_t> shape, int64_t row) {
-                    Tensor part(DType::float32, std::move(shape));
-                    std::memcpy(part.data.data(), from.data.data() + static_cast<size_t>(row) * part.data.size(),
-                                part.data.size());
-                    return part;
-                };
-                const int64_t text = group.states.shape[1];
-                const auto row = static_cast<int64_t>(step) * prompts + (prompts > 1 ? group.prompts[i] : 0);
-                Tensors t;
-                Tensor x = copy(out.latents, {1, tokens, C}, group.images[i]);
-                t["latents"] = cast(x, dtype);
-                t["encoder_hidden_states"] = cast(copy(group.states, {1, text, TEXT}, static_cast<int64_t>(i)), dtype);
-                t["modulation"] = cast(copy(in.modulation, {1, M}, row), dtype);
-                t["image_rotary"] = *in.image_rotary;
-                t["text_rotary"] = *group.rotary;
-                const Shapes shapes = shapes_of(t);
-                t["means"] = Tensor(dtype, {1, tokens, K, C});
-                t["logweights"] = Tensor(dtype, {1, tokens, K, P});
-                t["loggammas"] = Tensor(dtype, {1, tokens, K - 1, P});
-                std::map<std::string, std::byte *> at;
-                for (auto &[name, tensor] : t) at[name] = tensor.data.data();
-                backbone(shapes, at, dtype);
-                update(x, t["means"], t["logweights"], t["loggammas"], in.sigmas[step], in.sigmas[step + 1]);
-                std::memcpy(out.latents.data.data() + static_cast<size_t>(group.images[i]) * x.data.size(),
-                            x.data.data(), x.data.size());
-            }
+    const Part &part = manifest.parts.at("backbone");
+    const DType dtype = part.inputs[0].dtype;
+    out.latents = noise_of(job, manifest.latents);
+    const int64_t tokens = job.height * job.width, batch = out.latents.shape[0];
+    for (int64_t image = 0; image < batch; ++image) {
+        const Embeddings &text = *job.texts[static_cast<size_t>(image)];
+        Tensor modulation;  // [S, M]
+        if (job.table != nullptr) {
+            modulation = *job.table;
+        } else {
+            modulation = conditioned(job, text, manifest.parts.at("conditioner").outputs[0].dtype);
+            modulation.shape = {modulation.shape[0], M};
         }
+        Tensor x = rows(out.latents, image);
+        for (size_t step = 0; step + 1 < job.sigmas.size(); ++step) {
+            Tensors t;
+            t["latents"] = cast(x, dtype);
+            t["encoder_hidden_states"] = cast(text.states, dtype);
+            t["modulation"] = cast(rows(modulation, static_cast<int64_t>(step)), dtype);
+            t["image_rotary"] = *job.image_rotary;
+            t["text_rotary"] = *job.text_rotary;
+            const Shapes shapes = shapes_of(t);
+            t["means"] = Tensor(dtype, {1, tokens, K, C});
+            t["logweights"] = Tensor(dtype, {1, tokens, K, P});
+            t["loggammas"] = Tensor(dtype, {1, tokens, K - 1, P});
+            backbone(shapes, addresses(t), dtype);
+            update(x, t["means"], t["logweights"], t["loggammas"], job.sigmas[step], job.sigmas[step + 1]);
+        }
+        std::memcpy(out.latents.data.data() + static_cast<size_t>(image) * x.data.size(), x.data.data(), x.data.size());
     }
-    out.pixels = Tensor(DType::uint8, {batch, in.height_px / 16, in.width_px / 16, 3});
-    decoder({{"latents", {batch, in.height_px / 16, in.width_px / 16, C}}},
+    if (!job.pixels) return out;
+    out.pixels = Tensor(DType::uint8, {batch, job.height * TOKEN_PX, job.width * TOKEN_PX, 3});
+    decoder({{"latents", {batch, job.height, job.width, C}}},
             {{"latents", out.latents.data.data()}, {"images", out.pixels.data.data()}});
     return out;
 }

@@ -7,7 +7,7 @@
 //   trt_tool find BUNDLE PART BUILDER VERSION TARGET GPU|- PLATFORM fast|full
 //   trt_tool platform
 //   trt_tool cache ENGINE VERSION DRIVER GPU [TEXT]
-//   trt_tool nvrtc TARGET
+//   trt_tool nvrtc TARGET [CACHE]
 //   trt_tool source
 //   trt_tool geometry TOKENS MODES SUB_PIXELS float32|float16
 #include <cstdio>
@@ -98,7 +98,9 @@ void run(const std::vector<std::string> &a) {
         std::printf("%s %s\n", file.path.c_str(), file.read().value_or("nothing").c_str());
         if (a.size() > 5) file.write(a[5]);
     } else if (a.at(0) == "nvrtc") {
-        std::fwrite(arcflow::compile_with_nvrtc(kernels_source, a.at(1)).data(), 1, 4, stdout);
+        const arcflow::KernelCode code = a.size() < 3 ? arcflow::compile_with_nvrtc(kernels_source, a.at(1))
+                                                      : arcflow::cached_code(kernels_source, a.at(1), a.at(2));
+        std::printf("%s %s\n", code.kind.c_str(), arcflow::sha256(code.bytes).c_str());
     } else if (a.at(0) == "source") {
         std::fputs(kernels_source, stdout);
     } else if (a.at(0) == "geometry") {
