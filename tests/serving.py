@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,40 +137,43 @@ def alone(pipe: Pipeline, prompt: str, seed: int, **options) -> bytes:
     return pipe([prompt], seed=[seed], **options).images[0].tobytes()
 
 
-class Gate:
-    """Holds the pipelines of a service before they generate, and records the batches that pass."""
+class Wrapped:
+    """A pipeline that calls `before(prompts)` ahead of each batch."""
 
-    def __init__(self, service: Service) -> None:
-        self.open = threading.Event()
-        self.batches: list[tuple[str, ...]] = []
-        self.entered = 0
-        for model in service.models.values():
-            self._wrap(model)
-
-    def _wrap(self, model) -> None:
-        load = model._load
-
-        def load_gated():
-            return Gated(load(), self)
-
-        model._load = load_gated
-        model._pipeline = Gated(model._pipeline, self)
-
-
-class Gated:
-    """A pipeline behind a `Gate`."""
-
-    def __init__(self, pipeline: Pipeline, gate: Gate) -> None:
-        self._pipeline, self._gate = pipeline, gate
+    def __init__(self, pipeline: Pipeline, before) -> None:
+        self._pipeline, self._before = pipeline, before
 
     def __call__(self, prompts, **arguments):
-        self._gate.entered += 1
-        assert self._gate.open.wait(WAIT_S)
-        self._gate.batches.append(tuple(prompts))
+        self._before(tuple(prompts))
         return self._pipeline(prompts, **arguments)
 
     def __getattr__(self, name):
         return getattr(self._pipeline, name)
+
+
+def wrap(service: Service, before) -> None:
+    """Let every pipeline of a service, and those that are loaded later, call `before(prompts)`."""
+    for model in service.models.values():
+        model._load = partial(_load_wrapped, model._load, before)
+        model._pipeline = Wrapped(model._pipeline, before)
+
+
+def _load_wrapped(load, before) -> Wrapped:
+    return Wrapped(load(), before)
+
+
+class Gate:
+    """Holds every batch until `open` is set, and records the prompts of those that passed."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.held = 0
+        self.batches: list[tuple[str, ...]] = []
+
+    def __call__(self, prompts) -> None:
+        self.held += 1
+        assert self.open.wait(WAIT_S)
+        self.batches.append(prompts)
 
 
 def raw(port: int, data: bytes, timeout_s: float = WAIT_S) -> bytes:

@@ -130,11 +130,11 @@ class Lanes:
             finally:
                 lane.batch = []
 
-    def _draw(self, lane: _Lane, batch: list[Picture]) -> None:
-        """Generate a batch; a batch that fails is generated again picture by picture."""
+    def _draw(self, lane: _Lane, batch: list[Picture]) -> bool:
+        """Generate a batch, and again picture by picture if it fails; False if a picture failed."""
         batch = [p for p in batch if not p.job.over]
         if not batch or lane.lost:
-            return
+            return True
         key = batch[0].job.key
         model = self._models[key.model]
         try:
@@ -156,20 +156,22 @@ class Lanes:
                 self._fail(lane, batch[0], e)
                 if not isinstance(e, RequestError):
                     model.failed()
-                return
+                return False
             _log.warning("a batch of %d is repeated one by one: %s: %s", len(batch), type(e).__name__, e)
-            self._one_by_one(lane, batch)
-            return
+            return self._one_by_one(lane, batch)
         model.succeeded()
         self._deliver(lane, batch, output)
+        return True
 
-    def _one_by_one(self, lane: _Lane, batch: list[Picture]) -> None:
+    def _one_by_one(self, lane: _Lane, batch: list[Picture]) -> bool:
+        well = True
         for picture in batch:
             lane.since = time.monotonic()
-            self._draw(lane, [picture])
-        if not any(p.job.over for p in batch):
-            # Each picture alone was well, so together they were too large.
+            well = self._draw(lane, [picture]) and well
+        if well:
+            # None of them was at fault, so together they were too large.
             self._caps.lower(batch[0].job.key, len(batch))
+        return well
 
     def _deliver(self, lane: _Lane, batch: list[Picture], output: PipelineOutput) -> None:
         self._drawn(batch, output.timings_ms)
