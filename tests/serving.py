@@ -137,6 +137,13 @@ def alone(pipe: Pipeline, prompt: str, seed: int, **options) -> bytes:
     return pipe([prompt], seed=[seed], **options).images[0].tobytes()
 
 
+def preview_alone(pipe: Pipeline, prompt: str, seed: int, **options) -> bytes:
+    """The pixels of the first preview that the pipeline gives without a service."""
+    found = []
+    pipe([prompt], seed=[seed], callback_on_preview=lambda step, images: found.append(images[0].tobytes()), **options)
+    return found[0]
+
+
 class Wrapped:
     """A pipeline that calls `before(prompts)` ahead of each batch."""
 

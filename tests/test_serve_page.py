@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from arcflow_runtime import Pipeline
 from tests.conftest import SHAPES_OPTIONS
-from tests.serving import WAIT_S, alone, image_of, serve, wait_until, wrap
+from tests.serving import WAIT_S, alone, image_of, preview_alone, serve, wait_until, wrap
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
@@ -219,7 +219,7 @@ def test_a_partial_image_and_stop(bundle, open_page, pipe):
         page.click("#go")
         expect(page.locator(".note")).to_have_text("partial image")
         prompt = page.input_value("#prompt")
-        assert [pixels(x) for x in sources(page)] == [alone(pipe, prompt, 8, num_inference_steps=1)]
+        assert [pixels(x) for x in sources(page)] == [preview_alone(pipe, prompt, 8)]
         go_on.set()
         finished(page, 1)
         assert [pixels(x) for x in sources(page)] == [alone(pipe, prompt, 8)]

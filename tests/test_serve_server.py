@@ -16,9 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from arcflow_runtime import Pipeline, RequestError, cli
 from arcflow_serve import keys, settings
+from arcflow_serve.encode_image import Encoding
 from arcflow_serve.settings import Settings
 from tests.conftest import SHAPES_OPTIONS
 from tests.serving import GENERATE, Gate, alone, command, images_of, raw, serve, wait_until, wrap
@@ -238,12 +240,8 @@ def test_sigterm_under_load_loses_nothing(bundle):
     """Every request that was accepted is answered with its image; later ones are sent elsewhere, in words."""
     with command(bundle, "--max-batch", "1", "--lanes", "1") as running, Pipeline.load(bundle, threads=1) as pipe:
         with ThreadPoolExecutor(41) as pool, httpx.Client(base_url=running.url, timeout=60) as client:
-            futures = [
-                pool.submit(
-                    httpx.post, running.url + GENERATE, json=SMALL | {"seed": i, "n": 4, "size": "64x64"}, timeout=60
-                )
-                for i in range(15)
-            ]
+            bodies = [SMALL | {"seed": i, "n": 4, "size": "64x64"} for i in range(15)]
+            futures = [pool.submit(httpx.post, running.url + GENERATE, json=b, timeout=60) for b in bodies]
             wait_until(lambda: "arcflow_requests_waiting 14" in client.get("/metrics").text)
             running.process.send_signal(signal.SIGTERM)
             wait_until(lambda: client.get("/ready").status_code == 503)
@@ -315,8 +313,10 @@ def test_check_with_a_key(bundle, monkeypatch):
 
 
 def test_check_finds_another_image(bundle, monkeypatch, capsys):
-    def other(self, image, text, encode=settings_encode()):
-        return encode(self, image.transpose(0), text)
+    encode = Encoding.encode
+
+    def other(self, image, text):
+        return encode(self, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), text)
 
     monkeypatch.setattr("arcflow_serve.encode_image.Encoding.encode", other)
     assert cli.main(["serve", str(bundle), "--check"]) == 1
@@ -324,12 +324,6 @@ def test_check_finds_another_image(bundle, monkeypatch, capsys):
         f"arcflow serve: error: model {bundle.name!r}: the image must be the one of the pipeline alone, got another; "
         "report this as a bug\n"
     )
-
-
-def settings_encode():
-    from arcflow_serve.encode_image import Encoding
-
-    return Encoding.encode
 
 
 def test_a_port_that_is_taken(bundle, capsys):

@@ -15,6 +15,7 @@ import fastapi_offline
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -118,6 +119,9 @@ class Generation:
             response = await self._answer(request)
         except ServiceError as e:
             response = error_response(e)
+        except ClientDisconnect:
+            # It left before its request was complete.
+            response = self._left()
         if not isinstance(response, EventStream):
             self._count(response.status_code, arrived)
         return response
@@ -151,8 +155,7 @@ class Generation:
         finished: list[Finished] = []
         while True:
             if event is None:
-                self._engine.metrics.left.inc()
-                return Response(status_code=_LEFT)
+                return self._left()
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished):
@@ -160,6 +163,10 @@ class Generation:
                 if len(finished) == len(answer.job.seeds):
                     return Response(answer.reply(finished), media_type="application/json")
             event = await events.get()
+
+    def _left(self) -> Response:
+        self._engine.metrics.left.inc()
+        return Response(status_code=_LEFT)
 
     def _done(self, job: Job) -> None:
         self._engine.release(job)
