@@ -34,7 +34,7 @@ EXTRAS = (
     "diffusers",
     "fastapi",
     "filelock",
-    "httpx",
+    "httpx2",
     "huggingface_hub",
     "hypothesis",
     "markdown_it",

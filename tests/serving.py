@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
+import httpx2
 from PIL import Image
 
 from arcflow_runtime import Pipeline
@@ -44,10 +44,10 @@ class Running:
     url: str
     port: int
 
-    def client(self, **options) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=WAIT_S, **options)
+    def client(self, **options) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=WAIT_S, **options)
 
-    def post(self, body: Mapping, **options) -> httpx.Response:
+    def post(self, body: Mapping, **options) -> httpx2.Response:
         with self.client() as client:
             return client.post(GENERATE, json=body, **options)
 
@@ -109,8 +109,8 @@ def command(*arguments, environment: Mapping[str, str] | None = None) -> Iterato
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url + "/health").status_code == 200
-    except httpx.TransportError:
+        return httpx2.get(url + "/health").status_code == 200
+    except httpx2.TransportError:
         return False
 
 
@@ -127,7 +127,7 @@ def image_of(encoded: str) -> Image.Image:
     return image
 
 
-def images_of(response: httpx.Response) -> list[Image.Image]:
+def images_of(response: httpx2.Response) -> list[Image.Image]:
     assert response.status_code == 200, response.text
     return [image_of(x["b64_json"]) for x in response.json()["data"]]
 

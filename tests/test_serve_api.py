@@ -7,7 +7,7 @@ import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -362,7 +362,7 @@ def test_the_same_bytes_reach_the_pipeline_as_by_hand(client, running, pipe):
 
 def test_no_address_in_a_request_is_opened(running):
     """A prompt, model or user that looks like a path or URL stays a text."""
-    with httpx.Client(base_url=running.url) as client:
+    with httpx2.Client(base_url=running.url) as client:
         for value in ("file:///etc/passwd", "http://127.0.0.1:1/", "../../../etc/passwd", "/etc/passwd"):
             reply = client.post("/v1/images/generations", json={"prompt": value, "user": value, "size": "16x16"})
             assert reply.status_code == 200

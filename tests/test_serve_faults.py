@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -45,11 +45,11 @@ def body(prompt: str, seed: int = 1, **others) -> dict:
     return {"prompt": prompt, "seed": seed, "size": "32x32"} | others
 
 
-def is_right(response: httpx.Response, pipe: Pipeline, prompt: str, seed: int = 1) -> bool:
+def is_right(response: httpx2.Response, pipe: Pipeline, prompt: str, seed: int = 1) -> bool:
     return images_of(response)[0].tobytes() == alone(pipe, prompt, seed, **SIZE)
 
 
-def at_once(running, bodies: list[dict], meanwhile=lambda: None) -> list[httpx.Response]:
+def at_once(running, bodies: list[dict], meanwhile=lambda: None) -> list[httpx2.Response]:
     """Post all bodies at the same time, call `meanwhile` and return the responses."""
     with ThreadPoolExecutor(len(bodies)) as pool:
         futures = [pool.submit(running.post, b) for b in bodies]

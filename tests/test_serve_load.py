@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -58,13 +58,13 @@ class Load:
         self.resident: list[int] = []
 
     async def run(self) -> None:
-        limits = httpx.Limits(max_connections=CLIENTS + 1)
-        async with httpx.AsyncClient(base_url=self._running.url, timeout=120, limits=limits) as client:
+        limits = httpx2.Limits(max_connections=CLIENTS + 1)
+        async with httpx2.AsyncClient(base_url=self._running.url, timeout=120, limits=limits) as client:
             watch = asyncio.create_task(self._watch(client))
             await asyncio.gather(*[self._client(client) for _ in range(CLIENTS)])
             watch.cancel()
 
-    async def _client(self, client: httpx.AsyncClient) -> None:
+    async def _client(self, client: httpx2.AsyncClient) -> None:
         while self._left:
             self._left -= 1
             prompt, (width, height), seed = (self._random.choice(x) for x in (PROMPTS, SIZES, SEEDS))
@@ -79,7 +79,7 @@ class Load:
                 self._judge(response, body, (prompt, width, height))
             self.open -= 1
 
-    def _judge(self, response: httpx.Response, body: dict, what: tuple) -> None:
+    def _judge(self, response: httpx2.Response, body: dict, what: tuple) -> None:
         if response.status_code == 429:
             assert response.json()["error"]["code"] == "queue_full"
             assert 1 <= int(response.headers["retry-after"]) <= 60
@@ -101,7 +101,7 @@ class Load:
         await asyncio.sleep(after_s)
         writer.close()
 
-    async def _watch(self, client: httpx.AsyncClient) -> None:
+    async def _watch(self, client: httpx2.AsyncClient) -> None:
         """The gauges never exceed what is open here, nor the places of the service."""
         while True:
             await asyncio.sleep(0.25)
@@ -124,7 +124,7 @@ def resident_bytes(pid: int) -> int:
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_four_times_the_load(bundle, expected, count):
     arguments = ("--max-queue", QUEUE, "--lanes", LANES, "--max-n", MAX_N, "--threads", 1)
-    with command(bundle, *arguments) as running, httpx.Client(base_url=running.url, timeout=120) as client:
+    with command(bundle, *arguments) as running, httpx2.Client(base_url=running.url, timeout=120) as client:
         load = Load(running, count, expected)
         asyncio.run(load.run())
         # All have an image or were told to come again, and some of each.
@@ -185,7 +185,7 @@ FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=list(Heal
 def fuzzed(bundle):
     with (
         serve([bundle], max_n=3, max_steps=4, max_body_bytes=4000, body_timeout_s=0.2) as running,
-        httpx.Client(base_url=running.url, timeout=60) as client,
+        httpx2.Client(base_url=running.url, timeout=60) as client,
         Pipeline.load(bundle, threads=1) as pipe,
     ):
         yield running, client
@@ -195,7 +195,7 @@ def fuzzed(bundle):
         assert running.metric("arcflow_requests_running") == 0
 
 
-def is_an_answer(response: httpx.Response) -> None:
+def is_an_answer(response: httpx2.Response) -> None:
     """An image, events, or an error of the client's in OpenAI's shape; never an error of the service."""
     assert response.headers["x-request-id"].startswith("req_")
     if response.status_code == 200:

@@ -172,7 +172,14 @@ def test_history(running, open_page):
         ("width", "63", "size", "width must be a multiple of 16, got 63; the nearest is 64"),
         ("num_inference_steps", "99", "num_inference_steps", "num_inference_steps must be at most 50, got 99"),
         ("n", "11", "n", "n must be at most 10, got 11"),
-        ("seed", "abc", "seed", "seed must be a valid integer, got None"),
+        ("seed", "abc", "seed", "seed must be a valid integer, got 'abc'"),
+        ("seed", "1.5", "seed", "seed must be a valid integer, got 1.5"),
+        (
+            "seed",
+            "18446744073709551615",
+            "seed",
+            "seed must be at most 9007199254740991 on this page; larger ones need the API",
+        ),
     ],
 )
 def test_errors_are_beside_their_field(running, open_page, field, value, place, message):

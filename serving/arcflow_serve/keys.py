@@ -23,13 +23,14 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
         RequestError: the file has no key, or a key is short or not printable ASCII without spaces.
         OSError: the file cannot be read.
     """
-    keys = [k.strip() for k in os.environ.get(VARIABLE, "").split(",") if k.strip()]
+    keys: list[str] = []
     if path is not None:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             raise RequestError(f"{path} must have at least one API key, one a line; got none")
         keys += found
+    keys += [k.strip() for k in os.environ.get(VARIABLE, "").split(",") if k.strip()]
     for i, key in enumerate(keys):
         if len(key) < MIN_CHARACTERS or not all("!" <= c <= "~" for c in key):
             # The key itself must not appear in a log.

@@ -157,9 +157,9 @@ class Pipeline:
             callback_on_step_end: called after each step with its index and the latents, [B, N, 64] float32,
                 read-only; its return value is ignored. It must not call this pipeline.
             callback_on_preview: called after each step but the last with its index and a preview of the B images in the
-                output type: the velocity that this step's heads describe, integrated exactly to sigma 0. The preview
-                after the first step is, up to rounding, the image of `num_inference_steps=1`. A GPU runs the first step once more for
-                it, and gives no other. Like `callback_on_step_end`, it must not call this pipeline.
+                output type: the velocity that this step's heads describe, integrated exactly to sigma 0. After the
+                first step that is, up to rounding, the image of `num_inference_steps=1`. A GPU runs the first step once
+                more for its preview, and gives no other. Like `callback_on_step_end`, it must not call this pipeline.
             generator: in place of `seed`, a `torch.Generator` on the CPU or a list of B. Only its initial seed is used,
                 so numbers drawn from it before make no difference.
             latents: in place of `seed`, the noise itself, [B, N, 64], packed as in diffusers.
