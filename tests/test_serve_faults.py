@@ -124,6 +124,12 @@ def test_memory_runs_out_for_one_request(open_service, pipe, error):
         assert response.headers["retry-after"] == "5"
         assert response.json()["error"]["code"] == "out_of_memory"
         assert is_right(running.post(body("after")), pipe, "after")
+        # A client whose images are too large cannot have the bundle loaded again and again.
+        (model,) = running.service.models.values()
+        loaded = model._pipeline
+        for _ in range(4):
+            assert running.post(body("large")).status_code == 503
+        assert model._pipeline is loaded
 
 
 def test_batches_that_do_not_fit_become_smaller(open_service, pipe):
@@ -256,6 +262,31 @@ def test_an_engine_that_hangs(open_service, pipe):
         # A call that returns after all is answered no second time, and its lane ends.
         wait_until(lambda: sum(t.name == "arcflow-lane" for t in threading.enumerate()) == 1)
         assert is_right(running.post(body("after")), pipe, "after")
+
+
+def test_an_engine_that_hangs_while_another_lane_fails(open_service, pipe):
+    """The bundle is loaded again once the call that hangs is given up; nobody waits for it for ever."""
+    over, broken = threading.Event(), threading.Event()
+    broken.set()
+
+    def before(prompts):
+        if "hang" in prompts:
+            over.wait()
+        if "fail" in prompts and broken.is_set():
+            raise EngineError("backbone: the engine is damaged")
+
+    with open_service(before, lanes=2, hang_timeout_s=1.0) as running, ThreadPoolExecutor(1) as pool:
+        (model,) = running.service.models.values()
+        loaded = model._pipeline
+        hanging = pool.submit(running.post, body("hang"))
+        wait_until(lambda: running.metric("arcflow_lanes_busy") == 1)
+        for _ in range(3):
+            assert running.post(body("fail")).status_code == 500
+        broken.clear()
+        assert is_right(running.post(body("fail")), pipe, "fail")
+        assert model._pipeline is not loaded
+        assert hanging.result().json()["error"]["code"] == "engine_hangs"
+        over.set()
 
 
 def test_a_failure_in_a_stream_is_an_error_of_the_client(open_service):

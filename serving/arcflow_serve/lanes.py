@@ -16,7 +16,7 @@ from functools import partial
 from PIL import Image
 
 from arcflow_runtime.errors import RequestError
-from arcflow_runtime.generate.pipeline import PipelineOutput
+from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError, bad_request
 from arcflow_serve.jobs import BatchKey, Event, Failed, Finished, Job, Picture, Preview
 from arcflow_serve.models import Model
@@ -34,6 +34,7 @@ class _Lane:
 
     thread: threading.Thread = field(init=False)
     batch: list[Picture] = field(default_factory=list)
+    pipeline: Pipeline | None = None
     since: float = 0.0
     lost: bool = False
 
@@ -94,8 +95,9 @@ class Lanes:
             self._lanes.remove(lane)
             self.lost += 1
             _log.error("a lane is replaced: its batch of %d took more than %g s", len(batch), self._hang_timeout_s)
+            if lane.pipeline is not None:
+                self._models[batch[0].job.key.model].abandon(lane.pipeline)
             for picture in batch:
-                self._models[picture.job.key.model].abandon()
                 message = (
                     f"generating the image took more than {self._hang_timeout_s:g} s and was given up; "
                     "ask for a smaller image or fewer steps, or start the service with a larger --hang-timeout"
@@ -128,7 +130,7 @@ class Lanes:
                 for picture in batch:
                     self._fail(lane, picture, e)
             finally:
-                lane.batch = []
+                lane.batch, lane.pipeline = [], None
 
     def _draw(self, lane: _Lane, batch: list[Picture]) -> bool:
         """Generate a batch, and again picture by picture if it fails; False if a picture failed."""
@@ -139,6 +141,7 @@ class Lanes:
         model = self._models[key.model]
         try:
             with model.use() as pipeline:
+                lane.pipeline = pipeline
                 arguments: dict[str, object] = {"loras": dict(key.loras)} if key.loras else {}
                 if key.preview:
                     arguments["callback_on_preview"] = partial(self._preview, lane, batch)
@@ -155,7 +158,7 @@ class Lanes:
             if len(batch) == 1:
                 self._fail(lane, batch[0], e)
                 if not isinstance(e, RequestError):
-                    model.failed()
+                    model.failed(for_memory=_is_out_of_memory(e))
                 return False
             _log.warning("a batch of %d is repeated one by one: %s: %s", len(batch), type(e).__name__, e)
             return self._one_by_one(lane, batch)
@@ -224,7 +227,7 @@ def _service_error(error: BaseException) -> ServiceError:
     if isinstance(error, RequestError):
         return bad_request(str(error))
     message = str(error) or type(error).__name__
-    if isinstance(error, MemoryError) or any(words in message.lower() for words in _OUT_OF_MEMORY):
+    if _is_out_of_memory(error):
         return ServiceError(
             UNAVAILABLE,
             "out_of_memory",
@@ -233,3 +236,7 @@ def _service_error(error: BaseException) -> ServiceError:
         )
     # The picture was generated alone and failed, so the same request would fail again.
     return ServiceError(FAILED, "engine_failed", message, retry=False)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

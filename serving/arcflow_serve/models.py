@@ -119,10 +119,13 @@ class Model:
         """Note that a call succeeded."""
         self._failures = 0
 
-    def failed(self) -> None:
-        """Note that a call with a single picture failed; too many in a row retire the pipeline."""
+    def failed(self, for_memory: bool) -> None:
+        """Note that a call with a single picture failed; too many in a row retire the pipeline.
+
+        Calls that ran out of memory are not counted: clients could otherwise have the bundle loaded again and again.
+        """
         with self._changed:
-            self._failures += 1
+            self._failures += not for_memory
             pipeline = self._pipeline
             if pipeline is None:
                 return
@@ -132,12 +135,11 @@ class Model:
                 _log.warning("model %s is loaded again: %d calls in a row failed", self.name, self._failures)
                 self._retire()
 
-    def abandon(self) -> None:
-        """Give up the pipeline without closing it: one of its calls never returns, and closing waits for it."""
+    def abandon(self, pipeline: Pipeline) -> None:
+        """Give up a pipeline without closing it: one of its calls does not return, and closing would wait for it."""
         with self._changed:
-            pipeline = self._pipeline
-            if pipeline is not None:
-                self._users.pop(pipeline, None)
+            self._users.pop(pipeline, None)
+            if pipeline is self._pipeline:
                 _log.warning("model %s is loaded again: a call did not return", self.name)
                 self._retire(close=False)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 import time
 from dataclasses import dataclass
 
+from starlette.responses import Response
+
+from arcflow_serve.errors import UNAUTHORIZED, ServiceError
 from arcflow_serve.jobs import Finished, Job, Preview
 from arcflow_serve.schema import GenerationRequest
 
@@ -82,6 +86,17 @@ class Answer:
             "output_tokens_details": {"image_tokens": output, "text_tokens": 0},
             "total_tokens": self.text_tokens + output,
         }
+
+
+def error_response(error: ServiceError) -> Response:
+    """An error as OpenAI words it."""
+    headers = error.headers() | ({"www-authenticate": "Bearer"} if error.status == UNAUTHORIZED else {})
+    return Response(_json(error.body()), error.status, headers, "application/json")
+
+
+def new_request_id() -> bytes:
+    """A value for the header x-request-id."""
+    return b"req_" + secrets.token_hex(12).encode()
 
 
 def error_event(body: dict[str, dict[str, str | None]]) -> bytes:

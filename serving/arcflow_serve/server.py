@@ -20,8 +20,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from arcflow_runtime.errors import RequestError
-from arcflow_serve.app import new_request_id
 from arcflow_serve.errors import BAD_REQUEST, TIMED_OUT, UNAVAILABLE, ServiceError
+from arcflow_serve.replies import new_request_id
 from arcflow_serve.service import Service
 from arcflow_serve.settings import Settings
 
