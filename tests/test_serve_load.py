@@ -175,7 +175,8 @@ GOOD = {
     "quality": st.sampled_from(["low", "high", "best"]),
     "user": st.text(max_size=10),
 }
-BODIES = st.fixed_dictionaries({"prompt": GOOD["prompt"]}, optional=GOOD) | st.fixed_dictionaries(
+OTHERS = {name: good for name, good in GOOD.items() if name != "prompt"}
+BODIES = st.fixed_dictionaries({"prompt": GOOD["prompt"]}, optional=OTHERS) | st.fixed_dictionaries(
     {}, optional={name: good | ANY for name, good in GOOD.items()} | {"unknown": ANY}
 )
 FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck), database=None)
