@@ -96,7 +96,17 @@ def test_images_are_the_same_with_and_without(pipe):
 
 
 def test_one_step_has_no_preview(pipe):
-    assert previews(pipe, num_inference_steps=1)[1] == []
+    output, found = previews(pipe, num_inference_steps=1)
+    assert found == []
+    assert "preview" not in output.timings_ms
+
+
+def test_a_preview_has_a_time_of_its_own(pipe):
+    """It is not counted as a part of decoding."""
+    output, _ = previews(pipe)
+    assert output.timings_ms["preview"] > 0
+    assert "decode" not in output.timings_ms, "latents are not decoded"
+    assert "decode" in previews(pipe, output_type="pil")[0].timings_ms
 
 
 def test_previews_of_pil(pipe):

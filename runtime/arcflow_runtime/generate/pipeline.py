@@ -245,7 +245,9 @@ class Pipeline:
         def preview(step: int, latents: np.ndarray, pixels: np.ndarray | None = None) -> None:
             assert on_preview is not None, "previews are made on demand"
             check_finite(latents, m.parts["backbone"].precision)
-            on_preview(step, self._decode(request, latents, pixels, watch))
+            with watch("preview"):
+                images = self._decode(request, latents, pixels, Stopwatch())
+            on_preview(step, images)
 
         if modulation is not None and noise is not None:
             with self._parts.use("backbone") as run:
@@ -254,7 +256,9 @@ class Pipeline:
         elif denoiser is not None:
             if on_preview is not None and request.num_inference_steps > 1:
                 first = [(images, _first_step(job)) for images, job in self._jobs(request, groups)]
-                preview(0, *denoise_on_device(denoiser, first, watch))
+                with watch("preview"):
+                    found = denoise_on_device(denoiser, first, Stopwatch())
+                preview(0, *found)
             latents, pixels = denoise_on_device(denoiser, self._jobs(request, groups), watch, callback)
         check_finite(latents, m.parts["backbone"].precision)
         return latents, pixels
