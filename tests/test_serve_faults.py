@@ -64,7 +64,7 @@ def running_and_waiting(running) -> tuple[float, float]:
 # Engines that fail
 
 
-def test_a_poisoned_request_fails_alone(open_service, pipe):
+def test_a_poisoned_request_fails_alone(open_service, pipe, caplog):
     gate = Gate()
 
     def before(prompts):
@@ -95,6 +95,10 @@ def test_a_poisoned_request_fails_alone(open_service, pipe):
             if prompt == "poison":
                 assert response.status_code == 500
                 assert response.headers["x-should-retry"] == "false"
+                # Who runs the service finds the failure by the id that the client was given.
+                sentence = "backbone: latents of images [0] must be finite, got NaN or Inf"
+                logged = f"request {response.headers['x-request-id']} failed with engine_failed: {sentence}"
+                assert logged in [record.getMessage() for record in caplog.records]
                 assert response.json()["error"] == {
                     "message": "backbone: latents of images [0] must be finite, got NaN or Inf",
                     "type": "server_error",
@@ -194,7 +198,8 @@ def test_an_engine_that_keeps_failing_is_loaded_again(open_service, pipe):
         assert len(loads) == 1
 
 
-def test_a_bundle_that_cannot_be_loaded_again(open_service, pipe, monkeypatch):
+@pytest.mark.parametrize("error", [EngineError, RuntimeError])
+def test_a_bundle_that_cannot_be_loaded_again(open_service, pipe, monkeypatch, error):
     monkeypatch.setattr("arcflow_serve.models.RETRY_S", 0.05)
     damaged = threading.Event()
     damaged.set()
@@ -209,7 +214,7 @@ def test_a_bundle_that_cannot_be_loaded_again(open_service, pipe, monkeypatch):
 
         def fail():
             if damaged.is_set():
-                raise EngineError("backbone cannot be loaded")
+                raise error("backbone cannot be loaded")
             return load()
 
         model._load = fail

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arcflow_serve.accept import find_model
 from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError
-from arcflow_serve.generation import Generation
+from arcflow_serve.generation import REQUEST_ID, Generation
 from arcflow_serve.keys import Keys
 from arcflow_serve.models import Model
 from arcflow_serve.replies import error_response, new_request_id
@@ -78,6 +78,7 @@ class WithRequestId:
             await self._app(scope, receive, send)
             return
         request_id = new_request_id()
+        scope[REQUEST_ID] = request_id.decode()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

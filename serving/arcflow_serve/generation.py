@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from arcflow_serve.accept import accept
-from arcflow_serve.errors import BAD_MEDIA_TYPE, TIMED_OUT, TOO_LARGE, ServiceError
+from arcflow_serve.errors import BAD_MEDIA_TYPE, FAILED, TIMED_OUT, TOO_LARGE, ServiceError
 from arcflow_serve.jobs import Event, Failed, Finished, Job
 from arcflow_serve.keys import Keys
 from arcflow_serve.replies import Answer, error_event, error_response
@@ -21,6 +21,8 @@ from arcflow_serve.service import Engine
 from arcflow_serve.settings import Settings
 
 _log = logging.getLogger("arcflow.serve")
+#: Where the ASGI scope has the request id.
+REQUEST_ID = "arcflow.request_id"
 #: A status of our own for the metrics: the client left before the answer.
 _LEFT = 499
 #: Most bytes that are read and dropped of a body that is too large, so that the client gets to read the answer.
@@ -39,6 +41,7 @@ class Generation:
         try:
             response = await self._answer(request)
         except ServiceError as e:
+            log_failure(request.scope, e)
             response = error_response(e)
         except ClientDisconnect:
             # It left before its request was complete.
@@ -138,14 +141,14 @@ class EventStream(Response):
         job, status = self._answer.job, 200
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            status = await self._send_events(send)
+            status = await self._send_events(scope, send)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._watch.cancel()
             self._generation.release(job)
             self._generation.count(status, job.arrived)
 
-    async def _send_events(self, send: Send) -> int:
+    async def _send_events(self, scope: Scope, send: Send) -> int:
         """Send every event; the status for the metrics."""
         unfinished, previews = len(self._answer.job.seeds), [0] * len(self._answer.job.seeds)
         most = self._answer.request.partial_images or 0
@@ -155,6 +158,7 @@ class EventStream(Response):
             if event is None:
                 return self._generation.left().status_code
             if isinstance(event, Failed):
+                log_failure(scope, event.error)
                 await send({"type": "http.response.body", "body": error_event(event.error.body()), "more_body": True})
                 return event.error.status
             if isinstance(event, Finished):
@@ -213,3 +217,9 @@ async def _disconnected(receive: Receive) -> None:
     """Return when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def log_failure(scope: Scope, error: ServiceError) -> None:
+    """Log an error of the service, not one of the client, with the id that the client was given."""
+    if error.status >= FAILED:
+        _log.error("request %s failed with %s: %s", scope[REQUEST_ID], error.code, error)

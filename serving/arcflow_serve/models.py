@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.families import facts
 from arcflow_runtime.disk.signatures import encoder_of
-from arcflow_runtime.errors import ArcFlowError, EngineError, RequestError
+from arcflow_runtime.errors import EngineError, RequestError
 from arcflow_runtime.generate.pipeline import Pipeline
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import PromptTokenizer
@@ -26,6 +27,8 @@ _log = logging.getLogger("arcflow.serve")
 RETRY_S = 5.0
 #: After this many failures in a row, the pipeline is loaded again: its engines may be damaged.
 MAX_FAILURES = 3
+#: Prompts whose number of tokens is kept.
+_KNOWN_PROMPTS = 64
 #: After this many loads in a row that fail, the service reports that it is not healthy.
 MAX_LOAD_FAILURES = 3
 
@@ -47,6 +50,8 @@ class Model:
         #: True if the runtime can select LoRAs for each call.
         self.takes_loras = "loras" in inspect.signature(Pipeline.__call__).parameters
         self._tokenizer = PromptTokenizer(bundle)
+        #: The number of text tokens of a prompt, padding not counted, and warnings if it is cut.
+        self.tokens = lru_cache(_KNOWN_PROMPTS)(self._count_tokens)
         self._load = load
         self._changed = threading.Condition()
         self._pipeline: Pipeline | None = None
@@ -85,8 +90,7 @@ class Model:
             self.manifest, prompt, height, width, num_inference_steps, guidance_scale, seed, 1, None, "pil"
         )
 
-    def tokens(self, prompt: str) -> tuple[int, tuple[str, ...]]:
-        """Number of text tokens of a prompt, padding not counted, and warnings if it is cut."""
+    def _count_tokens(self, prompt: str) -> tuple[int, tuple[str, ...]]:
         text, family = self.manifest.text, self.manifest.family
         tokens = self._tokenizer.tokenize(prompt, text.max_sequence_length)
         part = encoder_of(family, "encoder_hidden_states")
@@ -150,7 +154,8 @@ class Model:
                 return
         try:
             pipeline, error = self._load(), None
-        except (ArcFlowError, OSError, MemoryError) as e:
+        except Exception as e:
+            # Whatever it is: requests wait for the end of this attempt.
             pipeline, error = None, str(e) or type(e).__name__
             _log.error("model %s cannot be loaded: %s", self.name, error)
         with self._changed:

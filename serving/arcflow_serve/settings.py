@@ -54,7 +54,7 @@ class Settings:
     max_steps: int = 50
     max_px: int | None = None
     max_prompt_chars: int = 4000
-    max_body_bytes: int = 1 << 20
+    max_body_bytes: int = 1 << 17
     max_connections: int = 1000
     body_timeout_s: float = 30.0
     write_timeout_s: float = 60.0

@@ -50,6 +50,8 @@ class WaitingRoom:
             return victims
 
     def _make_room(self, client: str, wanted: int) -> list[Job] | None:
+        if self._count + wanted <= self._capacity:
+            return []
         lengths = {c: len(d) for c, d in self._clients.items()}
         own = lengths.get(client, 0) + wanted
         newest = {c: list(OrderedDict.fromkeys(p.job for p in reversed(d))) for c, d in self._clients.items()}
