@@ -203,11 +203,12 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
     try:
         await asyncio.wait_for(read(), settings.body_timeout_s)
     except asyncio.TimeoutError:
-        raise ServiceError(
-            TIMED_OUT,
-            "body_timeout",
-            f"the body must arrive within {settings.body_timeout_s:g} s, got {size} bytes of it",
-        ) from None
+        if size <= limit:
+            raise ServiceError(
+                TIMED_OUT,
+                "body_timeout",
+                f"the body must arrive within {settings.body_timeout_s:g} s, got {size} bytes of it",
+            ) from None
     if size > limit:
         raise ServiceError(TOO_LARGE, "body_too_large", f"the body must have at most {limit} bytes, got more")
     return b"".join(parts)

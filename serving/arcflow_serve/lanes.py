@@ -19,6 +19,7 @@ from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError, bad_request
 from arcflow_serve.jobs import BatchKey, Event, Failed, Finished, Job, Picture, Preview
+from arcflow_serve.metrics import Metrics
 from arcflow_serve.models import Model
 from arcflow_serve.waiting import WaitingRoom
 
@@ -37,6 +38,17 @@ class _Lane:
     pipeline: Pipeline | None = None
     since: float = 0.0
     lost: bool = False
+    #: Held to change `batch` or `lost`, so that a lane cannot be given up at the moment in which it finishes.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def give_up(self, timeout_s: float) -> list[Picture] | None:
+        """Mark the lane as lost if its thread has ended or its batch takes longer; its batch, or None if it is well."""
+        with self.lock:
+            hangs = bool(self.batch) and time.monotonic() - self.since > timeout_s
+            if not hangs and self.thread.is_alive():
+                return None
+            self.lost = True
+            return self.batch
 
 
 class Lanes:
@@ -50,7 +62,7 @@ class Lanes:
         room: WaitingRoom,
         caps: BatchCaps,
         send: Callable[[Job, Event], None],
-        drawn: Callable[[list[Picture], Mapping[str, float]], None],
+        metrics: Metrics,
     ) -> None:
         """See `Service`, which makes them.
 
@@ -61,12 +73,14 @@ class Lanes:
             room: where pictures wait.
             caps: told which batches were too large.
             send: called with every event of a job.
-            drawn: called with each batch and the milliseconds of its stages.
+            metrics: told about every batch.
         """
         self._count, self._hang_timeout_s = count, hang_timeout_s
         self._models, self._room, self._caps = models, room, caps
-        self._send, self._drawn = send, drawn
+        self._send, self._metrics = send, metrics
         self._lanes: list[_Lane] = []
+        #: What an image takes in one lane, over about the last ten batches; 0 before the first.
+        self.seconds_per_image = 0.0
         #: Number of lanes that were given up.
         self.lost = 0
 
@@ -85,17 +99,14 @@ class Lanes:
 
     def repair(self) -> None:
         """Replace lanes whose batch takes too long, and threads that ended."""
-        now = time.monotonic()
         for lane in list(self._lanes):
-            batch = lane.batch
-            hung = bool(batch) and now - lane.since > self._hang_timeout_s
-            if not hung and lane.thread.is_alive():
+            batch = lane.give_up(self._hang_timeout_s)
+            if batch is None:
                 continue
-            lane.lost = True
             self._lanes.remove(lane)
             self.lost += 1
             _log.error("a lane is replaced: its batch of %d took more than %g s", len(batch), self._hang_timeout_s)
-            if lane.pipeline is not None:
+            if batch and lane.pipeline is not None:
                 self._models[batch[0].job.key.model].abandon(lane.pipeline)
             for picture in batch:
                 message = (
@@ -121,7 +132,8 @@ class Lanes:
 
     def _run(self, lane: _Lane) -> None:
         while not lane.lost and (batch := self._room.take()):
-            lane.since, lane.batch = time.monotonic(), batch
+            with lane.lock:
+                lane.since, lane.batch = time.monotonic(), batch
             try:
                 self._draw(lane, batch)
             except BaseException as e:
@@ -130,7 +142,8 @@ class Lanes:
                 for picture in batch:
                     self._fail(lane, picture, e)
             finally:
-                lane.batch, lane.pipeline = [], None
+                with lane.lock:
+                    lane.batch, lane.pipeline = [], None
 
     def _draw(self, lane: _Lane, batch: list[Picture]) -> bool:
         """Generate a batch, and again picture by picture if it fails; False if a picture failed."""
@@ -161,27 +174,34 @@ class Lanes:
                     model.failed(for_memory=_is_out_of_memory(e))
                 return False
             _log.warning("a batch of %d is repeated one by one: %s: %s", len(batch), type(e).__name__, e)
-            return self._one_by_one(lane, batch)
+            return self._one_by_one(lane, batch, for_memory=_is_out_of_memory(e))
         model.succeeded()
         self._deliver(lane, batch, output)
         return True
 
-    def _one_by_one(self, lane: _Lane, batch: list[Picture]) -> bool:
+    def _one_by_one(self, lane: _Lane, batch: list[Picture], for_memory: bool) -> bool:
         well = True
         for picture in batch:
             lane.since = time.monotonic()
             well = self._draw(lane, [picture]) and well
-        if well:
-            # None of them was at fault, so together they were too large.
+        if well and for_memory:
+            # Each of them fits alone, so together they were too large.
             self._caps.lower(batch[0].job.key, len(batch))
         return well
 
     def _deliver(self, lane: _Lane, batch: list[Picture], output: PipelineOutput) -> None:
-        self._drawn(batch, output.timings_ms)
+        latest = output.timings_ms["total"] / 1e3 / len(batch)
+        self.seconds_per_image += (latest - self.seconds_per_image) * (0.1 if self.seconds_per_image else 1)
+        self._metrics.batch.observe(len(batch))
+        self._metrics.images.labels(batch[0].job.key.model).inc(len(batch))
+        for stage, ms in output.timings_ms.items():
+            self._metrics.stage.labels(stage).observe(ms / 1e3)
         for picture, image in zip(batch, output.images, strict=True):
             started = time.perf_counter()
             encoded = _encode(picture, image)
-            timings = dict(output.timings_ms) | {"compress": (time.perf_counter() - started) * 1e3}
+            seconds = time.perf_counter() - started
+            self._metrics.stage.labels("compress").observe(seconds)
+            timings = dict(output.timings_ms) | {"compress": seconds * 1e3}
             self._post(lane, picture, Finished(picture.index, encoded, timings, len(batch)))
 
     def _preview(self, lane: _Lane, batch: list[Picture], step: int, images: list[Image.Image]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from arcflow_serve.errors import TOO_MANY, UNAVAILABLE, ServiceError
-from arcflow_serve.jobs import Event, Failed, Finished, Job, Picture
+from arcflow_serve.jobs import Event, Failed, Finished, Job
 from arcflow_serve.lanes import BatchCaps, Lanes
 from arcflow_serve.metrics import Metrics
 from arcflow_serve.models import Model
@@ -65,10 +65,9 @@ class Service:
         self.metrics = Metrics()
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
-        self._seconds_per_image = 0.0
         caps = BatchCaps(settings.max_batch, models)
         self._room = WaitingRoom(settings.max_queue, caps)
-        self._lanes = Lanes(settings.lanes, settings.hang_timeout_s, models, self._room, caps, self._send, self._drawn)
+        self._lanes = Lanes(settings.lanes, settings.hang_timeout_s, models, self._room, caps, self._send, self.metrics)
         self._draining = False
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="arcflow-keeper", daemon=True)
@@ -153,15 +152,6 @@ class Service:
             self._room.remove(job)
         job.deliver(event)
 
-    def _drawn(self, batch: list[Picture], timings_ms: Mapping[str, float]) -> None:
-        self.metrics.batch.observe(len(batch))
-        self.metrics.images.labels(batch[0].job.key.model).inc(len(batch))
-        for stage, ms in timings_ms.items():
-            self.metrics.stage.labels(stage).observe(ms / 1e3)
-        latest = timings_ms["total"] / 1e3 / len(batch)
-        # A moving average over about ten batches.
-        self._seconds_per_image += (latest - self._seconds_per_image) * (0.1 if self._seconds_per_image else 1)
-
     def _keep(self) -> None:
         """Until the service closes: replace lanes, load models again, answer requests that waited too long."""
         while not self._closing.wait(_KEEPER_S):
@@ -198,7 +188,7 @@ class Service:
 
     def _retry_after_s(self) -> int:
         """The time in which the lanes generate what is waiting now."""
-        seconds = len(self._room) * self._seconds_per_image / self.settings.lanes
+        seconds = len(self._room) * self._lanes.seconds_per_image / self.settings.lanes
         return min(max(math.ceil(seconds), 1), _MAX_RETRY_AFTER_S)
 
     def _add_gauges(self) -> None:
