@@ -1,4 +1,4 @@
-# make demo: set up, export the shapes student and generate four images.  make test: set up and run the quick tests.
+# make demo: set up, export the shapes student and generate four images.  make serve: serve it.  make test: set up and run the quick tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,9 +36,10 @@ PROMPTS_shapes := "a large red circle on the left, blue background" "a small yel
 	"a large green triangle" "a purple cross at the top, white background"
 SIZE_tiny := --height 64 --width 64
 
-.PHONY: help setup demo engine shapes test check gpu-test lint format docs clean
+.PHONY: help setup demo serve engine shapes test check gpu-test lint format docs clean
 help:
 	@echo "make demo     export the shapes student and generate four images on this CPU  [PROMPT=...]"
+	@echo "make serve    export the shapes student and serve it on http://127.0.0.1:8000  [PORT=...] [MODEL=...]"
 	@echo "make test     build the C++ library once and run every quick test, in minutes"
 	@echo "make check    run all other tests: slow ones, packaging, sanitizers, fuzzing, static build  [CHECK=NAME]"
 	@echo "make gpu-test run the tests that need a GPU, on a machine that has one"
@@ -56,7 +57,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runtime/maths/speedups.cpp $(wildcard runtime/kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "arcflow needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,tensorrt-rtx,cpp,gpu,dev,docs]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,serve,tensorrt-rtx,cpp,gpu,dev,docs]"
 	@touch $@
 
 demo: PRECISION := $(or $(PRECISION),fp32)
@@ -64,6 +65,11 @@ demo: BACKEND := onnxruntime
 demo: engine
 	$(BIN)/arcflow generate $(OUT)/$(NAME)-$(PRECISION) $(if $(PROMPT),"$(PROMPT)",$(or $(PROMPTS_$(MODEL)),$(PROMPTS))) \
 		$(SIZE_$(MODEL)) --seed 42 --sheet --out $(OUT)/demo.png
+
+PORT ?= 8000
+serve: PRECISION := $(or $(PRECISION),fp32)
+serve: engine
+	$(BIN)/arcflow serve $(OUT)/$(NAME)-$(PRECISION) --port $(PORT)
 
 engine: setup
 	$(COMPILE)

@@ -30,20 +30,27 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
-#: What the extras `export`, `calibrate`, `distill` and `dev` bring and tests import; the runtime works without.
+#: What the extras `export`, `calibrate`, `distill`, `serve` and `dev` bring and tests import; the runtime works without.
 EXTRAS = (
     "diffusers",
+    "fastapi",
     "filelock",
+    "httpx2",
     "huggingface_hub",
+    "hypothesis",
     "markdown_it",
     "matplotlib",
     "ml_dtypes",
     "onnx",
     "onnx_ir",
     "onnxscript",
+    "openai",
+    "playwright",
+    "prometheus_client",
     "pydantic",
     "torch",
     "transformers",
+    "uvicorn",
 )
 
 

@@ -17,7 +17,7 @@ SKIPPED = {"out", "build", "dist", "node_modules"}
 #: Pages whose code spans name source files, and the folders that these names start from.
 NAMING, BASES = (
     ("docs/architecture.md", "CONTRIBUTING.md", "SECURITY.md"),
-    ("", "runtime/arcflow_runtime", "arcflow_export"),
+    ("", "runtime/arcflow_runtime", "arcflow_export", "serving/arcflow_serve"),
 )
 
 

@@ -18,6 +18,7 @@ PACKAGES = (
     "runtime/arcflow_runtime",
     "calibration/arcflow_calibration",
     "distillation/arcflow_distill",
+    "serving/arcflow_serve",
 )
 FOR_TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
 #: A module, an import that it must not have, and the contract that forbids it.
@@ -47,12 +48,21 @@ PLANTED = {
         "import arcflow_distill.shapes.loop",
         "Distillation's rooms",
     ),
+    "up in the service": (
+        "arcflow_serve.waiting",
+        "import arcflow_serve.lanes",
+        "The service's rooms",
+    ),
     "a circle in a room": (
         "arcflow_runtime.maths.dtypes",
         "import arcflow_runtime.maths.schedule",
         "No circle of modules or packages, imports for types included",
     ),
-    "torch in the runtime": ("arcflow_runtime.generate.sheet", "import torch", "The runtime never imports torch"),
+    "torch in the runtime": (
+        "arcflow_runtime.generate.sheet",
+        "import torch",
+        "The runtime and the service never import torch",
+    ),
 }
 
 

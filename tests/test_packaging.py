@@ -55,6 +55,10 @@ def bare(tmp_path_factory) -> Path:
     programs = folder / "bare" / "bin"
     constraints = ROOT / "constraints.txt"
     run(*pip, "--python", programs / "python", "install", "--constraint", constraints, wheel, "pytest", "pytest-xdist")
+    # The service's extra is in an environment of its own.
+    run(sys.executable, "-m", "venv", folder / "serve")
+    serve = folder / "serve" / "bin" / "python"
+    run(*pip, "--python", serve, "install", "--constraint", constraints, f"{wheel}[serve]")
     missing = "import importlib.util as u; assert not [x for x in ('torch', 'transformers', 'onnx') if u.find_spec(x)]"
     run(programs / "python", "-c", missing, cwd=folder)
     return programs
@@ -74,6 +78,19 @@ def test_a_small_image_is_the_one_made_here(bare, bundles, tmp_path):
     assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
 
 
+def test_the_service_needs_its_extra_and_no_more(bare, bundles, tmp_path):
+    bundle = bundles("shapes", **SHAPES_OPTIONS)
+    programs = bare.parent.parent / "serve" / "bin"
+    said = run(programs / "arcflow", "serve", bundle, "--check", cwd=tmp_path)
+    assert said.endswith(" s, the image of the pipeline alone\n")
+    missing = "import importlib.util as u; assert not [x for x in ('torch', 'onnx', 'openai') if u.find_spec(x)]"
+    run(programs / "python", "-c", missing, cwd=tmp_path)
+    command = [bare / "arcflow", "serve", bundle, "--check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("which is not installed; run: pip install 'arcflow[serve]'\n")
+
+
 def test_the_compiled_part_and_data_are_in_the_wheel(bare, tmp_path):
     code = (
         "from importlib import resources\n"
@@ -82,6 +99,7 @@ def test_the_compiled_part_and_data_are_in_the_wheel(bare, tmp_path):
         "for package, names in {'arcflow_runtime.kernels': ['update.cu', 'update_math.h'],\n"
         "                       'arcflow_runtime': ['py.typed'],\n"
         "                       'arcflow_export.pipeline': ['students'],\n"
+        "                       'arcflow_serve': ['page/index.html'],\n"
         "                       'arcflow_export.formats': ['policies', 'prompt_sets']}.items():\n"
         "    for name in names:\n"
         "        path = resources.files(package) / name\n"

@@ -239,7 +239,7 @@ def test_a_callback_cannot_call_its_own_pipeline(flux_root, memory):
     """In the mode "low", it would wait for the backbone that waits for it."""
     pipe, other = open_fake(flux_root, memory), open_fake(flux_root)
     sentence = (
-        "{} must not be called by callback_on_step_end on the pipeline that called it; "
+        "{} must not be called by a callback on the pipeline that called it; "
         "call it after the pipeline has returned, or use another pipeline"
     )
     said = []

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "arcflow_export.commands.export",
     "calibrate": "arcflow_calibration.commands.calibrate",
     "generate": "arcflow_runtime.commands.generate",
+    "serve": "arcflow_serve.commands.serve",
     "quantize": "arcflow_export.commands.quantize",
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",

@@ -15,7 +15,12 @@ _EXTRA_OF_MODULE = {
     "tensorrt_rtx": "tensorrt-rtx",
 }
 #: Package of this project that needs more than the runtime -> its extra.
-_EXTRA_OF_PACKAGE = {"arcflow_export": "export", "arcflow_calibration": "calibrate", "arcflow_distill": "distill"}
+_EXTRA_OF_PACKAGE = {
+    "arcflow_export": "export",
+    "arcflow_calibration": "calibrate",
+    "arcflow_distill": "distill",
+    "arcflow_serve": "serve",
+}
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -55,6 +55,19 @@ def test_golden_images(name, index, on_gpu, driver):
         np.testing.assert_array_equal(image, images[0])
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen", "conditioner"])
+def test_a_preview_is_that_of_the_cpu(name, on_gpu, plain):
+    pipe, found, expected = on_gpu(name), [], []
+    image = generate(pipe)
+    for _ in range(3):
+        with_preview = generate(pipe, callback_on_preview=lambda step, x: found.append((step, x.copy())))
+        np.testing.assert_array_equal(with_preview, image)
+    generate(plain[name], callback_on_preview=lambda step, x: expected.append(x))
+    assert [step for step, _ in found] == [0, 0, 0]
+    for _, preview in found:
+        np.testing.assert_allclose(preview, expected[0], **CLOSE)
+
+
 def test_pixels(on_gpu, plain):
     """A value next to a rounding boundary may differ by one level."""
     pipe = on_gpu()

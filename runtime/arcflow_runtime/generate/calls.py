@@ -36,6 +36,6 @@ class Calls:
         """
         if getattr(self._thread, "within", False):
             raise RequestError(
-                f"{what} must not be called by callback_on_step_end on the pipeline that called it; "
+                f"{what} must not be called by a callback on the pipeline that called it; "
                 "call it after the pipeline has returned, or use another pipeline"
             )

@@ -46,6 +46,7 @@ def denoise(
     sigmas: np.ndarray,
     watch: Stopwatch,
     callback: StepCallback | None = None,
+    preview: StepCallback | None = None,
 ) -> np.ndarray:
     """Run every step of the schedule.
 
@@ -58,6 +59,8 @@ def denoise(
         sigmas: [S+1] float64.
         watch: receives the time of "backbone" and "update".
         callback: called after every step.
+        preview: called after every step but the last with the latents at sigma 0 that follow from this step's heads:
+            the velocity that the heads describe, integrated exactly to the end.
 
     Returns:
         [B, N, 64] float32; the backbone's inputs and outputs are cast from and to float32 around each run.
@@ -73,7 +76,7 @@ def denoise(
     every = list(range(modulation.shape[1]))
     # A list, because arithmetic on Python floats is faster than on numpy scalars.
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        following = []
+        following, ends = [], []
         for j, group in enumerate(groups):
             x = latents if len(groups) == 1 else latents[group.images]
             inputs = {
@@ -88,9 +91,13 @@ def denoise(
             with watch("update"):
                 means, logweights, loggammas = [to_float32(heads[n]) for n in ("means", "logweights", "loggammas")]
                 following.append(update(x, means, logweights, loggammas, sigma, sigma, sigma_next))
+                if preview is not None and sigma_next > 0:
+                    ends.append(update(x, means, logweights, loggammas, sigma, sigma, 0.0))
         latents = _in_order(places, following)
         if callback is not None:
             _call_back(callback, i, latents)
+        if preview is not None and ends:
+            _call_back(preview, i, _in_order(places, ends))
     return latents
 
 

@@ -56,8 +56,8 @@ def refuse_others(others: Mapping[str, object]) -> None:
             raise RequestError(f"{name} is not supported: {_REFUSED[name]}; leave it out")
 
 
-def check_callback(callback: object) -> None:
-    """Check that a callback can be called with a step and the latents.
+def check_callback(name: str, callback: object, given: str) -> None:
+    """Check that the callback `name` can be called with a step and what is `given` with it, "latents" or "images".
 
     Raises:
         RequestError: it is not a function, or it takes other arguments, such as those of diffusers' callbacks.
@@ -65,7 +65,7 @@ def check_callback(callback: object) -> None:
     if callback is None:
         return
     if not callable(callback):
-        raise RequestError(f"callback_on_step_end must be a function, got {callback!r}")
+        raise RequestError(f"{name} must be a function, got {callback!r}")
     try:
         signature = inspect.signature(callback)
     except ValueError:  # some built-in functions have no signature
@@ -74,7 +74,7 @@ def check_callback(callback: object) -> None:
         signature.bind(0, None)
     except TypeError:
         raise RequestError(
-            f"callback_on_step_end must take the step and the latents, got a function of {signature}: diffusers' "
+            f"{name} must take the step and the {given}, got a function of {signature}: diffusers' "
             "arguments (pipe, step, timestep, kwargs) are not passed, since a callback cannot replace the latents"
         ) from None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
@@ -38,6 +38,9 @@ from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, sigmas, timesteps_of
 
 _log = logging.getLogger("arcflow")
+
+#: Called with the index of a step and the images that `PipelineOutput.images` describes.
+PreviewCallback = Callable[[int, "list[Image.Image] | np.ndarray"], object]
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         *,
+        callback_on_preview: PreviewCallback | None = None,
         generator: object = None,
         latents: object = None,
         prompt_embeds: object = None,
@@ -171,6 +175,10 @@ class Pipeline:
             output_type: "pil", "numpy" or "np", "latents" or "latent".
             callback_on_step_end: called after each step with its index and the latents, [B, N, 64] float32,
                 read-only; its return value is ignored. It must not call this pipeline.
+            callback_on_preview: called after each step but the last with its index and a preview of the B images in the
+                output type: the velocity that this step's heads describe, integrated exactly to sigma 0. After the
+                first step that is, up to rounding, the image of `num_inference_steps=1`. A GPU runs the first step once
+                more for its preview, and gives no other. Like `callback_on_step_end`, it must not call this pipeline.
             generator: in place of `seed`, a `torch.Generator` on the CPU or a list of B. Only its initial seed is used,
                 so numbers drawn from it before make no difference.
             latents: in place of `seed`, the noise itself, [B, N, 64], packed as in diffusers.
@@ -186,7 +194,8 @@ class Pipeline:
         """
         started = time.perf_counter()
         refuse_others(others)
-        check_callback(callback_on_step_end)
+        check_callback("callback_on_step_end", callback_on_step_end, "latents")
+        check_callback("callback_on_preview", callback_on_preview, "images")
         request = check_request(
             self.bundle.manifest,
             prompt,
@@ -210,7 +219,9 @@ class Pipeline:
             embeddings, warnings = self._encode(request, prepared, watch)
             for warning in warnings:
                 _log.warning(warning)
-            latents, pixels = self._denoise(request, prepared, embeddings, watch, callback_on_step_end)
+            latents, pixels = self._denoise(
+                request, prepared, embeddings, watch, callback_on_step_end, callback_on_preview
+            )
             images = self._decode(request, latents, pixels, watch)
         timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
         return PipelineOutput(images, request.seed, warnings, timings)
@@ -282,6 +293,7 @@ class Pipeline:
         embeddings: dict[str, Embeddings],
         watch: Stopwatch,
         callback: StepCallback | None,
+        on_preview: PreviewCallback | None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Compute the modulation and run every step: latents [B, N, 64] float32, and pixels if a denoiser ran."""
         m = self.bundle.manifest
@@ -295,13 +307,28 @@ class Pipeline:
             rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
             groups = self._groups(request, embeddings, grid)
         pixels: np.ndarray | None = None
+
+        def preview(step: int, latents: np.ndarray, pixels: np.ndarray | None = None) -> None:
+            assert on_preview is not None, "previews are made on demand"
+            check_finite(latents, m.parts["backbone"].precision)
+            with watch("preview"):
+                images = self._decode(request, latents, pixels, Stopwatch())
+            on_preview(step, images)
+
         if modulation is not None and noise is not None:
             with self._parts.use("backbone") as run:
                 inputs = loras.of("backbone")
                 with_loras = (lambda given: run({**given, **inputs})) if inputs else run
-                latents = denoise(with_loras, groups, noise, modulation, rotary, schedule, watch, callback)
+                on_end = None if on_preview is None else preview
+                latents = denoise(with_loras, groups, noise, modulation, rotary, schedule, watch, callback, on_end)
         elif denoiser is not None:
-            latents, pixels = denoise_on_device(denoiser, self._jobs(request, loras, groups), watch, callback)
+            jobs = self._jobs(request, loras, groups)
+            if on_preview is not None and request.num_inference_steps > 1:
+                first = [(images, _first_step(job)) for images, job in jobs]
+                with watch("preview"):
+                    found = denoise_on_device(denoiser, first, Stopwatch())
+                preview(0, *found)
+            latents, pixels = denoise_on_device(denoiser, jobs, watch, callback)
         check_finite(latents, m.parts["backbone"].precision)
         return latents, pixels
 
@@ -458,3 +485,9 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _first_step(job: DenoiseJob) -> DenoiseJob:
+    """A job whose only step is the first of `job`, taken to sigma 0."""
+    table = None if job.table is None else job.table[:1]
+    return replace(job, sigmas=np.array([job.sigmas[0], 0.0]), timesteps=job.timesteps[:1], table=table)

@@ -1,0 +1,1 @@
+"""Serve bundles over HTTP with OpenAI's images API: `arcflow serve BUNDLE`."""

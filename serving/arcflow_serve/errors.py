@@ -1,0 +1,58 @@
+"""The service's exception: everything that a reply to a failed request needs, in OpenAI's shape."""
+
+from __future__ import annotations
+
+from arcflow_runtime.errors import ArcFlowError
+
+BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TIMED_OUT, TOO_LARGE, BAD_MEDIA_TYPE = 400, 401, 404, 408, 413, 415
+TOO_MANY, FAILED, UNAVAILABLE = 429, 500, 503
+
+#: HTTP status -> OpenAI's `type` of an error.
+_TYPES = {
+    UNAUTHORIZED: "authentication_error",
+    TOO_MANY: "rate_limit_error",
+    FAILED: "server_error",
+    UNAVAILABLE: "server_error",
+}
+
+
+class ServiceError(ArcFlowError):
+    """A request cannot be answered with an image.
+
+    Attributes:
+        status: the HTTP status.
+        code: a word for programs, such as "queue_full".
+        param: the field of the request that is wrong, or None.
+        retry_after_s: when the client should try again, or None.
+        retry: False if the same request would fail again, although its status says that it may be repeated.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        retry: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.retry_after_s, self.retry = retry_after_s, retry
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The reply as OpenAI words it."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Headers that tell OpenAI's client whether and when to try again."""
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        if not self.retry:
+            headers["x-should-retry"] = "false"
+        return headers
+
+
+def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ServiceError:
+    """An error for a request that must be changed before it is sent again."""
+    return ServiceError(BAD_REQUEST, code, message, param)

@@ -1,0 +1,262 @@
+"""The lanes: threads that take batches, generate and encode them, and answer for everything that goes wrong.
+
+A batch that fails is repeated picture by picture, so that only the picture that causes it fails. A lane whose batch
+takes too long is given up and replaced. Nothing that a request does ends a lane.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from PIL import Image
+
+from arcflow_runtime.errors import RequestError
+from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
+from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError, bad_request
+from arcflow_serve.jobs import BatchKey, Event, Failed, Finished, Job, Picture, Preview
+from arcflow_serve.metrics import Metrics
+from arcflow_serve.models import Model
+from arcflow_serve.waiting import WaitingRoom
+
+_log = logging.getLogger("arcflow.serve")
+_OUT_OF_MEMORY = ("out of memory", "failed to allocate", "cannot allocate")
+#: A client whose request ran out of memory may try again after this time.
+_MEMORY_RETRY_S = 5
+
+
+@dataclass(eq=False)
+class _Lane:
+    """A thread, and what it is doing."""
+
+    thread: threading.Thread = field(init=False)
+    batch: list[Picture] = field(default_factory=list)
+    pipeline: Pipeline | None = None
+    since: float = 0.0
+    lost: bool = False
+    #: Held to change `batch` or `lost`, so that a lane cannot be given up at the moment in which it finishes.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def give_up(self, timeout_s: float) -> list[Picture] | None:
+        """Mark the lane as lost if its thread has ended or its batch takes longer; its batch, or None if it is well."""
+        with self.lock:
+            hangs = bool(self.batch) and time.monotonic() - self.since > timeout_s
+            if not hangs and self.thread.is_alive():
+                return None
+            self.lost = True
+            return self.batch
+
+
+class Lanes:
+    """The threads of one service."""
+
+    def __init__(
+        self,
+        count: int,
+        hang_timeout_s: float,
+        models: Mapping[str, Model],
+        room: WaitingRoom,
+        caps: BatchCaps,
+        send: Callable[[Job, Event], None],
+        metrics: Metrics,
+    ) -> None:
+        """See `Service`, which makes them.
+
+        Args:
+            count: number of threads.
+            hang_timeout_s: a batch that takes longer is given up.
+            models: by name.
+            room: where pictures wait.
+            caps: told which batches were too large.
+            send: called with every event of a job.
+            metrics: told about every batch.
+        """
+        self._count, self._hang_timeout_s = count, hang_timeout_s
+        self._models, self._room, self._caps = models, room, caps
+        self._send, self._metrics = send, metrics
+        self._lanes: list[_Lane] = []
+        #: What an image takes in one lane, over about the last ten batches; 0 before the first.
+        self.seconds_per_image = 0.0
+        #: Number of lanes that were given up.
+        self.lost = 0
+
+    def start(self) -> None:
+        """Start the threads."""
+        for _ in range(self._count):
+            self._add()
+
+    def busy(self) -> int:
+        """Number of lanes that are generating."""
+        return sum(bool(lane.batch) for lane in self._lanes)
+
+    def alive(self) -> int:
+        """Number of lanes that can take a batch, now or when they are done."""
+        return sum(lane.thread.is_alive() for lane in self._lanes)
+
+    def repair(self) -> None:
+        """Replace lanes whose batch takes too long, and threads that ended."""
+        for lane in list(self._lanes):
+            batch = lane.give_up(self._hang_timeout_s)
+            if batch is None:
+                continue
+            self._lanes.remove(lane)
+            self.lost += 1
+            _log.error("a lane is replaced: its batch of %d took more than %g s", len(batch), self._hang_timeout_s)
+            if batch and lane.pipeline is not None:
+                self._models[batch[0].job.key.model].abandon(lane.pipeline)
+            for picture in batch:
+                message = (
+                    f"generating the image took more than {self._hang_timeout_s:g} s and was given up; "
+                    "ask for a smaller image or fewer steps, or start the service with a larger --hang-timeout"
+                )
+                error = ServiceError(FAILED, "engine_hangs", message, retry=False)
+                self._send(picture.job, Failed(error))
+            self._add()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for lanes to end after their room was closed."""
+        until = time.monotonic() + timeout_s
+        for lane in self._lanes:
+            lane.thread.join(max(0.0, until - time.monotonic()))
+
+    def _add(self) -> None:
+        # A daemon, because a lane that hangs must not keep the process from ending.
+        lane = _Lane()
+        lane.thread = threading.Thread(target=self._run, args=(lane,), name="arcflow-lane", daemon=True)
+        self._lanes.append(lane)
+        lane.thread.start()
+
+    def _run(self, lane: _Lane) -> None:
+        while not lane.lost and (batch := self._room.take()):
+            with lane.lock:
+                lane.since, lane.batch = time.monotonic(), batch
+            try:
+                self._draw(lane, batch)
+            except BaseException as e:
+                # Nothing may end a lane, not even an exception of our own code.
+                _log.exception("a lane failed")
+                for picture in batch:
+                    self._fail(lane, picture, e)
+            finally:
+                with lane.lock:
+                    lane.batch, lane.pipeline = [], None
+
+    def _draw(self, lane: _Lane, batch: list[Picture]) -> bool:
+        """Generate a batch, and again picture by picture if it fails; False if a picture failed."""
+        batch = [p for p in batch if not p.job.over]
+        if not batch or lane.lost:
+            return True
+        key = batch[0].job.key
+        model = self._models[key.model]
+        try:
+            with model.use() as pipeline:
+                lane.pipeline = pipeline
+                arguments: dict[str, object] = {"loras": dict(key.loras)} if key.loras else {}
+                if key.preview:
+                    arguments["callback_on_preview"] = partial(self._preview, lane, batch)
+                output = pipeline(
+                    [p.job.prompt for p in batch],
+                    height=key.height_px,
+                    width=key.width_px,
+                    num_inference_steps=key.num_inference_steps,
+                    guidance_scale=key.guidance_scale,
+                    seed=[p.seed for p in batch],
+                    **arguments,  # type: ignore[arg-type]
+                )
+        except BaseException as e:
+            if len(batch) == 1:
+                self._fail(lane, batch[0], e)
+                if not isinstance(e, RequestError):
+                    model.failed(for_memory=_is_out_of_memory(e))
+                return False
+            _log.warning("a batch of %d is repeated one by one: %s: %s", len(batch), type(e).__name__, e)
+            return self._one_by_one(lane, batch, for_memory=_is_out_of_memory(e))
+        model.succeeded()
+        self._deliver(lane, batch, output)
+        return True
+
+    def _one_by_one(self, lane: _Lane, batch: list[Picture], for_memory: bool) -> bool:
+        well = True
+        for picture in batch:
+            lane.since = time.monotonic()
+            well = self._draw(lane, [picture]) and well
+        if well and for_memory:
+            # Each of them fits alone, so together they were too large.
+            self._caps.lower(batch[0].job.key, len(batch))
+        return well
+
+    def _deliver(self, lane: _Lane, batch: list[Picture], output: PipelineOutput) -> None:
+        latest = output.timings_ms["total"] / 1e3 / len(batch)
+        self.seconds_per_image += (latest - self.seconds_per_image) * (0.1 if self.seconds_per_image else 1)
+        self._metrics.batch.observe(len(batch))
+        self._metrics.images.labels(batch[0].job.key.model).inc(len(batch))
+        for stage, ms in output.timings_ms.items():
+            self._metrics.stage.labels(stage).observe(ms / 1e3)
+        for picture, image in zip(batch, output.images, strict=True):
+            started = time.perf_counter()
+            encoded = _encode(picture, image)
+            seconds = time.perf_counter() - started
+            self._metrics.stage.labels("compress").observe(seconds)
+            timings = dict(output.timings_ms) | {"compress": seconds * 1e3}
+            self._post(lane, picture, Finished(picture.index, encoded, timings, len(batch)))
+
+    def _preview(self, lane: _Lane, batch: list[Picture], step: int, images: list[Image.Image]) -> None:
+        for picture, image in zip(batch, images, strict=True):
+            if not picture.job.over:
+                self._post(lane, picture, Preview(picture.index, _encode(picture, image)))
+
+    def _fail(self, lane: _Lane, picture: Picture, error: BaseException) -> None:
+        self._post(lane, picture, Failed(_service_error(error)))
+
+    def _post(self, lane: _Lane, picture: Picture, event: Event) -> None:
+        # The jobs of a lane that was given up have been answered.
+        if not lane.lost:
+            self._send(picture.job, event)
+
+
+class BatchCaps:
+    """The most pictures that a lane may take at a time: the setting, the bundle's limit, and what turned out to fit."""
+
+    def __init__(self, max_batch: int, models: Mapping[str, Model]) -> None:
+        self._most = {name: min(max_batch, m.manifest.ranges.batch.max) for name, m in models.items()}
+        self._found: dict[tuple[str, int, int], int] = {}
+
+    def __call__(self, key: BatchKey) -> int:
+        """The most pictures of a batch with this key."""
+        return self._found.get((key.model, key.height_px, key.width_px), self._most[key.model])
+
+    def lower(self, key: BatchKey, failed: int) -> None:
+        """Note that a batch of `failed` pictures failed although each of them alone succeeded."""
+        self._found[key.model, key.height_px, key.width_px] = max(1, failed // 2)
+
+
+def _encode(picture: Picture, image: Image.Image) -> bytes:
+    job = picture.job
+    text = {"prompt": job.prompt, "seed": str(picture.seed), "steps": str(job.key.num_inference_steps)}
+    return job.encoding.encode(image, text)
+
+
+def _service_error(error: BaseException) -> ServiceError:
+    """What the client is told about an exception of the runtime."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestError):
+        return bad_request(str(error))
+    message = str(error) or type(error).__name__
+    if _is_out_of_memory(error):
+        return ServiceError(
+            UNAVAILABLE,
+            "out_of_memory",
+            f"there is not enough memory for this image now ({message}); try again, or ask for a smaller one",
+            retry_after_s=_MEMORY_RETRY_S,
+        )
+    # The picture was generated alone and failed, so the same request would fail again.
+    return ServiceError(FAILED, "engine_failed", message, retry=False)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

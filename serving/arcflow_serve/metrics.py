@@ -1,0 +1,50 @@
+"""The service's metrics in Prometheus' format, named after those of vLLM where it has the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+_STAGE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, *_SECONDS)
+_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+
+
+class Metrics:
+    """Counters and gauges of one service, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+        self.requests = counter("arcflow_requests", "Requests for images that were answered.", "status")
+        self.left = counter("arcflow_requests_left", "Requests whose client left before the answer.")
+        self.images = counter("arcflow_images", "Images that were generated.", "model")
+        self.e2e = histogram("arcflow_e2e_latency_seconds", "From a request's arrival to its answer.", _SECONDS)
+        self.queue = histogram("arcflow_queue_seconds", "From a request's arrival to its start.", _SECONDS)
+        self.batch = histogram("arcflow_batch_size", "Images generated together.", _BATCHES)
+        self.stage = histogram("arcflow_stage_seconds", "Time of one stage for a batch.", _STAGE_SECONDS, "stage")
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge that is read when the metrics are asked for, so that it cannot fall behind."""
+        Gauge(name, text, registry=self.registry).set_function(value)
+
+    def render(self) -> bytes:
+        """Everything, as text."""
+        return generate_latest(self.registry)

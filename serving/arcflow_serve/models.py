@@ -1,0 +1,218 @@
+"""The loaded bundles: name -> a pipeline that every lane uses, loaded again after an engine has failed."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.families import facts
+from arcflow_runtime.disk.signatures import encoder_of
+from arcflow_runtime.errors import EngineError, RequestError
+from arcflow_runtime.generate.pipeline import Pipeline
+from arcflow_runtime.generate.request import Request, check_request
+from arcflow_runtime.generate.text import PromptTokenizer
+from arcflow_serve.settings import Settings
+
+_log = logging.getLogger("arcflow.serve")
+#: A bundle that cannot be loaded is tried again after this time.
+RETRY_S = 5.0
+#: After this many failures in a row, the pipeline is loaded again: its engines may be damaged.
+MAX_FAILURES = 3
+#: Prompts whose number of tokens is kept.
+_KNOWN_PROMPTS = 64
+#: After this many loads in a row that fail, the service reports that it is not healthy.
+MAX_LOAD_FAILURES = 3
+
+Load = Callable[[], Pipeline]
+
+
+class Model:
+    """One bundle under its name; safe to use from several threads.
+
+    A pipeline that is retired is closed when its last user leaves, and only then another one is loaded, because two may
+    not fit into memory.
+    """
+
+    def __init__(self, name: str, bundle: Bundle, load: Load) -> None:
+        """`load` opens the pipeline; `restore` calls it."""
+        self.name = name
+        self.manifest = bundle.manifest
+        self.created = int(time.time())
+        #: True if the runtime can select LoRAs for each call.
+        self.takes_loras = "loras" in inspect.signature(Pipeline.__call__).parameters
+        self._tokenizer = PromptTokenizer(bundle)
+        #: The number of text tokens of a prompt, padding not counted, and warnings if it is cut.
+        self.tokens = lru_cache(_KNOWN_PROMPTS)(self._count_tokens)
+        self._load = load
+        self._changed = threading.Condition()
+        self._pipeline: Pipeline | None = None
+        self._users: dict[Pipeline, int] = {}
+        self._error: str | None = "it is not loaded yet"
+        self._load_failures = 0
+        self._failures = 0
+        self._retry_at = 0.0
+
+    @property
+    def loaded(self) -> bool:
+        """True if requests can be generated."""
+        return self._pipeline is not None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the model seems beyond repair, or None."""
+        return self._error if self._load_failures >= MAX_LOAD_FAILURES else None
+
+    def check(
+        self,
+        prompt: str,
+        size_px: tuple[int, int] | None,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        seed: int | None,
+    ) -> Request:
+        """Check a request against the bundle, as the pipeline does; nothing is run. `size_px` is width and height.
+
+        Raises:
+            RequestError: a field is out of range; the message begins with its name.
+        """
+        width, height = size_px or (None, None)
+        # One image at a time: the service batches pictures itself, so the bundle's batch does not limit a request.
+        return check_request(
+            self.manifest, prompt, height, width, num_inference_steps, guidance_scale, seed, 1, None, "pil"
+        )
+
+    def _count_tokens(self, prompt: str) -> tuple[int, tuple[str, ...]]:
+        text, family = self.manifest.text, self.manifest.family
+        tokens = self._tokenizer.tokenize(prompt, text.max_sequence_length)
+        part = encoder_of(family, "encoder_hidden_states")
+        assert part is not None, "every family has text states"
+        ids = tokens.ids[part]
+        if facts(family).text == "clip-t5":
+            return int((ids != text.t5_pad_token_id).sum()), tokens.warnings
+        return ids.size - text.drop_tokens, tokens.warnings
+
+    @contextmanager
+    def use(self) -> Iterator[Pipeline]:
+        """The pipeline, for one call; waits while it is loaded again.
+
+        Raises:
+            EngineError: it could not be loaded again.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._pipeline is not None or self._error is not None)
+            if self._pipeline is None:
+                raise EngineError(f"model {self.name!r} cannot be used: {self._error}")
+            pipeline = self._pipeline
+            self._users[pipeline] = self._users.get(pipeline, 0) + 1
+        try:
+            yield pipeline
+        finally:
+            with self._changed:
+                self._leave(pipeline)
+
+    def succeeded(self) -> None:
+        """Note that a call succeeded."""
+        self._failures = 0
+
+    def failed(self, for_memory: bool) -> None:
+        """Note that a call with a single picture failed; too many in a row retire the pipeline.
+
+        Calls that ran out of memory are not counted: clients could otherwise have the bundle loaded again and again.
+        """
+        with self._changed:
+            self._failures += not for_memory
+            pipeline = self._pipeline
+            if pipeline is None:
+                return
+            # What the failed call left in the cache of text states may be damaged.
+            pipeline.clear_cache()
+            if self._failures >= MAX_FAILURES:
+                _log.warning("model %s is loaded again: %d calls in a row failed", self.name, self._failures)
+                self._retire()
+
+    def abandon(self, pipeline: Pipeline) -> None:
+        """Give up a pipeline without closing it: one of its calls does not return, and closing would wait for it."""
+        with self._changed:
+            self._users.pop(pipeline, None)
+            if pipeline is self._pipeline:
+                _log.warning("model %s is loaded again: a call did not return", self.name)
+                self._retire(close=False)
+
+    def restore(self) -> None:
+        """Load the pipeline if there is none, its predecessor is closed, and the last attempt was not just now."""
+        with self._changed:
+            if self._pipeline is not None or self._users or time.monotonic() < self._retry_at:
+                return
+        try:
+            pipeline, error = self._load(), None
+        except Exception as e:
+            # Whatever it is: requests wait for the end of this attempt.
+            pipeline, error = None, str(e) or type(e).__name__
+            _log.error("model %s cannot be loaded: %s", self.name, error)
+        with self._changed:
+            self._pipeline, self._error = pipeline, error
+            self._failures = 0
+            self._load_failures = 0 if error is None else self._load_failures + 1
+            self._retry_at = time.monotonic() + RETRY_S
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Free the pipeline; `use` raises from now on."""
+        with self._changed:
+            if self._pipeline is not None:
+                self._retire()
+            self._retry_at, self._error = math.inf, "the service is shutting down"
+            self._changed.notify_all()
+
+    def _retire(self, close: bool = True) -> None:
+        pipeline, self._pipeline, self._error, self._retry_at = self._pipeline, None, None, 0.0
+        assert pipeline is not None, "only a loaded pipeline is retired"
+        if close and not self._users.get(pipeline):
+            pipeline.close()
+
+    def _leave(self, pipeline: Pipeline) -> None:
+        if pipeline not in self._users:  # it was abandoned
+            return
+        self._users[pipeline] -= 1
+        if not self._users[pipeline]:
+            del self._users[pipeline]
+            if pipeline is not self._pipeline:
+                pipeline.close()
+
+
+def open_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
+    """Load bundles; each is named after its directory, and the first is the default.
+
+    Raises:
+        BundleError: a bundle cannot be opened.
+        EngineError: the backend cannot run a bundle.
+        RequestError: two directories have the same name.
+    """
+    models: dict[str, Model] = {}
+    for path in paths:
+        # Without following links, so that a link can give a bundle another name.
+        name = Path(os.path.abspath(path)).name
+        if name in models:
+            raise RequestError(
+                f"bundles must have different directory names, got {name!r} twice; rename one, or link to it"
+            )
+
+        def load(path: Path = path) -> Pipeline:
+            return Pipeline.load(path, settings.backend, settings.low_memory, threads=settings.engine_threads)
+
+        model = Model(name, Bundle.open(path), load)
+        model.restore()
+        if not model.loaded:
+            # The error is raised again with its own class.
+            load().close()
+        models[name] = model
+    return models

@@ -1,0 +1,112 @@
+"""Replies in the shape of OpenAI's images API: a checked request and its images -> JSON objects and events."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import time
+from dataclasses import dataclass
+
+from starlette.responses import Response
+
+from arcflow_serve.errors import UNAUTHORIZED, ServiceError
+from arcflow_serve.jobs import Finished, Job, Preview
+from arcflow_serve.schema import GenerationRequest
+
+#: A student has one quality, and OpenAI's reply must name one.
+_QUALITY = "high"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a reply says beside its images."""
+
+    request: GenerationRequest
+    job: Job
+    warnings: tuple[str, ...]
+    text_tokens: int
+    image_tokens: int
+
+    def reply(self, finished: list[Finished]) -> bytes:
+        """The whole reply, once every image is finished."""
+        images = sorted(finished, key=lambda event: event.picture)
+        whole = {"created": int(time.time()), "data": [self._image(event) for event in images]}
+        return _json(whole | self._facts() | self._about() | {"usage": self._usage(len(images))})
+
+    def event(self, event: Preview | Finished, index: int) -> bytes:
+        """A server-sent event; `index` counts the partial images of its image."""
+        if isinstance(event, Preview):
+            kind = "image_generation.partial_image"
+            body = {"b64_json": _base64(event.image), "partial_image_index": index}
+        else:
+            kind = "image_generation.completed"
+            body = self._image(event) | self._about() | {"usage": self._usage(1)}
+        whole = {"type": kind, "created_at": int(time.time()), "image_index": event.picture} | body | self._facts()
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), _json(whole))
+
+    def _image(self, event: Finished) -> dict[str, object]:
+        encoded = _base64(event.image)
+        name = "url" if self.request.response_format == "url" else "b64_json"
+        value = f"data:image/{self.job.encoding.format};base64,{encoded}" if name == "url" else encoded
+        waited_ms = ((self.job.started or self.job.arrived) - self.job.arrived) * 1e3
+        timings = {"queue": waited_ms} | dict(event.timings_ms)
+        return {
+            name: value,
+            "seed": self.job.seeds[event.picture],
+            "batch_size": event.batch_size,
+            "timings_ms": {stage: round(ms, 3) for stage, ms in timings.items()},
+        }
+
+    def _facts(self) -> dict[str, object]:
+        key = self.job.key
+        return {
+            "size": f"{key.width_px}x{key.height_px}",
+            "quality": _QUALITY,
+            "output_format": self.job.encoding.format,
+            "background": "opaque",
+        }
+
+    def _about(self) -> dict[str, object]:
+        key, asked = self.job.key, self.request
+        return {
+            "model": key.model,
+            "num_inference_steps": key.num_inference_steps,
+            "guidance_scale": key.guidance_scale,
+            "warnings": list(self.warnings),
+            "safety_identifier": asked.safety_identifier or asked.user or None,
+        }
+
+    def _usage(self, images: int) -> dict[str, object]:
+        output = self.image_tokens * images
+        return {
+            "input_tokens": self.text_tokens,
+            "input_tokens_details": {"text_tokens": self.text_tokens, "image_tokens": 0},
+            "output_tokens": output,
+            "output_tokens_details": {"image_tokens": output, "text_tokens": 0},
+            "total_tokens": self.text_tokens + output,
+        }
+
+
+def error_response(error: ServiceError) -> Response:
+    """An error as OpenAI words it."""
+    headers = error.headers() | ({"www-authenticate": "Bearer"} if error.status == UNAUTHORIZED else {})
+    return Response(_json(error.body()), error.status, headers, "application/json")
+
+
+def new_request_id() -> bytes:
+    """A value for the header x-request-id."""
+    return b"req_" + secrets.token_hex(12).encode()
+
+
+def error_event(body: dict[str, dict[str, str | None]]) -> bytes:
+    """An error after the first event; OpenAI's client raises it."""
+    return b"event: error\ndata: %s\n\n" % _json(body)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

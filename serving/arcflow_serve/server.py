@@ -1,0 +1,189 @@
+"""Run the web application with uvicorn: limits on slow clients, and a shutdown that loses no request.
+
+uvicorn closes its listener at SIGTERM. Here it stays open until every accepted request has been answered: new requests
+get status 503, and `/ready` tells a load balancer to send them elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import socket
+import time
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from arcflow_runtime.errors import RequestError
+from arcflow_serve.errors import BAD_REQUEST, TIMED_OUT, UNAVAILABLE, ServiceError
+from arcflow_serve.replies import new_request_id
+from arcflow_serve.service import Service
+from arcflow_serve.settings import Settings
+
+_REASONS = {BAD_REQUEST: "Bad Request", TIMED_OUT: "Request Timeout", UNAVAILABLE: "Service Unavailable"}
+#: A request's line and headers together.
+MAX_HEADER_BYTES = 64 << 10
+#: After a refusal, what the client still sends is read and dropped for this time, so that it gets to read the reply.
+_LINGER_S = 2.0
+_CLOSING_S = 10
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal, and then until every accepted request has been answered."""
+
+    def __init__(self, app: ASGIApp, service: Service, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            http=functools.partial(Protocol, settings),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=_CLOSING_S,
+        )
+        super().__init__(config)
+        self._service, self._drain_timeout_s = service, settings.drain_timeout_s
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start to drain at the first signal, and stop at once at the second."""
+        self._drain_until = time.monotonic() + (self._drain_timeout_s if self._drain_until is None else 0)
+        self._service.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the service."""
+        if self._drain_until is not None and (self._service.drained or time.monotonic() >= self._drain_until):
+            self.should_exit = True
+        if self.should_exit:
+            # Requests that are left get an answer before their connections are closed.
+            await asyncio.to_thread(self._service.close)
+        return await super().on_tick(counter)
+
+
+class Protocol(H11Protocol):
+    """One connection; a client that is too slow, or not HTTP, is told so and leaves its place."""
+
+    def __init__(self, settings: Settings, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = settings
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Refuse a connection beyond the limit, and give the others time for their headers."""
+        super().connection_made(transport)
+        if len(self.connections) > (limit := self._settings.max_connections):
+            message = f"{limit} connections may be open at most; try again later"
+            self._refuse(ServiceError(UNAVAILABLE, "too_many_connections", message, retry_after_s=1))
+            return
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timers."""
+        for timer in (self._header_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what the client sends."""
+        if self._refused:
+            return
+        super().data_received(data)
+        self._watch_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called if the client does not send HTTP."""
+        message = f"the request must be valid HTTP/1.1 with at most {MAX_HEADER_BYTES} bytes of headers"
+        self._refuse(ServiceError(BAD_REQUEST, "invalid_http", message))
+
+    def pause_writing(self) -> None:
+        """Called when the client reads more slowly than the service writes."""
+        super().pause_writing()
+        self._watch_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """Called when the client has read."""
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        super().resume_writing()
+
+    def _watch_headers(self) -> None:
+        """Time a client that is between requests and has begun to send one, or has just connected."""
+        incomplete = self.conn.their_state is h11.IDLE
+        if incomplete and self._header_timer is None:
+            self._header_timer = self.loop.call_later(self._settings.body_timeout_s, self._headers_are_late)
+        elif not incomplete and self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _headers_are_late(self) -> None:
+        message = f"the headers must arrive within {self._settings.body_timeout_s:g} s"
+        self._refuse(ServiceError(TIMED_OUT, "header_timeout", message))
+
+    def _watch_reader(self, unread_bytes: int) -> None:
+        self._write_timer = self.loop.call_later(self._settings.write_timeout_s, self._reader_is_late, unread_bytes)
+
+    def _reader_is_late(self, unread_bytes: int) -> None:
+        now = self.transport.get_write_buffer_size()
+        if now < unread_bytes:
+            self._watch_reader(now)
+        else:
+            self.transport.abort()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer without the application, and close the connection a little later."""
+        self._refused = True
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            # The reply to an earlier request is under way, and this one would be in the middle of it.
+            self.transport.abort()
+            return
+        body = json.dumps(error.body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers |= error.headers() | {"x-request-id": new_request_id().decode()}
+        head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\n" + "".join(
+            f"{k}: {v}\r\n" for k, v in headers.items()
+        )
+        self.transport.write(head.encode() + b"\r\n" + body)
+        self.loop.call_later(_LINGER_S, self.transport.close)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, not listening yet.
+
+    Raises:
+        RequestError: the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as e:
+        raise RequestError(
+            f"--host and --port must be a free address of this machine, got {host} and {port} ({e}); choose another"
+        ) from None
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address of a bound socket for a browser."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

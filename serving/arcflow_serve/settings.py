@@ -1,0 +1,106 @@
+"""The service's settings, checked once: limits, lanes and times. The command line reads its defaults from here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from arcflow_runtime.backends import DEFAULT_BACKEND
+from arcflow_runtime.errors import RequestError
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_lanes() -> int:
+    """Two lanes, or one on a single core: two of one thread are faster than one of two."""
+    return min(2, cores())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one service.
+
+    Attributes:
+        backend: the library that runs the graphs, as for `Pipeline.load`.
+        low_memory: load each part only while it is used.
+        lanes: number of threads that generate images, each one batch at a time.
+        threads: CPU threads of an engine in each lane; None shares the cores among the lanes.
+        max_batch: most images that a lane generates at a time.
+        max_queue: most images that may wait; beyond it requests get status 429.
+        max_n: most images of one request.
+        max_steps: most denoising steps of a request.
+        max_px: largest height or width in pixels; None is the bundle's.
+        max_prompt_chars: longest prompt.
+        max_body_bytes: largest body of a request.
+        max_connections: most open connections.
+        body_timeout_s: time in which a client must have sent its request, headers and body each.
+        write_timeout_s: time in which a client must read at least a part of what it is sent.
+        deadline_s: a request that has waited for so long is answered with status 503.
+        hang_timeout_s: a batch that takes longer is given up, and its lane replaced.
+        drain_timeout_s: after SIGTERM, requests that take longer are answered with status 503.
+        api_keys: keys of which a request must give one; empty allows every request.
+    """
+
+    backend: str = DEFAULT_BACKEND
+    low_memory: bool = False
+    lanes: int = field(default_factory=default_lanes)
+    threads: int | None = None
+    max_batch: int = 8
+    max_queue: int = 64
+    max_n: int = 10
+    max_steps: int = 50
+    max_px: int | None = None
+    max_prompt_chars: int = 4000
+    max_body_bytes: int = 1 << 17
+    max_connections: int = 1000
+    body_timeout_s: float = 30.0
+    write_timeout_s: float = 60.0
+    deadline_s: float = 600.0
+    hang_timeout_s: float = 600.0
+    drain_timeout_s: float = 600.0
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "lanes",
+            "max_batch",
+            "max_queue",
+            "max_n",
+            "max_steps",
+            "max_prompt_chars",
+            "max_body_bytes",
+            "max_connections",
+        ):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{_option(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("body_timeout_s", "write_timeout_s", "deadline_s", "hang_timeout_s", "drain_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"{_option(name)} must be a number of seconds above 0, got {getattr(self, name)}")
+        for name in ("threads", "max_px"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RequestError(f"{_option(name)} must be at least 1, got {value}")
+        if self.backend == DEFAULT_BACKEND and self.lanes * (self.threads or 1) > cores():
+            raise RequestError(
+                f"--lanes times --threads must be at most {cores()}, the number of cores, "
+                f"got {self.lanes} * {self.threads or 1}; more threads than cores slow each other down"
+            )
+        if self.max_n > self.max_queue:
+            raise RequestError(
+                f"--max-n must be at most --max-queue, got {self.max_n} and {self.max_queue}: "
+                "a request that is larger than the queue could never be accepted"
+            )
+
+    @property
+    def engine_threads(self) -> int | None:
+        """CPU threads of each engine; None lets a GPU's backend choose."""
+        if self.threads is not None or self.backend != DEFAULT_BACKEND:
+            return self.threads
+        return max(1, cores() // self.lanes)
+
+
+def _option(name: str) -> str:
+    """The command line's option for a setting."""
+    return "--" + name.removesuffix("_s").replace("_", "-")
