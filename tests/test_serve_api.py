@@ -133,8 +133,7 @@ REFUSED = {
     "loras": [
         (
             {"style": 1.0},
-            "loras is not supported by this version: a LoRA is merged when a bundle is exported, with "
-            "arcflow export --lora",
+            "loras must name LoRAs of model 'bundle' (there are none), got style",
         )
     ],
     "seed": [

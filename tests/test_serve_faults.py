@@ -476,12 +476,12 @@ def test_a_client_that_floods_does_not_shut_out_another(bundle):
         assert places[1] <= 4
 
 
-def test_loras_are_passed_on_when_the_runtime_takes_them(open_service, monkeypatch):
-    """The seam: requests with the same LoRAs and scales share batches, and others do not."""
+def test_loras_are_passed_on(open_service):
+    """Requests with the same LoRAs and scales share batches, and others do not."""
     calls = []
     with open_service(lambda prompts: None, lanes=1) as running:
         (model,) = running.service.models.values()
-        model.takes_loras = True
+        model.loras = ("a", "b")
         wrapped = model._pipeline
 
         class WithLoras:

@@ -54,12 +54,9 @@ def accept(
         raise bad_request("background must be 'opaque' or 'auto': images have no alpha channel", "background")
     if asked.partial_images and not asked.stream:
         raise bad_request("partial_images must be given together with stream=true", "partial_images")
-    if asked.loras and not model.takes_loras:
-        raise bad_request(
-            "loras is not supported by this version: a LoRA is merged when a bundle is exported, with "
-            "arcflow export --lora",
-            "loras",
-        )
+    if unknown := sorted((asked.loras or {}).keys() - set(model.loras)):
+        known = ", ".join(model.loras) if model.loras else "there are none"
+        raise bad_request(f"loras must name LoRAs of model {model.name!r} ({known}), got {', '.join(unknown)}", "loras")
     encoding = _encoding(asked)
     request = _checked(model, asked)
     size = max(request.height_px, request.width_px)

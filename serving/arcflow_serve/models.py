@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -42,13 +41,13 @@ class Model:
     not fit into memory.
     """
 
-    def __init__(self, name: str, bundle: Bundle, load: Load) -> None:
-        """`load` opens the pipeline; `restore` calls it."""
+    def __init__(self, name: str, bundle: Bundle, load: Load, loras: Sequence[str] = ()) -> None:
+        """`load` opens the pipeline with the LoRAs named in `loras`; `restore` calls it."""
         self.name = name
         self.manifest = bundle.manifest
         self.created = int(time.time())
-        #: True if the runtime can select LoRAs for each call.
-        self.takes_loras = "loras" in inspect.signature(Pipeline.__call__).parameters
+        #: Names of the LoRAs that requests may use.
+        self.loras = tuple(loras)
         self._tokenizer = PromptTokenizer(bundle)
         #: The number of text tokens of a prompt, padding not counted, and warnings if it is cut.
         self.tokens = lru_cache(_KNOWN_PROMPTS)(self._count_tokens)
@@ -195,8 +194,12 @@ def open_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
     Raises:
         BundleError: a bundle cannot be opened.
         EngineError: the backend cannot run a bundle.
-        RequestError: two directories have the same name.
+        LoraError: a LoRA cannot be read, or does not fit a bundle's slots.
+        RequestError: two directories or two LoRAs have the same name, or there are LoRAs but no bundle with slots.
     """
+    loras = [file.stem for file in settings.loras]
+    if twice := sorted({name for name in loras if loras.count(name) > 1}):
+        raise RequestError(f"LoRAs must have different file names, got {', '.join(twice)} twice; rename one")
     models: dict[str, Model] = {}
     for path in paths:
         # Without following links, so that a link can give a bundle another name.
@@ -206,13 +209,27 @@ def open_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
                 f"bundles must have different directory names, got {name!r} twice; rename one, or link to it"
             )
 
-        def load(path: Path = path) -> Pipeline:
-            return Pipeline.load(path, settings.backend, settings.low_memory, threads=settings.engine_threads)
+        bundle = Bundle.open(path)
+        files = settings.loras if bundle.manifest.slots() else ()
 
-        model = Model(name, Bundle.open(path), load)
+        def load(path: Path = path, files: tuple[Path, ...] = files) -> Pipeline:
+            pipeline = Pipeline.load(path, settings.backend, settings.memory, threads=settings.engine_threads)
+            try:
+                for file in files:
+                    pipeline.load_lora(file)
+            except BaseException:
+                pipeline.close()
+                raise
+            return pipeline
+
+        model = Model(name, bundle, load, [file.stem for file in files])
         model.restore()
         if not model.loaded:
             # The error is raised again with its own class.
             load().close()
         models[name] = model
+    if settings.loras and not any(model.loras for model in models.values()):
+        raise RequestError(
+            "--lora needs a bundle with LoRA slots, and none has any; export with --lora-slots, or merge with --lora"
+        )
     return models

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from arcflow_runtime.backends import DEFAULT_BACKEND
+from arcflow_runtime.engines.modes import MemoryMode
 from arcflow_runtime.errors import RequestError
 
 
@@ -25,7 +27,8 @@ class Settings:
 
     Attributes:
         backend: the library that runs the graphs, as for `Pipeline.load`.
-        low_memory: load each part only while it is used.
+        memory: which parts stay loaded, as for `Pipeline.load`; None follows from the free memory.
+        loras: files of LoRAs that requests may use; each is named after its file.
         lanes: number of threads that generate images, each one batch at a time.
         threads: CPU threads of an engine in each lane; None shares the cores among the lanes.
         max_batch: most images that a lane generates at a time.
@@ -45,7 +48,8 @@ class Settings:
     """
 
     backend: str = DEFAULT_BACKEND
-    low_memory: bool = False
+    memory: MemoryMode | None = None
+    loras: tuple[Path, ...] = ()
     lanes: int = field(default_factory=default_lanes)
     threads: int | None = None
     max_batch: int = 8

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcflow_runtime.backends import BACKENDS
+from arcflow_runtime.backends import choices
+from arcflow_runtime.engines.modes import MODES
 
 if TYPE_CHECKING:
     from arcflow_serve.settings import Settings
@@ -36,10 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file of API keys, one a line; keys are also read from ARCFLOW_API_KEYS, separated by commas",
     )
+    parser.add_argument("--backend", choices=choices(), default=default.backend, help="engine (default: %(default)s)")
+    parser.add_argument("--memory", choices=MODES, help="parts that stay loaded (default: by the free memory)")
     parser.add_argument(
-        "--backend", choices=sorted(BACKENDS), default=default.backend, help="engine (default: %(default)s)"
+        "--lora",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="LoRA that requests may use, named after its file; repeatable; for bundles with LoRA slots",
     )
-    parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
     parser.add_argument(
         "--lanes", type=int, default=default.lanes, help="batches generated at a time (default: 2, or 1 on one core)"
     )
@@ -92,7 +99,8 @@ def _settings(args: argparse.Namespace) -> Settings:
 
     return Settings(
         backend=args.backend,
-        low_memory=args.low_memory,
+        memory=args.memory,
+        loras=tuple(args.lora),
         lanes=args.lanes,
         threads=args.threads,
         max_batch=args.max_batch,
