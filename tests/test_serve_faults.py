@@ -242,12 +242,12 @@ def test_an_engine_that_hangs(open_service, pipe):
         if "hang" in prompts:
             over.wait()
 
-    with open_service(before, lanes=1, hang_timeout_s=0.3) as running, running.client() as client:
+    with open_service(before, lanes=1, hang_timeout_s=1.5) as running, running.client() as client:
         for lost in (1, 2):
             response = running.post(body("hang"))
             assert response.status_code == 500
             assert response.json()["error"] == {
-                "message": "generating the image took more than 0.3 s and was given up; ask for a smaller image or "
+                "message": "generating the image took more than 1.5 s and was given up; ask for a smaller image or "
                 "fewer steps, or start the service with a larger --hang-timeout",
                 "type": "server_error",
                 "param": None,
@@ -280,7 +280,7 @@ def test_an_engine_that_hangs_while_another_lane_fails(open_service, pipe):
         if "fail" in prompts and broken.is_set():
             raise EngineError("backbone: the engine is damaged")
 
-    with open_service(before, lanes=2, hang_timeout_s=1.0) as running, ThreadPoolExecutor(1) as pool:
+    with open_service(before, lanes=2, hang_timeout_s=2.0) as running, ThreadPoolExecutor(1) as pool:
         (model,) = running.service.models.values()
         loaded = model._pipeline
         hanging = pool.submit(running.post, body("hang"))

@@ -7,6 +7,7 @@ takes too long is given up and replaced. Nothing that a request does ends a lane
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +37,8 @@ class _Lane:
     thread: threading.Thread = field(init=False)
     batch: list[Picture] = field(default_factory=list)
     pipeline: Pipeline | None = None
-    since: float = 0.0
+    #: When it began to generate; infinity until then.
+    since: float = math.inf
     lost: bool = False
     #: Held to change `batch` or `lost`, so that a lane cannot be given up at the moment in which it finishes.
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -133,7 +135,7 @@ class Lanes:
     def _run(self, lane: _Lane) -> None:
         while not lane.lost and (batch := self._room.take()):
             with lane.lock:
-                lane.since, lane.batch = time.monotonic(), batch
+                lane.since, lane.batch = math.inf, batch
             try:
                 self._draw(lane, batch)
             except BaseException as e:
@@ -150,11 +152,13 @@ class Lanes:
         batch = [p for p in batch if not p.job.over]
         if not batch or lane.lost:
             return True
+        lane.since = math.inf
         key = batch[0].job.key
         model = self._models[key.model]
         try:
             with model.use() as pipeline:
-                lane.pipeline = pipeline
+                # From here on, not while the bundle was being loaded again.
+                lane.pipeline, lane.since = pipeline, time.monotonic()
                 arguments: dict[str, object] = {"loras": dict(key.loras)} if key.loras else {}
                 if key.preview:
                     arguments["callback_on_preview"] = partial(self._preview, lane, batch)
@@ -182,7 +186,6 @@ class Lanes:
     def _one_by_one(self, lane: _Lane, batch: list[Picture], for_memory: bool) -> bool:
         well = True
         for picture in batch:
-            lane.since = time.monotonic()
             well = self._draw(lane, [picture]) and well
         if well and for_memory:
             # Each of them fits alone, so together they were too large.
