@@ -12,9 +12,12 @@ import openai
 import pytest
 from PIL import Image
 
-from arcflow_runtime import Pipeline, RequestError
+from arcflow_runtime import Bundle, Pipeline, RequestError
+from arcflow_serve.models import open_models
 from arcflow_serve.schema import GenerationRequest
+from arcflow_serve.settings import Settings
 from tests.conftest import SHAPES_OPTIONS
+from tests.lora_slots import write_lora
 from tests.serving import alone, image_of, images_of, preview_alone, serve
 
 PROMPT = "a large red circle"
@@ -172,6 +175,32 @@ def test_values_that_are_refused(client, name):
         assert error.value.param == (name if name != "loras" else "loras")
         assert error.value.type == "invalid_request_error"
         assert error.value.request_id.startswith("req_")
+
+
+def test_loras_of_a_request(bundles, tmp_path):
+    """Images are those of a pipeline with the same LoRA, and a name that the service does not know is refused."""
+    root = bundles("flux-tiny", lora_slots=("*",), lora_max_rank=32)
+    file = write_lora(tmp_path / "ink.safetensors", Bundle.open(root).manifest.slots(), 4, 1)
+    with serve([root], loras=(file,)) as running, Pipeline.load(root, threads=1) as pipe:
+        pipe.load_lora(file)
+        found = []
+        for loras in ({"ink": 0.8}, {}):
+            reply = running.post({"prompt": PROMPT, "size": "32x32", "seed": 7, "loras": loras}).json()
+            found.append(image_of(reply["data"][0]["b64_json"]).tobytes())
+            assert found[-1] == alone(pipe, PROMPT, 7, width=32, height=32, loras=loras)
+        assert found[0] != found[1]
+        reply = running.post({"prompt": PROMPT, "loras": {"inc": 1}})
+        message = "loras must name LoRAs of model 'bundle' (ink), got inc"
+        assert (reply.status_code, reply.json()["error"]["message"]) == (400, message)
+        with running.client() as client:
+            assert client.get("/v1/models").json()["data"][0]["arcflow"]["loras"] == ["ink"]
+
+
+def test_loras_need_a_bundle_with_slots(bundle, tmp_path):
+    with pytest.raises(RequestError, match=r"^--lora needs a bundle with LoRA slots, and none has any; export with "):
+        open_models([bundle], Settings(loras=(tmp_path / "ink.safetensors",)))
+    with pytest.raises(RequestError, match=r"^LoRAs must have different file names, got ink twice; rename one$"):
+        open_models([bundle], Settings(loras=(tmp_path / "ink.safetensors", tmp_path / "b" / "ink.safetensors")))
 
 
 def test_what_has_no_effect_is_said(client):
