@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
-#: What the extras `export`, `calibrate`, `distill`, `serve` and `dev` bring and tests import; the runtime works without.
+#: What extras bring and tests import; the runtime works without.
 EXTRAS = (
     "diffusers",
     "fastapi",

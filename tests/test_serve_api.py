@@ -133,8 +133,8 @@ REFUSED = {
     "loras": [
         (
             {"style": 1.0},
-            "loras is not supported by this version: a LoRA is merged when a bundle is exported, with "
-            "arcflow export --lora",
+            "loras must name LoRAs that this service has loaded, got 'style'; it has none. A LoRA can also be merged "
+            "into a bundle, with arcflow export --lora",
         )
     ],
     "seed": [
@@ -170,7 +170,7 @@ def test_values_that_are_refused(client, name):
         with pytest.raises(openai.BadRequestError) as error:
             client.images.generate(**({"prompt": "x"} | {"extra_body": {name: value}}))
         assert error.value.body["message"] == sentence
-        assert error.value.param == (name if name != "loras" else "loras")
+        assert error.value.param == name
         assert error.value.type == "invalid_request_error"
         assert error.value.request_id.startswith("req_")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -47,8 +46,6 @@ class Model:
         self.name = name
         self.manifest = bundle.manifest
         self.created = int(time.time())
-        #: True if the runtime can select LoRAs for each call.
-        self.takes_loras = "loras" in inspect.signature(Pipeline.__call__).parameters
         self._tokenizer = PromptTokenizer(bundle)
         #: The number of text tokens of a prompt, padding not counted, and warnings if it is cut.
         self.tokens = lru_cache(_KNOWN_PROMPTS)(self._count_tokens)
@@ -65,6 +62,11 @@ class Model:
     def loaded(self) -> bool:
         """True if requests can be generated."""
         return self._pipeline is not None
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of the LoRAs that a request may select: those of a pipeline that has loaded some."""
+        return tuple(getattr(self._pipeline, "loras", ()))
 
     @property
     def trouble(self) -> str | None:
@@ -207,7 +209,7 @@ def open_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
             )
 
         def load(path: Path = path) -> Pipeline:
-            return Pipeline.load(path, settings.backend, settings.low_memory, threads=settings.engine_threads)
+            return Pipeline.load(path, settings.backend, threads=settings.engine_threads)
 
         model = Model(name, Bundle.open(path), load)
         model.restore()

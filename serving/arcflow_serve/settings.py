@@ -25,7 +25,6 @@ class Settings:
 
     Attributes:
         backend: the library that runs the graphs, as for `Pipeline.load`.
-        low_memory: load each part only while it is used.
         lanes: number of threads that generate images, each one batch at a time.
         threads: CPU threads of an engine in each lane; None shares the cores among the lanes.
         max_batch: most images that a lane generates at a time.
@@ -45,7 +44,6 @@ class Settings:
     """
 
     backend: str = DEFAULT_BACKEND
-    low_memory: bool = False
     lanes: int = field(default_factory=default_lanes)
     threads: int | None = None
     max_batch: int = 8

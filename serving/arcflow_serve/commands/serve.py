@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=sorted(BACKENDS), default=default.backend, help="engine (default: %(default)s)"
     )
-    parser.add_argument("--low-memory", action="store_true", help="load each part only while it is used")
     parser.add_argument(
         "--lanes", type=int, default=default.lanes, help="batches generated at a time (default: 2, or 1 on one core)"
     )
@@ -92,7 +91,6 @@ def _settings(args: argparse.Namespace) -> Settings:
 
     return Settings(
         backend=args.backend,
-        low_memory=args.low_memory,
         lanes=args.lanes,
         threads=args.threads,
         max_batch=args.max_batch,
