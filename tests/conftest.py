@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
-#: What the extras bring and tests import; the runtime works without.
+#: What extras bring and tests import; the runtime works without.
 EXTRAS = (
     "diffusers",
     "fastapi",

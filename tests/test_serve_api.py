@@ -136,7 +136,8 @@ REFUSED = {
     "loras": [
         (
             {"style": 1.0},
-            "loras must name LoRAs of model 'bundle' (there are none), got style",
+            "loras must name LoRAs that this service has loaded, got 'style'; it has none. A LoRA can also be merged "
+            "into a bundle, with arcflow export --lora",
         )
     ],
     "seed": [
@@ -172,7 +173,7 @@ def test_values_that_are_refused(client, name):
         with pytest.raises(openai.BadRequestError) as error:
             client.images.generate(**({"prompt": "x"} | {"extra_body": {name: value}}))
         assert error.value.body["message"] == sentence
-        assert error.value.param == (name if name != "loras" else "loras")
+        assert error.value.param == name
         assert error.value.type == "invalid_request_error"
         assert error.value.request_id.startswith("req_")
 
@@ -190,7 +191,10 @@ def test_loras_of_a_request(bundles, tmp_path):
             assert found[-1] == alone(pipe, PROMPT, 7, width=32, height=32, loras=loras)
         assert found[0] != found[1]
         reply = running.post({"prompt": PROMPT, "loras": {"inc": 1}})
-        message = "loras must name LoRAs of model 'bundle' (ink), got inc"
+        message = (
+            "loras must name LoRAs that this service has loaded, got 'inc'; it has 'ink'. A LoRA can also be merged "
+            "into a bundle, with arcflow export --lora"
+        )
         assert (reply.status_code, reply.json()["error"]["message"]) == (400, message)
         with running.client() as client:
             assert client.get("/v1/models").json()["data"][0]["arcflow"]["loras"] == ["ink"]

@@ -477,11 +477,11 @@ def test_a_client_that_floods_does_not_shut_out_another(bundle):
 
 
 def test_loras_are_passed_on(open_service):
-    """Requests with the same LoRAs and scales share batches, and others do not."""
+    """Only names that the service has are taken, and the scales of a batch are those of its requests."""
     calls = []
     with open_service(lambda prompts: None, lanes=1) as running:
         (model,) = running.service.models.values()
-        model.loras = ("a", "b")
+        model.loras = ("ink", "wool")
         wrapped = model._pipeline
 
         class WithLoras:
@@ -493,9 +493,17 @@ def test_loras_are_passed_on(open_service):
                 return getattr(wrapped, name)
 
         model._pipeline = WithLoras()
-        assert running.post(body("a", loras={"b": 0.5, "a": 1})).status_code == 200
+        assert running.post(body("a", loras={"wool": 0.5, "ink": 1})).status_code == 200
         assert running.post(body("b")).status_code == 200
-        assert calls == [(("a",), {"a": 1.0, "b": 0.5}), (("b",), None)]
+        assert calls == [(("a",), {"ink": 1.0, "wool": 0.5}), (("b",), None)]
+        refused = running.post(body("c", loras={"ink": 1, "other": 1}))
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == (
+            "loras must name LoRAs that this service has loaded, got 'other'; it has 'ink', 'wool'. "
+            "A LoRA can also be merged into a bundle, with arcflow export --lora"
+        )
+        with running.client() as client:
+            assert client.get("/v1/models").json()["data"][0]["arcflow"]["loras"] == ["ink", "wool"]
 
 
 def test_no_thread_is_left(bundle):

@@ -54,9 +54,15 @@ def accept(
         raise bad_request("background must be 'opaque' or 'auto': images have no alpha channel", "background")
     if asked.partial_images and not asked.stream:
         raise bad_request("partial_images must be given together with stream=true", "partial_images")
-    if unknown := sorted((asked.loras or {}).keys() - set(model.loras)):
-        known = ", ".join(model.loras) if model.loras else "there are none"
-        raise bad_request(f"loras must name LoRAs of model {model.name!r} ({known}), got {', '.join(unknown)}", "loras")
+    known = model.loras
+    for name in asked.loras or {}:
+        if name not in known:
+            has = f"it has {', '.join(map(repr, known))}" if known else "it has none"
+            raise bad_request(
+                f"loras must name LoRAs that this service has loaded, got {name[:60]!r}; {has}. A LoRA can also be "
+                "merged into a bundle, with arcflow export --lora",
+                "loras",
+            )
     encoding = _encoding(asked)
     request = _checked(model, asked)
     size = max(request.height_px, request.width_px)

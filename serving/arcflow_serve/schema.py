@@ -45,7 +45,7 @@ class GenerationRequest(BaseModel):
     )
     num_inference_steps: int | None = Field(None, description="Network calls; default: the student's, usually 2.")
     guidance_scale: float | None = Field(None, description="For students of FLUX; default 3.5.")
-    loras: dict[str, float] | None = Field(None, description="Scale of each LoRA by name, if the bundle has any.")
+    loras: dict[str, float] | None = Field(None, description="Scale of each LoRA by name, of those in /v1/models.")
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description='"url" gives a data: URL that holds the image. Default: b64_json.'
     )
