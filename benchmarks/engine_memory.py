@@ -147,6 +147,7 @@ def main() -> int:
                 measured = [row]
         for row in measured:
             print(json.dumps(row))
+        found["parts"] = {name: found["parts"][name] for name in ROWS if name in found["parts"]}
         found |= {
             "command": "python benchmarks/engine_memory.py",
             "target": TARGET,
