@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Manifest
@@ -10,8 +11,9 @@ from arcflow_runtime.engines.base import Backend, MeasuredBackend
 from arcflow_runtime.engines.modes import MODES, MemoryMode
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.request import DEFAULT_SIZE_PX
-from arcflow_runtime.memory.choice import choose_mode
-from arcflow_runtime.memory.sums import BundleMemory, ImageSize
+
+if TYPE_CHECKING:
+    from arcflow_runtime.memory.sums import ImageSize
 
 _log = logging.getLogger("arcflow")
 
@@ -38,6 +40,10 @@ def fitting_memory(bundle: Bundle, backend: Backend) -> MemoryMode:
         BundleError: a part's graph cannot be read.
         EngineError: the device cannot be opened, or an engine is missing.
     """
+    # Here, because the sums read the layout of the GPU's buffers, and a pipeline whose mode is given needs none of it.
+    from arcflow_runtime.memory.choice import choose_mode
+    from arcflow_runtime.memory.sums import BundleMemory
+
     free = backend.free_bytes() if isinstance(backend, MeasuredBackend) else None
     if free is None or not isinstance(backend, MeasuredBackend):
         return "resident"
@@ -51,6 +57,8 @@ def fitting_memory(bundle: Bundle, backend: Backend) -> MemoryMode:
 
 def usual_size(manifest: Manifest) -> ImageSize:
     """The size that a call without arguments generates, with the longest text."""
+    from arcflow_runtime.memory.sums import ImageSize
+
     ranges, schedule = manifest.ranges, manifest.schedule
     height, width = (min(max(DEFAULT_SIZE_PX, r.min), r.max) for r in (ranges.height_px, ranges.width_px))
     return ImageSize(ranges.batch.min, height, width, manifest.text.max_sequence_length, schedule.num_inference_steps)
