@@ -29,7 +29,9 @@ execute_process(COMMAND ${ARCFLOW_PYTHON} ${host_cuda}/build.py --check RESULT_V
 add_executable(trt_denoiser_test trt_denoiser_test.cpp trt_parts.cpp ${trt_graph})
 target_include_directories(trt_denoiser_test PRIVATE fake)
 target_link_libraries(trt_denoiser_test PRIVATE trt_sources arcflow_core)
-add_test(NAME trt_denoiser COMMAND trt_denoiser_test)
+# Under ThreadSanitizer only the test with threads: the driver's fibres make it many times slower.
+add_test(NAME trt_denoiser COMMAND trt_denoiser_test $<$<STREQUAL:${ARCFLOW_SANITIZE},thread>:threads>
+         COMMAND_EXPAND_LISTS)
 if(host_cuda_missing)
     message(STATUS "the test trt_denoiser is disabled: ${host_cuda_why}")
     set_tests_properties(trt_denoiser PROPERTIES DISABLED ON)

@@ -1,4 +1,6 @@
 // Tests of the TensorRT denoiser and engine on the driver made of host memory, with engines that run on the CPU.
+//
+//   trt_denoiser_test [threads]    all tests, or only the one with threads
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -194,7 +196,7 @@ void test_a_job_that_fails_half_way() {
         s.decoder->before_enqueue = [&] {
             if (kind == 0) throw engine_error("vae_decoder: no");
             if (kind == 1) throw std::bad_alloc();
-            throw 7;
+            throw 7;  // NOLINT(bugprone-std-exception-baseclass): whatever a library throws
         };
         bool caught = false;
         try {
@@ -211,7 +213,7 @@ void test_a_job_that_fails_half_way() {
 // Every call of the driver fails once, in a job that is enqueued, captured and replayed. Each failure is a sentence or
 // a right image, and the next image is right.
 void test_every_call_may_fail() {
-    const DenoiseJob job = job_of(1), other = job_of(1, 1);
+    const DenoiseJob job = job_of(1, 1), other = job_of(2, 1, false);
     for (const int image : {1, 2, 3}) {
         for (long nth = 1;; ++nth) {
             Setup s;
@@ -426,11 +428,11 @@ void test_threads() {
     std::vector<int> equal(8);
     for (uint64_t seed = 0; seed < 8; ++seed) {
         threads.emplace_back([&, seed] {
-            for (int i = 0; i < 10; ++i) equal[seed] += same(s.run(jobs[seed]), alone[seed]);
+            for (int i = 0; i < 5; ++i) equal[seed] += same(s.run(jobs[seed]), alone[seed]);
         });
     }
     for (std::thread &thread : threads) thread.join();
-    CHECK(equal == std::vector<int>(8, 10));
+    CHECK(equal == std::vector<int>(8, 5));
 }
 
 void test_jobs_that_do_not_fit() {
@@ -548,7 +550,11 @@ void test_every_call_of_a_host_engine_may_fail() {
 
 }  // namespace
 
-int main() {
+int main(int count, char **) {
+    if (count > 1) {
+        test_threads();
+        return 0;
+    }
     test_agrees_with_the_host();
     test_where_the_modulation_comes_from();
     test_a_conditioner_in_pieces();
