@@ -285,7 +285,7 @@ def test_bodies_that_are_not_requests(running):
         b'{"prompt": "\xff"}': ("invalid_json", None),
         b'{"prompt": "\\ud800"}': ("invalid_json", None),
         b'{"prompt": ' + b"[" * 100_000: ("invalid_json", None),
-        b'{"prompt": ' + b'{"a":' * 100_000: ("invalid_json", None),
+        b'{"prompt": ' + b'{"a":' * 20_000: ("invalid_json", None),
         b'{"n": 1}': ("missing_required_parameter", "prompt must be given"),
         b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}": (None, None),
         b'{"prompt": "x", "guidance_scale": NaN}': ("invalid_value", "guidance_scale must be a finite number, got nan"),
