@@ -30,8 +30,11 @@ add_executable(trt_denoiser_test trt_denoiser_test.cpp trt_parts.cpp ${trt_graph
 target_include_directories(trt_denoiser_test PRIVATE fake)
 target_link_libraries(trt_denoiser_test PRIVATE trt_sources arcflow_core)
 # Under ThreadSanitizer only the test with threads: the driver's fibres make it many times slower.
-add_test(NAME trt_denoiser COMMAND trt_denoiser_test $<$<STREQUAL:${ARCFLOW_SANITIZE},thread>:threads>
-         COMMAND_EXPAND_LISTS)
+if(ARCFLOW_SANITIZE STREQUAL "thread")
+    add_test(NAME trt_denoiser COMMAND trt_denoiser_test threads)
+else()
+    add_test(NAME trt_denoiser COMMAND trt_denoiser_test)
+endif()
 if(host_cuda_missing)
     message(STATUS "the test trt_denoiser is disabled: ${host_cuda_why}")
     set_tests_properties(trt_denoiser PROPERTIES DISABLED ON)

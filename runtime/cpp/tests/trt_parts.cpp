@@ -269,7 +269,7 @@ DenoiseJob job_of(uint64_t seed, int64_t images, bool pixels, std::vector<double
                   int64_t height, int64_t width) {
     DenoiseJob job{};
     std::vector<uint64_t> seeds{seed};
-    for (int64_t i = 1; i < images && seed % 2 == 0; ++i) seeds.push_back(seed << (20 * i) | 7);
+    for (int64_t i = 1; i < images && seed % 2 == 0; ++i) seeds.push_back(seed << 40 | static_cast<uint64_t>(i));
     job.streams = noise_streams(seeds, images, height * width * C);
     for (int64_t i = 0; i < images; ++i) {
         const uint64_t text = seed + static_cast<uint64_t>(i) * 100;
