@@ -137,7 +137,7 @@ class Lanes:
             with lane.lock:
                 lane.since, lane.batch = math.inf, batch
             try:
-                self._draw(lane, batch)
+                self._generate(lane, batch)
             except BaseException as e:
                 # Nothing may end a lane, not even an exception of our own code.
                 _log.exception("a lane failed")
@@ -147,7 +147,7 @@ class Lanes:
                 with lane.lock:
                     lane.batch, lane.pipeline = [], None
 
-    def _draw(self, lane: _Lane, batch: list[Picture]) -> bool:
+    def _generate(self, lane: _Lane, batch: list[Picture]) -> bool:
         """Generate a batch, and again picture by picture if it fails; False if a picture failed."""
         batch = [p for p in batch if not p.job.over]
         if not batch or lane.lost:
@@ -186,7 +186,7 @@ class Lanes:
     def _one_by_one(self, lane: _Lane, batch: list[Picture], for_memory: bool) -> bool:
         well = True
         for picture in batch:
-            well = self._draw(lane, [picture]) and well
+            well = self._generate(lane, [picture]) and well
         if well and for_memory:
             # Each of them fits alone, so together they were too large.
             self._caps.lower(batch[0].job.key, len(batch))
