@@ -258,8 +258,8 @@ def test_baked_modulation_has_both_precisions():
     plan = plan_export(golden_student("qwen-tiny"), ExportOptions("bfloat16", precision=(("conditioner", "float32"),)))
     timesteps = torch.tensor([1000.0, 761.71875])
     source = plan.student.source("conditioner")
-    exact = bake_modulation(plan.baked, source, timesteps, torch.float32).numpy()
-    rounded = bake_modulation(plan.baked, source, timesteps, torch.bfloat16).numpy()
+    exact = bake_modulation(plan.baked, source, timesteps, torch.float32)[0].numpy()
+    rounded = bake_modulation(plan.baked, source, timesteps, torch.bfloat16)[0].numpy()
     assert np.array_equal(round_to(exact, "bfloat16"), rounded)
     assert not np.array_equal(exact, rounded)
 

@@ -186,7 +186,7 @@ def test_default_sizes_are_sizes_of_the_bundle(tmp_path, monkeypatch, largest, s
     monkeypatch.setattr("arcflow_export.commands.verify.announce", lambda *_: None)
     cases = []
     monkeypatch.setattr(
-        "arcflow_export.verify.verify.verify_bundle", lambda b, s, wanted, p: cases.extend(wanted) or []
+        "arcflow_export.verify.verify.verify_bundle", lambda b, s, wanted, *_: cases.extend(wanted) or []
     )
     assert cli.main(["verify", str(bundle), "--base", "x", "--adapter", "y"]) == 0
     assert {(case.height, case.width) for case in cases} == {size}
