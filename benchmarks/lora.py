@@ -133,12 +133,12 @@ def switch_times(root: Path) -> dict[str, float]:
 
 def hotswap_ms(root: Path, student: Callable[..., Student]) -> float:
     """Milliseconds of diffusers' hotswap between two files that are in memory already; median."""
-    reference = TorchStudent(student([(Location(str(root / "switch0.safetensors")), 0.8)]))
-    files = [load_file(root / f"switch{i}.safetensors") for i in range(2)]
     # `TorchStudent` wraps the embedding of the timestep, so hotswap does not find its linears under their names.
+    sizes = {name: size for name, size in slot_sizes(root / "all").items() if not name.startswith("time_text_embed.")}
+    files = [write_lora(root / f"hotswap{i}.safetensors", sizes, PEER_RANK, i) for i in range(2)]
+    reference = TorchStudent(student([(Location(str(files[0])), 0.8)]))
     states = [
-        {k.removeprefix("transformer."): torch.from_numpy(v) for k, v in file.items() if "time_text_embed" not in k}
-        for file in files
+        {k.removeprefix("transformer."): torch.from_numpy(v) for k, v in load_file(file).items()} for file in files
     ]
     times = []
     for i in range(SWITCHES // 5):
