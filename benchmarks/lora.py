@@ -133,9 +133,13 @@ def switch_times(root: Path) -> dict[str, float]:
 
 def hotswap_ms(root: Path, student: Callable[..., Student]) -> float:
     """Milliseconds of diffusers' hotswap between two files that are in memory already; median."""
-    reference = TorchStudent(student([(Location(str(root / "switch0.safetensors")), 0.8)]))
-    files = [load_file(root / f"switch{i}.safetensors") for i in range(2)]
-    states = [{k.removeprefix("transformer."): torch.from_numpy(v) for k, v in file.items()} for file in files]
+    # `TorchStudent` wraps the embedding of the timestep, so hotswap does not find its linears under their names.
+    sizes = {name: size for name, size in slot_sizes(root / "all").items() if not name.startswith("time_text_embed.")}
+    files = [write_lora(root / f"hotswap{i}.safetensors", sizes, PEER_RANK, i) for i in range(2)]
+    reference = TorchStudent(student([(Location(str(files[0])), 0.8)]))
+    states = [
+        {k.removeprefix("transformer."): torch.from_numpy(v) for k, v in load_file(file).items()} for file in files
+    ]
     times = []
     for i in range(SWITCHES // 5):
         started = time.perf_counter()
@@ -197,10 +201,12 @@ def main() -> int:
 
         load = os.getloadavg()
         rows = measure(open_variants(root, student), args.runs)
+        for row in rows:  # before anything else can fail
+            print(
+                f"{row['variant']:24}{row['wall_ms']:>10.0f} ms{row['cpu_ms']:>8.0f} ms of CPU{row['cpu_ratio']:>8.3f}x"
+            )
         switches = switch_times(root) | {"hotswap_ms": hotswap_ms(root, student)}
         counts = {name: len(slot_sizes(root / name)) for name in SLOT_PATTERNS}
-    for row in rows:
-        print(f"{row['variant']:24}{row['wall_ms']:>10.0f} ms{row['cpu_ms']:>10.0f} ms of CPU{row['cpu_ratio']:>8.3f}x")
     print(switches)
     if args.json:
         data = {
