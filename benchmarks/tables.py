@@ -179,6 +179,30 @@ def host_table() -> str:
     return "\n".join([*rows, "", f"Medians of {r['runs']} images of {r['size_px']} px, in ms. {_machine(data)}"])
 
 
+def lora_table() -> str:
+    """What LoRA slots cost, one row per variant, and what a switch takes."""
+    data = _read("lora")
+    rows = ["| variant | time of an image | CPU time | CPU time, relative |", "|---|---|---|---|"]
+    for r in data["results"]:
+        relative = "1" if r["variant"] == r["relative_to"] else f"{r['cpu_ratio']:.3f}"
+        rows.append(f"| {r['variant']} | {r['wall_ms']:,.0f} ms | {r['cpu_ms']:,.0f} ms | {relative} |")
+    s, linears = data["switches"], data["linears"]
+    load = ", ".join(f"{x:.1f}" for x in data["machine"]["load_average"])
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Medians of {data['runs']} images of {data['px']} px with {data['text_tokens']} text tokens. Slots of "
+            f"{linears['attn']} linears (attn) and {linears['all']} (all). A switch to LoRAs that are prepared: "
+            f"{s['prepared_ms']:.3f} ms. To prepare them, rank 16 and all linears: {s['prepare_ms']:.0f} ms; to read a "
+            f"file of {s['file_bytes'] / 1e6:.1f} MB and prepare it: {s['new_file_ms']:.0f} ms; diffusers' hotswap of "
+            f"the same factors from memory: {s['hotswap_ms']:.0f} ms.",
+            "",
+            f"{_machine(data)} Load average before: {load}.",
+        ]
+    )
+
+
 def arcs_table() -> str:
     """Students with many modes beside students with one mode: mean and standard deviation over the seeds."""
     data = _read("arcs_vs_linear")
@@ -334,6 +358,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "rehearsal": rehearsal_table,
         "cpu": cpu_table,
         "host": host_table,
+        "lora": lora_table,
         "arcs": arcs_table,
     },
     HERE.parent / "docs" / "engines.md": {"memory": engine_memory_table},
