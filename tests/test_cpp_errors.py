@@ -267,9 +267,12 @@ DAMAGES = {
         "{root}/manifest.json does not match its own digest; it was edited, export the bundle again",
     ),
     "another version": (
+        lambda root: edit_manifest(root, version=3),
+        "{root}/manifest.json: version must be 1 or 2, got 3; update arcflow",
+    ),
+    "version 2 without slots": (
         lambda root: edit_manifest(root, version=2),
-        "{root}/manifest.json: version must be 1, got 2; it has LoRA slots, which libarcflow cannot run, so export "
-        "without --lora-slots",
+        "{root}/manifest.json: version must be 1 with 0 parts that have slots (B14), got 2; export the bundle again",
     ),
     "unknown key": (
         lambda root: edit_manifest(root, schedule__sampler="euler"),
