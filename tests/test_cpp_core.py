@@ -199,9 +199,9 @@ QUANTIZED = "parts.backbone: quantization"
 #: Changes of a manifest, and the error without the file's name and "; export the bundle again".
 CHANGES = [
     ({"family": "sd"}, 'family must be one of ["flux", "qwen-image"], got "sd"'),
-    ({"version": 2}, "version must be 1, got 2; it has LoRA slots, which libarcflow cannot run, so export without "),
-    ({"version": 3}, "version must be 1, got 3; update arcflow"),
-    ({"version": "1"}, 'version must be 1, got "1"'),
+    ({"version": 2}, "version must be 1 with 0 parts that have slots (B14), got 2"),
+    ({"version": 3}, "version must be 1 or 2, got 3; update arcflow"),
+    ({"version": "1"}, 'version must be 1 or 2, got "1"'),
     ({"opset": 1.5}, f"opset {INTEGER}, got 1.5"),
     ({"guidance": None}, "guidance must be true or false, got null"),
     ({"surprise": 1, "other": 2}, 'unknown keys ["other", "surprise"]; the known keys are ["dtype", "family", '),
@@ -311,6 +311,8 @@ CLASSES = {
     "ranges__batch": manifest.SizeRange,
     "parts__backbone": manifest.Part,
     "parts__backbone__quantization": manifest.Quantization,
+    "parts__backbone__lora": manifest.LoraSlots,
+    "parts__backbone__lora__layers__a": manifest.SlotLayer,
     "modulation": manifest.ModulationTable,
     "files__backbone.onnx": manifest.FileEntry,
     "provenance": manifest.Provenance,
@@ -322,7 +324,9 @@ CLASSES = {
 def test_both_know_the_same_keys(both, tmp_path, place, class_):
     root = make_bundle(tmp_path / "bundle", baked=(2,))
     quantization = {"format": "fp8_e4m3", "layers": ["a"], "policy": "0" * 64, "scales": "0" * 64}
-    edit_manifest(root, parts__backbone__quantization=quantization)
+    layers = {"a": {"in_features": 3, "out_features": 2, "dtype": "float32"}}
+    slots = {"layers": layers, "rank_multiple": 8, "max_rank": 16, "unread": []}
+    edit_manifest(root, version=2, parts__backbone__quantization=quantization, parts__backbone__lora=slots)
     edit_manifest(root, **{f"{place}__surprise" if place else "surprise": 1})
     found = re.search(r'unknown keys \["surprise"\]; the known keys are (\[.*\])', both(root) or "")
     assert found

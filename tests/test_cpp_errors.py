@@ -160,7 +160,8 @@ def test_ids_beyond_the_vocabulary(cpp_pipes):
 
 
 def test_versions_of_the_structs(cpp_library, cpp_pipes):
-    pipe, size = cpp_pipes("flux-tiny"), ctypes.sizeof(embed.Request)
+    pipe = cpp_pipes("flux-tiny")
+    oldest = embed.Request.user.offset + embed.Request.user.size  # of the first release, without LoRAs
 
     class Newer(ctypes.Structure):
         _fields_ = (("known", embed.Request), ("extra", c_int64))
@@ -183,11 +184,14 @@ def test_versions_of_the_structs(cpp_library, cpp_pipes):
         f"request sets what this library, version {cpp_library.arcflow_version().decode()}, does not know; "
         "install the version that the program was compiled with"
     )
-    for wrong in (0, 8, size - 16, 1 << 20):
+    request.struct_size, request.lora_count = oldest, 7
+    assert generate() == 0, "what is behind the struct of an older program is not read"
+    cpp_library.arcflow_result_free(out)
+    for wrong in (0, 8, oldest - 8, 1 << 20):
         request.struct_size = wrong
         assert generate() == REQUEST_ERROR
         assert (
-            f"request.struct_size must be the struct's size, {size} or a little more, got {wrong}; begin with its"
+            f"request.struct_size must be the struct's size, {oldest} or a little more, got {wrong}; begin with its"
             in (cpp_library.arcflow_last_error().decode())
         )
     options = embed.Options(struct_size=1)
@@ -267,9 +271,12 @@ DAMAGES = {
         "{root}/manifest.json does not match its own digest; it was edited, export the bundle again",
     ),
     "another version": (
+        lambda root: edit_manifest(root, version=3),
+        "{root}/manifest.json: version must be 1 or 2, got 3; update arcflow",
+    ),
+    "version 2 without slots": (
         lambda root: edit_manifest(root, version=2),
-        "{root}/manifest.json: version must be 1, got 2; it has LoRA slots, which libarcflow cannot run, so export "
-        "without --lora-slots",
+        "{root}/manifest.json: version must be 1 with 0 parts that have slots (B14), got 2; export the bundle again",
     ),
     "unknown key": (
         lambda root: edit_manifest(root, schedule__sampler="euler"),

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 from arcflow_runtime.disk import bundle, engine_record, external_data, families, manifest, sealed, tokenizer_record
-from arcflow_runtime.generate import request, text
+from arcflow_runtime.generate import condition, request, text
 from arcflow_runtime.gpu import kernels, runtime_cache
+from arcflow_runtime.lora import converted, store
 from arcflow_runtime.maths import noise, schedule
 
 HEADER = Path(__file__).parent.parent / "runtime" / "cpp" / "src" / "constants.h"
 PYTHON = {
     "bundle_format": manifest.FORMAT,
-    "bundle_version": manifest.VERSION,
+    "bundle_version": manifest.PLAIN_VERSION,
+    "lora_bundle_version": manifest.LORA_VERSION,
     "manifest_name": manifest.MANIFEST,
     "max_manifest_bytes": bundle.MAX_MANIFEST_BYTES,
     "fast_hash_bytes": bundle.FAST_HASH_BYTES,
@@ -30,6 +32,15 @@ PYTHON = {
     "tokenizers_format": tokenizer_record.FORMAT,
     "tokenizers_version": tokenizer_record.VERSION,
     "max_runtime_cache_bytes": runtime_cache.MAX_BYTES,
+    "rank_multiple": manifest.RANK_MULTIPLE,
+    "max_rank": manifest.MAX_RANK,
+    "modulation_name": manifest.MODULATION,
+    "lora_format": converted.FORMAT,
+    "lora_version": converted.VERSION,
+    "max_lora_scale": request.MAX_LORA_SCALE,
+    "cached_lora_sets": store.CACHED_SETS,
+    "cached_lora_bytes": store.CACHED_BYTES,
+    "changed_tables": condition.CHANGED_TABLES,
     "default_size_px": request.DEFAULT_SIZE_PX,
     "default_guidance_scale": families.DEFAULT_GUIDANCE_SCALE,
     "max_guidance_scale": request.MAX_GUIDANCE_SCALE,

@@ -35,6 +35,12 @@ class Tokens(ctypes.Structure):
     _fields_ = (("ids", POINTER(c_int64)), ("count", c_size_t), ("ids_2", POINTER(c_int64)), ("count_2", c_size_t))
 
 
+class ScaledLora(ctypes.Structure):
+    """arcflow_scaled_lora."""
+
+    _fields_ = (("lora", c_void_p), ("scale", c_float))
+
+
 class Request(ctypes.Structure):
     """arcflow_request."""
 
@@ -54,6 +60,8 @@ class Request(ctypes.Structure):
         ("skip_decode", c_int32),
         ("on_step", STEP_CALLBACK),
         ("user", c_void_p),
+        ("loras", POINTER(ScaledLora)),
+        ("lora_count", c_size_t),
     )
 
 
@@ -65,6 +73,8 @@ FUNCTIONS = {
     "arcflow_backends": (c_char_p, []),
     "arcflow_open": (c_int32, [c_char_p, POINTER(Options), POINTER(c_void_p)]),
     "arcflow_close": (None, [c_void_p]),
+    "arcflow_lora_open": (c_int32, [c_void_p, c_char_p, POINTER(c_void_p)]),
+    "arcflow_lora_close": (None, [c_void_p]),
     "arcflow_generate": (c_int32, [c_void_p, POINTER(Request), POINTER(c_void_p)]),
     "arcflow_result_free": (None, [c_void_p]),
     "arcflow_result_batch": (c_int32, [c_void_p]),
@@ -126,9 +136,22 @@ class Pipeline:
         given = Options(struct_size=ctypes.sizeof(Options), **options)
         self._check(library.arcflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))
 
-    def generate(self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, **fields):
+    def open_lora(self, path: str) -> c_void_p:
+        """Read a file that `arcflow lora convert` wrote; free it with `close_lora`."""
+        lora = c_void_p()
+        self._check(self._library.arcflow_lora_open(self.handle, os.fsencode(path), byref(lora)))
+        return lora
+
+    def close_lora(self, lora: c_void_p) -> None:
+        """Free a LoRA."""
+        self._library.arcflow_lora_close(lora)
+
+    def generate(
+        self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, loras=(), **fields
+    ):
         """Generate images of prompts, or of token ids: for each prompt a list, or a pair of lists for FLUX.
 
+        `loras` are pairs of what `open_lora` returned and a scale.
         `on_step(step, latents)` stops the request if it returns a true value. `fields` are fields of arcflow_request.
         """
         request = Request(
@@ -144,6 +167,9 @@ class Pipeline:
             request.prompt_count = len(pairs)
         if seeds:
             request.seeds, request.seed_count = (c_uint64 * len(seeds))(*seeds), len(seeds)
+        if loras:
+            request.loras = (ScaledLora * len(loras))(*[ScaledLora(lora, scale) for lora, scale in loras])
+            request.lora_count = len(loras)
         if on_step is not None:
             # ctypes prints an exception of a callback and returns 0 for it, so a callback must not raise to stop.
             request.on_step = STEP_CALLBACK(

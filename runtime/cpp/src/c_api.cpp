@@ -1,12 +1,14 @@
 // Implements arcflow.h on top of Pipeline: handles, struct versions, and exceptions turned into statuses.
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstddef>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -14,7 +16,9 @@
 #include <nlohmann/json.hpp>
 
 #include "arcflow/arcflow.h"
+#include "constants.h"
 #include "error.h"
+#include "json_text.h"
 #include "maths.h"
 #include "pipeline.h"
 #include "registry.h"
@@ -32,9 +36,19 @@ public:
     Shared(const std::filesystem::path &bundle, const arcflow::LoadOptions &options)
         : pipeline_(std::make_unique<arcflow::Pipeline>(bundle, options)) {}
 
-    Images generate(const arcflow_request &request) {
-        const Call call(*this);
-        return pipeline_->generate(request);
+    Images generate(const arcflow_request &request, const std::vector<arcflow::ScaledLora> &loras) {
+        const Call call(*this, "arcflow_generate");
+        return pipeline_->generate(request, loras);
+    }
+
+    std::shared_ptr<const arcflow::Lora> open_lora(const std::filesystem::path &path) {
+        const Call call(*this, "arcflow_lora_open");
+        return pipeline_->open_lora(path);
+    }
+
+    void forget_lora(const arcflow::Lora &lora) {
+        const std::lock_guard lock(lock_);
+        if (pipeline_) pipeline_->forget_lora(lora);
     }
 
     // Refuse new calls, wait for running calls, then free the pipeline. Inside a callback this call is itself running
@@ -58,11 +72,10 @@ private:
     // Registers a running call. Throws Error if the pipeline is closed or this thread already runs a call on it.
     class Call {
     public:
-        explicit Call(Shared &shared) : shared_(shared) {
+        Call(Shared &shared, const std::string &function) : shared_(shared) {
             if (shared.in_this_thread()) {
-                throw request_error(
-                    "arcflow_generate must not be called by on_step on the pipeline that called it; call "
-                    "it after on_step has returned, or on another pipeline");
+                throw request_error(function + " must not be called by on_step on the pipeline that called it; call "
+                                               "it after on_step has returned, or on another pipeline");
             }
             in_progress().reserve(in_progress().size() + 1);
             const std::lock_guard lock(shared.lock_);
@@ -100,6 +113,12 @@ private:
     bool closed_ = false, abandoned_ = false;
 };
 
+// A LoRA, and the pipeline that it was opened for.
+struct OpenLora {
+    std::shared_ptr<const arcflow::Lora> lora;
+    std::weak_ptr<Shared> pipeline;
+};
+
 struct Result {
     Images images;
     std::string warnings, timings;
@@ -108,6 +127,11 @@ struct Result {
 // Never destroyed, so that other threads may still call while the process exits.
 auto &pipelines() {
     static auto &registry = *new arcflow::Registry<arcflow_pipeline, Shared>();
+    return registry;
+}
+
+auto &loras() {
+    static auto &registry = *new arcflow::Registry<arcflow_lora, OpenLora>();
     return registry;
 }
 
@@ -196,6 +220,39 @@ arcflow::LoadOptions load_options(const arcflow_options *given) {
             options.full_check != 0};
 }
 
+// The LoRAs of a request for this pipeline. A scale of 0 is no LoRA.
+std::vector<arcflow::ScaledLora> loras_of(const arcflow_request &request, const std::shared_ptr<Shared> &pipeline) {
+    // Checked first, since a wrong count would read past the caller's array.
+    if (const size_t open = loras().size(); request.lora_count > open) {
+        throw request_error("request.lora_count must be at most " + std::to_string(open) +
+                            ", the number of open LoRAs, got " + std::to_string(request.lora_count) +
+                            "; name each LoRA once");
+    }
+    if (request.lora_count > 0) check_not_null(request.loras, "request.loras");
+    std::vector<arcflow::ScaledLora> found;
+    std::set<uint64_t> numbers;
+    for (size_t i = 0; i < request.lora_count; ++i) {
+        const std::string name = "request.loras[" + std::to_string(i) + "]";
+        const auto [handle, scale] = request.loras[i];
+        const std::shared_ptr<OpenLora> open = loras().find(handle);
+        if (open == nullptr)
+            throw request_error(name + ".lora was closed, or is not a LoRA; open it with arcflow_lora_open");
+        if (open->pipeline.lock() != pipeline) {
+            throw request_error(name + ".lora must have been opened for this pipeline, got one of another; open the "
+                                       "file with arcflow_lora_open for this one too");
+        }
+        if (!(std::abs(scale) <= arcflow::max_lora_scale)) {
+            throw request_error(name + ".scale must be between -" + arcflow::json_text(arcflow::max_lora_scale) +
+                                " and " + arcflow::json_text(arcflow::max_lora_scale) + ", got " +
+                                arcflow::json_text(scale));
+        }
+        if (!numbers.insert(open->lora->number).second)
+            throw request_error(name + ".lora must be named once, got it again; add the two scales");
+        if (scale != 0) found.push_back({open->lora, scale});
+    }
+    return found;
+}
+
 std::string lines(const std::vector<std::string> &texts) {
     std::string out;
     for (const std::string &text : texts) out += (out.empty() ? "" : "\n") + text;
@@ -245,6 +302,27 @@ void arcflow_close(arcflow_pipeline *pipeline) {
     });
 }
 
+arcflow_status arcflow_lora_open(arcflow_pipeline *pipeline, const char *path, arcflow_lora **lora) {
+    if (lora != nullptr) *lora = nullptr;
+    return guarded([&] {
+        check_not_null(lora, "lora");
+        check_not_null(pipeline, "pipeline");
+        check_not_null(path, "path");
+        const std::shared_ptr<Shared> shared = pipelines().find(pipeline);
+        if (shared == nullptr) throw Shared::closed();
+        *lora =
+            loras().add(std::make_shared<OpenLora>(OpenLora{shared->open_lora(std::filesystem::u8path(path)), shared}));
+    });
+}
+
+void arcflow_lora_close(arcflow_lora *lora) {
+    guarded([&] {
+        const std::shared_ptr<OpenLora> open = loras().remove(lora);
+        if (open == nullptr) return;
+        if (const std::shared_ptr<Shared> shared = open->pipeline.lock()) shared->forget_lora(*open->lora);
+    });
+}
+
 arcflow_status arcflow_generate(arcflow_pipeline *pipeline, const arcflow_request *request, arcflow_result **result) {
     if (result != nullptr) *result = nullptr;
     return guarded([&] {
@@ -255,7 +333,7 @@ arcflow_status arcflow_generate(arcflow_pipeline *pipeline, const arcflow_reques
         const std::shared_ptr<Shared> shared = pipelines().find(pipeline);
         if (shared == nullptr) throw Shared::closed();
         auto made = std::make_shared<Result>();
-        made->images = shared->generate(arguments);
+        made->images = shared->generate(arguments, loras_of(arguments, shared));
         made->warnings = lines(made->images.warnings);
         made->timings = timings_json(made->images);
         *result = results().add(std::move(made));

@@ -10,8 +10,7 @@ namespace arcflow {
 // Bundles (docs/bundle.md, B1 to B6).
 inline constexpr const char *bundle_format = "arcflow-bundle";
 inline constexpr int64_t bundle_version = 1;
-// Bundles with LoRA slots (rule B14), which this library names in its error but does not run.
-inline constexpr int64_t lora_bundle_version = 2;
+inline constexpr int64_t lora_bundle_version = 2;  // with LoRA slots (B14)
 inline constexpr const char *manifest_name = "manifest.json";
 inline constexpr uint64_t max_manifest_bytes = 16 << 20;
 inline constexpr uint64_t fast_hash_bytes = 64 << 20;  // larger files are hashed by a full check only
@@ -28,16 +27,27 @@ inline constexpr const char *tokenizers_format = "arcflow-openvino";
 inline constexpr int64_t tokenizers_version = 1;
 inline constexpr uint64_t max_runtime_cache_bytes = 1 << 30;
 
+// LoRA slots (B14) and converted LoRAs (L1).
+inline constexpr int64_t rank_multiple = 8;
+inline constexpr int64_t max_rank = 1024;
+inline constexpr const char *modulation_name = "modulation";  // of the table, beside the parts' names
+inline constexpr const char *lora_format = "arcflow-lora";
+inline constexpr const char *lora_version = "1";
+
 // Requests.
 inline constexpr int64_t default_size_px = 1024;
 inline constexpr float default_guidance_scale = 3.5f;
 inline constexpr float max_guidance_scale = 65.0f;
 inline constexpr int64_t max_inference_steps = 1000;
 inline constexpr int64_t far_steps = 2;  // more than this many times the student's own number are warned of
+inline constexpr float max_lora_scale = 1000000.0f;
 
 // Computation.
 inline constexpr float timestep_scale = 1000;   // the students' sinusoidal embedding takes sigma times this
 inline constexpr size_t cached_prompts = 16;    // whose token ids and embeddings are kept
+inline constexpr size_t cached_lora_sets = 16;  // prepared LoRAs that are kept, and their bytes
+inline constexpr size_t cached_lora_bytes = 2147483648;
+inline constexpr size_t changed_tables = 8;     // modulation tables with LoRAs that are kept
 inline constexpr size_t shown_characters = 40;  // of a prompt in a warning
 
 }  // namespace arcflow

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "error.h"
 #include "manifest.h"
 #include "maths.h"
 #include "tensor.h"
@@ -25,6 +26,12 @@ public:
     // Takes one tensor for each input of the part, in the manifest's dtype, and returns one for each output. Throws
     // Error that names the part.
     virtual Tensors run(const Tensors &inputs) = 0;
+
+    // The same with inputs of the part's LoRA slots (B14); slots that `slots` lacks get a LoRA of rank 0. A backend
+    // whose `check` refuses bundles with slots has no need of it.
+    virtual Tensors run_with_slots(const Tensors &, const Tensors &) {
+        throw engine_error("this backend runs no LoRA slots; this is a bug in libarcflow");
+    }
 };
 
 // One prompt's text states [1, T, Dt] and, for FLUX only, CLIP's pooled vector [1, Dp].

@@ -56,15 +56,33 @@ std::optional<Quantization> parse_quantization(const Place &place) {
     return q;
 }
 
-Part parse_part(const Place &place) {
-    place.keys({"graph", "weights", "precision", "parameters", "inputs", "outputs"}, {"quantization"});
+SlotLayer parse_slot_layer(const Place &place) {
+    place.keys({"in_features", "out_features", "dtype"});
+    return {place["in_features"].integer(), place["out_features"].integer(), parse_dtype(place["dtype"])};
+}
+
+std::optional<LoraSlots> parse_lora(const Place &place) {
+    if (place.is_null()) return std::nullopt;
+    place.keys({"layers", "rank_multiple", "max_rank"}, {"unread"});
+    LoraSlots slots{{}, place["rank_multiple"].integer(), place["max_rank"].integer(), {}};
+    place["layers"].each_entry(
+        [&](const std::string &name, const Place &layer) { slots.layers.emplace(name, parse_slot_layer(layer)); });
+    if (place.has("unread")) place["unread"].each_item([&](const Place &item) { slots.unread.push_back(item.text()); });
+    return slots;
+}
+
+Part parse_part(const Place &place, bool with_slots) {
+    if (with_slots)
+        place.keys({"graph", "weights", "precision", "parameters", "inputs", "outputs"}, {"quantization", "lora"});
+    else place.keys({"graph", "weights", "precision", "parameters", "inputs", "outputs"}, {"quantization"});
     return {place["graph"].text(),
             place["weights"].text(),
             parse_dtype(place["precision"]),
             place["parameters"].integer(),
             parse_tensors(place["inputs"]),
             parse_tensors(place["outputs"]),
-            parse_quantization(place["quantization"])};
+            parse_quantization(place["quantization"]),
+            parse_lora(place["lora"])};
 }
 
 Schedule parse_schedule(const Place &place) {
@@ -106,10 +124,17 @@ Ranges parse_ranges(const Place &place) {
     return {parse_range(place["batch"]), parse_range(place["height_px"]), parse_range(place["width_px"])};
 }
 
-std::optional<ModulationTable> parse_modulation(const Place &place) {
+std::optional<ModulationTable> parse_modulation(const Place &place, bool with_slots) {
     if (place.is_null()) return std::nullopt;
-    place.keys({"file", "num_inference_steps"});
-    return ModulationTable{place["file"].text(), integers(place["num_inference_steps"])};
+    if (with_slots) place.keys({"file", "num_inference_steps"}, {"lora", "columns"});
+    else place.keys({"file", "num_inference_steps"});
+    ModulationTable table{place["file"].text(), integers(place["num_inference_steps"]), parse_lora(place["lora"])};
+    if (!place["columns"].is_null()) {
+        table.columns.emplace();
+        place["columns"].each_entry(
+            [&](const std::string &layer, const Place &column) { table.columns->emplace(layer, column.integer()); });
+    }
+    return table;
 }
 
 // Provenance is for people: its types are checked, its values are not kept.
@@ -136,14 +161,11 @@ void check_format(const Json &json, const std::string &where) {
         throw bundle_error(where + ": format must be " + json_text(bundle_format) + "; this is not an ArcFlow bundle");
     const auto found = json.find("version");
     const Json got = found == json.end() ? Json() : *found;
-    if (!got.is_number_integer() || got != bundle_version) {
-        const bool newer = got.is_number_integer() && got > bundle_version;
-        const bool slots = got.is_number_integer() && got == lora_bundle_version;
-        throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + ", got " +
-                           message_text(got) + "; " +
-                           (slots   ? "it has LoRA slots, which libarcflow cannot run, so export without --lora-slots"
-                            : newer ? "update arcflow"
-                                    : "export the bundle again"));
+    if (!got.is_number_integer() || (got != bundle_version && got != lora_bundle_version)) {
+        const bool newer = got.is_number_integer() && got > lora_bundle_version;
+        throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + " or " +
+                           std::to_string(lora_bundle_version) + ", got " + message_text(got) + "; " +
+                           (newer ? "update arcflow" : "export the bundle again"));
     }
 }
 
@@ -153,6 +175,8 @@ Manifest parse_keys(const Json &json, const std::string &where) {
                 "ranges", "parts", "tokenizers", "files", "provenance"},
                {"modulation", "format", "version"});
     Manifest m{};
+    m.version = place["version"].integer();
+    const bool with_slots = m.version == lora_bundle_version;
     m.family = place["family"].one_of({"flux", "qwen-image"}) == "flux" ? Family::flux : Family::qwen_image;
     m.dtype = parse_dtype(place["dtype"]);
     m.reference_dtype = parse_dtype(place["reference_dtype"]);
@@ -164,8 +188,8 @@ Manifest parse_keys(const Json &json, const std::string &where) {
     m.text = parse_text(place["text"]);
     m.ranges = parse_ranges(place["ranges"]);
     place["parts"].each_entry(
-        [&](const std::string &name, const Place &part) { m.parts.emplace(name, parse_part(part)); });
-    m.modulation = parse_modulation(place["modulation"]);
+        [&](const std::string &name, const Place &part) { m.parts.emplace(name, parse_part(part, with_slots)); });
+    m.modulation = parse_modulation(place["modulation"], with_slots);
     place["tokenizers"].each_entry(
         [&](const std::string &name, const Place &file) { m.tokenizers.emplace(name, file.text()); });
     place["files"].each_entry([&](const std::string &name, const Place &file) {
@@ -224,6 +248,27 @@ void check_name(std::string_view name, const std::string &where) {
 }
 
 }  // namespace
+
+std::string lora_a(const std::string &layer) { return layer + ".lora_a"; }
+std::string lora_b(const std::string &layer) { return layer + ".lora_b"; }
+
+std::vector<TensorSpec> Part::slot_inputs() const {
+    std::vector<TensorSpec> specs;
+    if (!lora) return specs;
+    for (const auto &[name, layer] : lora->layers) {
+        specs.push_back({lora_a(name), layer.dtype, {layer.in_features, "groups", lora->rank_multiple}});
+        specs.push_back({lora_b(name), layer.dtype, {"groups", lora->rank_multiple, layer.out_features}});
+    }
+    return specs;
+}
+
+std::map<std::string, const LoraSlots *> Manifest::slots() const {
+    std::map<std::string, const LoraSlots *> found;
+    for (const auto &[name, part] : parts)
+        if (part.lora) found.emplace(name, &*part.lora);
+    if (modulation && modulation->lora) found.emplace(modulation_name, &*modulation->lora);
+    return found;
+}
 
 Manifest parse_manifest(std::string_view text, const std::string &where) {
     if (text.size() > max_manifest_bytes) {

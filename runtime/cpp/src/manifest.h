@@ -30,12 +30,30 @@ struct Quantization {
     std::string policy, scales;
 };
 
+// A linear with a slot: its sizes, and the dtype of the slot's two inputs.
+struct SlotLayer {
+    int64_t in_features, out_features;
+    DType dtype;
+};
+
+// The linears of a part that take a LoRA's factors as inputs (B14), by name. `unread` names linears that the part
+// leaves out because nothing reads their output.
+struct LoraSlots {
+    std::map<std::string, SlotLayer> layers;
+    int64_t rank_multiple, max_rank;
+    std::vector<std::string> unread;
+};
+
 struct Part {
     std::string graph, weights;
     DType precision;
     int64_t parameters;
     std::vector<TensorSpec> inputs, outputs;
     std::optional<Quantization> quantization;
+    std::optional<LoraSlots> lora = {};
+
+    // The inputs of the LoRA slots, [in, rank / 8, 8] and [rank / 8, 8, out] for each linear; none without slots.
+    std::vector<TensorSpec> slot_inputs() const;
 };
 
 struct Schedule {
@@ -70,6 +88,8 @@ struct Ranges {
 struct ModulationTable {
     std::string file;
     std::vector<int64_t> num_inference_steps;
+    std::optional<LoraSlots> lora = {};
+    std::optional<std::map<std::string, int64_t>> columns = {};  // the first column of each linear's output
 };
 
 struct FileEntry {
@@ -78,6 +98,7 @@ struct FileEntry {
 };
 
 struct Manifest {
+    int64_t version;
     Family family;
     DType dtype, reference_dtype;
     int64_t opset;
@@ -91,10 +112,17 @@ struct Manifest {
     std::optional<ModulationTable> modulation;
     std::map<std::string, std::string> tokenizers;
     std::map<std::string, FileEntry> files;
+
+    // The LoRA slots by part; those of the modulation table are under "modulation". They point into this object.
+    std::map<std::string, const LoraSlots *> slots() const;
 };
 
-// Parse the text of a manifest and check rules B1 to B5, B7 and the keys of B12. `where` is the file's name for errors.
-// Throws Error.
+// The names of a slot's two inputs (B14).
+std::string lora_a(const std::string &layer);
+std::string lora_b(const std::string &layer);
+
+// Parse the text of a manifest and check rules B1 to B5, B7 and the keys of B12 and B14. `where` is the file's name for
+// errors. Throws Error.
 Manifest parse_manifest(std::string_view text, const std::string &where);
 
 // An opened bundle. `open` has compared the size of every file, and the SHA-256 of files up to 64 MiB or, if `full`, of

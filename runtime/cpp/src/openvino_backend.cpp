@@ -68,9 +68,13 @@ std::vector<std::string> names_of(const std::vector<TensorSpec> &specs) {
 class OpenVinoEngine : public Engine {
 public:
     OpenVinoEngine(std::string name, Part part, ov::CompiledModel model)
-        : name_(std::move(name)), part_(std::move(part)), model_(std::move(model)) {}
+        : name_(std::move(name)), part_(std::move(part)), model_(std::move(model)) {
+        for (const TensorSpec &spec : part_.slot_inputs()) empty_.emplace(spec.name, empty_slot(spec));
+    }
 
-    Tensors run(const Tensors &inputs) override {
+    Tensors run(const Tensors &inputs) override { return run_with_slots(inputs, {}); }
+
+    Tensors run_with_slots(const Tensors &inputs, const Tensors &slots) override {
         for (const TensorSpec &spec : part_.inputs)
             if (inputs.find(spec.name) == inputs.end())
                 throw engine_error(name_ + ": input " + spec.name + " is missing");
@@ -79,6 +83,10 @@ public:
             ov::InferRequest request = requests_.take([&] { return model_.create_infer_request(); });
             Tensors outputs;
             for (const TensorSpec &spec : part_.inputs) request.set_tensor(spec.name, wrap(inputs.at(spec.name)));
+            for (const auto &[name, empty] : empty_) {
+                const auto given = slots.find(name);
+                request.set_tensor(name, wrap(given == slots.end() ? empty : given->second));
+            }
             request.infer();
             for (const TensorSpec &spec : part_.outputs)
                 outputs.emplace(spec.name, copy_out(request.get_tensor(spec.name), spec));
@@ -96,8 +104,19 @@ private:
         return "{" + text + "}";
     }
 
+    // The input of a slot for a LoRA of rank 0.
+    static Tensor empty_slot(const TensorSpec &spec) {
+        std::vector<int64_t> shape;
+        for (const Dimension &size : spec.shape) {
+            const auto *number = std::get_if<int64_t>(&size);
+            shape.push_back(number == nullptr ? 0 : *number);
+        }
+        return {spec.dtype, shape};
+    }
+
     std::string name_;
     Part part_;
+    Tensors empty_;  // the inputs of the LoRA slots
     ov::CompiledModel model_;
     // Each request has its own memory. OpenVINO runs their arithmetic one after the other, since the model has one
     // stream.
@@ -123,7 +142,10 @@ public:
         check_external_data(bundle, part);
         try {
             const auto model = core_.read_model(bundle.path(spec.graph));
-            check_names(part, spec, "inputs", spec.inputs, model->inputs());
+            std::vector<TensorSpec> inputs = spec.inputs;
+            const std::vector<TensorSpec> slots = spec.slot_inputs();
+            inputs.insert(inputs.end(), slots.begin(), slots.end());
+            check_names(part, spec, "inputs", inputs, model->inputs());
             check_names(part, spec, "outputs", spec.outputs, model->outputs());
             return std::make_unique<OpenVinoEngine>(part, spec, core_.compile_model(model, "CPU", properties()));
         } catch (const ov::Exception &e) {

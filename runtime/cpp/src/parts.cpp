@@ -24,13 +24,13 @@ Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep)
     bundle_.check_unchanged();
 }
 
-Parts::Use Parts::use(const std::string &part) {
+Parts::Use Parts::use(const std::string &part, const Tensors *slots) {
     const auto found = bundle_.manifest.parts.find(part);
     if (found == bundle_.manifest.parts.end()) {
         throw bundle_error(bundle_.root.u8string() + ": the bundle has no part " + json_text(part) +
                            "; export it again");
     }
-    Use use(found->first, found->second);
+    Use use(found->first, found->second, slots);
     if (keep_) {
         use.engine_ = engines_.at(part).get();
     } else {
@@ -53,7 +53,7 @@ Tensor Parts::Use::cast(const std::string &input, Tensor tensor) const {
 
 Tensors Parts::Use::run(const Tensors &inputs, Stopwatch &watch) {
     const auto timed = watch("engines");
-    return engine_->run(inputs);
+    return slots_ == nullptr ? engine_->run(inputs) : engine_->run_with_slots(inputs, *slots_);
 }
 
 Tensor Parts::Use::take(Tensors &outputs, const std::string &name, const std::vector<int64_t> &shape) const {

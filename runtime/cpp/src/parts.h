@@ -34,17 +34,20 @@ public:
 
     private:
         friend class Parts;
-        Use(const std::string &name, const Part &part) : name_(name), part_(part) {}
+        Use(const std::string &name, const Part &part, const Tensors *slots)
+            : name_(name), part_(part), slots_(slots) {}
 
         const std::string &name_;
         const Part &part_;
+        const Tensors *slots_;
         std::unique_lock<std::mutex> alone_;
         std::unique_ptr<Engine> opened_;  // declared after alone_, so it is closed before the lock is released
         Engine *engine_ = nullptr;
     };
 
-    // Open a part, or use the open one. Throws Error if it cannot be opened.
-    Use use(const std::string &part);
+    // Open a part, or use the open one. `slots` are inputs of its LoRA slots, which must outlive the Use; null for
+    // none. Throws Error if it cannot be opened.
+    Use use(const std::string &part, const Tensors *slots = nullptr);
 
     // The backend's Denoiser; null if it has none or parts are not kept open.
     Denoiser *denoiser() const { return denoiser_.get(); }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "constants.h"
 #include "error.h"
 #include "json_text.h"
 #include "maths.h"
@@ -119,9 +120,15 @@ Pipeline::Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_mem
     : bundle_(std::move(bundle)),
       tokenizer_(bundle_),
       table_(load_modulation(bundle_)),
+      conditioning_(load_conditioning(bundle_)),
+      lora_sets_(bundle_.manifest),
       parts_(bundle_, std::move(backend), !low_memory) {}
 
-Images Pipeline::generate(const arcflow_request &arguments) {
+std::shared_ptr<const Lora> Pipeline::open_lora(const std::filesystem::path &path) const {
+    return read_lora(path, bundle_.manifest);
+}
+
+Images Pipeline::generate(const arcflow_request &arguments, const std::vector<ScaledLora> &loras) {
     Stopwatch total, watch;
     Images out;
     {
@@ -131,11 +138,16 @@ Images Pipeline::generate(const arcflow_request &arguments) {
         out.height_px = request.height_px;
         out.width_px = request.width_px;
         out.warnings = request.warnings;
-        const Prompts prompts = encode(request, out.warnings, watch);
+        auto prepared = std::make_shared<const PreparedLoras>();
+        if (!loras.empty()) {
+            const auto timed_loras = watch("loras");
+            prepared = lora_sets_.get(loras);
+        }
+        const Prompts prompts = encode(request, *prepared, out.warnings, watch);
         Denoised made;
         Denoiser *denoiser = parts_.denoiser();
         if (denoiser != nullptr) made = run_denoiser(*denoiser, request, prompts, watch);
-        else made.latents = run_steps(request, prompts, watch);
+        else made.latents = run_steps(request, *prepared, prompts, watch);
         check_finite(made.latents, bundle_.manifest.parts.at("backbone").precision);
         if (request.decode) {
             if (denoiser == nullptr) made.pixels = decode(made.latents, request.height_px, request.width_px, watch);
@@ -151,7 +163,8 @@ Images Pipeline::generate(const arcflow_request &arguments) {
 }
 
 // Tokenize the prompts, and encode those distinct prompts whose embeddings are not in the cache.
-Pipeline::Prompts Pipeline::encode(const Request &request, std::vector<std::string> &warnings, Stopwatch &watch) {
+Pipeline::Prompts Pipeline::encode(const Request &request, const PreparedLoras &loras,
+                                   std::vector<std::string> &warnings, Stopwatch &watch) {
     std::vector<Ids> ids;
     {
         const auto timed = watch("tokenize");
@@ -165,15 +178,15 @@ Pipeline::Prompts Pipeline::encode(const Request &request, std::vector<std::stri
         const auto [place, is_new] = places.emplace(prompt, static_cast<int64_t>(distinct.size()));
         if (is_new) {
             distinct.push_back(&prompt);
-            prompts.embeddings.push_back(cache_.get(prompt));
+            prompts.embeddings.push_back(cache_.get({prompt, loras.text_key}));
             if (!prompts.embeddings.back()) unknown.push_back(&prompt);
         }
         prompts.of_image.insert(prompts.of_image.end(), static_cast<std::size_t>(request.images_per_prompt),
                                 place->second);
     }
-    const auto made = run_encoders(unknown, watch);
+    const auto made = run_encoders(unknown, loras, watch);
     for (std::size_t i = 0; i < unknown.size(); ++i) {
-        cache_.put(*unknown[i], made[i]);
+        cache_.put({*unknown[i], loras.text_key}, made[i]);
         prompts.embeddings[static_cast<std::size_t>(places.at(*unknown[i]))] = made[i];
     }
     return prompts;
@@ -181,12 +194,14 @@ Pipeline::Prompts Pipeline::encode(const Request &request, std::vector<std::stri
 
 // Encode each prompt by itself, so that its states do not depend on other prompts.
 std::vector<std::shared_ptr<const Embeddings>> Pipeline::run_encoders(const std::vector<const Ids *> &prompts,
-                                                                      Stopwatch &watch) {
+                                                                      const PreparedLoras &loras, Stopwatch &watch) {
     const bool flux = bundle_.manifest.family == Family::flux;
     std::vector<Tensor> pooled(prompts.size());
-    if (flux) pooled = run_encoder("text_encoder", "pooled_projections", {1, -1}, prompts, watch);
+    if (flux)
+        pooled = run_encoder("text_encoder", "pooled_projections", {1, -1}, prompts, loras.of("text_encoder"), watch);
+    const std::string part = flux ? "text_encoder_2" : "text_encoder";
     std::vector<Tensor> states =
-        run_encoder(flux ? "text_encoder_2" : "text_encoder", "encoder_hidden_states", {1, -1, -1}, prompts, watch);
+        run_encoder(part, "encoder_hidden_states", {1, -1, -1}, prompts, loras.of(part), watch);
     std::vector<std::shared_ptr<const Embeddings>> out;
     for (std::size_t i = 0; i < prompts.size(); ++i)
         out.push_back(std::make_shared<const Embeddings>(Embeddings{std::move(states[i]), std::move(pooled[i])}));
@@ -195,10 +210,10 @@ std::vector<std::shared_ptr<const Embeddings>> Pipeline::run_encoders(const std:
 
 std::vector<Tensor> Pipeline::run_encoder(const std::string &part, const std::string &output,
                                           const std::vector<int64_t> &shape, const std::vector<const Ids *> &prompts,
-                                          Stopwatch &watch) {
+                                          const Tensors *slots, Stopwatch &watch) {
     std::vector<Tensor> out;
     if (prompts.empty()) return out;
-    Parts::Use encoder = parts_.use(part);
+    Parts::Use encoder = parts_.use(part, slots);
     for (const Ids *prompt : prompts) {
         const std::vector<int64_t> &ids = prompt->at(part);
         Tensors inputs;
@@ -224,18 +239,33 @@ std::vector<Tensor> Pipeline::run_encoder(const std::string &part, const std::st
     return out;
 }
 
+// The baked modulation [S, M] with the LoRAs of its slots, or null if the conditioner must run.
+std::shared_ptr<const Tensor> Pipeline::baked(int64_t steps, const PreparedLoras &loras) {
+    const auto found = table_.find(steps);
+    if (found == table_.end() || loras.of("conditioner") != nullptr) return nullptr;
+    const Tensors *slots = loras.of(modulation_name);
+    if (slots == nullptr) return {std::shared_ptr<const Tensor>(), &found->second};  // the pipeline's, not counted
+    const std::pair key(loras.key, steps);
+    if (auto kept = changed_.get(key)) return kept;
+    auto made = std::make_shared<const Tensor>(
+        changed_table(found->second, conditioning_.at(steps), *bundle_.manifest.modulation, *slots));
+    changed_.put(key, made);
+    return made;
+}
+
 // The modulation of all steps: [S, U, M] for U distinct prompts, or [S, 1, M] if it does not depend on the prompt. It
 // comes from the bundle's table if that has this number of steps, else from one run of the conditioner.
-Tensor Pipeline::condition(const Request &request, const Prompts &prompts, Stopwatch &watch) {
+Tensor Pipeline::condition(const Request &request, const PreparedLoras &loras, const Prompts &prompts,
+                           Stopwatch &watch) {
     const auto timed = watch("condition");
     const Manifest &m = bundle_.manifest;
-    if (const auto baked = table_.find(request.steps); baked != table_.end()) {
-        Tensor modulation = baked->second;
+    if (const auto table = baked(request.steps, loras)) {
+        Tensor modulation = *table;
         modulation.shape.insert(modulation.shape.begin() + 1, 1);
         return modulation;
     }
     const std::vector<float> values = timesteps(request);
-    Parts::Use conditioner = parts_.use("conditioner");
+    Parts::Use conditioner = parts_.use("conditioner", loras.of("conditioner"));
     Tensors inputs;
     Tensor seen(DType::float32, {request.steps});
     std::copy(values.begin(), values.end(), seen.as<float>());
@@ -375,12 +405,13 @@ Denoised Pipeline::run_job(Denoiser &denoiser, const DenoiseJob &job, const OnSt
 }
 
 // Run the steps one by one on the host, each a backbone run and a closed-form update -> latents [B, N, C] float32.
-Tensor Pipeline::run_steps(const Request &request, const Prompts &prompts, Stopwatch &watch) {
+Tensor Pipeline::run_steps(const Request &request, const PreparedLoras &loras, const Prompts &prompts,
+                           Stopwatch &watch) {
     const Latents &sizes = bundle_.manifest.latents;
     const int64_t height = tokens(request.height_px), width = tokens(request.width_px);
     const int64_t modes = sizes.num_gaussians, sub_pixels = sizes.logweights_channels;
     const std::vector<double> schedule = sigmas(request.steps, bundle_.manifest.schedule);
-    Tensor modulation = condition(request, prompts, watch);  // [S, U, M]
+    Tensor modulation = condition(request, loras, prompts, watch);  // [S, U, M]
     const int64_t steps = modulation.shape[0], rows_of_step = modulation.shape[1];
     modulation.shape = {steps * rows_of_step, modulation.shape[2]};
     std::shared_ptr<const Tensor> image_rotary;
@@ -396,7 +427,7 @@ Tensor Pipeline::run_steps(const Request &request, const Prompts &prompts, Stopw
         latents = packed_noise(request.seeds, request.batch(), sizes, request.height_px / sizes.vae_scale_factor,
                                request.width_px / sizes.vae_scale_factor);
     }
-    Parts::Use backbone = parts_.use("backbone");
+    Parts::Use backbone = parts_.use("backbone", loras.of("backbone"));
     std::vector<Tensors> given(groups.size());  // the backbone's inputs of each group
     for (std::size_t i = 0; i < given.size(); ++i) {
         std::vector<const Tensor *> states;

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora.h"
 #include "parts.h"
 #include "recent.h"
 #include "request.h"
@@ -46,7 +47,13 @@ public:
     Pipeline &operator=(const Pipeline &) = delete;
 
     // Throws Error if an argument is invalid (then nothing was run), an engine fails, or the latents are not finite.
-    Images generate(const arcflow_request &request);
+    Images generate(const arcflow_request &request, const std::vector<ScaledLora> &loras = {});
+
+    // Read a converted LoRA for `generate`. Throws Error(ARCFLOW_LORA_ERROR).
+    std::shared_ptr<const Lora> open_lora(const std::filesystem::path &path) const;
+
+    // Free what was prepared of a LoRA; requests that are running keep theirs.
+    void forget_lora(const Lora &lora) { lora_sets_.forget(lora); }
 
 private:
     // `embeddings` of the distinct prompts in order of first appearance; `of_image` is each image's index among them.
@@ -62,13 +69,15 @@ private:
         std::shared_ptr<const Tensor> rotary;
     };
 
-    Prompts encode(const Request &request, std::vector<std::string> &warnings, Stopwatch &watch);
+    Prompts encode(const Request &request, const PreparedLoras &loras, std::vector<std::string> &warnings,
+                   Stopwatch &watch);
     std::vector<std::shared_ptr<const Embeddings>> run_encoders(const std::vector<const Ids *> &prompts,
-                                                                Stopwatch &watch);
+                                                                const PreparedLoras &loras, Stopwatch &watch);
     std::vector<Tensor> run_encoder(const std::string &part, const std::string &output,
                                     const std::vector<int64_t> &shape, const std::vector<const Ids *> &prompts,
-                                    Stopwatch &watch);
-    Tensor condition(const Request &request, const Prompts &prompts, Stopwatch &watch);
+                                    const Tensors *slots, Stopwatch &watch);
+    std::shared_ptr<const Tensor> baked(int64_t steps, const PreparedLoras &loras);
+    Tensor condition(const Request &request, const PreparedLoras &loras, const Prompts &prompts, Stopwatch &watch);
     std::vector<float> timesteps(const Request &request) const;
     std::optional<float> guidance(const Request &request) const;
     std::vector<Group> group(const Prompts &prompts, int64_t height, int64_t width);
@@ -76,7 +85,7 @@ private:
     std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);
     Denoised run_denoiser(Denoiser &denoiser, const Request &request, const Prompts &prompts, Stopwatch &watch);
     Denoised run_job(Denoiser &denoiser, const DenoiseJob &job, const OnStep &on_step, Stopwatch &watch) const;
-    Tensor run_steps(const Request &request, const Prompts &prompts, Stopwatch &watch);
+    Tensor run_steps(const Request &request, const PreparedLoras &loras, const Prompts &prompts, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);
     int64_t tokens(int64_t size_px) const;  // tokens along a side of this length
 
@@ -85,6 +94,9 @@ private:
     EmbeddingCache cache_;
     Recent<std::array<int64_t, 3>, Tensor> rotaries_;  // key: height and width in tokens, and text tokens or 0
     const std::map<int64_t, Tensor> table_;            // baked modulation [n, M] float32 by number of steps n
+    const std::map<int64_t, Tensor> conditioning_;     // input [n, in] of the table's LoRA slots, by n
+    Recent<std::pair<LoraKey, int64_t>, Tensor> changed_{changed_tables};  // the table with LoRAs, by these and n
+    LoraSets lora_sets_;
     Parts parts_;
 };
 

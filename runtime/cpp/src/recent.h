@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -15,6 +16,8 @@ namespace arcflow {
 template <class Key, class Value>
 class Recent {
 public:
+    explicit Recent(std::size_t size = cached_prompts) : size_(size) {}
+
     // The value, or null if the key is not in the cache.
     std::shared_ptr<const Value> get(const Key &key) {
         const std::lock_guard lock(lock_);
@@ -29,7 +32,7 @@ public:
         const std::lock_guard lock(lock_);
         if (const auto found = find(key); found != entries_.end()) entries_.erase(found);
         entries_.emplace_front(key, std::move(value));
-        if (entries_.size() > cached_prompts) entries_.pop_back();
+        if (entries_.size() > size_) entries_.pop_back();
     }
 
 private:
@@ -39,6 +42,7 @@ private:
         return std::find_if(entries_.begin(), entries_.end(), [&](const Entry &e) { return e.first == key; });
     }
 
+    const std::size_t size_;
     std::mutex lock_;
     std::list<Entry> entries_;  // most recently used first
 };

@@ -2,6 +2,7 @@
 // detected and never dereferenced.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -34,6 +35,12 @@ public:
         std::shared_ptr<Object> object = std::move(found->second);
         objects_.erase(found);
         return object;
+    }
+
+    // How many objects there are.
+    size_t size() const {
+        const std::lock_guard lock(lock_);
+        return objects_.size();
     }
 
 private:

@@ -6,6 +6,7 @@
 #include <limits>
 #include <set>
 
+#include "constants.h"
 #include "error.h"
 #include "json_text.h"
 
@@ -16,6 +17,8 @@ namespace {
 // max_size: channels, patches, modes and steps.
 constexpr int64_t max_size = 65536;
 constexpr int64_t max_text_tokens = int64_t{1} << 20;
+// Inputs and outputs of a linear, and columns of the modulation.
+constexpr int64_t max_features = int64_t{1} << 24;
 // Heights and widths of a request are int32.
 constexpr int64_t max_px = std::numeric_limits<int32_t>::max();
 
@@ -81,6 +84,72 @@ void check_quantization(const Rules &rules, const std::string &part, const Quant
     rules.check(is_sha256(q.scales), key + ": scales", "a SHA-256", json_text(q.scales));
 }
 
+void check_slots(const Rules &rules, const std::string &key, const LoraSlots &slots) {
+    rules.check(!slots.layers.empty(), key + ": layers", "at least one, or no lora", "{}");
+    rules.check(slots.rank_multiple == rank_multiple, key + ": rank_multiple", std::to_string(rank_multiple),
+                std::to_string(slots.rank_multiple));
+    rules.check(0 < slots.max_rank && slots.max_rank <= max_rank && slots.max_rank % rank_multiple == 0,
+                key + ": max_rank",
+                "a multiple of " + std::to_string(rank_multiple) + " up to " + std::to_string(max_rank),
+                std::to_string(slots.max_rank));
+    for (const auto &[name, layer] : slots.layers) {
+        rules.check(is_float(layer.dtype), key + ": " + name + ": dtype",
+                    R"(one of ["float32", "float16", "bfloat16"])", json_text(name_of(layer.dtype)));
+        rules.between(1, layer.in_features, max_features, key + ": " + name + ": in_features");
+        rules.between(1, layer.out_features, max_features, key + ": " + name + ": out_features");
+    }
+}
+
+// The table's slots and their columns.
+void check_table(const Rules &rules, const Manifest &m) {
+    const ModulationTable &table = *m.modulation;
+    if (!table.lora) {
+        rules.check(!table.columns, "modulation: columns", "given with lora only", "columns without lora");
+        return;
+    }
+    rules.check(m.parts.count("conditioner") == 0, "modulation: lora", "null in a bundle with a conditioner", "slots");
+    std::vector<std::string> layers, columns;
+    for (const auto &[name, layer] : table.lora->layers) layers.push_back(name);
+    const std::map<std::string, int64_t> first = table.columns.value_or(std::map<std::string, int64_t>());
+    for (const auto &[name, column] : first) columns.push_back(name);
+    rules.check(columns == layers, "modulation: columns", "given for " + json_text(layers), json_text(columns));
+    int64_t wide = 0;
+    if (const auto backbone = m.parts.find("backbone"); backbone != m.parts.end()) {
+        for (const TensorSpec &input : backbone->second.inputs) {
+            if (input.name != "modulation" || input.shape.empty()) continue;
+            if (const auto *width = std::get_if<int64_t>(&input.shape.back())) wide = *width;
+        }
+    }
+    for (const auto &[name, layer] : table.lora->layers) {
+        rules.check(first.at(name) <= wide - layer.out_features, "modulation: columns: " + name,
+                    "at most " + std::to_string(wide) + " with its outputs", std::to_string(first.at(name)));
+        rules.check(layer.dtype == DType::float32, "modulation: lora: " + name + ": dtype", "float32",
+                    json_text(name_of(layer.dtype)));
+    }
+}
+
+// B14.
+void check_loras(const Rules &rules, const Manifest &m) {
+    const std::map<std::string, const LoraSlots *> found = m.slots();
+    const int64_t version = found.empty() ? bundle_version : lora_bundle_version;
+    rules.check(m.version == version, "version",
+                std::to_string(version) + " with " + std::to_string(found.size()) + " parts that have slots (B14)",
+                std::to_string(m.version));
+    std::set<std::string> once, twice;
+    std::set<int64_t> ranks;
+    for (const auto &[part, slots] : found) {
+        check_slots(rules, part == modulation_name ? "modulation: lora" : "parts." + part + ": lora", *slots);
+        ranks.insert(slots->max_rank);
+        for (const auto &[name, layer] : slots->layers)
+            if (!once.insert(name).second) twice.insert(name);
+    }
+    rules.check(twice.empty(), "lora: layers", "in one part each",
+                json_text(std::vector<std::string>(twice.begin(), twice.end())));
+    rules.check(ranks.size() <= 1, "lora: max_rank", "the same in every part",
+                json_text(std::vector<int64_t>(ranks.begin(), ranks.end())));
+    if (m.modulation) check_table(rules, m);
+}
+
 }  // namespace
 
 void check_values(const Manifest &m, const std::string &where) {
@@ -114,6 +183,7 @@ void check_values(const Manifest &m, const std::string &where) {
     check_text(rules, m);
     for (const auto &[name, part] : m.parts)
         if (part.quantization) check_quantization(rules, name, *part.quantization);
+    check_loras(rules, m);
     if (m.modulation && m.parts.count("conditioner") == 0) {
         const std::vector<int64_t> &baked = m.modulation->num_inference_steps;
         rules.check(std::find(baked.begin(), baked.end(), s.num_inference_steps) != baked.end(),

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <array>
-#include <fstream>
 #include <optional>
+#include <set>
 
 #include "error.h"
 #include "json.h"
@@ -97,17 +97,20 @@ std::string read_header(std::ifstream &file, uint64_t file_bytes, const std::str
 
 }  // namespace
 
-std::map<std::string, SafetensorsEntry> parse_safetensors_header(std::string_view header, uint64_t data_bytes,
-                                                                 const std::string &where) {
+SafetensorsHeader parse_safetensors_header(std::string_view header, uint64_t data_bytes, const std::string &where) {
     if (header.empty() || header[0] != '{') throw bundle_error(where + ": the header must begin with \"{\"");
     const Json json = read_json(header, where);
-    std::map<std::string, SafetensorsEntry> entries;
+    SafetensorsHeader parsed;
     Place(json, where).each_entry([&](const std::string &name, const Place &place) {
-        if (name == "__metadata__") place.each_entry([](const std::string &, const Place &value) { value.text(); });
-        else entries.emplace(name, parse_entry(place));
+        if (name == "__metadata__") {
+            place.each_entry(
+                [&](const std::string &key, const Place &value) { parsed.metadata.emplace(key, value.text()); });
+        } else {
+            parsed.entries.emplace(name, parse_entry(place));
+        }
     });
     std::vector<const SafetensorsEntry *> in_order;
-    for (const auto &[name, entry] : entries) in_order.push_back(&entry);
+    for (const auto &[name, entry] : parsed.entries) in_order.push_back(&entry);
     std::sort(in_order.begin(), in_order.end(), [](const SafetensorsEntry *a, const SafetensorsEntry *b) {
         return a->begin != b->begin ? a->begin < b->begin : a->end < b->end;
     });
@@ -123,71 +126,91 @@ std::map<std::string, SafetensorsEntry> parse_safetensors_header(std::string_vie
         throw bundle_error(where + ": the tensors must take the " + std::to_string(data_bytes) +
                            " bytes behind the header, got " + std::to_string(end) + "; it was cut or edited");
     }
-    return entries;
+    return parsed;
+}
+
+const char *safetensors_name(DType dtype) {
+    const auto *found = std::find_if(types.begin(), types.end(), [&](const Type &type) { return type.dtype == dtype; });
+    return found->name;  // every DType is in the table
+}
+
+SafetensorsFile::SafetensorsFile(const std::filesystem::path &path)
+    : where_(path.string()), file_(path, std::ios::binary | std::ios::ate) {
+    const std::streamoff file_bytes = file_ ? static_cast<std::streamoff>(file_.tellg()) : -1;
+    if (file_bytes < 0) throw bundle_error(where_ + " cannot be opened; check that it exists and may be read");
+    file_.seekg(0);
+    const std::string header = read_header(file_, static_cast<uint64_t>(file_bytes), where_);
+    data_begin_ = prefix_bytes + header.size();
+    header_ = parse_safetensors_header(header, static_cast<uint64_t>(file_bytes) - data_begin_, where_);
+}
+
+Tensor SafetensorsFile::load(const std::string &name) {
+    const auto found = header_.entries.find(name);
+    if (found == header_.entries.end()) throw bundle_error(where_ + " has no tensor " + json_text(name));
+    const SafetensorsEntry &entry = found->second;
+    const Type *type = find_type(entry.dtype);
+    if (!type->dtype)
+        throw bundle_error(where_ + ": " + name + " has dtype " + entry.dtype + ", which is not supported");
+    Tensor tensor(*type->dtype, entry.shape);
+    file_.seekg(static_cast<std::streamoff>(data_begin_ + entry.begin));
+    read_bytes(file_, reinterpret_cast<char *>(tensor.data.data()), entry.end - entry.begin, where_);
+    return tensor;
 }
 
 std::map<std::string, Tensor> load_safetensors(const std::filesystem::path &path,
                                                const std::vector<std::string> &names) {
-    const std::string where = path.string();
-    std::ifstream file(path, std::ios::binary | std::ios::ate);
-    const std::streamoff file_bytes = file ? static_cast<std::streamoff>(file.tellg()) : -1;
-    if (file_bytes < 0) throw bundle_error(where + " cannot be opened; check that it exists and may be read");
-    file.seekg(0);
-    const std::string header = read_header(file, static_cast<uint64_t>(file_bytes), where);
-    const uint64_t data_begin = prefix_bytes + header.size();
-    const auto entries = parse_safetensors_header(header, static_cast<uint64_t>(file_bytes) - data_begin, where);
+    SafetensorsFile file(path);
     std::map<std::string, Tensor> tensors;
-    for (const std::string &name : names) {
-        const auto found = entries.find(name);
-        if (found == entries.end()) throw bundle_error(where + " has no tensor " + json_text(name));
-        const SafetensorsEntry &entry = found->second;
-        const Type *type = find_type(entry.dtype);
-        if (!type->dtype)
-            throw bundle_error(where + ": " + name + " has dtype " + entry.dtype + ", which is not supported");
-        Tensor tensor(*type->dtype, entry.shape);
-        file.seekg(static_cast<std::streamoff>(data_begin + entry.begin));
-        read_bytes(file, reinterpret_cast<char *>(tensor.data.data()), entry.end - entry.begin, where);
-        tensors.emplace(name, std::move(tensor));
-    }
+    for (const std::string &name : names) tensors.emplace(name, file.load(name));
     return tensors;
 }
 
-std::map<int64_t, Tensor> load_modulation(const Bundle &bundle) {
-    std::map<int64_t, Tensor> table;
-    if (!bundle.manifest.modulation) return table;
+namespace {
+
+// Step count n -> the tensor `<prefix>_<n>` [n, width] float32 of the table's file. `what` says in errors what gives
+// the width.
+std::map<int64_t, Tensor> load_table(const Bundle &bundle, const std::string &prefix, int64_t width,
+                                     const std::string &what) {
     const ModulationTable &spec = *bundle.manifest.modulation;
     const std::filesystem::path path = bundle.path(spec.file);
-    const auto name_of_count = [](int64_t n) { return "num_inference_steps_" + std::to_string(n); };
-    std::vector<std::string> names;
-    for (const int64_t n : spec.num_inference_steps) names.push_back(name_of_count(n));
-    std::map<std::string, Tensor> tensors;
+    const std::set<int64_t> counts(spec.num_inference_steps.begin(), spec.num_inference_steps.end());
+    std::map<int64_t, Tensor> table;
     try {
-        tensors = load_safetensors(path, names);
+        SafetensorsFile file(path);
+        for (const int64_t n : counts) table.emplace(n, file.load(prefix + "_" + std::to_string(n)));
     } catch (const Error &e) {
         if (e.status != ARCFLOW_BUNDLE_ERROR) throw;
         throw bundle_error(path.string() + ": the modulation table cannot be read (" + e.what() +
                            "); export the bundle again");
     }
+    for (const auto &[n, tensor] : table) {
+        if (tensor.dtype != DType::float32 || tensor.shape != std::vector<int64_t>{n, width}) {
+            throw bundle_error(path.string() + ": " + prefix + "_" + std::to_string(n) + " must be float32 of shape [" +
+                               std::to_string(n) + ", " + std::to_string(width) + "], " + what + ", got " +
+                               tensor.describe() + "; export the bundle again");
+        }
+    }
+    return table;
+}
+
+}  // namespace
+
+std::map<int64_t, Tensor> load_modulation(const Bundle &bundle) {
+    if (!bundle.manifest.modulation) return {};
     const Part &backbone = bundle.manifest.parts.at("backbone");
     const auto input = std::find_if(backbone.inputs.begin(), backbone.inputs.end(),
                                     [](const TensorSpec &tensor) { return tensor.name == "modulation"; });
     const int64_t *stated =
         input == backbone.inputs.end() || input->shape.empty() ? nullptr : std::get_if<int64_t>(&input->shape.back());
-    const int64_t width = stated ? *stated : -1;
-    for (const int64_t n : spec.num_inference_steps) {
-        const auto found = tensors.find(name_of_count(n));
-        if (found == tensors.end()) continue;  // the manifest lists this number twice
-        const Tensor &tensor = found->second;
-        if (tensor.dtype != DType::float32 || tensor.shape.size() != 2 || tensor.shape[0] != n ||
-            tensor.shape[1] != width) {
-            throw bundle_error(path.string() + ": " + name_of_count(n) + " must be float32 of shape [" +
-                               std::to_string(n) + ", " + std::to_string(width) +
-                               "], for the backbone's input modulation, got " + tensor.describe() +
-                               "; export the bundle again");
-        }
-        table.emplace(n, std::move(found->second));
-        tensors.erase(found);
-    }
+    return load_table(bundle, "num_inference_steps", stated ? *stated : -1, "for the backbone's input modulation");
+}
+
+std::map<int64_t, Tensor> load_conditioning(const Bundle &bundle) {
+    if (!bundle.manifest.modulation || !bundle.manifest.modulation->lora) return {};
+    std::map<int64_t, Tensor> table;
+    for (const auto &[name, layer] : bundle.manifest.modulation->lora->layers)
+        if (table.empty() || table.begin()->second.shape[1] != layer.in_features)
+            table = load_table(bundle, "conditioning", layer.in_features, "for the table's slots");
     return table;
 }
 

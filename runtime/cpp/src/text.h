@@ -11,13 +11,14 @@
 #include <vector>
 
 #include "engine.h"
+#include "lora.h"
 #include "recent.h"
 #include "request.h"
 #include "tokenizer.h"
 
 namespace arcflow {
 
-// Token ids by the text encoder's part name. Embeddings depend on nothing else, so Ids are also their cache key.
+// Token ids by the text encoder's part name. Without LoRAs, embeddings depend on nothing else.
 using Ids = std::map<std::string, std::vector<int64_t>>;
 
 // Tokenizes prompts for one bundle. Safe to use from several threads.
@@ -49,6 +50,7 @@ private:
 };
 
 // Embeddings of the most recent prompts. One prompt of Qwen-Image, or of T5 with 512 tokens, takes about 8 MB.
-using EmbeddingCache = Recent<Ids, Embeddings>;
+// The key also has the LoRAs of the text encoder.
+using EmbeddingCache = Recent<std::pair<Ids, LoraKey>, Embeddings>;
 
 }  // namespace arcflow

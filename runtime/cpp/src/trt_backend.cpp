@@ -20,6 +20,10 @@ public:
 
     // Looks for the GPU first, then the library, then the records (E4). Reads no engine.
     void check(const Bundle &bundle) override {
+        if (!bundle.manifest.slots().empty()) {
+            throw engine_error("the bundle has LoRA slots, which this library runs with the backend openvino only; "
+                               "use a bundle without slots, with LoRAs merged, or the Python runtime");
+        }
         const std::lock_guard<std::mutex> lock(mutex_);
         start();
         for (const auto &[name, part] : bundle.manifest.parts) find_engine(bundle, name, host_);

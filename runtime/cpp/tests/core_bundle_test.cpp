@@ -42,16 +42,68 @@ void test_manifests() {
     CHECK(parsed(whole).schedule.shift == 3.0);
 }
 
+// A valid manifest of version 2, whose backbone and table have a slot each.
+Json slotted_manifest() {
+    Json m = qwen_manifest();
+    const auto slots = [](const char *layer, int out) {
+        return Json{{"layers", {{layer, {{"in_features", 3}, {"out_features", out}, {"dtype", "float32"}}}}},
+                    {"rank_multiple", 8},
+                    {"max_rank", 16},
+                    {"unread", {"proj_out"}}};
+    };
+    m["version"] = 2;
+    m["parts"]["backbone"]["lora"] = slots("blocks.0.to_q", 2);
+    m["parts"]["backbone"]["inputs"].push_back({{"name", "modulation"}, {"dtype", "float32"}, {"shape", {"batch", 4}}});
+    m["modulation"]["lora"] = slots("blocks.0.mod", 3);
+    m["modulation"]["columns"] = {{"blocks.0.mod", 1}};
+    return m;
+}
+
+// B14.
+void test_slots() {
+    const Json m = slotted_manifest();
+    const arcflow::Manifest parsed_m = parsed(m);
+    CHECK(parsed_m.slots().size() == 2 && parsed_m.slots().at("backbone")->max_rank == 16);
+    CHECK(parsed_m.modulation->columns->at("blocks.0.mod") == 1);
+    const std::vector<arcflow::TensorSpec> inputs = parsed_m.parts.at("backbone").slot_inputs();
+    CHECK(inputs.size() == 2 && inputs[0].name == "blocks.0.to_q.lora_a" && inputs[1].name == "blocks.0.to_q.lora_b");
+    CHECK(std::get<int64_t>(inputs[0].shape[0]) == 3 && std::get<int64_t>(inputs[1].shape[2]) == 2);
+
+    refused(m, "/version", 1, ": parts.backbone: unknown keys [\"lora\"]; the known keys are [\"graph\",");
+    Json plain = qwen_manifest();
+    plain["version"] = 2;
+    fails([&] { parsed(plain); }, "version must be 1 with 0 parts that have slots (B14), got 2");
+    const std::string part = "/parts/backbone/lora", key = ": parts.backbone: lora: ";
+    refused(m, (part + "/surprise").c_str(), 1, key.substr(0, key.size() - 2) + ": unknown keys [\"surprise\"]");
+    refused(m, (part + "/layers").c_str(), Json::object(), ": parts.backbone: lora: layers must be at least one");
+    refused(m, (part + "/rank_multiple").c_str(), 4, ": parts.backbone: lora: rank_multiple must be 8, got 4");
+    for (const int rank : {0, 12, 1032})
+        refused(m, (part + "/max_rank").c_str(), rank, key + "max_rank must be a multiple of 8 up to 1024, got ");
+    refused(m, (part + "/max_rank").c_str(), 8, ": lora: max_rank must be the same in every part, got [8, 16]");
+    const std::string layer = part + "/layers/blocks.0.to_q";
+    refused(m, (layer + "/dtype").c_str(), "int64", key + "blocks.0.to_q: dtype must be one of");
+    refused(m, (layer + "/in_features").c_str(), 0, key + "blocks.0.to_q: in_features must be at least 1, got 0");
+    refused(m, (layer + "/out_features").c_str(), int64_t{1} << 40,
+            key + "blocks.0.to_q: out_features must be at most");
+    const Json table = m["modulation"]["lora"]["layers"]["blocks.0.mod"];
+    refused(m, (part + "/layers/blocks.0.mod").c_str(), table,
+            ": lora: layers must be in one part each, got [\"blocks");
+    refused(m, "/modulation/columns", nullptr, ": modulation: columns must be given for [\"blocks.0.mod\"], got []");
+    refused(m, "/modulation/columns/blocks.0.mod", 2, ": modulation: columns: blocks.0.mod must be at most 4 with its");
+    refused(m, "/modulation/lora", nullptr, ": modulation: columns must be given with lora only");
+    refused(m, "/modulation/lora/layers/blocks.0.mod/dtype", "float16", ": modulation: lora: blocks.0.mod: dtype must");
+}
+
 // B1 and B3. Format and version are checked before any other key; the digest covers all keys.
 void test_seal() {
     const auto parse = [](const std::string &text) { return [text] { arcflow::parse_manifest(text, where); }; };
     for (const char *text : {"[]", "{}", "{\"format\": \"other\"}", "{\"format\": 1, \"version\": 2}"})
         fails(parse(text), "manifest.json: format must be \"arcflow-bundle\"; this is not an ArcFlow bundle");
     const std::string format = "{\"format\": \"arcflow-bundle\", \"unknown\": 1";
-    fails(parse(format + "}"), "version must be 1, got null; export the bundle again");
-    fails(parse(format + ", \"version\": 2}"), "version must be 1, got 2; update arcflow");
-    fails(parse(format + ", \"version\": true}"), "version must be 1, got true; export the bundle again");
-    fails(parse(format + ", \"version\": \"1\"}"), "version must be 1, got \"1\"; export the bundle again");
+    fails(parse(format + "}"), "version must be 1 or 2, got null; export the bundle again");
+    fails(parse(format + ", \"version\": 3}"), "version must be 1 or 2, got 3; update arcflow");
+    fails(parse(format + ", \"version\": true}"), "version must be 1 or 2, got true; export the bundle again");
+    fails(parse(format + ", \"version\": \"1\"}"), "version must be 1 or 2, got \"1\"; export the bundle again");
     fails(parse(format + ", \"version\": 1}"),
           "manifest.json: unknown keys [\"unknown\"]; the known keys are [\"dtype\", \"family\",");
     Json m = flux_manifest();
@@ -303,6 +355,7 @@ void test_modulation() {
 
 void test_bundle() {
     test_manifests();
+    test_slots();
     test_seal();
     test_types();
     test_rules();

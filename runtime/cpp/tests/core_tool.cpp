@@ -12,6 +12,7 @@
 //     core_tool canonical JSON                                   text
 //     core_tool open BUNDLE fast|full                            "ok"
 //     core_tool modulation BUNDLE                                float32
+//     core_tool loras BUNDLE FILE SCALE [FILE SCALE ...]         bytes of the slots' inputs, by part and name
 //
 // An Error's text goes to standard error, and the status is its own.
 #include <cstdio>
@@ -23,6 +24,7 @@
 
 #include "error.h"
 #include "json.h"
+#include "lora.h"
 #include "maths.h"
 #include "safetensors.h"
 
@@ -107,6 +109,13 @@ void run(const std::string &command, const Arguments &a) {
         std::cout << "ok";
     } else if (command == "modulation") {
         for (const auto &[n, table] : arcflow::load_modulation(arcflow::Bundle::open(a.at(0), false))) print(table);
+    } else if (command == "loras") {
+        const arcflow::Manifest manifest = arcflow::Bundle::open(a.at(0), false).manifest;
+        std::vector<arcflow::ScaledLora> loras;
+        for (size_t i = 1; i + 1 < a.size(); i += 2)
+            loras.push_back({arcflow::read_lora(a[i], manifest), std::stof(a[i + 1])});
+        for (const auto &[part, inputs] : arcflow::prepare_loras(manifest, loras).inputs)
+            for (const auto &[name, tensor] : inputs) print(tensor);
     } else {
         throw arcflow::request_error("unknown command " + command);
     }

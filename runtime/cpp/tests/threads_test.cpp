@@ -1,5 +1,6 @@
 // Tests of everything that callers in several threads share, through the C API with engines that compute nothing:
-// pipelines, results, caches, the last error, closing, and the pool. `make cpp-tsan` runs it under ThreadSanitizer.
+// pipelines, results, LoRAs, caches, the last error, closing, and the pool. `make cpp-tsan` runs it under
+// ThreadSanitizer.
 #include <atomic>
 #include <filesystem>
 #include <functional>
@@ -9,6 +10,7 @@
 #include "core_test.h"
 #include "error.h"
 #include "fake/fake_outputs.h"
+#include "lora.h"
 #include "pool.h"
 #include "tokenizer.h"
 
@@ -176,6 +178,39 @@ void results_wander(const std::string &root) {
     });
 }
 
+arcflow::ScaledLora lora(uint64_t number, float value, float scale) {
+    arcflow::LoraFactors factors{filled(arcflow::DType::float32, {3, 1, 8}, value),
+                                 filled(arcflow::DType::float32, {1, 8, 2}, value)};
+    auto made = std::make_shared<arcflow::Lora>(arcflow::Lora{number, "lora", {}});
+    made->parts["backbone"].emplace("to_q", std::move(factors));
+    return {made, scale};
+}
+
+// More sets of LoRAs than the cache holds, while each thread also closes LoRAs of its own.
+void sets_of_loras() {
+    arcflow::Manifest manifest{};
+    manifest.parts["backbone"].lora = arcflow::LoraSlots{{{"to_q", {3, 2, arcflow::DType::float32}}}, 8, 16, {}};
+    arcflow::LoraSets sets(manifest);
+    const arcflow::ScaledLora shared = lora(1, 3.0f, 0.5f);
+    on_threads(6, [&](int caller) {
+        for (int i = 0; i < 40; ++i) {
+            const arcflow::ScaledLora given{shared.lora, static_cast<float>(i % 20 + 1)};
+            const auto number = static_cast<uint64_t>(2 + caller * 100 + i);
+            const arcflow::ScaledLora own = lora(number, 2.0f, 0.25f);
+            const auto set = sets.get({own, given});
+            const arcflow::Tensor &a = set->of("backbone")->at("to_q.lora_a");
+            const arcflow::Tensor &b = set->of("backbone")->at("to_q.lora_b");
+            CHECK(a.describe() == "float32[3, 2, 8]" && b.describe() == "float32[2, 8, 2]");
+            CHECK(a.as<float>()[0] == 3.0f && a.as<float>()[8] == 2.0f);  // in the order of the numbers
+            CHECK(b.as<float>()[0] == 3.0f * given.scale && b.as<float>()[16] == 0.5f);
+            sets.forget(*own.lora);
+            CHECK(set->of("conditioner") == nullptr && set->bytes() == (48 + 32) * 4);
+            CHECK(sets.get({given})->of("backbone")->at("to_q.lora_b").as<float>()[15] == 3.0f * given.scale);
+        }
+    });
+    CHECK(sets.get({shared}) == sets.get({shared}));
+}
+
 }  // namespace
 
 namespace arcflow {
@@ -192,5 +227,6 @@ int main() {
     for (const bool low_memory : {false, true}) generates_and_errors(folder.path().string(), low_memory);
     closes_while_busy(folder.path().string());
     results_wander(folder.path().string());
+    sets_of_loras();
     std::puts("ok");
 }

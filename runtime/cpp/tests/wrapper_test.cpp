@@ -75,6 +75,12 @@ void throws(const arcflow::Pipeline &pipe) {
     request.tokens = {{{1}, {1}}};
     CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
           "request must have either prompts or tokens, got both; leave one of them empty");
+    CHECK(thrown<arcflow::Error>([&] { pipe.open_lora("ink"); }) ==
+          "ink: this bundle has no LoRA slots; export with --lora-slots all, or merge the LoRA with --lora");
+    request = circle();
+    request.loras = {{nullptr, 1.0f}};
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request.lora_count must be at most 0, the number of open LoRAs, got 1; name each LoRA once");
     CHECK(thrown<arcflow::Error>([] { arcflow::Pipeline("nowhere"); }) ==
           std::filesystem::absolute("nowhere").string() +
               " is not a directory; give the directory that `arcflow export --out` wrote");

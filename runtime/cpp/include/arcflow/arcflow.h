@@ -55,10 +55,12 @@ typedef enum arcflow_status {
     ARCFLOW_ENGINE_ERROR = 3,  /* an engine cannot run the bundle, or failed */
     ARCFLOW_CLOSED = 4,        /* the pipeline was closed, or the pointer is not a pipeline */
     ARCFLOW_OUT_OF_MEMORY = 5,
-    ARCFLOW_INTERNAL_ERROR = 6 /* a bug in the library; please report it with the error text */
+    ARCFLOW_INTERNAL_ERROR = 6, /* a bug in the library; please report it with the error text */
+    ARCFLOW_LORA_ERROR = 7      /* a LoRA file is missing or damaged, or does not fit the bundle */
 } arcflow_status;
 
 typedef struct arcflow_pipeline arcflow_pipeline;
+typedef struct arcflow_lora arcflow_lora;
 typedef struct arcflow_result arcflow_result;
 
 /* The loaded library's ARCFLOW_ABI_VERSION, and its version, such as "0.1.0". */
@@ -88,6 +90,19 @@ ARCFLOW_API arcflow_status arcflow_open(const char *bundle, const arcflow_option
 /* Wait for running calls, then free the pipeline. NULL and a pipeline that is already closed are ignored. */
 ARCFLOW_API void arcflow_close(arcflow_pipeline *pipeline);
 
+/* Read a LoRA for requests of this pipeline; the bundle must have slots. `path` is a file that `arcflow lora convert`
+ * wrote. Free with arcflow_lora_close. */
+ARCFLOW_API arcflow_status arcflow_lora_open(arcflow_pipeline *pipeline, const char *path, arcflow_lora **lora);
+
+/* Free a LoRA; running requests that have it finish unchanged. NULL and a LoRA that is already closed are ignored. */
+ARCFLOW_API void arcflow_lora_close(arcflow_lora *lora);
+
+/* A LoRA of a request. A scale of 1 is the LoRA as it was trained, 0 is none. */
+typedef struct arcflow_scaled_lora {
+    const arcflow_lora *lora;
+    float scale;
+} arcflow_scaled_lora;
+
 /* Token ids of one prompt, as its tokenizers return them, special tokens included, not padded. FLUX: CLIP's ids in
  * `ids`, T5's in `ids_2`. Qwen-Image: the ids of the whole chat template in `ids`; `ids_2` is empty. */
 typedef struct arcflow_tokens {
@@ -107,18 +122,21 @@ typedef struct arcflow_request {
     const char *const *prompts; /* [prompt_count], UTF-8 */
     const arcflow_tokens *tokens;
     size_t prompt_count;
-    int32_t num_images_per_prompt; /* 0: 1 */
-    int32_t height, width;         /* pixels; 0: 1024, or the nearest size that the bundle allows */
-    int32_t num_inference_steps;   /* network calls; 0: the bundle's default, usually 2 */
-    int32_t max_sequence_length;   /* text tokens; 0: the bundle's maximum */
-    float guidance_scale;          /* negative: 3.5; students without guidance ignore it */
-    const uint64_t *seeds;         /* one for the whole batch, or one per image; NULL: random ones */
-    size_t seed_count;             /* pass a negative seed of torch as its two's complement */
-    int32_t skip_decode;           /* nonzero: return only the latents, no pixels */
-    arcflow_step_callback on_step; /* may be NULL */
-    void *user;                    /* passed to on_step */
+    int32_t num_images_per_prompt;    /* 0: 1 */
+    int32_t height, width;            /* pixels; 0: 1024, or the nearest size that the bundle allows */
+    int32_t num_inference_steps;      /* network calls; 0: the bundle's default, usually 2 */
+    int32_t max_sequence_length;      /* text tokens; 0: the bundle's maximum */
+    float guidance_scale;             /* negative: 3.5; students without guidance ignore it */
+    const uint64_t *seeds;            /* one for the whole batch, or one per image; NULL: random ones */
+    size_t seed_count;                /* pass a negative seed of torch as its two's complement */
+    int32_t skip_decode;              /* nonzero: return only the latents, no pixels */
+    arcflow_step_callback on_step;    /* may be NULL */
+    void *user;                       /* passed to on_step */
+    const arcflow_scaled_lora *loras; /* [lora_count], for all images; each LoRA once */
+    size_t lora_count;
 } arcflow_request;
-#define ARCFLOW_REQUEST_INIT {sizeof(arcflow_request), NULL, NULL, 0, 0, 0, 0, 0, 0, -1.0f, NULL, 0, 0, NULL, NULL}
+#define ARCFLOW_REQUEST_INIT \
+    {sizeof(arcflow_request), NULL, NULL, 0, 0, 0, 0, 0, 0, -1.0f, NULL, 0, 0, NULL, NULL, NULL, 0}
 
 /* Generate num_images_per_prompt images of each prompt, prompt by prompt. Free with arcflow_result_free. */
 ARCFLOW_API arcflow_status arcflow_generate(arcflow_pipeline *pipeline, const arcflow_request *request,

@@ -81,6 +81,26 @@ struct Tokens {
     std::vector<std::int64_t> ids, ids_2;
 };
 
+// A LoRA that Pipeline::open_lora has read.
+class Lora {
+public:
+    // Takes ownership of the handle.
+    explicit Lora(arcflow_lora *handle) : handle_(handle) {}
+    const arcflow_lora *handle() const { return handle_.get(); }
+
+private:
+    struct Close {
+        void operator()(arcflow_lora *handle) const { arcflow_lora_close(handle); }
+    };
+    std::unique_ptr<arcflow_lora, Close> handle_;
+};
+
+// A LoRA of a request, which must outlive the request's call; see arcflow_scaled_lora.
+struct ScaledLora {
+    const Lora *lora = nullptr;
+    float scale = 1;
+};
+
 // What to generate; see arcflow_request. Set either `prompts` or `tokens`; what is left empty gets its default.
 struct Request {
     std::vector<std::string> prompts;
@@ -89,6 +109,7 @@ struct Request {
     std::optional<float> guidance_scale;
     std::vector<std::uint64_t> seeds;  // one for the whole batch, or one per image; empty: random ones
     bool skip_decode = false;          // true: return only the latents, no pixels
+    std::vector<ScaledLora> loras;     // of the same pipeline, each once
     // Called after each step with its index and the latents [batch, tokens, channels]. Return true to continue; false
     // ends the request with an Error. An exception that it throws leaves `generate`. Do not use the same pipeline in
     // it.
@@ -163,6 +184,13 @@ public:
         handle_.reset(handle);
     }
 
+    // Read a file that `arcflow lora convert` wrote, whose path is UTF-8, for requests of this pipeline.
+    Lora open_lora(const std::string &path) const {
+        arcflow_lora *lora = nullptr;
+        detail::check(arcflow_lora_open(handle_.get(), detail::c_string(path, "path"), &lora));
+        return Lora(lora);
+    }
+
     // Generate num_images_per_prompt images of each prompt, prompt by prompt.
     Result generate(const Request &request) const {
         if (!request.prompts.empty() && !request.tokens.empty()) {
@@ -197,6 +225,11 @@ public:
         c.seeds = request.seeds.empty() ? nullptr : request.seeds.data();
         c.seed_count = request.seeds.size();
         c.skip_decode = request.skip_decode ? 1 : 0;
+        std::vector<arcflow_scaled_lora> loras;
+        for (const ScaledLora &l : request.loras)
+            loras.push_back({l.lora == nullptr ? nullptr : l.lora->handle(), l.scale});
+        c.loras = loras.empty() ? nullptr : loras.data();
+        c.lora_count = loras.size();
         Step step{request.on_step, nullptr};
         if (request.on_step) {
             c.on_step = &Step::call;
