@@ -338,6 +338,42 @@ def engine_memory_table() -> str:
     return "\n".join([*rows, "", f"{note} allocates memory when it runs. {_machine(data)}"])
 
 
+#: Servers of benchmarks/serve.py.
+_SERVERS = {
+    "lanes": "the pipeline, no HTTP",
+    "service": "`arcflow serve`",
+    "torch": "PyTorch behind FastAPI",
+}
+
+
+def serve_lines(data: dict[str, Any]) -> str:
+    """The results of `serve.py`, one row per server and loop."""
+    rows = [
+        "| server | requests from | images per second | p50 | p99 | images of a batch | refused | peak resident |",
+        "|---" * 8 + "|",
+    ]
+    for name, found in data["results"].items():
+        for i, run in enumerate(found["runs"]):
+            closed = run["loop"] == "closed"
+            source = (
+                ("1 client" if run["clients"] == 1 else f"{run['clients']} clients")
+                if closed
+                else f"open loop, {run['rate_per_s']:g} per second"
+            )
+            refused = sum(n for status, n in run["statuses"].items() if status != "200")
+            measured = (
+                [f"{run['p50_ms']:.1f} ms", f"{run['p99_ms']:.1f} ms", f"{run['mean_batch_size']:.1f}"]
+                if run["p50_ms"] is not None
+                else ["-"] * 3
+            )
+            peak = "" if i else f"{found['peak_resident_bytes'] / 2**20:.0f} MiB"
+            cells = ["" if i else _SERVERS[name], source, f"{run['images_per_s']:.0f}", *measured, str(refused), peak]
+            rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    note = f"{data['size_px']} px, {data['steps']} steps, {data['lanes']} lanes"
+    load = ", ".join(f"{x:.1f}" for x in data["machine"]["load_average"])
+    return "\n".join([*rows, "", f"{note}. {_machine(data)} Load average before: {load}."])
+
+
 def _read(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return data

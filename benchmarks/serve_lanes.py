@@ -1,0 +1,97 @@
+"""Lanes of the pipeline in one process, without HTTP, PNG or limits: what a service could reach at best.
+
+`benchmarks/serve.py` starts it. The clients are threads of the same process, so they cost it some time too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections import deque
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from serve_load import Reply, closed_loop, memory_of, open_loop, prompt_of
+
+from arcflow_runtime import Pipeline
+
+MAX_BATCH = 8
+
+
+class Lanes:
+    """Threads that each take what waits, at most `MAX_BATCH` images and no more than their share."""
+
+    def __init__(self, bundle: Path, lanes: int, size_px: int, steps: int) -> None:
+        self._pipeline = Pipeline.load(bundle, threads=1)
+        self._size_px, self._steps = size_px, steps
+        self._waiting: deque[tuple[int, Future[Reply]]] = deque()
+        self._changed, self._idle, self._closed = threading.Condition(), 0, False
+        self._threads = [threading.Thread(target=self._run, name=f"lane-{i}") for i in range(lanes)]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, number: int) -> Reply:
+        """Wait for one image."""
+        done: Future[Reply] = Future()
+        with self._changed:
+            self._waiting.append((number, done))
+            self._changed.notify()
+        return done.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._pipeline.close()
+
+    def _run(self) -> None:
+        while batch := self._take():
+            try:
+                self._generate(batch)
+                reply = Reply(200, len(batch))
+                for _, done in batch:
+                    done.set_result(reply)
+            except Exception as e:
+                for _, done in batch:
+                    done.set_exception(e)
+
+    def _take(self) -> list[tuple[int, Future[Reply]]]:
+        with self._changed:
+            self._idle += 1
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            count = min(MAX_BATCH, -(-len(self._waiting) // self._idle))
+            self._idle -= 1
+            return [self._waiting.popleft() for _ in range(count)]
+
+    def _generate(self, batch: list[tuple[int, Future[Reply]]]) -> None:
+        self._pipeline(
+            [prompt_of(number) for number, _ in batch],
+            self._size_px,
+            self._size_px,
+            num_inference_steps=self._steps,
+            seed=[number for number, _ in batch],
+        )
+
+
+def main() -> int:
+    """Read what to run as JSON from the standard input, and print the results as JSON."""
+    asked: dict[str, Any] = json.load(sys.stdin)
+    lanes = Lanes(Path(asked["bundle"]), asked["lanes"], asked["size_px"], asked["steps"])
+    try:
+        closed_loop(lanes.send, max(asked["clients"]), asked["warmup"])
+        runs = [closed_loop(lanes.send, clients, asked["requests"]) for clients in asked["clients"]]
+        runs += [open_loop(lanes.send, rate, asked["requests"]) for rate in asked["rates_per_s"]]
+    finally:
+        lanes.close()
+    print(json.dumps({"runs": runs} | memory_of(os.getpid())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Send requests to a server in a closed or an open loop: send function -> counts, images per second, latencies."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import random
+import re
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+#: Most requests of an open loop that are under way at a time; more would measure the client's threads.
+OPEN_THREADS = 128
+TIMEOUT_S = 300.0
+#: A PNG begins so.
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one request; `batch_size` is the number of images generated together, 0 for an error."""
+
+    status: int
+    batch_size: int
+
+
+#: (number of the request) -> reply. Called from several threads; the number is the seed, and makes the prompt new.
+Send = Callable[[int], Reply]
+
+
+def prompt_of(number: int) -> str:
+    """A prompt that no other request has, so that no server can reuse its text states."""
+    return f"{number} red circles"
+
+
+def closed_loop(send: Send, clients: int, requests: int) -> dict[str, Any]:
+    """Each client sends its next request when the last one is answered; every request has a number of its own."""
+    numbers = iter(range(requests))
+    lock = threading.Lock()
+
+    def numbers_left() -> Iterator[int]:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            yield number
+
+    def client(_: int) -> list[tuple[float, Reply]]:
+        return [_timed(send, number, time.perf_counter()) for number in numbers_left()]
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        results = [one for found in pool.map(client, range(clients)) for one in found]
+    return {"loop": "closed", "clients": clients} | _summary(results, time.perf_counter() - started)
+
+
+def open_loop(send: Send, rate_per_s: float, requests: int) -> dict[str, Any]:
+    """Requests come at random times, `rate_per_s` on average, whether or not the earlier ones are answered.
+
+    A latency counts from the time at which the request was due, so that waiting for a busy server counts too.
+    """
+    gaps = random.Random(0)
+    started = due = time.perf_counter()
+    pending = []
+    with ThreadPoolExecutor(OPEN_THREADS) as pool:
+        for number in range(requests):
+            due += gaps.expovariate(rate_per_s)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            pending.append(pool.submit(_timed, send, number, due))
+        results = [one.result() for one in pending]
+    return {"loop": "open", "rate_per_s": rate_per_s} | _summary(results, time.perf_counter() - started)
+
+
+def _timed(send: Send, number: int, since: float) -> tuple[float, Reply]:
+    reply = send(number)
+    return (time.perf_counter() - since) * 1e3, reply
+
+
+def _summary(results: list[tuple[float, Reply]], seconds: float) -> dict[str, Any]:
+    """Latencies are those of answered requests; the other statuses are counted."""
+    answered = sorted(ms for ms, reply in results if reply.status == 200)
+    sizes = Counter(reply.batch_size for _, reply in results if reply.status == 200)
+    return {
+        "requests": len(results),
+        "seconds": seconds,
+        "statuses": {str(k): n for k, n in sorted(Counter(reply.status for _, reply in results).items())},
+        "images_per_s": len(answered) / seconds,
+        "p50_ms": statistics.median(answered) if answered else None,
+        # The smallest latency that at least 99 % of the requests do not exceed.
+        "p99_ms": answered[-(-len(answered) * 99 // 100) - 1] if answered else None,
+        "images_by_batch_size": {str(size): n for size, n in sorted(sizes.items())},
+        # Each batch of n images is counted n times among them.
+        "mean_batch_size": len(answered) / sum(n / size for size, n in sizes.items()) if answered else None,
+    }
+
+
+def http_sender(url: str, size_px: int, steps: int) -> Send:
+    """Requests to OpenAI's images API at `url`; each thread keeps one connection open.
+
+    Raises:
+        ValueError: an answer with status 200 has no PNG.
+    """
+    own = threading.local()
+    host = urlsplit(url).netloc
+
+    def send(number: int) -> Reply:
+        if not hasattr(own, "connection"):
+            own.connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
+        body = {"prompt": prompt_of(number), "size": f"{size_px}x{size_px}", "seed": number}
+        body |= {"num_inference_steps": steps}
+        headers = {"content-type": "application/json"}
+        own.connection.request("POST", "/v1/images/generations", json.dumps(body), headers)
+        response = own.connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            return Reply(response.status, 0)
+        (image,) = json.loads(content)["data"]
+        if not base64.b64decode(image["b64_json"][:32]).startswith(_PNG):
+            raise ValueError(f"{url} must answer with a PNG, got {image['b64_json'][:32]!r}")
+        return Reply(200, image["batch_size"])
+
+    return send
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Resident memory of a process now, and at most so far, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = {key: int(value) << 10 for key, value in re.findall(r"^(Vm\w+):\s+(\d+) kB$", status, re.MULTILINE)}
+    return {"resident_bytes": found["VmRSS"], "peak_resident_bytes": found["VmHWM"]}
