@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from arcflow_runtime.maths.noise import streams
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, sigmas, timesteps_of
 
-_FAMILY = "flux"
+_FAMILY: Literal["flux"] = "flux"
 _MAX_PX, _MAX_TOKENS = 2048, 512
 
 
