@@ -28,7 +28,7 @@ from machine import describe
 from serve_load import closed_loop, http_sender, memory_of, open_loop
 from tables import serve_lines
 
-from arcflow_serve.settings import default_lanes
+from arcflow_serve.settings import Settings
 
 HERE = Path(__file__).parent
 SHAPES = HERE.parent / "models" / "shapes"
@@ -51,10 +51,12 @@ def export_shapes(out: Path) -> Path:
 
 
 def run_lanes(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Lanes of the pipeline without HTTP."""
+    """As many lanes as the service has, without HTTP."""
+    service = Settings()
     asked = {
         "bundle": str(bundle),
-        "lanes": default_lanes(),
+        "lanes": service.lanes,
+        "threads": service.engine_threads,
         "size_px": SIZE_PX,
         "steps": STEPS,
         "clients": args.clients,
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": describe(_PACKAGES) | {"load_average": load},
         "size_px": SIZE_PX,
         "steps": STEPS,
-        "lanes": default_lanes(),
+        "lanes": Settings().lanes,
         "results": results,
     }
     print(serve_lines(data))

@@ -24,8 +24,8 @@ MAX_BATCH = 8
 class Lanes:
     """Threads that each take what waits, at most `MAX_BATCH` images and no more than their share."""
 
-    def __init__(self, bundle: Path, lanes: int, size_px: int, steps: int) -> None:
-        self._pipeline = Pipeline.load(bundle, threads=1)
+    def __init__(self, bundle: Path, lanes: int, threads: int | None, size_px: int, steps: int) -> None:
+        self._pipeline = Pipeline.load(bundle, threads=threads)
         self._size_px, self._steps = size_px, steps
         self._waiting: deque[tuple[int, Future[Reply]]] = deque()
         self._changed, self._idle, self._closed = threading.Condition(), 0, False
@@ -82,7 +82,7 @@ class Lanes:
 def main() -> int:
     """Read what to run as JSON from the standard input, and print the results as JSON."""
     asked: dict[str, Any] = json.load(sys.stdin)
-    lanes = Lanes(Path(asked["bundle"]), asked["lanes"], asked["size_px"], asked["steps"])
+    lanes = Lanes(Path(asked["bundle"]), asked["lanes"], asked["threads"], asked["size_px"], asked["steps"])
     try:
         closed_loop(lanes.send, max(asked["clients"]), asked["warmup"])
         runs = [closed_loop(lanes.send, clients, asked["requests"]) for clients in asked["clients"]]
