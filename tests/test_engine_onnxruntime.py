@@ -1,5 +1,7 @@
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +76,19 @@ def test_threads():
     )
     with pytest.raises(RequestError, match=f"^{message}$"):
         open_backend("onnxruntime", threads=100_000)
+
+
+def test_onnxruntime_sends_no_telemetry(root, tmp_path):
+    """It would keep a device id in the home directory, and connect to a server."""
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from arcflow_runtime.backends import open_backend
+from small_graph import bundle_with
+open_backend("onnxruntime").open(bundle_with(Path({str(root)!r})), "p")
+"""
+    home = tmp_path / "home"
+    home.mkdir()
+    subprocess.run([sys.executable, "-c", code], check=True, env={"HOME": str(home), "PATH": os.environ["PATH"]})
+    assert list(home.iterdir()) == []

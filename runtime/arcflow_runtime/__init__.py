@@ -7,6 +7,7 @@ image = Pipeline.load("bundle")("a red circle", seed=42).images[0]
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ __all__ = [
     "PipelineOutput",
     "RequestError",
 ]
+
+# From version 1.29 on, ONNX Runtime sends telemetry to Microsoft and keeps a device id, unless this is set before it is
+# imported. Whoever wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Modules are imported on first use of a name, so that `arcflow --help` does not import numpy.
 _MODULES = {
