@@ -68,10 +68,12 @@ def test_slots_add_two_products_each_and_change_no_other(bundles, tmp_path, fp8,
     branches = {f"{name}.lora_{way}" for name in layers for way in ("down", "up")}
     # The products by weights are the same, and still joined where they read the same tensor.
     assert {name: kind for name, kind in after.items() if name not in branches} == before
-    assert [name for name in before if f"{BLOCK}.to_q" in name.split("+")] == [
-        "+".join(f"{BLOCK}.to_{x}" for x in "vkq")
-    ]
-    assert any({f"{SINGLE}.proj_mlp", f"{SINGLE}.attn.to_q"} <= set(name.split("+")) for name in before)
+    # For sm120 the builder joins no FP8 products, with or without slots.
+    if (fp8, target) != (True, "sm120"):
+        assert [name for name in before if f"{BLOCK}.to_q" in name.split("+")] == [
+            "+".join(f"{BLOCK}.to_{x}" for x in "vkq")
+        ]
+        assert any({f"{SINGLE}.proj_mlp", f"{SINGLE}.attn.to_q"} <= set(name.split("+")) for name in before)
     assert branches == after.keys() - before.keys()
     assert {after[name] for name in branches} == {("bf16", "bf16")}
     quantized = Bundle.open(slotted).manifest.parts["backbone"].quantization
