@@ -1,7 +1,8 @@
 // Runs parts with OpenVINO on a CPU.
 //
-// The arithmetic is float32 for every part. Left to choose, OpenVINO uses bfloat16 on CPUs that have it, so images
-// would depend on the machine. Weights, inputs and outputs of a float16 or bfloat16 part keep their dtype.
+// Each operator computes in the dtype that the graph gives it, or in float32 where the CPU has no instructions for that
+// dtype. OpenVINO calls this an inference precision of float32. Left to choose, it lowers float32 parts to bfloat16 on
+// CPUs that have it, so images would depend on the machine.
 #include "openvino_backend.h"
 
 #include <algorithm>
