@@ -198,7 +198,8 @@ void LoraSets::put(std::shared_ptr<const PreparedLoras> set, const std::vector<S
     // The newest stays, whatever its size.
     for (auto place = entries_.begin(); place != entries_.end(); ++place) {
         bytes += place->set->bytes();
-        if (++count > 1 && (count > cached_lora_sets || bytes > cached_lora_bytes)) {
+        ++count;
+        if (count > 1 && (count > cached_lora_sets || bytes > cached_lora_bytes)) {
             entries_.erase(place, entries_.end());
             break;
         }

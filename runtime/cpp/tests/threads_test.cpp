@@ -195,7 +195,7 @@ void sets_of_loras() {
     on_threads(6, [&](int caller) {
         for (int i = 0; i < 40; ++i) {
             const arcflow::ScaledLora given{shared.lora, static_cast<float>(i % 20 + 1)};
-            const auto number = static_cast<uint64_t>(2 + caller * 100 + i);
+            const auto number = 2 + static_cast<uint64_t>(caller) * 100 + static_cast<uint64_t>(i);
             const arcflow::ScaledLora own = lora(number, 2.0f, 0.25f);
             const auto set = sets.get({own, given});
             const arcflow::Tensor &a = set->of("backbone")->at("to_q.lora_a");
