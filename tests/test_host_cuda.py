@@ -7,7 +7,6 @@ the driver. The process of the other tests must not load it, because they check 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -18,8 +17,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.host_cuda.build import CannotBuildError, build
-
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "host_cuda"
 CASES = [
@@ -27,27 +24,15 @@ CASES = [
     for path in sorted(HERE.glob("*_cases.py"))
     for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
 ]
-#: Ends a process that hangs. Each file takes less than half a minute of one core.
+#: Ends a process that hangs. The longest file takes about 45 s of one core.
 TIMEOUT_S = 600
 
 
 @pytest.fixture(scope="module")
-def environment(once, request, tmp_path_factory):
-    """The environment of a process that loads the driver; skips where the driver cannot be built."""
-    for module in ("cuda", "cuda.core", "cuda.bindings"):
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed, and the GPU runtime needs it")
-    try:
-        folder = once("driver of host memory", build)
-    except CannotBuildError as e:
-        pytest.skip(str(e))
-    cache = getattr(request.config, "cache", None)
-    kernels = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
-    return os.environ | {
-        "LD_LIBRARY_PATH": str(folder),
-        "ARCFLOW_CACHE": str(kernels),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
+def environment(on_host_driver):
+    """The environment of a process that loads the driver and imports the tests' modules."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return on_host_driver | {"PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
