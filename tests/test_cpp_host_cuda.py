@@ -20,12 +20,11 @@ import pytest
 from arcflow_runtime.engines.gpus import find_gpu
 from tests.cpp import configure_cpp, embed
 from tests.host_cuda.build import CannotBuildError, build
-from tests.test_host_cuda import ROOT, judge, read_report
+from tests.test_host_cuda import ROOT, functions, judge, read_report
 
 CASES = ROOT / "tests" / "host_cuda" / "cpp_images.py"
 #: Ends a process that hangs.
 TIMEOUT_S = 1200
-NAMES = re.findall(r"^def (test_\w+)\(", CASES.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +96,9 @@ def run_cases(environment, bundles, once):
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_on_the_driver(name, run_cases):
-    judge(run_cases()[name])
+@pytest.mark.parametrize(("name", "lane"), functions(CASES))
+def test_on_the_driver(name, lane, run_cases):
+    judge(run_cases("-m", lane)[name])
 
 
 @pytest.mark.slow

@@ -269,6 +269,7 @@ def test_an_engine_that_hangs(open_service, pipe):
         assert is_right(running.post(body("after")), pipe, "after")
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_while_another_lane_fails(open_service, pipe):
     """The bundle is loaded again once the call that hangs is given up; nobody waits for it for ever."""
     over, broken = threading.Event(), threading.Event()

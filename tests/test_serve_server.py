@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from arcflow_runtime import Pipeline, RequestError, cli
-from arcflow_serve import keys, settings
+from arcflow_serve import keys, server, settings
 from arcflow_serve.encode_image import Encoding
 from arcflow_serve.settings import Settings
 from tests.conftest import SHAPES_OPTIONS
@@ -120,7 +120,9 @@ def test_files_of_keys_that_are_refused(tmp_path, monkeypatch, text, message):
 
 @pytest.fixture(scope="module")
 def impatient(bundle):
-    with serve([bundle], body_timeout_s=0.3, write_timeout_s=0.4, max_body_bytes=2000, max_connections=40) as running:
+    limits = {"body_timeout_s": 0.3, "write_timeout_s": 0.4, "max_body_bytes": 2000, "max_connections": 40}
+    with pytest.MonkeyPatch.context() as patch, serve([bundle], **limits) as running:
+        patch.setattr(server, "_LINGER_S", 1.0)
         yield running
         assert running.post(SMALL).status_code == 200
 

@@ -233,6 +233,7 @@ def test_an_engine_that_breaks_the_capture(act, library, on_gpu, plain, driver, 
     library.host_backends_before_enqueue(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "nth", "when"),
     [
@@ -257,6 +258,7 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
     assert re.match(re.escape(WITHOUT_GRAPH) + r"CUDA cannot .*: CUDA_ERROR_\w+ \(.*\)$", said[0]), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [1, 2, 3], ids=["plain", "captured", "replayed"])
 def test_every_call_may_fail(image, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right.
@@ -287,6 +289,7 @@ def test_every_call_may_fail(image, on_gpu, plain, driver):
         np.testing.assert_allclose(generate(pipe).latents, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
 def test_every_allocation_may_fail(function, on_gpu, plain, driver):
     """The error says what the memory was for, or the image is right because room was made; the next image is right."""
