@@ -15,12 +15,9 @@ from tests.compiling import STAGES, WHOLE, compile_, files, log, reached, record
 
 place = compiling.place
 #: Where there is most to lose, stopped in every way; and every other stage, killed in two ways.
-ENDS = [("calibrate", how) for how in ("both", "SIGINT", "SIGTERM")]
-ENDS += [
-    pytest.param(stage, how, marks=[pytest.mark.slow] * (stage != "calibrate"))
-    for stage in STAGES
-    for how in ("parent", "stage")
-]
+ENDS = [("calibrate", how) for how in ("both", "SIGINT")]
+OTHER_ENDS = [("calibrate", "SIGTERM"), *((stage, how) for stage in STAGES for how in ("parent", "stage"))]
+ENDS += [pytest.param(*end, marks=pytest.mark.slow) for end in OTHER_ENDS]
 
 
 def test_every_stage_runs_once(place, capsys):

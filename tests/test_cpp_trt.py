@@ -389,6 +389,7 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx(tool, nvrtc, tmp_path):
         assert b".version" in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_kernels_without_nvrtc_or_a_cache_folder(tool, nvrtc, tmp_path):
     tmp_path.joinpath("file").touch()
     path = str(tool.path)

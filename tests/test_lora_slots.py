@@ -146,6 +146,7 @@ def test_the_bits_do_not_depend_on_what_ran_before(name, bundles, slotted, files
         np.testing.assert_array_equal(draw(pipe, loras=nothing), plain)
 
 
+@pytest.mark.slow
 def test_eight_threads_with_eight_sets(slotted, files):
     """200 images: each is the one that the same request gives alone."""
     names = [f"lora{i}" for i in range(4)]

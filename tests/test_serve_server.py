@@ -130,7 +130,12 @@ def impatient(bundle):
 @pytest.mark.parametrize(
     ("sent", "status", "code", "message"),
     [
-        (head(100) + b'{"prompt":', 408, "body_timeout", "the body must arrive within 0.3 s, got 10 bytes of it"),
+        (
+            head(100, "connection: close") + b'{"prompt":',
+            408,
+            "body_timeout",
+            "the body must arrive within 0.3 s, got 10 bytes of it",
+        ),
         (b"POST /v1/images/gen", 408, "header_timeout", "the headers must arrive within 0.3 s"),
         (b"", 408, "header_timeout", "the headers must arrive within 0.3 s"),
         (
@@ -338,6 +343,18 @@ def test_a_port_that_is_taken(bundle, capsys):
     assert said.startswith(
         f"arcflow serve: error: --host and --port must be a free address of this machine, got 127.0.0.1 and {port} ("
     )
+
+
+def test_the_address_that_is_printed_can_be_connected_to(bundle, monkeypatch, capsys):
+    """Also before the server has started."""
+
+    async def connect(self, sockets):
+        with socket.create_connection(sockets[0].getsockname(), timeout=20):
+            pass
+
+    monkeypatch.setattr(server.Server, "serve", connect)
+    assert cli.main(["serve", str(bundle), "--port", "0"]) == 0
+    assert capsys.readouterr().out.startswith("serving ")
 
 
 def test_no_bundle(capsys):

@@ -122,6 +122,7 @@ def test_golden_cases(name, index, stepwise, on_gpu, driver):
     assert driver.calls("cuGraphLaunch") == (0 if stepwise else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "qwen", "conditioner"])
 def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, on_gpu, plain, driver):
     pipe = on_gpu(name)
@@ -160,6 +161,7 @@ def test_a_replay_reads_what_was_staged_for_it(on_gpu, plain, driver):
     assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, len(cases) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "jobs"), [("flux", 1), ("qwen", 2)])
 def test_a_batch_of_several_prompts(name, jobs, on_gpu, plain, driver):
     """FLUX pads its texts to one length; Qwen-Image does not, and each length has a graph of its own."""
