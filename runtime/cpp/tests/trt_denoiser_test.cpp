@@ -551,8 +551,8 @@ void test_every_call_of_a_host_engine_may_fail() {
 
 }  // namespace
 
-// "threads" runs only the test with threads; "failures" those in which each call fails once, which take longest; without
-// an argument all others run.
+// "threads" runs only the test with threads; "failures" those in which each call fails once, which take longest;
+// without an argument all others run.
 int main(int count, char **arguments) {
     const std::string_view part = count > 1 ? arguments[1] : "";
     if (part == "threads") {
