@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from arcflow_runtime.engines.gpus import find_gpu
-from tests.cpp import configure_cpp, embed
+from tests.cpp import build_target, embed
 from tests.host_cuda.build import CannotBuildError, build
 from tests.test_host_cuda import ROOT, functions, judge, read_report
 
@@ -34,9 +34,7 @@ def library(tmp_path_factory):
         pytest.skip("needs the package openvino")
     named = os.environ.get("ARCFLOW_CPP_BUILD")
     folder = Path(named or tmp_path_factory.mktemp("cpp_host_cuda"))
-    if not (folder / "CMakeCache.txt").exists():
-        configure_cpp(folder, "-DARCFLOW_OPENVINO=ON")
-    subprocess.run(["cmake", "--build", folder, "--target", "arcflow_host_cuda"], check=True)
+    build_target(folder, "arcflow_host_cuda", "-DARCFLOW_OPENVINO=ON")
     return next((folder / "tests").glob("libarcflow_host_cuda.*"))
 
 
