@@ -392,6 +392,18 @@ def test_kernels_without_nvrtc_or_a_cache_folder(tool, nvrtc, tmp_path):
     )
 
 
+def test_without_nvrtc_the_error_says_what_to_install(tool, tmp_path):
+    code, said = tool("nvrtc", "sm89", tmp_path, LD_LIBRARY_PATH="")
+    if code == 0:
+        pytest.skip("NVRTC is installed for all programs here")
+    assert said == (
+        f"{ENGINE_ERROR} NVRTC, which compiles the CUDA kernels, cannot be loaded; install the CUDA toolkit's package "
+        "cuda-nvrtc, or run `pip install nvidia-cuda-nvrtc` and name the folder of its libnvrtc.so in LD_LIBRARY_PATH; "
+        "or build this library after runtime/kernels/build.py, which needs nvcc"
+    )
+    assert not [*tmp_path.iterdir()]
+
+
 # With the headers of an SDK.
 
 
