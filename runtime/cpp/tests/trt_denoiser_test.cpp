@@ -1,6 +1,7 @@
 // Tests of the TensorRT denoiser and engine on the driver made of host memory, with engines that run on the CPU.
 //
-//   trt_denoiser_test [threads]    all tests, or only the one with threads
+//   trt_denoiser_test [threads | failures]    the tests, or only the one with threads, or those in which every call
+//                                             fails once with LoRAs and in other memory modes, which take longer
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -491,9 +492,10 @@ void test_every_call_of_a_host_engine_may_fail() {
 
 }  // namespace
 
-int main(int count, char **) {
+int main(int count, char **arguments) {
     if (count > 1) {
-        test_threads();
+        if (std::strcmp(arguments[1], "failures") == 0) test_failures_with_loras_and_modes();
+        else test_threads();
         return 0;
     }
     test_agrees_with_the_host();

@@ -235,10 +235,13 @@ void test_every_failure_in_other_modes() {
 void test_loras_and_modes() {
     test_loras();
     test_a_switch_is_one_copy();
-    test_every_failure_with_loras();
     test_kept_sets();
     test_slots_on_host_tensors();
     test_modes_give_equal_bits();
     test_what_each_mode_loads();
+}
+
+void test_failures_with_loras_and_modes() {
+    test_every_failure_with_loras();
     test_every_failure_in_other_modes();
 }

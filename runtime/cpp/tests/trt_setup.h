@@ -124,3 +124,4 @@ using namespace fake;
 
 // The tests of trt_modes_test.cpp.
 void test_loras_and_modes();
+void test_failures_with_loras_and_modes();
