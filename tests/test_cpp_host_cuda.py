@@ -20,13 +20,12 @@ from arcflow_export.checkpoint.sources import Location
 from arcflow_runtime import Bundle
 from arcflow_runtime.engines.gpus import find_gpu
 from tests.conftest import export, golden_student
-from tests.cpp import configure_cpp, embed
+from tests.cpp import build_target, embed
 from tests.host_cuda.build import CannotBuildError, build
-from tests.host_cuda.process import ROOT, case_runner, judge, names_in
+from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
 from tests.lora_slots import write_lora
 
 HERE = ROOT / "tests" / "host_cuda"
-CASES = [(path.stem, name) for path in sorted(HERE.glob("cpp_*.py")) for name in names_in(path)]
 #: A bundle with LoRA slots.
 SLOTS = {"lora_slots": ("*",), "lora_max_rank": 32}
 #: Ends a process that hangs.
@@ -40,9 +39,7 @@ def library(tmp_path_factory):
         pytest.skip("needs the package openvino")
     named = os.environ.get("ARCFLOW_CPP_BUILD")
     folder = Path(named or tmp_path_factory.mktemp("cpp_host_cuda"))
-    if not (folder / "CMakeCache.txt").exists():
-        configure_cpp(folder, "-DARCFLOW_OPENVINO=ON")
-    subprocess.run(["cmake", "--build", folder, "--target", "arcflow_host_cuda"], check=True)
+    build_target(folder, "arcflow_host_cuda", "-DARCFLOW_OPENVINO=ON")
     return next((folder / "tests").glob("libarcflow_host_cuda.*"))
 
 
@@ -76,11 +73,11 @@ def merged(bundles, once):
         export(golden_student("flux-tiny", [(Location(str(lora)), 0.8)]), folder / "bundle")
 
     folder = once("flux-tiny with a merged LoRA", make)
-    return {"lora": folder / "ink.safetensors", "merged": folder / "bundle"}
+    return {"lora": str(folder / "ink.safetensors"), "bundle": str(folder / "bundle")}
 
 
 @pytest.fixture(scope="module")
-def run_cases(environment, bundles, merged, once):
+def run_cases(environment, bundles, once, request):
     """A function (file, *pytest's arguments, **variables) that runs cases once; see `case_runner`."""
     roots = {
         "flux": bundles("flux-tiny", steps=(2, 4)),
@@ -89,17 +86,22 @@ def run_cases(environment, bundles, merged, once):
         "float16": bundles("flux-tiny", dtype="float16"),
         "slots": bundles("flux-tiny", **SLOTS),
         "qwen slots": bundles("qwen-tiny", **SLOTS),
-        **merged,
     }
     given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 
     run = case_runner(once, given, TIMEOUT_S)
-    return lambda file, *arguments, **variables: run(HERE / f"{file}.py", *arguments, **variables)
+
+    def run_file(file, *arguments, **variables):
+        if "slow" in arguments:
+            variables["HOST_CUDA_MERGED"] = json.dumps(request.getfixturevalue("merged"))
+        return run(HERE / f"{file}.py", *arguments, **variables)
+
+    return run_file
 
 
-@pytest.mark.parametrize(("file", "name"), CASES)
-def test_on_the_driver(file, name, run_cases):
-    judge(run_cases(file)[name])
+@pytest.mark.parametrize(("file", "name", "lane"), cases_in(HERE.glob("cpp_*.py")))
+def test_on_the_driver(file, name, lane, run_cases):
+    judge(run_cases(file, "-m", lane)[name])
 
 
 @pytest.mark.slow

@@ -14,10 +14,9 @@ import sys
 
 import pytest
 
-from tests.host_cuda.process import ROOT, case_runner, judge, names_in
+from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
 
 HERE = ROOT / "tests" / "host_cuda"
-CASES = [(path.stem, name) for path in sorted(HERE.glob("*_cases.py")) for name in names_in(path)]
 #: Ends a process that hangs. The longest file takes about 45 s of one core.
 TIMEOUT_S = 600
 
@@ -46,9 +45,9 @@ def run_cases(environment, bundles, once):
     return lambda file, *arguments, **variables: run(HERE / f"{file}.py", *arguments, **variables)
 
 
-@pytest.mark.parametrize(("file", "name"), CASES)
-def test_on_the_driver(file, name, run_cases):
-    judge(run_cases(file)[name])
+@pytest.mark.parametrize(("file", "name", "lane"), cases_in(HERE.glob("*_cases.py")))
+def test_on_the_driver(file, name, lane, run_cases):
+    judge(run_cases(file, "-m", lane)[name])
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ As cpp_images.py, whose fixtures it uses. The counterparts in Python are lora_ca
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +78,7 @@ def named(loras, scales):
 # LoRAs ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("name", ["slots", "qwen slots"])
 def test_images_with_loras_are_those_of_the_cpu(name, memory, on_gpu, plain, opened):  # noqa: F811
@@ -89,18 +92,21 @@ def test_images_with_loras_are_those_of_the_cpu(name, memory, on_gpu, plain, ope
         np.testing.assert_array_equal(image, found.setdefault(str(scales), image))
 
 
-def test_a_golden_case_is_that_of_the_merged_export(on_gpu, plain, tmp_path):  # noqa: F811
-    """Also plain, captured and replayed."""
+@pytest.mark.slow
+def test_a_golden_case_is_that_of_the_merged_export(library, on_gpu, tmp_path):  # noqa: F811
+    """Plain, captured and replayed; and without the LoRA it is the reference's."""
+    made = json.loads(os.environ["HOST_CUDA_MERGED"])
     case = json.loads((GOLDEN / "flux-tiny" / "cases.json").read_text())[0]
     reference = load_file(GOLDEN / "flux-tiny" / "case0.safetensors")
     given = {n: case[n] for n in ("height", "width", "max_sequence_length", "guidance_scale") if n in case}
     given |= {"prompts": [case["prompt"]], "num_inference_steps": case["nfe"], "seeds": [case["seed"]]}
     manifest = Bundle.open(ROOTS["slots"]).manifest
     path = tmp_path / "ink.safetensors"
-    write_converted(path, open_lora(ROOTS["lora"], "ink", manifest), manifest)
-    pipe = on_gpu("slots")
+    write_converted(path, open_lora(Path(made["lora"]), "ink", manifest), manifest)
+    pipe, other = on_gpu("slots"), embed.Pipeline(library, made["bundle"], backend=b"openvino", threads=1)
     lora = pipe.open_lora(path)
-    merged = generate(plain("merged"), **given).latents
+    merged = generate(other, **given).latents
+    other.close()
     close(generate(pipe, **given).latents, reference[f"step{case['nfe'] - 1}.latents"])
     for _ in range(3):
         found = generate(pipe, loras=[(lora, 0.8)], **given).latents
@@ -123,6 +129,7 @@ def test_a_switch_is_one_copy_before_the_launch(on_gpu, opened, driver):  # noqa
     assert not [call for call in driver.log() if "Alloc" in call]
 
 
+@pytest.mark.slow
 def test_threads_with_sets_of_their_own(on_gpu, plain, opened):  # noqa: F811
     pipe, cpu = on_gpu("slots"), plain("slots")
     ours, theirs = opened(pipe, "slots"), opened(cpu, "slots")
@@ -172,6 +179,7 @@ def sums_of(name, size):
     return make_sums(m, size, TENSORRT, weights_of(m), {p: 64 * int(np.prod(shape)) for p, shape in firsts.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "qwen", "conditioner", "float16"])
 def test_images_are_equal_in_all_modes(name, weighed):
     """Plain, captured and replayed, also after a new prompt, guidance scale, number of steps and batch."""
@@ -234,6 +242,7 @@ def test_the_mode_follows_from_the_free_memory(name, library, weighed, driver, c
             assert all(("generate smaller images" in line) == (room < peaks[2]) for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MODES)
 def test_the_memory_of_the_sums_is_enough(memory, weighed, driver):
     sums = sums_of("flux", ImageSize(1, 32, 48, TOKENS, 2))
@@ -243,6 +252,7 @@ def test_the_memory_of_the_sums_is_enough(memory, weighed, driver):
         generate(pipe, prompts=[prompt], skip_decode=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MODES)
 def test_threads_in_each_mode(memory, weighed):
     """An image has the same bits whichever prompts other threads bring their encoders for."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,9 +18,19 @@ ROOT = Path(__file__).parent.parent.parent
 Report = dict[str, list[tuple[str, str, bool]]]
 
 
-def names_in(path: Path) -> list[str]:
-    """The names of the test functions in a file."""
-    return re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+def functions(path):
+    """The test functions of a file of cases as pytest's parameters, those that it marks slow marked too."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            slow = any(ast.unparse(d) == "pytest.mark.slow" for d in node.decorator_list)
+            yield pytest.param(node.name, "slow" if slow else "not slow", marks=[pytest.mark.slow] * slow, id=node.name)
+
+
+def cases_in(paths):
+    """As `functions`, of several files, with the name of each file before."""
+    for path in sorted(paths):
+        for case in functions(path):
+            yield pytest.param(path.stem, *case.values, marks=case.marks, id=f"{path.stem}-{case.id}")
 
 
 def case_runner(once, environment: Mapping[str, str], timeout_s: float) -> Callable[..., Report]:

@@ -35,22 +35,21 @@ if(ARCFLOW_SANITIZE STREQUAL "thread")
     add_test(NAME trt_denoiser COMMAND trt_denoiser_test threads)
 else()
     add_test(NAME trt_denoiser COMMAND trt_denoiser_test)
-endif()
-# A minute long, so only where the tests are slow anyway.
-if(ARCFLOW_SANITIZE MATCHES "address")
     add_test(NAME trt_denoiser_failures COMMAND trt_denoiser_test failures)
-    set(host_cuda_slow trt_denoiser_failures)
+    set_tests_properties(trt_denoiser_failures PROPERTIES LABELS slow)
+    list(APPEND on_host_cuda trt_denoiser_failures)
 endif()
+list(APPEND on_host_cuda trt_denoiser)
 if(host_cuda_missing)
-    message(STATUS "the test trt_denoiser is disabled: ${host_cuda_why}")
-    set_tests_properties(trt_denoiser ${host_cuda_slow} PROPERTIES DISABLED ON)
+    message(STATUS "tests on the driver made of host memory are disabled: ${host_cuda_why}")
+    set_tests_properties(${on_host_cuda} PROPERTIES DISABLED ON)
 else()
     add_custom_command(OUTPUT ${host_cuda_folder}/libcuda.so.1
                        COMMAND ${ARCFLOW_PYTHON} ${host_cuda}/build.py ${host_cuda_folder}
                        DEPENDS ${host_cuda_sources} VERBATIM)
     add_custom_target(host_cuda DEPENDS ${host_cuda_folder}/libcuda.so.1)
     add_dependencies(trt_denoiser_test host_cuda)
-    set_tests_properties(trt_denoiser ${host_cuda_slow} PROPERTIES ENVIRONMENT "LD_LIBRARY_PATH=${host_cuda_folder}")
+    set_tests_properties(${on_host_cuda} PROPERTIES ENVIRONMENT "LD_LIBRARY_PATH=${host_cuda_folder}")
 endif()
 
 # The whole library on that driver, with OpenVINO in the place of a GPU's engines: tests/test_cpp_host_cuda.py.

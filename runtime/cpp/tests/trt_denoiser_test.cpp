@@ -1,12 +1,12 @@
 // Tests of the TensorRT denoiser and engine on the driver made of host memory, with engines that run on the CPU.
 //
-//   trt_denoiser_test [threads | failures]    the tests, or only the one with threads, or those in which every call
-//                                             fails once with LoRAs and in other memory modes, which take longer
+//   trt_denoiser_test [threads | failures]
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -492,10 +492,19 @@ void test_every_call_of_a_host_engine_may_fail() {
 
 }  // namespace
 
+// "threads" runs only the test with threads; "failures" those in which each call fails once, which take longest;
+// without an argument all others run.
 int main(int count, char **arguments) {
-    if (count > 1) {
-        if (std::strcmp(arguments[1], "failures") == 0) test_failures_with_loras_and_modes();
-        else test_threads();
+    const std::string_view part = count > 1 ? arguments[1] : "";
+    if (part == "threads") {
+        test_threads();
+        return 0;
+    }
+    if (part == "failures") {
+        test_every_call_may_fail();
+        test_every_allocation_may_fail();
+        test_every_call_of_a_host_engine_may_fail();
+        test_failures_with_loras_and_modes();
         return 0;
     }
     test_agrees_with_the_host();
@@ -506,8 +515,6 @@ int main(int count, char **arguments) {
     test_a_refused_capture_falls_back();
     test_an_engine_that_throws_in_a_capture();
     test_a_job_that_fails_half_way();
-    test_every_call_may_fail();
-    test_every_allocation_may_fail();
     test_out_of_memory_is_a_sentence();
     test_plans_make_room_for_a_host_engine();
     test_work_that_fails_on_the_device();
@@ -520,7 +527,6 @@ int main(int count, char **arguments) {
     test_jobs_that_do_not_fit();
     test_an_engine_on_host_tensors();
     test_a_conditioner_on_host_tensors_in_pieces();
-    test_every_call_of_a_host_engine_may_fail();
     test_loras_and_modes();
     std::puts("ok");
     return 0;
