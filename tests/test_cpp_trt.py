@@ -168,7 +168,9 @@ def both(tool, bundle, host=HOST, part="backbone", check="fast"):
     except EngineError:
         assert code == 1 and said.startswith(f"{ENGINE_ERROR} ")
     else:
-        assert (code, said) == (0, f"{found.path} {found.record.bytes}")
+        record = found.record
+        facts = (found.path, record.bytes, int(record.allocates_when_run), *(record.activation_bytes or ()))
+        assert (code, said) == (0, " ".join(map(str, facts)))
     return said
 
 
@@ -181,6 +183,12 @@ def test_an_engine_is_found(tool, bundle):
     put(bundle, make_key(bundle, target="sm120"))
     put(bundle, make_key(bundle, part="vae_decoder"))
     says(tool, bundle, str(built.path), check="full")
+
+
+def test_what_a_record_says_of_memory(tool, bundle):
+    built = put(bundle, make_key(bundle))
+    edit(bundle, lambda r: r.update(activation_bytes=[7 << 40], allocates_when_run=True))
+    says(tool, bundle, f"{built.path} {built.record.bytes} 1 {7 << 40}")
 
 
 def test_a_record_of_version_1_is_read(tool, bundle):
