@@ -98,7 +98,7 @@ class Ingress:
 
         models = describe_models(bundles, settings)
         engine = RemoteEngine(models, settings, call, (RayActorError,), lambda: replicas.running)
-        self._app = create_app(engine, settings)
+        self._app = create_app(engine, settings, behind_ray=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
