@@ -1,4 +1,4 @@
-"""Jobs that other processes generate: retries, limits and deadlines, with replicas that are services of this process."""
+"""Jobs that other processes generate: retries, limits and deadlines, with replicas that follow a script."""
 
 from __future__ import annotations
 
