@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def install(folder: Path) -> Path:
-    """Copy the server to `folder`, and beside its backend, where it looks for it, the stub for this version of Python."""
+    """Copy the server to `folder`, and the stub for this version of Python to where the server looks for it."""
     source = Path(pytriton.__file__).parent / "tritonserver"
     stubs = source / "python_backend_stubs"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(stubs.name))

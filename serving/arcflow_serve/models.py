@@ -235,11 +235,12 @@ def describe_models(paths: Sequence[Path], settings: Settings) -> dict[str, Mode
         bundle = Bundle.open(path)
         files = settings.loras if bundle.manifest.slots() else ()
 
-        def load(path: Path = path, files: tuple[Path, ...] = files) -> Pipeline:
+        def load(path: Path = path, bundle: Bundle = bundle, files: tuple[Path, ...] = files) -> Pipeline:
             pipeline = Pipeline.load(path, settings.backend, settings.memory, threads=settings.engine_threads)
             try:
                 for file in files:
                     pipeline.load_lora(file)
+                _warm_up(pipeline, bundle, settings)
             except BaseException:
                 pipeline.close()
                 raise
@@ -251,3 +252,15 @@ def describe_models(paths: Sequence[Path], settings: Settings) -> dict[str, Mode
             "--lora needs a bundle with LoRA slots, and none has any; export with --lora-slots, or merge with --lora"
         )
     return models
+
+
+def _warm_up(pipeline: Pipeline, bundle: Bundle, settings: Settings) -> None:
+    """Generate every size with every batch size once.
+
+    Raises:
+        RequestError: the bundle has no such size.
+    """
+    for width, height in settings.warm_up:
+        for count in range(1, min(settings.max_batch, bundle.manifest.ranges.batch.max) + 1):
+            pipeline([""] * count, height=height, width=width, seed=list(range(count)))
+    pipeline.clear_cache()
