@@ -1,4 +1,4 @@
-"""Servers with environments of their own, Ray and Triton: make the environment, and start a benchmark's server in it."""
+"""Servers with environments of their own, Ray and Triton: make the environment, and start the server in it."""
 
 from __future__ import annotations
 
