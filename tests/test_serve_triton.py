@@ -110,7 +110,7 @@ def triton(python, bundle, tmp_path_factory):
 
 
 def client(python: Path, triton, *cases: dict) -> list:
-    """Send requests at once, each in its protocol; answers have shape, pixels in hex, seeds, batch sizes or an error."""
+    """Send requests at once, each in its protocol; answers have shape, pixels, seeds and batch sizes, or an error."""
     grpc = triton.line.split(" on ")[1].split(",")[0]
     asked = json.dumps({"http": triton.url.removeprefix("http://"), "grpc": grpc, "cases": cases})
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
