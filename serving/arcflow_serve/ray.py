@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
@@ -136,15 +136,14 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     given = dict(arguments)
     bundles = _bundles(given.pop("bundle", None))
     keys = read_keys(Path(given.pop("api_keys")) if "api_keys" in given else None)
-    names = {c: {f.name for f in dataclasses.fields(c)} for c in (Scale, Settings)}
+    known = [field.name for kind in (Scale, Settings) for field in dataclasses.fields(kind)]
     for name in given:
-        if not any(name in known for known in names.values()):
-            close = difflib.get_close_matches(name, [*names[Scale], *names[Settings], "bundle"], 1)
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, "bundle"], 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise RequestError(f"unknown argument {name!r} of arcflow_serve.ray:application{hint}")
-    scale = _parse(Scale, given, names[Scale])
-    settings = dataclasses.replace(_parse(Settings, given, names[Settings]), api_keys=keys)
-    return _build(bundles, settings, scale)
+    settings = dataclasses.replace(_parse(Settings, given), api_keys=keys)
+    return _build(bundles, settings, _parse(Scale, given))
 
 
 def _bundles(given: Any) -> list[Path]:
@@ -154,14 +153,16 @@ def _bundles(given: Any) -> list[Path]:
     return [Path(path).absolute() for path in ([given] if isinstance(given, (str, Path)) else given)]
 
 
-def _parse(kind: Any, given: Mapping[str, Any], names: set[str]) -> Any:
-    try:
-        return TypeAdapter(kind).validate_python({name: given[name] for name in given if name in names})
-    except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        message = first["msg"].replace("Input should be ", "")
-        where = ".".join(str(x) for x in first["loc"])
-        raise RequestError(f"{where} must be {message}, got {first['input']!r}") from None
+def _parse(kind: type[Any], given: Mapping[str, Any]) -> Any:
+    """A dataclass of the arguments that are its fields, converted from text where they are text."""
+    types, values = get_type_hints(kind), {}
+    for name in given.keys() & types.keys():
+        try:
+            values[name] = TypeAdapter(types[name]).validate_python(given[name])
+        except ValidationError as e:
+            message = e.errors(include_url=False)[0]["msg"].replace("Input should be ", "")
+            raise RequestError(f"{name} must be {message}, got {given[name]!r}") from None
+    return kind(**values)
 
 
 def _build(bundles: list[Path], settings: Settings, scale: Scale) -> serve.Application:
