@@ -60,6 +60,13 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runt
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,serve,tensorrt-rtx,cpp,gpu,dev,docs]"
 	@touch $@
 
+# Ray and Triton's server have environments of their own, in which the tests and benchmarks of the service run them: Ray
+# is half a gigabyte, and the server needs an older numpy. The tests call this rule.
+build/%/.installed: pyproject.toml setup.py constraints.txt constraints-%.txt
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/pip install --quiet --no-compile --constraint constraints-$*.txt --editable ".[$*]"
+	@touch $@
+
 demo: PRECISION := $(or $(PRECISION),fp32)
 demo: BACKEND := onnxruntime
 demo: engine

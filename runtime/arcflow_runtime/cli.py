@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": "arcflow_calibration.commands.calibrate",
     "generate": "arcflow_runtime.commands.generate",
     "serve": "arcflow_serve.commands.serve",
+    "triton": "arcflow_serve.commands.triton",
     "quantize": "arcflow_export.commands.quantize",
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",

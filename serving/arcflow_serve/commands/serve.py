@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRA that requests may use, named after its file; repeatable; for bundles with LoRA slots",
     )
     parser.add_argument(
+        "--warm-up",
+        action="append",
+        default=[],
+        type=_size,
+        metavar="WIDTHxHEIGHT",
+        help="generate this size in all batch sizes before the service is ready; repeatable; for a GPU",
+    )
+    parser.add_argument(
         "--lanes", type=int, default=default.lanes, help="batches generated at a time (default: 2, or 1 on one core)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads of each lane (default: the cores shared by the lanes)")
@@ -79,6 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels such as 1024x768, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal, or check the service."""
     settings = _settings(args)
@@ -101,6 +117,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         backend=args.backend,
         memory=args.memory,
         loras=tuple(args.lora),
+        warm_up=tuple(args.warm_up),
         lanes=args.lanes,
         threads=args.threads,
         max_batch=args.max_batch,
