@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from arcflow_export.errors import ExportError
 from arcflow_export.pipeline.stages import CALIBRATE, CompileJob, plan_stages
 from arcflow_runtime.cli import check_usage
+from arcflow_runtime.disk.quant_formats import BY_OPTION, FORMATS
 from arcflow_runtime.errors import EngineError, RequestError
 
 #: (module, package to install, stage that needs it or None for all) of the libraries that stages need.
@@ -29,7 +30,7 @@ def check_job(job: CompileJob) -> None:
             raise ExportError(
                 f"{name or 'arcflow compile'} needs {module}, which is not installed; run: pip install '{package}'"
             )
-    if job.precision == "fp8" and (policy := job.policy or job.student.policy) is not None:
+    if job.precision in BY_OPTION and (policy := job.policy or job.student.policy) is not None:
         from arcflow_export.formats.policy import load_policy
 
         load_policy(policy)
@@ -38,7 +39,7 @@ def check_job(job: CompileJob) -> None:
 
 
 def _check_target(job: CompileJob) -> None:
-    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
+    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
@@ -59,6 +60,13 @@ def _check_target(job: CompileJob) -> None:
         elif gpu is not None and target != gpu.target:
             raise RequestError(f"--target must be {gpu.target} for {job.backend} on this {gpu.name}, got {target!r}")
         capability = int(target.removeprefix("sm"))
-        least = {"fp8": FIRST_WITH_FP8, "bf16": FIRST_WITH_BFLOAT16}.get(job.precision, 0)
+        least = FIRST_WITH_BFLOAT16 if job.precision == "bf16" else 0
+        if job.precision in BY_OPTION:
+            first = FORMATS[BY_OPTION[job.precision]].first_sm
+            if first is None:
+                raise RequestError(
+                    f"--precision {job.precision} is for CPUs, got --target {target}; leave --target out"
+                )
+            least = first
         if capability < least:
             raise RequestError(f"--precision {job.precision} must be built for sm{least} or newer, got {target}")
