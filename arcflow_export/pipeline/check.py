@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from arcflow_export.errors import ExportError
 from arcflow_export.pipeline.stages import CALIBRATE, CompileJob, plan_stages
 from arcflow_runtime.cli import check_usage
-from arcflow_runtime.disk.quant_formats import BY_OPTION, FORMATS
 from arcflow_runtime.errors import EngineError, RequestError
 
 #: (module, package to install, stage that needs it or None for all) of the libraries that stages need.
@@ -30,7 +29,7 @@ def check_job(job: CompileJob) -> None:
             raise ExportError(
                 f"{name or 'arcflow compile'} needs {module}, which is not installed; run: pip install '{package}'"
             )
-    if job.precision in BY_OPTION and (policy := job.policy or job.student.policy) is not None:
+    if job.quantized is not None and (policy := job.chosen_policy) is not None:
         from arcflow_export.formats.policy import load_policy
 
         load_policy(policy)
@@ -43,6 +42,11 @@ def _check_target(job: CompileJob) -> None:
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
+    if job.quantized is not None and job.quantized.first_sm is None:
+        raise RequestError(
+            f"--precision {job.precision} is for CPUs, got --backend {job.backend}; leave --backend and --target out, "
+            "or give --precision fp8"
+        )
     library, gpu = LIBRARIES[job.backend], find_gpu()
     if find_spec(library.module) is None:
         raise EngineError(f"{library.name} is not installed; run: pip install '{library.package}'")
@@ -61,12 +65,8 @@ def _check_target(job: CompileJob) -> None:
             raise RequestError(f"--target must be {gpu.target} for {job.backend} on this {gpu.name}, got {target!r}")
         capability = int(target.removeprefix("sm"))
         least = FIRST_WITH_BFLOAT16 if job.precision == "bf16" else 0
-        if job.precision in BY_OPTION:
-            first = FORMATS[BY_OPTION[job.precision]].first_sm
-            if first is None:
-                raise RequestError(
-                    f"--precision {job.precision} is for CPUs, got --target {target}; leave --target out"
-                )
-            least = first
+        if job.quantized is not None:
+            assert job.quantized.first_sm is not None, "formats for CPUs are refused above"
+            least = job.quantized.first_sm
         if capability < least:
             raise RequestError(f"--precision {job.precision} must be built for sm{least} or newer, got {target}")
