@@ -169,8 +169,8 @@ def _probe(model: ir.Model, candidate: Mapping[str, GraphLinear], layers: list[s
         graft = _Graft(graph, known)
         if theirs.source not in known:
             known[theirs.source] = graft.cast(ours.source, theirs.source.dtype)
-        output = graft.cast(graft.copy(theirs.node.outputs[0]), ir.DataType.FLOAT)
-        reference = graft.cast(ours.node.outputs[0], ir.DataType.FLOAT)
+        output = graft.cast(graft.copy(theirs.output), ir.DataType.FLOAT)
+        reference = graft.cast(ours.output, ir.DataType.FLOAT)
         difference = graft.node("Sub", [output, reference])
         for i, value in enumerate((difference, reference)):
             square = graft.node("Flatten", [graft.node("Mul", [value, value])])

@@ -20,7 +20,13 @@ from arcflow_export.errors import SourceError
 from arcflow_export.models.layers import Parameter
 from arcflow_runtime.disk.manifest import FileEntry
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+}
 #: Tensor data starts at a multiple of this, so that a mapped file is aligned for any dtype.
 _ALIGNMENT = 4096
 #: Pages are dropped from the page cache each time that this many bytes have been written; see `tensors.uncache`.

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from arcflow_export.errors import QuantizeError
+from arcflow_export.families import facts
 from arcflow_export.formats.thresholds import Thresholds
+from arcflow_runtime.disk.families import Family
 from arcflow_runtime.disk.manifest import QuantFormat, seal
 from arcflow_runtime.disk.parse import parse
+from arcflow_runtime.disk.quant_formats import BY_OPTION
 from arcflow_runtime.errors import BundleError
 
 if sys.version_info >= (3, 11):
@@ -64,8 +67,18 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
 
 
-def load_policy(name_or_path: str) -> QuantizationPolicy:
+def default_policy(family: Family, option: str | None) -> str:
+    """The family's preset for a format, given by its name on the command line: `flux` for FP8, `flux-int8` for int8."""
+    name = facts(family).policy
+    return name if option in (None, "fp8") else f"{name}-{option}"
+
+
+def load_policy(name_or_path: str, option: str | None = None) -> QuantizationPolicy:
     """Read a preset by its bare name, or a TOML file.
+
+    Args:
+        name_or_path: a preset, or a path that ends in .toml.
+        option: a format by its name on the command line, in place of the file's own.
 
     Raises:
         QuantizeError: the preset or file does not exist, it is not valid TOML, or a key is unknown, missing or out of
@@ -94,7 +107,7 @@ def load_policy(name_or_path: str) -> QuantizationPolicy:
     except BundleError as e:
         raise QuantizeError(str(e)) from None
     _check(policy, name_or_path)
-    return policy
+    return policy if option is None else dataclasses.replace(policy, format=BY_OPTION[option])
 
 
 def select(policy: PartPolicy, part: str, linears: Sequence[str]) -> tuple[str, ...]:

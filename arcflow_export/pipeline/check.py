@@ -29,7 +29,7 @@ def check_job(job: CompileJob) -> None:
             raise ExportError(
                 f"{name or 'arcflow compile'} needs {module}, which is not installed; run: pip install '{package}'"
             )
-    if job.precision == "fp8" and (policy := job.policy or job.student.policy) is not None:
+    if job.quantized is not None and (policy := job.chosen_policy) is not None:
         from arcflow_export.formats.policy import load_policy
 
         load_policy(policy)
@@ -38,10 +38,15 @@ def check_job(job: CompileJob) -> None:
 
 
 def _check_target(job: CompileJob) -> None:
-    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
+    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
+    if job.quantized is not None and job.quantized.first_sm is None:
+        raise RequestError(
+            f"--precision {job.precision} is for CPUs, got --backend {job.backend}; leave --backend and --target out, "
+            "or give --precision fp8"
+        )
     library, gpu = LIBRARIES[job.backend], find_gpu()
     if find_spec(library.module) is None:
         raise EngineError(f"{library.name} is not installed; run: pip install '{library.package}'")
@@ -59,6 +64,9 @@ def _check_target(job: CompileJob) -> None:
         elif gpu is not None and target != gpu.target:
             raise RequestError(f"--target must be {gpu.target} for {job.backend} on this {gpu.name}, got {target!r}")
         capability = int(target.removeprefix("sm"))
-        least = {"fp8": FIRST_WITH_FP8, "bf16": FIRST_WITH_BFLOAT16}.get(job.precision, 0)
+        least = FIRST_WITH_BFLOAT16 if job.precision == "bf16" else 0
+        if job.quantized is not None:
+            assert job.quantized.first_sm is not None, "formats for CPUs are refused above"
+            least = job.quantized.first_sm
         if capability < least:
             raise RequestError(f"--precision {job.precision} must be built for sm{least} or newer, got {target}")

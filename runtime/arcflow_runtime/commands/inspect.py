@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
+
 if TYPE_CHECKING:
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.disk.manifest import Manifest, Part, TensorSpec
@@ -80,8 +82,8 @@ def _part_bytes(manifest: Manifest, part: Part) -> int:
     return sum(manifest.files[name].bytes for name in {part.graph, part.weights})
 
 
-def _fp8_parameters(bundle: Bundle, part: Part) -> int:
-    """Number of weight elements in FP8, read from the header of the weights file."""
+def _quantized_parameters(bundle: Bundle, part: Part) -> int:
+    """Number of quantised weight elements, read from the header of the weights file."""
     if part.quantization is None:
         return 0
     from safetensors import SafetensorError, safe_open
@@ -94,7 +96,7 @@ def _fp8_parameters(bundle: Bundle, part: Part) -> int:
             shapes = [f.get_slice(f"{layer}.weight").get_shape() for layer in part.quantization.layers]
     except SafetensorError as e:
         raise BundleError(
-            f"{path} does not hold the weights that the manifest says are in FP8 ({e}); export again"
+            f"{path} does not hold the weights that the manifest says are quantised ({e}); export again"
         ) from None
     return sum(math.prod(shape) for shape in shapes)
 
@@ -102,17 +104,18 @@ def _fp8_parameters(bundle: Bundle, part: Part) -> int:
 def _precision(bundle: Bundle, part: Part) -> str:
     if part.quantization is None:
         return part.precision
-    share = _fp8_parameters(bundle, part) / max(1, part.parameters)
-    return f"{part.precision}, {len(part.quantization.layers)} linears in FP8 ({share:.1%} of the parameters)"
+    share = _quantized_parameters(bundle, part) / max(1, part.parameters)
+    titles = " and ".join(FORMATS[name].title for name in formats_of(part))
+    return f"{part.precision}, {len(part.quantization.layers)} linears in {titles} ({share:.1%} of the parameters)"
 
 
 def _describe(bundle: Bundle) -> dict[str, object]:
-    """The manifest as a dict, plus each part's bytes and FP8 parameters, the sigmas, the total size and the engines."""
+    """The manifest as a dict, plus each part's bytes and quantised parameters, the sigmas, the size and the engines."""
     m = bundle.manifest
     data = dataclasses.asdict(m)
     for name, part in m.parts.items():
         data["parts"][name]["bytes"] = _part_bytes(m, part)
-        data["parts"][name]["fp8_parameters"] = _fp8_parameters(bundle, part)
+        data["parts"][name]["quantized_parameters"] = _quantized_parameters(bundle, part)
     data["schedule"]["sigmas"] = _sigmas(m)
     data["bytes"] = sum(entry.bytes for entry in m.files.values())
     data["engines"] = _engines(bundle)

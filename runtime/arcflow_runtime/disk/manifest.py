@@ -15,8 +15,8 @@ from typing import Any, Literal
 from arcflow_runtime.disk.families import Family
 
 FORMAT = "arcflow-bundle"
-#: The version of a bundle without LoRA slots, and of one with them.
-PLAIN_VERSION, LORA_VERSION = VERSIONS = (1, 2)
+#: The version of a bundle with nothing new, of one with LoRA slots (B14), and of one with other formats than FP8 (B15).
+PLAIN_VERSION, LORA_VERSION, FORMATS_VERSION = VERSIONS = (1, 2, 3)
 MANIFEST = "manifest.json"
 #: Key of the modulation table in a manifest; its slots are listed under this name beside those of the parts.
 MODULATION = "modulation"
@@ -31,7 +31,7 @@ RANK_MULTIPLE = 8
 MAX_RANK = 1024
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
-QuantFormat = Literal["fp8_e4m3"]
+QuantFormat = Literal["fp8_e4m3", "int8"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,26 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The linear layers of a part that are in FP8 (B12), by name.
+    """The quantised linears of a part (B12), by name.
 
-    `policy` and `scales` are the SHA-256 of the policy that chose the layers and of the scales file.
+    `policy` and `scales` are the SHA-256 of the policy that chose the layers and of the scales file; `scales` is None
+    if no format needs calibration. `formats` has the format of layers that are not in `format`, or is None (B15).
     """
 
     format: QuantFormat
     layers: tuple[str, ...]
     policy: str
-    scales: str
+    scales: str | None
+    formats: Mapping[str, QuantFormat] | None = None
+
+    def format_of(self, layer: str) -> QuantFormat:
+        """The format of one of `layers`."""
+        return (self.formats or {}).get(layer, self.format)
+
+    @property
+    def plain(self) -> bool:
+        """True if versions 1 and 2 can state it."""
+        return self.format == "fp8_e4m3" and self.formats is None and self.scales is not None
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Part:
     """One ONNX graph of the bundle with its weights, such as the backbone.
 
     `precision` is the dtype of its floating-point inputs, outputs and arithmetic; the linears that `quantization` lists
-    are computed in FP8. `inputs` are those of B9; the slots of `lora` are inputs as well.
+    are quantised. `inputs` are those of B9; the slots of `lora` are inputs as well.
     """
 
     graph: str
@@ -267,22 +278,33 @@ class Manifest:
         found = {name: part.lora for name, part in self.parts.items()} | {MODULATION: table}
         return {name: slots for name, slots in found.items() if slots is not None}
 
+    @property
+    def needed_version(self) -> int:
+        """The version that the contents need: the oldest one whose readers can read them."""
+        if any(part.quantization is not None and not part.quantization.plain for part in self.parts.values()):
+            return FORMATS_VERSION
+        return LORA_VERSION if self.slots() else PLAIN_VERSION
+
     def to_json(self) -> str:
         """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
-        if self.version == PLAIN_VERSION:
-            for place, keys in lora_keys(data):
-                for key in keys:
-                    del place[key]
+        for place, keys in newer_keys(data):
+            for key in keys:
+                del place[key]
         data = {"format": data.pop("format"), "version": data.pop("version")} | data
         return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
 
 
-def lora_keys(data: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
-    """The objects of a decoded manifest that have keys of `LORA_VERSION`, each with these keys."""
-    found = [(part, ["lora"]) for part in data["parts"].values()]
-    if data["modulation"] is not None:
-        found.append((data["modulation"], ["lora", "columns"]))
+def newer_keys(data: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
+    """The objects of a decoded manifest that have keys of a later version than its own, each with these keys."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    if data["version"] < LORA_VERSION:
+        found += [(part, ["lora"]) for part in data["parts"].values()]
+        if data["modulation"] is not None:
+            found.append((data["modulation"], ["lora", "columns"]))
+    if data["version"] < FORMATS_VERSION:
+        quantized = (part.get("quantization") for part in data["parts"].values())
+        found += [(q, ["formats"]) for q in quantized if q is not None]
     return found
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part, TensorSpec
+from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
 from arcflow_runtime.engines.host_memory import available_bytes
 from arcflow_runtime.engines.modes import OPENVINO, OPENVINO_WIDENED
@@ -95,17 +96,16 @@ class OpenVinoBackend:
         self._capabilities = frozenset(self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
 
     def check(self, bundle: Bundle) -> None:
-        """Check that no part is in FP8, and say it if a part's precision is not the one that it computes in.
+        """Check that no part is in a format that it rounds wrongly, and log which parts it computes in float32.
 
         Raises:
-            EngineError: a part is quantised to FP8; the message names it.
+            EngineError: a part is quantised to such a format; the message names it.
         """
         parts = bundle.manifest.parts
         for name, part in parts.items():
-            if part.quantization is not None:
-                # OpenVINO rounds to FP8 through float16, so not always to the nearest value (B12).
+            for wrong in (FORMATS[f] for f in formats_of(part) if "openvino" not in FORMATS[f].on_cpu):
                 raise EngineError(
-                    f"{name} is quantised to FP8, which OpenVINO does not round correctly on a CPU; "
+                    f"{name} is quantised to {wrong.title}, which OpenVINO does not round correctly on a CPU; "
                     "use the bundle that it was quantised from, or --backend onnxruntime"
                 )
         for precision in sorted({p.precision for p in parts.values()} - {"float32"}):
