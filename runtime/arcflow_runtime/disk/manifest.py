@@ -229,7 +229,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the bundle was made, for information only; nothing is loaded by it."""
+    """How the bundle was made, for information only; nothing is loaded by it.
+
+    `vae` is the VAE that was given in place of the base's, or None.
+    """
 
     command: str
     created: str
@@ -237,6 +240,7 @@ class Provenance:
     base: Source
     adapter: Source
     loras: tuple[Source, ...] = ()
+    vae: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +274,8 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
+        if self.provenance.vae is None:
+            del data["provenance"]["vae"]
         if self.version == PLAIN_VERSION:
             for place, keys in lora_keys(data):
                 for key in keys:
