@@ -201,6 +201,7 @@ def _facts(m: Manifest) -> list[str]:
         "base": _source(p.base.name, p.base.revision),
         "adapter": _source(p.adapter.name, p.adapter.revision),
         "loras": loras,
+        **({} if p.vae is None else {"vae": _source(p.vae.name, p.vae.revision)}),
         "made": f"{p.created} by {', '.join(f'{k} {v}' for k, v in p.tools.items())}",
         "command": p.command,
     }

@@ -240,7 +240,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the bundle was made, for information only; nothing is loaded by it."""
+    """How the bundle was made, for information only; nothing is loaded by it.
+
+    `vae` is the VAE that was given in place of the base's, or None.
+    """
 
     command: str
     created: str
@@ -248,6 +251,7 @@ class Provenance:
     base: Source
     adapter: Source
     loras: tuple[Source, ...] = ()
+    vae: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -288,6 +292,8 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
+        if self.provenance.vae is None:
+            del data["provenance"]["vae"]
         for place, keys in newer_keys(data):
             for key in keys:
                 del place[key]
