@@ -20,20 +20,24 @@ class FormatFacts:
         calibrated: True if its input scales come from `arcflow calibrate`.
         first_sm: the first compute capability that TensorRT and TensorRT-RTX build it for; None if they do not.
         on_cpu: the CPU backends that compute it as B12 says.
+        opset: the first ONNX opset with its operators and types.
     """
 
-    option: Literal["fp8", "int8"]
+    option: Literal["fp8", "int8", "nvfp4"]
     title: str
     weight_bits: int
     calibrated: bool
     first_sm: int | None
     on_cpu: tuple[str, ...]
+    opset: int = 20
 
 
 FORMATS: Mapping[QuantFormat, FormatFacts] = {
     # OpenVINO rounds to E4M3 through float16, so not always to the nearest value.
     "fp8_e4m3": FormatFacts("fp8", "FP8", 8, True, 89, ("onnxruntime",)),
     "int8": FormatFacts("int8", "int8", 8, False, None, ("onnxruntime", "openvino")),
+    # A byte of scale for every 16 weights: 4.5 bits a weight in all.
+    "nvfp4": FormatFacts("nvfp4", "NVFP4", 4, True, 100, (), 23),
 }
 #: Name on the command line -> format.
 BY_OPTION: Mapping[str, QuantFormat] = {facts.option: name for name, facts in FORMATS.items()}
