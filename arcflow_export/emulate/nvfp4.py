@@ -51,15 +51,17 @@ class _Lowering:
         return node.outputs[0]
 
     def replace(self, *outputs: ir.Value) -> None:
-        """Insert the nodes, and give their outputs to the readers of the replaced node's."""
+        """Insert the nodes, give their outputs to the readers of the replaced node's, and remove that node."""
         self._graph.insert_before(self._node, self._nodes)
         for old, new in zip(self._node.outputs, outputs, strict=True):
             new.shape = old.shape
             # The cast to the linear's precision is left out, because the value must not be rounded.
-            for reader, _ in old.uses():
+            for reader, _ in list(old.uses()):
                 if reader.op_type == "Cast":
                     reader.outputs[0].replace_all_uses_with(new)
+                    self._graph.remove(reader, safe=True)
             old.replace_all_uses_with(new)
+        self._graph.remove(self._node, safe=True)
 
     def _constant(self, value: float | tuple[int, ...]) -> ir.Value:
         array = np.array(value, np.int64 if isinstance(value, tuple) else np.float32)
@@ -70,27 +72,23 @@ class _Lowering:
 
 
 def _quantize(graph: ir.Graph, node: ir.Node) -> None:
-    """Lower a TRT_FP4DynamicQuantize node to E2M1 numbers [..., in] and block scales [..., in / 16] in float32."""
+    """Lower a TRT_FP4DynamicQuantize node to E2M1 numbers [..., in] in float32 and block scales [..., in / 16] in E4M3."""
     add, (source, scale) = _Lowering(graph, node), node.inputs
     assert source is not None and scale is not None and source.shape is not None
     leading = (0,) * (len(source.shape) - 1)  # for Reshape, 0 keeps an axis
     blocks = add("Reshape", add("Cast", source, to=_FLOAT), (*leading, -1, NVFP4_BLOCK))
-    largest = add("ReduceMax", add("Abs", blocks), (-1,), keepdims=1)
+    largest = add("ReduceMax", add("Abs", blocks), (-1,), keepdims=0)
     ratio = add("Min", add("Div", largest, add("Mul", scale, E2M1_MAX)), E4M3_MAX)
-    narrow = add("Cast", ratio, to=ir.DataType.FLOAT8E4M3FN)
-    narrow.dtype = ir.DataType.FLOAT8E4M3FN
-    block_scales = add("Cast", narrow, to=_FLOAT)
-    divisor = add("Max", add("Mul", block_scales, scale), _TINY)
+    block_scales = add("Cast", ratio, to=ir.DataType.FLOAT8E4M3FN)
+    block_scales.dtype = ir.DataType.FLOAT8E4M3FN
+    divisor = add("Unsqueeze", add("Max", add("Mul", add("Cast", block_scales, to=_FLOAT), scale), _TINY), (-1,))
     values = add("Clip", add("Div", blocks, divisor), -E2M1_MAX, E2M1_MAX)
     # E2M1 numbers are 0.5 apart below 2, 1 apart below 4, and then 2. Round takes ties to the even multiple, which has
     # the even code.
     size = add("Abs", values)
     step = add("Where", _less(add, size, 2.0), 0.5, add("Where", _less(add, size, 4.0), 1.0, 2.0))
     numbers = add("Mul", add("Round", add("Div", values, step)), step)
-    add.replace(
-        add("Reshape", numbers, (*leading, -1)),
-        add("Squeeze", block_scales, (-1,)),
-    )
+    add.replace(add("Reshape", numbers, (*leading, -1)), block_scales)
 
 
 def _less(add: _Lowering, value: ir.Value, limit: float) -> ir.Value:

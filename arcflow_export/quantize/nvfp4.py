@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 import torch
 
-from arcflow_export.graph.linears import LinearNode
+from arcflow_export.graph.linears import LinearNode, shared_inputs
 from arcflow_export.graph.nvfp4 import DOMAIN, DYNAMIC_QUANTIZE, VERSION, dynamic_quantize
 from arcflow_export.quantize.format import StoredTensor
 from arcflow_export.quantize.fp8 import E4M3
@@ -115,11 +115,11 @@ def tensors(linear: LinearNode, amax: torch.Tensor, input_amax: float | None) ->
     )
 
 
-def insert(graph: ir.Graph, groups: Sequence[tuple[LinearNode, ...]]) -> None:
+def insert(graph: ir.Graph, linears: Sequence[LinearNode]) -> None:
     """Put the nodes around linears; see `WeightFormat.insert`."""
-    if groups:
+    if linears:
         graph.opset_imports[DOMAIN] = VERSION
-    for group in groups:
+    for group in shared_inputs(linears):
         values = _quantize_input(graph, group[0])
         for linear in group:
             linear.node.replace_input_with(0, values)
