@@ -80,8 +80,12 @@ def presets() -> list[str]:
 
 
 def default_policy(family: Family, option: str | None) -> str:
-    """The family's preset for a format, given by its name on the command line: `flux` for FP8, `flux-int8` for int8."""
-    name = facts(family).policy
+    """The family's preset for a format, given by its name on the command line; see `preset_for`."""
+    return preset_for(facts(family).policy, option)
+
+
+def preset_for(name: str, option: str | None) -> str:
+    """The preset for a format: `flux` for FP8, `flux-int8` for int8."""
     return name if option in (None, "fp8") else f"{name}-{option}"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arcflow_runtime.disk.manifest import Manifest, Part, QuantFormat
+from arcflow_runtime.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,29 @@ def formats_of(part: Part) -> tuple[QuantFormat, ...]:
         return ()
     used = {q.format_of(layer) for layer in q.layers}
     return tuple(name for name in FORMATS if name in used)
+
+
+def check_runs(manifest: Manifest, backend: str, why: str) -> None:
+    """Check that a backend that is not TensorRT computes every quantised linear as B12 says.
+
+    Args:
+        manifest: the bundle's.
+        backend: a name of `FormatFacts.on_cpu`.
+        why: what the backend does with a format that it cannot compute, as the end of "NAME is quantised to FORMAT".
+
+    Raises:
+        EngineError: a part has a linear in a format that it does not; the message names the part.
+    """
+    wrong = [(name, FORMATS[f]) for name, found in formats_in(manifest).items() for f in found]
+    wrong = [(name, facts) for name, facts in wrong if backend not in facts.on_cpu]
+    for name, facts in wrong:
+        if not facts.on_cpu:
+            raise EngineError(
+                f"{name} is quantised to {facts.title}, which runs on Blackwell GPUs only, with TensorRT or TensorRT-RTX; "
+                "use the bundle that it was quantised from"
+            )
+    for name, facts in wrong:
+        raise EngineError(f"{name} is quantised to {facts.title}, {why}")
 
 
 def formats_in(manifest: Manifest) -> dict[str, tuple[QuantFormat, ...]]:
