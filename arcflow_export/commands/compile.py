@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 BACKENDS = (AUTO, "onnxruntime", "tensorrt-rtx", "tensorrt")
-PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "nvfp4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +56,9 @@ def add_job_arguments(
         metavar="FOLDER",
         help="folder for NAME-PRECISION, NAME-scales.json and NAME-drift; default: %(default)s",
     )
-    group = parser.add_argument_group("FP8 and int8")
+    group = parser.add_argument_group("FP8, int8 and NVFP4")
     group.add_argument("--policy", metavar="NAME|FILE", help="which layers are quantised, and the gate's thresholds")
-    group.add_argument("--scales", type=Path, metavar="FILE", help="FP8: scales of a calibration; written if missing")
+    group.add_argument("--scales", type=Path, metavar="FILE", help="FP8 and NVFP4: scales of a calibration; written if missing")
     group.add_argument("--no-gate", action="store_true", help="skip the drift gate")
     group.add_argument("--device", choices=("cpu", "cuda"), help="for calibration; default: the GPU if torch has one")
     group.add_argument("--limit", type=int, metavar="N", help="number of prompts for calibration and for the gate")

@@ -35,6 +35,11 @@ def check_job(job: CompileJob) -> None:
         load_policy(policy)
     if job.backend != "onnxruntime":
         check_target(job)
+    elif job.quantized is not None and not job.quantized.on_cpu:
+        raise RequestError(
+            f"--precision {job.precision} runs on GPUs only, got --backend onnxruntime; give --backend tensorrt-rtx and "
+            "a --target, or --precision int8"
+        )
 
 
 def check_target(job: CompileJob) -> None:

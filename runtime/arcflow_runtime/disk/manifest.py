@@ -31,7 +31,7 @@ RANK_MULTIPLE = 8
 MAX_RANK = 1024
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
-QuantFormat = Literal["fp8_e4m3", "int8"]
+QuantFormat = Literal["fp8_e4m3", "int8", "nvfp4"]
 
 
 @dataclass(frozen=True)

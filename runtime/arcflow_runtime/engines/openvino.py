@@ -24,7 +24,7 @@ import numpy as np
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part, TensorSpec
-from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
+from arcflow_runtime.disk.quant_formats import check_runs
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
 from arcflow_runtime.engines.host_memory import available_bytes
@@ -142,12 +142,12 @@ class OpenVinoBackend:
             EngineError: a part is quantised to such a format; the message names it.
         """
         parts = bundle.manifest.parts
-        for name, part in parts.items():
-            for wrong in (FORMATS[f] for f in formats_of(part) if "openvino" not in FORMATS[f].on_cpu):
-                raise EngineError(
-                    f"{name} is quantised to {wrong.title}, which OpenVINO does not round correctly on a CPU; "
-                    "use the bundle that it was quantised from, or --backend onnxruntime"
-                )
+        check_runs(
+            bundle.manifest,
+            "openvino",
+            "which OpenVINO does not round correctly on a CPU; use the bundle that it was quantised from, or "
+            "--backend onnxruntime",
+        )
         for precision in sorted({p.precision for p in parts.values()} - {"float32"}):
             if not self._has(precision):
                 self.memory_rules = OPENVINO_WIDENED

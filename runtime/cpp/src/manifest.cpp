@@ -14,7 +14,7 @@
 namespace arcflow {
 namespace {
 
-std::string parse_quantization_format(const Place &place) { return place.one_of({"fp8_e4m3", "int8"}); }
+std::string parse_quantization_format(const Place &place) { return place.one_of({"fp8_e4m3", "int8", "nvfp4"}); }
 
 DType parse_dtype(const Place &place) {
     const std::string name = place.one_of({"float32", "float16", "bfloat16", "int64", "uint8"});
