@@ -73,7 +73,7 @@ def test_another_format(root, text):
 )
 def test_another_version(root, version, advice):
     edit_manifest(root, version=version)
-    fails(root, f"{{m}}: version must be 1 or 2, got {version!r}; {advice}")
+    fails(root, f"{{m}}: version must be 1, 2 or 3, got {version!r}; {advice}")
 
 
 def test_an_edited_manifest(root):

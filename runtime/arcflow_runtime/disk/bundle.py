@@ -20,10 +20,9 @@ from arcflow_runtime.disk.manifest import (
     FORMAT,
     MANIFEST,
     OPENVINO,
-    PLAIN_VERSION,
     VERSIONS,
     Manifest,
-    lora_keys,
+    later_keys,
     seal,
 )
 from arcflow_runtime.disk.parse import parse, read_json
@@ -180,13 +179,13 @@ def _read_manifest(root: Path) -> tuple[Manifest, str]:
     version = data.get("version")
     if version not in VERSIONS or isinstance(version, bool):
         what = "update arcflow" if isinstance(version, int) and version > max(VERSIONS) else "export the bundle again"
-        raise BundleError(f"{path}: version must be {' or '.join(map(str, VERSIONS))}, got {version!r}; {what}")
+        known = f"{', '.join(map(str, VERSIONS[:-1]))} or {VERSIONS[-1]}"
+        raise BundleError(f"{path}: version must be {known}, got {version!r}; {what}")
     digest = data.pop("digest", None)
     manifest: Manifest = parse(Manifest, data, str(path))
-    if version == PLAIN_VERSION:
-        for place, keys in lora_keys({"modulation": None} | data):
-            if unknown := sorted(place.keys() & keys):
-                raise BundleError(f"{path}: unknown keys {unknown} in a bundle of version {PLAIN_VERSION} (B14)")
+    for place, keys, rule in later_keys({"modulation": None} | data, manifest.version):
+        if unknown := sorted(place.keys() & keys):
+            raise BundleError(f"{path}: unknown keys {unknown} in a bundle of version {version} ({rule})")
     if digest != seal(data):
         raise BundleError(f"{path} does not match its own digest; it was edited, export the bundle again")
     return manifest, hashlib.sha256(text).hexdigest()

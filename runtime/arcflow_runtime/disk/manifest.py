@@ -15,8 +15,8 @@ from typing import Any, Literal
 from arcflow_runtime.disk.families import Family
 
 FORMAT = "arcflow-bundle"
-#: The version of a bundle without LoRA slots, and of one with them.
-PLAIN_VERSION, LORA_VERSION = VERSIONS = (1, 2)
+#: The version of a bundle without LoRA slots, of one with them, and of a straight student with or without.
+PLAIN_VERSION, LORA_VERSION, STRAIGHT_VERSION = VERSIONS = (1, 2, 3)
 MANIFEST = "manifest.json"
 #: Key of the modulation table in a manifest; its slots are listed under this name beside those of the parts.
 MODULATION = "modulation"
@@ -32,6 +32,8 @@ MAX_RANK = 1024
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 QuantFormat = Literal["fp8_e4m3"]
+#: How a step is computed from the backbone's outputs: a sum of exponentials, or one velocity (B15).
+Sampler = Literal["momentum", "linear"]
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,58 @@ class Part:
 
 
 @dataclass(frozen=True)
+class DynamicShift:
+    """A shift that depends on the number N of image tokens (B15), as in diffusers' FlowMatchEulerDiscreteScheduler.
+
+    mu is the line through (`base_image_tokens`, `base_shift`) and (`max_image_tokens`, `max_shift`), also outside of
+    them. The shift S is exp(mu) if `kind` is "exponential", and mu if it is "linear".
+    """
+
+    kind: Literal["exponential", "linear"]
+    base_shift: float
+    max_shift: float
+    base_image_tokens: int
+    max_image_tokens: int
+
+    def mu(self, image_tokens: int) -> float:
+        """The value of the line for images of N tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_tokens - self.base_image_tokens)
+        return self.base_shift + slope * (image_tokens - self.base_image_tokens)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The noise schedule, and the default number of steps.
 
     sigma(t) = S t / (1 + (S-1) t) with S = `shift`, and t_i = 1 - i / (steps - 1 + r) with r = `timestep_ratio`.
+
+    A straight student may have more (B15): `dynamic_shift` takes the place of S, which is then 1; `sigmas` take the
+    place of t_i; and with `terminal`, the sigmas are stretched so that the last one above 0 has this value.
     """
 
     shift: float
     timestep_ratio: float
     num_inference_steps: int
+    dynamic_shift: DynamicShift | None = None
+    terminal: float | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    def describe(self) -> str:
+        """The schedule in a few words, for the terminal."""
+        d, words = self.dynamic_shift, [f"{self.num_inference_steps} steps"]
+        if self.sigmas is not None:
+            words.append("its own sigmas")
+        if d is None:
+            words.append(f"shift {self.shift:g}")
+        else:
+            name = f"{d.kind} shift" if d.kind == "linear" else "dynamic shift"
+            tokens = f"{d.base_image_tokens} to {d.max_image_tokens} image tokens"
+            words.append(f"{name} {d.base_shift:g} to {d.max_shift:g} at {tokens}")
+        if self.timestep_ratio != 1 or (d is None and self.terminal is None and self.sigmas is None):
+            words.append(f"timestep ratio {self.timestep_ratio:g}")
+        if self.terminal is not None:
+            words.append(f"last sigma {self.terminal:g}")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -235,13 +280,16 @@ class Provenance:
     created: str
     tools: Mapping[str, str]
     base: Source
-    adapter: Source
+    adapter: Source | None
     loras: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole `manifest.json`."""
+    """The whole `manifest.json`.
+
+    `true_cfg_scale` is the default scale of guidance with a negative prompt, or None for a student without it (B15).
+    """
 
     family: Family
     dtype: DType
@@ -258,8 +306,15 @@ class Manifest:
     files: Mapping[str, FileEntry]
     provenance: Provenance
     modulation: ModulationTable | None = None
+    sampler: Sampler = "momentum"
+    true_cfg_scale: float | None = None
     format: str = FORMAT
     version: int = PLAIN_VERSION
+
+    @property
+    def rotary_dtype(self) -> DType:
+        """The dtype that FLUX's rotary tables are rounded to: a straight student's reference does not round them."""
+        return "float32" if self.sampler == "linear" else self.reference_dtype
 
     def slots(self) -> dict[str, LoraSlots]:
         """The LoRA slots by part; those of the modulation table are under `MODULATION`."""
@@ -270,19 +325,23 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
-        if self.version == PLAIN_VERSION:
-            for place, keys in lora_keys(data):
-                for key in keys:
-                    del place[key]
+        for place, keys, _ in later_keys(data, self.version):
+            for key in keys:
+                del place[key]
         data = {"format": data.pop("format"), "version": data.pop("version")} | data
         return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
 
 
-def lora_keys(data: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
-    """The objects of a decoded manifest that have keys of `LORA_VERSION`, each with these keys."""
-    found = [(part, ["lora"]) for part in data["parts"].values()]
-    if data["modulation"] is not None:
-        found.append((data["modulation"], ["lora", "columns"]))
+def later_keys(data: dict[str, Any], version: int) -> list[tuple[dict[str, Any], list[str], str]]:
+    """The objects of a decoded manifest that have keys of versions after `version`, each with these keys and a rule."""
+    found: list[tuple[dict[str, Any], list[str], str]] = []
+    if version < LORA_VERSION:
+        found += [(part, ["lora"], "B14") for part in data["parts"].values()]
+        if data["modulation"] is not None:
+            found.append((data["modulation"], ["lora", "columns"], "B14"))
+    if version < STRAIGHT_VERSION:
+        found.append((data, ["sampler", "true_cfg_scale"], "B15"))
+        found.append((data["schedule"], ["dynamic_shift", "terminal", "sigmas"], "B15"))
     return found
 
 
