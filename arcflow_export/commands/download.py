@@ -65,8 +65,10 @@ def _wanted(args: argparse.Namespace) -> list[tuple[str, Location, Choose]]:
 
     wanted: list[tuple[str, Any, Any]] = [
         ("base checkpoint", Location(args.base, args.base_subfolder, args.base_revision, args.offline), base_files),
-        ("adapter", Location(args.adapter, args.adapter_subfolder, args.adapter_revision, args.offline), adapter_files),
     ]
+    if args.adapter is not None:
+        adapter = Location(args.adapter, args.adapter_subfolder, args.adapter_revision, args.offline)
+        wanted.append(("adapter", adapter, adapter_files))
     if args.lora:
         from arcflow_runtime.lora.argument import parse_lora
 

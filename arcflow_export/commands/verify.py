@@ -1,11 +1,12 @@
 """Compare a bundle with the torch student it was made from, or --against another bundle, per part and end to end.
 
-With --base and --adapter: compare with torch. Give the base and adapter that the bundle was made from. The torch side
-shares nothing with the bundle: it is diffusers' transformer with unmerged LoRA and its own update. Every quantity is
-compared with torch in float32. A float32 part must agree to 1e-4. For a bfloat16 or float16 part the bound is about
-twice torch's own error in that precision, over several runs with random rounding. float16 parts are checked for
-overflow. With --vae, the distance to the images of the base's own decoder is shown too, without a bound. Weights that
-do not fit in memory are read from disk as they are used. Exit code 1 if anything disagrees.
+With --base and --adapter: compare with torch. Give the base and adapter that the bundle was made from; a base without
+an adapter needs --base alone. The torch side shares nothing with the bundle: it is diffusers' transformer with unmerged
+LoRA and its own update. Every quantity is compared with torch in float32. A float32 part must agree to 1e-4. For a
+bfloat16 or float16 part the bound is about twice torch's own error in that precision, over several runs with random
+rounding. float16 parts are checked for overflow. With --vae, the distance to the images of the base's own decoder is
+shown too, without a bound. Weights that do not fit in memory are read from disk as they are used. Exit code 1 if
+anything disagrees.
 
 With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, and FP8 is rounded
 as on a GPU. Errors are reported for each part on the reference's inputs, end to end, and for every quantised layer.
@@ -68,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_mode(args: argparse.Namespace) -> None:
     """Refuse the torch comparison's options with --against, and the drift gate's without it: they would be ignored."""
     if args.against is None:
-        if missing := [f"--{name}" for name in ("base", "adapter") if getattr(args, name) is None]:
-            raise RequestError(f"give {' and '.join(missing)}, or --against BUNDLE to compare with another bundle")
+        if args.base is None:
+            raise _missing(args, "base", "adapter")
         if args.json not in (None, "-"):
             raise RequestError(f"--json takes a file only with --against, got {args.json!r}; redirect stdout instead")
     kinds = {
@@ -82,12 +83,19 @@ def _check_mode(args: argparse.Namespace) -> None:
         raise RequestError(f"{', '.join(wrong)} cannot be used {how} --against; {cure}")
 
 
+def _missing(args: argparse.Namespace, *names: str) -> RequestError:
+    missing = " and ".join(f"--{name}" for name in names if getattr(args, name) is None)
+    return RequestError(f"give {missing}, or --against BUNDLE to compare with another bundle")
+
+
 def _run_torch(args: argparse.Namespace) -> int:
     """Compare with the torch student."""
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.generate.request import check_request
 
     bundle = Bundle.open(args.bundle)
+    if args.adapter is None and bundle.manifest.provenance.adapter is not None:
+        raise _missing(args, "adapter")
     if quantised := [name for name, part in bundle.manifest.parts.items() if part.quantization is not None]:
         raise RequestError(
             f"{args.bundle} is quantised ({', '.join(quantised)}) and cannot be compared with torch; compare it with "

@@ -9,9 +9,9 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import FileEntry, Manifest, Source
 
 #: Base, adapter and LoRAs of a student, as a bundle's provenance records them.
-StudentSources = tuple[Source, Source, tuple[Source, ...]]
+StudentSources = tuple[Source, Source | None, tuple[Source, ...]]
 #: Keys of the manifest that must be equal: with them the same request means the same image.
-_KEYS = ("family", "latents", "schedule", "rotary", "text", "guidance")
+_KEYS = ("family", "latents", "sampler", "schedule", "rotary", "text", "guidance", "true_cfg_scale")
 
 
 def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
@@ -108,16 +108,20 @@ def _differences(c: Manifest, r: Manifest) -> Iterator[str]:
             yield from _source(f"LoRA {i + 1}", *pair)
 
 
-def _source(what: str, ours: Source, theirs: Source) -> Iterator[str]:
+def _source(what: str, ours: Source | None, theirs: Source | None) -> Iterator[str]:
     if _differ(ours, theirs):
         yield f"{what} {_named(ours)} and {_named(theirs)}"
 
 
-def _differ(ours: Source, theirs: Source) -> bool:
+def _differ(ours: Source | None, theirs: Source | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is not theirs
     return (ours.sha256, ours.scale) != (theirs.sha256, theirs.scale)
 
 
-def _named(source: Source) -> str:
+def _named(source: Source | None) -> str:
+    if source is None:
+        return "none"
     scale = "" if source.scale is None else f", scale {source.scale:g}"
     return f"{source.name} (sha256 {source.sha256[:12]}{scale})"
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.manifest import DType, Sampler, TensorSpec
 from arcflow_runtime.disk.signatures import signature, tensor_specs
 
 Transform = Literal["none", "transpose", "last_frame"]
@@ -44,6 +44,7 @@ def make_part(
     sizes: Mapping[str, int],
     rename: Callable[[str], str],
     without: tuple[str, ...] = (),
+    sampler: Sampler = "momentum",
 ) -> ModelPart:
     """Make a part with the inputs and outputs of rule B9.
 
@@ -55,8 +56,9 @@ def make_part(
         sizes: the value of each symbol of the part's signature that is a size of the model.
         rename: maps a parameter's name to its key in the checkpoint.
         without: names of optional inputs that this part does not have.
+        sampler: the student's.
     """
-    tensors = signature(family, name)
+    tensors = signature(family, name, sampler)
     inputs = tensor_specs(tensors.inputs, dtype, sizes, without)
     return ModelPart(name, module, inputs, tensor_specs(tensors.outputs, dtype, sizes), rename, getattr(torch, dtype))
 

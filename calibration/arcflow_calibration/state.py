@@ -7,6 +7,7 @@ the layers' names, and the number of batches done.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def settings_of(student: Student, prompts: Prompts, settings: CalibrationSetting
     base = [index for _, index in sorted(student.indexes.items())]
     return {
         "base": _fingerprint([path for index in base for path in index.files]),
-        "adapter": _fingerprint(student.adapter.index.files),
+        "adapter": None if student.adapter is None else _fingerprint(student.adapter.index.files),
         "LoRAs": [[_fingerprint(_lora_files(style.lora)), style.scale] for style in student.styles],
         "prompts": prompts.record.sha256,
         "method": settings.method,
@@ -82,6 +83,7 @@ def settings_of(student: Student, prompts: Prompts, settings: CalibrationSetting
         "max-sequence-length": settings.max_sequence_length,
         "shift": settings.shift,
         "timestep-ratio": settings.timestep_ratio,
+        "schedule": None if settings.straight is None else dataclasses.asdict(settings.straight),
         "dtype": settings.dtype,
         "device": settings.device,
         "tools": tools(),

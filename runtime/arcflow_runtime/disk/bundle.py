@@ -22,7 +22,7 @@ from arcflow_runtime.disk.manifest import (
     OPENVINO,
     VERSIONS,
     Manifest,
-    newer_keys,
+    later_keys,
     seal,
 )
 from arcflow_runtime.disk.parse import parse, read_json
@@ -196,9 +196,9 @@ def read_manifest(root: Path) -> tuple[Manifest, str]:
         raise BundleError(f"{path}: version must be {_VERSIONS}, got {version!r}; {what}")
     digest = data.pop("digest", None)
     manifest: Manifest = parse(Manifest, data, str(path))
-    for place, keys in newer_keys({"modulation": None} | data):
+    for place, keys, rule in later_keys({"modulation": None} | data, manifest.version):
         if unknown := sorted(place.keys() & keys):
-            raise BundleError(f"{path}: unknown keys {unknown} in a bundle of version {version} (B14, B15)")
+            raise BundleError(f"{path}: unknown keys {unknown} in a bundle of version {version} ({rule})")
     if digest != seal(data):
         raise BundleError(f"{path} does not match its own digest; it was edited, export the bundle again")
     return manifest, hashlib.sha256(text).hexdigest()
