@@ -28,9 +28,11 @@ def functions(path):
 
 def cases_in(paths):
     """As `functions`, of several files, with the name of each file before."""
-    for path in sorted(paths):
-        for case in functions(path):
-            yield pytest.param(path.stem, *case.values, marks=case.marks, id=f"{path.stem}-{case.id}")
+    return [
+        pytest.param(path.stem, *case.values, marks=case.marks, id=f"{path.stem}-{case.id}")
+        for path in sorted(paths)
+        for case in functions(path)
+    ]
 
 
 def case_runner(once, environment: Mapping[str, str], timeout_s: float) -> Callable[..., Report]:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "error.h"
 
@@ -125,15 +126,16 @@ bool LoraArenas::release() {
 }
 
 const Layout &LoraArenas::layout(int64_t rank) {
-    const auto [place, is_new] = layouts_.try_emplace(rank);
+    const auto known = layouts_.find(rank);
+    if (known != layouts_.end()) return known->second;
+    Layout made;
     // A linear has its slot in one part only (B14), so names are unique.
     for (const auto &[part, slots] : slots_) {
-        if (!is_new) break;
         each_input(*slots, rank, [&](const std::string &name, const std::vector<int64_t> &shape, DType dtype) {
-            place->second.add(name, bytes_of(shape, dtype, name), shape);
+            made.add(name, bytes_of(shape, dtype, name), shape);
         });
     }
-    return place->second;
+    return layouts_.emplace(rank, std::move(made)).first->second;
 }
 
 LoraArenas::Arena &LoraArenas::arena(int64_t rank) {

@@ -12,7 +12,7 @@
 namespace arcflow {
 namespace {
 
-constexpr MemoryMode modes[] = {MemoryMode::resident, MemoryMode::balanced, MemoryMode::low};
+constexpr MemoryMode every_mode[] = {MemoryMode::resident, MemoryMode::balanced, MemoryMode::low};
 
 DenoiseShape denoise_shape(const Manifest &manifest, const ImageSize &size) {
     const int64_t token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor;
@@ -145,7 +145,7 @@ MemoryMode choose_memory(const Manifest &manifest, const std::map<std::string, E
     std::string needs;
     MemoryMode chosen = MemoryMode::low;
     bool fits = false;
-    for (const MemoryMode mode : modes) {
+    for (const MemoryMode mode : every_mode) {
         const uint64_t peak = peak_bytes(manifest, size, parts, mode);
         needs += gigabytes(peak) + " GB with \"" + name_of(mode) + "\", ";
         fits = peak <= free_bytes;

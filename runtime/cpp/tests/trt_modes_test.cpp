@@ -100,7 +100,7 @@ void test_kept_sets() {
         LoraArenas arenas(*s.lane, s.manifest, {"backbone"}, 2);
         const Lane::Hold hold(*s.lane);
         std::vector<size_t> sets;
-        for (const uint64_t number : {1, 2, 3, 1}) {
+        for (const uint64_t number : std::initializer_list<uint64_t>{1, 2, 3, 1}) {
             const PreparedLoras loras = prepare_loras(s.manifest, {lora_of(number, 8, 1, s.manifest)});
             CHECK(arenas.rank(loras) == 8);
             arenas.put(loras, 8);
@@ -153,14 +153,14 @@ void test_slots_on_host_tensors() {
 
 // Memory modes -------------------------------------------------------------------------------------------------------
 
-constexpr MemoryMode every_mode[] = {MemoryMode::resident, MemoryMode::balanced, MemoryMode::low};
+constexpr MemoryMode all_modes[] = {MemoryMode::resident, MemoryMode::balanced, MemoryMode::low};
 
 // Images have the same bits in all modes: plain, captured and replayed, after another prompt, with and without LoRAs,
 // also where the conditioner takes fewer steps at once, and with a callback.
 void test_modes_give_equal_bits() {
     const auto table = std::make_shared<const Tensor>(random_tensor(8, {2, M}));
     std::vector<Denoised> first;
-    for (const MemoryMode mode : every_mode) {
+    for (const MemoryMode mode : all_modes) {
         Setup s = slotted(mode);
         const Loras lora{lora_of(1, 16, 0.25f, s.manifest)};
         DenoiseJob baked = job_of(3);
@@ -189,11 +189,11 @@ void test_what_each_mode_loads() {
     Setup balanced = slotted(MemoryMode::balanced), low = slotted(MemoryMode::low);
     reset_driver();
     CHECK((balanced.source.loads == Names{"backbone", "vae_decoder"}) && low.source.loads.empty());
-    for (const uint64_t seed : {1, 1, 2, 1, 2}) balanced.run(job_of(seed));
+    for (const uint64_t seed : std::initializer_list<uint64_t>{1, 1, 2, 1, 2}) balanced.run(job_of(seed));
     CHECK((balanced.source.loads == Names{"backbone", "vae_decoder", "conditioner", "conditioner"}));
     CHECK(calls("cuStreamBeginCapture") == 1 && calls("cuGraphLaunch") == 4);
     const size_t before = live(device_bytes);
-    for (const uint64_t seed : {1, 1}) low.run(job_of(seed));
+    for (const uint64_t seed : std::initializer_list<uint64_t>{1, 1}) low.run(job_of(seed));
     CHECK((low.source.loads == Names{"conditioner", "backbone", "vae_decoder", "backbone", "vae_decoder"}));
     CHECK(low.backbone->live_contexts == 0 && low.decoder->live_contexts == 0 && low.backbone->most_contexts == 1);
     CHECK(calls("cuStreamBeginCapture") == 1);
