@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from arcflow_runtime import Pipeline
 from tests.conftest import SHAPES_OPTIONS
-from tests.servers import ROOT, python_of, started
+from tests.servers import processes_of, python_of, started
 from tests.serving import GENERATE, alone, image_of, sample, wait_until
 
 pytestmark = pytest.mark.slow
@@ -48,17 +47,7 @@ def ray(python, bundle, tmp_path_factory):
 
 def replicas(running) -> list[int]:
     """Process ids of the generators that Ray started for this server."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from serve_load import family_of
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    found = []
-    for pid in family_of(running.process.pid):
-        command = Path(f"/proc/{pid}/cmdline")
-        if command.exists() and command.read_bytes().startswith(b"ray::ServeReplica:default:Generator"):
-            found.append(pid)
-    return found
+    return processes_of(running, b"ServeReplica:default:Generator")
 
 
 def metric(running, name: str, **labels: str) -> float:

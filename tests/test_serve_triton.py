@@ -17,8 +17,8 @@ from arcflow_runtime.errors import RequestError
 from arcflow_serve import settings
 from arcflow_serve.triton_repository import TritonOptions, write_repository
 from tests.conftest import SHAPES_OPTIONS
-from tests.servers import python_of, started
-from tests.serving import alone
+from tests.servers import processes_of, python_of, started
+from tests.serving import alone, wait_until
 
 QUEUE = 24
 
@@ -192,6 +192,21 @@ def test_more_than_may_wait_is_refused(python, triton):
     refused = [a["error"] for a in answers if "error" in a]
     assert 0 < len(refused) < len(cases)
     assert set(refused) == {"[StatusCode.UNAVAILABLE] [request id: <id_unknown>] Exceeds maximum queue size"}
+
+
+@pytest.mark.slow
+def test_an_instance_that_dies_is_started_anew(python, triton):
+    before = processes_of(triton, b"triton_python_backend_stub")
+    assert len(before) == 2
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+
+    def draws() -> bool:
+        (answer,) = client(python, triton, case("grpc", "a red circle", seeds=[3]))
+        return "pixels" in answer
+
+    wait_until(draws, 300)
+    assert not set(before) & set(processes_of(triton, b"triton_python_backend_stub"))
 
 
 @pytest.mark.slow
