@@ -77,8 +77,10 @@ def of_pip() -> list[str]:
     files = re.findall(r"^ +(/\S+), exists: True$", found.stdout, re.MULTILINE)
     variables = {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
     text = "\n".join([*(Path(file).read_text() for file in files), *variables.values()])
-    named = re.findall(r"(?:^|[\s=]|file://)(/[^/\s][^\s]*)", text, re.MULTILINE)
-    paths = sorted({path for path in map(Path, [*files, *named]) if path.exists()})
+    named = re.findall(r"(?:^|[\s=])(/[^/\s][^\s]*)", text, re.MULTILINE)
+    # The files of an index on this machine are beside its pages.
+    named += [str(Path(index).parent) for index in re.findall(r"file://(/\S+)", text)]
+    paths = sorted({path for path in map(Path, [*files, *named]) if path.exists() and path != Path("/")})
     options = [f"--volume={path}:{path}:ro" for path in paths]
     return options + [f"--env={key}={value}" for key, value in variables.items()]
 
