@@ -19,7 +19,7 @@ from arcflow_runtime import Pipeline
 from tests.conftest import SHAPES_OPTIONS
 from tests.serving import GENERATE, alone, image_of, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.lengthy]
 ROOT = Path(__file__).parent.parent
 #: The entry point listens there.
 PORT = 8000

@@ -19,7 +19,7 @@ from tests.conftest import SHAPES_OPTIONS
 from tests.servers import processes_of, python_of, started
 from tests.serving import GENERATE, alone, image_of, sample, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.lengthy]
 REQUESTS, CLIENTS, KILL_AFTER = 300, 16, 100
 WAIT_S = 300.0
 #: A replica takes four requests, and 18 images may wait.

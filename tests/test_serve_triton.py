@@ -125,6 +125,7 @@ def case(protocol: str, *prompts: str, seeds=None, **inputs) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_images_are_those_of_the_pipeline(python, triton, bundle):
     cases, expected = [], []
     with Pipeline.load(bundle, threads=1) as pipe:
@@ -148,6 +149,7 @@ def test_images_are_those_of_the_pipeline(python, triton, bundle):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_a_wrong_request_gets_its_own_error(python, triton, bundle):
     wrong = {
         "width must be a multiple of 16, got 17; the nearest is 16": {"width": 17, "height": 16},
@@ -163,6 +165,7 @@ def test_a_wrong_request_gets_its_own_error(python, triton, bundle):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_triton_reads_the_configuration_as_it_was_meant(triton):
     config = httpx2.get(triton.url + "/v2/models/shapes/config").json()
     assert config["max_batch_size"] == 8
@@ -185,6 +188,7 @@ def test_triton_reads_the_configuration_as_it_was_meant(triton):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_more_than_may_wait_is_refused(python, triton):
     # Each instance has one batch of eight, and the queue is full then.
     cases = [case("grpc", "x", seeds=[n], num_inference_steps=50) for n in range(4 * QUEUE)]
@@ -195,6 +199,7 @@ def test_more_than_may_wait_is_refused(python, triton):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_an_instance_that_dies_is_started_anew(python, triton):
     before = processes_of(triton, b"triton_python_backend_stub")
     assert len(before) == 2
@@ -210,6 +215,7 @@ def test_an_instance_that_dies_is_started_anew(python, triton):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_sigterm_finishes_what_was_accepted(python, bundle, tmp_path):
     arguments = (bundle, "--name", "shapes", "--instances", 1, "--max-batch", 1)
     values = {"prompt": ("BYTES", "x"), "num_inference_steps": ("INT32", 200)}
