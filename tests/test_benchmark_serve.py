@@ -113,7 +113,6 @@ def test_the_service_and_the_pipeline_alone(tmp_path, bundles):
 
 @pytest.mark.lengthy
 @pytest.mark.slow
-@pytest.mark.lengthy
 def test_all_servers(tmp_path, bundles):
     python_of("ray", "ray.serve")
     python_of("triton", "pytriton")
