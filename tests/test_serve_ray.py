@@ -16,7 +16,7 @@ import pytest
 
 from arcflow_runtime import Pipeline
 from tests.conftest import SHAPES_OPTIONS
-from tests.servers import processes_of, python_of, started
+from tests.servers import ROOT, processes_of, python_of, started
 from tests.serving import GENERATE, alone, image_of, sample, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.lengthy]
@@ -154,3 +154,21 @@ def test_arguments(python):
     done = subprocess.run([python, "-c", BUILD], input=asked, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [expected for _, expected in cases]
+
+
+CHECK = """
+import sys, yaml
+from ray.serve.schema import ServeDeploySchema
+from arcflow_serve.ray import application
+(app,) = ServeDeploySchema.model_validate(yaml.safe_load(open(sys.argv[1]))).applications
+module, name = app.import_path.split(":")
+assert (module, getattr(sys.modules[module], name)) == ("arcflow_serve.ray", application)
+print(application(app.args)._bound_deployment.init_args[0]._bound_deployment.ray_actor_options)
+"""
+
+
+def test_the_file_to_deploy(python):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    line = [python, "-c", CHECK, ROOT / "serving" / "ray.yaml"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "{'num_cpus': 1, 'num_gpus': 1}\n"), done.stderr
