@@ -61,7 +61,7 @@ def base(buildah, tmp_path_factory) -> str:
     # The release itself, not its updates, from where this machine has its packages.
     release, site = next(line for line in listed if re.match(r"[a-z]+ ", line)).split()
     root = tmp_path_factory.mktemp("debian") / "root"
-    packages = "python3,python3-venv,ca-certificates"
+    packages = "python3,python3-dev,python3-venv,ca-certificates"
     line = ["debootstrap", "--variant=minbase", f"--include={packages}", release, root, site]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
