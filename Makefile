@@ -61,10 +61,11 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runt
 	@touch $@
 
 # Ray and Triton's server have environments of their own, in which the tests and benchmarks of the service run them: Ray
-# is half a gigabyte, and the server needs an older numpy. The tests call this rule.
+# is half a gigabyte, and the server needs an older numpy. The tests call this rule. The compilers are left out: the
+# extension that `setup` built is in this checkout already, and may be in use.
 build/%/.installed: pyproject.toml setup.py constraints.txt constraints-%.txt
 	$(PYTHON) -m venv build/$*
-	build/$*/bin/pip install --quiet --no-compile --constraint constraints-$*.txt --editable ".[$*]"
+	CC=false CXX=false build/$*/bin/pip install --quiet --no-compile --constraint constraints-$*.txt --editable ".[$*]"
 	@touch $@
 
 demo: PRECISION := $(or $(PRECISION),fp32)

@@ -24,6 +24,8 @@ from ray import serve
 
 from arcflow_serve.ray import application
 
+START_TRIES = 3
+
 
 def main() -> int:
     """Serve until a signal."""
@@ -35,16 +37,8 @@ def main() -> int:
     ended = threading.Event()
     # Ray's sockets are in the folder, and their paths may have about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        ray.init(
-            num_cpus=args.cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            object_store_memory=128 << 20,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
         try:
+            start(args.cpus, folder)
             port = _free_port()
             serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
             serve.run(application({"bundle": args.bundle} | dict(x.split("=", 1) for x in args.arguments)))
@@ -56,6 +50,31 @@ def main() -> int:
         finally:
             ray.shutdown()
     return 0
+
+
+def start(cpus: int | None, folder: str) -> None:
+    """Start Ray, which gives itself 30 s for it; on a busy machine it may need more than one try.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
+    for _ in range(START_TRIES):
+        try:
+            ray.init(
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+                object_store_memory=128 << 20,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+            return
+        except Exception as e:
+            # Ray has no class of its own for this.
+            print(f"Ray did not start: {e}", file=sys.stderr)
+            ray.shutdown()
+    raise RuntimeError(f"Ray must start in one of {START_TRIES} tries; the messages above say why it did not")
 
 
 def _free_port() -> int:

@@ -56,3 +56,17 @@ def started(python: Path, script: str, *arguments, home: Path) -> Iterator[Simpl
                 process.kill()
                 process.wait()
             process.stdout.close()
+
+
+def processes_of(running, words: bytes) -> list[int]:
+    """Ids of the processes that a server started and whose command line has these words."""
+    found, wanted = [running.process.pid], []
+    for pid in found:
+        try:
+            for file in Path(f"/proc/{pid}/task").glob("*/children"):
+                found += map(int, file.read_text().split())
+            if words in Path(f"/proc/{pid}/cmdline").read_bytes():
+                wanted.append(pid)
+        except OSError:  # it has just ended
+            continue
+    return wanted

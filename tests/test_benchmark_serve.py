@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import SHAPES_OPTIONS, shapes_student
+from tests.servers import python_of
 from tests.serving import GENERATE, command, image_of
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -113,7 +114,33 @@ def test_the_service_and_the_pipeline_alone(tmp_path, bundles):
 @pytest.mark.lengthy
 @pytest.mark.slow
 def test_all_servers(tmp_path, bundles):
-    check(*run(tmp_path, bundles("shapes", **SHAPES_OPTIONS)), ["lanes", "service", "torch"])
+    python_of("ray", "ray.serve")
+    python_of("triton", "pytriton")
+    servers = ["lanes", "service", "ray", "triton", "torch"]
+    check(*run(tmp_path, bundles("shapes", **SHAPES_OPTIONS)), servers)
+
+
+def test_growth_is_that_of_the_last_quarter_over_the_second(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from serve_soak import growths
+
+    memory = [1, 2, 100, 100, 5, 5, 110, 130]
+    rows = [{"resident_bytes": value, "threads": 5, "files": 8 + i // 6} for i, value in enumerate(memory)]
+    assert growths(rows) == pytest.approx({"resident_bytes": 0.2, "threads": 0, "files": 1 / 8})
+
+
+@pytest.mark.slow
+def test_a_short_soak(tmp_path, bundles):
+    file = tmp_path / "soak.json"
+    counts = ["--requests", "400", "--every", "50", "--json", file]
+    line = [sys.executable, BENCHMARKS / "serve_soak.py", bundles("shapes", **SHAPES_OPTIONS), *counts]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())["results"]
+    assert [row["requests"] for row in found["rows"]] == list(range(50, 401, 50))
+    assert set(found["statuses"]) <= {"200", "400", "404"}
+    assert sum(found["statuses"].values()) + found["left"] == 400
+    assert found["left"] > 0 and found["exit_code"] == 0
 
 
 @pytest.mark.slow

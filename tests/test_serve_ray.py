@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,10 @@ import pytest
 
 from arcflow_runtime import Pipeline
 from tests.conftest import SHAPES_OPTIONS
-from tests.servers import ROOT, python_of, started
+from tests.servers import ROOT, processes_of, python_of, started
 from tests.serving import GENERATE, alone, image_of, sample, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.lengthy]
 REQUESTS, CLIENTS, KILL_AFTER = 300, 16, 100
 WAIT_S = 300.0
 #: A replica takes four requests, and 18 images may wait.
@@ -48,17 +47,7 @@ def ray(python, bundle, tmp_path_factory):
 
 def replicas(running) -> list[int]:
     """Process ids of the generators that Ray started for this server."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from serve_load import family_of
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    found = []
-    for pid in family_of(running.process.pid):
-        command = Path(f"/proc/{pid}/cmdline")
-        if command.exists() and command.read_bytes().startswith(b"ray::ServeReplica:default:Generator"):
-            found.append(pid)
-    return found
+    return processes_of(running, b"ServeReplica:default:Generator")
 
 
 def metric(running, name: str, **labels: str) -> float:
@@ -165,3 +154,21 @@ def test_arguments(python):
     done = subprocess.run([python, "-c", BUILD], input=asked, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [expected for _, expected in cases]
+
+
+CHECK = """
+import sys, yaml
+from ray.serve.schema import ServeDeploySchema
+from arcflow_serve.ray import application
+(app,) = ServeDeploySchema.model_validate(yaml.safe_load(open(sys.argv[1]))).applications
+module, name = app.import_path.split(":")
+assert (module, getattr(sys.modules[module], name)) == ("arcflow_serve.ray", application)
+print(application(app.args)._bound_deployment.init_args[0]._bound_deployment.ray_actor_options)
+"""
+
+
+def test_the_file_to_deploy(python):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    line = [python, "-c", CHECK, ROOT / "serving" / "ray.yaml"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "{'num_cpus': 1, 'num_gpus': 1}\n"), done.stderr

@@ -17,8 +17,8 @@ from arcflow_runtime.errors import RequestError
 from arcflow_serve import settings
 from arcflow_serve.triton_repository import TritonOptions, write_repository
 from tests.conftest import SHAPES_OPTIONS
-from tests.servers import python_of, started
-from tests.serving import alone
+from tests.servers import processes_of, python_of, started
+from tests.serving import alone, wait_until
 
 QUEUE = 24
 
@@ -125,6 +125,7 @@ def case(protocol: str, *prompts: str, seeds=None, **inputs) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_images_are_those_of_the_pipeline(python, triton, bundle):
     cases, expected = [], []
     with Pipeline.load(bundle, threads=1) as pipe:
@@ -148,6 +149,7 @@ def test_images_are_those_of_the_pipeline(python, triton, bundle):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_a_wrong_request_gets_its_own_error(python, triton, bundle):
     wrong = {
         "width must be a multiple of 16, got 17; the nearest is 16": {"width": 17, "height": 16},
@@ -163,6 +165,7 @@ def test_a_wrong_request_gets_its_own_error(python, triton, bundle):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_triton_reads_the_configuration_as_it_was_meant(triton):
     config = httpx2.get(triton.url + "/v2/models/shapes/config").json()
     assert config["max_batch_size"] == 8
@@ -185,6 +188,7 @@ def test_triton_reads_the_configuration_as_it_was_meant(triton):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_more_than_may_wait_is_refused(python, triton):
     # Each instance has one batch of eight, and the queue is full then.
     cases = [case("grpc", "x", seeds=[n], num_inference_steps=50) for n in range(4 * QUEUE)]
@@ -195,6 +199,7 @@ def test_more_than_may_wait_is_refused(python, triton):
 
 
 @pytest.mark.slow
+@pytest.mark.lengthy
 def test_sigterm_finishes_what_was_accepted(python, bundle, tmp_path):
     arguments = (bundle, "--name", "shapes", "--instances", 1, "--max-batch", 1)
     values = {"prompt": ("BYTES", "x"), "num_inference_steps": ("INT32", 200)}
@@ -207,3 +212,17 @@ def test_sigterm_finishes_what_was_accepted(python, bundle, tmp_path):
         running.process.send_signal(signal.SIGTERM)
         assert [done.result().status_code for done in sent] == [200] * 8
         assert running.process.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.lengthy
+def test_requests_of_an_instance_that_died_get_an_error(python, bundle, tmp_path):
+    with started(python, "serve_triton.py", bundle, "--name", "shapes", "--instances", 1, home=tmp_path) as running:
+        (pid,) = processes_of(running, b"triton_python_backend_stub")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not processes_of(running, b"triton_python_backend_stub"))
+        for _ in range(2):
+            (answer,) = client(python, running, case("grpc", "a red circle"))
+            assert answer["error"].endswith("Stub process 'shapes_0_0' is not healthy.")
+        # Triton still calls itself ready, as docs/scale.md says.
+        assert httpx2.get(running.url + "/v2/health/ready").status_code == 200

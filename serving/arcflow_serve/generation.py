@@ -46,6 +46,10 @@ class Generation:
         except ClientDisconnect:
             # It left before its request was complete.
             response = self.left()
+        except asyncio.CancelledError:
+            # Ray's way to say that the client has left.
+            self.count(self.left().status_code, arrived)
+            raise
         if not isinstance(response, EventStream):
             self.count(response.status_code, arrived)
         return response
@@ -143,6 +147,9 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             status = await self._send_events(scope, send)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            status = self._generation.left().status_code
+            raise
         finally:
             self._watch.cancel()
             self._generation.release(job)

@@ -133,7 +133,7 @@ def _read(model: Model, index: int, request: Any) -> tuple[_Key, list[_Row]]:
         raise RequestError("prompt must be text in UTF-8") from None
 
     def one(name: str) -> Any:
-        values = set(inputs[name].tolist()) if name in inputs else {None}
+        values: set[Any] = set(inputs[name].tolist()) if name in inputs else {None}
         if len(values) != 1:
             raise RequestError(f"{name} must be the same for all images of a request, got {sorted(values)}")
         return values.pop()
