@@ -47,8 +47,14 @@ _NEEDED_BYTES = 46_000_000_000
 _PRODUCT = (1536, 3072, 12288)
 
 
-def make_part(name: str, folder: Path, blocks: tuple[int, int] | None) -> tuple[Bundle, dict[str, Any]]:
-    """Export one part with random weights in the tiny student's bundle, and quantise it if the policy names it.
+def make_part(name: str, tiny: Bundle, folder: Path, blocks: tuple[int, int] | None) -> tuple[Bundle, dict[str, Any]]:
+    """Export one part with random weights in a copy of the tiny bundle, and quantise it if the policy names it.
+
+    Args:
+        name: of the part.
+        tiny: the tiny student's bundle in float32.
+        folder: where to work; it is empty at first.
+        blocks: as in `flux_parts`.
 
     Returns:
         The bundle with this part, and what both stages took.
@@ -56,7 +62,7 @@ def make_part(name: str, folder: Path, blocks: tuple[int, int] | None) -> tuple[
     with tempfile.TemporaryDirectory() as configs:
         part = flux_parts(Path(configs), "float32", blocks)[name]
     began = time.perf_counter()
-    bundle = put_part(make_tiny(folder / "float32", "float32"), part)
+    bundle = put_part(Bundle.open(shutil.copytree(tiny.root, folder / "float32")), part)
     found: dict[str, Any] = {"part": name, "export_s": round(time.perf_counter() - began, 2)}
     found["parameters"] = bundle.manifest.parts[name].parameters
     found["float32_bytes"] = _size(bundle, name)
@@ -75,8 +81,9 @@ def make_part(name: str, folder: Path, blocks: tuple[int, int] | None) -> tuple[
 
 def make_bundle(folder: Path, blocks: tuple[int, int] | None) -> tuple[Bundle, list[dict[str, Any]]]:
     """Make every part, and join them in `folder`/flux-int8."""
-    out = folder / "flux-int8"
-    manifest = make_tiny(out, "float32").manifest
+    tiny = make_tiny(folder / "tiny", "float32")
+    out = Path(shutil.copytree(tiny.root, folder / "flux-int8"))
+    manifest = tiny.manifest
     config = {c.folder: c.config for c in components("flux")}["transformer"]
     axes = tuple(config.get("axes_dims_rope", (16, 56, 56)))
     manifest = dataclasses.replace(manifest, rotary=b.Rotary(manifest.rotary.theta, axes))
@@ -84,7 +91,7 @@ def make_bundle(folder: Path, blocks: tuple[int, int] | None) -> tuple[Bundle, l
     # The largest first, while the disk holds nothing else.
     for name in sorted(manifest.parts, key=lambda name: name != "backbone"):
         with tempfile.TemporaryDirectory(prefix="part-", dir=folder) as own:
-            made, row = make_part(name, Path(own), blocks)
+            made, row = make_part(name, tiny, Path(own), blocks)
             spec = made.manifest.parts[name]
             for file in (spec.graph, spec.weights):
                 shutil.move(made.path(file), out / file)
