@@ -190,14 +190,14 @@ def _quantise(
     sizes = ["--sizes", f"{height}x{width}"] if job.size else []
     device = _option("--device", job.device)
     given = Input(exported.path, exported)
-    stages, words = [], (given, "--format", facts.option)
+    stages: list[Stage] = []
+    words: tuple[str | Input, ...] = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
     if facts.calibrated:
-        calibration = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
-        target = ("--out", str(scales.path), "--overwrite")
-        stages.append(_writing(job, CALIBRATE, calibration, scales, target, loras))
-        words = (given, "--scales", Input(scales.path, scales))
-    words = (*words, *policy)
-    target = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
+        stages.append(_writing(job, CALIBRATE, words, scales, ("--out", str(scales.path), "--overwrite"), loras))
+        words = (given, "--scales", Input(scales.path, scales), *policy)
+    else:
+        words = (given, "--format", facts.option, *policy)
+    target: tuple[str, ...] = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
     stages.append(_writing(job, QUANTIZE, words, bundle, target))
     if job.gate:
         words = (Input(bundle.path, bundle), "--against", given, *_files(student.verify), *limit)

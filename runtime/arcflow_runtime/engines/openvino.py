@@ -130,7 +130,13 @@ class OpenVinoBackend:
             inputs = {s.name for s in spec.inputs} | spec.slot_dtypes.keys()
             outputs = {s.name for s in spec.outputs}
             check_names(bundle, part, _names(model.inputs, inputs), _names(model.outputs, outputs))
-            compiled = self._core.compile_model(model, _DEVICE, self._properties())
+            properties = self._properties()
+            if "int8" in formats_of(spec):
+                from arcflow_runtime.engines import openvino_int8
+
+                openvino_int8.multiply_stored_weights(model, part)
+                properties |= openvino_int8.PROPERTIES
+            compiled = self._core.compile_model(model, _DEVICE, properties)
         except RuntimeError as e:
             raise EngineError(f"{part}: OpenVINO cannot load {spec.graph}: {last_line(e)}") from e
         return OpenVinoEngine(part, spec, compiled)
