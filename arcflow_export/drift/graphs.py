@@ -10,6 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from arcflow_export.graph.nvfp4 import DYNAMIC_QUANTIZE
+from arcflow_runtime.maths.dtypes import E2M1_MAX
+
 #: Nodes allowed between a weight and its MatMul, and between an activation's QuantizeLinear and the MatMul.
 _WEIGHT_CHAIN = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity")
 _ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")
@@ -124,9 +127,11 @@ def _linear(node: ir.Node) -> GraphLinear | None:
     assert source is not None
     value: ir.Value | None = source
     while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type == "QuantizeLinear":
+        if producer.op_type in ("QuantizeLinear", DYNAMIC_QUANTIZE):
             assert producer.inputs[0] is not None and producer.inputs[1] is not None
             source, scale, scale_name = producer.inputs[0], _scalar(producer.inputs[1]), producer.inputs[1].name
+            if producer.op_type == DYNAMIC_QUANTIZE:
+                scale *= E2M1_MAX  # the largest input is 6 times the largest block scale, 448
             break
         if producer.op_type not in _ACTIVATION_CHAIN:
             break

@@ -197,12 +197,20 @@ class _Graft:
             copy = add_initializer(self._graph, f"candidate.{value.name}", value.const_value)
         else:
             node = value.producer()
-            assert node is not None and len(node.outputs) == 1, "a linear's Q/DQ nodes have one output"
+            assert node is not None
             inputs = [None if v is None else self.copy(v) for v in node.inputs]
-            new = ir.node(node.op_type, inputs, attributes={k: a.value for k, a in node.attributes.items()})
+            new = ir.node(
+                node.op_type,
+                inputs,
+                attributes={k: a.value for k, a in node.attributes.items()},
+                domain=node.domain,
+                num_outputs=len(node.outputs),
+            )
             self.nodes.append(new)
-            copy = new.outputs[0]
-            copy.type = value.type
+            for old, made in zip(node.outputs, new.outputs, strict=True):
+                made.type, made.shape = old.type, old.shape
+                self._known[old] = made
+            return self._known[value]
         self._known[value] = copy
         return copy
 

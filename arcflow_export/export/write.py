@@ -26,6 +26,7 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int8: "I8",
+    torch.float4_e2m1fn_x2: "F4",
 }
 #: Tensor data starts at a multiple of this, so that a mapped file is aligned for any dtype.
 _ALIGNMENT = 4096
@@ -51,7 +52,8 @@ def initializer_name(p: Parameter) -> str:
 
 def num_bytes(p: Parameter) -> int:
     """Bytes of a parameter as written."""
-    return int(torch.Size(p.shape).numel()) * p.dtype.itemsize
+    elements = int(torch.Size(p.shape).numel())
+    return elements // 2 if p.dtype == torch.float4_e2m1fn_x2 else elements * p.dtype.itemsize
 
 
 def check_source(params: list[Parameter], source: WeightSource, part: str) -> None:

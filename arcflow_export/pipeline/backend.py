@@ -31,6 +31,11 @@ def choose_backend(target: str | None, precision: str) -> Backend:
         return "onnxruntime"
     gpu, rtx = find_gpu(), LIBRARIES["tensorrt-rtx"]
     if target is None and gpu is None:
+        if precision in BY_OPTION and not FORMATS[BY_OPTION[precision]].on_cpu:
+            raise RequestError(
+                f"--precision {precision} runs on GPUs only and there is none here: give the GPU to build for, such as "
+                "--target sm120 for RTX 50 cards (with make: TARGET=sm120), or --precision int8 for this CPU"
+            )
         if precision == "bf16":
             raise RequestError(
                 "there is no GPU here, and ONNX Runtime has no bf16 on a CPU: give the GPU to build for, such as "

@@ -53,8 +53,8 @@ class CompileJob:
 
     @property
     def exported(self) -> Output:
-        """The bundle that the export writes. For FP8 and int8 it is the unquantised one: bf16, or fp32 for ONNX Runtime
-        on a CPU, which has no bfloat16.
+        """The bundle that the export writes. For a quantised precision it is the unquantised one: bf16, or fp32 for ONNX
+        Runtime on a CPU, which has no bfloat16.
         """
         if self.quantized is None:
             return self.bundle(self.precision)
@@ -190,13 +190,15 @@ def _quantise(
     sizes = ["--sizes", f"{height}x{width}"] if job.size else []
     device = _option("--device", job.device)
     given = Input(exported.path, exported)
+    # FP8 is the command's default; a record keeps its key.
     stages: list[Stage] = []
-    words: tuple[str | Input, ...] = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
+    words: tuple[str | Input, ...] = (given, *([] if facts.option == "fp8" else ["--format", facts.option]))
     if facts.calibrated:
-        stages.append(_writing(job, CALIBRATE, words, scales, ("--out", str(scales.path), "--overwrite"), loras))
-        words = (given, "--scales", Input(scales.path, scales), *policy)
-    else:
-        words = (given, "--format", facts.option, *policy)
+        calibration = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
+        out = ("--out", str(scales.path), "--overwrite")
+        stages.append(_writing(job, CALIBRATE, calibration, scales, out, loras))
+        words = (*words, "--scales", Input(scales.path, scales))
+    words = (*words, *policy)
     target: tuple[str, ...] = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
     stages.append(_writing(job, QUANTIZE, words, bundle, target))
     if job.gate:

@@ -91,8 +91,8 @@ def insert(graph: ir.Graph, linears: Sequence[LinearNode]) -> None:
 
 
 def inserted(model: ir.Model) -> set[str]:
-    """Names of the nodes that read DQ; see `WeightFormat.inserted`."""
-    return {str(n.name) for n in model.graph if [_producer(v) for v in n.inputs].count("DequantizeLinear")}
+    """Names of the products of FP8 numbers; see `WeightFormat.inserted`."""
+    return {str(n.name) for n in model.graph if any(map(_is_fp8, n.inputs))}
 
 
 def _quantize_input(graph: ir.Graph, group: tuple[LinearNode, ...], zero_point: ir.Value) -> None:
@@ -128,6 +128,10 @@ def _dequantize_weight(graph: ir.Graph, linear: LinearNode) -> None:
     linear.node.replace_input_with(1, values)
 
 
-def _producer(value: ir.Value | None) -> str | None:
+def _is_fp8(value: ir.Value | None) -> bool:
+    """True for an FP8 tensor that was dequantised; NVFP4's block scales are E4M3 too, but have blocks to scale."""
     node = None if value is None else value.producer()
-    return None if node is None else node.op_type
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        return False
+    readers = [reader.op_type for reader, _ in node.outputs[0].uses()]
+    return node.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN and "DequantizeLinear" not in readers

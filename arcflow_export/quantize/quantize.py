@@ -107,15 +107,19 @@ def plan_quantization(bundle: Bundle, scales: Scales | None, policy: Quantizatio
                 "export the bundle again"
             )
         linears = find_linears(model)
-        chosen: tuple[str, ...] = ()
+        formats: dict[str, b.QuantFormat] = {}
         if name in policy.parts:
-            chosen = select(policy.parts[name], name, list(linears))
-            for layer in chosen:
-                if (why := WEIGHT_FORMATS[policy.format].refuse(linears[layer])) is not None:
+            formats = select(policy.parts[name], name, list(linears), policy.format)
+            for layer, used in formats.items():
+                if (why := WEIGHT_FORMATS[used].refuse(linears[layer])) is not None:
                     raise QuantizeError(f"{name}: {layer} {why}")
+                if m.opset < (opset := FORMATS[used].opset):
+                    raise QuantizeError(
+                        f"{FORMATS[used].title} needs opset {opset}, the bundle has {m.opset}; export with --opset {opset}"
+                    )
             if scales is not None:
-                _check_calibrated(scales, name, chosen)
-        parts.append(PartQuantizationPlan(name, model, linears, dict.fromkeys(chosen, policy.format)))
+                _check_calibrated(scales, name, tuple(formats))
+        parts.append(PartQuantizationPlan(name, model, linears, formats))
     return QuantizationPlan(bundle, scales, policy, tuple(parts))
 
 
@@ -167,11 +171,14 @@ def quantize_bundle(
 
 
 def _check_scales(scales: Scales | None, policy: QuantizationPolicy) -> None:
-    facts = FORMATS[policy.format]
-    if facts.calibrated and scales is None:
-        raise QuantizeError(f"{facts.title} needs scales; make them with `arcflow calibrate` and give --scales")
-    if not facts.calibrated and scales is not None:
-        raise QuantizeError(f"{facts.title} measures its inputs while it runs and takes no scales; leave --scales out")
+    used = [FORMATS[name] for name in policy.formats]
+    calibrated = " and ".join(facts.title for facts in used if facts.calibrated)
+    if calibrated and scales is None:
+        raise QuantizeError(f"{calibrated} needs scales; make them with `arcflow calibrate` and give --scales")
+    if not calibrated and scales is not None:
+        raise QuantizeError(
+            f"{used[0].title} measures its inputs while it runs and takes no scales; leave --scales out"
+        )
 
 
 def _check_calibrated(scales: Scales, part: str, layers: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part
+from arcflow_runtime.disk.quant_formats import check_runs
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line, saturates_uint8_int8
 from arcflow_runtime.engines.host_memory import available_bytes
@@ -99,11 +100,12 @@ class OnnxRuntimeBackend:
         self._threads = threads
 
     def check(self, bundle: Bundle) -> None:
-        """Check that no part is in bfloat16, for which ONNX Runtime has no CPU kernels.
+        """Check that no part is in bfloat16 or NVFP4, for which ONNX Runtime has no CPU kernels.
 
         Raises:
-            EngineError: a part is in bfloat16; the message names it.
+            EngineError: a part is; the message names it.
         """
+        check_runs(bundle.manifest, "onnxruntime", "which ONNX Runtime cannot run on a CPU")
         for name, part in bundle.manifest.parts.items():
             dtypes = {part.precision} | {spec.dtype for spec in part.inputs + part.outputs}
             if "bfloat16" in dtypes:

@@ -136,6 +136,10 @@ public:
                 throw engine_error(name + " is quantised to FP8, which OpenVINO does not round correctly on a CPU; "
                                           "use the bundle that it was quantised from");
             }
+            if (part.quantization && part.quantization->uses("nvfp4")) {
+                throw engine_error(name + " is quantised to NVFP4, which runs on Blackwell GPUs only; "
+                                          "use the bundle that it was quantised from");
+            }
         }
     }
 
