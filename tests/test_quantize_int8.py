@@ -23,11 +23,12 @@ from arcflow_runtime import Bundle, Pipeline, cli
 from arcflow_runtime.build.plan import _check_precision
 from arcflow_runtime.engines.cpu import has_vnni
 from arcflow_runtime.errors import EngineError
-from tests.conftest import FAMILIES, embed
+from tests.conftest import embed
 from tests.cpp import ids_of
 from tests.test_cpp import arguments
 from tests.test_golden import golden
 
+STUDENTS = ["flux-tiny", pytest.param("qwen-tiny", marks=pytest.mark.slow)]
 POLICIES = {"flux-tiny": "flux-int8", "qwen-tiny": "qwen-image-int8"}
 PARTS = {
     "flux-tiny": ["text_encoder", "text_encoder_2", "conditioner", "backbone"],
@@ -122,7 +123,7 @@ def test_a_cpu_that_does_not_saturate(text, found):
     assert has_vnni(text) == found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", STUDENTS)
 def test_bundles(int8, name):
     before, after = int8(name)
     assert after.manifest.version == 3 and Bundle.open(after.root, "full").manifest == after.manifest
@@ -145,7 +146,7 @@ def test_bundles(int8, name):
         assert codes == set(q.layers)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", STUDENTS)
 def test_both_engines_run_it(int8, name):
     """The bound is the threshold of the policies for latents."""
     pytest.importorskip("openvino")
