@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -17,6 +19,8 @@ from arcflow_export.checkpoint.sources import check_present
 from arcflow_export.errors import SourceError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: For torch, safetensors maps a file for writing, which Linux refuses if the file is larger than the memory.
+_FRAMEWORK = "numpy"
 #: `digest_of` reads at most this many blocks of this size from a file: 64 MiB.
 _SAMPLES, _SAMPLE_BYTES = 4096, 16 << 10
 
@@ -42,15 +46,15 @@ class TensorRef:
 
     def read(self) -> torch.Tensor:
         """The whole tensor, in its stored dtype."""
-        with safe_open(self.path, framework="pt") as f:
-            return f.get_tensor(self.key)
+        with safe_open(self.path, framework=_FRAMEWORK) as f:
+            return _torch(f.get_tensor(self.key))
 
     def rows(self, ranges: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Rows [start, stop) of dimension 0 for each range, in the stored dtype; opens the file once."""
-        with safe_open(self.path, framework="pt") as f:
+        with safe_open(self.path, framework=_FRAMEWORK) as f:
             tensor = f.get_slice(self.key)
             for start, stop in ranges:
-                yield tensor[start:stop]
+                yield _torch(tensor[start:stop])
 
 
 class TensorIndex(Mapping[str, TensorRef]):
@@ -97,7 +101,7 @@ class TensorIndex(Mapping[str, TensorRef]):
         for file in files:
             _check_file(file, what)
             try:
-                with safe_open(file, framework="pt") as f:
+                with safe_open(file, framework=_FRAMEWORK) as f:
                     for key in f.keys():  # noqa: SIM118 - not a dict
                         s = f.get_slice(key)
                         if s.get_dtype() not in DTYPES:
@@ -109,6 +113,13 @@ class TensorIndex(Mapping[str, TensorRef]):
             except SafetensorError as e:
                 raise SourceError(f"{what}: {file} is not a valid safetensors file ({e}); download it again") from None
         return TensorIndex(refs, path)
+
+
+def _torch(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor that shares its memory; bfloat16, which torch does not know from numpy, by its bits."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def digest_of(files: Iterable[Path]) -> str:

@@ -191,14 +191,15 @@ def _quantise(
     device = _option("--device", job.device)
     given = Input(exported.path, exported)
     # FP8 is the command's default; a record keeps its key.
-    stages, words = [], (given, *([] if facts.option == "fp8" else ["--format", facts.option]))
+    stages: list[Stage] = []
+    words: tuple[str | Input, ...] = (given, *([] if facts.option == "fp8" else ["--format", facts.option]))
     if facts.calibrated:
         calibration = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
-        target = ("--out", str(scales.path), "--overwrite")
-        stages.append(_writing(job, CALIBRATE, calibration, scales, target, loras))
+        out = ("--out", str(scales.path), "--overwrite")
+        stages.append(_writing(job, CALIBRATE, calibration, scales, out, loras))
         words = (*words, "--scales", Input(scales.path, scales))
     words = (*words, *policy)
-    target = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
+    target: tuple[str, ...] = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
     stages.append(_writing(job, QUANTIZE, words, bundle, target))
     if job.gate:
         words = (Input(bundle.path, bundle), "--against", given, *_files(student.verify), *limit)

@@ -24,7 +24,7 @@ import numpy as np
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part, TensorSpec
-from arcflow_runtime.disk.quant_formats import check_runs
+from arcflow_runtime.disk.quant_formats import check_runs, formats_of
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
 from arcflow_runtime.engines.host_memory import available_bytes
@@ -179,6 +179,11 @@ class OpenVinoBackend:
             inputs = {s.name for s in spec.inputs} | spec.slot_dtypes.keys()
             outputs = {s.name for s in spec.outputs}
             check_names(bundle, part, _names(model.inputs, inputs), _names(model.outputs, outputs))
+            if "int8" in formats_of(spec):
+                from arcflow_runtime.engines import openvino_int8
+
+                openvino_int8.multiply_stored_weights(model, part)
+                properties = properties | openvino_int8.PROPERTIES
             return self._core.compile_model(model, _DEVICE, properties)
         except RuntimeError as e:
             raise EngineError(f"{part}: OpenVINO cannot load {spec.graph}: {last_line(e)}") from e

@@ -7,7 +7,7 @@ if(NOT ARCFLOW_OPENVINO_TOKENIZERS)
     message(WARNING "openvino-tokenizers was not found, so requests must give token ids instead of prompts; "
                     "pip install openvino-tokenizers, or set ARCFLOW_OPENVINO_TOKENIZERS")
 endif()
-target_sources(arcflow_engines PRIVATE src/openvino_backend.cpp src/openvino_tokenizer.cpp)
+target_sources(arcflow_engines PRIVATE src/openvino_backend.cpp src/openvino_int8.cpp src/openvino_tokenizer.cpp)
 target_compile_definitions(arcflow_engines PUBLIC ARCFLOW_WITH_OPENVINO)
 target_link_libraries(arcflow_engines PUBLIC openvino::runtime)
 target_link_libraries(arcflow PRIVATE openvino::runtime)

@@ -15,6 +15,7 @@
 #include "external_data.h"
 #include "json_text.h"
 #include "openvino_error.h"
+#include "openvino_int8.h"
 #include "pool.h"
 
 namespace arcflow {
@@ -152,7 +153,12 @@ public:
             inputs.insert(inputs.end(), slots.begin(), slots.end());
             check_names(part, spec, "inputs", inputs, model->inputs());
             check_names(part, spec, "outputs", spec.outputs, model->outputs());
-            return std::make_unique<OpenVinoEngine>(part, spec, core_.compile_model(model, "CPU", properties()));
+            ov::AnyMap map = properties();
+            if (spec.quantization && spec.quantization->uses("int8")) {
+                multiply_stored_weights(*model, part);
+                map.merge(int8_properties());
+            }
+            return std::make_unique<OpenVinoEngine>(part, spec, core_.compile_model(model, "CPU", map));
         } catch (const ov::Exception &e) {
             throw engine_error(part + ": OpenVINO cannot load " + spec.graph + ": " + useful_line(e));
         }
