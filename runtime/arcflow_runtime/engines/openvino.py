@@ -198,8 +198,8 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": "LATENCY",
             "EXECUTION_MODE_HINT": "ACCURACY",
             "INFERENCE_PRECISION_HINT": ov.Type.f32,
-            "NUM_STREAMS": 1,
             # One stream: lanes that share a pipeline take turns at a part, each with all its threads.
+            "NUM_STREAMS": 1,
             # Each part has threads of its own. If they were pinned, those of all parts would share the first cores.
             "ENABLE_CPU_PINNING": False,
         }
