@@ -1,7 +1,8 @@
-"""Compare this runtime with PyTorch on the same student, in one run: milliseconds per image on a CPU.
+"""Compare this runtime with PyTorch on the same student: milliseconds per image on a CPU.
 
-PyTorch runs as the reference does: diffusers' transformer, unmerged LoRA with peft, and the update in torch. Runs
-alternate between the two, so that a change in the machine's load affects both. Text embeddings are not cached.
+Every candidate of `cpu_candidates.py` runs alone in a process of its own, in rounds, so that a change in the machine's
+speed affects all. An image is everything from the prompt to pixels; text embeddings are not kept between images. What
+cannot run on this machine is named with its reason, on the screen and in the JSON.
 
     python benchmarks/cpu_vs_torch.py --json benchmarks/results/cpu_vs_torch.json
 """
@@ -10,42 +11,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cpu_candidates import BUNDLES, CANDIDATES, REFERENCE, Ours, bundle_of
 from diffusers import FluxTransformer2DModel
 from machine import describe
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from arcflow_export.checkpoint.sources import Location
-from arcflow_export.commands.sources import quiet_libraries
-from arcflow_export.export.export import export_bundle, plan_export
-from arcflow_export.options import ExportOptions
-from arcflow_export.student.load import Student, load_student
-from arcflow_export.student.reference import TorchStudent
-from arcflow_runtime import Pipeline
-
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
-PROMPT = "a large red circle on a blue background"
+HERE = Path(__file__).parent
+GOLDEN = HERE.parent / "tests" / "golden"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One student and one request."""
+    """One student, one request, and how many times each process repeats it."""
 
     name: str
     size_px: int
-    max_sequence_length: int
+    text_tokens: int
     runs: int
 
 
@@ -57,7 +51,7 @@ MEDIUM = {
     "num_layers": 2,
     "num_single_layers": 6,
 }
-WORKLOADS = (Workload("tiny", 64, 64, 100), Workload("medium", 512, 128, 10))
+WORKLOADS = {w.name: w for w in (Workload("tiny", 64, 64, 50), Workload("medium", 512, 128, 5))}
 
 
 def make_medium(folder: Path) -> None:
@@ -95,78 +89,124 @@ def make_medium(folder: Path) -> None:
     (folder / "adapter" / "config.json").write_text(json.dumps(arc))
 
 
-def measure(workload: Workload, student: Student, bundle: Path) -> dict[str, Any]:
-    """Time both, alternating, and compare their images."""
-    px, length = workload.size_px, workload.max_sequence_length
-    reference = TorchStudent(student)
-    pipe = Pipeline.load(bundle)
+def prepare(workload: Workload, folder: Path, names: list[str]) -> dict[str, str]:
+    """Write the student and the bundles that the named candidates need.
 
-    def ours() -> np.ndarray:
-        pipe.clear_cache()
-        return np.asarray(pipe(PROMPT, px, px, seed=1, max_sequence_length=length, output_type="numpy").images)
+    Returns:
+        The candidates whose bundle cannot be made, each with the reason.
+    """
+    if workload.name == "medium":
+        make_medium(folder)
+    else:
+        shutil.copytree(GOLDEN / "flux-tiny", folder)
+    failed: dict[str, str] = {}
+    ours = [CANDIDATES[name] for name in names]
+    for precision in dict.fromkeys(c.precision for c in ours if isinstance(c, Ours)):
+        if reason := _make_bundle(folder, precision):
+            failed |= {c.name: reason for c in ours if isinstance(c, Ours) and c.precision == precision}
+    return failed
 
-    def theirs() -> np.ndarray:
-        return reference.generate(PROMPT, px, px, seed=1, max_sequence_length=length).images.numpy()
 
-    difference = float(np.abs(ours() - theirs()).max())
-    times: dict[str, list[float]] = {"arcflow": [], "torch": []}
-    for _ in tqdm(range(workload.runs), desc=workload.name, disable=None):
-        for name, generate in (("arcflow", ours), ("torch", theirs)):
-            started = time.perf_counter()
-            generate()
-            times[name].append((time.perf_counter() - started) * 1e3)
-    rows = {name: _spread(ms) for name, ms in times.items()}
-    pipe.clear_cache()
-    stages = pipe(PROMPT, px, px, seed=1, max_sequence_length=length).timings_ms
+def _make_bundle(folder: Path, precision: str) -> str | None:
+    """Make a precision's bundle; returns the last line of the error, or None."""
+    made, out = BUNDLES[precision], bundle_of(folder, precision)
+    plain = bundle_of(folder, made.dtype)
+    commands = []
+    if not plain.exists():
+        student = ["--base", str(folder / "base"), "--adapter", str(folder / "adapter")]
+        commands.append(["export", *student, "--dtype", made.dtype, "--out", str(plain)])
+    if made.quantize:
+        commands.append(["quantize", str(plain), *made.quantize, "--out", str(out)])
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", "arcflow_runtime.cli", *command], capture_output=True, text=True)
+        if done.returncode != 0:
+            return _last_line(done.stderr)
+    return None
+
+
+def measure(workload: Workload, folder: Path, names: list[str], rounds: int) -> dict[str, Any]:
+    """Run the candidates in rounds and summarise them."""
+    failed = prepare(workload, folder, names)
+    found: dict[str, dict[str, Any]] = {}
+    for _, name in tqdm([(r, n) for r in range(rounds) for n in names], desc=workload.name, disable=None):
+        if name in failed:
+            continue
+        image = folder / f"{list(CANDIDATES).index(name)}.npy"
+        size = ["--size-px", workload.size_px, "--text-tokens", workload.text_tokens, "--runs", workload.runs]
+        command = [sys.executable, HERE / "cpu_candidates.py", name, folder, *size, "--image", image]
+        # torch.compile's kernels are kept between the rounds.
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        if done.returncode != 0:
+            failed[name] = _last_line(done.stderr)
+            found.pop(name, None)
+            continue
+        one = json.loads(done.stdout.splitlines()[-1])
+        row = found.setdefault(name, {"wall_ms": [], "cpu_ms": [], "image": image})
+        row["wall_ms"] += one["wall_ms"]
+        row["cpu_ms"] += one["cpu_ms"]
+        row["stages_ms"] = one["stages_ms"]
+    reference = np.load(found[REFERENCE]["image"]) if REFERENCE in found else None
     return {
         "workload": workload.name,
-        "transformer_parameters": student.base_parameters,
-        "size_px": px,
-        "text_tokens": length,
+        "transformer_parameters": _parameters(folder / "base" / "transformer"),
+        "size_px": workload.size_px,
+        "text_tokens": workload.text_tokens,
         "steps": 2,
-        "runs": workload.runs,
-        "image_difference_levels": difference * 255,
-        **rows,
-        "speedup": rows["torch"]["median_ms"] / rows["arcflow"]["median_ms"],
-        "stages_ms": {name: round(ms, 3) for name, ms in stages.items()},
+        "rounds": rounds,
+        "runs": workload.runs * rounds,
+        "candidates": {name: _summary(row, reference) for name, row in found.items()},
+        "left_out": failed,
     }
 
 
-def _spread(ms: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(ms, n=10)
-    return {"median_ms": statistics.median(ms), "p10_ms": deciles[0], "p90_ms": deciles[-1]}
+def _summary(row: dict[str, Any], reference: np.ndarray | None) -> dict[str, Any]:
+    deciles = statistics.quantiles(row["wall_ms"], n=10)
+    difference = None if reference is None else float(np.abs(np.load(row["image"]) - reference).max()) * 255
+    stages = row["stages_ms"]
+    return {
+        "median_ms": statistics.median(row["wall_ms"]),
+        "p10_ms": deciles[0],
+        "p90_ms": deciles[-1],
+        "cpu_ms": statistics.median(row["cpu_ms"]),
+        "image_difference_levels": difference,
+        "stages_ms": stages and {name: round(ms, 3) for name, ms in stages.items()},
+    }
+
+
+def _parameters(folder: Path) -> int:
+    from arcflow_export.checkpoint.tensors import TensorIndex
+
+    return sum(ref.numel for ref in TensorIndex.open(folder, "transformer").values())
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it ended without a message"
 
 
 def main() -> int:
     """Run every workload, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--only", choices=[w.name for w in WORKLOADS], help="run one workload")
+    parser.add_argument("--only", choices=list(WORKLOADS), help="run one workload")
+    parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per candidate; default: %(default)s")
     args = parser.parse_args()
-    quiet_libraries()
-    logging.getLogger("arcflow").setLevel(logging.ERROR)
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for workload in WORKLOADS:
-            if args.only not in (None, workload.name):
-                continue
-            source = GOLDEN / "flux-tiny"
-            if workload.name == "medium":
-                source = root / "medium"
-                make_medium(source)
-            student = load_student(Location(str(source / "base")), Location(str(source / "adapter")), [])
-            bundle = export_bundle(plan_export(student, ExportOptions()), root / f"{workload.name}.bundle", "benchmark")
-            results.append(measure(workload, student, bundle))
-    machine = describe()
+    results, load = [], os.getloadavg()
+    with tempfile.TemporaryDirectory() as root:
+        for workload in WORKLOADS.values():
+            if args.only in (None, workload.name):
+                results.append(measure(workload, Path(root) / workload.name, args.candidates, args.rounds))
+    machine = describe(("openvino", "peft")) | {"load_average": load}
     print(f"{machine['cpu']}, {machine['cores']} cores; {machine['versions']}")
-    print(f"{'':8}{'parameters':>14}{'px':>6}{'arcflow ms (p10-p90)':>28}{'torch ms (p10-p90)':>28}{'speed-up':>10}")
     for r in results:
-        cells = [f"{r[n]['median_ms']:.1f} ({r[n]['p10_ms']:.1f}-{r[n]['p90_ms']:.1f})" for n in ("arcflow", "torch")]
-        print(
-            f"{r['workload']:8}{r['transformer_parameters']:>14,}{r['size_px']:>6}{cells[0]:>28}{cells[1]:>28}"
-            f"{r['speedup']:>9.2f}x  images differ by {r['image_difference_levels']:.2f} levels"
-        )
+        print(f"{r['workload']}, {r['transformer_parameters']:,} parameters, {r['size_px']} px, {r['runs']} runs")
+        for name, c in sorted(r["candidates"].items(), key=lambda item: item[1]["median_ms"]):
+            spread = f"({c['p10_ms']:.1f}-{c['p90_ms']:.1f})"
+            print(f"  {name:36}{c['median_ms']:>10.1f} ms {spread:>18}, processors {c['cpu_ms']:.0f} ms")
+        for name, reason in r["left_out"].items():
+            print(f"  {name:36} left out: {reason}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         data = {"command": " ".join(sys.argv), "machine": machine, "results": results}

@@ -179,6 +179,8 @@ def test_opens_what_python_opens(both, core, tmp_path, family):
     assert both(root) is None
     edit_manifest(root, schedule__shift=1e-06, rotary__theta=1e16, provenance__command="é \u2028 \U0001f600")
     assert both(root) is None
+    edit_manifest(root, provenance__vae={"name": "taef1", "revision": None, "sha256": "0" * 64, "scale": None})
+    assert both(root) is None
     np.testing.assert_array_equal(core("modulation", root), [2.0] * 10 + [4.0] * 20)
 
 

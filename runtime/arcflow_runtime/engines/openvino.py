@@ -6,8 +6,9 @@ graph keeps in float32, such as norms: the heads of the tiny FLUX student in bfl
 place of 0.6 %. Without an inference precision, images would depend on the machine.
 
 Compiled models are not cached on disk. OpenVINO's cache holds all weights a second time (144 MB for a backbone of 144
-MB) and reads them into memory of its own, while a model that is compiled from its graph maps the bundle's file. It
-saves a third of a loading time that does not grow with the weights: 0.30 s of processor time in place of 0.45.
+MB) and reads them into memory that the system cannot take back, while a model that is compiled from its graph maps the
+bundle's file. It saves a third of a loading time that does not grow with the weights: 0.30 s of processor time in place
+of 0.45.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class OpenVinoBackend:
                 )
 
     def open(self, bundle: Bundle, part: str) -> OpenVinoEngine:
-        """Load a part. Its weights stay in the mapped file, except those that OpenVINO reorders for the CPU.
+        """Load a part. Its weights are mapped; the first run copies those of linears in the CPU's order.
 
         Raises:
             BundleError: the graph's external data is not in the part's weights file.
@@ -203,6 +204,7 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": "LATENCY",
             "EXECUTION_MODE_HINT": "ACCURACY",
             "INFERENCE_PRECISION_HINT": ov.Type.f32,
+            # One stream: lanes that share a pipeline take turns at a part, each with all its threads.
             "NUM_STREAMS": 1,
             # Each part has threads of its own. If they were pinned, those of all parts would share the first cores.
             "ENABLE_CPU_PINNING": False,

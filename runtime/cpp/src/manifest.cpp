@@ -163,7 +163,7 @@ void check_provenance(const Place &place) {
     check_source(place["base"]);
     check_source(place["adapter"]);
     if (place.has("loras")) place["loras"].each_item(check_source);
-    if (place.has("vae")) check_source(place["vae"]);
+    if (place.has("vae") && !place["vae"].is_null()) check_source(place["vae"]);
 }
 
 void check_format(const Json &json, const std::string &where) {
