@@ -41,6 +41,8 @@ POLICY = "flux-int8"
 MAX_DISK_BYTES, MAX_RESIDENT_BYTES = 17e9, 20 << 30
 PROMPT = "a large red circle on a blue background"
 STEPS, TEXT_TOKENS = 2, 512
+#: The backbone in float32 and in int8, with some room.
+_NEEDED_BYTES = 46_000_000_000
 #: Size of the product that measures the processor: tokens at 512 px, width, MLP width.
 _PRODUCT = (1536, 3072, 12288)
 
@@ -79,7 +81,8 @@ def make_bundle(folder: Path, blocks: tuple[int, int] | None) -> tuple[Bundle, l
     axes = tuple(config.get("axes_dims_rope", (16, 56, 56)))
     manifest = dataclasses.replace(manifest, rotary=b.Rotary(manifest.rotary.theta, axes))
     rows = []
-    for name in manifest.parts:
+    # The largest first, while the disk holds nothing else.
+    for name in sorted(manifest.parts, key=lambda name: name != "backbone"):
         with tempfile.TemporaryDirectory(prefix="part-", dir=folder) as own:
             made, row = make_part(name, Path(own), blocks)
             spec = made.manifest.parts[name]
@@ -142,6 +145,8 @@ def measure(folder: Path, size_px: int, blocks: tuple[int, int] | None) -> dict[
     Raises:
         MeasureError: a command failed; its message is on stderr.
     """
+    if blocks is None and (free := shutil.disk_usage(folder).free) < _NEEDED_BYTES:
+        raise MeasureError(f"{folder} has {free / 1e9:.0f} GB free, needed are {_NEEDED_BYTES / 1e9:.0f} GB")
     load = os.getloadavg()
     bundle, rows = make_bundle(folder, blocks)
     drop_cache([bundle.path(p.weights) for p in bundle.manifest.parts.values()])
@@ -181,7 +186,7 @@ def _size(bundle: Bundle, part: str) -> int:
 def main() -> int:
     """Parse the command line and measure; returns 0 if the criteria are met, 1 if not or if an error occurred."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=None, help="needs 60 GB (default: the temporary folder)")
+    parser.add_argument("--folder", type=Path, default=None, help="where to work (default: the temporary folder)")
     parser.add_argument("--size", type=int, default=512, metavar="PX", help="image side (default: %(default)s)")
     parser.add_argument("--blocks", metavar="DOUBLE,SINGLE", help="fewer blocks, for a trial")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "full_image_flux.json")

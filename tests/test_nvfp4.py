@@ -24,7 +24,7 @@ EVERY = ("transformer_blocks.*", "single_transformer_blocks.*")
 
 
 def reference(x: np.ndarray, tensor_scale: np.float32, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Block scales [..., n / 16] and numbers [..., n] as float32, by the casts of ml_dtypes; blocks on the last axis."""
+    """Block scales [..., n / 16] and numbers [..., n] in float32 by the casts of ml_dtypes; blocks on the last axis."""
     blocks = x.reshape(*x.shape[:-1], -1, 16)
     ratio = np.abs(blocks).max(-1) / (np.float32(6) * tensor_scale)
     if least:
@@ -102,9 +102,7 @@ def test_numbers_and_scales_are_those_of_modelopt_s_onnx_exporter():
         numbers, blocks, scale = quantized(w)
         rows = np.ascontiguousarray(w.numpy().T)
         their_scale = quant_utils.get_weights_scaling_factor_2(rows)
-        wide, narrow = exporter._encode_nvfp4_block_scale(
-            quant_utils.get_weights_scaling_factor(rows, 16, their_scale)
-        )
+        wide, narrow = exporter._encode_nvfp4_block_scale(quant_utils.get_weights_scaling_factor(rows, 16, their_scale))
         packed = exporter._cast_fp4(quant_utils.quantize(rows, 16, wide, their_scale)).reshape(-1)
         assert scale.item() == their_scale
         assert np.array_equal(blocks.view(torch.uint8).numpy().T, narrow)
@@ -156,7 +154,13 @@ def run_quantized(w: torch.Tensor, x: np.ndarray, amax: float) -> np.ndarray:
         initializer = model.graph.initializers[tensor.name]
         shape = ir.Shape(tensor.shape)
         kind = ir.PackedTensor if initializer.dtype == ir.DataType.FLOAT4E2M1 else ir.Tensor
-        raw = raw.view(F8) if initializer.dtype == ir.DataType.FLOAT8E4M3FN else raw.reshape(-1) if kind is ir.PackedTensor else raw
+        raw = (
+            raw.view(F8)
+            if initializer.dtype == ir.DataType.FLOAT8E4M3FN
+            else raw.reshape(-1)
+            if kind is ir.PackedTensor
+            else raw
+        )
         initializer.const_value = kind(raw, dtype=initializer.dtype, shape=shape, name=tensor.name)
     lowered = ir.to_proto(lower_nvfp4(model)).SerializeToString()
     session = ort.InferenceSession(lowered, providers=["CPUExecutionProvider"])
@@ -225,7 +229,7 @@ def test_what_cannot_run_it_says_so(mixed):
         ({"formats": {"fp8_e4m3": ["*.atn.*"]}}, r"parts.backbone.formats.fp8_e4m3: '\*.atn.\*' matches none of the"),
         (
             {"formats": {"fp8_e4m3": ["*.attn.*"], "nvfp4": ["*.attn.to_q"]}},
-            r"parts.backbone.formats: 'transformer_blocks.0.attn.to_q' must match one format, got \['fp8_e4m3', 'nvfp4'\]",
+            r"formats: 'transformer_blocks.0.attn.to_q' must match one format, got \['fp8_e4m3', 'nvfp4'\]",
         ),
         ({"formats": {"fp4": ["*.attn.*"]}}, r"parts.backbone: formats must be among .*, got \['fp4'\]"),
     ],

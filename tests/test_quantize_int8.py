@@ -21,6 +21,7 @@ from arcflow_export.quantize.int8 import TINY, encode, make_scale
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime import Bundle, Pipeline, cli
 from arcflow_runtime.build.plan import _check_precision
+from arcflow_runtime.engines.cpu import has_vnni
 from arcflow_runtime.errors import EngineError
 from tests.conftest import FAMILIES, embed
 from tests.cpp import ids_of
@@ -106,6 +107,19 @@ def test_a_token_does_not_depend_on_others():
     alone = product(x[:1], weight)
     x[1:] *= 1000
     np.testing.assert_array_equal(product(x, weight)[:1], alone)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("model name\t: x\nflags\t\t: fpu avx2 avx512f avx512_vnni\nbugs\t: avx_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx512f\nbugs\t: avx_vnni\n", False),
+        ("Features\t: asimd\n", False),
+    ],
+)
+def test_a_cpu_that_does_not_saturate(text, found):
+    assert has_vnni(text) == found
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -53,8 +53,8 @@ class CompileJob:
 
     @property
     def exported(self) -> Output:
-        """The bundle that the export writes. For a quantised precision it is the unquantised one: bf16, or fp32 for ONNX
-        Runtime on a CPU, which has no bfloat16.
+        """The bundle that the export writes. For a quantised precision it is the unquantised one: bf16, or fp32 for
+        ONNX Runtime on a CPU, which has no bfloat16.
         """
         if self.quantized is None:
             return self.bundle(self.precision)
@@ -191,15 +191,16 @@ def _quantise(
     device = _option("--device", job.device)
     given = Input(exported.path, exported)
     # FP8 is the command's default; a record keeps its key.
-    stages, words = [], (given, *([] if facts.option == "fp8" else ["--format", facts.option]))
+    words: tuple[str | Input, ...] = (given,) if facts.option == "fp8" else (given, "--format", facts.option)
+    stages = []
     if facts.calibrated:
         calibration = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
         target = ("--out", str(scales.path), "--overwrite")
         stages.append(_writing(job, CALIBRATE, calibration, scales, target, loras))
         words = (*words, "--scales", Input(scales.path, scales))
     words = (*words, *policy)
-    target = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
-    stages.append(_writing(job, QUANTIZE, words, bundle, target))
+    out = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
+    stages.append(_writing(job, QUANTIZE, words, bundle, out))
     if job.gate:
         words = (Input(bundle.path, bundle), "--against", given, *_files(student.verify), *limit)
         words = (*words, *_option("--height", height), *_option("--width", width), *policy)

@@ -12,8 +12,8 @@ in standard operators. Linears that read the same tensor share s and q. There is
   their precision.
 - uint8 with zero point 128 and not int8, because ONNX Runtime 1.32's kernels on x86 are fast for uint8 x int8 only. The
   numbers are the same.
-- On an x86 CPU without VNNI, uint8 x int8 products saturate in 16 bits. ONNX Runtime avoids that with the session
-  option `session.x64quantprecision`, which `engines/onnxruntime.py` sets, so that weights keep their 8 bits.
+- On an x86 CPU without VNNI, uint8 x int8 products saturate in 16 bits. There, `engines/onnxruntime.py` sets the
+  session option `session.x64quantprecision`, so that weights keep their 8 bits.
 """
 
 from __future__ import annotations

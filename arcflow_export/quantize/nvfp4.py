@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 
 from arcflow_export.graph.linears import LinearNode, shared_inputs
-from arcflow_export.graph.nvfp4 import DOMAIN, DYNAMIC_QUANTIZE, VERSION, dynamic_quantize
+from arcflow_export.graph.nvfp4 import DOMAIN, VERSION, dynamic_quantize
 from arcflow_export.quantize.format import StoredTensor
 from arcflow_export.quantize.fp8 import E4M3
 from arcflow_export.quantize.nodes import add_initializer, make_value

@@ -1,12 +1,18 @@
-"""What both CPU engines check: the number of threads, and a graph's inputs and outputs."""
+"""What both CPU engines check: the number of threads, a graph's inputs and outputs, and 8-bit instructions."""
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.errors import EngineError, RequestError
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def check_threads(threads: int | None) -> None:
@@ -48,3 +54,20 @@ def check_names(bundle: Bundle, part: str, inputs: Iterable[str], outputs: Itera
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@functools.cache
+def saturates_uint8_int8() -> bool:
+    """True on an x86 CPU without VNNI, whose fast products of uint8 and int8 saturate in 16 bits."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        return not has_vnni(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
+    except OSError:  # unknown: exact rather than fast
+        return True
+
+
+def has_vnni(cpuinfo: str) -> bool:
+    """True if the text of /proc/cpuinfo names an instruction that adds 8-bit products in 32 bits."""
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return flags is not None and not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags[1].split())

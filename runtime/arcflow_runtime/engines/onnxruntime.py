@@ -16,7 +16,7 @@ from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part
 from arcflow_runtime.disk.quant_formats import check_runs
 from arcflow_runtime.engines.base import LayerTime
-from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
+from arcflow_runtime.engines.cpu import check_names, check_threads, first_line, saturates_uint8_int8
 from arcflow_runtime.engines.host_memory import available_bytes
 from arcflow_runtime.engines.modes import ONNX_RUNTIME_CPU
 from arcflow_runtime.engines.slots import empty_slots
@@ -151,8 +151,9 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options.intra_op_num_threads = threads or 0
     # Each part has its own thread pool. Idle threads must not spin, because the next part needs their cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Without VNNI, products of uint8 and int8 (B15) would saturate in 16 bits. No effect on other CPUs.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if saturates_uint8_int8():
+        # Exact kernels (B15). Where the CPU does not saturate, they would take twice as long for nothing.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

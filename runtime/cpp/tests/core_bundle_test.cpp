@@ -219,7 +219,7 @@ void test_rules() {
     int8["version"] = 3;
     int8[Json::json_pointer(place + "/format")] = "int8";
     int8[Json::json_pointer(place + "/scales")] = nullptr;
-    const Quantization read = *parsed(int8).parts.at("backbone").quantization;
+    const auto read = *parsed(int8).parts.at("backbone").quantization;
     CHECK(!read.scales && read.uses("int8") && !read.uses("fp8_e4m3"));
     refused(int8, "/version", 2, ": version must be 3 for these slots and formats (B14, B15), got 2");
     refused(int8, (place + "/formats").c_str(), {{"c", "int8"}},
