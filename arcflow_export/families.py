@@ -52,6 +52,9 @@ class FamilyFacts:
             which its layer names are valid.
         lora_targets: name endings of the linears that get LoRA factors in distillation, as in the released adapters.
         unused_last: beginning of the names, inside the last block, of linears whose output is unused.
+        steps: usual number of steps of the base itself.
+        distilled_steps: that of the base without guidance that was distilled to few steps; None if there is none.
+        true_cfg_scale: the base's usual scale of guidance with a negative prompt; None if it is guided otherwise.
     """
 
     pipeline: str
@@ -69,6 +72,9 @@ class FamilyFacts:
     calibrated: Mapping[str, str]
     lora_targets: tuple[str, ...]
     unused_last: str | None
+    steps: int
+    distilled_steps: int | None
+    true_cfg_scale: float | None
 
 
 _TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
@@ -120,6 +126,10 @@ FAMILIES: dict[str, FamilyFacts] = {
             ".timestep_embedder.linear_2",
         ),
         unused_last=None,
+        # The defaults of diffusers' FluxPipeline, and of FLUX.1-schnell's model card.
+        steps=28,
+        distilled_steps=4,
+        true_cfg_scale=None,
     ),
     "qwen-image": FamilyFacts(
         pipeline="QwenImagePipeline",
@@ -162,6 +172,10 @@ FAMILIES: dict[str, FamilyFacts] = {
             ".timestep_embedder.linear_2",
         ),
         unused_last="txt_mlp.",
+        # The defaults of diffusers' QwenImagePipeline.
+        steps=50,
+        distilled_steps=None,
+        true_cfg_scale=4.0,
     ),
 }
 

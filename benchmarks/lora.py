@@ -34,7 +34,7 @@ from arcflow_export.commands.sources import quiet_libraries
 from arcflow_export.export.export import export_bundle, plan_export
 from arcflow_export.options import SLOT_PATTERNS, ExportOptions
 from arcflow_export.student.load import Student, load_student
-from arcflow_export.student.reference import TorchStudent, integrate, pack
+from arcflow_export.student.reference import TorchStudent, pack
 from arcflow_runtime import Bundle, Pipeline
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
@@ -88,7 +88,7 @@ def theirs(student: Student) -> Callable[[], object]:
     """The same work in PyTorch; its text states are computed once."""
     reference = TorchStudent(student)
     states, pooled = reference.encode(PROMPT, TEXT_TOKENS)
-    sigmas = reference.schedule(STEPS)
+    sigmas = reference.schedule(STEPS, PX, PX)
     channels = reference.transformer.config.in_channels // 4
     noise = pack(torch.randn(1, channels, PX // 8, PX // 8, generator=torch.Generator().manual_seed(1)))
 
@@ -96,7 +96,7 @@ def theirs(student: Student) -> Callable[[], object]:
         x = noise
         for i in range(STEPS):
             heads = reference.predict(x, sigmas[i], states, pooled, PX, PX, DEFAULT_GUIDANCE_SCALE)
-            x = integrate(x, *heads, float(sigmas[i]), float(sigmas[i + 1]))
+            x = reference.step(x, heads, float(sigmas[i]), float(sigmas[i + 1]))
         return x
 
     return generate

@@ -26,7 +26,7 @@ from arcflow_export.families import facts
 from arcflow_export.formats.policy import load_policy, select
 from arcflow_export.graph.trace import trace
 from arcflow_export.models.layers import ModelPart, linear_names, parameters
-from arcflow_export.options import SHIFT, TIMESTEP_RATIO, ExportOptions
+from arcflow_export.options import SHIFT, STEPS, TIMESTEP_RATIO, ExportOptions
 from arcflow_export.student.load import Outline, read_outline
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.signatures import bakes_modulation
@@ -72,14 +72,14 @@ def make_manifest(outline: Outline, parts: list[ModelPart]) -> b.Manifest:
     found, sizes = facts(outline.family), {p.name: sum(map(num_bytes, parameters(p))) for p in parts}
     source = b.Source("benchmark", None, "0" * 64)
     px = b.SizeRange(16, _OPTIONS.max_px)
-    table = b.ModulationTable("modulation.safetensors", _OPTIONS.steps) if bakes_modulation(outline.family) else None
+    table = b.ModulationTable("modulation.safetensors", STEPS) if bakes_modulation(outline.family) else None
     return b.Manifest(
         family=outline.family,  # type: ignore[arg-type]
         dtype=_OPTIONS.dtype,
         reference_dtype=_OPTIONS.reference_dtype,
         opset=_OPTIONS.opset,
         guidance=outline.guidance,
-        schedule=b.Schedule(SHIFT, TIMESTEP_RATIO, _OPTIONS.steps[0]),
+        schedule=b.Schedule(SHIFT, TIMESTEP_RATIO, STEPS[0]),
         latents=b.Latents(outline.config["in_channels"] // 4, 2, 8, outline.num_gaussians, outline.logweights_channels),
         rotary=b.Rotary(10000.0, tuple(outline.config["axes_dims_rope"])),
         text=b.PromptFormat(

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from arcflow_export.pipeline.identity import identify
 from tests import compiling
 from tests.compiling import STAGES, WHOLE, compile_, files, log, reached, records, said, start
 
 place = compiling.place
-#: Every stage, killed in two ways; and stopped in others where there is most to lose.
-ENDS = [(stage, how) for stage in STAGES for how in ("parent", "stage")]
-ENDS += [("calibrate", how) for how in ("both", "SIGINT", "SIGTERM")]
+#: Where there is most to lose, stopped in every way; and every other stage, killed in two ways.
+ENDS = [("calibrate", how) for how in ("both", "SIGINT")]
+OTHER_ENDS = [("calibrate", "SIGTERM"), *((stage, how) for stage in STAGES for how in ("parent", "stage"))]
+ENDS += [pytest.param(*end, marks=pytest.mark.slow) for end in OTHER_ENDS]
 
 
 def test_every_stage_runs_once(place, capsys):
@@ -71,6 +73,7 @@ def test_killed_in_a_stage_the_next_run_goes_on(place, stage, point, how):
     assert log() == ["build"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["put", "replace"])
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_killed_before_the_record_is_written(place, stage, point):
@@ -179,7 +182,7 @@ def test_other_sources(place):
         ("some-drift", ["verify", "build"]),
     ],
 )
-@pytest.mark.parametrize("how", ["edited", "removed"])
+@pytest.mark.parametrize("how", ["edited", pytest.param("removed", marks=pytest.mark.slow)])
 def test_a_changed_output_is_made_again(place, name, again, how):
     assert compile_() == 0
     log()
@@ -252,3 +255,16 @@ def test_a_failed_gate_runs_again(place, capsys):
     log()
     assert compile_() == 0
     assert log() == ["verify", "build"]
+
+
+def test_a_lora_is_identified_with_the_config_beside_it(tmp_path):
+    """Which can change its scale."""
+    lora, config = tmp_path / "ink.safetensors", tmp_path / "adapter_config.json"
+    lora.write_bytes(b"factors")
+    alone = identify(lora)
+    config.write_text('{"lora_alpha": 4}')
+    first = identify(lora)
+    config.write_text('{"lora_alpha": 8}')
+    assert len({alone, first, identify(lora)}) == 3
+    config.unlink()
+    assert identify(lora) == alone

@@ -168,7 +168,9 @@ def both(tool, bundle, host=HOST, part="backbone", check="fast"):
     except EngineError:
         assert code == 1 and said.startswith(f"{ENGINE_ERROR} ")
     else:
-        assert (code, said) == (0, f"{found.path} {found.record.bytes}")
+        record = found.record
+        facts = (found.path, record.bytes, int(record.allocates_when_run), *(record.activation_bytes or ()))
+        assert (code, said) == (0, " ".join(map(str, facts)))
     return said
 
 
@@ -181,6 +183,12 @@ def test_an_engine_is_found(tool, bundle):
     put(bundle, make_key(bundle, target="sm120"))
     put(bundle, make_key(bundle, part="vae_decoder"))
     says(tool, bundle, str(built.path), check="full")
+
+
+def test_what_a_record_says_of_memory(tool, bundle):
+    built = put(bundle, make_key(bundle))
+    edit(bundle, lambda r: r.update(activation_bytes=[7 << 40], allocates_when_run=True))
+    says(tool, bundle, f"{built.path} {built.record.bytes} 1 {7 << 40}")
 
 
 def test_a_record_of_version_1_is_read(tool, bundle):
@@ -364,11 +372,21 @@ def test_compiled_kernels_are_cached_in_pythons_files(tool, nvrtc, tmp_path):
     path.write_bytes(hashlib.sha256(other).digest() + other)
     assert kernels.cached_code("89", tmp_path) == ("cubin", other)
     assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == (0, f"cubin {sha256(other)}")
-    for damaged in (b"", kept[:-1], kept[:40], other):
-        path.write_bytes(damaged)
-        assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == (0, said)
-        assert path.read_bytes() == kept
+    path.write_bytes(other)
+    assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == (0, said)
+    assert path.read_bytes() == kept
     assert {p.suffix for p in tmp_path.iterdir()} == {".cubin", ".lock"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 40, -1])
+def test_cut_kernels_are_compiled_again(size, tool, nvrtc, tmp_path):
+    said = tool("nvrtc", "sm89", tmp_path, **nvrtc)
+    (path,) = tmp_path.glob("kernels-*.cubin")
+    kept = path.read_bytes()
+    path.write_bytes(kept[:size])
+    assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == said
+    assert path.read_bytes() == kept
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(tool, nvrtc, tmp_path):
@@ -379,6 +397,7 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx(tool, nvrtc, tmp_path):
         assert b".version" in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_kernels_without_nvrtc_or_a_cache_folder(tool, nvrtc, tmp_path):
     tmp_path.joinpath("file").touch()
     path = str(tool.path)
@@ -390,6 +409,18 @@ def test_kernels_without_nvrtc_or_a_cache_folder(tool, nvrtc, tmp_path):
         1,
         f"{ENGINE_ERROR} NVRTC has no architecture up to sm50; use a GPU of compute capability 7.5 or newer",
     )
+
+
+def test_without_nvrtc_the_error_says_what_to_install(tool, tmp_path):
+    code, said = tool("nvrtc", "sm89", tmp_path, LD_LIBRARY_PATH="")
+    if code == 0:
+        pytest.skip("NVRTC is installed for all programs here")
+    assert said == (
+        f"{ENGINE_ERROR} NVRTC, which compiles the CUDA kernels, cannot be loaded; install the CUDA toolkit's package "
+        "cuda-nvrtc, or run `pip install nvidia-cuda-nvrtc` and name the folder of its libnvrtc.so in LD_LIBRARY_PATH; "
+        "or build this library after runtime/kernels/build.py, which needs nvcc"
+    )
+    assert not [*tmp_path.iterdir()]
 
 
 # With the headers of an SDK.

@@ -17,6 +17,7 @@ from arcflow_export.checkpoint.layout import lora_files
 from arcflow_export.checkpoint.sources import Location, Resolved, check_present, resolve
 from arcflow_export.checkpoint.tensors import TensorRef, digest_of, weight_files
 from arcflow_export.errors import SourceError
+from arcflow_runtime.disk.manifest import Sampler
 from arcflow_runtime.errors import LoraError
 from arcflow_runtime.lora.layers import LoraFile, LoraLayer
 from arcflow_runtime.lora.read import read_lora
@@ -45,13 +46,14 @@ class Style:
     pairs: dict[str, dict[str, LoraPair]]
 
 
-def load_style(location: Location, scale: float, family: str) -> Style:
+def load_style(location: Location, scale: float, family: str, sampler: Sampler) -> Style:
     """Read a style LoRA.
 
     Args:
         location: a .safetensors file, a directory with one, or a hub id.
         scale: the strength given by the user; it multiplies the file's own scale.
         family: of the base.
+        sampler: of the student.
 
     Raises:
         SourceError: the file is damaged, not a LoRA or for another model, or holds something that is not supported; the
@@ -65,7 +67,7 @@ def load_style(location: Location, scale: float, family: str) -> Style:
         )
     check_present(file, "LoRA")
     try:
-        lora = read_lora(file, family)
+        lora = read_lora(file, family, sampler)
     except LoraError as e:
         raise SourceError(str(e)) from None
     pairs: dict[str, dict[str, LoraPair]] = {}

@@ -1,5 +1,7 @@
 """Merge a base checkpoint, an ArcFlow adapter and LoRAs, and write them as a bundle of ONNX graphs.
 
+Without an adapter, the bundle has the base itself, with its own schedule: a teacher, or a LoRA that needs few steps.
+
 Weights are read, merged and written one tensor at a time, so that a 20-billion-parameter student exports within
 4 GiB of memory. The bundle's directory appears only when it is complete.
 """
@@ -20,11 +22,13 @@ from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.commands.sources import (
     add_schedule_arguments,
     add_source_arguments,
+    add_vae_arguments,
     check_schedule,
     open_student,
     quiet_libraries,
     warn_of_shift,
 )
+from arcflow_export.commands.straight import add_straight_arguments, check_straight, straight_options
 from arcflow_export.options import DTYPES, OPSETS, PARTS, SHORT_DTYPES, SLOT_PATTERNS, ExportOptions
 from arcflow_export.progress import ByteBars
 from arcflow_runtime.disk.manifest import MAX_RANK, RANK_MULTIPLE
@@ -41,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     default = ExportOptions()
     add_source_arguments(parser)
+    add_vae_arguments(parser)
     group = parser.add_argument_group("bundle")
     group.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     group.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
@@ -81,9 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--steps",
         type=_steps,
-        default=default.steps,
         metavar="N[,N...]",
-        help="step counts whose modulation is baked for Qwen-Image; the first is the bundle's default; default: 2",
+        help="step counts whose modulation is baked for Qwen-Image; the first is the bundle's default; default: 2, or "
+        "the base's own without --adapter",
     )
     group.add_argument(
         "--keep-conditioner",
@@ -115,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest rank of the LoRAs of one request, all together; a multiple of 8; default: %(default)s",
     )
     add_schedule_arguments(group)
+    add_straight_arguments(parser)
     add_anyway(parser)
     group.add_argument("--dry-run", action="store_true", help="check everything and print what would be written")
     group.add_argument("--json", action="store_true", help="print the plan or result as JSON")
@@ -131,7 +137,10 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_export.export.export import export_bundle, plan_export
 
     student = open_student(args)
-    warn_of_shift(student, options.shift)
+    if student.adapter is not None:
+        warn_of_shift(student, options.shift)
+    else:
+        options = straight_options(options, args, student)
     if args.scales is not None:
         options = _with_measured(options, args.scales, student)
     plan = plan_export(student, options)
@@ -198,7 +207,10 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         raise RequestError(
             f"--lora-max-rank must be a multiple of {RANK_MULTIPLE} up to {MAX_RANK}, got {args.lora_max_rank}"
         )
-    check_schedule(args)
+    check_straight(args)
+    if args.adapter is not None:
+        check_schedule(args)
+    default = ExportOptions()
     slots = [pattern for text in args.lora_slots for pattern in _items(text, "--lora-slots")]
     return ExportOptions(
         args.dtype,
@@ -209,8 +221,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         args.max_sequence_length,
         _precision(args.precision),
         tuple(pattern for text in args.keep_float32 for pattern in _items(text, "--keep-float32")),
-        args.shift,
-        args.timestep_ratio,
+        default.shift if args.shift is None else args.shift,
+        default.timestep_ratio if args.timestep_ratio is None else args.timestep_ratio,
         tuple(SLOT_PATTERNS.get(pattern, pattern) for pattern in slots),
         args.lora_max_rank,
     )
@@ -268,19 +280,25 @@ def _with_measured(options: ExportOptions, scales: Path, student: Student) -> Ex
 
 def _describe(plan: ExportPlan) -> str:
     student = plan.student
-    adapter = student.adapter
-    ranks = sorted({pair.a.shape[0] for pair in adapter.loras.values()})
-    share = adapter.parameters / student.base_parameters
     lines = [
         f"base     {student.base.name}: {student.family}, {student.base_parameters:,} parameters in the transformer",
-        f"adapter  {adapter.source.name}: {len(adapter.loras)} LoRA linears of rank {', '.join(map(str, ranks))}, "
-        f"{len(adapter.full)} full tensors, K {adapter.num_gaussians}, P {adapter.logweights_channels}; "
-        f"{adapter.parameters:,} parameters, {share:.1%} of the transformer",
     ]
+    if (adapter := student.adapter) is not None:
+        ranks = sorted({pair.a.shape[0] for pair in adapter.loras.values()})
+        share = adapter.parameters / student.base_parameters
+        lines.append(
+            f"adapter  {adapter.source.name}: {len(adapter.loras)} LoRA linears of rank {', '.join(map(str, ranks))}, "
+            f"{len(adapter.full)} full tensors, K {adapter.num_gaussians}, P {adapter.logweights_channels}; "
+            f"{adapter.parameters:,} parameters, {share:.1%} of the transformer"
+        )
+    elif plan.options.schedule is not None:
+        lines.append(f"schedule {plan.options.schedule.describe()}")
     for style in student.styles:
         counts = ", ".join(f"{len(pairs)} linears of {component}" for component, pairs in style.pairs.items())
         lines.append(f"lora     {style.source.name} x {style.scale:g}: {counts}")
         lines += [f"         left out {s.key}: it {s.reason}" for s in style.lora.skipped]
+    if student.vae is not None:
+        lines.append(f"vae      {student.vae.name}: {student.vae_config['_class_name']} in place of the base's decoder")
     lines.append("")
     lines.append(f"  {'part':16}{'parameters':>18}{'bytes':>18}  dtype")
     for p in plan.parts:
@@ -292,7 +310,7 @@ def _describe(plan: ExportPlan) -> str:
         lines.append(f"  {len(layers)} linears of {name} take LoRAs up to rank {plan.options.lora_max_rank}")
     if plan.baked is not None:
         shipped = "kept as well" if plan.options.keep_conditioner else "its conditioner is not shipped"
-        lines.append(f"  modulation is baked for {', '.join(map(str, plan.options.steps))} steps; {shipped}")
+        lines.append(f"  modulation is baked for {', '.join(map(str, plan.options.steps or ()))} steps; {shipped}")
     return "\n".join(lines)
 
 
@@ -307,8 +325,9 @@ def _as_dict(plan: ExportPlan) -> dict[str, Any]:
     return {
         "family": plan.student.family,
         "base_parameters": plan.student.base_parameters,
-        "adapter_parameters": adapter.parameters,
-        "adapter_loras": len(adapter.loras),
+        "sampler": plan.student.sampler,
+        "adapter_parameters": 0 if adapter is None else adapter.parameters,
+        "adapter_loras": 0 if adapter is None else len(adapter.loras),
         "loras": [
             {"name": s.source.name, "scale": s.scale, "skipped": [x.key for x in s.lora.skipped]}
             for s in plan.student.styles
@@ -323,5 +342,6 @@ def _as_dict(plan: ExportPlan) -> dict[str, Any]:
             for p in plan.parts
         },
         "bytes": plan.bytes,
+        "vae": None if plan.student.vae is None else plan.student.vae.name,
         "lora_slots": _slots(plan),
     }

@@ -217,13 +217,15 @@ def _breaches(
     by_name: dict[str, list[Interval]] = {}
     for m in measures:
         by_name.setdefault(m.what, []).append(m.interval)
+    head = next(name for name in gate.MAIN_HEADS if name in by_name)
     return gate.check(
         limits,
         layers,
-        by_name["means"],
+        by_name[head],
         by_name["latents"][-1],
         by_name["PSNR"][0],
         None if judged is None else judged.drop,
+        head,
     )
 
 

@@ -18,7 +18,6 @@ from arcflow_export.drift.comparable import same_parts
 from arcflow_export.drift.layers import LayerErrors, measure_layers
 from arcflow_export.drift.measures import gmsd, psnr_db, relative_error
 from arcflow_export.drift.stages import (
-    HEADS,
     BundleStages,
     CaseBatch,
     EncodedCases,
@@ -178,7 +177,7 @@ def _backbone(
         for step, (sigma, sigma_next) in enumerate(pairwise(stages.sigmas)):
             asked = [(given, reference.latents[step])] + ([(own, x)] if alone[step] else [])
             found, *rest = predict(run_all, step, asked, count)
-            for name in HEADS:
+            for name in found:
                 values = relative_error(found[name], reference.heads[step][name])
                 heads[Quantity("parts", name, _RELATIVE, step)] = values
             if end_to_end:

@@ -36,6 +36,10 @@ class Breach:
         return f"{line}; {self.hint}" if self.hint else line
 
 
+#: The backbone's output that carries the picture: of a momentum student, and of a straight one.
+MAIN_HEADS = ("means", "velocity")
+
+
 def check(
     limits: Thresholds,
     layers: Sequence[LayerDrift],
@@ -43,6 +47,7 @@ def check(
     latents: Interval,
     psnr: Interval,
     judge_drop: Interval | None,
+    head: str = MAIN_HEADS[0],
 ) -> tuple[Breach, ...]:
     """Compare the measurements with the thresholds. Breaches of layers come first, the worst layer first.
 
@@ -51,10 +56,11 @@ def check(
     Args:
         limits: the thresholds.
         layers: drift of the single layers.
-        heads: relative error of the means at each step.
+        heads: relative error of `head` at each step.
         latents: relative error of the final latents.
         psnr: PSNR of the images in dB.
         judge_drop: drop of the judge's share, or None without a judge.
+        head: the backbone's output that the threshold "heads" is for, one of `MAIN_HEADS`.
     """
     breaches: list[Breach] = []
     scales: set[str] = set()
@@ -70,7 +76,7 @@ def check(
         breaches += _past("layers", "relative error of its output", error, limits.layers, name, d.reason())
         breaches += _past("headroom", what, d.headroom, limits.headroom, name, d.reason())
     step = max(range(len(heads)), key=lambda i: heads[i].value)
-    breaches += _mean_past("heads", f"relative error of the means at step {step}", heads[step], limits.heads)
+    breaches += _mean_past("heads", f"relative error of the {head} at step {step}", heads[step], limits.heads)
     breaches += _mean_past("latents", "relative error of the final latents", latents, limits.latents)
     breaches += _mean_past("judge", "drop of the judge's share", judge_drop, limits.judge)
     if limits.psnr is not None and not psnr.value >= limits.psnr:

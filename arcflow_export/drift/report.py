@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arcflow_export.drift.gate import SHOWN, Breach, ranked
+from arcflow_export.drift.gate import MAIN_HEADS, SHOWN, Breach, ranked
 from arcflow_export.drift.judged import Judged
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import RESAMPLES
@@ -138,7 +138,7 @@ class DriftReport:
     def _measures(self) -> str:
         final = [m for m in self.measures if m.what == "latents"][-1]
         limits = {final.name: _limit("<=", self.thresholds.latents), "PSNR": _limit(">=", self.thresholds.psnr)}
-        limits |= {m.name: _limit("<=", self.thresholds.heads) for m in self.measures if m.what == "means"}
+        limits |= {m.name: _limit("<=", self.thresholds.heads) for m in self.measures if m.what in MAIN_HEADS}
         rows = [(m.group, m.name, _cell(m.interval), m.unit, limits.get(m.name, "")) for m in self.measures]
         return _markdown(("where", "quantity", "mean", "unit", "threshold"), rows, left=2)
 

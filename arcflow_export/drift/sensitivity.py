@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from arcflow_export.drift.gate import MAIN_HEADS
 from arcflow_export.drift.graphs import block_of, leave_out, linears, quantized_layers
 from arcflow_export.drift.layers import LayerDrift
 from arcflow_export.drift.measures import psnr_db, relative_error
@@ -31,8 +32,9 @@ PART = "backbone"
 
 @dataclass(frozen=True)
 class Effect:
-    """The drift of one experiment, as means over prompts: relative RMS error of the means at the worst step on the
-    reference's inputs, and of the final latents given the reference's text and modulation; PSNR of the images or None.
+    """The drift of one experiment, as means over prompts: relative RMS error of the means (or velocity) at the worst
+    step on the reference's inputs, and of the final latents given the reference's text and modulation; PSNR of the
+    images or None.
     """
 
     heads: float
@@ -104,7 +106,8 @@ class _Experiment:
             for step, (sigma, sigma_next) in enumerate(pairwise(self._stages.sigmas)):
                 asked = [(self._batches, reference.latents[step])] + ([(self._batches, x)] if step else [])
                 given, *own = predict(engine.run_all, step, asked)
-                heads.append(float(relative_error(given["means"], reference.heads[step]["means"]).mean()))
+                main = next(name for name in MAIN_HEADS if name in given)
+                heads.append(float(relative_error(given[main], reference.heads[step][main]).mean()))
                 x = advance(x, own[0] if own else given, float(sigma), float(sigma_next))
         latents = float(relative_error(x, reference.latents[-1]).mean())
         return Effect(max(heads), latents, self._psnr(x) if images else None)

@@ -23,12 +23,14 @@ from arcflow_runtime.engines.parts import Parts, RunAll
 from arcflow_runtime.generate.condition import Conditioner, conditioner_inputs
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.text import PromptTokenizer, Tokens
+from arcflow_runtime.maths.euler import euler
 from arcflow_runtime.maths.noise import draw_latents
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
 from arcflow_runtime.maths.update import update
 
-HEADS = ("means", "logweights", "loggammas")
+#: The backbone's outputs: the three heads of a momentum student, or the velocity of a straight one.
+HEADS = ("means", "logweights", "loggammas", "velocity")
 #: Image tokens that run together: several images of shapes, or one image of 1024 px.
 _BATCH_TOKENS = 1024
 Heads = dict[str, np.ndarray]
@@ -97,9 +99,10 @@ class BundleStages:
         self.cases, self.scene = cases, scene
         self.manifest = dataclasses.replace(bundle.manifest, reference_dtype=reference_dtype)
         self._parts = Parts(widened(bundle), EmulatedBackend(), "low")
-        self.sigmas = sigmas(scene.num_inference_steps, self.manifest.schedule)
         token_px = self.manifest.latents.patch_size * self.manifest.latents.vae_scale_factor
         self.grid = (scene.height_px // token_px, scene.width_px // token_px)
+        tokens = self.grid[0] * self.grid[1]
+        self.sigmas = sigmas(scene.num_inference_steps, self.manifest.schedule, tokens)
 
     def encode(self) -> EncodedCases:
         """Encode the distinct prompts."""
@@ -119,7 +122,7 @@ class BundleStages:
     def _conditioning(self) -> tuple[np.ndarray, np.float32 | None]:
         """Timesteps [S] float32 and guidance, as the conditioner takes them."""
         m = self.manifest
-        timesteps = conditioning_timesteps(self.sigmas, m.family, m.reference_dtype)
+        timesteps = conditioning_timesteps(self.sigmas, m.family, m.reference_dtype, m.sampler)
         guidance = None
         if m.guidance and self.scene.guidance_scale is not None:
             guidance = conditioning_guidance(self.scene.guidance_scale, m.reference_dtype)
@@ -149,8 +152,8 @@ class BundleStages:
                         chunk,
                         np.concatenate([text.embeddings[p].states for p in prompts]),
                         modulation[:, where],
-                        image_rotary(m.rotary, m.family, m.reference_dtype, *self.grid),
-                        text_rotary(m.rotary, m.family, m.reference_dtype, *self.grid, length),
+                        image_rotary(m.rotary, m.family, m.rotary_dtype, *self.grid),
+                        text_rotary(m.rotary, m.family, m.rotary_dtype, *self.grid, length),
                     )
                 )
         return found
@@ -207,14 +210,17 @@ def predict(
     for batches, _ in asked:
         parts = []
         for batch, given in zip(batches, outputs, strict=False):
-            parts.append((batch.rows, {name: given[name].astype(np.float32, copy=False) for name in HEADS}))
+            heads = {name: given[name].astype(np.float32, copy=False) for name in HEADS if name in given}
+            parts.append((batch.rows, heads))
             progress()
         found.append(_gathered(parts))
     return found
 
 
 def advance(latents: np.ndarray, heads: Heads, sigma: float, sigma_next: float) -> np.ndarray:
-    """Do the closed-form update of one step; infinities are kept, because they count as drift."""
+    """Do one step; infinities are kept, because they count as drift."""
+    if "velocity" in heads:
+        return euler(latents, heads["velocity"], sigma - sigma_next)
     with np.errstate(all="ignore"):
         return update(latents, heads["means"], heads["logweights"], heads["loggammas"], sigma, sigma, sigma_next)
 
@@ -228,7 +234,7 @@ def backbone_inputs(batches: list[CaseBatch], trajectory: Trajectory, step: int)
 def _gathered(parts: list[tuple[list[int], Heads]]) -> Heads:
     """Join the heads of several batches, in the order of the cases."""
     order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    return {name: np.concatenate([heads[name] for _, heads in parts])[order] for name in HEADS}
+    return {name: np.concatenate([heads[name] for _, heads in parts])[order] for name in parts[0][1]}
 
 
 def _chunks(rows: list[int], size: int) -> list[list[int]]:

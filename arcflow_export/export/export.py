@@ -24,10 +24,11 @@ from arcflow_export.families import facts
 from arcflow_export.graph.lora import AddLoraSlots
 from arcflow_export.graph.trace import MAX_BATCH, trace
 from arcflow_export.models.layers import ModelPart, Parameter, parameters
-from arcflow_export.options import ExportOptions
+from arcflow_export.options import STEPS, ExportOptions
 from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.student.keep import float32_layers, keep_float32, matching
 from arcflow_export.student.load import Student, tokenizer_folders
+from arcflow_export.student.schedule import base_schedule
 from arcflow_export.student.slots import slot_layers
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import timestamp
@@ -67,7 +68,7 @@ class PartExportPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The plan for a whole bundle; it can be used once.
+    """The plan for a whole bundle; it can be used once. Its options are complete: they have steps and a schedule.
 
     `baked` is Qwen-Image's conditioner, or None. `table_slots` are the slots of its table, with each layer's first
     column.
@@ -92,6 +93,7 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
         SourceError: a tensor is missing, or its shape differs from the config.
         RequestError: the options name a part that this student does not have, or a pattern that matches nothing.
     """
+    options = _with_schedule(student, options)
     described = student.parts(options.part_dtype)
     names = [part.name for part in described]
     for name, _ in options.precision:
@@ -105,7 +107,7 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
         params = parameters(part)
         check_source(params, student.source(part.name), part.name)
         used |= {p.key for p in params}
-        if part.name == "conditioner" and bakes_modulation(student.family):
+        if part.name == "conditioner" and _bakes(student, options):
             baked = part
             if not options.keep_conditioner:
                 table = _table_slots(part, slots.get(part.name, {}))
@@ -123,6 +125,40 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
             "export with --keep-conditioner"
         )
     return ExportPlan(student, options, tuple(parts), baked, table)
+
+
+def _with_schedule(student: Student, options: ExportOptions) -> ExportOptions:
+    """The options with steps and a schedule: that of the released students, or the base's own for a straight student.
+
+    Raises:
+        RequestError: the options do not fit the student.
+        SourceError: the base's scheduler cannot be read or is not supported.
+    """
+    if student.sampler == "momentum":
+        if options.schedule is not None or options.true_cfg_scale is not None:
+            raise RequestError("schedule and true_cfg_scale are for a base without an adapter; leave them out")
+        steps = options.steps or STEPS
+        return dataclasses.replace(
+            options, steps=steps, schedule=b.Schedule(options.shift, options.timestep_ratio, steps[0])
+        )
+    own, scale = base_schedule(student)
+    schedule = options.schedule or own
+    if options.true_cfg_scale is not None:
+        if scale is None:
+            raise RequestError(f"true_cfg_scale must be left out: {student.family} is not guided by a negative prompt")
+        scale = options.true_cfg_scale
+    steps = options.steps or (schedule.num_inference_steps,)
+    if schedule.sigmas is not None and steps != (len(schedule.sigmas),):
+        raise RequestError(
+            f"steps must be {len(schedule.sigmas)}, the number of sigmas, got {', '.join(map(str, steps))}"
+        )
+    schedule = dataclasses.replace(schedule, num_inference_steps=steps[0])
+    return dataclasses.replace(options, schedule=schedule, true_cfg_scale=scale, steps=steps)
+
+
+def _bakes(student: Student, options: ExportOptions) -> bool:
+    """True if a table can replace the conditioner: the steps' sigmas are the same for every prompt and image size."""
+    return bakes_modulation(student.family) and _schedule(options)[1].dynamic_shift is None
 
 
 def _table_slots(conditioner: ModelPart, layers: Mapping[str, b.SlotLayer]) -> dict[str, tuple[b.SlotLayer, int]]:
@@ -177,10 +213,11 @@ def _bake(
     from safetensors.torch import save
 
     progress.stage("modulation: baking", 0)
-    schedule, family = _schedule(plan.options), _family(plan.student)
+    (steps, schedule), family = _schedule(plan.options), _family(plan.student)
     tables: dict[str, torch.Tensor] = {}
-    for n in plan.options.steps:
-        timesteps = conditioning_timesteps(sigmas(n, schedule), family, plan.options.reference_dtype)
+    for n in steps:
+        reference = plan.options.reference_dtype
+        timesteps = conditioning_timesteps(sigmas(n, schedule), family, reference, plan.student.sampler)
         source = plan.student.source("conditioner")
         precision = getattr(torch, plan.options.part_dtype("backbone"))
         table, inputs = bake_modulation(plan.baked, source, torch.from_numpy(timesteps), precision)
@@ -192,7 +229,7 @@ def _bake(
     files[path.name] = _entry(path)
     layers = {name: layer for name, (layer, _) in plan.table_slots.items()}
     columns = {name: column for name, (_, column) in plan.table_slots.items()}
-    return b.ModulationTable(path.name, plan.options.steps, _slots(plan, layers, ()), columns or None)
+    return b.ModulationTable(path.name, steps, _slots(plan, layers, ()), columns or None)
 
 
 def _slots(plan: ExportPlan, layers: Mapping[str, b.SlotLayer], unread: tuple[str, ...]) -> b.LoraSlots | None:
@@ -240,8 +277,10 @@ def _family(student: Student) -> b.Family:
     return student.family  # type: ignore[return-value]
 
 
-def _schedule(options: ExportOptions) -> b.Schedule:
-    return b.Schedule(options.shift, options.timestep_ratio, options.steps[0])
+def _schedule(options: ExportOptions) -> tuple[tuple[int, ...], b.Schedule]:
+    """Step counts and schedule of a plan's options."""
+    assert options.steps is not None and options.schedule is not None, "plan_export sets both"
+    return options.steps, options.schedule
 
 
 def _manifest(
@@ -264,17 +303,16 @@ def _manifest(
     )
     px = b.SizeRange(16, options.max_px)
     slots = any(part.lora for part in parts.values()) or (modulation is not None and modulation.lora is not None)
-    config = student.config
+    config, outline = student.config, student.outline
+    version = b.LORA_VERSION if slots else b.PLAIN_VERSION
     return b.Manifest(
         family=_family(student),
         dtype=options.dtype,
         reference_dtype=options.reference_dtype,
         opset=options.opset,
-        guidance=student.outline.guidance,
-        schedule=_schedule(options),
-        latents=b.Latents(
-            config["in_channels"] // 4, 2, 8, student.adapter.num_gaussians, student.adapter.logweights_channels
-        ),
+        guidance=outline.guidance,
+        schedule=_schedule(options)[1],
+        latents=b.Latents(config["in_channels"] // 4, 2, 8, outline.num_gaussians, outline.logweights_channels),
         rotary=b.Rotary(10000.0, tuple(config["axes_dims_rope"])),
         text=text,
         ranges=b.Ranges(b.SizeRange(1, MAX_BATCH), px, px),
@@ -283,7 +321,9 @@ def _manifest(
         files=files,
         provenance=_provenance(student, command),
         modulation=modulation,
-        version=b.LORA_VERSION if slots else b.PLAIN_VERSION,
+        sampler=outline.sampler,
+        true_cfg_scale=options.true_cfg_scale,
+        version=b.STRAIGHT_VERSION if outline.sampler == "linear" else version,
     )
 
 
@@ -298,4 +338,5 @@ def _provenance(student: Student, command: str) -> b.Provenance:
         base=base,
         adapter=adapter,
         loras=loras,
+        vae=student.vae_source,
     )

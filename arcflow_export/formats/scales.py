@@ -55,10 +55,13 @@ class ActivationRange:
 
 @dataclass(frozen=True)
 class Scales:
-    """The contents of `scales.json`; `sizes` are (height, width) in pixels."""
+    """The contents of `scales.json`; `sizes` are (height, width) in pixels.
+
+    `adapter` is None for a straight student.
+    """
 
     base: Source
-    adapter: Source
+    adapter: Source | None
     loras: tuple[Source, ...]
     family: Family
     method: Method
@@ -134,7 +137,7 @@ class Scales:
         p = manifest.provenance
         self.check_student(manifest.family, (p.base, p.adapter, p.loras))
 
-    def check_student(self, family: str, sources: tuple[Source, Source, tuple[Source, ...]]) -> None:
+    def check_student(self, family: str, sources: tuple[Source, Source | None, tuple[Source, ...]]) -> None:
         """Check that these scales belong to a student.
 
         Args:
@@ -150,7 +153,7 @@ class Scales:
         wrong = [
             f"{key} {_name(mine)}, the bundle {_name(other)}"
             for key, mine, other in (("base", self.base, base), ("adapter", self.adapter, adapter))
-            if mine.sha256 != other.sha256
+            if (mine and mine.sha256) != (other and other.sha256)
         ]
         if _loras(self.loras) != _loras(loras):
             wrong.append(f"LoRAs {_names(self.loras)}, the bundle {_names(loras)}")
@@ -237,6 +240,8 @@ def _names(loras: tuple[Source, ...]) -> str:
     return ", ".join(_name(s) for s in loras) or "none"
 
 
-def _name(source: Source) -> str:
+def _name(source: Source | None) -> str:
+    if source is None:
+        return "none"
     scale = "" if source.scale is None else f" x {source.scale:g}"
     return f"{source.name!r}{scale} (sha256 {source.sha256[:12]})"

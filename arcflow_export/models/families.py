@@ -10,12 +10,12 @@ from typing import Any
 from arcflow_export.families import facts
 from arcflow_export.models import flux, qwen, text, vae
 from arcflow_export.models.layers import ModelPart
-from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.disk.manifest import DType, Sampler
 
 #: (component's folder, dtype, names of the checkpoint's tensors) -> a text encoder.
 MakeEncoder = Callable[[Path, DType, Collection[str]], ModelPart]
-#: (the transformer's config, K, P, dtype of the conditioner, dtype of the backbone) -> conditioner and backbone.
-MakeNetwork = Callable[[dict[str, Any], int, int, DType, DType], list[ModelPart]]
+#: (transformer's config, K, P, dtype of the conditioner, dtype of the backbone, sampler) -> conditioner and backbone.
+MakeNetwork = Callable[[dict[str, Any], int, int, DType, DType, Sampler], list[ModelPart]]
 #: (the VAE's config, dtype) -> its decoder.
 MakeDecoder = Callable[[dict[str, Any], DType], ModelPart]
 
@@ -30,7 +30,7 @@ class Makers:
 
 
 MAKERS: dict[str, Makers] = {
-    "flux": Makers({"text_encoder": text.clip, "text_encoder_2": text.t5}, flux.build, vae.kl_decoder),
+    "flux": Makers({"text_encoder": text.clip, "text_encoder_2": text.t5}, flux.build, vae.flux_decoder),
     "qwen-image": Makers({"text_encoder": text.qwen}, qwen.build, vae.qwen_decoder),
 }
 

@@ -10,8 +10,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from arcflow_export.models.layers import ModelPart, Sinusoid, attention, make_part, replace_linears, rotate
-from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
-from arcflow_runtime.disk.manifest import DType
+from arcflow_export.models.student import Modulations, backbone_part, lift_modulations, make_heads, rename_linears
+from arcflow_runtime.disk.manifest import DType, Sampler
 from arcflow_runtime.maths.dtypes import FLOAT16_MAX
 
 _FAMILY = "flux"
@@ -50,7 +50,7 @@ class _Attention:
 class FluxBackbone(nn.Module):
     """The image-dependent part of a FLUX student."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, heads: Heads):
+    def __init__(self, transformer: FluxTransformer2DModel, heads: nn.Module):
         super().__init__()
         transformer.time_text_embed = transformer.proj_out = None
         for module in transformer.modules():
@@ -65,7 +65,7 @@ class FluxBackbone(nn.Module):
         modulation: torch.Tensor,
         image_rotary: torch.Tensor,
         text_rotary: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Shapes as in `backbone_part`."""
         t = self.transformer
         rotary = torch.cat([text_rotary, image_rotary], dim=1)  # [2, T + N, D/2]
@@ -84,8 +84,7 @@ class FluxBackbone(nn.Module):
             if x.dtype == torch.float16:
                 x = x.clip(-int(FLOAT16_MAX), int(FLOAT16_MAX))  # as diffusers does
         x = t.norm_out(x[:, text_tokens:], modulation)
-        means, logweights, loggammas = (head.to(latents.dtype) for head in self.heads(x))
-        return means, logweights, loggammas
+        return tuple(head.to(latents.dtype) for head in self.heads(x))
 
 
 class FluxConditioner(nn.Module):
@@ -109,7 +108,12 @@ class FluxConditioner(nn.Module):
 
 
 def build(
-    config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
+    config: dict[str, Any],
+    num_gaussians: int,
+    logweights_channels: int,
+    conditioner_dtype: DType,
+    dtype: DType,
+    sampler: Sampler = "momentum",
 ) -> list[ModelPart]:
     """The conditioner and backbone of a FLUX student, on the meta device.
 
@@ -119,10 +123,11 @@ def build(
         logweights_channels: P, the number of sub-pixels of a token, each with its own mode weights.
         conditioner_dtype: dtype of the conditioner's weights and arithmetic.
         dtype: dtype of the backbone's weights and arithmetic.
+        sampler: "linear" keeps the base's own final projection in place of the three heads.
     """
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-        heads = Heads(transformer.inner_dim, config["in_channels"], num_gaussians, logweights_channels)
+        heads = make_heads(transformer.inner_dim, config["in_channels"], num_gaussians, logweights_channels, sampler)
     slots: list[tuple[str, nn.Module, str]] = []
     for i, block in enumerate(transformer.transformer_blocks):
         for name in ("norm1", "norm1_context"):
@@ -144,5 +149,5 @@ def build(
     without = () if guidance else ("guidance",)
     return [
         make_part(_FAMILY, "conditioner", conditioner, conditioner_dtype, sizes, rename_linears(names), without),
-        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype),
+        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype, sampler),
     ]

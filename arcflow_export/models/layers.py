@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.manifest import DType, Sampler, TensorSpec
 from arcflow_runtime.disk.signatures import signature, tensor_specs
 
 Transform = Literal["none", "transpose", "last_frame"]
@@ -44,6 +44,7 @@ def make_part(
     sizes: Mapping[str, int],
     rename: Callable[[str], str],
     without: tuple[str, ...] = (),
+    sampler: Sampler = "momentum",
 ) -> ModelPart:
     """Make a part with the inputs and outputs of rule B9.
 
@@ -55,8 +56,9 @@ def make_part(
         sizes: the value of each symbol of the part's signature that is a size of the model.
         rename: maps a parameter's name to its key in the checkpoint.
         without: names of optional inputs that this part does not have.
+        sampler: the student's.
     """
-    tensors = signature(family, name)
+    tensors = signature(family, name, sampler)
     inputs = tensor_specs(tensors.inputs, dtype, sizes, without)
     return ModelPart(name, module, inputs, tensor_specs(tensors.outputs, dtype, sizes), rename, getattr(torch, dtype))
 
@@ -192,6 +194,9 @@ class Sinusoid(Constant):
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Rotate adjacent pairs of the head dimension, in float32.
 
+    The results are in another order: the first numbers of all pairs, then the second ones. Attention multiplies
+    queries by keys in the same order, so its scores are equal, and engines need not interleave single numbers.
+
     Args:
         x: queries or keys [B, S, H, D].
         rotary: cosines and sines [2, S, D/2] float32.
@@ -201,8 +206,7 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """
     cos, sin = rotary[0, :, None], rotary[1, :, None]  # [S, 1, D/2]
     real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2]
-    out = torch.stack([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
-    return out.flatten(-2).to(x.dtype)
+    return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1).to(x.dtype)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from arcflow_export.models.layers import ModelPart, RMSNorm, Sinusoid, attention, make_part, replace_linears, rotate
-from arcflow_export.models.student import Heads, Modulations, backbone_part, lift_modulations, rename_linears
-from arcflow_runtime.disk.manifest import DType
+from arcflow_export.models.student import Modulations, backbone_part, lift_modulations, make_heads, rename_linears
+from arcflow_runtime.disk.manifest import DType, Sampler
 
 _FAMILY = "qwen-image"
 
@@ -48,7 +48,7 @@ class _Attention:
 class QwenBackbone(nn.Module):
     """The image-dependent part of a Qwen-Image student."""
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, heads: Heads):
+    def __init__(self, transformer: QwenImageTransformer2DModel, heads: nn.Module):
         super().__init__()
         transformer.time_text_embed = transformer.proj_out = transformer.pos_embed = None
         # The last block's text output is never read, so its layers are removed and their weights are not shipped.
@@ -68,7 +68,7 @@ class QwenBackbone(nn.Module):
         modulation: torch.Tensor,
         image_rotary: torch.Tensor,
         text_rotary: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Shapes as in `backbone_part`."""
         t = self.transformer
         x = t.img_in(latents)
@@ -81,8 +81,7 @@ class QwenBackbone(nn.Module):
                 temb=modulation,
                 image_rotary_emb=(image_rotary, text_rotary),
             )
-        means, logweights, loggammas = (head.to(latents.dtype) for head in self.heads(t.norm_out(x, modulation)))
-        return means, logweights, loggammas
+        return tuple(head.to(latents.dtype) for head in self.heads(t.norm_out(x, modulation)))
 
 
 class QwenConditioner(nn.Module):
@@ -102,12 +101,17 @@ class QwenConditioner(nn.Module):
 
 
 def build(
-    config: dict[str, Any], num_gaussians: int, logweights_channels: int, conditioner_dtype: DType, dtype: DType
+    config: dict[str, Any],
+    num_gaussians: int,
+    logweights_channels: int,
+    conditioner_dtype: DType,
+    dtype: DType,
+    sampler: Sampler = "momentum",
 ) -> list[ModelPart]:
     """The conditioner and backbone of a Qwen-Image student, on the meta device; arguments as for `flux.build`."""
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(config)
-        heads = Heads(transformer.inner_dim, config["in_channels"], num_gaussians, logweights_channels)
+        heads = make_heads(transformer.inner_dim, config["in_channels"], num_gaussians, logweights_channels, sampler)
     slots: list[tuple[str, nn.Module, str]] = []
     for i, block in enumerate(transformer.transformer_blocks):
         for name in ("img_mod", "txt_mod"):
@@ -125,5 +129,5 @@ def build(
     sizes = {"modulation": size}
     return [
         make_part(_FAMILY, "conditioner", conditioner, conditioner_dtype, sizes, rename_linears(names)),
-        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype),
+        backbone_part(_FAMILY, backbone, config, num_gaussians, logweights_channels, size, dtype, sampler),
     ]

@@ -10,7 +10,19 @@ import torch
 from torch import nn
 
 from arcflow_export.models.layers import ModelPart, Slice, make_part
-from arcflow_runtime.disk.manifest import DType
+from arcflow_runtime.disk.manifest import DType, Sampler
+
+
+class Velocity(nn.Module):
+    """The base's own final projection, which gives a straight student's velocity."""
+
+    def __init__(self, dim: int, channels: int):
+        super().__init__()
+        self.proj_out = nn.Linear(dim, channels)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        """[B, N, D] -> velocity [B, N, C]."""
+        return (self.proj_out(x),)
 
 
 class Heads(nn.Module):
@@ -32,6 +44,11 @@ class Heads(nn.Module):
             self.proj_out_logweights(x).unflatten(-1, (self.k, self.p)),
             self.proj_out_loggamma(x).unflatten(-1, (self.k - 1, self.p)),
         )
+
+
+def make_heads(dim: int, channels: int, num_gaussians: int, logweights_channels: int, sampler: Sampler) -> nn.Module:
+    """The last layer of a student of this sampler; see `Heads` and `Velocity`."""
+    return Velocity(dim, channels) if sampler == "linear" else Heads(dim, channels, num_gaussians, logweights_channels)
 
 
 class Modulations(nn.Module):
@@ -75,6 +92,7 @@ def backbone_part(
     logweights_channels: int,
     modulation: int,
     dtype: DType,
+    sampler: Sampler,
 ) -> ModelPart:
     """Make the backbone part, with its sizes from the transformer's config.
 
@@ -86,6 +104,7 @@ def backbone_part(
         logweights_channels: P, the number of sub-pixels of a token, each with its own mode weights.
         modulation: M, the length of the modulation vector.
         dtype: dtype of the backbone's weights and arithmetic.
+        sampler: which outputs the backbone has.
     """
     sizes = {
         "channels": config["in_channels"],
@@ -100,7 +119,7 @@ def backbone_part(
     def rename(name: str) -> str:
         return name.removeprefix("transformer.").removeprefix("heads.")
 
-    return make_part(family, "backbone", module, dtype, sizes, rename)
+    return make_part(family, "backbone", module, dtype, sizes, rename, sampler=sampler)
 
 
 def rename_linears(names: list[str]) -> Callable[[str], str]:

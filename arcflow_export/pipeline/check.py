@@ -34,7 +34,7 @@ def check_job(job: CompileJob) -> None:
 
         load_policy(policy)
     if job.backend != "onnxruntime":
-        _check_target(job)
+        check_target(job)
     elif job.quantized is not None and not job.quantized.on_cpu:
         raise RequestError(
             f"--precision {job.precision} runs on GPUs only, got --backend onnxruntime; give --backend tensorrt-rtx "
@@ -42,7 +42,13 @@ def check_job(job: CompileJob) -> None:
         )
 
 
-def _check_target(job: CompileJob) -> None:
+def check_target(job: CompileJob) -> None:
+    """Check that the library of the job's backend is installed and can build for its target.
+
+    Raises:
+        EngineError: it is not installed, or can build only where its GPU is.
+        RequestError: it cannot build for the target, or the target cannot compute in the precision.
+    """
     from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES

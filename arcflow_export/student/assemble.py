@@ -7,6 +7,7 @@ weights stay on disk, only the factors, the heads and the tensors that the adapt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,17 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from arcflow_export.checkpoint.adapter import HEADS
+from arcflow_export.checkpoint.adapter import HEADS, Adapter
 from arcflow_export.families import facts
 from arcflow_export.models.student import Heads
 from arcflow_export.student.load import Student
 from arcflow_export.student.lora import Factors, read_factors
 from arcflow_export.student.memory import component_dtypes
 from arcflow_export.student.offload import DiskWeights, empty_components, merge, read_when_used
+from arcflow_export.student.straight import Whole
 
 
-def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, on_disk: bool) -> tuple[Any, Heads]:
-    """Load a pipeline and give it the student's adapter and LoRAs.
+def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, on_disk: bool) -> tuple[Any, nn.Module]:
+    """Load a pipeline and give it the student's adapter and LoRAs; without an adapter, the heads pass the velocity on.
 
     Args:
         student: from `load_student`.
@@ -37,17 +39,20 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     """
     components = component_dtypes(student, dtypes)
     empty = empty_components(student, components) if on_disk else {}
+    given = {name: module for name, (module, _) in empty.items()}
+    if student.vae is not None:
+        given["vae"] = load_vae(student.vae.path, student.vae_config, components["vae"])
     pipe = getattr(diffusers, facts(student.family).pipeline).from_pretrained(
-        student.base.path,
-        dtype=components | {"default": dtypes["backbone"]},
-        use_safetensors=True,
-        **{name: module for name, (module, _) in empty.items()},
+        student.base.path, dtype=components | {"default": dtypes["backbone"]}, use_safetensors=True, **given
     )
     pipe.set_progress_bar_config(disable=True)
     encoders = {name: getattr(pipe, name) for name in facts(student.family).encoders}
     modules = {"transformer": pipe.transformer, **encoders}
     styles = [read_factors(style.lora.path, style.scale, modules) for style in student.styles]
-    heads = _attach(pipe.transformer, student, dtypes["backbone"], [s.get("transformer", {}) for s in styles])
+    heads: nn.Module = Whole()
+    if student.adapter is not None:
+        heads = _attach(pipe.transformer, student.adapter, dtypes["backbone"])
+    _add_styles(pipe.transformer, [s.get("transformer", {}) for s in styles], dtypes["backbone"])
     for name, encoder in encoders.items():
         _merge_text_loras(encoder, [s.get(name, {}) for s in styles], empty[name][1] if on_disk else None)
     if hasattr(pipe.text_encoder, "lm_head"):
@@ -60,10 +65,15 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     return pipe, heads.to(device)
 
 
-def _attach(transformer: Any, student: Student, dtype: torch.dtype, styles: Sequence[Mapping[str, Factors]]) -> Heads:
-    """Put the adapter and the LoRAs into a base transformer: full tensors, heads, and unmerged LoRA factors."""
-    adapter = student.adapter
-    state = {k.removeprefix("transformer."): v for k, v in load_file(_file(student)).items()}
+def load_vae(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Load a VAE with the class of diffusers that its `config.json` names."""
+    return getattr(diffusers, config["_class_name"]).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+
+
+def _attach(transformer: Any, adapter: Adapter, dtype: torch.dtype) -> Heads:
+    """Put the adapter into a base transformer: full tensors, heads, and unmerged LoRA factors."""
+    file = next(iter(adapter.index.values())).path
+    state = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
     heads = Heads(
         transformer.inner_dim, transformer.config.in_channels, adapter.num_gaussians, adapter.logweights_channels
     )
@@ -72,24 +82,25 @@ def _attach(transformer: Any, student: Student, dtype: torch.dtype, styles: Sequ
     _, unexpected = transformer.load_state_dict(full, strict=False, assign=True)
     assert not unexpected, unexpected
     transformer.proj_out = nn.Identity()  # the heads read its input instead
-    lora = {k: v.to(dtype) for k, v in state.items() if "lora" in k}
-    names, scales = [], []
-    if lora:
+    if lora := {k: v.to(dtype) for k, v in state.items() if "lora" in k}:
         _load_factors(transformer, lora, "arcflow")
-        names.append("arcflow")
-        scales.append(1.0)
+    return heads.to(dtype).eval()
+
+
+def _add_styles(transformer: Any, styles: Sequence[Mapping[str, Factors]], dtype: torch.dtype) -> None:
+    """Add the unmerged factors of LoRAs; those of a layer that the heads replace change nothing."""
     for i, style in enumerate(styles):
         factors = {}
         for module, pair in style.items():
+            if isinstance(transformer.get_submodule(module), nn.Identity):
+                continue
             factors[f"{module}.lora_A.weight"] = pair.a.to(dtype)
             factors[f"{module}.lora_B.weight"] = pair.b.to(dtype)
         if factors:
             _load_factors(transformer, factors, f"style{i}")
-            names.append(f"style{i}")
-            scales.append(1.0)
+    names = list(getattr(transformer, "peft_config", {}))
     if len(names) > 1:
-        transformer.set_adapters(names, scales)
-    return heads.to(dtype).eval()
+        transformer.set_adapters(names, [1.0] * len(names))
 
 
 def _load_factors(transformer: Any, factors: dict[str, torch.Tensor], name: str) -> None:
@@ -109,7 +120,3 @@ def _merge_text_loras(encoder: nn.Module, styles: Sequence[Mapping[str, Factors]
             else:
                 with torch.no_grad():
                     merge(encoder.get_parameter(f"{module}.weight"), pair)
-
-
-def _file(student: Student) -> Any:
-    return next(iter(student.adapter.index.values())).path

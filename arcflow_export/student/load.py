@@ -1,5 +1,7 @@
 """Open a student (base checkpoint, adapter, LoRAs) and check it: -> parts on the meta device and their weight sources.
 
+Without an adapter it is a straight student: the base itself, or a LoRA of it that needs fewer steps.
+
 Export, calibration, verification and evaluation all start from `load_student`.
 """
 
@@ -15,14 +17,16 @@ from typing import Any
 
 import diffusers
 
-from arcflow_export.checkpoint.adapter import Adapter, LoraPair, check_pair, load_adapter, read_modes
+from arcflow_export.checkpoint.adapter import SUB_PIXELS, Adapter, LoraPair, check_pair, load_adapter, read_modes
 from arcflow_export.checkpoint.layout import (
     MODEL_INDEX,
+    VAE_STEM,
     adapter_files,
     base_files,
     lora_files,
     no_model_index,
     read_family,
+    vae_files,
 )
 from arcflow_export.checkpoint.merge import MergedWeights, PlainWeights, WeightSource
 from arcflow_export.checkpoint.sources import Location, Resolved, measure, read_json, resolve
@@ -33,23 +37,33 @@ from arcflow_export.families import PACKED_CHANNELS, UNSUPPORTED_SETTINGS, facts
 from arcflow_export.models.families import makers
 from arcflow_export.models.layers import ModelPart
 from arcflow_runtime.disk.families import facts as family_facts
-from arcflow_runtime.disk.manifest import DType, Source
+from arcflow_runtime.disk.manifest import DType, Sampler, Source
 from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.lora.names import spellings
 
 
 @dataclass(frozen=True)
 class Student:
-    """A base with its adapter and LoRAs, checked; only headers and configs have been read."""
+    """A base with its adapter and LoRAs, checked; only headers and configs have been read.
+
+    `adapter` is None for a straight student.
+    """
 
     family: str
     base: Resolved
     config: dict[str, Any]
     vae_config: dict[str, Any]
-    adapter: Adapter
+    adapter: Adapter | None
     styles: tuple[Style, ...]
     transformer: MergedWeights
     indexes: dict[str, TensorIndex] = field(repr=False)
+    #: The VAE given in place of the base's, or None; `vae_config` and `indexes` are then of this one.
+    vae: Resolved | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        """How a step is computed from the network's outputs."""
+        return self.outline.sampler
 
     @property
     def base_bytes(self) -> int:
@@ -60,7 +74,7 @@ class Student:
     def adapter_bytes(self) -> int:
         """Bytes of the adapter's and LoRAs' weights as stored."""
         loras = sum(style.lora.path.stat().st_size for style in self.styles)
-        return loras + sum(ref.num_bytes for ref in self.adapter.index.values())
+        return loras + (0 if self.adapter is None else sum(ref.num_bytes for ref in self.adapter.index.values()))
 
     @property
     def lora_bytes(self) -> int:
@@ -85,14 +99,20 @@ class Student:
         return sum(r.numel for r in self.indexes["transformer"].values())
 
     @cached_property
-    def sources(self) -> tuple[Source, Source, tuple[Source, ...]]:
+    def sources(self) -> tuple[Source, Source | None, tuple[Source, ...]]:
         """Base, adapter and LoRAs by name and digest, as a bundle's provenance records them; reads the files once."""
-        adapter = self.adapter.source
+        adapter = self.adapter
         return (
             Source(self.base.name, self.base.revision, self.transformer.index.digest()),
-            Source(adapter.name, adapter.revision, self.adapter.index.digest()),
+            None if adapter is None else Source(adapter.source.name, adapter.source.revision, adapter.index.digest()),
             tuple(Source(s.source.name, s.source.revision, s.digest, s.scale) for s in self.styles),
         )
+
+    @property
+    def vae_source(self) -> Source | None:
+        """The VAE given in place of the base's, as a bundle's provenance records it; None if there is none."""
+        vae = self.vae
+        return None if vae is None else Source(vae.name, vae.revision, self.indexes["vae"].digest())
 
     def parts(self, dtype: DType | Callable[[str], DType]) -> list[ModelPart]:
         """Every part of the bundle, on the meta device, in the order in which data flows.
@@ -105,8 +125,10 @@ class Student:
     @property
     def outline(self) -> Outline:
         """The part of the student that is known from its configs alone."""
-        k, p = self.adapter.num_gaussians, self.adapter.logweights_channels
-        return Outline(self.family, self.base.path, self.config, self.vae_config, k, p, self.indexes)
+        arc = self.adapter
+        k, p = (1, SUB_PIXELS) if arc is None else (arc.num_gaussians, arc.logweights_channels)
+        sampler: Sampler = "linear" if arc is None else "momentum"
+        return Outline(self.family, self.base.path, self.config, self.vae_config, k, p, self.indexes, sampler)
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,7 @@ class Outline:
     """A student as its configs describe it: family, network sizes, K modes and P sub-pixels.
 
     `folder` is the base's folder. `keys` has the names of its tensors by component, and is empty without its weights.
+    K is 1 for a straight student.
     """
 
     family: str
@@ -123,6 +146,7 @@ class Outline:
     num_gaussians: int
     logweights_channels: int
     keys: Mapping[str, Collection[str]]
+    sampler: Sampler = "momentum"
 
     @property
     def width(self) -> int:
@@ -142,12 +166,12 @@ class Outline:
         make = makers(self.family)
         return [
             *(encoder(folder / name, of(name), self.keys.get(name, ())) for name, encoder in make.encoders.items()),
-            *make.network(self.config, k, p, of("conditioner"), of("backbone")),
+            *make.network(self.config, k, p, of("conditioner"), of("backbone"), self.sampler),
             make.decoder(self.vae_config, of("vae_decoder")),
         ]
 
 
-def read_outline(base: Location, adapter: Location) -> Outline:
+def read_outline(base: Location, adapter: Location | None) -> Outline:
     """Read a student's configs without its weights; downloads the configs if they are not here.
 
     Raises:
@@ -159,26 +183,34 @@ def read_outline(base: Location, adapter: Location) -> Outline:
     family = read_family(folder / MODEL_INDEX, "base checkpoint")
     config = _transformer_config(folder / "transformer" / "config.json", family)
     vae_config = read_json(folder / "vae" / "config.json", "base checkpoint")
+    if adapter is None:
+        return Outline(family, folder, config, vae_config, 1, SUB_PIXELS, {}, "linear")
     k, p = read_modes(resolve(adapter, "adapter", adapter_files, weights=False))
     return Outline(family, folder, config, vae_config, k, p, {})
 
 
-def load_student(base: Location, adapter: Location, loras: list[tuple[Location, float]]) -> Student:
+def load_student(
+    base: Location, adapter: Location | None, loras: list[tuple[Location, float]], vae: Location | None = None
+) -> Student:
     """Find, download, open and check a base, an adapter and LoRAs; reads only configs and headers.
 
     Args:
         base: the base checkpoint.
-        adapter: the ArcFlow adapter.
+        adapter: the ArcFlow adapter; None for a straight student.
         loras: style LoRAs with their scales.
+        vae: a VAE to decode with in place of the base's.
 
     Raises:
         SourceError: a file is missing or damaged, or does not fit the others; the message names it.
     """
     # Check all three before the first download, which may take an hour.
     measure(base, "base checkpoint", base_files)
-    measure(adapter, "adapter", adapter_files)
+    if adapter is not None:
+        measure(adapter, "adapter", adapter_files)
     for location, _ in loras:
         measure(location, "LoRA", lora_files)
+    if vae is not None:
+        measure(vae, "VAE", vae_files)
     base_dir = resolve(base, "base checkpoint", base_files)
     if not (base_dir.path / MODEL_INDEX).exists():
         raise SourceError(no_model_index("base checkpoint", base_dir.path))
@@ -187,18 +219,25 @@ def load_student(base: Location, adapter: Location, loras: list[tuple[Location, 
     indexes = {c: TensorIndex.open(base_dir.path / c, f"base checkpoint, {c}") for c in components}
     config = _transformer_config(base_dir.path / "transformer" / "config.json", family)
     vae_config = read_json(base_dir.path / "vae" / "config.json", "base checkpoint")
-    adapter_dir = resolve(adapter, "adapter", adapter_files)
-    arc = load_adapter(adapter_dir, config, indexes["transformer"])
-    if arc.family != family:
+    vae_dir = None if vae is None else resolve(vae, "VAE", vae_files)
+    if vae_dir is not None:
+        vae_config = read_json(vae_dir.path / "config.json", "VAE")
+        single = vae_dir.path / f"{VAE_STEM}.safetensors"
+        indexes["vae"] = TensorIndex.open(single if single.exists() else vae_dir.path, "VAE")
+    arc = None
+    if adapter is not None:
+        arc = load_adapter(resolve(adapter, "adapter", adapter_files), config, indexes["transformer"])
+    if arc is not None and arc.family != family:
         raise SourceError(
             f"adapter: it is made for {arc.family}, but the base checkpoint is {family}; give an adapter of {family}"
         )
-    styles = tuple(_fitted(load_style(location, scale, family), indexes) for location, scale in loras)
-    merged: dict[str, list[LoraPair]] = {m: [pair] for m, pair in arc.loras.items()}
+    sampler: Sampler = "linear" if arc is None else "momentum"
+    styles = tuple(_fitted(load_style(location, scale, family, sampler), indexes) for location, scale in loras)
+    merged: dict[str, list[LoraPair]] = {} if arc is None else {m: [pair] for m, pair in arc.loras.items()}
     for module, more in _pairs(styles, "transformer").items():
         merged.setdefault(module, []).extend(more)
-    weights = MergedWeights(indexes["transformer"], arc.full, merged)
-    return Student(family, base_dir, config, vae_config, arc, styles, weights, indexes)
+    weights = MergedWeights(indexes["transformer"], {} if arc is None else arc.full, merged)
+    return Student(family, base_dir, config, vae_config, arc, styles, weights, indexes, vae_dir)
 
 
 def _transformer_config(path: Path, family: str) -> dict[str, Any]:

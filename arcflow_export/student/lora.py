@@ -61,8 +61,8 @@ _AUTHORS = {
     "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
     "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
     "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
 }
-_REPLACED = ("proj_out", "final_layer.linear")
 _WRAPPERS = re.compile(r"base_model\.model\.|\bmodule\.|_orig_mod\.")
 _SWAPPED = "final_layer.adaLN_modulation.1"
 #: What comes before a module's name in a file, by component; with dots for the underscores of flat names.
@@ -118,15 +118,14 @@ def read_factors(path: Path, scale: float, modules: Mapping[str, nn.Module]) -> 
         tensors = {key: f.get_tensor(key) for key in f.keys() if key.endswith(".alpha") or key in _keys(pairs)}  # noqa: SIM118
     config, named = path.with_name("adapter_config.json"), path.with_name("adapter_model.safetensors")
     settings = json.loads(config.read_text()) if config.exists() and (path == named or not named.exists()) else {}
-    replaced = {_flat(prefix + name) for prefix in _prefixes("transformer") for name in _REPLACED}
     places = {_flat(alias): rows for alias, rows in _places(modules)}
     out: dict[str, dict[str, Factors]] = {}
     for stem, (down, up) in pairs.items():
         name = _WRAPPERS.sub("", stem).replace(".processor.to_", ".to_")
         a, b = (tensors[key].float().flatten(1) for key in (down, up))
         if (rows := places.get(_flat(name))) is None:
-            if _flat(name) in replaced or not b.any():
-                continue  # the heads replace this layer, or it changes nothing
+            if not b.any():
+                continue  # it changes nothing
             raise SourceError(f"LoRA: {path}: the torch side knows no linear for {down!r}")
         for row in rows:
             names = (name, row.linear) if len(rows) == 1 else (name,)

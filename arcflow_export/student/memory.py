@@ -37,7 +37,8 @@ def weight_bytes(student: Student, dtypes: Mapping[str, torch.dtype]) -> int:
 def added_bytes(student: Student, dtypes: Mapping[str, torch.dtype]) -> int:
     """Bytes of the adapter and the LoRAs, which are in memory even if the base stays on disk."""
     loras = sum(p.a.numel + p.b.numel for s in student.styles for pairs in s.pairs.values() for p in pairs.values())
-    return dtypes["backbone"].itemsize * (student.adapter.parameters + loras)
+    adapter = 0 if student.adapter is None else student.adapter.parameters
+    return dtypes["backbone"].itemsize * (adapter + loras)
 
 
 def stays_on_disk(needed_bytes: int, free_bytes: int) -> bool:

@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 from arcflow_export.checkpoint.adapter import HEADS
+from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.options import PARTS, SHIFT, TIMESTEP_RATIO
-from arcflow_export.student.assemble import assemble
+from arcflow_export.student.assemble import assemble, load_vae
 from arcflow_export.student.cast import cast_conditioner, cast_linears, keep_float32
 from arcflow_export.student.families import Conditions, RoundedRotary, TorchFamily, torch_family
 from arcflow_export.student.load import Student
 from arcflow_export.student.memory import free_bytes, stays_on_disk, weight_bytes
+from arcflow_export.student.straight import line, seen_sigma, straight_sigmas
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
+from arcflow_runtime.disk.manifest import Schedule
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class TorchStudent:
         offload: bool | None = None,
         shift: float = SHIFT,
         timestep_ratio: float = TIMESTEP_RATIO,
+        straight: Schedule | None = None,
     ):
         """Load base, adapter and LoRAs.
 
@@ -64,15 +68,24 @@ class TorchStudent:
                 layer's are in memory at a time; None is where all of them together do not fit in the free memory.
             shift: S of the student's schedule.
             timestep_ratio: the ratio r of the student's schedule.
+            straight: the schedule of a straight student, in place of both.
         """
+        assert (student.adapter is None) == (straight is not None), "a straight student has a schedule of its own"
         dtypes = dict.fromkeys(PARTS, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
         dtype, conditioner = dtypes["backbone"], dtypes["conditioner"]
         kept = {part: list(layers) for part, layers in (float32_layers or {}).items()}
         self.family, self.shift, self.timestep_ratio = torch_family(student.family), shift, timestep_ratio
+        self.straight = straight
         self.dtype, self.vae_dtype, self.device = dtype, dtypes["vae_decoder"], device
         self.on_disk = stays_on_disk(weight_bytes(student, dtypes), free_bytes(device)) if offload is None else offload
         self.pipe, self.heads = assemble(student, dtypes, device, self.on_disk)
         self.transformer = self.pipe.transformer
+        #: The base's own VAE in float32 if another one was given in its place, else None.
+        self.full_vae = None
+        if student.vae is not None:
+            folder = student.base.path / "vae"
+            self.full_vae = load_vae(folder, read_json(folder / "config.json", "base checkpoint"), torch.float32)
+            self.full_vae.to(device)
         if kept.get("backbone") or kept.get("conditioner") or conditioner != dtype:
             cast_linears(self.transformer)
             cast_linears(self.heads)
@@ -80,15 +93,15 @@ class TorchStudent:
             cast_conditioner(self.transformer, conditioner, dtype)
         for part, layers in kept.items():
             self._keep_float32(part, layers, dtypes[part])
-        reference = reference_dtype or dtype
+        reference = self.reference_dtype = reference_dtype or dtype
         self.conditioning = _Conditioning(self.transformer.time_text_embed, self.family, reference, conditioner)
         self.transformer.time_text_embed = self.conditioning
-        if self.family.rounds_rotary:
+        if self.family.rounds_rotary and straight is None:
             self.transformer.pos_embed = RoundedRotary(self.transformer.pos_embed, reference)
 
     def _keep_float32(self, part: str, layers: list[str], dtype: torch.dtype) -> None:
         if part in ("backbone", "conditioner"):
-            heads = [name for name in layers if name in HEADS]
+            heads = [name for name in layers if name in HEADS and self.straight is None]
             keep_float32(self.heads, heads, dtype)
             keep_float32(self.transformer, [name for name in layers if name not in HEADS], dtype)
         elif layers:
@@ -96,8 +109,10 @@ class TorchStudent:
             cast_linears(component)
             keep_float32(component, layers, dtype)
 
-    def schedule(self, num_inference_steps: int) -> torch.Tensor:
-        """The student's sigmas [S + 1] float32."""
+    def schedule(self, num_inference_steps: int, height: int, width: int) -> torch.Tensor:
+        """The student's sigmas [S + 1] float32 for images of this size in pixels."""
+        if self.straight is not None:
+            return straight_sigmas(self.straight, num_inference_steps, height * width // 256)
         return schedule(num_inference_steps, self.shift, self.timestep_ratio)
 
     @torch.inference_mode()
@@ -126,12 +141,15 @@ class TorchStudent:
         width: int,
         guidance_scale: float,
         rounding: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Call the network once: packed latents [B, N, C] at `sigma` -> means, logweights (logits), loggammas.
 
-        With a generator `rounding`, the latents are rounded to the network's dtype at random; see `round_randomly`.
+        A straight student gives its velocity [B, N, C] alone. With a generator `rounding`, the latents are rounded to
+        the network's dtype at random; see `round_randomly`.
         """
         batch = latents.shape[0]
+        if self.straight is not None:
+            sigma = seen_sigma(sigma, self.reference_dtype)
         self.conditioning.sigma, self.conditioning.guidance = sigma, guidance_scale
         common: dict[str, Any] = {
             "hidden_states": round_randomly(latents, self.dtype, rounding),
@@ -141,7 +159,16 @@ class TorchStudent:
         }
         vector = None if pooled is None else pooled.expand(batch, -1)
         told = Conditions(batch, height // 16, width // 16, states.shape[1], guidance_scale, vector)
-        return self.heads(self.transformer(**common, **self.family.arguments(self.transformer, told, self.device))[0])
+        found = self.transformer(**common, **self.family.arguments(self.transformer, told, self.device))[0]
+        heads: tuple[torch.Tensor, ...] = self.heads(found)
+        return heads
+
+    def step(self, latents: torch.Tensor, heads: tuple[torch.Tensor, ...], start: float, end: float) -> torch.Tensor:
+        """Latents [B, N, C] at sigma `end`, from those at `start` and what the network gave there."""
+        if self.straight is not None:
+            return line(latents, heads[0], start, end)
+        means, logweights, loggammas = heads
+        return integrate(latents, means, logweights, loggammas, start, end)
 
     @torch.inference_mode()
     def generate(
@@ -165,10 +192,10 @@ class TorchStudent:
             noise = torch.randn(1, channels, height // 8, width // 8, generator=generator)
         x = pack(noise.to(self.device))
         first, steps = x, []
-        sigmas = self.schedule(num_inference_steps)
+        sigmas = self.schedule(num_inference_steps, height, width)
         for i in range(num_inference_steps):
             heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale, rounding)
-            x = integrate(x, *heads, float(sigmas[i]), float(sigmas[i + 1]))
+            x = self.step(x, heads, float(sigmas[i]), float(sigmas[i + 1]))
             steps.append(x)
             if on_step:
                 on_step(i)
@@ -176,12 +203,18 @@ class TorchStudent:
 
     @torch.inference_mode()
     def decode(
-        self, latents: torch.Tensor, height: int, width: int, rounding: torch.Generator | None = None
+        self,
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        rounding: torch.Generator | None = None,
+        full: bool = False,
     ) -> torch.Tensor:
-        """Decode packed latents [B, N, C] to images [B, H, W, 3] float32 in [0, 1]."""
+        """Decode packed latents [B, N, C] to images [B, H, W, 3] float32 in [0, 1]; `full` uses `full_vae`."""
         z = latents.unflatten(1, (height // 16, width // 16)).unflatten(-1, (-1, 2, 2))
         z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        image = self.family.decode(self.pipe.vae, z, lambda x: round_randomly(x, self.vae_dtype, rounding))
+        vae, dtype = (self.full_vae, torch.float32) if full else (self.pipe.vae, self.vae_dtype)
+        image = self.family.decode(vae, z, lambda x: round_randomly(x, dtype, rounding))
         return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 

@@ -1,14 +1,86 @@
-"""Warn if the shift of a base's own scheduler differs from the shift that its student is run with."""
+"""Read the schedule of a base's own scheduler, for a straight student; and warn of a shift that differs from it.
+
+The base's scheduler is diffusers' FlowMatchEulerDiscreteScheduler, whose settings are in `scheduler_config.json`.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 from arcflow_export.checkpoint.sources import read_json
+from arcflow_export.errors import SourceError
+from arcflow_export.families import facts
+from arcflow_export.student.load import Student
+from arcflow_runtime.disk.manifest import DynamicShift, Schedule
 
 _CONFIG = Path("scheduler") / "scheduler_config.json"
+_CLASS = "FlowMatchEulerDiscreteScheduler"
 #: The default shift of diffusers' FlowMatchEulerDiscreteScheduler, for config files without one.
 _DEFAULT_SHIFT = 1.0
+#: Settings of that scheduler that change its sigmas in ways that a bundle has no words for.
+_UNSUPPORTED = (
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+    "use_flow_sigmas",
+)
+#: Schedule of the Qwen-Image-Lightning LoRAs: their scheduler's base_shift and max_shift are log(3), and exp(log(3)) is
+#: a fixed shift of 3. They are distilled without guidance.
+LIGHTNING = Schedule(3.0, 1.0, 8)
+
+
+def base_schedule(student: Student) -> tuple[Schedule, float | None]:
+    """The schedule of a base's own scheduler, with its usual number of steps; and the scale of its guidance.
+
+    Raises:
+        SourceError: the scheduler's config is missing or damaged, or has a setting that is not supported.
+    """
+    path = student.base.path / _CONFIG
+    config = read_json(path, "base checkpoint")
+    where = f"base checkpoint: {path}"
+    if config.get("_class_name") != _CLASS:
+        raise SourceError(f"{where}: _class_name must be {_CLASS!r}, got {config.get('_class_name')!r}")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise SourceError(f"{where}: {key} must be false, got {config[key]!r}: it is not supported")
+    family = facts(student.family)
+    dynamic = _dynamic(config, where) if config.get("use_dynamic_shifting") else None
+    shift = 1.0 if config.get("use_dynamic_shifting") else _number(config, "shift", _DEFAULT_SHIFT, where)
+    if dynamic is not None and dynamic.base_shift == dynamic.max_shift:
+        mu = dynamic.base_shift
+        shift, dynamic = math.exp(mu) if dynamic.kind == "exponential" else mu, None
+    terminal = _number(config, "shift_terminal", 0.0, where) or None
+    # FLUX.1-schnell is the FLUX without guidance and with a fixed shift. It was distilled to four steps.
+    distilled = dynamic is None and "guidance_embeds" in student.config and not student.config["guidance_embeds"]
+    steps = family.distilled_steps if distilled and family.distilled_steps else family.steps
+    return Schedule(shift, 1.0, steps, dynamic, terminal), family.true_cfg_scale
+
+
+def _dynamic(config: dict[str, Any], where: str) -> DynamicShift:
+    kind = config.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise SourceError(f"{where}: time_shift_type must be 'exponential' or 'linear', got {kind!r}")
+    tokens = [int(_number(config, key, default, where)) for key, default in _TOKENS.items()]
+    low, high = (_number(config, key, default, where) for key, default in _SHIFTS.items())
+    if tokens[0] >= tokens[1]:
+        raise SourceError(f"{where}: base_image_seq_len must be below max_image_seq_len, got {tokens[0]}, {tokens[1]}")
+    return DynamicShift(kind, low, high, *tokens)
+
+
+#: diffusers' defaults of the settings of a dynamic shift.
+_TOKENS = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
+_SHIFTS = {"base_shift": 0.5, "max_shift": 1.15}
+
+
+def _number(config: dict[str, Any], key: str, default: float, where: str) -> float:
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise SourceError(f"{where}: {key} must be a number, 0 or more, got {value!r}")
+    return float(value)
 
 
 def shift_warning(base: Path, shift: float) -> str | None:

@@ -53,6 +53,8 @@ SPREADS = 2.0
 #: Number of runs of torch in the reduced precision. The first rounds the latents to nearest, the others at random, so
 #: that their spread shows how much rounding matters.
 RUNS = 4
+#: Row for a bundle with another VAE than the base's. It has no bound: how much an image may change is a choice.
+FULL_VAE = "vae image, against the base's VAE"
 #: Bound for images, 1.5 grey levels: an image has 8 bits, so smaller differences are rounding.
 IMAGE_BOUND = 1.5 / 255
 
@@ -122,7 +124,8 @@ def verify_bundle(
     progress("loading the torch student")
     reference = getattr(torch, m.reference_dtype)
     shift, ratio = m.schedule.shift, m.schedule.timestep_ratio
-    exact = TorchStudent(student, torch.float32, reference, shift=shift, timestep_ratio=ratio)
+    straight = m.schedule if m.sampler == "linear" else None
+    exact = TorchStudent(student, torch.float32, reference, shift=shift, timestep_ratio=ratio, straight=straight)
     same = exact
     if any(part.precision != "float32" for part in m.parts.values()):
         same = TorchStudent(
@@ -132,6 +135,7 @@ def verify_bundle(
             float32_layers=_float32_layers(bundle),
             shift=shift,
             timestep_ratio=ratio,
+            straight=straight,
         )
     rows: list[VerifyRow] = []
     with Pipeline(shown, EmulatedBackend() if backend is None else engines) as pipe:
@@ -260,11 +264,11 @@ def _compare_parts(
         compare.add("pooled text", to_float32(encoded.pooled), runs, pooled)
 
     grid = (case.height // 16, case.width // 16)
-    schedule = sigmas(case.num_inference_steps, m.schedule)
+    schedule = sigmas(case.num_inference_steps, m.schedule, grid[0] * grid[1])
     guidance = conditioning_guidance(case.guidance_scale, m.reference_dtype) if m.guidance else None
     modulation = Conditioner(bundle).modulation(
         parts,
-        conditioning_timesteps(schedule, m.family, m.reference_dtype),
+        conditioning_timesteps(schedule, m.family, m.reference_dtype, m.sampler),
         guidance,
         None if pooled is None else pooled.numpy(),
     )
@@ -280,15 +284,15 @@ def _compare_parts(
                     "latents": x.numpy(),
                     "encoder_hidden_states": states.numpy(),
                     "modulation": modulation[step],
-                    "image_rotary": image_rotary(m.rotary, m.family, m.reference_dtype, *grid),
-                    "text_rotary": text_rotary(m.rotary, m.family, m.reference_dtype, *grid, states.shape[1]),
+                    "image_rotary": image_rotary(m.rotary, m.family, m.rotary_dtype, *grid),
+                    "text_rotary": text_rotary(m.rotary, m.family, m.rotary_dtype, *grid, states.shape[1]),
                 }
             )
             sigma = torch.tensor(schedule[step], dtype=torch.float32)
             arguments = (x, sigma, states, pooled, case.height, case.width, case.guidance_scale)
             reference = exact.predict(*arguments)
             rounded = [same.predict(*arguments, rounding) for rounding in roundings]
-            for i, name in enumerate(("means", "logweights", "loggammas")):
+            for i, name in enumerate(spec.name for spec in m.parts["backbone"].outputs):
                 compare.add(f"step {step} {name}", to_float32(heads[name]), [r[i] for r in rounded], reference[i])
             x = torch_run.steps[step]
     with parts.use("vae_decoder") as run:
@@ -296,6 +300,10 @@ def _compare_parts(
     images = [same.decode(x, case.height, case.width, r) for r in _roundings(bundle, "vae_decoder")]
     exact_image = exact.decode(x, case.height, case.width)
     compare.add("vae image", pixels / np.float32(255), images, exact_image, IMAGE_BOUND)
+    if exact.full_vae is not None:
+        full = exact.decode(x, case.height, case.width, full=True)
+        distance = _relative(pixels / np.float32(255), full.numpy())
+        compare.rows.append(VerifyRow(compare.case, FULL_VAE, distance, math.inf))
 
 
 def _compare_images(

@@ -72,6 +72,7 @@ def calibrate(
             offload=on_disk,
             shift=settings.shift,
             timestep_ratio=settings.timestep_ratio,
+            straight=settings.straight,
         )
         scales = _collect(student, torch_student, prompts, settings, guidance_scale, state, identity)
         scales.save(out)

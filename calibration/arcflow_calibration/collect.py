@@ -26,7 +26,7 @@ from arcflow_export.formats.prompts import Prompts
 from arcflow_export.formats.scales import STEPPED, ActivationRange, Scales
 from arcflow_export.models.layers import linear_names
 from arcflow_export.student.load import Student
-from arcflow_export.student.reference import TorchStudent, integrate, pack
+from arcflow_export.student.reference import TorchStudent, pack
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
 _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
@@ -112,7 +112,9 @@ def _linears(student: Student, torch_student: TorchStudent, part: str) -> Iterat
     """The linears of the part's graph: the name in the graph, and the module of the torch student."""
     described = next(p for p in student.parts("float32") if p.name == part)
     if part == STEPPED:
-        root: nn.Module = nn.ModuleDict({"transformer": torch_student.transformer, "heads": torch_student.heads})
+        # A straight student's last layer is the transformer's own.
+        last = torch_student.heads if student.adapter is not None else torch_student.transformer
+        root: nn.Module = nn.ModuleDict({"transformer": torch_student.transformer, "heads": last})
     else:
         root = attrgetter(facts(student.family).calibrated[part])(torch_student.pipe)
     for layer, name in linear_names(described).items():
@@ -195,7 +197,7 @@ def generate_batch(
         )
         for index, _ in batch.prompts
     ]
-    sigmas = student.schedule(settings.num_inference_steps)
+    sigmas = student.schedule(settings.num_inference_steps, batch.height, batch.width)
     for group in _equal_lengths([states.shape[1] for states, _ in encoded]):
         states = torch.cat([encoded[i][0] for i in group])
         vectors = [pooled for i in group if (pooled := encoded[i][1]) is not None]
@@ -205,7 +207,7 @@ def generate_batch(
             on.step = step
             size = (batch.height, batch.width, DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
             heads = student.predict(x, sigmas[step], states, pooled, *size)
-            x = integrate(x, *heads, float(sigmas[step]), float(sigmas[step + 1]))
+            x = student.step(x, heads, float(sigmas[step]), float(sigmas[step + 1]))
     on.step = 0
 
 
@@ -235,6 +237,7 @@ def describe(
 ) -> Scales:
     """Put the collected ranges and their origin into a `Scales` object."""
     base, adapter, loras = student.sources
+    straight = settings.straight
     return Scales(
         base=base,
         adapter=adapter,
@@ -251,8 +254,8 @@ def describe(
         parts=parts,
         dtype=settings.dtype,
         max_sequence_length=settings.max_sequence_length,
-        shift=settings.shift,
-        timestep_ratio=settings.timestep_ratio,
+        shift=settings.shift if straight is None else (straight.shift if straight.dynamic_shift is None else None),
+        timestep_ratio=settings.timestep_ratio if straight is None else straight.timestep_ratio,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from arcflow_export.formats.scales import STEPPED, DType, Method
 from arcflow_export.options import SHIFT, TIMESTEP_RATIO
+from arcflow_runtime.disk.manifest import Schedule
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse")
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
@@ -23,7 +24,8 @@ class CalibrationSettings:
     `percentile` is None for other methods. `sizes` are (height, width) in pixels; prompt i has size i modulo their
     number. Prompt i starts from the noise of seed `seed` + i. A `guidance_scale` of None means the usual 3.5, or no
     guidance if the student takes none. Up to `batch` prompts of one size and text length share a network call. `shift`
-    and `timestep_ratio` are the student's schedule, the same as for the export.
+    and `timestep_ratio` are the student's schedule, the same as for the export; a straight student has `straight` in
+    place of both.
     """
 
     method: Method = "max"
@@ -39,3 +41,4 @@ class CalibrationSettings:
     device: str = "cpu"
     shift: float = SHIFT
     timestep_ratio: float = TIMESTEP_RATIO
+    straight: Schedule | None = None

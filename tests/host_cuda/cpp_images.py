@@ -39,6 +39,7 @@ _Act = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
 def library():
     library = embed.load(os.environ["HOST_CUDA_CPP"])
     library.host_backends_limits.argtypes = (ctypes.c_size_t, ctypes.c_int64)
+    library.host_backends_weights.argtypes = (ctypes.c_int,)
     return library
 
 
@@ -59,6 +60,7 @@ def on_gpu(library, driver):
     make.kept = set()
     yield make
     library.host_backends_before_enqueue(None)
+    library.host_backends_weights(0)
     for pipe in made:
         pipe.close()
     kinds = set(Live) - make.kept
@@ -122,6 +124,7 @@ def test_golden_cases(name, index, stepwise, on_gpu, driver):
     assert driver.calls("cuGraphLaunch") == (0 if stepwise else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "qwen", "conditioner"])
 def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, on_gpu, plain, driver):
     pipe = on_gpu(name)
@@ -160,6 +163,7 @@ def test_a_replay_reads_what_was_staged_for_it(on_gpu, plain, driver):
     assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, len(cases) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "jobs"), [("flux", 1), ("qwen", 2)])
 def test_a_batch_of_several_prompts(name, jobs, on_gpu, plain, driver):
     """FLUX pads its texts to one length; Qwen-Image does not, and each length has a graph of its own."""
@@ -190,16 +194,6 @@ def test_a_warm_image_is_one_launch_and_allocates_nothing(on_gpu, driver):
     assert allocations(driver) == 0
     launched = ["cuGraphLaunch", "cuEventRecordWithFlags", "cuEventSynchronize"]
     assert [call for call in driver.log() if call != "cuEventElapsedTime"] == launched
-
-
-def test_low_memory(on_gpu, plain, driver):
-    """With `low_memory` each part runs by itself, and leaves nothing on the device."""
-    pipe = on_gpu(low_memory=1)
-    for seed in (1, 2):
-        found = generate(pipe, seeds=[seed], skip_decode=0)
-        np.testing.assert_allclose(found.latents, generate(plain("flux"), seeds=[seed]).latents, **CLOSE)
-        assert driver.live(Live.PINNED_BYTES) == 0
-    assert driver.calls("cuStreamBeginCapture") == 0
 
 
 def allocate(driver, stream):
@@ -233,6 +227,7 @@ def test_an_engine_that_breaks_the_capture(act, library, on_gpu, plain, driver, 
     library.host_backends_before_enqueue(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "nth", "when"),
     [
@@ -257,11 +252,12 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
     assert re.match(re.escape(WITHOUT_GRAPH) + r"CUDA cannot .*: CUDA_ERROR_\w+ \(.*\)$", said[0]), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [1, 2, 3], ids=["plain", "captured", "replayed"])
 def test_every_call_may_fail(image, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right.
 
-    The calls of single engines, which run by themselves with `low_memory`, are in trt_denoiser_test.cpp.
+    Those of single engines, of other memory modes and with LoRAs are in trt_denoiser_test.cpp.
     """
     expected = generate(plain("flux")).latents
     pipe = on_gpu(plans=1)
@@ -287,6 +283,7 @@ def test_every_call_may_fail(image, on_gpu, plain, driver):
         np.testing.assert_allclose(generate(pipe).latents, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
 def test_every_allocation_may_fail(function, on_gpu, plain, driver):
     """The error says what the memory was for, or the image is right because room was made; the next image is right."""
@@ -342,7 +339,7 @@ def test_a_device_that_is_too_small_says_so(on_gpu, driver):
     assert caught.value.status == OUT_OF_MEMORY
     assert re.fullmatch(
         r"text_encoder: inputs and outputs need [\d,]+ bytes of Host memory's memory, 512 are free; "
-        r"set low_memory, or ask for fewer or smaller images",
+        r'open with the memory mode "balanced" or "low", or ask for fewer or smaller images',
         str(caught.value),
     )
 

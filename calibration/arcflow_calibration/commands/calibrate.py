@@ -8,6 +8,7 @@ command is stopped, run it again to continue.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from functools import partial
@@ -24,6 +25,7 @@ from arcflow_export.commands.sources import (
     quiet_libraries,
     warn_of_shift,
 )
+from arcflow_export.commands.straight import add_straight_arguments, check_straight, straight_schedule
 from arcflow_export.formats.prompts import PRESETS, Prompts, read_prompts
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.errors import RequestError
@@ -68,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image sizes in pixels, used in turn; default: 1024x1024",
     )
     group.add_argument(
-        "--num-inference-steps", type=int, default=default.num_inference_steps, metavar="N", help="default: %(default)s"
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        help=f"default: {default.num_inference_steps}, or the base's own without --adapter",
     )
     group.add_argument(
         "--guidance-scale",
@@ -84,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of text tokens, the same as the bundle's; default: %(default)s",
     )
     add_schedule_arguments(group)
+    add_straight_arguments(parser, bundle=False)
     group.add_argument("--seed", type=int, default=default.seed, metavar="N", help="seed of the first prompt's noise")
     group.add_argument(
         "--batch", type=int, default=default.batch, metavar="N", help="prompts per network call; default: %(default)s"
@@ -101,11 +107,12 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_calibration.calibrate import calibrate, default_device
     from arcflow_calibration.state import check_out
 
+    default = CalibrationSettings()
     settings = CalibrationSettings(
         args.method,
         (args.percentile or PERCENTILE) if args.method == "percentile" else None,
         args.parts,
-        args.num_inference_steps,
+        args.num_inference_steps or default.num_inference_steps,
         args.sizes,
         args.guidance_scale,
         args.seed,
@@ -113,12 +120,17 @@ def run(args: argparse.Namespace) -> int:
         args.max_sequence_length,
         args.dtype,
         args.device or default_device(),
-        args.shift,
-        args.timestep_ratio,
+        default.shift if args.shift is None else args.shift,
+        default.timestep_ratio if args.timestep_ratio is None else args.timestep_ratio,
     )
     check_out(args.out, args.overwrite)
     student = open_student(args)
-    warn_of_shift(student, settings.shift)
+    if student.adapter is not None:
+        warn_of_shift(student, settings.shift)
+    else:
+        schedule, _ = straight_schedule(args, student)
+        steps = args.num_inference_steps or schedule.num_inference_steps
+        settings = dataclasses.replace(settings, straight=schedule, num_inference_steps=steps)
     # `plan_memory` refuses a student that cannot fit; it is more exact, because it knows the files.
     announce(partial(_cost, student, settings, len(prompts.texts)), args.out.absolute().parent, anyway=True)
     try:
@@ -172,14 +184,16 @@ def _prompts(args: argparse.Namespace) -> Prompts:
 def _check(args: argparse.Namespace) -> None:
     from arcflow_runtime.generate.request import MAX_INFERENCE_STEPS
 
-    if not 1 <= args.num_inference_steps <= MAX_INFERENCE_STEPS:
+    if args.num_inference_steps is not None and not 1 <= args.num_inference_steps <= MAX_INFERENCE_STEPS:
         raise RequestError(
             f"--num-inference-steps must be between 1 and {MAX_INFERENCE_STEPS}, got {args.num_inference_steps}"
         )
     for name in ("batch", "max_sequence_length"):
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    check_schedule(args)
+    check_straight(args)
+    if args.adapter is not None:
+        check_schedule(args)
     if args.seed < 0:
         raise RequestError(f"--seed must be 0 or more, got {args.seed}")
     if args.guidance_scale is not None and not abs(args.guidance_scale) < 1e4:

@@ -18,7 +18,7 @@ from arcflow_export.checkpoint.sources import Location
 from arcflow_export.errors import SourceError
 from arcflow_export.images.scenes import MAX_SEQUENCE_LENGTH, RESOLUTION
 from arcflow_export.student.load import load_student
-from arcflow_export.student.reference import TorchStudent, integrate
+from arcflow_export.student.reference import TorchStudent
 from arcflow_runtime.backends import DEFAULT_BACKEND, open_backend
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
@@ -83,11 +83,11 @@ class AdapterSampler:
         states = torch.cat([s for s, _ in encoded])
         pooled = torch.cat([p for _, p in encoded if p is not None])
         x, calls = noise(seeds), []
-        for sigma, sigma_next in pairwise(self.student.schedule(STUDENT_STEPS)):
+        for sigma, sigma_next in pairwise(self.student.schedule(STUDENT_STEPS, RESOLUTION, RESOLUTION)):
             heads = self.student.predict(x, sigma, states, pooled, RESOLUTION, RESOLUTION, DEFAULT_GUIDANCE_SCALE)
             means, logweights, loggammas = (h.numpy() for h in heads)
             calls.append(Call(x.numpy(), means, logweights, loggammas, float(sigma), float(sigma_next)))
-            x = integrate(x, *heads, float(sigma), float(sigma_next))
+            x = self.student.step(x, heads, float(sigma), float(sigma_next))
         return x, calls
 
 

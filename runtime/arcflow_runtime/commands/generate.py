@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("prompt", nargs="+", help="text prompt; several prompts make one batch")
     parser.add_argument("--out", type=Path, default=Path("image.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 1024 or the nearest allowed)")
@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and printed)",
     )
     parser.add_argument("--guidance-scale", type=float, help=f"FLUX guidance (default: {DEFAULT_GUIDANCE_SCALE})")
+    parser.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="what to guide the images away from, for Qwen-Image without an adapter; ' ' is usual; doubles the time",
+    )
+    parser.add_argument("--true-cfg-scale", type=float, help="scale of that guidance (default: the bundle's)")
     parser.add_argument("--num-images", type=int, default=1, help="images per prompt (default: %(default)s)")
     parser.add_argument("--sheet", action="store_true", help="write one PNG of all images with their prompts")
     parser.add_argument("--max-sequence-length", type=int, help="largest number of text tokens (default: the bundle's)")
@@ -82,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     paths = _paths(args.out, len(images))
     seeds = [str(seed) for seed in (output.seed if isinstance(output.seed, tuple) else (output.seed,))]
     used = {"loras": ",".join(f"{Path(file).name}:{scale:g}" for file, scale in loras.items())} if loras else {}
+    if args.negative_prompt is not None:
+        used |= {"negative_prompt": args.negative_prompt}
     recorded = [",".join(seeds)] if args.sheet else seeds
     for path, image, prompt, seed in zip(paths, images, prompts, recorded, strict=True):
         _write_png(path, image, {"prompt": prompt, "seed": seed, "steps": str(steps), **used})
@@ -126,6 +134,8 @@ def _generate(pipeline: Pipeline, args: argparse.Namespace, loras: dict[str, flo
         num_images_per_prompt=args.num_images,
         max_sequence_length=args.max_sequence_length,
         loras=loras,
+        negative_prompt=args.negative_prompt,
+        true_cfg_scale=args.true_cfg_scale,
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--check", action="store_true", help="hash every file, not only the small ones")
     parser.add_argument(
         "--gpu-memory",
@@ -35,8 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the bundle's description."""
     from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.disk.checked import open_checked
+    from arcflow_runtime.hub.bundles import find_bundle
 
-    bundle = _open_checked(args.bundle) if args.check else Bundle.open(args.bundle)
+    root = find_bundle(args.bundle).path
+    bundle = open_checked(root) if args.check else Bundle.open(root)
     described = _describe(bundle) if args.json else {}
     lines = [] if args.json else [_table(bundle, args.check)]
     if args.gpu_memory is not None:
@@ -60,22 +63,14 @@ def _gigabytes(text: str) -> int:
     return nbytes
 
 
-def _open_checked(root: Path) -> Bundle:
-    from tqdm import tqdm
-
-    from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.disk.manifest import ENGINES, MANIFEST
-
-    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in (MANIFEST, ENGINES)]
-    total = sum(p.stat().st_size for p in files)
-    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        return Bundle.open(root, "full", bar.update)
-
-
 def _sigmas(manifest: Manifest) -> list[float]:
+    """The sigmas of the default number of steps, for an image of the default size."""
+    from arcflow_runtime.generate.request import nearest_size
     from arcflow_runtime.maths.schedule import sigmas
 
-    return [float(s) for s in sigmas(manifest.schedule.num_inference_steps, manifest.schedule)]
+    height, width = (nearest_size(None, r) for r in (manifest.ranges.height_px, manifest.ranges.width_px))
+    tokens = height * width // (manifest.latents.patch_size * manifest.latents.vae_scale_factor) ** 2
+    return [float(s) for s in sigmas(manifest.schedule.num_inference_steps, manifest.schedule, tokens)]
 
 
 def _part_bytes(manifest: Manifest, part: Part) -> int:
@@ -192,28 +187,36 @@ def _facts(m: Manifest) -> list[str]:
     r, s, p = m.ranges, m.schedule, m.provenance
     baked = "none" if m.modulation is None else ", ".join(str(n) for n in m.modulation.num_inference_steps)
     sigmas = ", ".join(f"{x:.4f}" for x in _sigmas(m))
-    steps = f"{s.num_inference_steps} steps, shift {s.shift:g}, timestep ratio {s.timestep_ratio:g}"
     loras = ", ".join(f"{x.name} x {x.scale:g}" for x in p.loras if x.scale is not None) or "none"
     slots = m.slots()
     others = "".join(f", {name} in {p.precision}" for name, p in m.parts.items() if p.precision != m.dtype)
     facts = {
         "dtype": f"{m.dtype}{others}, conditioning as the reference in {m.reference_dtype}, opset {m.opset}",
-        "schedule": f"{steps}: sigma {sigmas}",
+        "schedule": f"{s.describe()}: sigma {sigmas}",
         "baked": f"modulation for step counts: {baked}",
-        "guidance": "yes" if m.guidance else "no",
+        "guidance": _guidance(m),
         "slots": ", ".join(f"{len(s.layers)} linears of {p} up to rank {s.max_rank}" for p, s in slots.items())
         or "none",
-        "modes": f"K {m.latents.num_gaussians}, P {m.latents.logweights_channels}",
+        "modes": f"K {m.latents.num_gaussians}, P {m.latents.logweights_channels}"
+        if m.sampler == "momentum"
+        else "none: each step is a straight line",
         "text": f"up to {m.text.max_sequence_length} tokens",
         "ranges": f"batch {r.batch.min}-{r.batch.max}, height {r.height_px.min}-{r.height_px.max} px, "
         f"width {r.width_px.min}-{r.width_px.max} px",
         "base": _source(p.base.name, p.base.revision),
-        "adapter": _source(p.adapter.name, p.adapter.revision),
+        "adapter": "none" if p.adapter is None else _source(p.adapter.name, p.adapter.revision),
         "loras": loras,
+        **({} if p.vae is None else {"vae": _source(p.vae.name, p.vae.revision)}),
         "made": f"{p.created} by {', '.join(f'{k} {v}' for k, v in p.tools.items())}",
         "command": p.command,
     }
     return [f"{key:9} {value}" for key, value in facts.items()]
+
+
+def _guidance(m: Manifest) -> str:
+    if m.true_cfg_scale is not None:
+        return f"by a negative prompt, scale {m.true_cfg_scale:g}"
+    return "yes" if m.guidance else "no"
 
 
 def _source(name: str, revision: str | None) -> str:

@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_runtime.lora.read import read_lora
 
     bundle = None if args.bundle is None else Bundle.open(args.bundle)
-    lora = read_lora(args.file, _family(args) if bundle is None else bundle.manifest.family)
+    if bundle is None:
+        lora = read_lora(args.file, _family(args))
+    else:
+        lora = read_lora(args.file, bundle.manifest.family, bundle.manifest.sampler)
     unfit = {} if bundle is None else misfits(lora, bundle)
     print(json.dumps(_describe(lora, unfit), indent=2) if args.json else _table(lora, unfit))
     return 0 if all(misfit.harmless for misfit in unfit.values()) else 1

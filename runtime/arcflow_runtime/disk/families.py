@@ -32,6 +32,7 @@ class FamilyFacts:
         rounds_rotary: the reference rounds cosines and sines to `reference_dtype`.
         centred_positions: image positions count from the centre, and the text's follow on all axes; otherwise they
             count from the corner, and the text has position 0.
+        true_cfg: a straight student is guided by a second call of the network with a negative prompt.
     """
 
     text: TextKind
@@ -39,6 +40,7 @@ class FamilyFacts:
     rounds_timesteps: bool
     rounds_rotary: bool
     centred_positions: bool
+    true_cfg: bool
 
     def usual_text_tokens(self, max_sequence_length: int) -> int:
         """Number of text tokens in a typical request; the maximum if texts are padded."""
@@ -46,8 +48,8 @@ class FamilyFacts:
 
 
 FAMILIES: dict[str, FamilyFacts] = {
-    "flux": FamilyFacts("clip-t5", ("tokenizer", "tokenizer_2"), True, True, False),
-    "qwen-image": FamilyFacts("template", ("tokenizer",), False, False, True),
+    "flux": FamilyFacts("clip-t5", ("tokenizer", "tokenizer_2"), True, True, False, False),
+    "qwen-image": FamilyFacts("template", ("tokenizer",), False, False, True, True),
 }
 
 

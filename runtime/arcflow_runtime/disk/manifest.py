@@ -15,8 +15,9 @@ from typing import Any, Literal
 from arcflow_runtime.disk.families import Family
 
 FORMAT = "arcflow-bundle"
-#: The version of a bundle with nothing new, of one with LoRA slots (B14), and of one with other formats than FP8 (B15).
-PLAIN_VERSION, LORA_VERSION, FORMATS_VERSION = VERSIONS = (1, 2, 3)
+#: The version of a bundle with nothing new, of one with LoRA slots (B14), of one with other formats than FP8 (B15), and
+#: of a straight student (B16). Each may have what the versions before it have.
+PLAIN_VERSION, LORA_VERSION, FORMATS_VERSION, STRAIGHT_VERSION = VERSIONS = (1, 2, 3, 4)
 MANIFEST = "manifest.json"
 #: Key of the modulation table in a manifest; its slots are listed under this name beside those of the parts.
 MODULATION = "modulation"
@@ -32,6 +33,8 @@ MAX_RANK = 1024
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 QuantFormat = Literal["fp8_e4m3", "int8", "nvfp4"]
+#: How a step is computed from the backbone's outputs: a sum of exponentials, or one velocity (B16).
+Sampler = Literal["momentum", "linear"]
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,58 @@ class Part:
 
 
 @dataclass(frozen=True)
+class DynamicShift:
+    """A shift that depends on the number N of image tokens (B16), as in diffusers' FlowMatchEulerDiscreteScheduler.
+
+    mu is the line through (`base_image_tokens`, `base_shift`) and (`max_image_tokens`, `max_shift`), also outside of
+    them. The shift S is exp(mu) if `kind` is "exponential", and mu if it is "linear".
+    """
+
+    kind: Literal["exponential", "linear"]
+    base_shift: float
+    max_shift: float
+    base_image_tokens: int
+    max_image_tokens: int
+
+    def mu(self, image_tokens: int) -> float:
+        """The value of the line for images of N tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_tokens - self.base_image_tokens)
+        return self.base_shift + slope * (image_tokens - self.base_image_tokens)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The noise schedule, and the default number of steps.
 
     sigma(t) = S t / (1 + (S-1) t) with S = `shift`, and t_i = 1 - i / (steps - 1 + r) with r = `timestep_ratio`.
+
+    A straight student may have more (B16): `dynamic_shift` takes the place of S, which is then 1; `sigmas` take the
+    place of t_i; and with `terminal`, the sigmas are stretched so that the last one above 0 has this value.
     """
 
     shift: float
     timestep_ratio: float
     num_inference_steps: int
+    dynamic_shift: DynamicShift | None = None
+    terminal: float | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    def describe(self) -> str:
+        """The schedule in a few words, for the terminal."""
+        d, words = self.dynamic_shift, [f"{self.num_inference_steps} steps"]
+        if self.sigmas is not None:
+            words.append("its own sigmas")
+        if d is None:
+            words.append(f"shift {self.shift:g}")
+        else:
+            name = f"{d.kind} shift" if d.kind == "linear" else "dynamic shift"
+            tokens = f"{d.base_image_tokens} to {d.max_image_tokens} image tokens"
+            words.append(f"{name} {d.base_shift:g} to {d.max_shift:g} at {tokens}")
+        if self.timestep_ratio != 1 or (d is None and self.terminal is None and self.sigmas is None):
+            words.append(f"timestep ratio {self.timestep_ratio:g}")
+        if self.terminal is not None:
+            words.append(f"last sigma {self.terminal:g}")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -240,19 +286,26 @@ class Source:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the bundle was made, for information only; nothing is loaded by it."""
+    """How the bundle was made, for information only; nothing is loaded by it.
+
+    `vae` is the VAE that was given in place of the base's, or None.
+    """
 
     command: str
     created: str
     tools: Mapping[str, str]
     base: Source
-    adapter: Source
+    adapter: Source | None
     loras: tuple[Source, ...] = ()
+    vae: Source | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole `manifest.json`."""
+    """The whole `manifest.json`.
+
+    `true_cfg_scale` is the default scale of guidance with a negative prompt, or None for a student without it (B16).
+    """
 
     family: Family
     dtype: DType
@@ -269,8 +322,15 @@ class Manifest:
     files: Mapping[str, FileEntry]
     provenance: Provenance
     modulation: ModulationTable | None = None
+    sampler: Sampler = "momentum"
+    true_cfg_scale: float | None = None
     format: str = FORMAT
     version: int = PLAIN_VERSION
+
+    @property
+    def rotary_dtype(self) -> DType:
+        """The dtype that FLUX's rotary tables are rounded to: a straight student's reference does not round them."""
+        return "float32" if self.sampler == "linear" else self.reference_dtype
 
     def slots(self) -> dict[str, LoraSlots]:
         """The LoRA slots by part; those of the modulation table are under `MODULATION`."""
@@ -281,6 +341,8 @@ class Manifest:
     @property
     def needed_version(self) -> int:
         """The version that the contents need: the oldest one whose readers can read them."""
+        if self.sampler == "linear":
+            return STRAIGHT_VERSION
         if any(part.quantization is not None and not part.quantization.plain for part in self.parts.values()):
             return FORMATS_VERSION
         return LORA_VERSION if self.slots() else PLAIN_VERSION
@@ -288,23 +350,28 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
-        for place, keys in newer_keys(data):
+        if self.provenance.vae is None:
+            del data["provenance"]["vae"]
+        for place, keys, _ in later_keys(data, self.version):
             for key in keys:
                 del place[key]
         data = {"format": data.pop("format"), "version": data.pop("version")} | data
         return json.dumps(data | {"digest": seal(data)}, indent=2) + "\n"
 
 
-def newer_keys(data: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
-    """The objects of a decoded manifest that have keys of a later version than its own, each with these keys."""
-    found: list[tuple[dict[str, Any], list[str]]] = []
-    if data["version"] < LORA_VERSION:
-        found += [(part, ["lora"]) for part in data["parts"].values()]
+def later_keys(data: dict[str, Any], version: int) -> list[tuple[dict[str, Any], list[str], str]]:
+    """The objects of a decoded manifest that have keys of versions after `version`, each with these keys and a rule."""
+    found: list[tuple[dict[str, Any], list[str], str]] = []
+    if version < LORA_VERSION:
+        found += [(part, ["lora"], "B14") for part in data["parts"].values()]
         if data["modulation"] is not None:
-            found.append((data["modulation"], ["lora", "columns"]))
-    if data["version"] < FORMATS_VERSION:
+            found.append((data["modulation"], ["lora", "columns"], "B14"))
+    if version < FORMATS_VERSION:
         quantized = (part.get("quantization") for part in data["parts"].values())
-        found += [(q, ["formats"]) for q in quantized if q is not None]
+        found += [(q, ["formats"], "B15") for q in quantized if q is not None]
+    if version < STRAIGHT_VERSION:
+        found.append((data, ["sampler", "true_cfg_scale"], "B16"))
+        found.append((data["schedule"], ["dynamic_shift", "terminal", "sigmas"], "B16"))
     return found
 
 

@@ -8,9 +8,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from arcflow_runtime.disk.families import facts as family_facts
-from arcflow_runtime.disk.manifest import MAX_RANK, MODULATION, RANK_MULTIPLE, Manifest
+from arcflow_runtime.disk.manifest import MAX_RANK, MODULATION, RANK_MULTIPLE, STRAIGHT_VERSION, Manifest
 from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
+from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.errors import BundleError
+
+#: The largest default scale of guidance with a negative prompt, and the largest one of a request.
+MAX_TRUE_CFG_SCALE = 65.0
+#: The largest mu of a dynamic shift.
+MAX_MU = 16.0
 
 
 def check_values(manifest: Manifest, where: str) -> None:
@@ -70,6 +76,7 @@ def _rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
     yield from _text_rules(m)
     yield from _quantization_rules(m)
     yield from _lora_rules(m)
+    yield from _sampler_rules(m)
     if m.modulation is not None and "conditioner" not in m.parts:
         baked = m.modulation.num_inference_steps
         yield (
@@ -104,8 +111,9 @@ def _is_sha256(text: str) -> bool:
 
 def _lora_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
     found = m.slots()
-    needed = m.needed_version
-    yield m.version == needed, "version", f"{needed} for these slots and formats (B14, B15)", m.version
+    if m.sampler == "momentum":
+        needed = m.needed_version
+        yield m.version == needed, "version", f"{needed} for these slots and formats (B14, B15)", m.version
     floats = ("float32", "float16", "bfloat16")
     for name, slots in found.items():
         key = f"{MODULATION}: lora" if name == MODULATION else f"parts.{name}: lora"
@@ -136,6 +144,47 @@ def _lora_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
         fits = isinstance(wide, int) and columns[layer] + sizes.out_features <= wide
         yield fits, f"{MODULATION}: columns: {layer}", f"at most {wide} with its outputs", columns[layer]
         yield sizes.dtype == "float32", f"{MODULATION}: lora: {layer}: dtype", "float32", sizes.dtype
+
+
+def _sampler_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
+    s, k = m.schedule, m.latents
+    straight, adapter = m.sampler == "linear", m.provenance.adapter
+    must = f"{'null' if straight else 'given'} for the sampler {m.sampler!r} (B16)"
+    yield (adapter is None) == straight, "provenance: adapter", must, adapter
+    if m.sampler == "momentum":
+        return
+    yield m.version == STRAIGHT_VERSION, "version", f"{STRAIGHT_VERSION} for the sampler 'linear' (B16)", m.version
+    yield k.num_gaussians == 1, "latents: num_gaussians", "1 for a straight student", k.num_gaussians
+    if "backbone" in m.parts:
+        wanted = [t.name for t in signature(m.family, "backbone", m.sampler).outputs]
+        names = [t.name for t in m.parts["backbone"].outputs]
+        yield names == wanted, "parts.backbone: outputs", f"{wanted} for a straight student", names
+    scale = m.true_cfg_scale
+    if family_facts(m.family).true_cfg:
+        fits = scale is not None and 1 <= scale <= MAX_TRUE_CFG_SCALE
+        yield fits, "true_cfg_scale", f"between 1 and {MAX_TRUE_CFG_SCALE:g}", scale
+    else:
+        yield scale is None, "true_cfg_scale", f"null for a {m.family} bundle", scale
+    if s.terminal is not None:
+        yield 0 < s.terminal < 1, "schedule: terminal", "above 0 and below 1, or null", s.terminal
+    if s.sigmas is not None:
+        falls = all(a > b for a, b in zip((math.inf, *s.sigmas), (*s.sigmas, 0.0), strict=True)) and s.sigmas[0] <= 1
+        yield falls, "schedule: sigmas", "falling from at most 1 and above 0", list(s.sigmas)
+        steps, count = s.num_inference_steps, len(s.sigmas)
+        yield steps == count, "schedule: num_inference_steps", f"{count}, the number of sigmas", steps
+        yield s.timestep_ratio == 1, "schedule: timestep_ratio", "1 with sigmas", s.timestep_ratio
+    d = s.dynamic_shift
+    if d is not None:
+        key = "schedule: dynamic_shift"
+        yield s.shift == 1, "schedule: shift", "1 with dynamic_shift", s.shift
+        tokens = (d.base_image_tokens, d.max_image_tokens)
+        yield tokens[0] < tokens[1], f"{key}: base_image_tokens", "below max_image_tokens", tokens
+        # At the smallest and the largest image, so that no size overflows or divides by 0.
+        least = 0.0 if d.kind == "linear" else -MAX_MU
+        for image in (m.ranges.height_px.min * m.ranges.width_px.min, m.ranges.height_px.max * m.ranges.width_px.max):
+            mu = d.mu(image // (k.patch_size * k.vae_scale_factor) ** 2)
+            yield least < mu <= MAX_MU, f"{key}: mu", f"above {least:g} and at most {MAX_MU:g} for every size", mu
+        yield m.modulation is None, "modulation", "null with dynamic_shift, which depends on the image's size", "given"
 
 
 def _text_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:

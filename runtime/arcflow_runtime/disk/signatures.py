@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from arcflow_runtime.disk.families import facts
-from arcflow_runtime.disk.manifest import DType, TensorSpec
+from arcflow_runtime.disk.manifest import DType, Sampler, TensorSpec
 from arcflow_runtime.errors import BundleError
 
 Axis = int | str
@@ -69,6 +69,10 @@ _BACKBONE = Signature(
         Tensor("loggammas", PRECISION, ("batch", "image_tokens", "gammas", "sub_pixels")),
     ),
 )
+#: The backbone of a straight student, in every family (B16).
+_STRAIGHT_BACKBONE = Signature(
+    _BACKBONE.inputs, (Tensor("velocity", PRECISION, ("batch", "image_tokens", "channels")),)
+)
 _VAE_DECODER = Signature(
     (Tensor("latents", "float32", ("batch", "latent_height", "latent_width", "channels")),),
     (Tensor("images", "uint8", ("batch", "height", "width", 3)),),
@@ -105,8 +109,8 @@ def signatures(family: str) -> dict[str, Signature]:
     return SIGNATURES[family]
 
 
-def signature(family: str, part: str) -> Signature:
-    """The inputs and outputs of one part.
+def signature(family: str, part: str, sampler: Sampler = "momentum") -> Signature:
+    """The inputs and outputs of one part; only the backbone's outputs depend on the sampler.
 
     Raises:
         BundleError: the family is not in the table, or has no such part.
@@ -114,7 +118,7 @@ def signature(family: str, part: str) -> Signature:
     parts = signatures(family)
     if part not in parts:
         raise BundleError(f"a {family} bundle has the parts {', '.join(parts)}, got {part!r}; see B7 in docs/bundle.md")
-    return parts[part]
+    return _STRAIGHT_BACKBONE if (part, sampler) == ("backbone", "linear") else parts[part]
 
 
 def encoder_of(family: str, output: str) -> str | None:

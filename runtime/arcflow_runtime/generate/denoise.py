@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -35,6 +36,32 @@ class Group:
     prompts: list[int]
     texts: list[Embeddings]
     text_rotary: np.ndarray
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """The text states of all images, [b, T, Dt]."""
+        return join([text.states for text in self.texts])
+
+
+def backbone_inputs(
+    group: Group, latents: np.ndarray, modulation: np.ndarray, image_rotary: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The backbone's inputs for a group.
+
+    Args:
+        group: b images.
+        latents: of these images, [b, N, 64] float32.
+        modulation: of this step, [U, M], or [1, M] if it does not depend on the prompt.
+        image_rotary: [2, N, D/2] float32.
+    """
+    rows = group.prompts if len(modulation) > 1 else [0] * len(group.images)
+    return {
+        "latents": latents,
+        "encoder_hidden_states": group.states,
+        "modulation": modulation if rows == list(range(len(modulation))) else modulation[rows],
+        "image_rotary": image_rotary,
+        "text_rotary": group.text_rotary,
+    }
 
 
 def denoise(
@@ -70,22 +97,12 @@ def denoise(
     """
     latents = noise
     places = [group.images for group in groups]
-    states = [join([text.states for text in group.texts]) for group in groups]
-    by_prompt = modulation.shape[1] > 1
-    rows = [group.prompts if by_prompt else [0] * len(group.images) for group in groups]
-    every = list(range(modulation.shape[1]))
     # A list, because arithmetic on Python floats is faster than on numpy scalars.
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         following, ends = [], []
-        for j, group in enumerate(groups):
+        for group in groups:
             x = latents if len(groups) == 1 else latents[group.images]
-            inputs = {
-                "latents": x,
-                "encoder_hidden_states": states[j],
-                "modulation": modulation[i] if rows[j] == every else modulation[i, rows[j]],
-                "image_rotary": image_rotary,
-                "text_rotary": group.text_rotary,
-            }
+            inputs = backbone_inputs(group, x, modulation[i], image_rotary)
             with watch("backbone"):
                 heads = run(inputs)
             with watch("update"):
@@ -93,11 +110,11 @@ def denoise(
                 following.append(update(x, means, logweights, loggammas, sigma, sigma, sigma_next))
                 if preview is not None and sigma_next > 0:
                     ends.append(update(x, means, logweights, loggammas, sigma, sigma, 0.0))
-        latents = _in_order(places, following)
+        latents = in_order(places, following)
         if callback is not None:
-            _call_back(callback, i, latents)
+            call_back(callback, i, latents)
         if preview is not None and ends:
-            _call_back(preview, i, _in_order(places, ends))
+            call_back(preview, i, in_order(places, ends))
     return latents
 
 
@@ -129,12 +146,12 @@ def denoise_on_device(
         def after(step: int, latents: np.ndarray, last: bool = images is jobs[-1][0]) -> None:
             steps.setdefault(step, []).append(latents)
             if last and callback is not None:
-                _call_back(callback, step, _in_order(places, steps[step]))
+                call_back(callback, step, in_order(places, steps[step]))
 
         results.append(denoiser.denoise(job, watch, None if callback is None else after))
-    latents = _in_order(places, [r.latents for r in results])
+    latents = in_order(places, [r.latents for r in results])
     pixels = [r.pixels for r in results if r.pixels is not None]
-    return latents, _in_order(places, pixels) if pixels else None
+    return latents, in_order(places, pixels) if pixels else None
 
 
 def join(arrays: list[np.ndarray]) -> np.ndarray:
@@ -142,7 +159,7 @@ def join(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _in_order(places: list[list[int]], parts: list[np.ndarray]) -> np.ndarray:
+def in_order(places: list[list[int]], parts: list[np.ndarray]) -> np.ndarray:
     """Put the groups' arrays [b, ...] together as the batch [B, ...]; `places` are their images' indices in it."""
     if len(parts) == 1:
         return parts[0]
@@ -152,7 +169,8 @@ def _in_order(places: list[list[int]], parts: list[np.ndarray]) -> np.ndarray:
     return batch
 
 
-def _call_back(callback: StepCallback, step: int, latents: np.ndarray) -> None:
+def call_back(callback: StepCallback, step: int, latents: np.ndarray) -> None:
+    """Call a callback with latents that it cannot change."""
     view = latents.view()
     view.setflags(write=False)
     callback(step, view)

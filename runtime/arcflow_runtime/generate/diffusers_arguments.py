@@ -18,17 +18,15 @@ from arcflow_runtime.errors import RequestError
 #: diffusers' name of an output type -> ours.
 OUTPUT_TYPES = {"np": "numpy", "latent": "latents"}
 
-_ONE_PASS = "the student is distilled to run once per step, without a negative prompt"
+_ONE_PASS = "a negative prompt can only be given as the text negative_prompt, to a bundle that is guided by it"
 _SCHEDULE = "the student was trained for the bundle's schedule; give num_inference_steps"
 _ADAPTERS = "a bundle has no image encoder"
 _REFUSED = {
     "prompt_2": "both text encoders read the same prompt",
-    "negative_prompt": _ONE_PASS,
     "negative_prompt_2": _ONE_PASS,
     "negative_prompt_embeds": _ONE_PASS,
     "negative_pooled_prompt_embeds": _ONE_PASS,
     "negative_prompt_embeds_mask": _ONE_PASS,
-    "true_cfg_scale": _ONE_PASS,
     "prompt_embeds_mask": "every token of prompt_embeds counts; leave padding out of it",
     "sigmas": _SCHEDULE,
     "timesteps": _SCHEDULE,

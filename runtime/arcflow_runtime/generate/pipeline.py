@@ -29,7 +29,9 @@ from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.memory import check_memory, fitting_memory
 from arcflow_runtime.generate.request import Request, check_request
+from arcflow_runtime.generate.straight import Negative, denoise_straight
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
+from arcflow_runtime.hub.bundles import find_bundle
 from arcflow_runtime.lora.open import open_lora
 from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras, blank_loras
 from arcflow_runtime.lora.store import LoraStore
@@ -94,7 +96,8 @@ class Pipeline:
         latents = bundle.manifest.latents
         # The GPU kernel generates noise in groups of 16 numbers, so an image's latent size must be a multiple of 16.
         # Height and width of the latents are multiples of patch_size.
-        if isinstance(backend, DenoisingBackend) and latents.channels * latents.patch_size**2 % GROUP == 0:
+        fits = latents.channels * latents.patch_size**2 % GROUP == 0 and bundle.manifest.sampler == "momentum"
+        if isinstance(backend, DenoisingBackend) and fits:
             self._denoiser = backend.open_denoiser(bundle, self._parts)
         bundle.check_unchanged()
 
@@ -106,12 +109,14 @@ class Pipeline:
         check: Check = "fast",
         threads: int | None = None,
         *,
+        revision: str | None = None,
         low_memory: object = None,
     ) -> Pipeline:
-        """Load a bundle from a directory.
+        """Load a bundle from a directory or from the hub.
 
         Args:
-            bundle: the directory that `arcflow export` wrote.
+            bundle: the directory that `arcflow export` wrote, or a hub id such as `owner/name`, which is downloaded
+                into the hub's cache. A path that exists wins over an id.
             backend: the library that runs the graphs, a key of `backends.BACKENDS`, or "auto" for the fastest that is
                 installed and runs the bundle on this machine.
             memory: which parts stay in the memory of the backend's device. "resident": all. "balanced": backbone and
@@ -120,6 +125,7 @@ class Pipeline:
                 the same in all modes.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.
+            revision: branch, tag or commit of a bundle on the hub; None is the default branch.
             low_memory: the former name of `memory`; an error that says so.
 
         A GPU backend runs on the first GPU visible under the environment variable CUDA_VISIBLE_DEVICES.
@@ -131,12 +137,13 @@ class Pipeline:
             BundleError: the bundle is missing, damaged or of an unsupported version, or was replaced while loading.
             EngineError: the backend is unknown or cannot run the bundle.
             RequestError: `memory`, `check` or `threads` is out of range.
+            SourceError: the bundle on the hub cannot be downloaded, or a file of it is damaged.
         """
         if low_memory is not None:
             raise RequestError(f"low_memory is now memory; give memory={'low' if low_memory else 'resident'!r} instead")
         if check not in get_args(Check):
             raise RequestError(f"check must be one of {list(get_args(Check))}, got {check!r}")
-        opened = Bundle.open(bundle, check)
+        opened = Bundle.open(find_bundle(bundle, revision).path, check)
         return Pipeline(opened, open_for(opened, backend, threads), memory)
 
     def __call__(
@@ -158,6 +165,8 @@ class Pipeline:
         prompt_embeds: object = None,
         pooled_prompt_embeds: object = None,
         loras: Mapping[str, float] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        true_cfg_scale: float | None = None,
         **others: object,
     ) -> PipelineOutput:
         """Generate images.
@@ -185,6 +194,9 @@ class Pipeline:
             prompt_embeds: in place of `prompt`, text states [P, T, Dt] of P prompts, without padding for Qwen-Image.
             pooled_prompt_embeds: with `prompt_embeds` for FLUX, CLIP's pooled vectors [P, Dp].
             loras: names of LoRAs that `load_lora` has read, with a scale for each; they apply to the whole batch.
+            negative_prompt: what to guide the images away from, for a straight student of Qwen-Image; one for all
+                prompts or a list of one each. It costs a second run of the backbone in each step; None does not guide.
+            true_cfg_scale: scale of that guidance; None is the bundle's. 1 or less does not guide.
             others: diffusers' other arguments, which are rejected unless they are None.
 
         Raises:
@@ -212,6 +224,8 @@ class Pipeline:
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
             loras=loras,
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
         )
         watch = Stopwatch()
         with self._calls.enter("a pipeline"):
@@ -268,14 +282,17 @@ class Pipeline:
     def _encode(
         self, request: Request, loras: PreparedLoras, watch: Stopwatch
     ) -> tuple[dict[str, Embeddings], tuple[str, ...]]:
-        """The embeddings of the distinct prompts, in order, and the warnings to show the caller.
+        """The embeddings of the distinct prompts, then negative prompts, in order; and the warnings to show the caller.
 
         A prompt whose embeddings are cached is neither tokenised nor encoded.
         """
-        if request.embeddings is not None:
-            return dict(request.embeddings), request.warnings
+        given = dict(request.embeddings or {})
+        texts = [] if request.embeddings is not None else list(request.prompts)
+        texts += request.negative_prompts or ()
+        if not texts:
+            return given, request.warnings
         length, key = request.max_sequence_length, loras.text_key
-        embeddings = {p: self._cache.get(p, length, key) for p in request.prompts}
+        embeddings = {p: self._cache.get(p, length, key) for p in texts}
         unknown = [p for p, e in embeddings.items() if e is None]
         with watch("tokenize"):
             tokens = {p: self._tokenizer.tokenize(p, length) for p in unknown}
@@ -283,7 +300,7 @@ class Pipeline:
             for p, e in encode_prompts(self._parts, self.bundle.manifest, tokens, loras).items():
                 self._cache.put(p, length, e, key)
                 embeddings[p] = e
-        known = {p: e for p, e in embeddings.items() if e is not None}
+        known = given | {p: e for p, e in embeddings.items() if e is not None}
         return known, request.warnings + tuple(w for e in known.values() for w in e.warnings)
 
     def _denoise(
@@ -298,14 +315,15 @@ class Pipeline:
         """Compute the modulation and run every step: latents [B, N, 64] float32, and pixels if a denoiser ran."""
         m = self.bundle.manifest
         grid = self._grid(request)
-        schedule = sigmas(request.num_inference_steps, m.schedule)
+        schedule = sigmas(request.num_inference_steps, m.schedule, grid[0] * grid[1])
         # The denoiser generates the noise on its device, so noise given by the caller takes the loop on the host.
         denoiser = self._denoiser if request.latents is None else None
         modulation = self._modulation(request, loras, embeddings, watch) if denoiser is None else None
         noise = self._noise(request, watch) if denoiser is None else None
         with watch("rotary"):
-            rotary = image_rotary(m.rotary, m.family, m.reference_dtype, *grid)
-            groups = self._groups(request, embeddings, grid)
+            rotary = image_rotary(m.rotary, m.family, m.rotary_dtype, *grid)
+            groups = self._groups(request, request.prompts, embeddings, grid)
+            away = None if (n := request.negative_prompts) is None else self._groups(request, n, embeddings, grid)
         pixels: np.ndarray | None = None
 
         def preview(step: int, latents: np.ndarray, pixels: np.ndarray | None = None) -> None:
@@ -320,7 +338,12 @@ class Pipeline:
                 inputs = loras.of("backbone")
                 with_loras = (lambda given: run({**given, **inputs})) if inputs else run
                 on_end = None if on_preview is None else preview
-                latents = denoise(with_loras, groups, noise, modulation, rotary, schedule, watch, callback, on_end)
+                rest = (noise, modulation, rotary, schedule, watch, callback, on_end)
+                if m.sampler == "linear":
+                    negative = None if away is None else Negative(away, request.true_cfg_scale)
+                    latents = denoise_straight(with_loras, groups, negative, *rest)
+                else:
+                    latents = denoise(with_loras, groups, *rest)
         elif denoiser is not None:
             jobs = self._jobs(request, loras, groups)
             if on_preview is not None and request.num_inference_steps > 1:
@@ -345,7 +368,10 @@ class Pipeline:
     def _conditioning(self, request: Request) -> tuple[np.ndarray, np.float32 | None]:
         """The conditioner's inputs: timesteps [S] float32 and guidance."""
         m, scale = self.bundle.manifest, request.guidance_scale
-        timesteps = timesteps_of(request.num_inference_steps, m.schedule, m.family, m.reference_dtype)
+        height, width = self._grid(request)
+        timesteps = timesteps_of(
+            request.num_inference_steps, m.schedule, m.family, m.reference_dtype, m.sampler, height * width
+        )
         return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
 
     def _modulation(
@@ -361,7 +387,7 @@ class Pipeline:
     def _jobs(self, request: Request, loras: PreparedLoras, groups: list[Group]) -> list[tuple[list[int], DenoiseJob]]:
         """A job for the backend's denoiser per group, with the indices of the group's images in the batch."""
         m, grid = self.bundle.manifest, self._grid(request)
-        schedule = sigmas(request.num_inference_steps, m.schedule)
+        schedule = sigmas(request.num_inference_steps, m.schedule, grid[0] * grid[1])
         timesteps, guidance = self._conditioning(request)
         numbers = m.latents.channels * m.latents.patch_size**2 * grid[0] * grid[1]
         assert request.seed is not None, "a denoiser runs only if the noise comes from a seed"
@@ -372,7 +398,7 @@ class Pipeline:
                 DenoiseJob(
                     streams=sources[group.images],
                     texts=group.texts,
-                    image_rotary=image_rotary(m.rotary, m.family, m.reference_dtype, *grid),
+                    image_rotary=image_rotary(m.rotary, m.family, m.rotary_dtype, *grid),
                     text_rotary=group.text_rotary,
                     grid=grid,
                     sigmas=schedule,
@@ -398,11 +424,20 @@ class Pipeline:
             check_not_flat(pixels, self.bundle.manifest.parts["vae_decoder"].precision)
             return to_pil(pixels) if request.output_type == "pil" else to_float(pixels)
 
-    def _groups(self, request: Request, embeddings: dict[str, Embeddings], grid: tuple[int, int]) -> list[Group]:
-        """Group the images of the batch by text length, so that no text is padded to the length of another."""
+    def _groups(
+        self, request: Request, prompts: Sequence[str], embeddings: dict[str, Embeddings], grid: tuple[int, int]
+    ) -> list[Group]:
+        """Group the images of the batch by text length, so that no text is padded to the length of another.
+
+        Args:
+            request: says how many images each prompt has.
+            prompts: the request's prompts, or its negative prompts.
+            embeddings: by prompt.
+            grid: height and width in tokens.
+        """
         m = self.bundle.manifest
         place = {p: i for i, p in enumerate(embeddings)}
-        batch = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
+        batch = [p for p in prompts for _ in range(request.num_images_per_prompt)]
         by_length: dict[int, list[int]] = {}
         for image, p in enumerate(batch):
             by_length.setdefault(embeddings[p].states.shape[1], []).append(image)
@@ -411,7 +446,7 @@ class Pipeline:
                 images,
                 [place[batch[i]] for i in images],
                 [embeddings[batch[i]] for i in images],
-                text_rotary(m.rotary, m.family, m.reference_dtype, *grid, length),
+                text_rotary(m.rotary, m.family, m.rotary_dtype, *grid, length),
             )
             for length, images in by_length.items()
         ]
@@ -453,7 +488,7 @@ class Pipeline:
         # The largest shape first, so that the shared workspace is allocated only once.
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
-            groups = self._groups(request, {"": blank_text(m, request.max_sequence_length)}, grid)
+            groups = self._groups(request, request.prompts, {"": blank_text(m, request.max_sequence_length)}, grid)
             for loras in sets:
                 for _, job in self._jobs(request, loras, groups):
                     self._denoiser.warm_up(job)

@@ -16,6 +16,7 @@ from arcflow_runtime.disk.manifest import Manifest, SizeRange
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.diffusers_arguments import OUTPUT_TYPES, embeddings_of, latents_of, one_of, seed_of
+from arcflow_runtime.generate.guidance import check_guidance
 from arcflow_runtime.maths.noise import MAX_SEED, MIN_SEED
 
 OutputType = Literal["pil", "numpy", "latents"]
@@ -35,6 +36,7 @@ class Request:
 
     Either `seed` is set or the caller's noise, `latents` [B, N, C] float32. If the caller gives `embeddings`, they are
     by prompt, and `prompts` holds made-up names for them. `loras` are names with scales other than 0, sorted.
+    `negative_prompts` are one per prompt, with the scale of the guidance `true_cfg_scale`; None does not guide.
     """
 
     prompts: tuple[str, ...]
@@ -50,6 +52,8 @@ class Request:
     latents: np.ndarray | None = None
     embeddings: Mapping[str, Embeddings] | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    negative_prompts: tuple[str, ...] | None = None
+    true_cfg_scale: float = 1.0
 
     @property
     def batch(self) -> int:
@@ -74,6 +78,8 @@ def check_request(
     prompt_embeds: object = None,
     pooled_prompt_embeds: object = None,
     loras: object = None,
+    negative_prompt: object = None,
+    true_cfg_scale: object = None,
 ) -> Request:
     """Check every argument and fill in the bundle's defaults; see `Pipeline.__call__` for the arguments.
 
@@ -94,10 +100,13 @@ def check_request(
     _check_batch(manifest.ranges.batch, len(prompts), images_each)
     steps = _steps(num_inference_steps, manifest)
     guidance = _guidance(guidance_scale)
-    warnings = []
+    negatives, true_cfg, unguided = check_guidance(manifest, len(prompts), negative_prompt, true_cfg_scale)
+    for text in negatives or ():
+        _check_text("negative_prompt", text)
+    warnings = list(unguided)
     if steps == 1:
         warnings.append("num_inference_steps 1 gives a blurry image; use 2 or more")
-    if steps > FAR_STEPS * (own := manifest.schedule.num_inference_steps):
+    if manifest.sampler == "momentum" and steps > FAR_STEPS * (own := manifest.schedule.num_inference_steps):
         warnings.append(
             f"num_inference_steps {steps} is more than {FAR_STEPS} times the {own} that this student was made for; "
             f"more steps may not improve the image, use {own}"
@@ -124,6 +133,8 @@ def check_request(
         latents=latents,
         embeddings=embeddings,
         loras=_loras(loras),
+        negative_prompts=negatives,
+        true_cfg_scale=true_cfg,
     )
 
 
@@ -156,13 +167,17 @@ def _prompts(prompt: object) -> tuple[str, ...]:
     if not prompts:
         raise RequestError("prompt must hold at least one string, got an empty list; '' is allowed as a prompt")
     for p in prompts:
-        try:
-            p.encode()
-        except UnicodeEncodeError as e:
-            raise RequestError(
-                f"prompt must be valid Unicode, got a lone surrogate at position {e.start}; decode the text as UTF-8"
-            ) from None
+        _check_text("prompt", p)
     return tuple(prompts)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise RequestError(
+            f"{name} must be valid Unicode, got a lone surrogate at position {e.start}; decode the text as UTF-8"
+        ) from None
 
 
 def _integer(name: str, value: object, low: int, high: int | None) -> int:
@@ -187,9 +202,14 @@ def _check_batch(allowed: SizeRange, prompts: int, images_each: int) -> None:
         )
 
 
+def nearest_size(value: int | None, allowed: SizeRange) -> int:
+    """The size in pixels nearest to `value` that the bundle allows; None is the default."""
+    return min(max(DEFAULT_SIZE_PX if value is None else value, allowed.min), allowed.max)
+
+
 def _size(name: str, value: int | None, allowed: SizeRange, manifest: Manifest) -> int:
     if value is None:
-        return min(max(DEFAULT_SIZE_PX, allowed.min), allowed.max)
+        return nearest_size(None, allowed)
     multiple = manifest.latents.vae_scale_factor * manifest.latents.patch_size
     size = _integer(name, value, 1, None)
     if size % multiple:
@@ -207,6 +227,11 @@ def _steps(value: int | None, manifest: Manifest) -> int:
     if value is None:
         return manifest.schedule.num_inference_steps
     steps = _integer("num_inference_steps", value, 1, MAX_INFERENCE_STEPS)
+    if (own := manifest.schedule.sigmas) is not None and steps != len(own):
+        raise RequestError(
+            f"num_inference_steps must be {len(own)}, the number of sigmas in this bundle's schedule, got {steps}; "
+            "export without --sigmas for other step counts"
+        )
     baked = manifest.modulation.num_inference_steps if manifest.modulation is not None else ()
     if steps not in baked and "conditioner" not in manifest.parts:
         raise RequestError(

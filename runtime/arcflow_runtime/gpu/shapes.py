@@ -65,7 +65,7 @@ def output_shapes(manifest: Manifest, part: str, inputs: Shapes) -> Shapes:
     Raises:
         EngineError: the manifest leaves a dimension open that rule B9 fixes.
     """
-    tensors = signature(manifest.family, part)
+    tensors = signature(manifest.family, part, manifest.sampler)
     sizes: dict[str, int] = {}
     for tensor in tensors.inputs:
         if tensor.name in inputs:

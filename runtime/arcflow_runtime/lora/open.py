@@ -23,4 +23,4 @@ def open_lora(path: Path, name: str, manifest: Manifest) -> FittedLora:
     """
     if is_converted(path):
         return read_converted(path, name, manifest)
-    return fit(name, read_lora(path, manifest.family).layers, manifest)
+    return fit(name, read_lora(path, manifest.family, manifest.sampler).layers, manifest)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from arcflow_runtime.disk.manifest import Sampler
 from arcflow_runtime.errors import LoraError
 from arcflow_runtime.lora.families import FAMILIES, lora_family
 from arcflow_runtime.lora.keys import PLAIN_WEIGHTS, Module, SortedKeys, sort_keys
@@ -19,7 +20,7 @@ from arcflow_runtime.lora.scales import Scales
 from arcflow_runtime.lora.target import Target
 from arcflow_runtime.lora.tensors import LoraTensors
 
-#: The base's final projection. A student's three heads replace it.
+#: The base's final projection. The three heads of a momentum student replace it.
 REPLACED = ("transformer", "proj_out")
 #: Models whose LoRAs are often given by mistake -> what their keys contain.
 _OTHER_MODELS = {
@@ -31,12 +32,13 @@ _OTHER_MODELS = {
 _KINDS = "bundles take LoRAs of the linears of the transformer and the text encoders"
 
 
-def read_lora(path: Path, family: str) -> LoraFile:
+def read_lora(path: Path, family: str, sampler: Sampler = "momentum") -> LoraFile:
     """Read a LoRA file.
 
     Args:
         path: a .safetensors file. An adapter_config.json beside it is read too.
         family: of the model, as in a bundle's manifest: "flux" or "qwen-image".
+        sampler: of the model, likewise.
 
     Raises:
         LoraError: the file is damaged, is not a LoRA or is one for another model, or holds something that is not
@@ -59,7 +61,7 @@ def read_lora(path: Path, family: str) -> LoraFile:
         raise LoraError(f"LoRA: {path} must hold one adapter, got {names}; save each to its own file")
     if not keys.modules:
         raise LoraError(f"LoRA: {path} holds no LoRA factors; is it a LoRA?")
-    reader = _Reader(tensors, family)
+    reader = _Reader(tensors, family, sampler)
     targets = reader.targets(keys.modules.values(), skipped)
     reader.check_alphas(targets)
     layers: dict[tuple[str, str], LoraLayer] = {}
@@ -96,8 +98,9 @@ def families_of(path: Path) -> list[str]:
 class _Reader:
     """Reads the modules of one file."""
 
-    def __init__(self, tensors: LoraTensors, family: str):
+    def __init__(self, tensors: LoraTensors, family: str, sampler: Sampler):
         self._tensors, self._family, self._path = tensors, family, tensors.path
+        self._replaced = REPLACED if sampler == "momentum" else None
         self._scales = Scales(tensors.path, tensors.metadata)
         self._own: dict[str, float] = {}
         self.config = self._scales.config
@@ -109,7 +112,7 @@ class _Reader:
             if module.down is None or module.up is None:
                 raise self._lonely(module)
             target = find(module.name, self._family)
-            if target is not None and (target.component, target.names[0]) == REPLACED:
+            if target is not None and (target.component, target.names[0]) == self._replaced:
                 skipped.append(Skipped(module.name, "is a layer that the student's heads replace"))
             elif target is not None:
                 found.append((module, target))

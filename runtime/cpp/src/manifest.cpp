@@ -156,13 +156,14 @@ void check_source(const Place &place) {
 }
 
 void check_provenance(const Place &place) {
-    place.keys({"command", "created", "tools", "base", "adapter"}, {"loras"});
+    place.keys({"command", "created", "tools", "base", "adapter"}, {"loras", "vae"});
     place["command"].text();
     place["created"].text();
     place["tools"].each_entry([](const std::string &, const Place &tool) { tool.text(); });
     check_source(place["base"]);
     check_source(place["adapter"]);
     if (place.has("loras")) place["loras"].each_item(check_source);
+    if (place.has("vae")) check_source(place["vae"]);
 }
 
 void check_format(const Json &json, const std::string &where) {
