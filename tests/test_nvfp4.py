@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +14,11 @@ from safetensors import safe_open
 
 from arcflow_export.emulate.nvfp4 import lower_nvfp4
 from arcflow_export.errors import QuantizeError
+from arcflow_export.formats.policy import load_policy
 from arcflow_export.graph.linears import LinearNode, find_linears
 from arcflow_export.quantize import nvfp4
 from arcflow_export.quantize.graph import QuantizeLinears
+from arcflow_export.quantize.quantize import plan_quantization
 from arcflow_runtime import Bundle, Pipeline
 from arcflow_runtime.errors import EngineError
 from tests.fp8 import make_scales, quantize, write_policy
@@ -241,11 +245,12 @@ def test_wrong_formats_of_a_policy(mixed, tmp_path, changes, message):
         quantize(mixed[0].root, tmp_path / "out", scales, policy)
 
 
-def test_sizes_and_opsets_that_it_cannot_have(bundles, tmp_path):
-    root = bundles("flux-tiny", opset=20)
-    policy = write_policy(tmp_path / "p.toml", EVERY, usual="nvfp4")
+def test_sizes_and_opsets_that_it_cannot_have(mixed, tmp_path):
+    source, _ = mixed
+    older = dataclasses.replace(source, manifest=dataclasses.replace(source.manifest, opset=20))
+    policy = load_policy(write_policy(tmp_path / "p.toml", EVERY, usual="nvfp4"))
     with pytest.raises(QuantizeError, match="NVFP4 needs opset 23, the bundle has 20; export with --opset 23"):
-        quantize(root, tmp_path / "out", make_scales(Bundle.open(root), lambda *_: 4.0), policy)
+        plan_quantization(older, make_scales(source, lambda *_: 4.0), policy)
     _, linear = linear_model(torch.zeros(24, 8))
     assert nvfp4.refuse(linear).startswith("must have a multiple of 16 inputs and an even number of outputs for NVFP4")
     assert nvfp4.refuse(linear_model(torch.zeros(32, 8))[1]) is None
