@@ -116,7 +116,9 @@ def write_policy(
     formats: Mapping[str, list[str]] | None = None,
 ) -> str:
     """Write a policy without thresholds; `usual` is its format, `formats` the patterns of others. Returns its path."""
-    text = f'name = "test"\nformat = "{usual}"\n[parts.{part}]\ninclude = {list(include)!r}\nexclude = {list(exclude)!r}\n'
+    text = (
+        f'name = "test"\nformat = "{usual}"\n[parts.{part}]\ninclude = {list(include)!r}\nexclude = {list(exclude)!r}\n'
+    )
     if formats is not None:
         text += f"[parts.{part}.formats]\n" + "".join(f"{name} = {found!r}\n" for name, found in formats.items())
     path.write_text(text)

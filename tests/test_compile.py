@@ -67,6 +67,7 @@ def test_stages_use_the_files_of_the_download(place, capsys):
     [
         (("--precision", "fp8", "--backend", "onnxruntime"), "float32"),
         (("--precision", "fp8", "--backend", "tensorrt-rtx"), "bfloat16"),
+        (("--precision", "nvfp4", "--backend", "tensorrt-rtx"), "bfloat16"),
         (("--precision", "fp32", "--backend", "onnxruntime"), "float32"),
         (("--precision", "fp32", "--backend", "tensorrt-rtx"), "float32 --opset 20"),
         (("--precision", "fp16", "--backend", "onnxruntime"), "float16"),
@@ -74,7 +75,7 @@ def test_stages_use_the_files_of_the_download(place, capsys):
     ],
 )
 def test_what_is_exported(place, capsys, arguments, dtype):
-    target = ["--target", "sm89"] if "tensorrt-rtx" in arguments else []
+    target = ["--target", "sm120"] if "tensorrt-rtx" in arguments else []
     assert cli.main(["compile", "student.toml", *arguments, *target]) == 0
     assert f" --dtype {dtype} --out " in " ".join(commands(capsys)["export"])
 
@@ -181,6 +182,17 @@ def test_mistakes_are_found_before_the_first_stage(place, capsys):
             "--target must be among sm75, sm80, sm86, sm89, sm120, sm121 for tensorrt-rtx, got 'sm98'",
         ),
         (["--target", "sm86"], 2, "--precision fp8 must be built for sm89 or newer, got sm86"),
+        (
+            ["--precision", "nvfp4", "--target", "sm89"],
+            2,
+            "--precision nvfp4 must be built for sm100 or newer, got sm89",
+        ),
+        (
+            ["--precision", "nvfp4", "--backend", "onnxruntime"],
+            2,
+            "--precision nvfp4 runs on GPUs only, got --backend onnxruntime; give --backend tensorrt-rtx and a "
+            "--target, or --precision int8",
+        ),
         (["--policy", "flix"], 1, "--policy: 'flix' is neither a preset nor a .toml file; did you mean 'flux'?"),
     ]
     for arguments, code, message in cases:

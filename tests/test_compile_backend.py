@@ -20,6 +20,10 @@ BF16_NEEDS_A_TARGET = (
     "there is no GPU here, and ONNX Runtime has no bf16 on a CPU: give the GPU to build for, such as --target sm89 for "
     "RTX 40 cards (with make: TARGET=sm89), or --precision fp32 for this CPU"
 )
+NVFP4_NEEDS_A_TARGET = (
+    "--precision nvfp4 runs on GPUs only and there is none here: give the GPU to build for, such as --target sm120 for "
+    "RTX 50 cards (with make: TARGET=sm120), or --precision int8 for this CPU"
+)
 NOT_HERE = (
     "--target must be among sm75, sm80, sm86, sm89, sm120, sm121 for a GPU that is not here, got {}; run the command "
     "on a machine with that GPU, where TensorRT builds for it"
@@ -80,6 +84,7 @@ def test_what_is_chosen(machine, gpu, installed, target, chosen):
     ("gpu", "target", "precision", "message"),
     [
         (None, None, "bf16", BF16_NEEDS_A_TARGET),
+        (None, None, "nvfp4", NVFP4_NEEDS_A_TARGET),
         (None, "sm90", "fp8", NOT_HERE.format("sm90")),
         ("sm90", "sm90,sm100,sm89", "fp8", NOT_HERE.format("sm100, sm90")),
     ],

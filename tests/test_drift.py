@@ -55,6 +55,12 @@ def fp8(reference, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def nvfp4(reference, tmp_path_factory):
+    """The MLPs in NVFP4, attention in FP8."""
+    return make_fp8(reference, tmp_path_factory.mktemp("nvfp4") / "bundle", CASES, "flux-nvfp4")
+
+
+@pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(c.prompt for c in CASES), encoding="utf-8")
@@ -289,6 +295,41 @@ def test_a_broken_scale_fails_by_its_layers_name_first(
     fp8, reference, prompts, tmp_path, capsys, layer, constant, factor, threshold, hint
 ):
     broken = edit_backbone(fp8, tmp_path / "broken", f"{layer}.{constant}", factor)
+    check_named_first(broken, reference, prompts, tmp_path, capsys, layer, threshold, hint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "constant", "factor", "threshold", "hint"),
+    [
+        ("single_transformer_blocks.1.proj_out", "input_scale", 30, "headroom", "the scale is too large"),
+        ("single_transformer_blocks.1.proj_mlp", "input_scale", 1 / 30, "layers", "the scale is too small"),
+        ("transformer_blocks.0.ff.net.2", "weight_scale_2", 30, "layers", "look at the weight's scale"),
+        ("transformer_blocks.1.ff_context.net.2", "weight_scale", 0.25, "layers", "look at the weight's scale"),
+        ("transformer_blocks.0.attn.to_q", "input_scale", 1 / 30, "layers", "the scale is too small"),
+    ],
+)
+def test_a_broken_scale_of_nvfp4_or_of_fp8_beside_it_too(
+    nvfp4, reference, prompts, tmp_path, capsys, layer, constant, factor, threshold, hint
+):
+    broken = edit_backbone(nvfp4, tmp_path / "broken", f"{layer}.{constant}", factor)
+    check_named_first(broken, reference, prompts, tmp_path, capsys, layer, threshold, hint)
+
+
+@pytest.mark.slow
+def test_a_healthy_layer_in_nvfp4_is_within_the_limits(nvfp4, reference):
+    """Rounding to 1 mantissa bit is off by at most 2^-2, uniformly: 2^-2 / sqrt(3) = 0.144 at worst, twice: 0.204. Few
+    numbers are at the lower end of their binade, so it stays within the limit for a layer, 0.2.
+    """
+    candidate = Bundle.open(nvfp4)
+    q = candidate.manifest.parts["backbone"].quantization
+    for d in local_drift(Bundle.open(reference), candidate, CASES):
+        low, high = (0.03, 0.2) if q.format_of(d.layer) == "nvfp4" else (0.005, 0.051)
+        assert low < d.error < high and d.badness(OPEN) <= 1, d
+        assert max(d.reach) == pytest.approx(1, abs=1e-5)
+
+
+def check_named_first(broken, reference, prompts, tmp_path, capsys, layer, threshold, hint):
     assert verify(broken, reference, "--prompts", prompts, "--json", tmp_path / "drift.json") == 1
     report = json.loads((tmp_path / "drift.json").read_text())
     first = report["breaches"][0]

@@ -1,13 +1,9 @@
-"""Bundles with LoRA slots through the real TensorRT-RTX builder: the kernels that its plans have; no GPU is needed.
-
-A plan is text in places: it lists every matrix product with its name and operands, and the names of fused kernels.
-"""
+"""Bundles with LoRA slots through the real TensorRT-RTX builder: the kernels that its plans have; no GPU is needed."""
 
 from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,14 +12,12 @@ import pytest
 
 from arcflow_runtime import Bundle, cli
 from tests.fp8 import make_scales, quantize
+from tests.plans import PADDING, read_plan
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[tensorrt-rtx]'", exc_type=ImportError
 )
 
-#: What the builder calls a kernel that copies an operand into a larger one. With a rank that is one axis of any length,
-#: it makes such kernels for the slots; without them this name does not occur.
-PADDING = "MoveReplConc"
 BLOCK, SINGLE = "transformer_blocks.0.attn", "single_transformer_blocks.0"
 
 
@@ -35,13 +29,8 @@ def built(root, target, folder):
         assert cli.main([*map(str, command), "--resolutions", "64"]) == 0
     (row,) = json.loads(out.getvalue())["engines"]
     record = json.loads((copy / "engines" / f"backbone-tensorrt-rtx-{target}.json").read_text())
-    text = Path(row["file"]).read_bytes().decode("latin-1")
-    dtypes = dict(re.findall(r'tensor=\{[^\n]*? name="([^"]*)"[^\n]*? type=(\w+) \}', text))
-    products = {}
-    for name, operands in re.findall(r'fully_connected=\{ name="([^"]*)" output=\{[^}]*\} input=\{([^}]*)\}', text):
-        first, second = re.findall(r'"([^"]*)"', operands)[:2]
-        products[name] = (dtypes[first], dtypes[second])
-    return products, set(re.findall(r"__myl_[A-Za-z]+", text)), record["key"]["profiles"][0]
+    products, kernels = read_plan(Path(row["file"]))
+    return products, kernels, record["key"]["profiles"][0]
 
 
 @pytest.mark.slow
@@ -72,6 +61,7 @@ def test_slots_add_two_products_each_and_change_no_other(bundles, tmp_path, fp8,
     assert {after[name] for name in branches} == {("bf16", "bf16")}
     quantized = Bundle.open(slotted).manifest.parts["backbone"].quantization
     assert quantized is None or list(before.values()).count(("fp8_e4m3", "fp8_e4m3")) > 20
+    # With a rank that is one axis of any length, the builder pads the slots' operands.
     assert not [name for name in kernels if PADDING in name]
     sizes = layers[f"{BLOCK}.to_q"]
     assert profile[f"{BLOCK}.to_q.lora_a"] == {

@@ -68,6 +68,37 @@ def graph(nodes, inputs, outputs, values=(), weights=()):
     return PartGraph.parse(helper.make_model(made).SerializeToString())
 
 
+def test_an_nvfp4_weight_is_no_activation_and_a_cast_of_one_is_none():
+    """10 rows: numbers and float32 values of the input, 16 bytes and 64 a row, both bfloat16 results, 32 and 16."""
+    nodes = [
+        ("DequantizeLinear", ["w", "s"], ["wide"], {}),
+        ("Cast", ["wide"], ["weight"], {"to": TensorProto.BFLOAT16}),
+        ("TRT_FP4DynamicQuantize", ["x", "t"], ["q", "b"], {}),
+        ("DequantizeLinear", ["q", "b"], ["values"], {}),
+        ("Cast", ["values"], ["cast"], {"to": TensorProto.BFLOAT16}),
+        ("MatMul", ["cast", "weight"], ["y"], {}),
+        ("Relu", ["y"], ["z"], {}),
+    ]
+    made = graph(
+        nodes,
+        [("x", ["B", 16], TensorProto.BFLOAT16)],
+        [("z", ["B", 8], TensorProto.BFLOAT16)],
+        [
+            ("wide", [16, 8]),
+            ("weight", [16, 8], TensorProto.BFLOAT16),
+            ("q", ["B", 16], TensorProto.FLOAT4E2M1),
+            ("b", ["B", 1], TensorProto.FLOAT8E4M3FN),
+            ("values", ["B", 16]),
+            ("cast", ["B", 16], TensorProto.BFLOAT16),
+            ("y", ["B", 8], TensorProto.BFLOAT16),
+        ],
+        [("w", (16, 8)), ("s", (1, 8)), ("t", ())],
+    )
+    assert {"wide", "weight"} <= made.weights and not made.weights & {"values", "cast", "y"}
+    # The cast runs beside its source; the product is counted once more, as for every product with weights.
+    assert made.activation_bytes({"x": (10, 16)}, TENSORRT) == SCRATCH + 10 * (64 + 32) + 10 * 16
+
+
 def test_a_result_is_kept_until_its_last_use():
     """With 10 rows, a has 80 floats, its view b none of its own, c 40, d 120. The caller has inputs and outputs."""
     chain = [

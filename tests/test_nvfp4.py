@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +14,11 @@ from safetensors import safe_open
 
 from arcflow_export.emulate.nvfp4 import lower_nvfp4
 from arcflow_export.errors import QuantizeError
+from arcflow_export.formats.policy import load_policy
 from arcflow_export.graph.linears import LinearNode, find_linears
 from arcflow_export.quantize import nvfp4
 from arcflow_export.quantize.graph import QuantizeLinears
+from arcflow_export.quantize.quantize import plan_quantization
 from arcflow_runtime import Bundle, Pipeline
 from arcflow_runtime.errors import EngineError
 from tests.fp8 import make_scales, quantize, write_policy
@@ -24,7 +28,7 @@ EVERY = ("transformer_blocks.*", "single_transformer_blocks.*")
 
 
 def reference(x: np.ndarray, tensor_scale: np.float32, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Block scales [..., n / 16] and numbers [..., n] as float32, by the casts of ml_dtypes; blocks on the last axis."""
+    """Block scales [..., n / 16] and numbers [..., n] in float32 by the casts of ml_dtypes; blocks on the last axis."""
     blocks = x.reshape(*x.shape[:-1], -1, 16)
     ratio = np.abs(blocks).max(-1) / (np.float32(6) * tensor_scale)
     if least:
@@ -102,9 +106,7 @@ def test_numbers_and_scales_are_those_of_modelopt_s_onnx_exporter():
         numbers, blocks, scale = quantized(w)
         rows = np.ascontiguousarray(w.numpy().T)
         their_scale = quant_utils.get_weights_scaling_factor_2(rows)
-        wide, narrow = exporter._encode_nvfp4_block_scale(
-            quant_utils.get_weights_scaling_factor(rows, 16, their_scale)
-        )
+        wide, narrow = exporter._encode_nvfp4_block_scale(quant_utils.get_weights_scaling_factor(rows, 16, their_scale))
         packed = exporter._cast_fp4(quant_utils.quantize(rows, 16, wide, their_scale)).reshape(-1)
         assert scale.item() == their_scale
         assert np.array_equal(blocks.view(torch.uint8).numpy().T, narrow)
@@ -156,7 +158,13 @@ def run_quantized(w: torch.Tensor, x: np.ndarray, amax: float) -> np.ndarray:
         initializer = model.graph.initializers[tensor.name]
         shape = ir.Shape(tensor.shape)
         kind = ir.PackedTensor if initializer.dtype == ir.DataType.FLOAT4E2M1 else ir.Tensor
-        raw = raw.view(F8) if initializer.dtype == ir.DataType.FLOAT8E4M3FN else raw.reshape(-1) if kind is ir.PackedTensor else raw
+        raw = (
+            raw.view(F8)
+            if initializer.dtype == ir.DataType.FLOAT8E4M3FN
+            else raw.reshape(-1)
+            if kind is ir.PackedTensor
+            else raw
+        )
         initializer.const_value = kind(raw, dtype=initializer.dtype, shape=shape, name=tensor.name)
     lowered = ir.to_proto(lower_nvfp4(model)).SerializeToString()
     session = ort.InferenceSession(lowered, providers=["CPUExecutionProvider"])
@@ -225,7 +233,7 @@ def test_what_cannot_run_it_says_so(mixed):
         ({"formats": {"fp8_e4m3": ["*.atn.*"]}}, r"parts.backbone.formats.fp8_e4m3: '\*.atn.\*' matches none of the"),
         (
             {"formats": {"fp8_e4m3": ["*.attn.*"], "nvfp4": ["*.attn.to_q"]}},
-            r"parts.backbone.formats: 'transformer_blocks.0.attn.to_q' must match one format, got \['fp8_e4m3', 'nvfp4'\]",
+            r"formats: 'transformer_blocks.0.attn.to_q' must match one format, got \['fp8_e4m3', 'nvfp4'\]",
         ),
         ({"formats": {"fp4": ["*.attn.*"]}}, r"parts.backbone: formats must be among .*, got \['fp4'\]"),
     ],
@@ -237,11 +245,12 @@ def test_wrong_formats_of_a_policy(mixed, tmp_path, changes, message):
         quantize(mixed[0].root, tmp_path / "out", scales, policy)
 
 
-def test_sizes_and_opsets_that_it_cannot_have(bundles, tmp_path):
-    root = bundles("flux-tiny", opset=20)
-    policy = write_policy(tmp_path / "p.toml", EVERY, usual="nvfp4")
+def test_sizes_and_opsets_that_it_cannot_have(mixed, tmp_path):
+    source, _ = mixed
+    older = dataclasses.replace(source, manifest=dataclasses.replace(source.manifest, opset=20))
+    policy = load_policy(write_policy(tmp_path / "p.toml", EVERY, usual="nvfp4"))
     with pytest.raises(QuantizeError, match="NVFP4 needs opset 23, the bundle has 20; export with --opset 23"):
-        quantize(root, tmp_path / "out", make_scales(Bundle.open(root), lambda *_: 4.0), policy)
+        plan_quantization(older, make_scales(source, lambda *_: 4.0), policy)
     _, linear = linear_model(torch.zeros(24, 8))
     assert nvfp4.refuse(linear).startswith("must have a multiple of 16 inputs and an even number of outputs for NVFP4")
     assert nvfp4.refuse(linear_model(torch.zeros(32, 8))[1]) is None

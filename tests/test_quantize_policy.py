@@ -6,7 +6,8 @@ import pytest
 
 from arcflow_export.errors import QuantizeError
 from arcflow_export.families import FAMILIES
-from arcflow_export.formats.policy import PartPolicy, load_policy, presets, select
+from arcflow_export.formats.policy import PartPolicy, load_policy, preset_for, presets, select
+from arcflow_runtime.disk.quant_formats import BY_OPTION
 from tests.fp8 import write_policy
 
 NAMES = [
@@ -19,13 +20,18 @@ VALID = 'name = "t"\nformat = "fp8_e4m3"\n[parts.backbone]\ninclude = ["a.*"]\n'
 
 
 def test_presets():
-    assert presets() == ["flux", "flux-t5", "qwen-image", "shapes"]
+    fp8 = ["flux", "flux-t5", "qwen-image", "shapes"]
+    others = [f"{family}-{option}" for family in ("flux", "qwen-image", "shapes") for option in ("int8", "nvfp4")]
+    assert presets() == sorted(fp8 + others)
     for name in presets():
         policy = load_policy(name)
-        assert (policy.name, policy.format) == (name, "fp8_e4m3")
-        assert set(policy.parts) == ({"backbone", "text_encoder_2"} if name == "flux-t5" else {"backbone"})
-        assert policy.thresholds.heads == 0.05 and (policy.thresholds.judge == 0.02) == (name == "shapes")
-    assert {found.policy for found in FAMILIES.values()} <= set(presets())
+        option = name.removeprefix("qwen-image").rpartition("-")[2]
+        assert (policy.name, policy.format) == (name, BY_OPTION.get(option, "fp8_e4m3"))
+        assert (policy.thresholds.judge == 0.02) == name.startswith("shapes")
+        assert policy.thresholds.heads == (0.2 if option == "nvfp4" else 0.05)
+        if option != "int8":
+            assert set(policy.parts) == ({"backbone", "text_encoder_2"} if name == "flux-t5" else {"backbone"})
+    assert {preset_for(found.policy, option) for found in FAMILIES.values() for option in BY_OPTION} <= set(presets())
     assert load_policy("flux").parts == load_policy("shapes").parts
 
 
@@ -72,7 +78,7 @@ def test_patterns_that_select_nothing(include, exclude, message):
     [
         ("name = ", "not valid TOML"),
         (VALID + "[treshold]\n", "unknown keys ['treshold']"),
-        (VALID.replace("fp8_e4m3", "int8"), "format must be one of ['fp8_e4m3'], got 'int8'"),
+        (VALID.replace("fp8_e4m3", "int4"), "format must be one of ['fp8_e4m3', 'int8', 'nvfp4'], got 'int4'"),
         (VALID.replace('["a.*"]', '"a.*"'), "include must be a list, got 'a.*'"),
         (VALID.replace('["a.*"]', "[]"), "parts.backbone: include must have at least one pattern"),
         ('name = "t"\nformat = "fp8_e4m3"\n[parts]\n', "parts must name at least one part"),

@@ -58,7 +58,9 @@ def add_job_arguments(
     )
     group = parser.add_argument_group("FP8, int8 and NVFP4")
     group.add_argument("--policy", metavar="NAME|FILE", help="which layers are quantised, and the gate's thresholds")
-    group.add_argument("--scales", type=Path, metavar="FILE", help="FP8 and NVFP4: scales of a calibration; written if missing")
+    group.add_argument(
+        "--scales", type=Path, metavar="FILE", help="FP8 and NVFP4: scales of a calibration; written if missing"
+    )
     group.add_argument("--no-gate", action="store_true", help="skip the drift gate")
     group.add_argument("--device", choices=("cpu", "cuda"), help="for calibration; default: the GPU if torch has one")
     group.add_argument("--limit", type=int, metavar="N", help="number of prompts for calibration and for the gate")

@@ -1,8 +1,9 @@
-"""Quantise the linears that a policy selects, and write a new bundle: FP8 (E4M3) for GPUs, int8 for CPUs.
+"""Quantise the linears that a policy selects, and write a new bundle: FP8 or NVFP4 for GPUs, int8 for CPUs.
 
-Weights get one scale per output channel. In FP8, activations get one scale per tensor, from the calibrated ranges. In
-int8 they get one per token while the model runs, and there is no calibration. Weights are read one tensor at a time, so
-that memory does not grow with the student. Unchanged parts are copied.
+In FP8 (E4M3), weights get one scale per output channel, and activations one per tensor, from the calibrated ranges. In
+NVFP4 (E2M1), every 16 inputs have a scale too; those of activations are computed while the model runs. In int8,
+activations get a scale per token while the model runs, and there is no calibration. Weights are read one tensor at a
+time, so that memory does not grow with the student. Unchanged parts are copied.
 """
 
 from __future__ import annotations

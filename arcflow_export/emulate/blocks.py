@@ -185,7 +185,9 @@ def _crossing_elements(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[float]
     closed = [False] * (len(nodes) + 1)
     unrounded: set[ir.Value] = set()
     for i, node in enumerate(nodes):
-        quantizer = node.op_type in _QUANTIZERS or (node.op_type in _UNROUNDED and not unrounded.isdisjoint(node.inputs))
+        quantizer = node.op_type in _QUANTIZERS or (
+            node.op_type in _UNROUNDED and not unrounded.isdisjoint(node.inputs)
+        )
         for value in node.outputs:
             users = [place[user] for user, _ in value.uses()]
             if not users:

@@ -72,7 +72,7 @@ class _Lowering:
 
 
 def _quantize(graph: ir.Graph, node: ir.Node) -> None:
-    """Lower a TRT_FP4DynamicQuantize node to E2M1 numbers [..., in] in float32 and block scales [..., in / 16] in E4M3."""
+    """Lower a TRT_FP4DynamicQuantize node: E2M1 numbers [..., in] in float32, block scales [..., in / 16] in E4M3."""
     add, (source, scale) = _Lowering(graph, node), node.inputs
     assert source is not None and scale is not None and source.shape is not None
     leading = (0,) * (len(source.shape) - 1)  # for Reshape, 0 keeps an axis
@@ -106,11 +106,9 @@ def _dequantize(graph: ir.Graph, node: ir.Node) -> None:
         numbers.const_value, numbers.dtype = _expanded(numbers.const_value), _FLOAT
     rank = len(numbers.shape)
     axis = node.attributes["axis"].as_int() % rank
-    before, after = (0,) * axis, tuple(int(d) for d in numbers.shape[axis + 1 :])
+    before, after = (0,) * axis, tuple(d for d in numbers.shape[axis + 1 :] if isinstance(d, int))
     blocks = add("Reshape", numbers, (*before, -1, NVFP4_BLOCK, *after))
-    add.replace(
-        add("Reshape", add("Mul", blocks, add("Unsqueeze", scales, (axis + 1,))), (*before, -1, *after))
-    )
+    add.replace(add("Reshape", add("Mul", blocks, add("Unsqueeze", scales, (axis + 1,))), (*before, -1, *after)))
 
 
 def _expanded(tensor: ir.TensorProtocol) -> ir.LazyTensor:

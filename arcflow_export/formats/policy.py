@@ -126,38 +126,45 @@ def load_policy(name_or_path: str, option: str | None = None) -> QuantizationPol
     return policy if option is None else dataclasses.replace(policy, format=BY_OPTION[option])
 
 
-def select(policy: PartPolicy, part: str, linears: Sequence[str], usual: QuantFormat) -> dict[str, QuantFormat]:
-    """Choose the linears of one part that a policy quantises, and their formats; keeps the order of `linears`.
+def select(policy: PartPolicy, part: str, linears: Sequence[str]) -> tuple[str, ...]:
+    """Choose the linears of one part that a policy quantises; keeps the order of `linears`.
 
     Args:
         policy: the policy's patterns for this part.
         part: name of the part, for messages.
         linears: names of the part's linears.
-        usual: the policy's format.
 
     Raises:
-        QuantizeError: a pattern matches no linear (the message suggests similar names), a linear matches patterns of two
-            formats, or `exclude` removes every linear that `include` matched.
+        QuantizeError: a pattern matches no linear (the message suggests similar names), or `exclude` removes every
+            linear that `include` matched.
     """
-    others = policy.formats or {}
-    lists = {"include": policy.include, "exclude": policy.exclude}
-    for key, patterns in (lists | {f"formats.{name}": patterns for name, patterns in others.items()}).items():
+    others = {f"formats.{name}": patterns for name, patterns in (policy.formats or {}).items()}
+    for key, patterns in ({"include": policy.include, "exclude": policy.exclude} | others).items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise QuantizeError(
                     f"policy: parts.{part}.{key}: {pattern!r} matches none of the {len(linears)} linears of {part}"
                     f"{_near(pattern, linears)}"
                 )
-    chosen = {}
-    for name in linears:
-        if _matches(name, policy.include) and not _matches(name, policy.exclude):
-            found = [other for other, patterns in others.items() if _matches(name, patterns)] or [usual]
-            if len(found) > 1:
-                raise QuantizeError(f"policy: parts.{part}.formats: {name!r} must match one format, got {found}")
-            chosen[name] = found[0]
+    chosen = tuple(name for name in linears if _matches(name, policy.include) and not _matches(name, policy.exclude))
     if not chosen:
         raise QuantizeError(f"policy: parts.{part} excludes every linear that it includes; leave the part out instead")
     return chosen
+
+
+def select_formats(policy: PartPolicy, part: str, linears: Sequence[str], usual: QuantFormat) -> dict[str, QuantFormat]:
+    """The linears of `select` with their formats: `usual`, or that of `policy.formats` whose pattern a linear matches.
+
+    Raises:
+        QuantizeError: as `select`, or a linear matches patterns of two formats.
+    """
+    found = {}
+    for name in select(policy, part, linears):
+        others = [other for other, patterns in (policy.formats or {}).items() if _matches(name, patterns)]
+        if len(others) > 1:
+            raise QuantizeError(f"policy: parts.{part}.formats: {name!r} must match one format, got {others}")
+        found[name] = others[0] if others else usual
+    return found
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The operator that rounds an activation to NVFP4; ONNX has none, so graphs have TensorRT's own (B16).
+"""The operator that rounds an activation to NVFP4; ONNX has none, so graphs have TensorRT's own (B15).
 
 `TRT_FP4DynamicQuantize(x, scale) -> (numbers, block scales)` with the attributes `axis`, `block_size` and `scale_type`.
 x is [..., in] and `scale` the float32 scale [] of the tensor. The numbers are E2M1 [..., in], the block scales E4M3

@@ -37,8 +37,8 @@ def check_job(job: CompileJob) -> None:
         check_target(job)
     elif job.quantized is not None and not job.quantized.on_cpu:
         raise RequestError(
-            f"--precision {job.precision} runs on GPUs only, got --backend onnxruntime; give --backend tensorrt-rtx and "
-            "a --target, or --precision int8"
+            f"--precision {job.precision} runs on GPUs only, got --backend onnxruntime; give --backend tensorrt-rtx "
+            "and a --target, or --precision int8"
         )
 
 

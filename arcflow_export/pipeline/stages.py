@@ -53,8 +53,8 @@ class CompileJob:
 
     @property
     def exported(self) -> Output:
-        """The bundle that the export writes. For a quantised precision it is the unquantised one: bf16, or fp32 for ONNX
-        Runtime on a CPU, which has no bfloat16.
+        """The bundle that the export writes. For a quantised precision it is the unquantised one: bf16, or fp32 for
+        ONNX Runtime on a CPU, which has no bfloat16.
         """
         if self.quantized is None:
             return self.bundle(self.precision)

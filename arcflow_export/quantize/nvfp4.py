@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 
 from arcflow_export.graph.linears import LinearNode, shared_inputs
-from arcflow_export.graph.nvfp4 import DOMAIN, DYNAMIC_QUANTIZE, VERSION, dynamic_quantize
+from arcflow_export.graph.nvfp4 import DOMAIN, VERSION, dynamic_quantize
 from arcflow_export.quantize.format import StoredTensor
 from arcflow_export.quantize.fp8 import E4M3
 from arcflow_export.quantize.nodes import add_initializer, make_value
@@ -71,7 +71,7 @@ def encode(weight: torch.Tensor, block_scales: torch.Tensor, tensor_scale: torch
     """
     scale = (block_scales.float() * tensor_scale).unsqueeze(1)
     values = (weight.float().unflatten(0, (-1, NVFP4_BLOCK)) / scale).flatten(0, 1)
-    magnitude, halfway = values.abs(), torch.tensor(_HALFWAY)
+    magnitude, halfway = values.abs().contiguous(), torch.tensor(_HALFWAY)
     codes = torch.bucketize(magnitude, halfway)
     codes += (magnitude.unsqueeze(-1) == halfway[1::2]).any(-1)
     codes += torch.where(values < 0, 8, 0)

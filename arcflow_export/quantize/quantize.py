@@ -19,7 +19,7 @@ from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, num_bytes, write_weights
-from arcflow_export.formats.policy import QuantizationPolicy, select
+from arcflow_export.formats.policy import QuantizationPolicy, select_formats
 from arcflow_export.formats.scales import Scales
 from arcflow_export.graph.linears import LinearNode, find_linears, shared_inputs
 from arcflow_export.progress import ByteProgress, Silent
@@ -109,13 +109,14 @@ def plan_quantization(bundle: Bundle, scales: Scales | None, policy: Quantizatio
         linears = find_linears(model)
         formats: dict[str, b.QuantFormat] = {}
         if name in policy.parts:
-            formats = select(policy.parts[name], name, list(linears), policy.format)
+            formats = select_formats(policy.parts[name], name, list(linears), policy.format)
             for layer, used in formats.items():
                 if (why := WEIGHT_FORMATS[used].refuse(linears[layer])) is not None:
                     raise QuantizeError(f"{name}: {layer} {why}")
                 if m.opset < (opset := FORMATS[used].opset):
                     raise QuantizeError(
-                        f"{FORMATS[used].title} needs opset {opset}, the bundle has {m.opset}; export with --opset {opset}"
+                        f"{FORMATS[used].title} needs opset {opset}, the bundle has {m.opset}; "
+                        f"export with --opset {opset}"
                     )
             if scales is not None:
                 _check_calibrated(scales, name, tuple(formats))

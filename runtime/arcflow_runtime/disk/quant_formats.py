@@ -69,8 +69,8 @@ def check_runs(manifest: Manifest, backend: str, why: str) -> None:
     for name, facts in wrong:
         if not facts.on_cpu:
             raise EngineError(
-                f"{name} is quantised to {facts.title}, which runs on Blackwell GPUs only, with TensorRT or TensorRT-RTX; "
-                "use the bundle that it was quantised from"
+                f"{name} is quantised to {facts.title}, which runs on Blackwell GPUs only, with TensorRT or "
+                "TensorRT-RTX; use the bundle that it was quantised from"
             )
     for name, facts in wrong:
         raise EngineError(f"{name} is quantised to {facts.title}, {why}")

@@ -50,8 +50,8 @@ _MESSAGES = {
     "Dimension": {"dim_value": (1, SIZE), "dim_param": (2, BYTES)},
 }
 #: TensorProto.DataType -> bytes per element: float32, uint8, int8, int32, int64, bool, float16, float64, uint32,
-#: uint64, bfloat16, E4M3.
-_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 17: 1}
+#: uint64, bfloat16, E4M3, and E2M1, which takes half a byte.
+_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 17: 1, 23: 1}
 _FLOATS = {1, 10, 11, 16}
 _VIEWS = {"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 #: A larger result is an error in the graph.
@@ -88,7 +88,7 @@ class PartGraph:
     outputs: frozenset[str]
     #: Initializers, and what is computed from them alone; an engine has these as weights.
     constants: frozenset[str]
-    #: `constants`, and the results of DequantizeLinear on them.
+    #: `constants`, and the results of DequantizeLinear on them, also cast.
     weights: frozenset[str]
 
     @staticmethod
@@ -124,8 +124,14 @@ class PartGraph:
         for node in nodes:
             if node.op != "DequantizeLinear" and all(name in constants for name in node.inputs):
                 constants.update(node.outputs)
-        dequantized = (o for n in nodes if n.op == "DequantizeLinear" and n.source in constants for o in n.outputs)
-        weights = frozenset(constants | {*dequantized})
+        dequantized: set[str] = set()
+        for node in nodes:
+            # An NVFP4 weight is cast after its DequantizeLinear (B15).
+            if (node.op == "DequantizeLinear" and node.source in constants) or (
+                node.op == "Cast" and node.source in dequantized
+            ):
+                dequantized.update(node.outputs)
+        weights = frozenset(constants | dequantized)
         values = {_text(v.name): _value(v) for v in (*graph.input, *graph.value_info, *graph.output)}
         outputs = frozenset(_text(v.name) for v in graph.output)
         return PartGraph(nodes, values, inputs, outputs, frozenset(constants), weights)
@@ -175,7 +181,7 @@ class PartGraph:
         joined = self._joined_products(rules)
         for node in self.nodes:
             source = node.source
-            if rules.fused and node.op == "DequantizeLinear" and source in self.constants:
+            if rules.fused and self.weights.issuperset(node.outputs):
                 outside |= {*node.outputs}
             for name in filter(None, node.outputs):
                 if node.op in _VIEWS and (source in owners or source in outside):
