@@ -200,7 +200,7 @@ QUANTIZED = "parts.backbone: quantization"
 CHANGES = [
     ({"family": "sd"}, 'family must be one of ["flux", "qwen-image"], got "sd"'),
     ({"version": 2}, "version must be 1 with 0 parts that have slots (B14), got 2"),
-    ({"version": 3}, "version must be 1 or 2, got 3; a base without an adapter (B15) runs in Python only"),
+    ({"version": 3}, "version must be 1 or 2, got 3; a base without an adapter (B16) runs in Python only"),
     ({"version": 4}, "version must be 1 or 2, got 4; update arcflow"),
     ({"version": "1"}, 'version must be 1 or 2, got "1"'),
     ({"opset": 1.5}, f"opset {INTEGER}, got 1.5"),

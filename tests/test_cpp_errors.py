@@ -272,7 +272,7 @@ DAMAGES = {
     ),
     "another version": (
         lambda root: edit_manifest(root, version=3),
-        "{root}/manifest.json: version must be 1 or 2, got 3; a base without an adapter (B15) runs in Python only",
+        "{root}/manifest.json: version must be 1 or 2, got 3; a base without an adapter (B16) runs in Python only",
     ),
     "version 2 without slots": (
         lambda root: edit_manifest(root, version=2),

@@ -171,7 +171,7 @@ def test_own_sigmas_are_for_their_number_of_steps(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "unknown keys ['sampler', 'true_cfg_scale'] in a bundle of version 2 (B15)"),
+        ({"version": 2}, "unknown keys ['sampler', 'true_cfg_scale'] in a bundle of version 2 (B16)"),
         ({"sampler": "euler"}, "sampler must be one of ['momentum', 'linear'], got 'euler'"),
         ({"sampler": "momentum"}, "version must be 1 with 0 parts that have slots (B14), got 3"),
         ({"latents__num_gaussians": 2}, "latents: num_gaussians must be 1 for a straight student, got 2"),

@@ -32,7 +32,7 @@ MAX_RANK = 1024
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 QuantFormat = Literal["fp8_e4m3"]
-#: How a step is computed from the backbone's outputs: a sum of exponentials, or one velocity (B15).
+#: How a step is computed from the backbone's outputs: a sum of exponentials, or one velocity (B16).
 Sampler = Literal["momentum", "linear"]
 
 
@@ -130,7 +130,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DynamicShift:
-    """A shift that depends on the number N of image tokens (B15), as in diffusers' FlowMatchEulerDiscreteScheduler.
+    """A shift that depends on the number N of image tokens (B16), as in diffusers' FlowMatchEulerDiscreteScheduler.
 
     mu is the line through (`base_image_tokens`, `base_shift`) and (`max_image_tokens`, `max_shift`), also outside of
     them. The shift S is exp(mu) if `kind` is "exponential", and mu if it is "linear".
@@ -154,7 +154,7 @@ class Schedule:
 
     sigma(t) = S t / (1 + (S-1) t) with S = `shift`, and t_i = 1 - i / (steps - 1 + r) with r = `timestep_ratio`.
 
-    A straight student may have more (B15): `dynamic_shift` takes the place of S, which is then 1; `sigmas` take the
+    A straight student may have more (B16): `dynamic_shift` takes the place of S, which is then 1; `sigmas` take the
     place of t_i; and with `terminal`, the sigmas are stretched so that the last one above 0 has this value.
     """
 
@@ -288,7 +288,7 @@ class Provenance:
 class Manifest:
     """The whole `manifest.json`.
 
-    `true_cfg_scale` is the default scale of guidance with a negative prompt, or None for a student without it (B15).
+    `true_cfg_scale` is the default scale of guidance with a negative prompt, or None for a student without it (B16).
     """
 
     family: Family
@@ -340,8 +340,8 @@ def later_keys(data: dict[str, Any], version: int) -> list[tuple[dict[str, Any],
         if data["modulation"] is not None:
             found.append((data["modulation"], ["lora", "columns"], "B14"))
     if version < STRAIGHT_VERSION:
-        found.append((data, ["sampler", "true_cfg_scale"], "B15"))
-        found.append((data["schedule"], ["dynamic_shift", "terminal", "sigmas"], "B15"))
+        found.append((data, ["sampler", "true_cfg_scale"], "B16"))
+        found.append((data["schedule"], ["dynamic_shift", "terminal", "sigmas"], "B16"))
     return found
 
 

@@ -148,11 +148,11 @@ def _lora_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
 def _sampler_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
     s, k = m.schedule, m.latents
     straight, adapter = m.sampler == "linear", m.provenance.adapter
-    must = f"{'null' if straight else 'given'} for the sampler {m.sampler!r} (B15)"
+    must = f"{'null' if straight else 'given'} for the sampler {m.sampler!r} (B16)"
     yield (adapter is None) == straight, "provenance: adapter", must, adapter
     if m.sampler == "momentum":
         return
-    yield m.version == STRAIGHT_VERSION, "version", f"{STRAIGHT_VERSION} for the sampler 'linear' (B15)", m.version
+    yield m.version == STRAIGHT_VERSION, "version", f"{STRAIGHT_VERSION} for the sampler 'linear' (B16)", m.version
     yield k.num_gaussians == 1, "latents: num_gaussians", "1 for a straight student", k.num_gaussians
     if "backbone" in m.parts:
         wanted = [t.name for t in signature(m.family, "backbone", m.sampler).outputs]

@@ -69,7 +69,7 @@ _BACKBONE = Signature(
         Tensor("loggammas", PRECISION, ("batch", "image_tokens", "gammas", "sub_pixels")),
     ),
 )
-#: The backbone of a straight student, in every family (B15).
+#: The backbone of a straight student, in every family (B16).
 _STRAIGHT_BACKBONE = Signature(
     _BACKBONE.inputs, (Tensor("velocity", PRECISION, ("batch", "image_tokens", "channels")),)
 )

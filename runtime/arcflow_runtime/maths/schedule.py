@@ -25,7 +25,7 @@ def sigmas(num_inference_steps: int, schedule: Schedule, image_tokens: int | Non
 
     t_i = 1 - i / (S - 1 + r) and sigma(t) = shift * t / (1 + (shift - 1) * t), with r the timestep ratio
     (ArcFlow, arXiv 2602.09014). Two steps at shift 3.2 and r 1 give 1, 0.7619, 0. A straight student's schedule may
-    have its own t_i, a shift that depends on the number of image tokens, and a terminal sigma (B15).
+    have its own t_i, a shift that depends on the number of image tokens, and a terminal sigma (B16).
 
     Args:
         num_inference_steps: S.

@@ -11,7 +11,7 @@ namespace arcflow {
 inline constexpr const char *bundle_format = "arcflow-bundle";
 inline constexpr int64_t bundle_version = 1;
 inline constexpr int64_t lora_bundle_version = 2;      // with LoRA slots (B14)
-inline constexpr int64_t straight_bundle_version = 3;  // of a straight student (B15), which this library does not run
+inline constexpr int64_t straight_bundle_version = 3;  // of a straight student (B16), which this library does not run
 inline constexpr const char *manifest_name = "manifest.json";
 inline constexpr uint64_t max_manifest_bytes = 16 << 20;
 inline constexpr uint64_t fast_hash_bytes = 64 << 20;  // larger files are hashed by a full check only

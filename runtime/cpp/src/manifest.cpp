@@ -166,7 +166,7 @@ void check_format(const Json &json, const std::string &where) {
         const bool straight = got == straight_bundle_version;
         throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + " or " +
                            std::to_string(lora_bundle_version) + ", got " + message_text(got) + "; " +
-                           (straight ? "a base without an adapter (B15) runs in Python only"
+                           (straight ? "a base without an adapter (B16) runs in Python only"
                             : newer  ? "update arcflow"
                                      : "export the bundle again"));
     }
