@@ -20,7 +20,7 @@ import pytest
 
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.maths import noise, speedups, update
-from tests.cpp import build_library, configure_cpp, embed, library_of
+from tests.cpp import build_library, build_target, embed, library_of
 from tests.host_cuda.build import CannotBuildError, build
 from tests.kernel_source import build_host
 
@@ -198,9 +198,7 @@ def trt_tool(tmp_path_factory):
     """A function (arguments, environment) -> exit code and what trt_tool said."""
     named = os.environ.get("ARCFLOW_CPP_BUILD")
     folder = Path(named or tmp_path_factory.mktemp("cpp_trt"))
-    if not (folder / "CMakeCache.txt").exists():
-        configure_cpp(folder, "-DARCFLOW_OPENVINO=OFF")
-    subprocess.run(["cmake", "--build", folder, "--target", "trt_tool"], check=True)
+    build_target(folder, "trt_tool", "-DARCFLOW_OPENVINO=OFF")
     path = folder / "tests" / "trt_tool"
 
     def run(*arguments, **environment):

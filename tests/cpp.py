@@ -44,12 +44,24 @@ def configure_cpp(folder: Path, *options: str) -> None:
     run(["cmake", "-S", CPP, "-B", folder, *generator, *defaults, *options])
 
 
+def build_target(folder: Path, target: str, *options: str) -> None:
+    """Build what is not up to date of one target; a new folder is configured with the options.
+
+    Workers of pytest may share the folder: one builds, the others wait.
+    """
+    from filelock import FileLock
+
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "CMakeCache.txt").exists():
+            configure_cpp(folder, *options)
+        run(["cmake", "--build", folder, "--parallel", os.cpu_count() or 1, "--target", target])
+
+
 def build_library(folder: Path) -> None:
     """Build the library, its test programs and examples, or skip the test if they cannot be built here."""
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("needs the packages openvino and openvino-tokenizers")
-    configure_cpp(folder, "-DARCFLOW_OPENVINO=ON")
-    run(["cmake", "--build", folder, "--parallel", os.cpu_count() or 1])
+    build_target(folder, "all", "-DARCFLOW_OPENVINO=ON")
 
 
 def library_of(build: Path) -> Path:

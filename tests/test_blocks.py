@@ -99,6 +99,7 @@ def test_no_piece_ends_inside_a_quantised_linear(fp8):
             assert value.dtype != ir.DataType.FLOAT8E4M3FN
 
 
+@pytest.mark.slow
 def test_a_single_node_may_have_more_than_a_piece(bundles):
     bundle = widened(Bundle.open(bundles("flux-tiny")))
     smallest = BlockEngine("backbone", load_graph(bundle, "backbone"), piece_bytes=1)

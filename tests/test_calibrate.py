@@ -171,6 +171,7 @@ def rms(values: np.ndarray, amax: float) -> float:
     return float(np.sqrt(np.mean((values - e4m3(values, amax)) ** 2)))
 
 
+@pytest.mark.slow
 def test_mse_is_the_least_error(tmp_path, recorded):
     scales, truth = run("flux-tiny", tmp_path / "scales.json", method="mse"), recorded("flux-tiny")
     layers = ("transformer_blocks.1.ff.net.2", "single_transformer_blocks.0.proj_out", "context_embedder")
@@ -188,6 +189,7 @@ def test_mse_is_the_least_error(tmp_path, recorded):
             assert peak / 16 <= got <= peak * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_batches_are_cut_by_size_and_text_length(tmp_path):
     """Only rounding may depend on the batch: with the wrong noise or prompt, ranges would change by percents."""
     for name in SETTINGS:

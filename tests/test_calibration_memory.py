@@ -26,8 +26,8 @@ def force_disk(monkeypatch, forced=True):
     [
         ("flux-tiny", {"batch": 2}),
         pytest.param("flux-tiny", {"dtype": "bfloat16", "method": "mse"}, marks=pytest.mark.slow),
-        ("qwen-tiny", {"dtype": "bfloat16", "batch": 2}),
-        ("qwen-tiny", {"method": "percentile", "percentile": 99.9}),
+        pytest.param("qwen-tiny", {"dtype": "bfloat16", "batch": 2}, marks=pytest.mark.slow),
+        pytest.param("qwen-tiny", {"method": "percentile", "percentile": 99.9}, marks=pytest.mark.slow),
     ],
 )
 def test_weights_on_disk_give_the_same_file(name, changes, tmp_path, monkeypatch):

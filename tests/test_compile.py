@@ -224,6 +224,7 @@ def traced(request, tmp_path, monkeypatch):
     monkeypatch.setattr(process, "COMMAND", (sys.executable, str(HERE / "traced_stage.py")))
 
 
+@pytest.mark.slow
 def test_the_shapes_student_for_real(traced, tmp_path, capfd):
     arguments = ["compile", str(SHAPES / "student.toml"), "--out", str(tmp_path)]
     assert cli.main(arguments) == 0

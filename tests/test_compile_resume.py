@@ -14,9 +14,10 @@ from tests import compiling
 from tests.compiling import STAGES, WHOLE, compile_, files, log, reached, records, said, start
 
 place = compiling.place
-#: Every stage, killed in two ways; and stopped in others where there is most to lose.
-ENDS = [(stage, how) for stage in STAGES for how in ("parent", "stage")]
-ENDS += [("calibrate", how) for how in ("both", "SIGINT", "SIGTERM")]
+#: Where there is most to lose, stopped in every way; and every other stage, killed in two ways.
+ENDS = [("calibrate", how) for how in ("both", "SIGINT")]
+OTHER_ENDS = [("calibrate", "SIGTERM"), *((stage, how) for stage in STAGES for how in ("parent", "stage"))]
+ENDS += [pytest.param(*end, marks=pytest.mark.slow) for end in OTHER_ENDS]
 
 
 def test_every_stage_runs_once(place, capsys):
@@ -71,6 +72,7 @@ def test_killed_in_a_stage_the_next_run_goes_on(place, stage, point, how):
     assert log() == ["build"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["put", "replace"])
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_killed_before_the_record_is_written(place, stage, point):
@@ -179,7 +181,7 @@ def test_other_sources(place):
         ("some-drift", ["verify", "build"]),
     ],
 )
-@pytest.mark.parametrize("how", ["edited", "removed"])
+@pytest.mark.parametrize("how", ["edited", pytest.param("removed", marks=pytest.mark.slow)])
 def test_a_changed_output_is_made_again(place, name, again, how):
     assert compile_() == 0
     log()

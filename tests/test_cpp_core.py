@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +29,8 @@ from arcflow_runtime.maths.noise import draw_latents, randn
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
 from arcflow_runtime.maths.update import update
+from tests.cpp import build_target
 
-CPP = Path(__file__).parent.parent / "runtime" / "cpp"
 FLOATS = ("float32", "bfloat16", "float16")
 PLACE = 2.0**-24  # half a unit in the last place of float32, relative
 
@@ -41,15 +38,8 @@ PLACE = 2.0**-24  # half a unit in the last place of float32, relative
 @pytest.fixture(scope="session")
 def tool(tmp_path_factory) -> Path:
     """The program that runs one function of the core."""
-    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("needs cmake and a C++ compiler")
-    if importlib.util.find_spec("nlohmann_json") is None:
-        pytest.skip("needs the package nlohmann-json")
     folder = Path(os.environ.get("ARCFLOW_CPP_BUILD") or tmp_path_factory.mktemp("cpp_core"))
-    if not (folder / "CMakeCache.txt").exists():
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        subprocess.run(["cmake", "-S", CPP, "-B", folder, *generator, f"-DARCFLOW_PYTHON={sys.executable}"], check=True)
-    subprocess.run(["cmake", "--build", folder, "--target", "core_tool"], check=True)
+    build_target(folder, "core_tool", "-DARCFLOW_OPENVINO=OFF")
     return folder / "tests" / "core_tool"
 
 

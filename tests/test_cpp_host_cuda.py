@@ -18,14 +18,13 @@ from pathlib import Path
 import pytest
 
 from arcflow_runtime.engines.gpus import find_gpu
-from tests.cpp import configure_cpp, embed
+from tests.cpp import build_target, embed
 from tests.host_cuda.build import CannotBuildError, build
-from tests.test_host_cuda import ROOT, judge, read_report
+from tests.test_host_cuda import ROOT, functions, judge, read_report
 
 CASES = ROOT / "tests" / "host_cuda" / "cpp_images.py"
 #: Ends a process that hangs.
 TIMEOUT_S = 1200
-NAMES = re.findall(r"^def (test_\w+)\(", CASES.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,7 @@ def library(tmp_path_factory):
         pytest.skip("needs the package openvino")
     named = os.environ.get("ARCFLOW_CPP_BUILD")
     folder = Path(named or tmp_path_factory.mktemp("cpp_host_cuda"))
-    if not (folder / "CMakeCache.txt").exists():
-        configure_cpp(folder, "-DARCFLOW_OPENVINO=ON")
-    subprocess.run(["cmake", "--build", folder, "--target", "arcflow_host_cuda"], check=True)
+    build_target(folder, "arcflow_host_cuda", "-DARCFLOW_OPENVINO=ON")
     return next((folder / "tests").glob("libarcflow_host_cuda.*"))
 
 
@@ -97,11 +94,12 @@ def run_cases(environment, bundles, once):
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_on_the_driver(name, run_cases):
-    judge(run_cases()[name])
+@pytest.mark.parametrize(("name", "lane"), functions(CASES))
+def test_on_the_driver(name, lane, run_cases):
+    judge(run_cases("-m", lane)[name])
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_a_thousand_images_of_many_threads(run_cases):
     """12 images of three shapes, each generated 84 times."""

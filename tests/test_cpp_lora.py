@@ -154,6 +154,7 @@ def test_low_memory_gives_the_same_bits(cpp_library, slotted, pipes, files):
     lean.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_eight_threads_with_eight_sets(slotted, pipes, files, name):
     pipe, root = pipes(name), slotted(name)

@@ -22,6 +22,7 @@ from tests.cpp import CPP, embed, library_of, run
 from tests.fake_bundle import make_bundle
 
 
+@pytest.mark.slow
 def test_the_header_is_c11_and_the_wrapper_needs_no_rtti(tmp_path, cpp_build):
     includes = ["-I", CPP / "include", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
     (tmp_path / "c.c").write_text(
@@ -70,6 +71,7 @@ def test_the_pipeline_with_engines_that_record(cpp_build, tmp_path):
     run([cpp_build / "tests" / "pipeline_test", *roots])
 
 
+@pytest.mark.slow
 def test_the_cpp_wrapper(cpp_build, cpp_bundles):
     run([cpp_build / "tests" / "wrapper_test", cpp_bundles("shapes")])
 

@@ -40,6 +40,7 @@ def test_low_memory_refuses_a_bundle_that_was_replaced(cpp_library, cpp_bundles,
         pipe.close()
 
 
+@pytest.mark.slow
 def test_a_relative_path_outlives_a_change_of_directory(cpp_library, cpp_bundles, tmp_path, monkeypatch):
     root = cpp_bundles("flux-tiny")
     monkeypatch.chdir(root.parent)
@@ -141,6 +142,7 @@ def test_a_callback_that_stops_or_meddles(cpp_library, cpp_bundles):
     assert e.value.status == CLOSED
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_reopening_keeps_no_machine_code(cpp_library, cpp_bundles):
     """Each ov::Core with the tokenizers' extension leaks machine code, so the library must not make new ones."""

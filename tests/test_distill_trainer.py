@@ -220,6 +220,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_not_for_ever(flux, tmp_pa
     assert torch.equal(run.trained["norm_out.linear.weight"], before)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_student(flux, tmp_path):
     one, two = (distill(config(tmp_path, seed=s), flux, tmp_path / f"{s}", progress=False) for s in (0, 1))
     assert weights(one) != weights(two)

@@ -233,6 +233,7 @@ def test_an_error_is_that_of_its_own_prompt(reference, tmp_path):
     assert values["PSNR", None][1] < 100 and values["PSNR", None][[0, 2, 3]].tolist() == [100] * 3
 
 
+@pytest.mark.slow
 def test_the_gate_fails_by_the_last_step_and_the_prompts_mean(reference, changed):
     """Only T5 changed: the limit between the errors of two steps is passed by the last step's alone."""
     candidate = changed("text_encoder_2")
@@ -252,6 +253,7 @@ def test_the_gate_fails_by_the_last_step_and_the_prompts_mean(reference, changed
     assert shown.prompts == tuple(c.prompt for c in CASES)
 
 
+@pytest.mark.slow
 def test_cases_compared_apart_give_the_same_report(reference, changed, monkeypatch):
     """With memory for three cases of four at a time: the batches are others, so rounding may differ."""
     arguments = changed("backbone"), reference, CASES, SCENE, DriftPlan("p", "q", Thresholds(heads=0.1))

@@ -188,3 +188,26 @@ class TestAuto:
             *((name, None) for name in ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda", *cpu)),
             *((name, 1) for name in cpu),
         ]
+
+
+def test_ctrl_c_after_another_thread_has_closed_the_pipeline(bundles):
+    """OpenVINO's alternate signal stack must not be gone by then."""
+    code = (
+        "import faulthandler, gc, os, signal, sys, threading, time\n"
+        "from arcflow_runtime import Pipeline\n"
+        "faulthandler.enable()\n"
+        "pipes = [Pipeline.load(sys.argv[1], backend='openvino')]\n"
+        "def close():\n"
+        "    pipes.pop().close()\n"
+        "    gc.collect()\n"
+        "thread = threading.Thread(target=close)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(20)\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, bundles("flux-tiny")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (1, ["interrupted"]), done.stderr

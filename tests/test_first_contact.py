@@ -67,6 +67,7 @@ def check_partial_answers(first_contact, found):
     assert said.endswith("1 of 1 sizes and dtypes are below the goal of 80%. Noise: not measured"), said
 
 
+@pytest.mark.slow
 def test_benchmarks_run(start, tmp_path, first_contact):
     code, output = finish(start("--only", "bandwidth", "plan", "onnxruntime"))
     found = results(tmp_path)
@@ -91,6 +92,7 @@ def test_benchmarks_run(start, tmp_path, first_contact):
     ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_every_step_runs(start, tmp_path):
     code, output = finish(start())
@@ -101,6 +103,7 @@ def test_every_step_runs(start, tmp_path):
     assert found["kernels"]["result"]["figures"]["largest error as a fraction of its bound"] <= 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(start, tmp_path):
     first = start("--only", "noise", "plan")
     try:
@@ -182,6 +185,7 @@ def test_outcomes(first_contact, tmp_path, code, status, said, result):
     assert (entry["status"], entry["said"], entry["result"]) == (status, said, result)
 
 
+@pytest.mark.slow
 def test_a_hung_step_is_killed_with_its_children(first_contact, tmp_path):
     hang = (
         "import subprocess\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"

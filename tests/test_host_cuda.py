@@ -6,6 +6,7 @@ the driver. The process of the other tests must not load it, because they check 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -19,13 +20,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "host_cuda"
-CASES = [
-    (path.stem, name)
-    for path in sorted(HERE.glob("*_cases.py"))
-    for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
-]
 #: Ends a process that hangs. The longest file takes about 45 s of one core.
 TIMEOUT_S = 600
+
+
+def functions(path):
+    """The test functions of a file of cases as pytest's parameters, those that it marks slow marked too."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            slow = any(ast.unparse(d) == "pytest.mark.slow" for d in node.decorator_list)
+            yield pytest.param(node.name, "slow" if slow else "not slow", marks=[pytest.mark.slow] * slow, id=node.name)
+
+
+CASES = [
+    pytest.param(path.stem, *case.values, marks=case.marks, id=f"{path.stem}-{case.id}")
+    for path in sorted(HERE.glob("*_cases.py"))
+    for case in functions(path)
+]
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +109,12 @@ def judge(cases):
         pytest.skip(cases[0][1].strip())
 
 
-@pytest.mark.parametrize(("file", "name"), CASES)
-def test_on_the_driver(file, name, run_cases):
-    judge(run_cases(file)[name])
+@pytest.mark.parametrize(("file", "name", "lane"), CASES)
+def test_on_the_driver(file, name, lane, run_cases):
+    judge(run_cases(file, "-m", lane)[name])
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_a_thousand_images_of_many_threads(run_cases):
     """12 images of three shapes, each generated 84 times."""

@@ -101,6 +101,7 @@ def test_a_bundle_without_slots_is_of_version_1_and_has_no_new_keys(bundles):
     assert set(data["modulation"]) == {"file", "num_inference_steps"}
 
 
+@pytest.mark.slow
 def test_only_the_linears_that_match(bundles):
     attention = Bundle.open(bundles("flux-tiny", lora_slots=("*attn.*",))).manifest.slots()
     assert set(attention) == {"backbone", "text_encoder"}
@@ -145,6 +146,7 @@ def test_the_bits_do_not_depend_on_what_ran_before(name, bundles, slotted, files
         np.testing.assert_array_equal(draw(pipe, loras=nothing), plain)
 
 
+@pytest.mark.slow
 def test_eight_threads_with_eight_sets(slotted, files):
     """200 images: each is the one that the same request gives alone."""
     names = [f"lora{i}" for i in range(4)]
@@ -189,6 +191,7 @@ def test_low_memory(slotted, files):
         np.testing.assert_array_equal(draw(pipe, loras={"ink": 0.8}), draw(kept, loras={"ink": 0.8}))
 
 
+@pytest.mark.slow
 def test_a_conditioner_that_is_kept_runs_in_place_of_the_table(slotted, files):
     table = open_pipe(slotted("qwen-tiny"), {"ink": files("qwen-tiny", 1)})
     root = slotted("qwen-tiny", keep_conditioner=True)
@@ -235,6 +238,7 @@ def test_wrong_arguments(slotted, files):
     )
 
 
+@pytest.mark.slow
 def test_fp8_keeps_the_slots_and_loses_less_than_merging_first(bundles, slotted, files, tmp_path):
     """The distance to the float32 merged export, of FP8 with slots and of the merged export in FP8.
 

@@ -44,15 +44,9 @@ def built(root, target, folder):
     return products, set(re.findall(r"__myl_[A-Za-z]+", text)), record["key"]["profiles"][0]
 
 
-@pytest.mark.parametrize(
-    ("fp8", "target"),
-    [
-        (True, "sm89"),
-        pytest.param(False, "sm89", marks=pytest.mark.slow),
-        pytest.param(True, "sm120", marks=pytest.mark.slow),
-        pytest.param(False, "sm120", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm89", "sm120"])
+@pytest.mark.parametrize("fp8", [True, False])
 def test_slots_add_two_products_each_and_change_no_other(bundles, tmp_path, fp8, target):
     plain = bundles("flux-tiny", dtype="bfloat16")
     slotted = bundles("flux-tiny", dtype="bfloat16", lora_slots=("*",))

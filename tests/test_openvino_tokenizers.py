@@ -86,6 +86,7 @@ def model_of(tokenizer: Tokenizer):
     return lambda prompt: model([prompt])[0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [clip, qwen, t5])
 def test_same_ids_with_tokenizers_trained_on_real_text(make):
     tokenizer = make()
@@ -101,6 +102,7 @@ def test_same_ids_with_tokenizers_trained_on_real_text(make):
     assert different == []
 
 
+@pytest.mark.slow
 def test_lowers_every_character_as_the_library_does():
     """As single words and within one: the charsmap's trie has every path that begins a character."""
     tokenizer = clip()
@@ -161,6 +163,7 @@ def test_builds_once_and_says_what_changed(bundle, capsys):
     assert len(names(bundle)) == 5 and names(bundle) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "message"), [("graph", "does not match its SHA-256"), ("weights", "must have")])
 def test_damaged_files_are_built_again(bundle, capsys, kind, message):
     assert run(bundle) == 0

@@ -69,6 +69,7 @@ def walk(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_walk_on_a_cpu(walk, capsys):
     for section in WALK[:-1]:
         walk(section)

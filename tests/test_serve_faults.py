@@ -235,6 +235,7 @@ def test_a_bundle_that_cannot_be_loaded_again(open_service, pipe, monkeypatch, e
         assert is_right(running.post(body("x")), pipe, "x")
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs(open_service, pipe):
     over = threading.Event()
 
@@ -242,12 +243,12 @@ def test_an_engine_that_hangs(open_service, pipe):
         if "hang" in prompts:
             over.wait()
 
-    with open_service(before, lanes=1, hang_timeout_s=1.5) as running, running.client() as client:
+    with open_service(before, lanes=1, hang_timeout_s=3.0) as running, running.client() as client:
         for lost in (1, 2):
             response = running.post(body("hang"))
             assert response.status_code == 500
             assert response.json()["error"] == {
-                "message": "generating the image took more than 1.5 s and was given up; ask for a smaller image or "
+                "message": "generating the image took more than 3 s and was given up; ask for a smaller image or "
                 "fewer steps, or start the service with a larger --hang-timeout",
                 "type": "server_error",
                 "param": None,

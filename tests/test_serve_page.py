@@ -134,6 +134,7 @@ def test_several_images_with_their_stages(running, open_page, pipe):
     assert sum(widths) >= 0.95 * first.locator(".bar").evaluate("x => x.getBoundingClientRect().width")
 
 
+@pytest.mark.slow
 def test_a_link_makes_the_image_again(running, open_page):
     page = open_page(running.url)
     page.fill("#prompt", "50% of a red circle & a <b>blue</b> heart")
@@ -151,6 +152,7 @@ def test_a_link_makes_the_image_again(running, open_page):
     assert len(set(sources(page))) == 1
 
 
+@pytest.mark.slow
 def test_history(running, open_page):
     page = open_page(running.url)
     page.fill("#prompt", "<img src=x onerror=alert(1)>")
@@ -243,6 +245,7 @@ def test_a_partial_image_and_stop(bundle, open_page, pipe):
         finished(page, 2)
 
 
+@pytest.mark.slow
 def test_an_error_while_an_image_is_made(bundle, open_page):
     calls = []
 
@@ -261,6 +264,7 @@ def test_an_error_while_an_image_is_made(bundle, open_page):
         finished(page, 1)
 
 
+@pytest.mark.slow
 def test_a_service_with_keys(bundle, open_page):
     with serve([bundle], api_keys=(KEY,)) as running:
         page = open_page(running.url)
@@ -287,6 +291,7 @@ def test_on_a_phone(running, open_page):
     assert small == [], "too small for a finger"
 
 
+@pytest.mark.slow
 def test_several_models(bundles, bundle, open_page, tmp_path):
     (tmp_path / "one").symlink_to(bundle)
     (tmp_path / "two").symlink_to(bundles("flux-tiny"))

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from arcflow_runtime import Pipeline, RequestError, cli
-from arcflow_serve import keys, settings
+from arcflow_serve import keys, server, settings
 from arcflow_serve.encode_image import Encoding
 from arcflow_serve.settings import Settings
 from tests.conftest import SHAPES_OPTIONS
@@ -120,7 +120,9 @@ def test_files_of_keys_that_are_refused(tmp_path, monkeypatch, text, message):
 
 @pytest.fixture(scope="module")
 def impatient(bundle):
-    with serve([bundle], body_timeout_s=0.3, write_timeout_s=0.4, max_body_bytes=2000, max_connections=40) as running:
+    limits = {"body_timeout_s": 0.3, "write_timeout_s": 0.4, "max_body_bytes": 2000, "max_connections": 40}
+    with pytest.MonkeyPatch.context() as patch, serve([bundle], **limits) as running:
+        patch.setattr(server, "_LINGER_S", 1.0)
         yield running
         assert running.post(SMALL).status_code == 200
 
@@ -128,7 +130,12 @@ def impatient(bundle):
 @pytest.mark.parametrize(
     ("sent", "status", "code", "message"),
     [
-        (head(100) + b'{"prompt":', 408, "body_timeout", "the body must arrive within 0.3 s, got 10 bytes of it"),
+        (
+            head(100, "connection: close") + b'{"prompt":',
+            408,
+            "body_timeout",
+            "the body must arrive within 0.3 s, got 10 bytes of it",
+        ),
         (b"POST /v1/images/gen", 408, "header_timeout", "the headers must arrive within 0.3 s"),
         (b"", 408, "header_timeout", "the headers must arrive within 0.3 s"),
         (
@@ -336,6 +343,18 @@ def test_a_port_that_is_taken(bundle, capsys):
     assert said.startswith(
         f"arcflow serve: error: --host and --port must be a free address of this machine, got 127.0.0.1 and {port} ("
     )
+
+
+def test_the_address_that_is_printed_can_be_connected_to(bundle, monkeypatch, capsys):
+    """Also before the server has started."""
+
+    async def connect(self, sockets):
+        with socket.create_connection(sockets[0].getsockname(), timeout=20):
+            pass
+
+    monkeypatch.setattr(server.Server, "serve", connect)
+    assert cli.main(["serve", str(bundle), "--port", "0"]) == 0
+    assert capsys.readouterr().out.startswith("serving ")
 
 
 def test_no_bundle(capsys):

@@ -146,13 +146,15 @@ def test_writing_weights_to_a_full_disk():
 
 
 @pytest.fixture
-def running(tmp_path):
+def running(request, tmp_path):
     """An export in its own process, which writes one file and then waits for the test to stop it."""
     golden = GOLDEN / "qwen-tiny"
+    cache = getattr(request.config, "cache", None)
     command = [sys.executable, "-m", "tests.held_export", "export", "--base", golden / "base"]
     process = subprocess.Popen(
         [*command, "--adapter", golden / "adapter", "--out", tmp_path / "out"],
         cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRACES": str(cache.mkdir("traces") if cache else tmp_path.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -167,6 +169,7 @@ def running(tmp_path):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_sigkill(running, tmp_path):
     running.kill()
     assert running.wait() == -signal.SIGKILL

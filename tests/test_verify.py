@@ -89,6 +89,7 @@ def test_a_bundle_of_another_adapter(unchecked, float32, tmp_path, capsys, key, 
     assert not failed & {"text states", "pooled text", "vae image"}, "these do not depend on the adapter"
 
 
+@pytest.mark.slow
 def test_a_bfloat16_bundle_of_another_adapter(unchecked, command_run, tmp_path, capsys):
     """One LoRA half as strong again moves the heads by more than rounding can."""
     adapter = shutil.copytree(ADAPTER, tmp_path / "adapter")

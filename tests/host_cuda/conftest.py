@@ -21,6 +21,10 @@ from tests.host_cuda.engines import HostCudaBackend
 _CLOSED = (Live.DEVICE_BYTES, Live.PINNED_BYTES, Live.EXECUTABLES, Live.GRAPHS)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: `make check` runs these, not `make test`")
+
+
 @pytest.fixture
 def driver():
     """The driver's controls, reset, with 8 GiB of device memory."""

@@ -122,6 +122,7 @@ def test_golden_cases(name, index, stepwise, on_gpu, driver):
     assert driver.calls("cuGraphLaunch") == (0 if stepwise else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "qwen", "conditioner"])
 def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, on_gpu, plain, driver):
     pipe = on_gpu(name)
@@ -160,6 +161,7 @@ def test_a_replay_reads_what_was_staged_for_it(on_gpu, plain, driver):
     assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, len(cases) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "jobs"), [("flux", 1), ("qwen", 2)])
 def test_a_batch_of_several_prompts(name, jobs, on_gpu, plain, driver):
     """FLUX pads its texts to one length; Qwen-Image does not, and each length has a graph of its own."""
@@ -233,6 +235,7 @@ def test_an_engine_that_breaks_the_capture(act, library, on_gpu, plain, driver, 
     library.host_backends_before_enqueue(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "nth", "when"),
     [
@@ -257,6 +260,7 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
     assert re.match(re.escape(WITHOUT_GRAPH) + r"CUDA cannot .*: CUDA_ERROR_\w+ \(.*\)$", said[0]), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [1, 2, 3], ids=["plain", "captured", "replayed"])
 def test_every_call_may_fail(image, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right.
@@ -287,6 +291,7 @@ def test_every_call_may_fail(image, on_gpu, plain, driver):
         np.testing.assert_allclose(generate(pipe).latents, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
 def test_every_allocation_may_fail(function, on_gpu, plain, driver):
     """The error says what the memory was for, or the image is right because room was made; the next image is right."""

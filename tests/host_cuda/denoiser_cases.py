@@ -264,6 +264,7 @@ def test_threads_that_start_together(on_gpu, plain):
                 np.testing.assert_allclose(images, expected[case], **CLOSE)
 
 
+@pytest.mark.slow
 def test_threads_share_one_graph(on_gpu, driver):
     """A replay gives the same bits whatever other threads ran before it."""
     pipe = on_gpu()

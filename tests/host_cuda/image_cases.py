@@ -215,6 +215,7 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
     assert nth > 5, "no allocation failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [Code.UNKNOWN, Code.OUT_OF_MEMORY], ids=["unknown", "memory"])
 @pytest.mark.parametrize(
     ("memory", "image"),

@@ -196,6 +196,7 @@ def test_balanced_keeps_the_backbone_and_its_graph(weighed, driver):
     assert pipe.backend.loads[loads:] == encoders * 2  # of the last prompt, states and modulation were cached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MODES)
 def test_threads(memory, weighed):
     """An image has the same bits whichever prompts other threads bring their encoders for."""

@@ -414,6 +414,7 @@ RUN_BYTES = {"backbone": 4096}
 SECOND_PLAN = 3 + 2 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "memory", "allocations"),
     [
@@ -496,6 +497,7 @@ def test_a_step_that_a_callback_has_seen_is_not_run_again(step, fails, root, pip
     np.testing.assert_allclose(pipe(PROMPT, **(SIZE | {"width": 16})).images, expected(root, width=16), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [1, 2], ids=["plain", "captured"])
 def test_every_call_may_fail(image, root, pipeline, driver):
     """Those of this runtime and those of the library: an error that names the failure or a right image, then a right

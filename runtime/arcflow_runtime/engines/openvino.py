@@ -8,6 +8,7 @@ place of 0.6 %. Without an inference precision, images would depend on the machi
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -90,7 +91,7 @@ class OpenVinoBackend:
         check_threads(threads)
         self._threads = threads
         self.memory_rules = OPENVINO
-        self._core = ov.Core()
+        self._core = _core()
         self._capabilities = frozenset(self._core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
 
     def check(self, bundle: Bundle) -> None:
@@ -157,6 +158,16 @@ class OpenVinoBackend:
         if self._threads is not None:
             properties["INFERENCE_NUM_THREADS"] = self._threads
         return properties
+
+
+@functools.cache
+def _core() -> ov.Core:
+    """OpenVINO with its CPU plugin, loaded once and until the process ends.
+
+    A library that the plugin loads sets an alternate signal stack for the calling thread. If another thread unloaded
+    the plugin, that stack would be gone, and the next signal, such as a Ctrl-C, would end the process.
+    """
+    return ov.Core()
 
 
 def create(threads: int | None) -> OpenVinoBackend:

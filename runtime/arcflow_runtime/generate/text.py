@@ -6,8 +6,6 @@ template and not padded, so its length never depends on other prompts in the bat
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.families import TextKind, facts
 from arcflow_runtime.disk.manifest import Manifest, PromptFormat
 from arcflow_runtime.engines.denoiser import Embeddings
+from arcflow_runtime.engines.lru import LruCache
 from arcflow_runtime.errors import BundleError
 from arcflow_runtime.lora.prepare import SetKey
 
@@ -99,32 +98,19 @@ class EmbeddingCache:
     """
 
     def __init__(self, size: int = CACHED_PROMPTS) -> None:
-        self._size = size
-        self._entries: OrderedDict[tuple[str, int, SetKey], Embeddings] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache: LruCache[tuple[str, int, SetKey], Embeddings] = LruCache(size)
 
     def get(self, prompt: str, max_sequence_length: int, loras: SetKey = ()) -> Embeddings | None:
         """The cached embeddings, or None."""
-        key = (prompt, max_sequence_length, loras)
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
-            return entry
+        return self._cache.get((prompt, max_sequence_length, loras))
 
     def put(self, prompt: str, max_sequence_length: int, embeddings: Embeddings, loras: SetKey = ()) -> None:
         """Cache the embeddings; if the cache is full, drop the least recently used prompt."""
-        key = (prompt, max_sequence_length, loras)
-        with self._lock:
-            self._entries[key] = embeddings
-            self._entries.move_to_end(key)
-            while len(self._entries) > self._size:
-                self._entries.popitem(last=False)
+        self._cache.put((prompt, max_sequence_length, loras), embeddings)
 
     def clear(self) -> None:
         """Drop everything."""
-        with self._lock:
-            self._entries.clear()
+        self._cache.clear()
 
 
 def _open(bundle: Bundle, name: str) -> Tokenizer:

@@ -133,5 +133,7 @@ def _serve(args: argparse.Namespace, settings: Settings) -> None:
     service = Service(open_models(args.bundle, settings), settings)
     service.start()
     server = Server(create_app(service, settings), service, settings)
+    # Who reads the next line may connect at once, and is served when the server has started.
+    bound.listen(server.config.backlog)
     print(f"serving {', '.join(service.models)} on {url_of(bound)}", flush=True)
     asyncio.run(server.serve([bound]))
