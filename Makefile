@@ -61,6 +61,13 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt runtime/arcflow_runt
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[export,calibrate,distill,serve,tensorrt-rtx,cpp,gpu,dev,docs]"
 	@touch $@
 
+# Ray and Triton's server have environments of their own, in which the tests and benchmarks of the service run them: Ray
+# is half a gigabyte, and the server needs an older numpy. The tests call this rule.
+build/%/.installed: pyproject.toml setup.py constraints.txt constraints-%.txt
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/pip install --quiet --no-compile --constraint constraints-$*.txt --editable ".[$*]"
+	@touch $@
+
 demo: PRECISION := $(or $(PRECISION),fp32)
 demo: BACKEND := onnxruntime
 demo: engine
@@ -164,7 +171,8 @@ cpp-static: setup
 # The tests under the sanitizers need exported bundles, and tracing is slow there. So it is done here; pytest keeps the
 # traces. This and cpp-tidy use what cpp-build built.
 cpp-traces: setup
-	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest -q $(foreach student,flux-tiny qwen-tiny,"tests/test_cpp.py::test_golden_cases[$(student)-0-prompts]")
+	ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest -q $(foreach student,flux-tiny qwen-tiny,"tests/test_cpp.py::test_golden_cases[$(student)-0-prompts]" \
+		"tests/test_cpp_lora.py::test_without_loras_the_bits_are_those_of_the_plain_bundle[$(student)]")
 
 cpp-sanitized: setup
 	$(CPP_CONFIGURE) -B $(CPP)-sanitized $(SANITIZE)
@@ -176,7 +184,8 @@ cpp-sanitize: cpp-traces cpp-sanitized
 	ctest --test-dir $(CPP)-sanitized --output-on-failure
 	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
 		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
-		$(BIN)/pytest -q -k "core or errors or golden" $(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py)
+		$(BIN)/pytest -q -k "core or errors or golden or cpp_lora" \
+		$(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py tests/test_cpp_lora.py)
 
 # The tests with threads, without OpenVINO, which is not compiled for ThreadSanitizer: then all that runs is ours, and
 # nothing has to be suppressed.

@@ -63,9 +63,12 @@ def flux_parts(folder: Path, dtype: DType, blocks: tuple[int, int] | None = None
     Args:
         folder: receives the configs of the text encoders.
         dtype: dtype of all parts.
-        blocks: numbers of double and single blocks; None for those of the released model.
+        blocks: numbers of double and single blocks, the first also that of T5's layers; None for those of the released
+            model.
     """
     configs = {c.folder: c.config for c in components("flux")}
+    if blocks is not None:
+        configs["text_encoder_2"] = {**configs["text_encoder_2"], "num_layers": blocks[0]}
     for name in ("text_encoder", "text_encoder_2"):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(configs[name]), encoding="utf-8")

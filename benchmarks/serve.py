@@ -1,10 +1,11 @@
-"""Compare the service with the pipeline alone and with PyTorch behind FastAPI: images per second, latency, memory.
+"""Compare the service with the pipeline alone, Ray Serve, Triton, and PyTorch behind FastAPI: speed, latency, memory.
 
-All three run the shapes student in float32. Each runs in a process of its own, one after the other, and gets the same
+All run the shapes student in float32. Each runs in a process of its own, one after the other, and gets the same
 requests: closed loops, in which each client waits for its image before it asks again, and open loops, in which requests
-come at random times. Every prompt is new, so no text states are reused. The clients of the two services are threads of
-this process; those of the pipeline are threads of its own.
+come at random times. Every prompt is new, so no text states are reused. The clients of the services are threads of
+this process; those of the pipeline are threads of its own. Triton answers with raw pixels, the others with PNG.
 
+    make build/ray/.installed build/triton/.installed
     python benchmarks/serve.py --json benchmarks/results/serve.json
 
 The machine must be idle: clients and servers share its cores.
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe
-from serve_load import closed_loop, http_sender, memory_of, open_loop
+from serve_load import Send, closed_loop, http_sender, memory_of, open_loop, triton_sender
 from tables import serve_lines
 
 from arcflow_serve.settings import Settings
@@ -75,6 +76,17 @@ def run_service(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
     return _measure([sys.executable, "-m", "arcflow_runtime.cli", "serve", str(bundle), "--port", "0"], args)
 
 
+def run_ray(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One replica with the lanes of the service."""
+    return _measure([str(_python("ray")), str(HERE / "serve_ray.py"), str(bundle)], args)
+
+
+def run_triton(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """As many instances as the service has lanes."""
+    command = [str(_python("triton")), str(HERE / "serve_triton.py"), str(bundle), "--name", "shapes"]
+    return _measure(command, args, lambda url: triton_sender(url, "shapes", SIZE_PX, STEPS))
+
+
 def run_torch(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
     """PyTorch behind FastAPI; it loads the checkpoint, not the bundle."""
     student = [str(SHAPES / "teacher"), str(SHAPES / "adapter")]
@@ -86,8 +98,33 @@ def run_torch(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
 SERVERS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
     "lanes": run_lanes,
     "service": run_service,
+    "ray": run_ray,
+    "triton": run_triton,
     "torch": run_torch,
 }
+
+
+def _python(environment: str) -> Path:
+    """The Python of an environment that the Makefile makes.
+
+    Raises:
+        FileNotFoundError: it was not made.
+    """
+    path = HERE.parent / "build" / environment / "bin" / "python"
+    if not (path.parent.parent / ".installed").exists():
+        raise FileNotFoundError(f"build/{environment} must be there; run: make build/{environment}/.installed")
+    return path
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of the servers that have environments of their own."""
+    packages = {"ray": "ray", "triton": "nvidia-pytriton"}
+    text = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+    found = {}
+    for name in [name for name in names if name in packages]:
+        line = [str(_python(name)), "-c", text, packages[name]]
+        found[packages[name]] = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return found
 
 
 @contextmanager
@@ -111,9 +148,13 @@ def _server(command: Sequence[str]) -> Iterator[tuple[str, int]]:
         process.stdout.close()
 
 
-def _measure(command: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+def _measure(
+    command: Sequence[str],
+    args: argparse.Namespace,
+    sender: Callable[[str], Send] = lambda url: http_sender(url, SIZE_PX, STEPS),
+) -> dict[str, Any]:
     with _server(command) as (url, pid):
-        send = http_sender(url, SIZE_PX, STEPS)
+        send = sender(url)
         closed_loop(send, max(args.clients), args.warmup)
         runs = [closed_loop(send, clients, args.requests) for clients in args.clients]
         runs += [open_loop(send, rate, args.requests) for rate in args.rate]
@@ -132,13 +173,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=100, help="requests before (default: %(default)s)")
     args = parser.parse_args(argv)
     load = os.getloadavg()
+    names = args.only or list(SERVERS)
+    machine = describe(_PACKAGES)
+    # Also finds an environment that is missing, before anything is measured.
+    machine["versions"] |= _versions(names)
     with tempfile.TemporaryDirectory() as folder:
         bundle = args.bundle or export_shapes(Path(folder) / "shapes")
-        names = args.only or list(SERVERS)
         results = {name: SERVERS[name](bundle, args) for name in names}
     data = {
         "command": " ".join(["python", "benchmarks/serve.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": describe(_PACKAGES) | {"load_average": load},
+        "machine": machine | {"load_average": load},
         "size_px": SIZE_PX,
         "steps": STEPS,
         "lanes": Settings().lanes,

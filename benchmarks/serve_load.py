@@ -132,8 +132,65 @@ def http_sender(url: str, size_px: int, steps: int) -> Send:
     return send
 
 
+def triton_sender(url: str, model: str, size_px: int, steps: int) -> Send:
+    """Requests to Triton's HTTP interface at `url`, whose pixels come back raw; each thread keeps one connection open.
+
+    Raises:
+        ValueError: an answer with status 200 has other outputs than an image of this size.
+    """
+    own = threading.local()
+    host = urlsplit(url).netloc
+
+    def send(number: int) -> Reply:
+        if not hasattr(own, "connection"):
+            own.connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
+        given = {
+            "prompt": ("BYTES", prompt_of(number)),
+            "seed": ("UINT64", number),
+            "width": ("INT32", size_px),
+            "height": ("INT32", size_px),
+            "num_inference_steps": ("INT32", steps),
+        }
+        inputs = [{"name": k, "shape": [1, 1], "datatype": kind, "data": [value]} for k, (kind, value) in given.items()]
+        body = {
+            "inputs": inputs,
+            "outputs": [{"name": "image", "parameters": {"binary_data": True}}, {"name": "batch_size"}],
+        }
+        own.connection.request("POST", f"/v2/models/{model}/infer", json.dumps(body))
+        response = own.connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            return Reply(response.status, 0)
+        length = int(response.headers["inference-header-content-length"])
+        outputs = {output["name"]: output for output in json.loads(content[:length])["outputs"]}
+        if outputs["image"]["shape"] != [1, size_px, size_px, 3] or len(content) - length != size_px**2 * 3:
+            raise ValueError(f"{url} must answer with an image of {size_px} px, got {outputs['image']}")
+        return Reply(200, outputs["batch_size"]["data"][0])
+
+    return send
+
+
 def memory_of(pid: int) -> dict[str, int]:
-    """Resident memory of a process now, and at most so far, in bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = {key: int(value) << 10 for key, value in re.findall(r"^(Vm\w+):\s+(\d+) kB$", status, re.MULTILINE)}
-    return {"resident_bytes": found["VmRSS"], "peak_resident_bytes": found["VmHWM"]}
+    """Resident memory in bytes of a process and of all that it started, added up: now, and each one's peak."""
+    total = {"resident_bytes": 0, "peak_resident_bytes": 0}
+    for one in family_of(pid):
+        try:
+            status = Path(f"/proc/{one}/status").read_text()
+        except OSError:  # it has just ended
+            continue
+        found = {key: int(value) << 10 for key, value in re.findall(r"^(Vm\w+):\s+(\d+) kB$", status, re.MULTILINE)}
+        total["resident_bytes"] += found.get("VmRSS", 0)
+        total["peak_resident_bytes"] += found.get("VmHWM", 0)
+    return total
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and all that it started, and those started, that still run."""
+    found = [pid]
+    for one in found:
+        for file in Path(f"/proc/{one}/task").glob("*/children"):
+            try:
+                found += map(int, file.read_text().split())
+            except OSError:  # it has just ended
+                continue
+    return found

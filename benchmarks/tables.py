@@ -342,6 +342,8 @@ def engine_memory_table() -> str:
 _SERVERS = {
     "lanes": "the pipeline, no HTTP",
     "service": "`arcflow serve`",
+    "ray": "Ray Serve",
+    "triton": "Triton, raw pixels",
     "torch": "PyTorch behind FastAPI",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +107,17 @@ def quantize(root: Path, out: Path, scales: Scales, policy: str = "flux") -> Bun
     return Bundle.open(quantize_bundle(plan_quantization(Bundle.open(root), scales, load_policy(policy)), out, "test"))
 
 
-def write_policy(path: Path, include: Iterable[str], exclude: Iterable[str] = (), part: str = "backbone") -> str:
-    path.write_text(
-        f'name = "test"\nformat = "fp8_e4m3"\n[parts.{part}]\n'
-        f"include = {list(include)!r}\nexclude = {list(exclude)!r}\n"
-    )
+def write_policy(
+    path: Path,
+    include: Iterable[str],
+    exclude: Iterable[str] = (),
+    part: str = "backbone",
+    usual: str = "fp8_e4m3",
+    formats: Mapping[str, list[str]] | None = None,
+) -> str:
+    """Write a policy without thresholds; `usual` is its format, `formats` the patterns of others. Returns its path."""
+    text = f'name = "test"\nformat = "{usual}"\n[parts.{part}]\ninclude = {list(include)!r}\nexclude = {list(exclude)!r}\n'
+    if formats is not None:
+        text += f"[parts.{part}.formats]\n" + "".join(f"{name} = {found!r}\n" for name, found in formats.items())
+    path.write_text(text)
     return str(path)

@@ -15,14 +15,16 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import onnx
 import pytest
 from attention_graph import attention_bundle, attention_profile
 from fake_bundle import edit_manifest, list_files, make_bundle
 from product_graph import product_bundle, product_profile
 
 from arcflow_runtime import Bundle, cli
-from arcflow_runtime.build.build import BuildSettings, _Build, _fix_static_axes, build_engine
+from arcflow_runtime.build.build import BuildSettings, _Build, build_engine
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
+from arcflow_runtime.build.static_axes import fix_static_axes
 from arcflow_runtime.disk.manifest import SizeRange
 from arcflow_runtime.engines.modes import TENSORRT
 from arcflow_runtime.engines.store import Host, engine_bytes, find_engine, read_records
@@ -192,11 +194,14 @@ def test_shapes_in_ranges_and_several_profiles(bundle):
 
 def test_axes_with_one_value_are_static(bundle):
     opened = Bundle.open(bundle)
+    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), SizeRange(1, 1))
+    path = opened.path("backbone.onnx")
+    fixed = fix_static_axes(path.read_bytes(), profiles)
+    whole, given = onnx.load(path, load_external_data=False), onnx.load_from_string(fixed)
+    assert (given.graph.node, given.graph.initializer) == (whole.graph.node, whole.graph.initializer)
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(0)
-    assert trt.OnnxParser(network, logger).parse_from_file(str(opened.path("backbone.onnx")))
-    profiles = make_profiles(opened.manifest, "backbone", parse_sizes("64"), SizeRange(1, 1))
-    _fix_static_axes(network, profiles)
+    assert trt.OnnxParser(network, logger).parse(fixed, str(path))
     shapes = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     assert shapes["latents"] == (1, 16, 64)
     assert shapes["image_rotary"][:2] == (2, 16)

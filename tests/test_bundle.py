@@ -69,11 +69,11 @@ def test_another_format(root, text):
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(4, "update arcflow"), (0, "export the bundle again"), ("1", "export the bundle again")],
+    [(5, "update arcflow"), (0, "export the bundle again"), ("1", "export the bundle again")],
 )
 def test_another_version(root, version, advice):
     edit_manifest(root, version=version)
-    fails(root, f"{{m}}: version must be 1, 2 or 3, got {version!r}; {advice}")
+    fails(root, f"{{m}}: version must be 1, 2, 3 or 4, got {version!r}; {advice}")
 
 
 def test_an_edited_manifest(root):

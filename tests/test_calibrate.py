@@ -31,6 +31,8 @@ from arcflow_calibration import calibrate as module
 from arcflow_calibration.calibrate import calibrate
 from arcflow_calibration.options import CalibrationSettings
 from arcflow_calibration.ranges import BINS, make_calibrator
+from arcflow_calibration.state import settings_of
+from arcflow_export.checkpoint.sources import Location
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
 from arcflow_export.formats.scales import Scales
@@ -288,6 +290,20 @@ def test_a_state_of_other_weights_is_refused(stopped, capsys, folder, name):
     data[-4] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_the_config_beside_a_lora_counts(tmp_path):
+    """It can change the scale, and so every activation."""
+    factors = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 64)}
+    factors["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"] = torch.ones(64, 4)
+    save_file(factors, tmp_path / "ink.safetensors")
+    found = []
+    for config in (None, {"lora_alpha": 4, "r": 4}, {"lora_alpha": 16, "r": 4}):
+        if config is not None:
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        student = golden_student("flux-tiny", [(Location(str(tmp_path / "ink.safetensors")), 1.0)])
+        found.append(str(settings_of(student, PROMPTS, SETTINGS["flux-tiny"])["LoRAs"]))
+    assert len({*found}) == 3
 
 
 def test_a_damaged_state_is_refused(stopped, capsys):

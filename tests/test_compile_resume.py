@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arcflow_export.pipeline.identity import identify
 from tests import compiling
 from tests.compiling import STAGES, WHOLE, compile_, files, log, reached, records, said, start
 
@@ -254,3 +255,16 @@ def test_a_failed_gate_runs_again(place, capsys):
     log()
     assert compile_() == 0
     assert log() == ["verify", "build"]
+
+
+def test_a_lora_is_identified_with_the_config_beside_it(tmp_path):
+    """Which can change its scale."""
+    lora, config = tmp_path / "ink.safetensors", tmp_path / "adapter_config.json"
+    lora.write_bytes(b"factors")
+    alone = identify(lora)
+    config.write_text('{"lora_alpha": 4}')
+    first = identify(lora)
+    config.write_text('{"lora_alpha": 8}')
+    assert len({alone, first, identify(lora)}) == 3
+    config.unlink()
+    assert identify(lora) == alone

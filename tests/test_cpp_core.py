@@ -186,13 +186,14 @@ FLOATS_TEXT = '["float32", "float16", "bfloat16"]'
 DTYPES_TEXT = '["float32", "float16", "bfloat16", "int64", "uint8"]'
 INTEGER = "must be an integer of at least 0"
 QUANTIZED = "parts.backbone: quantization"
+INT8 = {"format": "int8", "layers": ["a"], "policy": "0" * 64, "scales": None}
 #: Changes of a manifest, and the error without the file's name and "; export the bundle again".
 CHANGES = [
     ({"family": "sd"}, 'family must be one of ["flux", "qwen-image"], got "sd"'),
-    ({"version": 2}, "version must be 1 with 0 parts that have slots (B14), got 2"),
-    ({"version": 3}, "version must be 1 or 2, got 3; a base without an adapter (B16) runs in Python only"),
-    ({"version": 4}, "version must be 1 or 2, got 4; update arcflow"),
-    ({"version": "1"}, 'version must be 1 or 2, got "1"'),
+    ({"version": 2}, "version must be 1 for these slots and formats (B14, B15), got 2"),
+    ({"version": 4}, "version must be 1, 2 or 3, got 4; a base without an adapter (B16) runs in Python only"),
+    ({"version": 5}, "version must be 1, 2 or 3, got 5; update arcflow"),
+    ({"version": "1"}, 'version must be 1, 2 or 3, got "1"'),
     ({"opset": 1.5}, f"opset {INTEGER}, got 1.5"),
     ({"guidance": None}, "guidance must be true or false, got null"),
     ({"surprise": 1, "other": 2}, 'unknown keys ["other", "surprise"]; the known keys are ["dtype", "family", '),
@@ -232,6 +233,23 @@ CHANGES = [
     (
         {"parts__backbone__quantization": {"format": "fp8_e4m3", "layers": ["a"], "policy": "x", "scales": ""}},
         f'{QUANTIZED}: policy must be a SHA-256, got "x"',
+    ),
+    ({"parts__backbone__quantization": INT8}, "version must be 3 for these slots and formats (B14, B15), got 1"),
+    (
+        {"version": 3, "parts__backbone__quantization": INT8 | {"scales": "0" * 64}},
+        f"{QUANTIZED}: scales must be null for a format without calibration, got ",
+    ),
+    (
+        {"version": 3, "parts__backbone__quantization": INT8 | {"formats": {"b": "fp8_e4m3"}}},
+        f'{QUANTIZED}: formats must be given for names of layers only, got ["b"]',
+    ),
+    (
+        {"version": 3, "parts__backbone__quantization": INT8 | {"formats": {"a": "fp8_e4m3"}}},
+        f"{QUANTIZED}: scales must be a SHA-256, got null",
+    ),
+    (
+        {"version": 2, "parts__backbone__quantization": INT8 | {"formats": {"a": "int8"}}},
+        f'{QUANTIZED}: unknown keys ["formats"]',
     ),
     ({"modulation": {"file": "gone", "num_inference_steps": [2]}}, '"gone" is used but not listed under "files"'),
     ({"provenance__base__scale": "x"}, 'provenance: base: scale must be a number or null, got "x"'),
@@ -317,7 +335,7 @@ def test_both_know_the_same_keys(both, tmp_path, place, class_):
     quantization = {"format": "fp8_e4m3", "layers": ["a"], "policy": "0" * 64, "scales": "0" * 64}
     layers = {"a": {"in_features": 3, "out_features": 2, "dtype": "float32"}}
     slots = {"layers": layers, "rank_multiple": 8, "max_rank": 16, "unread": []}
-    edit_manifest(root, version=2, parts__backbone__quantization=quantization, parts__backbone__lora=slots)
+    edit_manifest(root, version=3, parts__backbone__quantization=quantization, parts__backbone__lora=slots)
     edit_manifest(root, **{f"{place}__surprise" if place else "surprise": 1})
     found = re.search(r'unknown keys \["surprise"\]; the known keys are (\[.*\])', both(root) or "")
     assert found

@@ -271,12 +271,13 @@ DAMAGES = {
         "{root}/manifest.json does not match its own digest; it was edited, export the bundle again",
     ),
     "another version": (
-        lambda root: edit_manifest(root, version=3),
-        "{root}/manifest.json: version must be 1 or 2, got 3; a base without an adapter (B16) runs in Python only",
+        lambda root: edit_manifest(root, version=4),
+        "{root}/manifest.json: version must be 1, 2 or 3, got 4; a base without an adapter (B16) runs in Python only",
     ),
     "version 2 without slots": (
         lambda root: edit_manifest(root, version=2),
-        "{root}/manifest.json: version must be 1 with 0 parts that have slots (B14), got 2; export the bundle again",
+        "{root}/manifest.json: version must be 1 for these slots and formats (B14, B15), got 2; "
+        "export the bundle again",
     ),
     "unknown key": (
         lambda root: edit_manifest(root, schedule__sampler="euler"),

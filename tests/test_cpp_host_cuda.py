@@ -1,12 +1,11 @@
 """The C++ library on the CUDA driver made of host memory: real captures and kernels, images and every failure.
 
-The cases are in tests/host_cuda/cpp_images.py, which runs in a process of its own, as those of test_host_cuda.py do.
+The cases are in tests/host_cuda/cpp_*.py, which run in processes of their own, as those of test_host_cuda.py do.
 Real bundles go through the library's C API; OpenVINO runs in the place of a GPU's engines.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -17,12 +16,18 @@ from pathlib import Path
 
 import pytest
 
+from arcflow_export.checkpoint.sources import Location
+from arcflow_runtime import Bundle
 from arcflow_runtime.engines.gpus import find_gpu
+from tests.conftest import export, golden_student
 from tests.cpp import build_target, embed
 from tests.host_cuda.build import CannotBuildError, build
-from tests.test_host_cuda import ROOT, functions, judge, read_report
+from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
+from tests.lora_slots import write_lora
 
-CASES = ROOT / "tests" / "host_cuda" / "cpp_images.py"
+HERE = ROOT / "tests" / "host_cuda"
+#: A bundle with LoRA slots.
+SLOTS = {"lora_slots": ("*",), "lora_max_rank": 32}
 #: Ends a process that hangs.
 TIMEOUT_S = 1200
 
@@ -60,43 +65,43 @@ def environment(once, request, tmp_path_factory, library):
 
 
 @pytest.fixture(scope="module")
-def run_cases(environment, bundles, once):
-    """A function (*pytest's arguments, **variables) that runs the cases once; see test_host_cuda.run_cases."""
+def merged(bundles, once):
+    """A LoRA of the bundle "slots", and a bundle in which it is merged with a scale of 0.8."""
+
+    def make(folder):
+        lora = write_lora(folder / "ink.safetensors", Bundle.open(bundles("flux-tiny", **SLOTS)).manifest.slots())
+        export(golden_student("flux-tiny", [(Location(str(lora)), 0.8)]), folder / "bundle")
+
+    folder = once("flux-tiny with a merged LoRA", make)
+    return {"lora": str(folder / "ink.safetensors"), "bundle": str(folder / "bundle")}
+
+
+@pytest.fixture(scope="module")
+def run_cases(environment, bundles, once, request):
+    """A function (file, *pytest's arguments, **variables) that runs cases once; see `case_runner`."""
     roots = {
         "flux": bundles("flux-tiny", steps=(2, 4)),
         "qwen": bundles("qwen-tiny", steps=(2, 4)),
         "conditioner": bundles("qwen-tiny", keep_conditioner=True),
         "float16": bundles("flux-tiny", dtype="float16"),
+        "slots": bundles("flux-tiny", **SLOTS),
+        "qwen slots": bundles("qwen-tiny", **SLOTS),
     }
     given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 
-    def run(*arguments, **variables):
-        def make(folder):
-            options = ["-c", os.devnull, "--rootdir", ROOT, "--confcutdir", CASES.parent, "-p", "no:cacheprovider"]
-            command = [sys.executable, "-X", "faulthandler", "-m", "pytest", *options]
-            command += [f"--junit-xml={folder / 'report.xml'}", *arguments, CASES]
-            with (folder / "output").open("w") as output, contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(
-                    [str(c) for c in command],
-                    cwd=ROOT,
-                    env=given | variables,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=TIMEOUT_S,
-                )
+    run = case_runner(once, given, TIMEOUT_S)
 
-        folder = once(f"the C++ library on the driver: {arguments} {variables}", make)
-        if not (folder / "report.xml").is_file():
-            end = (folder / "output").read_text(errors="replace")[-8000:]
-            pytest.fail(f"the process crashed or hung:\n{end}", pytrace=False)
-        return read_report(folder / "report.xml")
+    def run_file(file, *arguments, **variables):
+        if "slow" in arguments:
+            variables["HOST_CUDA_MERGED"] = json.dumps(request.getfixturevalue("merged"))
+        return run(HERE / f"{file}.py", *arguments, **variables)
 
-    return run
+    return run_file
 
 
-@pytest.mark.parametrize(("name", "lane"), functions(CASES))
-def test_on_the_driver(name, lane, run_cases):
-    judge(run_cases("-m", lane)[name])
+@pytest.mark.parametrize(("file", "name", "lane"), cases_in(HERE.glob("cpp_*.py")))
+def test_on_the_driver(file, name, lane, run_cases):
+    judge(run_cases(file, "-m", lane)[name])
 
 
 @pytest.mark.lengthy
@@ -104,7 +109,7 @@ def test_on_the_driver(name, lane, run_cases):
 def test_a_thousand_images_of_many_threads(run_cases):
     """12 images of three shapes, each generated 84 times."""
     name = "test_changing_shapes_of_many_threads"
-    judge(run_cases("-k", name, HOST_CUDA_AGAIN="84")[name])
+    judge(run_cases("cpp_images", "-k", name, HOST_CUDA_AGAIN="84")[name])
 
 
 @pytest.mark.parametrize(

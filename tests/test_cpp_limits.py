@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arcflow_runtime.disk import bundle, engine_record, external_data, families, manifest, sealed, tokenizer_record
+from arcflow_runtime.engines import modulation
 from arcflow_runtime.generate import condition, request, text
 from arcflow_runtime.gpu import kernels, runtime_cache
 from arcflow_runtime.lora import converted, store
@@ -40,6 +41,7 @@ PYTHON = {
     "max_lora_scale": request.MAX_LORA_SCALE,
     "cached_lora_sets": store.CACHED_SETS,
     "cached_lora_bytes": store.CACHED_BYTES,
+    "cached_modulations": modulation.CACHED_MODULATIONS,
     "changed_tables": condition.CHANGED_TABLES,
     "default_size_px": request.DEFAULT_SIZE_PX,
     "default_guidance_scale": families.DEFAULT_GUIDANCE_SCALE,

@@ -26,6 +26,48 @@ def test_low_memory_gives_the_same_images(cpp_library, cpp_bundles, cpp_pipes, n
     lean.close()
 
 
+def test_every_memory_mode_gives_the_same_images(cpp_library, cpp_bundles, cpp_pipes):
+    assert cpp_pipes("flux-tiny").memory == "resident"  # what is chosen on a CPU
+    given = {"height": 32, "width": 32, "seeds": [3]}
+    expected = cpp_pipes("flux-tiny").generate(PROMPTS, **given)
+    for memory in ("resident", "balanced", "low"):
+        pipe = embed.Pipeline(cpp_library, cpp_bundles("flux-tiny"), memory=memory.encode())
+        assert pipe.memory == memory
+        for _ in range(2):  # the second finds text and modulation in the caches
+            np.testing.assert_array_equal(pipe.generate(PROMPTS, **given).pixels, expected.pixels)
+        pipe.close()
+        assert pipe.memory == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"memory": b"tiny"},
+            'options.memory must be "resident", "balanced" or "low", or NULL to choose by the free memory, got "tiny"',
+        ),
+        (
+            {"memory": b"balanced", "low_memory": 1},
+            'options.low_memory must be 0 with options.memory "balanced"; set only options.memory',
+        ),
+    ],
+)
+def test_wrong_memory_modes(cpp_library, cpp_bundles, options, said):
+    with pytest.raises(embed.ArcFlowError) as error:
+        embed.Pipeline(cpp_library, cpp_bundles("flux-tiny"), **options)
+    assert (error.value.status, str(error.value)) == (REQUEST_ERROR, said)
+
+
+def test_options_of_a_program_that_was_compiled_before_memory_modes(cpp_library, cpp_bundles):
+    """Its struct ends before `memory`; bytes after it are not read."""
+    options = embed.Options(low_memory=1, memory=b"tiny")
+    options.struct_size = embed.Options.memory.offset
+    handle = c_void_p()
+    assert cpp_library.arcflow_open(str(cpp_bundles("flux-tiny")).encode(), byref(options), byref(handle)) == 0
+    assert cpp_library.arcflow_memory(handle) == b"low"
+    cpp_library.arcflow_close(handle)
+
+
 def test_low_memory_refuses_a_bundle_that_was_replaced(cpp_library, cpp_bundles, tmp_path):
     root = shutil.copytree(cpp_bundles("flux-tiny"), tmp_path / "bundle")
     lean, kept = (embed.Pipeline(cpp_library, root, low_memory=low) for low in (1, 0))

@@ -168,7 +168,9 @@ def both(tool, bundle, host=HOST, part="backbone", check="fast"):
     except EngineError:
         assert code == 1 and said.startswith(f"{ENGINE_ERROR} ")
     else:
-        assert (code, said) == (0, f"{found.path} {found.record.bytes}")
+        record = found.record
+        facts = (found.path, record.bytes, int(record.allocates_when_run), *(record.activation_bytes or ()))
+        assert (code, said) == (0, " ".join(map(str, facts)))
     return said
 
 
@@ -181,6 +183,12 @@ def test_an_engine_is_found(tool, bundle):
     put(bundle, make_key(bundle, target="sm120"))
     put(bundle, make_key(bundle, part="vae_decoder"))
     says(tool, bundle, str(built.path), check="full")
+
+
+def test_what_a_record_says_of_memory(tool, bundle):
+    built = put(bundle, make_key(bundle))
+    edit(bundle, lambda r: r.update(activation_bytes=[7 << 40], allocates_when_run=True))
+    says(tool, bundle, f"{built.path} {built.record.bytes} 1 {7 << 40}")
 
 
 def test_a_record_of_version_1_is_read(tool, bundle):
@@ -401,6 +409,18 @@ def test_kernels_without_nvrtc_or_a_cache_folder(tool, nvrtc, tmp_path):
         1,
         f"{ENGINE_ERROR} NVRTC has no architecture up to sm50; use a GPU of compute capability 7.5 or newer",
     )
+
+
+def test_without_nvrtc_the_error_says_what_to_install(tool, tmp_path):
+    code, said = tool("nvrtc", "sm89", tmp_path, LD_LIBRARY_PATH="")
+    if code == 0:
+        pytest.skip("NVRTC is installed for all programs here")
+    assert said == (
+        f"{ENGINE_ERROR} NVRTC, which compiles the CUDA kernels, cannot be loaded; install the CUDA toolkit's package "
+        "cuda-nvrtc, or run `pip install nvidia-cuda-nvrtc` and name the folder of its libnvrtc.so in LD_LIBRARY_PATH; "
+        "or build this library after runtime/kernels/build.py, which needs nvcc"
+    )
+    assert not [*tmp_path.iterdir()]
 
 
 # With the headers of an SDK.

@@ -6,37 +6,19 @@ the driver. The process of the other tests must not load it, because they check 
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
+
 HERE = ROOT / "tests" / "host_cuda"
 #: Ends a process that hangs. The longest file takes about 45 s of one core.
 TIMEOUT_S = 600
-
-
-def functions(path):
-    """The test functions of a file of cases as pytest's parameters, those that it marks slow marked too."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            slow = any(ast.unparse(d) == "pytest.mark.slow" for d in node.decorator_list)
-            yield pytest.param(node.name, "slow" if slow else "not slow", marks=[pytest.mark.slow] * slow, id=node.name)
-
-
-CASES = [
-    pytest.param(path.stem, *case.values, marks=case.marks, id=f"{path.stem}-{case.id}")
-    for path in sorted(HERE.glob("*_cases.py"))
-    for case in functions(path)
-]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +30,7 @@ def environment(on_host_driver):
 
 @pytest.fixture(scope="module")
 def run_cases(environment, bundles, once):
-    """A function (file, *pytest's arguments, **variables) that runs cases once, in a process with the driver.
-
-    It returns a dict: the name of a test function -> its cases, each as (name, message, skipped). The message is empty
-    if the case passed.
-    """
+    """A function (file, *pytest's arguments, **variables) that runs cases once; see `case_runner`."""
     roots = {
         "flux": bundles("flux-tiny"),
         "qwen": bundles("qwen-tiny", steps=(2, 4)),
@@ -63,53 +41,11 @@ def run_cases(environment, bundles, once):
     }
     given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 
-    def run(file, *arguments, **variables):
-        def make(folder):
-            # `-c`: without this project's options for pytest.
-            options = ["-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "-p", "no:cacheprovider"]
-            command = [sys.executable, "-X", "faulthandler", "-m", "pytest", *options]
-            command += [f"--junit-xml={folder / 'report.xml'}", *arguments, HERE / f"{file}.py"]
-            with (folder / "output").open("w") as output, contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(
-                    [str(c) for c in command],
-                    cwd=ROOT,
-                    env=given | variables,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=TIMEOUT_S,
-                )
-
-        folder = once(f"cases on the driver: {file} {arguments} {variables}", make)
-        if not (folder / "report.xml").is_file():
-            end = (folder / "output").read_text(errors="replace")[-8000:]
-            pytest.fail(f"the process crashed or hung:\n{end}", pytrace=False)
-        return read_report(folder / "report.xml")
-
-    return run
+    run = case_runner(once, given, TIMEOUT_S)
+    return lambda file, *arguments, **variables: run(HERE / f"{file}.py", *arguments, **variables)
 
 
-def read_report(path):
-    """See `run_cases`."""
-    found: dict[str, list[tuple[str, str, bool]]] = {}
-    for case in ElementTree.parse(path).iter("testcase"):
-        name = case.get("name", "")
-        wrong = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        message = "\n".join(f"{c.get('message', '')}\n{c.text or ''}" for c in wrong)
-        skipped = bool(wrong) and all(c.tag == "skipped" for c in wrong)
-        found.setdefault(name.split("[")[0], []).append((name, message, skipped))
-    return found
-
-
-def judge(cases):
-    """Fail or skip as the cases of one test function did."""
-    failed = [f"{name}: {message}" for name, message, skipped in cases if message and not skipped]
-    if failed:
-        pytest.fail("\n\n".join(failed), pytrace=False)
-    if all(skipped for _, _, skipped in cases):
-        pytest.skip(cases[0][1].strip())
-
-
-@pytest.mark.parametrize(("file", "name", "lane"), CASES)
+@pytest.mark.parametrize(("file", "name", "lane"), cases_in(HERE.glob("*_cases.py")))
 def test_on_the_driver(file, name, lane, run_cases):
     judge(run_cases(file, "-m", lane)[name])
 

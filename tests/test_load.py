@@ -72,9 +72,8 @@ def test_transformer_config(root, folder, changes, message):
     [
         (
             "vae",
-            {"_class_name": "AutoencoderTiny"},
-            "vae: _class_name must be 'AutoencoderKL' for a flux base, got 'AutoencoderTiny'; "
-            "give a base of this family",
+            {"_class_name": "AutoencoderDC"},
+            "vae: _class_name must be 'AutoencoderKL' for a flux base, got 'AutoencoderDC'; give a base of this family",
         ),
         (
             "vae",

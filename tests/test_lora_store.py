@@ -324,7 +324,7 @@ SLOTS = "parts.backbone: lora"
         ),
         (
             {"parts__backbone__lora": None, "parts__text_encoder__lora": None},
-            "version must be 1 with 0 parts that have slots (B14), got 2",
+            "version must be 1 for these slots and formats (B14, B15), got 2",
         ),
     ],
 )

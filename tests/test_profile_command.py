@@ -85,3 +85,13 @@ def test_a_trace_needs_no_folder_in_its_name(bundles, tmp_path, monkeypatch, cap
     assert cli.main(["profile", str(Path(bundles("shapes")).resolve()), *SIZE, "--trace", "t.json"]) == 0
     assert (tmp_path / "t.json").is_file()
     capsys.readouterr()
+
+
+def test_openvino(bundles, capsys):
+    """The same counts as with ONNX Runtime, and each layer with the dtype that it is computed in."""
+    pytest.importorskip("openvino")
+    size = ["--height", "32", "--width", "32", "--steps", "3", "--backend", "openvino"]
+    assert cli.main(["profile", str(bundles("shapes")), *size, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["layers"]
+    runs = {(row["part"], row["runs"]) for row in rows if row["operator"] == "FullyConnected f32"}
+    assert {("text_encoder", 1), ("backbone", 3)} <= runs

@@ -322,8 +322,8 @@ def test_the_command_prints_its_coverage(flux, tmp_path):
     assert code == 0 and "float32, 39 linears in FP8 (79.8% of the parameters)" in shown
     code, shown, _ = command("inspect", out, "--json")
     parts = json.loads(shown)["parts"]
-    assert parts["backbone"]["fp8_parameters"] == sum(found[n].parameters for n in chosen(bundle))
-    assert parts["vae_decoder"]["fp8_parameters"] == 0 and parts["vae_decoder"]["quantization"] is None
+    assert parts["backbone"]["quantized_parameters"] == sum(found[n].parameters for n in chosen(bundle))
+    assert parts["vae_decoder"]["quantized_parameters"] == 0 and parts["vae_decoder"]["quantization"] is None
 
 
 def test_json_and_flops(flux):
@@ -468,7 +468,8 @@ def test_weights_that_are_not_numbers(flux, tmp_path):
         ({"layers": []}, "parts.backbone: quantization: layers must be at least one"),
         ({"layers": ["a", "b", "a"]}, r"layers must be named once each, got \['a'\]"),
         ({"policy": "abc"}, "quantization: policy must be a SHA-256, got 'abc'"),
-        ({"format": "int8"}, "format must be one of"),
+        ({"format": "int4"}, "format must be one of"),
+        ({"format": "int8"}, "scales must be null for a format without calibration"),
         ({"scale": 1}, "unknown keys"),
     ],
 )
@@ -489,7 +490,7 @@ def test_a_manifest_that_names_what_is_not_there(flux):
     parts["backbone"]["quantization"]["layers"].append("no_such_layer")
     edit_manifest(out, parts=parts)
     code, _, err = command("inspect", out)
-    assert code == 1 and "does not hold the weights that the manifest says are in FP8" in err
+    assert code == 1 and "does not hold the weights that the manifest says are quantised" in err
 
 
 def test_the_file_is_valid_and_aligned(made):

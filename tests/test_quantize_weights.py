@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from arcflow_export.checkpoint import merge
 from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
-from arcflow_export.graph.linears import LinearNode, find_linears
+from arcflow_export.graph.linears import LinearNode, find_linears, shared_inputs
 from arcflow_export.quantize import quantize, weights
 from arcflow_export.quantize.coverage import _flops, cover_part
-from arcflow_export.quantize.fp8 import make_scale
-from arcflow_export.quantize.graph import QuantizeLinears, is_quantized, shared_inputs
+from arcflow_export.quantize.format import StoredTensor
+from arcflow_export.quantize.fp8 import E4M3, encode, make_scale
+from arcflow_export.quantize.graph import QuantizeLinears, is_quantized
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_runtime.disk.bundle import Bundle
 from tests.fake_bundle import make_bundle
@@ -79,13 +80,20 @@ def test_blocks_are_encoded_with_the_scale_of_their_columns(stored, rows, monkey
     path, dtype = stored
     monkeypatch.setattr(merge, "BLOCK_BYTES", rows * 3 * 4)
     scale, activation = torch.tensor([0.5, 1.0, 2.0], dtype=dtype), torch.tensor(0.25, dtype=dtype)
-    source = QuantizedWeights(TensorIndex.open(path, "part"), {"a": scale}, {"a": activation})
+    tensors = (
+        StoredTensor("a.weight", (5, 3), E4M3, encode=lambda blocks: (encode(b, scale) for b in blocks)),
+        StoredTensor("a.weight_scale", (3,), dtype, scale),
+        StoredTensor("a.input_scale", (), dtype, activation, of_input=True),
+    )
+    source = QuantizedWeights(TensorIndex.open(path, "part"), {"a": tensors}, ["a"])
     blocks = list(source.blocks("a.weight", torch.float8_e4m3fn))
     got = torch.cat([block.float() for block in blocks])
     assert all(block.dtype == torch.float8_e4m3fn for block in blocks)
     assert got.tolist() == (A / torch.tensor([0.5, 1.0, 2.0])).tolist() and len(blocks) >= (3 if rows < 3 else 1)
     assert torch.equal(torch.cat(list(source.blocks("b.weight", dtype))), B.to(dtype))
-    assert list(source.scales) == ["a.weight_scale", "a.input_scale"]
+    names = ["a.weight", "b.weight", "other.weight", "a.bias", "a.weight_scale", "a.input_scale"]
+    assert sorted(p.name for p in source.parameters()) == sorted(names)
+    assert [p.name for p in source.parameters()][-2:] == names[-2:]
     assert next(source.blocks("a.weight_scale", dtype)) is scale
     assert next(source.blocks("a.input_scale", dtype)) is activation
     assert [source.shape(k) for k in ("a.weight_scale", "a.input_scale", "a.weight")] == [(3,), (), (5, 3)]
@@ -140,7 +148,7 @@ def test_linears_are_named_products_with_a_stored_matrix():
 
 def test_linears_of_one_input_share_its_codes_and_others_are_left():
     model = graph()
-    QuantizeLinears(("a", "b"))(model)
+    QuantizeLinears(dict.fromkeys(("a", "b"), "fp8_e4m3"))(model)
     nodes = {n.name: n for n in model.graph}
     assert nodes["a"].inputs[0] is nodes["b"].inputs[0] and nodes["c"].inputs[0].name == "y"
     quantize_node = nodes["a.input_quantize"]
@@ -158,11 +166,11 @@ def test_linears_of_one_input_share_its_codes_and_others_are_left():
 
 def test_unknown_linears_and_quantised_graphs_are_refused():
     with pytest.raises(ir.passes.PreconditionError, match=r"not linears of the graph: \['d'\]"):
-        QuantizeLinears(("a", "d"))(graph())
+        QuantizeLinears({"a": "fp8_e4m3", "d": "fp8_e4m3"})(graph())
     model = graph()
-    QuantizeLinears(("a",))(model)
-    with pytest.raises(ir.passes.PreconditionError, match="has Q or DQ already"):
-        QuantizeLinears(("c",))(model)
+    QuantizeLinears({"a": "fp8_e4m3"})(model)
+    with pytest.raises(ir.passes.PreconditionError, match="the graph is quantised already"):
+        QuantizeLinears({"c": "fp8_e4m3"})(model)
 
 
 def test_flops_of_one_linear():
@@ -182,18 +190,16 @@ def test_coverage_of_a_part_by_hand(tmp_path):
 
 def test_linears_of_one_tensor_get_the_largest_of_their_own_ranges_only():
     """ "c" reads another tensor, and a linear that is not quantised does not count."""
-    ranges = {"a": 44.8, "b": 448.0, "c": 4.48}
+    ranges = {"a": 0.1, "b": 1.0, "c": 0.01}
 
     class Scales:
         def amax(self, part, layer):
             assert part == "backbone"
             return ranges[layer]
 
-    def scales_of(*chosen):
+    def ranges_of(*chosen):
         found = find_linears(graph())
-        planned = quantize.PartQuantizationPlan("backbone", graph(), found, chosen)
-        got = quantize._input_scales(Scales(), planned, dict.fromkeys(chosen, torch.float32))
-        return {name: pytest.approx(scale.item()) for name, scale in got.items()}
+        return quantize._input_ranges(Scales(), "backbone", shared_inputs(found[name] for name in chosen))
 
-    assert scales_of("a", "b", "c") == {"a": 1.0, "b": 1.0, "c": 0.01}
-    assert scales_of("a", "c") == {"a": 0.1, "c": 0.01}
+    assert ranges_of("a", "b", "c") == {"a": 1.0, "b": 1.0, "c": 0.01}
+    assert ranges_of("a", "c") == {"a": 0.1, "c": 0.01}

@@ -227,7 +227,7 @@ def test_a_base_keeps_its_conditioner_where_sigma_depends_on_the_size(straight):
     _, bundle = straight("qwen", ("--steps", "8"))
     manifest = Bundle.open(bundle).manifest
     assert manifest.modulation is None and "conditioner" in manifest.parts
-    assert manifest.version == 3 and manifest.true_cfg_scale == 4.0
+    assert manifest.version == 4 and manifest.true_cfg_scale == 4.0
 
 
 BASE = ["export", "--base", str(GOLDEN / "flux-tiny" / "base"), "--out", "none"]

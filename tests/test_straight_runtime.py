@@ -26,7 +26,7 @@ def make_straight(root, family="flux", schedule=FIXED, baked=()):
     backbone = dataclasses.replace(m.parts["backbone"], outputs=(TensorSpec("velocity", "float32", ("B", "N", 64)),))
     straight = dataclasses.replace(
         m,
-        version=3,
+        version=4,
         sampler="linear",
         schedule=schedule,
         latents=dataclasses.replace(m.latents, num_gaussians=1),
@@ -173,7 +173,7 @@ def test_own_sigmas_are_for_their_number_of_steps(tmp_path):
     [
         ({"version": 2}, "unknown keys ['sampler', 'true_cfg_scale'] in a bundle of version 2 (B16)"),
         ({"sampler": "euler"}, "sampler must be one of ['momentum', 'linear'], got 'euler'"),
-        ({"sampler": "momentum"}, "version must be 1 with 0 parts that have slots (B14), got 3"),
+        ({"sampler": "momentum"}, "version must be 1 for these slots and formats (B14, B15), got 4"),
         ({"latents__num_gaussians": 2}, "latents: num_gaussians must be 1 for a straight student, got 2"),
         ({"true_cfg_scale": None}, "true_cfg_scale must be between 1 and 65, got None"),
         ({"true_cfg_scale": 0.5}, "true_cfg_scale must be between 1 and 65, got 0.5"),

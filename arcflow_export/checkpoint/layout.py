@@ -15,6 +15,8 @@ from arcflow_export.families import facts, family_of_pipeline, pipelines
 from arcflow_runtime.lora.scales import ADAPTER_CONFIG
 
 MODEL_INDEX = "model_index.json"
+#: Beginning of the names of a VAE's weight files. TAEF1's repository has the weights in other formats beside them.
+VAE_STEM = "diffusion_pytorch_model"
 
 
 def base_files(listing: Listing) -> list[str]:
@@ -58,6 +60,17 @@ def lora_files(listing: Listing) -> list[str]:
         SourceError: there are none, or it is unclear which to use.
     """
     return [*_weights(listing), *({ADAPTER_CONFIG} & listing.names)]
+
+
+def vae_files(listing: Listing) -> list[str]:
+    """The files of a VAE: its config and weights.
+
+    Raises:
+        SourceError: the config or the weights are missing, or it is unclear which weights to use.
+    """
+    if "config.json" not in listing.names:
+        raise SourceError(f"{listing.what}: {listing.where} has no config.json; give a VAE in diffusers format")
+    return ["config.json", *_weights(listing, stem=VAE_STEM)]
 
 
 def read_family(model_index: Path, what: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 BACKENDS = (AUTO, "onnxruntime", "tensorrt-rtx", "tensorrt")
-PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "nvfp4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan, and what each stage took, as JSON")
 
 
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that describe the job; `arcflow plan` takes them too."""
-    parser.add_argument("student", metavar="STUDENT", help="flux, qwen or a .toml file")
+def add_job_arguments(
+    parser: argparse.ArgumentParser, optional: bool = False, backends: Sequence[str] = BACKENDS
+) -> None:
+    """Declare the arguments that describe the job; `arcflow plan` and `arcflow doctor` take them too.
+
+    Args:
+        parser: gets the arguments.
+        optional: the student may be left out.
+        backends: what --backend accepts.
+    """
+    nargs = "?" if optional else None
+    parser.add_argument("student", metavar="STUDENT", nargs=nargs, help="flux, qwen or a .toml file")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the student's")
     parser.add_argument(
         "--backend",
-        choices=BACKENDS,
+        choices=backends,
         default=AUTO,
         help="what to build for; auto: TensorRT-RTX or TensorRT for --target or the GPU here, or else ONNX Runtime on "
         "this CPU (default: %(default)s)",
@@ -46,9 +56,9 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder for NAME-PRECISION, NAME-scales.json and NAME-drift; default: %(default)s",
     )
-    group = parser.add_argument_group("FP8")
+    group = parser.add_argument_group("FP8, int8 and NVFP4")
     group.add_argument("--policy", metavar="NAME|FILE", help="which layers are quantised, and the gate's thresholds")
-    group.add_argument("--scales", type=Path, metavar="FILE", help="scales of a calibration; written if missing")
+    group.add_argument("--scales", type=Path, metavar="FILE", help="FP8 and NVFP4: scales of a calibration; written if missing")
     group.add_argument("--no-gate", action="store_true", help="skip the drift gate")
     group.add_argument("--device", choices=("cpu", "cuda"), help="for calibration; default: the GPU if torch has one")
     group.add_argument("--limit", type=int, metavar="N", help="number of prompts for calibration and for the gate")

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from arcflow_export.commands.sources import add_source_arguments
+from arcflow_export.commands.sources import add_source_arguments, add_vae_arguments, vae_location
 
 if TYPE_CHECKING:
     from arcflow_export.checkpoint.sources import Choose, Location
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_source_arguments(parser)
+    add_vae_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the paths and commits as JSON")
 
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _wanted(args: argparse.Namespace) -> list[tuple[str, Location, Choose]]:
-    from arcflow_export.checkpoint.layout import adapter_files, base_files, lora_files
+    from arcflow_export.checkpoint.layout import adapter_files, base_files, lora_files, vae_files
     from arcflow_export.checkpoint.sources import Location
     from arcflow_runtime.errors import RequestError
 
@@ -76,4 +77,6 @@ def _wanted(args: argparse.Namespace) -> list[tuple[str, Location, Choose]]:
         except ValueError as e:
             raise RequestError(str(e)) from None
         wanted += [("LoRA", Location(name, offline=args.offline), lora_files) for name in names]
+    if (vae := vae_location(args)) is not None:
+        wanted.append(("VAE", vae, vae_files))
     return wanted

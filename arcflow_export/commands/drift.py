@@ -16,11 +16,13 @@ from arcflow_export.families import facts
 from arcflow_export.progress import stage_bars
 from arcflow_runtime.backends import choices
 from arcflow_runtime.disk.outputs import check_file
+from arcflow_runtime.disk.quant_formats import FORMATS
 from arcflow_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from arcflow_export.drift.compare import ShownImages
     from arcflow_export.drift.report import DriftReport
+    from arcflow_runtime.disk.manifest import Manifest
 
 _GENERAL, _SHAPES = "general", "shapes"
 
@@ -44,7 +46,8 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policy",
         metavar="NAME|FILE",
-        help=f"preset or .toml file with [thresholds]; default: the family's preset, with --judge {_SHAPES}",
+        help=f"preset or .toml file with [thresholds]; default: the family's preset for the format, with "
+        f"--judge that of {_SHAPES}",
     )
     group.add_argument(
         "--backend",
@@ -59,12 +62,18 @@ def add_drift_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _option(manifest: Manifest) -> str | None:
+    """The format of the first quantised part, by its name on the command line; None if no part is quantised."""
+    used = [part.quantization.format for part in manifest.parts.values() if part.quantization is not None]
+    return FORMATS[used[0]].option if used else None
+
+
 def run_drift(args: argparse.Namespace) -> int:
     """Compare the bundles, print and write the result; returns 1 if a threshold does not hold."""
     from arcflow_export.drift.cases import ImageSettings, read_cases
     from arcflow_export.drift.comparable import check_comparable
     from arcflow_export.drift.write_report import check_report
-    from arcflow_export.formats.policy import load_policy
+    from arcflow_export.formats.policy import load_policy, preset_for
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.generate.request import check_request
 
@@ -75,7 +84,7 @@ def run_drift(args: argparse.Namespace) -> int:
     candidate, reference = Bundle.open(args.bundle), Bundle.open(args.against)
     check_comparable(candidate, reference)
     preset = _SHAPES if args.judge else facts(candidate.manifest.family).policy
-    policy = load_policy(args.policy or preset)
+    policy = load_policy(args.policy or preset_for(preset, _option(candidate.manifest)))
     scenes = []
     for bundle in (candidate, reference):
         request = check_request(

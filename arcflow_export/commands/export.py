@@ -22,6 +22,7 @@ from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.commands.sources import (
     add_schedule_arguments,
     add_source_arguments,
+    add_vae_arguments,
     check_schedule,
     open_student,
     quiet_libraries,
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     default = ExportOptions()
     add_source_arguments(parser)
+    add_vae_arguments(parser)
     group = parser.add_argument_group("bundle")
     group.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     group.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
@@ -295,6 +297,8 @@ def _describe(plan: ExportPlan) -> str:
         counts = ", ".join(f"{len(pairs)} linears of {component}" for component, pairs in style.pairs.items())
         lines.append(f"lora     {style.source.name} x {style.scale:g}: {counts}")
         lines += [f"         left out {s.key}: it {s.reason}" for s in style.lora.skipped]
+    if student.vae is not None:
+        lines.append(f"vae      {student.vae.name}: {student.vae_config['_class_name']} in place of the base's decoder")
     lines.append("")
     lines.append(f"  {'part':16}{'parameters':>18}{'bytes':>18}  dtype")
     for p in plan.parts:
@@ -338,5 +342,6 @@ def _as_dict(plan: ExportPlan) -> dict[str, Any]:
             for p in plan.parts
         },
         "bytes": plan.bytes,
+        "vae": None if plan.student.vae is None else plan.student.vae.name,
         "lora_slots": _slots(plan),
     }

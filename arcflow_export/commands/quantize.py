@@ -1,7 +1,8 @@
-"""Quantise the linears that a policy selects to FP8 (E4M3), with explicit Q and DQ nodes, and write a new bundle.
+"""Quantise the linears that a policy selects, and write a new bundle: FP8 (E4M3) for GPUs, int8 for CPUs.
 
-Weights get one scale per output channel. Activations get one scale per tensor, from the calibrated ranges. Weights are
-read one tensor at a time, so that memory does not grow with the student. Unchanged parts are copied.
+Weights get one scale per output channel. In FP8, activations get one scale per tensor, from the calibrated ranges. In
+int8 they get one per token while the model runs, and there is no calibration. Weights are read one tensor at a time, so
+that memory does not grow with the student. Unchanged parts are copied.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from arcflow_export.commands.announce import add_anyway, announce
 from arcflow_export.errors import QuantizeError
-from arcflow_export.families import facts
 from arcflow_export.progress import ByteBars
+from arcflow_runtime.disk.quant_formats import BY_OPTION
 
 if TYPE_CHECKING:
     from arcflow_export.costs.costs import Cost
@@ -33,8 +34,13 @@ _SHOWN = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
-    parser.add_argument("--scales", type=Path, required=True, metavar="FILE", help="from arcflow calibrate")
-    parser.add_argument("--policy", metavar="NAME|FILE", help="preset or .toml file (default: the family's preset)")
+    parser.add_argument(
+        "--format", choices=sorted(BY_OPTION), help="number format (default: the policy's, and fp8 without --policy)"
+    )
+    parser.add_argument("--scales", type=Path, metavar="FILE", help="from arcflow calibrate; not for int8")
+    parser.add_argument(
+        "--policy", metavar="NAME|FILE", help="preset or .toml file (default: the family's preset for the format)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE8", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle once the new one is done")
     parser.add_argument("--height", type=int, metavar="PX", help="image height for FLOPs (default: the bundle's)")
@@ -56,15 +62,15 @@ def run(args: argparse.Namespace) -> int:
         raise QuantizeError(f"--out: {args.out} is the bundle itself; give another name")
     check_out(args.out, args.overwrite)
 
-    from arcflow_export.formats.policy import load_policy
+    from arcflow_export.formats.policy import default_policy, load_policy
     from arcflow_export.formats.scales import Scales
     from arcflow_export.quantize.coverage import cover_part
     from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 
-    policy = load_policy(args.policy or facts(m.family).policy)
-    scales = Scales.load(args.scales)
+    policy = load_policy(args.policy or default_policy(m.family, args.format), args.format)
+    scales = None if args.scales is None else Scales.load(args.scales)
     plan = plan_quantization(bundle, scales, policy)
-    for warning in scales.warnings(m):
+    for warning in scales.warnings(m) if scales is not None else ():
         print(f"warning: {warning}", file=sys.stderr)
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     size = (request.height_px, request.width_px)

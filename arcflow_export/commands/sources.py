@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from arcflow_export.options import SHIFT, TIMESTEP_RATIO
 
 if TYPE_CHECKING:
+    from arcflow_export.checkpoint.sources import Location
     from arcflow_export.student.load import Student
 
 
@@ -41,6 +42,20 @@ def add_source_arguments(parser: argparse.ArgumentParser, required: bool = True,
         help="LoRA to merge on top; `arcflow lora inspect` shows what a file holds; repeatable",
     )
     group.add_argument("--offline", action="store_true", help="use the hub's cache only")
+
+
+def add_vae_arguments(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Declare --vae and its revision, for commands that use the decoder."""
+    group.add_argument("--vae", metavar="DIR|ID", help="VAE whose decoder replaces the base's, such as TAEF1 for FLUX")
+    group.add_argument("--vae-revision", metavar="REV")
+
+
+def vae_location(args: argparse.Namespace) -> Location | None:
+    """The VAE that --vae names; None without that option, and for commands that do not have it."""
+    from arcflow_export.checkpoint.sources import Location
+
+    name = getattr(args, "vae", None)
+    return None if name is None else Location(name, None, args.vae_revision, args.offline)
 
 
 def add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
@@ -127,4 +142,5 @@ def open_student(args: argparse.Namespace) -> Student:
         Location(args.base, args.base_subfolder, args.base_revision, args.offline),
         adapter,
         [(Location(path, offline=args.offline), scale) for path, scale in loras],
+        vae_location(args),
     )

@@ -4,8 +4,9 @@ With --base and --adapter: compare with torch. Give the base and adapter that th
 an adapter needs --base alone. The torch side shares nothing with the bundle: it is diffusers' transformer with unmerged
 LoRA and its own update. Every quantity is compared with torch in float32. A float32 part must agree to 1e-4. For a
 bfloat16 or float16 part the bound is about twice torch's own error in that precision, over several runs with random
-rounding. float16 parts are checked for overflow. Weights that do not fit in memory are read from disk as they are used.
-Exit code 1 if anything disagrees.
+rounding. float16 parts are checked for overflow. With --vae, the distance to the images of the base's own decoder is
+shown too, without a bound. Weights that do not fit in memory are read from disk as they are used. Exit code 1 if
+anything disagrees.
 
 With --against BUNDLE: the drift gate. Both bundles run on this CPU with the same prompts and noise, and FP8 is rounded
 as on a GPU. Errors are reported for each part on the reference's inputs, end to end, and for every quantised layer.
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_export.commands.announce import announce
 from arcflow_export.commands.drift import add_drift_arguments, run_drift
-from arcflow_export.commands.sources import add_source_arguments, open_student, quiet_libraries
+from arcflow_export.commands.sources import add_source_arguments, add_vae_arguments, open_student, quiet_libraries
 from arcflow_export.errors import SourceError
 from arcflow_runtime.errors import RequestError
 
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, help="directory of the bundle")
     add_source_arguments(parser, required=False)
+    add_vae_arguments(parser)
     add_drift_arguments(parser)
     parser.add_argument(
         "--prompt", action="append", default=[], help="repeatable; default: two built-in ones; --against has --prompts"
@@ -70,7 +73,10 @@ def _check_mode(args: argparse.Namespace) -> None:
             raise _missing(args, "base", "adapter")
         if args.json not in (None, "-"):
             raise RequestError(f"--json takes a file only with --against, got {args.json!r}; redirect stdout instead")
-    kinds = {True: ("base", "adapter", "lora", "prompt"), False: ("report", "prompts", "limit", "judge", "policy")}
+    kinds = {
+        True: ("base", "adapter", "lora", "vae", "prompt"),
+        False: ("report", "prompts", "limit", "judge", "policy"),
+    }
     if wrong := [f"--{name}" for name in kinds[args.against is not None] if getattr(args, name)]:
         how = "with" if args.against is not None else "without"
         cure = "leave one or the other out" if args.against is not None else "add --against BUNDLE or leave it out"
@@ -112,7 +118,7 @@ def _run_torch(args: argparse.Namespace) -> int:
             f"{args.bundle} is a {bundle.manifest.family} bundle, the student given is {student.family}; "
             "give the base and adapter it was made from"
         )
-    check_student(bundle, student.sources)
+    check_student(bundle, student.sources, student.vae_source)
     announce(partial(_cost, bundle, student, request, len(prompts)), Path.cwd(), args.anyway)
     cases = [VerifyCase(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
     with tqdm(total=len(cases) + 1, disable=None) as bar:
@@ -131,7 +137,8 @@ def _run_torch(args: argparse.Namespace) -> int:
         print(f"{'case':>4}  {'quantity':36}{'error':>10}{'bound':>10}")
         for r in rows:
             end = "" if r.passed else "FAILED" + (f" at {r.node}" if r.node else "")
-            print(f"{r.case:>4}  {r.what:36}{r.error:>10.2e}{r.bound:>10.2e}  {end}".rstrip())
+            bound = f"{r.bound:>10.2e}" if math.isfinite(r.bound) else f"{'none':>10}"
+            print(f"{r.case:>4}  {r.what:36}{r.error:>10.2e}{bound}  {end}".rstrip())
         print(f"{len(rows) - len(failed)} of {len(rows)} within bounds" + (f", {len(failed)} FAILED" if failed else ""))
         if overflowing := [r for r in failed if r.node]:
             print(_advice(overflowing, layers))

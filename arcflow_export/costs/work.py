@@ -119,7 +119,7 @@ def graph_flops(graph: ir.Graph, sizes: Sizes) -> int:
 
 def node_flops(node: ir.Node, sizes: Sizes) -> int:
     """Operations of one node."""
-    if node.op_type not in ("MatMul", "Gemm", "Attention", "Conv"):
+    if node.op_type not in ("MatMul", "MatMulInteger", "Gemm", "Attention", "Conv"):
         return 0
     first, second = (dimensions(v, sizes) if v is not None else [] for v in node.inputs[:2])
     out = dimensions(node.outputs[0], sizes)

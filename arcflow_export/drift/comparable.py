@@ -36,25 +36,32 @@ def check_comparable(candidate: Bundle, reference: Bundle) -> tuple[str, ...]:
             f"{candidate.root} and {reference.root} are not of the same student: {'; '.join(differing)}; "
             "give the bundle that the first was made from, or one exported from the same base, adapter and LoRAs"
         )
+    notes = []
+    ours, theirs = c.provenance.vae, r.provenance.vae
+    if (ours and ours.sha256) != (theirs and theirs.sha256):
+        notes.append(f"The decoders differ ({_vae_named(ours)} and {_vae_named(theirs)}); that counts as drift here.")
     if c.reference_dtype == r.reference_dtype:
-        return ()
+        return tuple(notes)
     if c.modulation is not None or r.modulation is not None:
-        return (
+        notes.append(
             f"The modulation tables were baked for different reference dtypes ({r.reference_dtype} and "
-            f"{c.reference_dtype}); that counts as drift here.",
+            f"{c.reference_dtype}); that counts as drift here."
         )
-    return (f"Timesteps, guidance and rotary tables of both bundles are rounded to {c.reference_dtype}.",)
+    else:
+        notes.append(f"Timesteps, guidance and rotary tables of both bundles are rounded to {c.reference_dtype}.")
+    return tuple(notes)
 
 
-def check_student(bundle: Bundle, sources: StudentSources) -> None:
+def check_student(bundle: Bundle, sources: StudentSources, vae: Source | None = None) -> None:
     """Check that a bundle was made from a student's weights.
 
     Args:
         bundle: an opened bundle.
         sources: the student's base, adapter and LoRAs, from `Student.sources`.
+        vae: the VAE given in place of the base's, from `Student.vae_source`.
 
     Raises:
-        ExportError: the weights differ; the message names which of base, adapter and LoRAs.
+        ExportError: the weights differ; the message names which of base, adapter, LoRAs and VAE.
     """
     made = bundle.manifest.provenance
     base, adapter, loras = sources
@@ -62,6 +69,8 @@ def check_student(bundle: Bundle, sources: StudentSources) -> None:
     wrong = [f"{what} {_named(mine)}, not from {_named(given)}" for what, mine, given in pairs if _differ(mine, given)]
     if len(made.loras) != len(loras) or any(map(_differ, made.loras, loras)):
         wrong.append(f"{_listed(made.loras)}, not from {_listed(loras)}")
+    if (made.vae is None) != (vae is None) or (made.vae is not None and vae is not None and _differ(made.vae, vae)):
+        wrong.append(f"{_vae_named(made.vae)}, not from {_vae_named(vae)}")
     if wrong:
         raise ExportError(
             f"{bundle.root} was made from {'; from '.join(wrong)}; give the base, adapter and LoRAs it was made from"
@@ -119,6 +128,10 @@ def _named(source: Source | None) -> str:
 
 def _listed(loras: tuple[Source, ...]) -> str:
     return f"LoRA {', '.join(map(_named, loras))}" if loras else "no LoRA"
+
+
+def _vae_named(vae: Source | None) -> str:
+    return "the base's own VAE" if vae is None else f"VAE {_named(vae)}"
 
 
 def _short(value: object) -> str:

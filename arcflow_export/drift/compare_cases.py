@@ -112,7 +112,7 @@ def compare_cases(
         values[Quantity("end to end", "latents", _RELATIVE, step)] = errors
     layers = {}
     for part in quantized:
-        inputs = _layer_inputs(part, candidate, text, batches, trajectory)
+        inputs = _layer_inputs(part, theirs, text, batches, trajectory)
         count = _counter(progress, f"layers of {part}", sum(map(len, inputs)))
         layers[part] = measure_layers(reference, candidate, part, inputs, count)
     trajectory.heads.clear()
@@ -187,15 +187,17 @@ def _backbone(
 
 
 def _layer_inputs(
-    part: str, candidate: Bundle, text: EncodedCases, batches: list[CaseBatch], trajectory: Trajectory
+    part: str, stages: BundleStages, text: EncodedCases, batches: list[CaseBatch], trajectory: Trajectory
 ) -> list[list[Mapping[str, np.ndarray]]]:
     """A part's inputs in the reference's run, by step and batch."""
     if part == "backbone":
         return [list(backbone_inputs(batches, trajectory, step)) for step in range(len(trajectory.heads))]
     if part in ("text_encoder", "text_encoder_2"):
         return [[{"input_ids": tokens.ids[part]} for tokens in text.tokens.values()]]
+    if part == "conditioner":
+        return [[stages.conditioner_inputs(text.pooled)]]
     raise ExportError(
-        f"{candidate.root}: {part} has quantised layers, which can be measured in the backbone and text encoders "
+        f"{part} has quantised layers, which can be measured in the backbone, the conditioner and the text encoders "
         "only; leave it out of the policy"
     )
 

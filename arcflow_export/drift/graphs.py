@@ -10,7 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-#: The largest E4M3 number.
+from arcflow_export.graph.nvfp4 import DYNAMIC_QUANTIZE
+from arcflow_runtime.maths.dtypes import E2M1_MAX
+
 #: Nodes allowed between a weight and its MatMul, and between an activation's QuantizeLinear and the MatMul.
 _WEIGHT_CHAIN = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Identity")
 _ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")
@@ -18,16 +20,18 @@ _ACTIVATION_CHAIN = ("DequantizeLinear", "Cast", "Identity")
 
 @dataclass(frozen=True)
 class GraphLinear:
-    """One MatMul by a weight.
+    """One product with a weight, MatMul or MatMulInteger.
 
-    `source` is its activation before quantisation, and `weight` the initializer. `scale` is the activation's scale and
-    `scale_name` the name of the scale's tensor, which several linears may share; both are None if the activation is not
-    quantised. `quantized` is True if the weight or the activation is quantised.
+    `source` is its activation before quantisation, `output` its result after dequantisation, and `weight` the
+    initializer. `scale` is the activation's scale and `scale_name` the name of the scale's tensor, which several
+    linears may share; both are None if the activation has no constant scale. `quantized` is True if the weight or the
+    activation is quantised.
     """
 
     name: str
     node: ir.Node
     source: ir.Value
+    output: ir.Value
     weight: ir.Value
     scale: float | None
     scale_name: str | None
@@ -38,9 +42,9 @@ def linears(model: ir.Model) -> dict[str, GraphLinear]:
     """The graph's linears by name, in graph order; the name is the weight's without `.weight`."""
     found = {}
     for node in model.graph:
-        if node.op_type != "MatMul":
+        if node.op_type not in ("MatMul", "MatMulInteger"):
             continue
-        linear = _linear(node)
+        linear = _linear(node) if node.op_type == "MatMul" else _integer_linear(node)
         if linear is not None:
             found[linear.name] = linear
     return found
@@ -73,7 +77,7 @@ def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, Gr
         if name not in layers:
             continue
         node = linear.node
-        dtype = node.outputs[0].dtype or ir.DataType.FLOAT
+        dtype = linear.output.dtype or ir.DataType.FLOAT
         activation = linear.source
         if activation.dtype is not None and activation.dtype != dtype:
             cast = ir.node("Cast", [activation], attributes={"to": dtype})
@@ -82,8 +86,17 @@ def leave_out(model: ir.Model, layers: Collection[str], weights: Mapping[str, Gr
             activation = cast.outputs[0]
         constant = weights[name].weight.const_value
         assert constant is not None
-        node.replace_input_with(0, activation)
-        node.replace_input_with(1, add_initializer(graph, f"{name}.weight.unquantized", _cast_later(constant, dtype)))
+        weight = add_initializer(graph, f"{name}.weight.unquantized", _cast_later(constant, dtype))
+        if node.op_type == "MatMul":
+            node.replace_input_with(0, activation)
+            node.replace_input_with(1, weight)
+        else:
+            last = linear.output.producer()
+            assert last is not None and not linear.output.is_graph_output(), "heads are not quantised"
+            product = ir.node("MatMul", [activation, weight])
+            product.outputs[0].type, product.outputs[0].shape = linear.output.type, linear.output.shape
+            graph.insert_before(last, product)
+            linear.output.replace_all_uses_with(product.outputs[0])
     common.RemoveUnusedNodesPass()(model)
     return model
 
@@ -114,15 +127,32 @@ def _linear(node: ir.Node) -> GraphLinear | None:
     assert source is not None
     value: ir.Value | None = source
     while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type == "QuantizeLinear":
+        if producer.op_type in ("QuantizeLinear", DYNAMIC_QUANTIZE):
             assert producer.inputs[0] is not None and producer.inputs[1] is not None
             source, scale, scale_name = producer.inputs[0], _scalar(producer.inputs[1]), producer.inputs[1].name
+            if producer.op_type == DYNAMIC_QUANTIZE:
+                scale *= E2M1_MAX  # the largest input is 6 times the largest block scale, 448
             break
         if producer.op_type not in _ACTIVATION_CHAIN:
             break
         value = producer.inputs[0]
     name, quantized = weight.name.removesuffix(".weight"), dequantized or scale is not None
-    return GraphLinear(name, node, source, weight, scale, scale_name, quantized)
+    return GraphLinear(name, node, source, node.outputs[0], weight, scale, scale_name, quantized)
+
+
+def _integer_linear(node: ir.Node) -> GraphLinear:
+    """A linear in the form of rule B15: QuantizeLinear of the scaled source, the product, a cast and two scales."""
+    codes, weight = node.inputs[0], node.inputs[1]
+    assert codes is not None and weight is not None and weight.name is not None
+    quantize = codes.producer()
+    assert quantize is not None and quantize.inputs[0] is not None, "an integer product reads a QuantizeLinear"
+    scaled = quantize.inputs[0].producer()
+    assert scaled is not None and scaled.inputs[0] is not None, "tokens are divided by their scales"
+    output = node.outputs[0]
+    for _ in ("Cast", "Mul by the token's scale", "Mul by the weight's scale"):
+        ((user, _index),) = output.uses()
+        output = user.outputs[0]
+    return GraphLinear(weight.name.removesuffix(".weight"), node, scaled.inputs[0], output, weight, None, None, True)
 
 
 def _scalar(value: ir.Value) -> float:

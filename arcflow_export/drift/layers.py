@@ -169,8 +169,8 @@ def _probe(model: ir.Model, candidate: Mapping[str, GraphLinear], layers: list[s
         graft = _Graft(graph, known)
         if theirs.source not in known:
             known[theirs.source] = graft.cast(ours.source, theirs.source.dtype)
-        output = graft.cast(graft.copy(theirs.node.outputs[0]), ir.DataType.FLOAT)
-        reference = graft.cast(ours.node.outputs[0], ir.DataType.FLOAT)
+        output = graft.cast(graft.copy(theirs.output), ir.DataType.FLOAT)
+        reference = graft.cast(ours.output, ir.DataType.FLOAT)
         difference = graft.node("Sub", [output, reference])
         for i, value in enumerate((difference, reference)):
             square = graft.node("Flatten", [graft.node("Mul", [value, value])])
@@ -197,12 +197,20 @@ class _Graft:
             copy = add_initializer(self._graph, f"candidate.{value.name}", value.const_value)
         else:
             node = value.producer()
-            assert node is not None and len(node.outputs) == 1, "a linear's Q/DQ nodes have one output"
+            assert node is not None
             inputs = [None if v is None else self.copy(v) for v in node.inputs]
-            new = ir.node(node.op_type, inputs, attributes={k: a.value for k, a in node.attributes.items()})
+            new = ir.node(
+                node.op_type,
+                inputs,
+                attributes={k: a.value for k, a in node.attributes.items()},
+                domain=node.domain,
+                num_outputs=len(node.outputs),
+            )
             self.nodes.append(new)
-            copy = new.outputs[0]
-            copy.type = value.type
+            for old, made in zip(node.outputs, new.outputs, strict=True):
+                made.type, made.shape = old.type, old.shape
+                self._known[old] = made
+            return self._known[value]
         self._known[value] = copy
         return copy
 

@@ -20,7 +20,7 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import DType
 from arcflow_runtime.engines.denoiser import Embeddings
 from arcflow_runtime.engines.parts import Parts, RunAll
-from arcflow_runtime.generate.condition import Conditioner
+from arcflow_runtime.generate.condition import Conditioner, conditioner_inputs
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.text import PromptTokenizer, Tokens
 from arcflow_runtime.maths.euler import euler
@@ -113,12 +113,20 @@ class BundleStages:
 
     def modulation(self, pooled: np.ndarray | None) -> np.ndarray:
         """Modulation [S, U, M] for the distinct prompts' pooled vectors, or [S, 1, M] if it does not depend on them."""
+        return np.asarray(Conditioner(self.bundle).modulation(self._parts, *self._conditioning(), pooled), np.float32)
+
+    def conditioner_inputs(self, pooled: np.ndarray | None) -> dict[str, np.ndarray]:
+        """The conditioner's inputs for the distinct prompts' pooled vectors."""
+        return conditioner_inputs(*self._conditioning(), pooled)
+
+    def _conditioning(self) -> tuple[np.ndarray, np.float32 | None]:
+        """Timesteps [S] float32 and guidance, as the conditioner takes them."""
         m = self.manifest
         timesteps = conditioning_timesteps(self.sigmas, m.family, m.reference_dtype, m.sampler)
         guidance = None
         if m.guidance and self.scene.guidance_scale is not None:
             guidance = conditioning_guidance(self.scene.guidance_scale, m.reference_dtype)
-        return np.asarray(Conditioner(self.bundle).modulation(self._parts, timesteps, guidance, pooled), np.float32)
+        return timesteps, guidance
 
     def noise(self) -> np.ndarray:
         """Noise [n, N, C] float32, from the seed of each case."""

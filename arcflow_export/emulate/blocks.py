@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from arcflow_export.emulate.attention import Rows, plan_rows, split_rows
 from arcflow_export.emulate.emulate import MOVES, emulate, load_graph, release
+from arcflow_export.emulate.nvfp4 import lower_nvfp4
 from arcflow_export.emulate.sizes import Sizes, bind, elements, nominal
+from arcflow_export.graph.nvfp4 import DYNAMIC_QUANTIZE
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.cpu import check_names, first_line
@@ -34,9 +36,10 @@ from arcflow_runtime.errors import EngineError
 PIECE_BYTES = 1 << 30
 #: Smaller constants stay in the graph, where the optimiser sees them; larger ones are passed when the session runs.
 _INLINE_BYTES = 64 << 10
-#: Nodes between an FP8 linear and its weight or activation. No piece ends there, because the output of a
-#: DequantizeLinear is not rounded (see `emulate.py`).
-_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+#: Nodes between a quantised linear and its weight or activation. No piece ends there, because the output of a
+#: DequantizeLinear is not rounded (see `emulate.py`). An NVFP4 linear has a Cast after it.
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear", DYNAMIC_QUANTIZE)
+_UNROUNDED = MOVES | {"Cast"}
 _FLOAT32_BYTES = 4
 Arrays = Mapping[str, np.ndarray]
 
@@ -120,7 +123,7 @@ class BlockEngine:
         graph = convenience.extract(self._model.graph, piece.inputs, piece.outputs)
         split_rows(graph, plan_rows(graph, sizes))
         model = ir.Model(graph, ir_version=self._model.ir_version)
-        return _Session(self._part, emulate(model, self._rounded), resident)
+        return _Session(self._part, emulate(lower_nvfp4(model), self._rounded), resident)
 
 
 class EmulatedBackend:
@@ -182,7 +185,7 @@ def _crossing_elements(graph: ir.Graph, nodes: Sequence[ir.Node]) -> list[float]
     closed = [False] * (len(nodes) + 1)
     unrounded: set[ir.Value] = set()
     for i, node in enumerate(nodes):
-        quantizer = node.op_type in _QUANTIZERS or (node.op_type in MOVES and not unrounded.isdisjoint(node.inputs))
+        quantizer = node.op_type in _QUANTIZERS or (node.op_type in _UNROUNDED and not unrounded.isdisjoint(node.inputs))
         for value in node.outputs:
             users = [place[user] for user, _ in value.uses()]
             if not users:

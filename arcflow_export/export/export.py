@@ -338,4 +338,5 @@ def _provenance(student: Student, command: str) -> b.Provenance:
         base=base,
         adapter=adapter,
         loras=loras,
+        vae=student.vae_source,
     )

@@ -20,7 +20,14 @@ from arcflow_export.errors import SourceError
 from arcflow_export.models.layers import Parameter
 from arcflow_runtime.disk.manifest import FileEntry
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.float4_e2m1fn_x2: "F4",
+}
 #: Tensor data starts at a multiple of this, so that a mapped file is aligned for any dtype.
 _ALIGNMENT = 4096
 #: Pages are dropped from the page cache each time that this many bytes have been written; see `tensors.uncache`.
@@ -45,7 +52,8 @@ def initializer_name(p: Parameter) -> str:
 
 def num_bytes(p: Parameter) -> int:
     """Bytes of a parameter as written."""
-    return int(torch.Size(p.shape).numel()) * p.dtype.itemsize
+    elements = int(torch.Size(p.shape).numel())
+    return elements // 2 if p.dtype == torch.float4_e2m1fn_x2 else elements * p.dtype.itemsize
 
 
 def check_source(params: list[Parameter], source: WeightSource, part: str) -> None:

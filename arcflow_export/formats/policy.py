@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from arcflow_export.errors import QuantizeError
+from arcflow_export.families import facts
 from arcflow_export.formats.thresholds import Thresholds
+from arcflow_runtime.disk.families import Family
 from arcflow_runtime.disk.manifest import QuantFormat, seal
 from arcflow_runtime.disk.parse import parse
+from arcflow_runtime.disk.quant_formats import BY_OPTION, FORMATS
 from arcflow_runtime.errors import BundleError
 
 if sys.version_info >= (3, 11):
@@ -38,11 +41,13 @@ class PartPolicy:
     """Glob patterns for the names of one part's linears, as in `fnmatch`: `*` matches dots too.
 
     A linear is quantised if it matches a pattern of `include` and no pattern of `exclude`. There are no built-in
-    exclusions.
+    exclusions. `formats` has patterns of linears that get another format than the policy's, by that format; None if
+    there are none.
     """
 
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
+    formats: Mapping[QuantFormat, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,19 @@ class QuantizationPolicy:
     parts: Mapping[str, PartPolicy]
     thresholds: Thresholds = _NO_THRESHOLDS
 
+    @property
+    def formats(self) -> tuple[QuantFormat, ...]:
+        """The policy's format, and the others that its parts name."""
+        others = (name for part in self.parts.values() for name in part.formats or {})
+        return tuple(dict.fromkeys((self.format, *others)))
+
     def digest(self) -> str:
         """SHA-256 of the policy in canonical JSON; the manifest of a quantised bundle records it."""
-        return seal(json.loads(json.dumps(dataclasses.asdict(self))))
+        data = json.loads(json.dumps(dataclasses.asdict(self)))
+        for part in data["parts"].values():  # a policy of one format has the digest that it always had
+            if part["formats"] is None:
+                del part["formats"]
+        return seal(data)
 
 
 def presets() -> list[str]:
@@ -64,8 +79,22 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
 
 
-def load_policy(name_or_path: str) -> QuantizationPolicy:
+def default_policy(family: Family, option: str | None) -> str:
+    """The family's preset for a format, given by its name on the command line; see `preset_for`."""
+    return preset_for(facts(family).policy, option)
+
+
+def preset_for(name: str, option: str | None) -> str:
+    """The preset for a format: `flux` for FP8, `flux-int8` for int8."""
+    return name if option in (None, "fp8") else f"{name}-{option}"
+
+
+def load_policy(name_or_path: str, option: str | None = None) -> QuantizationPolicy:
     """Read a preset by its bare name, or a TOML file.
+
+    Args:
+        name_or_path: a preset, or a path that ends in .toml.
+        option: a format by its name on the command line, in place of the file's own.
 
     Raises:
         QuantizeError: the preset or file does not exist, it is not valid TOML, or a key is unknown, missing or out of
@@ -94,36 +123,45 @@ def load_policy(name_or_path: str) -> QuantizationPolicy:
     except BundleError as e:
         raise QuantizeError(str(e)) from None
     _check(policy, name_or_path)
-    return policy
+    return policy if option is None else dataclasses.replace(policy, format=BY_OPTION[option])
 
 
-def select(policy: PartPolicy, part: str, linears: Sequence[str]) -> tuple[str, ...]:
-    """Choose the linears of one part that a policy quantises; keeps the order of `linears`.
+def select(policy: PartPolicy, part: str, linears: Sequence[str], usual: QuantFormat) -> dict[str, QuantFormat]:
+    """Choose the linears of one part that a policy quantises, and their formats; keeps the order of `linears`.
 
     Args:
         policy: the policy's patterns for this part.
         part: name of the part, for messages.
         linears: names of the part's linears.
+        usual: the policy's format.
 
     Raises:
-        QuantizeError: a pattern matches no linear (the message suggests similar names), or `exclude` removes every
-            linear that `include` matched.
+        QuantizeError: a pattern matches no linear (the message suggests similar names), a linear matches patterns of two
+            formats, or `exclude` removes every linear that `include` matched.
     """
-    for key, patterns in (("include", policy.include), ("exclude", policy.exclude)):
+    others = policy.formats or {}
+    lists = {"include": policy.include, "exclude": policy.exclude}
+    for key, patterns in (lists | {f"formats.{name}": patterns for name, patterns in others.items()}).items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise QuantizeError(
                     f"policy: parts.{part}.{key}: {pattern!r} matches none of the {len(linears)} linears of {part}"
                     f"{_near(pattern, linears)}"
                 )
-    chosen = tuple(
-        name
-        for name in linears
-        if any(fnmatchcase(name, p) for p in policy.include) and not any(fnmatchcase(name, p) for p in policy.exclude)
-    )
+    chosen = {}
+    for name in linears:
+        if _matches(name, policy.include) and not _matches(name, policy.exclude):
+            found = [other for other, patterns in others.items() if _matches(name, patterns)] or [usual]
+            if len(found) > 1:
+                raise QuantizeError(f"policy: parts.{part}.formats: {name!r} must match one format, got {found}")
+            chosen[name] = found[0]
     if not chosen:
         raise QuantizeError(f"policy: parts.{part} excludes every linear that it includes; leave the part out instead")
     return chosen
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _near(pattern: str, linears: Sequence[str]) -> str:
@@ -138,6 +176,8 @@ def _check(policy: QuantizationPolicy, where: str) -> None:
     if not policy.parts:
         raise QuantizeError(f"{where}: parts must name at least one part, such as [parts.backbone]")
     for part, patterns in policy.parts.items():
+        if unknown := sorted((patterns.formats or {}).keys() - FORMATS.keys()):
+            raise QuantizeError(f"{where}: parts.{part}: formats must be among {list(FORMATS)}, got {unknown}")
         if not patterns.include:
             raise QuantizeError(f"{where}: parts.{part}: include must have at least one pattern; or leave the part out")
     for name, value in dataclasses.asdict(policy.thresholds).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -48,3 +49,11 @@ def find_linears(model: ir.Model) -> dict[str, LinearNode]:
             rows, columns = weight.shape.numpy()
             found[node.name] = LinearNode(node.name, node, rows, columns)
     return found
+
+
+def shared_inputs(linears: Iterable[LinearNode]) -> list[tuple[LinearNode, ...]]:
+    """Group linears by the tensor that they read; keeps the graph's order."""
+    groups: dict[ir.Value, list[LinearNode]] = {}
+    for linear in linears:
+        groups.setdefault(linear.input, []).append(linear)
+    return [tuple(group) for group in groups.values()]

@@ -30,7 +30,7 @@ class Makers:
 
 
 MAKERS: dict[str, Makers] = {
-    "flux": Makers({"text_encoder": text.clip, "text_encoder_2": text.t5}, flux.build, vae.kl_decoder),
+    "flux": Makers({"text_encoder": text.clip, "text_encoder_2": text.t5}, flux.build, vae.flux_decoder),
     "qwen-image": Makers({"text_encoder": text.qwen}, qwen.build, vae.qwen_decoder),
 }
 

@@ -194,6 +194,9 @@ class Sinusoid(Constant):
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Rotate adjacent pairs of the head dimension, in float32.
 
+    The results are in another order: the first numbers of all pairs, then the second ones. Attention multiplies
+    queries by keys in the same order, so its scores are equal, and engines need not interleave single numbers.
+
     Args:
         x: queries or keys [B, S, H, D].
         rotary: cosines and sines [2, S, D/2] float32.
@@ -203,8 +206,7 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """
     cos, sin = rotary[0, :, None], rotary[1, :, None]  # [S, 1, D/2]
     real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, D/2]
-    out = torch.stack([real * cos - imag * sin, imag * cos + real * sin], dim=-1)
-    return out.flatten(-2).to(x.dtype)
+    return torch.cat([real * cos - imag * sin, imag * cos + real * sin], dim=-1).to(x.dtype)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

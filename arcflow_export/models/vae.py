@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageAttentionBlock,
     QwenImageCausalConv3d,
@@ -77,6 +77,24 @@ class FluxDecoder(nn.Module):
         return _to_rgb(self.decoder(z))
 
 
+class TinyDecoder(nn.Module):
+    """AutoencoderTiny's decoder (TAEF1), on the latents that diffusers' pipeline gives it: z / scaling_factor + shift.
+
+    Its config's factors are 1 and 0, because it was trained on the latents as the transformer sees them. Its
+    `latent_magnitude` and `latent_shift` belong to images of latents, which a pipeline does not make.
+    """
+
+    def __init__(self, vae: AutoencoderTiny):
+        super().__init__()
+        self.decoder = vae.decoder
+        self.scale, self.shift = float(vae.config.scaling_factor), float(vae.config.shift_factor)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, h, w, 64] float32 -> [B, 16h, 16w, 3] uint8."""
+        z = _unpack(latents) / self.scale + self.shift
+        return _to_rgb(self.decoder(z.to(next(self.decoder.parameters()).dtype)))
+
+
 class QwenDecoder(nn.Module):
     """AutoencoderKLQwenImage's decoder on one frame, with 2-D convolutions: z * std + mean per channel."""
 
@@ -137,15 +155,24 @@ def _replace_qwen(module: nn.Module) -> None:
             setattr(module, name, None)
 
 
-def kl_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
-    """FLUX's VAE decoder, from the VAE's `config.json`.
+def flux_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
+    """FLUX's VAE decoder, full or small, from the VAE's `config.json`.
 
     Raises:
-        SourceError: the VAE is not an `AutoencoderKL` with 16 latent channels and 4 levels.
+        SourceError: the VAE is neither an `AutoencoderKL` nor an `AutoencoderTiny`, or it does not have 16 latent
+            channels and 4 levels.
     """
-    _check("flux", config, AutoencoderKL, "latent_channels", "block_out_channels")
-    with torch.device("meta"):
-        module = FluxDecoder(AutoencoderKL.from_config(config))
+    module: nn.Module
+    if config.get("_class_name") == AutoencoderTiny.__name__:
+        _check_sizes("flux", config.get("latent_channels", 4), len(config.get("decoder_block_out_channels", range(4))))
+        if (factor := config.get("upsampling_scaling_factor", 2)) != 2:
+            raise SourceError(f"vae: upsampling_scaling_factor must be 2, got {factor}; give TAEF1 or a VAE like it")
+        with torch.device("meta"):
+            module = TinyDecoder(AutoencoderTiny.from_config(config))
+    else:
+        _check("flux", config, AutoencoderKL, "latent_channels", "block_out_channels")
+        with torch.device("meta"):
+            module = FluxDecoder(AutoencoderKL.from_config(config))
     return _part("flux", module, dtype)
 
 
@@ -163,12 +190,20 @@ def qwen_decoder(config: dict[str, Any], dtype: DType) -> ModelPart:
 
 
 def _check(family: str, config: dict[str, Any], wanted: type, channels_key: str, levels_key: str) -> None:
+    if config.get("_class_name") == AutoencoderTiny.__name__:
+        raise SourceError(
+            f"vae: AutoencoderTiny has no variant for the latents of {family}, which are those of {wanted.__name__}; "
+            "leave --vae out"
+        )
     if config.get("_class_name") != wanted.__name__:
         raise SourceError(
             f"vae: _class_name must be {wanted.__name__!r} for a {family} base, got {config.get('_class_name')!r}; "
             "give a base of this family"
         )
-    channels, levels = config.get(channels_key, 16), len(config.get(levels_key, range(4)))
+    _check_sizes(family, config.get(channels_key, 16), len(config.get(levels_key, range(4))))
+
+
+def _check_sizes(family: str, channels: int, levels: int) -> None:
     if (channels, levels) != (16, 4):
         raise SourceError(
             f"vae: a {family} base must have 16 latent channels and 4 levels (8 pixels per latent), "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from arcflow_export.pipeline.stages import Backend, CompileJob
+from arcflow_runtime.disk.quant_formats import BY_OPTION, FORMATS
 from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 from arcflow_runtime.errors import RequestError
@@ -24,8 +25,17 @@ def choose_backend(target: str | None, precision: str) -> Backend:
         RequestError: no library can build for the targets here; or there is no target and no GPU, and a CPU cannot run
             the precision.
     """
+    if precision in BY_OPTION and FORMATS[BY_OPTION[precision]].first_sm is None:
+        if target is not None:
+            raise RequestError(f"--precision {precision} is for CPUs, got --target {target}; leave --target out")
+        return "onnxruntime"
     gpu, rtx = find_gpu(), LIBRARIES["tensorrt-rtx"]
     if target is None and gpu is None:
+        if precision in BY_OPTION and not FORMATS[BY_OPTION[precision]].on_cpu:
+            raise RequestError(
+                f"--precision {precision} runs on GPUs only and there is none here: give the GPU to build for, such as "
+                "--target sm120 for RTX 50 cards (with make: TARGET=sm120), or --precision int8 for this CPU"
+            )
         if precision == "bf16":
             raise RequestError(
                 "there is no GPU here, and ONNX Runtime has no bf16 on a CPU: give the GPU to build for, such as "
@@ -56,6 +66,7 @@ def next_step(job: CompileJob, chosen: bool) -> str:
     if job.backend == "onnxruntime":
         if job.precision == "bf16":
             return f"{bundle} has no engines, and no CPU runs it; next: arcflow build {bundle} --backend tensorrt-rtx"
+        chosen = chosen and (job.quantized is None or job.quantized.first_sm is not None)
         why = ", because there is no GPU here and no --target was given" if chosen else ""
         return f"{bundle} is for CPUs{why}; next: {generate}"
     gpu = find_gpu()

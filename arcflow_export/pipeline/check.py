@@ -29,19 +29,35 @@ def check_job(job: CompileJob) -> None:
             raise ExportError(
                 f"{name or 'arcflow compile'} needs {module}, which is not installed; run: pip install '{package}'"
             )
-    if job.precision == "fp8" and (policy := job.policy or job.student.policy) is not None:
+    if job.quantized is not None and (policy := job.chosen_policy) is not None:
         from arcflow_export.formats.policy import load_policy
 
         load_policy(policy)
     if job.backend != "onnxruntime":
-        _check_target(job)
+        check_target(job)
+    elif job.quantized is not None and not job.quantized.on_cpu:
+        raise RequestError(
+            f"--precision {job.precision} runs on GPUs only, got --backend onnxruntime; give --backend tensorrt-rtx and "
+            "a --target, or --precision int8"
+        )
 
 
-def _check_target(job: CompileJob) -> None:
-    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
+def check_target(job: CompileJob) -> None:
+    """Check that the library of the job's backend is installed and can build for its target.
+
+    Raises:
+        EngineError: it is not installed, or can build only where its GPU is.
+        RequestError: it cannot build for the target, or the target cannot compute in the precision.
+    """
+    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
+    if job.quantized is not None and job.quantized.first_sm is None:
+        raise RequestError(
+            f"--precision {job.precision} is for CPUs, got --backend {job.backend}; leave --backend and --target out, "
+            "or give --precision fp8"
+        )
     library, gpu = LIBRARIES[job.backend], find_gpu()
     if find_spec(library.module) is None:
         raise EngineError(f"{library.name} is not installed; run: pip install '{library.package}'")
@@ -59,6 +75,9 @@ def _check_target(job: CompileJob) -> None:
         elif gpu is not None and target != gpu.target:
             raise RequestError(f"--target must be {gpu.target} for {job.backend} on this {gpu.name}, got {target!r}")
         capability = int(target.removeprefix("sm"))
-        least = {"fp8": FIRST_WITH_FP8, "bf16": FIRST_WITH_BFLOAT16}.get(job.precision, 0)
+        least = FIRST_WITH_BFLOAT16 if job.precision == "bf16" else 0
+        if job.quantized is not None:
+            assert job.quantized.first_sm is not None, "formats for CPUs are refused above"
+            least = job.quantized.first_sm
         if capability < least:
             raise RequestError(f"--precision {job.precision} must be built for sm{least} or newer, got {target}")

@@ -88,7 +88,7 @@ def _cost(stage: Stage, job: CompileJob, outline: Outline, sources: SourceBytes,
     if stage.name == VERIFY:
         return _gate(_options(VERIFY, stage), works, px, text, machine)
     assert stage.name == BUILD
-    if job.precision == "fp8":
+    if job.quantized is not None:
         backbone = parts["backbone"]
         parts["backbone"] = PartWork(**(vars(backbone) | {"weight_bytes": backbone.parameters}))
     if (chosen := _options(BUILD, stage).parts) is not None:

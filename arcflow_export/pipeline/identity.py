@@ -16,6 +16,7 @@ from typing import Literal
 from arcflow_export.errors import ExportError
 from arcflow_runtime.disk.files import hidden, locked, sha256_file
 from arcflow_runtime.disk.manifest import ENGINES, MANIFEST, OPENVINO
+from arcflow_runtime.lora.scales import ADAPTER_CONFIG
 
 REPORT = "drift.json"
 
@@ -66,8 +67,16 @@ class Output:
 def identify(path: Path) -> str:
     """SHA-256 of a small file's contents; for a folder or a large file, of names, sizes and modification times.
 
-    Weights are too large to be read for every run.
+    Weights are too large to be read for every run. The adapter_config.json beside a file of weights belongs to it,
+    since it can change a LoRA's scale.
     """
+    config = path.with_name(ADAPTER_CONFIG)
+    if path.suffix == ".safetensors" and path.is_file() and config.is_file():
+        return digest([_identify(path), _identify(config)])
+    return _identify(path)
+
+
+def _identify(path: Path) -> str:
     if path.is_file() and path.stat().st_size <= 1 << 20:
         return sha256_file(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

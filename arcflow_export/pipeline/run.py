@@ -106,7 +106,7 @@ class CompileRun:
             self.rows[0].state = DONE
         if any(r.state == TO_DO for r in self.rows):
             self._ask(arguments)
-        if self.job.precision == "fp8" and not self.job.gate:
+        if self.job.quantized is not None and not self.job.gate:
             exported, bundle = self.job.exported.path, self.job.result.path
             self.say(f"the drift gate is left out; run it later with: arcflow verify {bundle} --against {exported}")
         self.say(plan_table(self.rows) + "\n")

@@ -10,6 +10,7 @@ from typing import Literal
 from arcflow_export.pipeline.identity import Output, digest, identify, version
 from arcflow_export.pipeline.students import FILE_OPTIONS, Checkpoint, Precision, StudentFile
 from arcflow_runtime.disk.manifest import ENGINES
+from arcflow_runtime.disk.quant_formats import BY_OPTION, FORMATS, FormatFacts
 
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 DOWNLOAD, EXPORT, CALIBRATE, QUANTIZE, VERIFY, BUILD = "download", "export", "calibrate", "quantize", "verify", "build"
@@ -52,12 +53,27 @@ class CompileJob:
 
     @property
     def exported(self) -> Output:
-        """The bundle that the export writes. For FP8 it is the unquantised one: bf16, or fp32 for ONNX Runtime on a
-        CPU, which has no bfloat16.
+        """The bundle that the export writes. For a quantised precision it is the unquantised one: bf16, or fp32 for ONNX
+        Runtime on a CPU, which has no bfloat16.
         """
-        if self.precision != "fp8":
+        if self.quantized is None:
             return self.bundle(self.precision)
         return self.bundle("fp32" if self.backend == "onnxruntime" else "bf16")
+
+    @property
+    def quantized(self) -> FormatFacts | None:
+        """The number format of the precision; None if it is not quantised."""
+        return FORMATS[BY_OPTION[self.precision]] if self.precision in BY_OPTION else None
+
+    @property
+    def chosen_policy(self) -> str | None:
+        """The policy that is given, or else the student's own; None for the family's preset for the format.
+
+        A student's policy is for its own precision, or for FP8.
+        """
+        if self.policy is not None or self.precision not in ("fp8", self.student.precision):
+            return self.policy
+        return self.student.policy
 
     @property
     def result(self) -> Output:
@@ -142,8 +158,8 @@ def plan_stages(job: CompileJob, commits: Mapping[str, str]) -> list[Stage]:
     opset = ["--opset", "20"] if exported == job.bundle("fp32") and job.backend != "onnxruntime" else []
     words = (*sources, "--dtype", _DTYPES[exported.path.name.rpartition("-")[2]], *opset, *_files(student.export))
     stages.append(_writing(job, EXPORT, words, exported, ("--out", str(exported.path), "--overwrite"), loras))
-    if job.precision == "fp8":
-        stages += _quantise(job, sources, loras)
+    if job.quantized is not None:
+        stages += _quantise(job.quantized, job, sources, loras)
     if job.backend != "onnxruntime":
         words = (
             Input(bundle.path, bundle),
@@ -162,19 +178,26 @@ def commit_name(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.name}@{checkpoint.revision}" if checkpoint.revision else checkpoint.name
 
 
-def _quantise(job: CompileJob, sources: Iterable[str | Input], loras: tuple[str, ...]) -> list[Stage]:
+def _quantise(
+    facts: FormatFacts, job: CompileJob, sources: Iterable[str | Input], loras: tuple[str, ...]
+) -> list[Stage]:
     exported, bundle, student = job.exported, job.result, job.student
     scales = Output(job.scales or job.out / f"{student.name}-scales.json", "scales")
     report = Output(job.out / f"{student.name}-drift", "report")
-    policy = tuple(_policy(job.policy if job.policy is not None else student.policy))
+    policy = tuple(_policy(job.chosen_policy))
     limit = _option("--limit", job.limit)
     height, width = job.size or (None, None)
     sizes = ["--sizes", f"{height}x{width}"] if job.size else []
     device = _option("--device", job.device)
-    words = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
-    stages = [_writing(job, CALIBRATE, words, scales, ("--out", str(scales.path), "--overwrite"), loras)]
     given = Input(exported.path, exported)
-    words = (given, "--scales", Input(scales.path, scales), *policy)
+    # FP8 is the command's default; a record keeps its key.
+    stages, words = [], (given, *([] if facts.option == "fp8" else ["--format", facts.option]))
+    if facts.calibrated:
+        calibration = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
+        target = ("--out", str(scales.path), "--overwrite")
+        stages.append(_writing(job, CALIBRATE, calibration, scales, target, loras))
+        words = (*words, "--scales", Input(scales.path, scales))
+    words = (*words, *policy)
     target = ("--out", str(bundle.path), "--overwrite", *_anyway(job))
     stages.append(_writing(job, QUANTIZE, words, bundle, target))
     if job.gate:

@@ -21,9 +21,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "nvfp4"]
 #: Options of stages whose value is a file or folder; a relative path starts at the student file's folder.
-FILE_OPTIONS = ("--prompts", "--scales", "--judge")
+FILE_OPTIONS = ("--prompts", "--scales", "--judge", "--vae")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantise a bundle: bundle, scales and policy -> a new bundle with the selected linears in FP8.
+"""Quantise a bundle: bundle, policy and, if its format needs them, scales -> a new bundle with linears quantised.
 
 `plan_quantization` checks everything without reading weights; `quantize_bundle` writes the bundle atomically.
 """
@@ -8,48 +8,47 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 
 from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
 from arcflow_export.export.staging import staged
-from arcflow_export.export.write import attach, write_weights
+from arcflow_export.export.write import attach, num_bytes, write_weights
 from arcflow_export.formats.policy import QuantizationPolicy, select
 from arcflow_export.formats.scales import Scales
-from arcflow_export.graph.linears import LinearNode, find_linears
-from arcflow_export.models.layers import Parameter
+from arcflow_export.graph.linears import LinearNode, find_linears, shared_inputs
 from arcflow_export.progress import ByteProgress, Silent
-from arcflow_export.quantize.fp8 import E4M3, make_scale
-from arcflow_export.quantize.graph import QuantizeLinears, is_quantized, shared_inputs
+from arcflow_export.quantize.formats import WEIGHT_FORMATS
+from arcflow_export.quantize.graph import QuantizeLinears, is_quantized
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import Bundle, timestamp
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.files import sha256_file
+from arcflow_runtime.disk.quant_formats import FORMATS
 from arcflow_runtime.errors import BundleError
 
 _SHOWN = 5
-_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT16: torch.float16,
-}
 
 
 @dataclass(frozen=True)
 class PartQuantizationPlan:
-    """The plan for one part: its graph, all of its linears, and the names of those that become FP8."""
+    """The plan for one part: its graph, all of its linears, and the formats of those that are quantised, by name."""
 
     name: str
     model: ir.Model = field(repr=False)
     linears: Mapping[str, LinearNode] = field(repr=False)
-    chosen: tuple[str, ...]
+    formats: Mapping[str, b.QuantFormat] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of the linears to quantise."""
+        return tuple(self.formats)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class QuantizationPlan:
     """The plan for a whole bundle; `quantize_bundle` changes its graphs, so a plan can be used once."""
 
     bundle: Bundle
-    scales: Scales
+    scales: Scales | None
     policy: QuantizationPolicy
     parts: tuple[PartQuantizationPlan, ...]
 
@@ -67,18 +66,24 @@ class QuantizationPlan:
         files, parts = self.bundle.manifest.files, self.bundle.manifest.parts
         whole = sum(files[parts[p.name].weights].bytes for p in self.parts if p.chosen)
         return whole - sum(
-            linear.parameters * (_DTYPES[linear.dtype].itemsize - 1)
+            p.linears[name].parameters * (int(8 * p.linears[name].dtype.itemsize) - FORMATS[used].weight_bits) // 8
             for p in self.parts
-            for linear in (p.linears[name] for name in p.chosen)
+            for name, used in p.formats.items()
         )
 
 
-def plan_quantization(bundle: Bundle, scales: Scales, policy: QuantizationPolicy) -> QuantizationPlan:
-    """Decide which linears become FP8 and check that their scales exist; reads graphs, but no weights.
+def plan_quantization(bundle: Bundle, scales: Scales | None, policy: QuantizationPolicy) -> QuantizationPlan:
+    """Decide which linears are quantised and check that their scales exist; reads graphs, but no weights.
+
+    Args:
+        bundle: an unquantised bundle.
+        scales: from calibration; None for a format without it.
+        policy: selects the linears and their format.
 
     Raises:
         QuantizeError: the bundle is quantised already, the policy names a part or linear that the bundle does not have,
-            or it selects linears that were not calibrated.
+            it selects linears that were not calibrated or that the format cannot hold, or scales are missing or not
+            needed.
         CalibrationError: the scales belong to another student.
     """
     m = bundle.manifest
@@ -90,21 +95,31 @@ def plan_quantization(bundle: Bundle, scales: Scales, policy: QuantizationPolicy
         raise QuantizeError(
             f"policy {policy.name}: the bundle has no part {', '.join(unknown)}; its parts are {', '.join(m.parts)}"
         )
-    scales.check_belongs(m)
+    _check_scales(scales, policy)
+    if scales is not None:
+        scales.check_belongs(m)
     parts = []
     for name, part in m.parts.items():
         model = ir.load(checked_graph(bundle, name))
         if is_quantized(model):
             raise QuantizeError(
-                f"{bundle.path(part.graph)} has Q or DQ nodes, but the manifest does not say that {name} is quantised; "
+                f"{bundle.path(part.graph)} is quantised, but the manifest does not say that {name} is; "
                 "export the bundle again"
             )
         linears = find_linears(model)
-        chosen: tuple[str, ...] = ()
+        formats: dict[str, b.QuantFormat] = {}
         if name in policy.parts:
-            chosen = select(policy.parts[name], name, list(linears))
-            _check_calibrated(scales, name, chosen)
-        parts.append(PartQuantizationPlan(name, model, linears, chosen))
+            formats = select(policy.parts[name], name, list(linears), policy.format)
+            for layer, used in formats.items():
+                if (why := WEIGHT_FORMATS[used].refuse(linears[layer])) is not None:
+                    raise QuantizeError(f"{name}: {layer} {why}")
+                if m.opset < (opset := FORMATS[used].opset):
+                    raise QuantizeError(
+                        f"{FORMATS[used].title} needs opset {opset}, the bundle has {m.opset}; export with --opset {opset}"
+                    )
+            if scales is not None:
+                _check_calibrated(scales, name, tuple(formats))
+        parts.append(PartQuantizationPlan(name, model, linears, formats))
     return QuantizationPlan(bundle, scales, policy, tuple(parts))
 
 
@@ -147,11 +162,23 @@ def quantize_bundle(
             tools=dict(m.provenance.tools) | {n: metadata.version(n) for n in ("arcflow", "torch", "onnx-ir")},
         )
         manifest = dataclasses.replace(m, parts=parts, files=files, provenance=provenance)
+        manifest = dataclasses.replace(manifest, version=manifest.needed_version)
         with (folder / b.MANIFEST).open("w", encoding="utf-8") as f:
             f.write(manifest.to_json())
             f.flush()
             os.fsync(f.fileno())
     return out
+
+
+def _check_scales(scales: Scales | None, policy: QuantizationPolicy) -> None:
+    used = [FORMATS[name] for name in policy.formats]
+    calibrated = " and ".join(facts.title for facts in used if facts.calibrated)
+    if calibrated and scales is None:
+        raise QuantizeError(f"{calibrated} needs scales; make them with `arcflow calibrate` and give --scales")
+    if not calibrated and scales is not None:
+        raise QuantizeError(
+            f"{used[0].title} measures its inputs while it runs and takes no scales; leave --scales out"
+        )
 
 
 def _check_calibrated(scales: Scales, part: str, layers: tuple[str, ...]) -> None:
@@ -180,42 +207,37 @@ def _quantize_part(
         raise BundleError(
             f"{source} does not match its SHA-256 in {b.MANIFEST}; it was edited or damaged, export again"
         )
-    dtypes = {name: _DTYPES[planned.linears[name].dtype] for name in planned.chosen}
-    weights = QuantizedWeights(
-        index,
-        {name: make_scale(amax[name], dtypes[name]) for name in planned.chosen},
-        _input_scales(plan.scales, planned, dtypes),
-    )
-    params = _parameters(index, weights, planned.chosen)
-    result = QuantizeLinears(planned.chosen)(planned.model)
+    groups = shared_inputs(planned.linears[name] for name in planned.chosen)
+    ranges = {} if plan.scales is None else _input_ranges(plan.scales, planned.name, groups)
+    tensors = {
+        name: WEIGHT_FORMATS[used].tensors(planned.linears[name], amax[name], ranges.get(name))
+        for name, used in planned.formats.items()
+    }
+    weights = QuantizedWeights(index, tensors, [linear.name for group in groups for linear in group])
+    params = weights.parameters()
+    result = QuantizeLinears(planned.formats)(planned.model)
     target, graph = folder / spec.weights, folder / spec.graph
     target.parent.mkdir(parents=True, exist_ok=True)
     graph.parent.mkdir(parents=True, exist_ok=True)
-    progress.stage(f"{planned.name}: weights in FP8", sum(_num_bytes(p) for p in params))
+    titles = " and ".join(FORMATS[used].title for used in dict.fromkeys(planned.formats.values()))
+    progress.stage(f"{planned.name}: weights in {titles}", sum(num_bytes(p) for p in params))
     files[spec.weights], placed = write_weights(target, params, weights, progress.advance)
     attach(result.model, target, placed)
     ir.save(result.model, graph)
     files[spec.graph] = b.FileEntry(graph.stat().st_size, sha256_file(graph))
-    quantization = b.Quantization(plan.policy.format, planned.chosen, plan.policy.digest(), plan.scales.digest)
+    scales = None if plan.scales is None else plan.scales.digest
+    others = {name: used for name, used in planned.formats.items() if used != plan.policy.format} or None
+    quantization = b.Quantization(plan.policy.format, planned.chosen, plan.policy.digest(), scales, others)
     return dataclasses.replace(spec, quantization=quantization)
 
 
-def _input_scales(
-    scales: Scales, planned: PartQuantizationPlan, dtypes: Mapping[str, torch.dtype]
-) -> dict[str, torch.Tensor]:
-    """The input scale of each layer. Layers that read the same tensor get the same scale, from their largest range."""
-    found = {}
-    for group in shared_inputs(planned.linears[name] for name in planned.chosen):
-        amax = max(scales.amax(planned.name, linear.name) for linear in group)
-        for linear in group:
-            found[linear.name] = make_scale(torch.tensor(amax, dtype=torch.float64), dtypes[linear.name])
+def _input_ranges(scales: Scales, part: str, groups: Iterable[tuple[LinearNode, ...]]) -> dict[str, float]:
+    """The range of each layer's input. Layers that read the same tensor get the same, the largest of theirs."""
+    found: dict[str, float] = {}
+    for group in groups:
+        amax = max(scales.amax(part, linear.name) for linear in group)
+        found |= {linear.name: amax for linear in group}
     return found
-
-
-def _parameters(index: TensorIndex, weights: QuantizedWeights, chosen: tuple[str, ...]) -> list[Parameter]:
-    quantized = {f"{name}.weight" for name in chosen}
-    params = [Parameter(key, ref.shape, E4M3 if key in quantized else ref.dtype, key=key) for key, ref in index.items()]
-    return params + [Parameter(key, tuple(scale.shape), scale.dtype, key=key) for key, scale in weights.scales.items()]
 
 
 def _take_over(plan: QuantizationPlan, folder: Path, files: Mapping[str, b.FileEntry], progress: ByteProgress) -> None:
@@ -233,7 +255,3 @@ def _needed_bytes(plan: QuantizationPlan) -> int:
     m = plan.bundle.manifest
     unchanged = {name for p in plan.parts if not p.chosen for name in (m.parts[p.name].graph, m.parts[p.name].weights)}
     return plan.weight_bytes + sum(m.files[name].bytes for name in unchanged)
-
-
-def _num_bytes(p: Parameter) -> int:
-    return int(torch.Size(p.shape).numel()) * p.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Convert some of a part's stored weights to FP8, with their scales.
+"""Convert some of a part's stored weights to other number formats, with their scales.
 
 The file is read twice, once for the ranges and once for the values, and is never in memory as a whole.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from arcflow_export.checkpoint.merge import BLOCK_BYTES, PlainWeights
-from arcflow_export.checkpoint.tensors import DTYPES, TensorIndex, uncache
+from arcflow_export.checkpoint.tensors import DTYPES, TensorIndex, TensorRef, uncache
 from arcflow_export.errors import QuantizeError
-from arcflow_export.quantize.fp8 import encode
+from arcflow_export.models.layers import Parameter
+from arcflow_export.quantize.format import StoredTensor
 
 _SUFFIX = ".weight"
 #: As in `write.py`: pages are dropped from the page cache each time that this many bytes have been read.
@@ -76,44 +78,52 @@ def scan_weights(
 
 
 class QuantizedWeights(PlainWeights):
-    """A part's weights with those of quantised linears in E4M3, the scales added, and everything else as stored.
+    """A part's weights with those of quantised linears replaced by their stored tensors, and the others as stored."""
 
-    `weight_scales` [out] and `input_scales` [] are given by layer, in the dtype that the graph reads.
-    """
+    def __init__(self, index: TensorIndex, quantized: Mapping[str, Sequence[StoredTensor]], by_input: Iterable[str]):
+        """Prepare the source; reads nothing.
 
-    def __init__(
-        self,
-        index: TensorIndex,
-        weight_scales: Mapping[str, torch.Tensor],
-        input_scales: Mapping[str, torch.Tensor],
-    ):
+        Args:
+            index: the stored weights.
+            quantized: layer -> the tensors that replace its weight; the first has the weight's name.
+            by_input: the same layers, those that read the same tensor one after the other.
+        """
         super().__init__(index)
-        self._weight_scales = {f"{layer}{_SUFFIX}": scale for layer, scale in weight_scales.items()}
-        self._scales = {f"{key}_scale": scale for key, scale in self._weight_scales.items()}
-        self._scales |= {f"{layer}.input_scale": scale for layer, scale in input_scales.items()}
+        self._weights = {t.name: f"{layer}{_SUFFIX}" for layer, found in quantized.items() for t in found}
+        self._tensors = {t.name: t for found in quantized.values() for t in found}
+        # Tensors of one kind are together in the file, those of weights before those of inputs.
+        kinds = zip_longest(*(found[1:] for found in quantized.values()))
+        self._added = [t for kind in kinds for t in kind if t is not None and not t.of_input]
+        self._added += [t for layer in by_input for t in quantized[layer] if t.of_input]
 
-    @property
-    def scales(self) -> Mapping[str, torch.Tensor]:
-        """Every scale by the name of its tensor."""
-        return self._scales
+    def parameters(self) -> list[Parameter]:
+        """Every tensor to write: the stored ones in their order, with the weights replaced, then the added ones."""
+        return [
+            *(self._parameter(key, self._tensors.get(key, ref)) for key, ref in self.index.items()),
+            *(self._parameter(t.name, t) for t in self._added),
+        ]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of tensor `key`."""
-        return tuple(self._scales[key].shape) if key in self._scales else super().shape(key)
+        return self._tensors[key].shape if key in self._tensors else super().shape(key)
 
     def blocks(self, key: str, dtype: torch.dtype, transpose: bool = False) -> Iterator[torch.Tensor]:
         """Yield tensor `key` block by block; `dtype` must be the dtype that this source has for it."""
         assert not transpose
-        if key in self._scales:
-            assert dtype == self._scales[key].dtype
-            yield self._scales[key]
-            return
-        if key not in self._weight_scales:
+        if key not in self._tensors:
             yield from super().blocks(key, dtype)
             return
-        scale = self._weight_scales[key]
-        for block in super().blocks(key, self.index[key].dtype):
-            yield encode(block, scale)
+        tensor = self._tensors[key]
+        assert dtype == tensor.dtype
+        if tensor.value is not None:
+            yield tensor.value
+            return
+        assert tensor.encode is not None
+        weight = self._weights[key]
+        yield from tensor.encode(super().blocks(weight, self.index[weight].dtype))
+
+    def _parameter(self, key: str, tensor: StoredTensor | TensorRef) -> Parameter:
+        return Parameter(key, tensor.shape, tensor.dtype, key=key)
 
 
 def _read(file: BinaryIO, buffer: bytearray, num_bytes: int, block_bytes: int) -> Iterator[memoryview]:

@@ -7,6 +7,7 @@ weights stay on disk, only the factors, the heads and the tensors that the adapt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -38,11 +39,11 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
     """
     components = component_dtypes(student, dtypes)
     empty = empty_components(student, components) if on_disk else {}
+    given = {name: module for name, (module, _) in empty.items()}
+    if student.vae is not None:
+        given["vae"] = load_vae(student.vae.path, student.vae_config, components["vae"])
     pipe = getattr(diffusers, facts(student.family).pipeline).from_pretrained(
-        student.base.path,
-        dtype=components | {"default": dtypes["backbone"]},
-        use_safetensors=True,
-        **{name: module for name, (module, _) in empty.items()},
+        student.base.path, dtype=components | {"default": dtypes["backbone"]}, use_safetensors=True, **given
     )
     pipe.set_progress_bar_config(disable=True)
     encoders = {name: getattr(pipe, name) for name in facts(student.family).encoders}
@@ -62,6 +63,11 @@ def assemble(student: Student, dtypes: Mapping[str, torch.dtype], device: str, o
         read_when_used(module, weights, device)
     pipe.vae.to(device)
     return pipe, heads.to(device)
+
+
+def load_vae(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Load a VAE with the class of diffusers that its `config.json` names."""
+    return getattr(diffusers, config["_class_name"]).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
 
 
 def _attach(transformer: Any, adapter: Adapter, dtype: torch.dtype) -> Heads:

@@ -20,11 +20,13 @@ import diffusers
 from arcflow_export.checkpoint.adapter import SUB_PIXELS, Adapter, LoraPair, check_pair, load_adapter, read_modes
 from arcflow_export.checkpoint.layout import (
     MODEL_INDEX,
+    VAE_STEM,
     adapter_files,
     base_files,
     lora_files,
     no_model_index,
     read_family,
+    vae_files,
 )
 from arcflow_export.checkpoint.merge import MergedWeights, PlainWeights, WeightSource
 from arcflow_export.checkpoint.sources import Location, Resolved, measure, read_json, resolve
@@ -55,6 +57,8 @@ class Student:
     styles: tuple[Style, ...]
     transformer: MergedWeights
     indexes: dict[str, TensorIndex] = field(repr=False)
+    #: The VAE given in place of the base's, or None; `vae_config` and `indexes` are then of this one.
+    vae: Resolved | None = None
 
     @property
     def sampler(self) -> Sampler:
@@ -103,6 +107,12 @@ class Student:
             None if adapter is None else Source(adapter.source.name, adapter.source.revision, adapter.index.digest()),
             tuple(Source(s.source.name, s.source.revision, s.digest, s.scale) for s in self.styles),
         )
+
+    @property
+    def vae_source(self) -> Source | None:
+        """The VAE given in place of the base's, as a bundle's provenance records it; None if there is none."""
+        vae = self.vae
+        return None if vae is None else Source(vae.name, vae.revision, self.indexes["vae"].digest())
 
     def parts(self, dtype: DType | Callable[[str], DType]) -> list[ModelPart]:
         """Every part of the bundle, on the meta device, in the order in which data flows.
@@ -179,13 +189,16 @@ def read_outline(base: Location, adapter: Location | None) -> Outline:
     return Outline(family, folder, config, vae_config, k, p, {})
 
 
-def load_student(base: Location, adapter: Location | None, loras: list[tuple[Location, float]]) -> Student:
+def load_student(
+    base: Location, adapter: Location | None, loras: list[tuple[Location, float]], vae: Location | None = None
+) -> Student:
     """Find, download, open and check a base, an adapter and LoRAs; reads only configs and headers.
 
     Args:
         base: the base checkpoint.
         adapter: the ArcFlow adapter; None for a straight student.
         loras: style LoRAs with their scales.
+        vae: a VAE to decode with in place of the base's.
 
     Raises:
         SourceError: a file is missing or damaged, or does not fit the others; the message names it.
@@ -196,6 +209,8 @@ def load_student(base: Location, adapter: Location | None, loras: list[tuple[Loc
         measure(adapter, "adapter", adapter_files)
     for location, _ in loras:
         measure(location, "LoRA", lora_files)
+    if vae is not None:
+        measure(vae, "VAE", vae_files)
     base_dir = resolve(base, "base checkpoint", base_files)
     if not (base_dir.path / MODEL_INDEX).exists():
         raise SourceError(no_model_index("base checkpoint", base_dir.path))
@@ -204,6 +219,11 @@ def load_student(base: Location, adapter: Location | None, loras: list[tuple[Loc
     indexes = {c: TensorIndex.open(base_dir.path / c, f"base checkpoint, {c}") for c in components}
     config = _transformer_config(base_dir.path / "transformer" / "config.json", family)
     vae_config = read_json(base_dir.path / "vae" / "config.json", "base checkpoint")
+    vae_dir = None if vae is None else resolve(vae, "VAE", vae_files)
+    if vae_dir is not None:
+        vae_config = read_json(vae_dir.path / "config.json", "VAE")
+        single = vae_dir.path / f"{VAE_STEM}.safetensors"
+        indexes["vae"] = TensorIndex.open(single if single.exists() else vae_dir.path, "VAE")
     arc = None
     if adapter is not None:
         arc = load_adapter(resolve(adapter, "adapter", adapter_files), config, indexes["transformer"])
@@ -217,7 +237,7 @@ def load_student(base: Location, adapter: Location | None, loras: list[tuple[Loc
     for module, more in _pairs(styles, "transformer").items():
         merged.setdefault(module, []).extend(more)
     weights = MergedWeights(indexes["transformer"], {} if arc is None else arc.full, merged)
-    return Student(family, base_dir, config, vae_config, arc, styles, weights, indexes)
+    return Student(family, base_dir, config, vae_config, arc, styles, weights, indexes, vae_dir)
 
 
 def _transformer_config(path: Path, family: str) -> dict[str, Any]:

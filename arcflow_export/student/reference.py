@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from arcflow_export.checkpoint.adapter import HEADS
+from arcflow_export.checkpoint.sources import read_json
 from arcflow_export.options import PARTS, SHIFT, TIMESTEP_RATIO
-from arcflow_export.student.assemble import assemble
+from arcflow_export.student.assemble import assemble, load_vae
 from arcflow_export.student.cast import cast_conditioner, cast_linears, keep_float32
 from arcflow_export.student.families import Conditions, RoundedRotary, TorchFamily, torch_family
 from arcflow_export.student.load import Student
@@ -79,6 +80,12 @@ class TorchStudent:
         self.on_disk = stays_on_disk(weight_bytes(student, dtypes), free_bytes(device)) if offload is None else offload
         self.pipe, self.heads = assemble(student, dtypes, device, self.on_disk)
         self.transformer = self.pipe.transformer
+        #: The base's own VAE in float32 if another one was given in its place, else None.
+        self.full_vae = None
+        if student.vae is not None:
+            folder = student.base.path / "vae"
+            self.full_vae = load_vae(folder, read_json(folder / "config.json", "base checkpoint"), torch.float32)
+            self.full_vae.to(device)
         if kept.get("backbone") or kept.get("conditioner") or conditioner != dtype:
             cast_linears(self.transformer)
             cast_linears(self.heads)
@@ -196,12 +203,18 @@ class TorchStudent:
 
     @torch.inference_mode()
     def decode(
-        self, latents: torch.Tensor, height: int, width: int, rounding: torch.Generator | None = None
+        self,
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        rounding: torch.Generator | None = None,
+        full: bool = False,
     ) -> torch.Tensor:
-        """Decode packed latents [B, N, C] to images [B, H, W, 3] float32 in [0, 1]."""
+        """Decode packed latents [B, N, C] to images [B, H, W, 3] float32 in [0, 1]; `full` uses `full_vae`."""
         z = latents.unflatten(1, (height // 16, width // 16)).unflatten(-1, (-1, 2, 2))
         z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        image = self.family.decode(self.pipe.vae, z, lambda x: round_randomly(x, self.vae_dtype, rounding))
+        vae, dtype = (self.full_vae, torch.float32) if full else (self.pipe.vae, self.vae_dtype)
+        image = self.family.decode(vae, z, lambda x: round_randomly(x, dtype, rounding))
         return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 

@@ -53,6 +53,8 @@ SPREADS = 2.0
 #: Number of runs of torch in the reduced precision. The first rounds the latents to nearest, the others at random, so
 #: that their spread shows how much rounding matters.
 RUNS = 4
+#: Row for a bundle with another VAE than the base's. It has no bound: how much an image may change is a choice.
+FULL_VAE = "vae image, against the base's VAE"
 #: Bound for images, 1.5 grey levels: an image has 8 bits, so smaller differences are rounding.
 IMAGE_BOUND = 1.5 / 255
 
@@ -298,6 +300,10 @@ def _compare_parts(
     images = [same.decode(x, case.height, case.width, r) for r in _roundings(bundle, "vae_decoder")]
     exact_image = exact.decode(x, case.height, case.width)
     compare.add("vae image", pixels / np.float32(255), images, exact_image, IMAGE_BOUND)
+    if exact.full_vae is not None:
+        full = exact.decode(x, case.height, case.width, full=True)
+        distance = _relative(pixels / np.float32(255), full.numpy())
+        compare.rows.append(VerifyRow(compare.case, FULL_VAE, distance, math.inf))
 
 
 def _compare_images(

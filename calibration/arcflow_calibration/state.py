@@ -27,6 +27,7 @@ from arcflow_export.formats.prompts import Prompts
 from arcflow_export.student.load import Student
 from arcflow_runtime.disk.files import hidden, locked, whole_file
 from arcflow_runtime.disk.outputs import check_writable
+from arcflow_runtime.lora.layers import LoraFile
 
 _KEY = "calibration"
 
@@ -69,7 +70,7 @@ def settings_of(student: Student, prompts: Prompts, settings: CalibrationSetting
     return {
         "base": _fingerprint([path for index in base for path in index.files]),
         "adapter": None if student.adapter is None else _fingerprint(student.adapter.index.files),
-        "LoRAs": [[_fingerprint(_files(style.source.path)), style.scale] for style in student.styles],
+        "LoRAs": [[_fingerprint(_lora_files(style.lora)), style.scale] for style in student.styles],
         "prompts": prompts.record.sha256,
         "method": settings.method,
         "percentile": settings.percentile,
@@ -183,8 +184,9 @@ def _counts(counts: torch.Tensor | None) -> torch.Tensor:
     return counts
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+def _lora_files(lora: LoraFile) -> list[Path]:
+    """The file, and the adapter_config.json that was read with it, which can change its scale."""
+    return [lora.path, *filter(None, [lora.config])]
 
 
 def _fingerprint(paths: list[Path]) -> str:

@@ -19,6 +19,7 @@ from arcflow_runtime.installing import install_command
 #: Subcommand -> its module. The module's docstring is the help text; it has `add_arguments(parser)` and
 #: `run(args) -> int`.
 COMMANDS = {
+    "doctor": "arcflow_export.commands.doctor",
     "compile": "arcflow_export.commands.compile",
     "plan": "arcflow_export.commands.plan",
     "download": "arcflow_export.commands.download",
@@ -26,9 +27,11 @@ COMMANDS = {
     "calibrate": "arcflow_calibration.commands.calibrate",
     "generate": "arcflow_runtime.commands.generate",
     "serve": "arcflow_serve.commands.serve",
+    "triton": "arcflow_serve.commands.triton",
     "quantize": "arcflow_export.commands.quantize",
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",
+    "push": "arcflow_runtime.commands.push",
     "inspect": "arcflow_runtime.commands.inspect",
     "lora": "arcflow_runtime.commands.lora",
     "bench": "arcflow_runtime.commands.bench",

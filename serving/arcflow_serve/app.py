@@ -39,8 +39,8 @@ _FAVICON = (
 _ERRORS = {"description": "An error, in OpenAI's shape."}
 
 
-def create_app(engine: Engine, settings: Settings) -> ASGIApp:
-    """The application, which passes every checked request to `engine`."""
+def create_app(engine: Engine, settings: Settings, behind_ray: bool = False) -> ASGIApp:
+    """The application, which passes every checked request to `engine`; Ray's proxy gives every reply a request id."""
     app = FastAPI(
         title="ArcFlow", description="OpenAI's images API for ArcFlow bundles.", docs_url=None, redoc_url=None
     )
@@ -63,7 +63,20 @@ def create_app(engine: Engine, settings: Settings) -> ASGIApp:
         },
         responses=dict.fromkeys((400, 401, 404, 408, 413, 415, 429, 500, 503), _ERRORS),
     )
-    return WithRequestId(app)
+    return WithRaysRequestId(app) if behind_ray else WithRequestId(app)
+
+
+class WithRaysRequestId:
+    """Reads the request id that Ray's proxy adds to the headers of each request, and to its reply."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] == "http":
+            scope[REQUEST_ID] = dict(scope["headers"]).get(b"x-request-id", b"unknown").decode("latin-1")
+        await self._app(scope, receive, send)
 
 
 class WithRequestId:

@@ -40,6 +40,10 @@ class ServiceError(ArcFlowError):
         self.status, self.code, self.param = status, code, param
         self.retry_after_s, self.retry = retry_after_s, retry
 
+    def __reduce__(self) -> tuple[type[ServiceError], tuple[object, ...]]:
+        """Pass every argument on, where an exception's default is the message alone."""
+        return type(self), (self.status, self.code, str(self), self.param, self.retry_after_s, self.retry)
+
     def body(self) -> dict[str, dict[str, str | None]]:
         """The reply as OpenAI words it."""
         kind = _TYPES.get(self.status, "invalid_request_error")
@@ -51,6 +55,18 @@ class ServiceError(ArcFlowError):
         if not self.retry:
             headers["x-should-retry"] = "false"
         return headers
+
+
+def queue_is_full(limit: int, retry_after_s: int) -> ServiceError:
+    """There is no room for a request; `limit` is the number of images that may wait."""
+    message = f"{limit} images may wait at most, and there is no room for this request; try again later"
+    return ServiceError(TOO_MANY, "queue_full", message, retry_after_s=retry_after_s)
+
+
+def waited_too_long(deadline_s: float, retry_after_s: int) -> ServiceError:
+    """A request was not started in time."""
+    message = f"the request waited for {deadline_s:g} s without being started; try again later"
+    return ServiceError(UNAVAILABLE, "deadline_exceeded", message, retry_after_s=retry_after_s)
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ServiceError:

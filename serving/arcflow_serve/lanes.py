@@ -20,7 +20,7 @@ from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError, bad_request
 from arcflow_serve.jobs import BatchKey, Event, Failed, Finished, Job, Picture, Preview
-from arcflow_serve.metrics import Metrics
+from arcflow_serve.metrics import LaneMetrics
 from arcflow_serve.models import Model
 from arcflow_serve.waiting import WaitingRoom
 
@@ -64,7 +64,7 @@ class Lanes:
         room: WaitingRoom,
         caps: BatchCaps,
         send: Callable[[Job, Event], None],
-        metrics: Metrics,
+        metrics: LaneMetrics,
     ) -> None:
         """See `Service`, which makes them.
 

@@ -20,7 +20,7 @@ _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Metrics:
-    """Counters and gauges of one service, in a registry of its own."""
+    """Counters and gauges of requests, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -30,16 +30,14 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
-
         self.requests = counter("arcflow_requests", "Requests for images that were answered.", "status")
         self.left = counter("arcflow_requests_left", "Requests whose client left before the answer.")
         self.images = counter("arcflow_images", "Images that were generated.", "model")
-        self.e2e = histogram("arcflow_e2e_latency_seconds", "From a request's arrival to its answer.", _SECONDS)
-        self.queue = histogram("arcflow_queue_seconds", "From a request's arrival to its start.", _SECONDS)
-        self.batch = histogram("arcflow_batch_size", "Images generated together.", _BATCHES)
-        self.stage = histogram("arcflow_stage_seconds", "Time of one stage for a batch.", _STAGE_SECONDS, "stage")
+        self.e2e = self._histogram("arcflow_e2e_latency_seconds", "From a request's arrival to its answer.", _SECONDS)
+        self.queue = self._histogram("arcflow_queue_seconds", "From a request's arrival to its start.", _SECONDS)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Add a gauge that is read when the metrics are asked for, so that it cannot fall behind."""
@@ -48,3 +46,12 @@ class Metrics:
     def render(self) -> bytes:
         """Everything, as text."""
         return generate_latest(self.registry)
+
+
+class LaneMetrics(Metrics):
+    """Those, and what the lanes of this process do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch = self._histogram("arcflow_batch_size", "Images generated together.", _BATCHES)
+        self.stage = self._histogram("arcflow_stage_seconds", "Time of one stage for a batch.", _STAGE_SECONDS, "stage")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from arcflow_runtime.errors import EngineError, RequestError
 from arcflow_runtime.generate.pipeline import Pipeline
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import PromptTokenizer
+from arcflow_runtime.hub.bundles import find_bundle
 from arcflow_serve.settings import Settings
 
 _log = logging.getLogger("arcflow.serve")
@@ -42,7 +42,7 @@ class Model:
     """
 
     def __init__(self, name: str, bundle: Bundle, load: Load, loras: Sequence[str] = ()) -> None:
-        """`load` opens the pipeline with the LoRAs named in `loras`; `restore` calls it."""
+        """`load` opens the pipeline with the LoRAs named in `loras`; the methods `load` and `restore` call it."""
         self.name = name
         self.manifest = bundle.manifest
         self.created = int(time.time())
@@ -146,6 +146,16 @@ class Model:
                 _log.warning("model %s is loaded again: a call did not return", self.name)
                 self._retire(close=False)
 
+    def load(self) -> None:
+        """Load the pipeline for the first time.
+
+        Raises:
+            ArcFlowError: it cannot be loaded.
+        """
+        pipeline = self._load()
+        with self._changed:
+            self._pipeline, self._error = pipeline, None
+
     def restore(self) -> None:
         """Load the pipeline if there is none, its predecessor is closed, and the last attempt was not just now."""
         with self._changed:
@@ -189,47 +199,67 @@ class Model:
 
 
 def open_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
-    """Load bundles; each is named after its directory, and the first is the default.
+    """Load bundles; each is named after its directory or its name on the hub, and the first is the default.
 
     Raises:
         BundleError: a bundle cannot be opened.
         EngineError: the backend cannot run a bundle.
         LoraError: a LoRA cannot be read, or does not fit a bundle's slots.
-        RequestError: two directories or two LoRAs have the same name, or there are LoRAs but no bundle with slots.
+        RequestError: two bundles or two LoRAs have the same name, or there are LoRAs but no bundle with slots.
+        SourceError: a bundle on the hub cannot be downloaded.
+    """
+    models = describe_models(paths, settings)
+    for model in models.values():
+        model.load()
+    return models
+
+
+def describe_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
+    """The models of `open_models`, not loaded: they can check requests, and generate nothing.
+
+    Raises:
+        BundleError: a bundle cannot be opened.
+        RequestError: as for `open_models`.
     """
     loras = [file.stem for file in settings.loras]
     if twice := sorted({name for name in loras if loras.count(name) > 1}):
         raise RequestError(f"LoRAs must have different file names, got {', '.join(twice)} twice; rename one")
     models: dict[str, Model] = {}
-    for path in paths:
-        # Without following links, so that a link can give a bundle another name.
-        name = Path(os.path.abspath(path)).name
+    for given in paths:
+        found = find_bundle(given)
+        path, name = found.path, found.name
         if name in models:
-            raise RequestError(
-                f"bundles must have different directory names, got {name!r} twice; rename one, or link to it"
-            )
+            raise RequestError(f"bundles must have different names, got {name!r} twice; rename one, or link to it")
 
         bundle = Bundle.open(path)
         files = settings.loras if bundle.manifest.slots() else ()
 
-        def load(path: Path = path, files: tuple[Path, ...] = files) -> Pipeline:
+        def load(path: Path = path, bundle: Bundle = bundle, files: tuple[Path, ...] = files) -> Pipeline:
             pipeline = Pipeline.load(path, settings.backend, settings.memory, threads=settings.engine_threads)
             try:
                 for file in files:
                     pipeline.load_lora(file)
+                _warm_up(pipeline, bundle, settings)
             except BaseException:
                 pipeline.close()
                 raise
             return pipeline
 
-        model = Model(name, bundle, load, [file.stem for file in files])
-        model.restore()
-        if not model.loaded:
-            # The error is raised again with its own class.
-            load().close()
-        models[name] = model
+        models[name] = Model(name, bundle, load, [file.stem for file in files])
     if settings.loras and not any(model.loras for model in models.values()):
         raise RequestError(
             "--lora needs a bundle with LoRA slots, and none has any; export with --lora-slots, or merge with --lora"
         )
     return models
+
+
+def _warm_up(pipeline: Pipeline, bundle: Bundle, settings: Settings) -> None:
+    """Generate every size with every batch size once.
+
+    Raises:
+        RequestError: the bundle has no such size.
+    """
+    for width, height in settings.warm_up:
+        for count in range(1, min(settings.max_batch, bundle.manifest.ranges.batch.max) + 1):
+            pipeline([""] * count, height=height, width=width, seed=list(range(count)))
+    pipeline.clear_cache()

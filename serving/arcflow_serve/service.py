@@ -11,10 +11,10 @@ import threading
 from collections.abc import Mapping
 from typing import Protocol
 
-from arcflow_serve.errors import TOO_MANY, UNAVAILABLE, ServiceError
+from arcflow_serve.errors import UNAVAILABLE, ServiceError, queue_is_full, waited_too_long
 from arcflow_serve.jobs import Event, Failed, Finished, Job
 from arcflow_serve.lanes import BatchCaps, Lanes
-from arcflow_serve.metrics import Metrics
+from arcflow_serve.metrics import LaneMetrics, Metrics
 from arcflow_serve.models import Model
 from arcflow_serve.settings import Settings
 from arcflow_serve.waiting import WaitingRoom
@@ -30,7 +30,11 @@ class Engine(Protocol):
     """What the web application needs of a service."""
 
     models: Mapping[str, Model]
-    metrics: Metrics
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counters of requests, and whatever else `/metrics` shows."""
+        ...
 
     def submit(self, job: Job) -> None:
         """Accept a job, whose events are delivered from then on.
@@ -62,7 +66,7 @@ class Service:
     def __init__(self, models: Mapping[str, Model], settings: Settings) -> None:
         self.models = models
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = LaneMetrics()
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
         caps = BatchCaps(settings.max_batch, models)
@@ -158,28 +162,14 @@ class Service:
             try:
                 self._lanes.repair()
                 for job in self._room.expired():
-                    self._send(job, Failed(self._waited_too_long()))
+                    self._send(job, Failed(waited_too_long(self.settings.deadline_s, self._retry_after_s())))
                 for model in self.models.values():
                     model.restore()
             except Exception:
                 _log.exception("the keeper failed; it goes on")
 
     def _queue_is_full(self) -> ServiceError:
-        return ServiceError(
-            TOO_MANY,
-            "queue_full",
-            f"{self.settings.max_queue} images may wait at most, and there is no room for this request; try again "
-            "later",
-            retry_after_s=self._retry_after_s(),
-        )
-
-    def _waited_too_long(self) -> ServiceError:
-        return ServiceError(
-            UNAVAILABLE,
-            "deadline_exceeded",
-            f"the request waited for {self.settings.deadline_s:g} s without being started; try again later",
-            retry_after_s=self._retry_after_s(),
-        )
+        return queue_is_full(self.settings.max_queue, self._retry_after_s())
 
     def _shutting_down(self) -> ServiceError:
         return ServiceError(

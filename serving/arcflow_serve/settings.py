@@ -29,6 +29,8 @@ class Settings:
         backend: the library that runs the graphs, as for `Pipeline.load`.
         memory: which parts stay loaded, as for `Pipeline.load`; None follows from the free memory.
         loras: files of LoRAs that requests may use; each is named after its file.
+        warm_up: sizes, as width and height in pixels, of which every batch size is generated once while a bundle is
+            loaded, so that no request waits for a GPU's compilers and graphs.
         lanes: number of threads that generate images, each one batch at a time.
         threads: CPU threads of an engine in each lane; None shares the cores among the lanes.
         max_batch: most images that a lane generates at a time.
@@ -50,6 +52,7 @@ class Settings:
     backend: str = DEFAULT_BACKEND
     memory: MemoryMode | None = None
     loras: tuple[Path, ...] = ()
+    warm_up: tuple[tuple[int, int], ...] = ()
     lanes: int = field(default_factory=default_lanes)
     threads: int | None = None
     max_batch: int = 8

@@ -39,6 +39,7 @@ _Act = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
 def library():
     library = embed.load(os.environ["HOST_CUDA_CPP"])
     library.host_backends_limits.argtypes = (ctypes.c_size_t, ctypes.c_int64)
+    library.host_backends_weights.argtypes = (ctypes.c_int,)
     return library
 
 
@@ -59,6 +60,7 @@ def on_gpu(library, driver):
     make.kept = set()
     yield make
     library.host_backends_before_enqueue(None)
+    library.host_backends_weights(0)
     for pipe in made:
         pipe.close()
     kinds = set(Live) - make.kept
@@ -194,16 +196,6 @@ def test_a_warm_image_is_one_launch_and_allocates_nothing(on_gpu, driver):
     assert [call for call in driver.log() if call != "cuEventElapsedTime"] == launched
 
 
-def test_low_memory(on_gpu, plain, driver):
-    """With `low_memory` each part runs by itself, and leaves nothing on the device."""
-    pipe = on_gpu(low_memory=1)
-    for seed in (1, 2):
-        found = generate(pipe, seeds=[seed], skip_decode=0)
-        np.testing.assert_allclose(found.latents, generate(plain("flux"), seeds=[seed]).latents, **CLOSE)
-        assert driver.live(Live.PINNED_BYTES) == 0
-    assert driver.calls("cuStreamBeginCapture") == 0
-
-
 def allocate(driver, stream):
     """An engine does this in each run if its activations are not allocated beforehand."""
     address = ctypes.c_uint64()
@@ -265,7 +257,7 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
 def test_every_call_may_fail(image, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right.
 
-    The calls of single engines, which run by themselves with `low_memory`, are in trt_denoiser_test.cpp.
+    Those of single engines, of other memory modes and with LoRAs are in trt_denoiser_test.cpp.
     """
     expected = generate(plain("flux")).latents
     pipe = on_gpu(plans=1)
@@ -347,7 +339,7 @@ def test_a_device_that_is_too_small_says_so(on_gpu, driver):
     assert caught.value.status == OUT_OF_MEMORY
     assert re.fullmatch(
         r"text_encoder: inputs and outputs need [\d,]+ bytes of Host memory's memory, 512 are free; "
-        r"set low_memory, or ask for fewer or smaller images",
+        r'open with the memory mode "balanced" or "low", or ask for fewer or smaller images',
         str(caught.value),
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
+from arcflow_runtime.build.static_axes import fix_static_axes
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import Profile
 from arcflow_runtime.disk.external_data import checked_graph
@@ -138,12 +139,11 @@ class _Build:
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
         graph = checked_graph(self._bundle, self._part)
-        # Parsed by path, because the external weights are beside the graph.
-        if not parser.parse_from_file(str(graph)):
+        # The path tells where the external weights are: beside the graph.
+        if not parser.parse(fix_static_axes(graph.read_bytes(), profiles), str(graph)):
             raise EngineError(self._parser_errors(parser, graph))
         if self.cancelled.is_set():
             return
-        _fix_static_axes(network, profiles)
         config = builder.create_builder_config()
         self._configure(config, target, settings)
         for profile in profiles:
@@ -322,17 +322,6 @@ def _make_writer(trt: ModuleType, out: BinaryIO) -> Any:
                 return 0
 
     return Writer()
-
-
-def _fix_static_axes(network: Any, profiles: tuple[Profile, ...]) -> None:
-    """Make an input's axis static if all profiles allow the same single value for it."""
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        values = [
-            {p[tensor.name].min[a] for p in profiles} | {p[tensor.name].max[a] for p in profiles}
-            for a in range(len(tensor.shape))
-        ]
-        tensor.shape = tuple(v.pop() if len(v) == 1 else -1 for v in values)
 
 
 def _replace_file(path: Path, data: Any) -> None:

@@ -13,13 +13,13 @@ from arcflow_runtime.build.profiles import Size, make_profiles
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
 from arcflow_runtime.disk.manifest import SizeRange
+from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
 from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError, RequestError
 
-#: The first compute capabilities that support these dtypes, as in "sm80".
+#: The first compute capability that supports bfloat16, as in "sm80"; those of the formats are in `FORMATS`.
 FIRST_WITH_BFLOAT16 = 80
-FIRST_WITH_FP8 = 89
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,18 @@ def plan_builds(
 def _check_precision(bundle: Bundle, part: str, target: str) -> None:
     spec = bundle.manifest.parts[part]
     capability = int(target.removeprefix("sm"))
-    if spec.quantization is not None and capability < FIRST_WITH_FP8:
-        raise EngineError(
-            f"{part} is in FP8, which {target} does not support; build for sm{FIRST_WITH_FP8} or newer, or build the "
-            "bundle that this one was quantised from"
-        )
+    for name in formats_of(spec):
+        facts = FORMATS[name]
+        if facts.first_sm is None:
+            raise EngineError(
+                f"{part} is in {facts.title}, which is for CPUs; build the bundle that this one was quantised from, or "
+                "quantise that to FP8"
+            )
+        if capability < facts.first_sm:
+            raise EngineError(
+                f"{part} is in {facts.title}, which {target} does not support; build for sm{facts.first_sm} or newer, "
+                "or build the bundle that this one was quantised from"
+            )
     if spec.precision == "bfloat16" and capability < FIRST_WITH_BFLOAT16:
         raise EngineError(
             f"{part} is in bfloat16, which {target} does not support; export the bundle with --dtype float16"

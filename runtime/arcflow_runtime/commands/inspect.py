@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
+
 if TYPE_CHECKING:
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.disk.manifest import Manifest, Part, TensorSpec
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--check", action="store_true", help="hash every file, not only the small ones")
     parser.add_argument(
         "--gpu-memory",
@@ -33,8 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the bundle's description."""
     from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.disk.checked import open_checked
+    from arcflow_runtime.hub.bundles import find_bundle
 
-    bundle = _open_checked(args.bundle) if args.check else Bundle.open(args.bundle)
+    root = find_bundle(args.bundle).path
+    bundle = open_checked(root) if args.check else Bundle.open(root)
     described = _describe(bundle) if args.json else {}
     lines = [] if args.json else [_table(bundle, args.check)]
     if args.gpu_memory is not None:
@@ -58,18 +63,6 @@ def _gigabytes(text: str) -> int:
     return nbytes
 
 
-def _open_checked(root: Path) -> Bundle:
-    from tqdm import tqdm
-
-    from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.disk.manifest import ENGINES, MANIFEST
-
-    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in (MANIFEST, ENGINES)]
-    total = sum(p.stat().st_size for p in files)
-    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        return Bundle.open(root, "full", bar.update)
-
-
 def _sigmas(manifest: Manifest) -> list[float]:
     """The sigmas of the default number of steps, for an image of the default size."""
     from arcflow_runtime.generate.request import nearest_size
@@ -84,8 +77,8 @@ def _part_bytes(manifest: Manifest, part: Part) -> int:
     return sum(manifest.files[name].bytes for name in {part.graph, part.weights})
 
 
-def _fp8_parameters(bundle: Bundle, part: Part) -> int:
-    """Number of weight elements in FP8, read from the header of the weights file."""
+def _quantized_parameters(bundle: Bundle, part: Part) -> int:
+    """Number of quantised weight elements, read from the header of the weights file."""
     if part.quantization is None:
         return 0
     from safetensors import SafetensorError, safe_open
@@ -98,7 +91,7 @@ def _fp8_parameters(bundle: Bundle, part: Part) -> int:
             shapes = [f.get_slice(f"{layer}.weight").get_shape() for layer in part.quantization.layers]
     except SafetensorError as e:
         raise BundleError(
-            f"{path} does not hold the weights that the manifest says are in FP8 ({e}); export again"
+            f"{path} does not hold the weights that the manifest says are quantised ({e}); export again"
         ) from None
     return sum(math.prod(shape) for shape in shapes)
 
@@ -106,17 +99,18 @@ def _fp8_parameters(bundle: Bundle, part: Part) -> int:
 def _precision(bundle: Bundle, part: Part) -> str:
     if part.quantization is None:
         return part.precision
-    share = _fp8_parameters(bundle, part) / max(1, part.parameters)
-    return f"{part.precision}, {len(part.quantization.layers)} linears in FP8 ({share:.1%} of the parameters)"
+    share = _quantized_parameters(bundle, part) / max(1, part.parameters)
+    titles = " and ".join(FORMATS[name].title for name in formats_of(part))
+    return f"{part.precision}, {len(part.quantization.layers)} linears in {titles} ({share:.1%} of the parameters)"
 
 
 def _describe(bundle: Bundle) -> dict[str, object]:
-    """The manifest as a dict, plus each part's bytes and FP8 parameters, the sigmas, the total size and the engines."""
+    """The manifest as a dict, plus each part's bytes and quantised parameters, the sigmas, the size and the engines."""
     m = bundle.manifest
     data = dataclasses.asdict(m)
     for name, part in m.parts.items():
         data["parts"][name]["bytes"] = _part_bytes(m, part)
-        data["parts"][name]["fp8_parameters"] = _fp8_parameters(bundle, part)
+        data["parts"][name]["quantized_parameters"] = _quantized_parameters(bundle, part)
     data["schedule"]["sigmas"] = _sigmas(m)
     data["bytes"] = sum(entry.bytes for entry in m.files.values())
     data["engines"] = _engines(bundle)
@@ -212,6 +206,7 @@ def _facts(m: Manifest) -> list[str]:
         "base": _source(p.base.name, p.base.revision),
         "adapter": "none" if p.adapter is None else _source(p.adapter.name, p.adapter.revision),
         "loras": loras,
+        **({} if p.vae is None else {"vae": _source(p.vae.name, p.vae.revision)}),
         "made": f"{p.created} by {', '.join(f'{k} {v}' for k, v in p.tools.items())}",
         "command": p.command,
     }

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 #: Part -> the timed layers of all its runs.
 Layers = Mapping[str, "Sequence[LayerTime]"]
-_NAME_WIDTH = 60
+_NAME_WIDTH, _KIND_WIDTH = 60, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--height", type=int, help="pixels (default: 1024 or the nearest allowed)")
     parser.add_argument("--width", type=int, help="pixels (default: as for --height)")
     parser.add_argument("--steps", type=int, help="number of denoising steps (default: the bundle's)")
@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         check_writable(args.trace, "--trace")
     from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.hub.bundles import find_bundle
 
-    layers = profile(Bundle.open(args.bundle), args)
+    layers = profile(Bundle.open(find_bundle(args.bundle).path), args)
     if args.trace is not None:
         temporary = args.trace.with_name(f".{args.trace.name}.tmp")
         temporary.write_text(json.dumps({"traceEvents": trace_events(layers), "displayTimeUnit": "ms"}))
@@ -168,15 +169,15 @@ def _table(rows: list[dict[str, Any]], top: int) -> str:
     parts: dict[str, float] = {}
     for row in rows:
         parts[row["part"]] = parts.get(row["part"], 0.0) + row["ms"]
-    lines = [f"{'part':16} {'layer':{_NAME_WIDTH}} {'operator':16} {'runs':>5} {'ms':>10} {'%':>6}"]
+    lines = [f"{'part':16} {'layer':{_NAME_WIDTH}} {'operator':{_KIND_WIDTH}} {'runs':>5} {'ms':>10} {'%':>6}"]
     for row in rows[:top]:
         layer = row["layer"] if len(row["layer"]) <= _NAME_WIDTH else "..." + row["layer"][3 - _NAME_WIDTH :]
         lines.append(
-            f"{row['part']:16} {layer:{_NAME_WIDTH}} {row['operator']:16} {row['runs']:5} {row['ms']:10.3f} "
-            f"{100 * row['ms'] / total:6.1f}"
+            f"{row['part']:16} {layer:{_NAME_WIDTH}} {row['operator']:{_KIND_WIDTH}} {row['runs']:5} "
+            f"{row['ms']:10.3f} {100 * row['ms'] / total:6.1f}"
         )
     if len(rows) > top:
         rest = sum(row["ms"] for row in rows[top:])
-        lines.append(f"{'':16} {f'and {len(rows) - top} more':{_NAME_WIDTH}} {'':16} {'':5} {rest:10.3f}")
+        lines.append(f"{'':16} {f'and {len(rows) - top} more':{_NAME_WIDTH}} {'':{_KIND_WIDTH}} {'':5} {rest:10.3f}")
     lines += ["", *(f"{part:16} {ms:10.3f} ms {100 * ms / total:6.1f} %" for part, ms in parts.items())]
     return "\n".join(lines)

@@ -34,6 +34,8 @@ MAX_MANIFEST_BYTES = 16 << 20
 #: Files up to this size are hashed each time the bundle is opened; larger ones only with `check="full"`.
 FAST_HASH_BYTES = 64 << 20
 
+_VERSIONS = f"{', '.join(map(str, VERSIONS[:-1]))} or {VERSIONS[-1]}"
+
 Check = Literal["fast", "full"]
 
 
@@ -61,7 +63,7 @@ class Bundle:
             BundleError: `root` is not a bundle, has an unsupported version, is damaged, or lists a path outside itself.
         """
         root = Path(root).absolute()
-        manifest, digest = _read_manifest(root)
+        manifest, digest = read_manifest(root)
         bundle = Bundle(root, manifest, digest)
         check_values(manifest, str(root / MANIFEST))
         bundle._check_references()
@@ -119,7 +121,7 @@ class Bundle:
             BundleError: the file is missing, damaged, or outside the bundle.
         """
         entry, path = self.manifest.files[name], self.root / name
-        _check_name(name, self.root)
+        check_name(name, self.root)
         if not path.is_file():
             raise BundleError(f"{path} is missing; was the bundle moved in part? Copy the whole directory again")
         if not path.resolve().is_relative_to(self.root.resolve()):
@@ -151,7 +153,12 @@ def timestamp() -> str:
     return when.isoformat(timespec="seconds")
 
 
-def _check_name(name: str, root: Path) -> None:
+def check_name(name: str, root: Path) -> None:
+    """Check the name of a file in the manifest of the bundle at `root` (B4).
+
+    Raises:
+        BundleError: the name leaves the bundle, or has characters that it may not have.
+    """
     parts = name.split("/")
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", name) or any(p in ("", ".", "..") for p in parts):
         raise BundleError(f"{root / MANIFEST}: file name {name!r} leaves the bundle or has characters it may not have")
@@ -160,8 +167,15 @@ def _check_name(name: str, root: Path) -> None:
             raise BundleError(f"{root / MANIFEST}: file {name!r} must not be in {folder}/, which is for built {what}")
 
 
-def _read_manifest(root: Path) -> tuple[Manifest, str]:
-    """Read and check `manifest.json`; return the manifest and the SHA-256 of the file."""
+def read_manifest(root: Path) -> tuple[Manifest, str]:
+    """Read and check the `manifest.json` of the bundle at `root`, but no other file.
+
+    Returns:
+        The manifest, and the SHA-256 of the file.
+
+    Raises:
+        BundleError: it is missing, too large, damaged or of an unsupported version.
+    """
     path = root / MANIFEST
     if not root.is_dir():
         raise BundleError(f"{root} is not a directory; give the directory that `arcflow export --out` wrote")
@@ -179,8 +193,7 @@ def _read_manifest(root: Path) -> tuple[Manifest, str]:
     version = data.get("version")
     if version not in VERSIONS or isinstance(version, bool):
         what = "update arcflow" if isinstance(version, int) and version > max(VERSIONS) else "export the bundle again"
-        known = f"{', '.join(map(str, VERSIONS[:-1]))} or {VERSIONS[-1]}"
-        raise BundleError(f"{path}: version must be {known}, got {version!r}; {what}")
+        raise BundleError(f"{path}: version must be {_VERSIONS}, got {version!r}; {what}")
     digest = data.pop("digest", None)
     manifest: Manifest = parse(Manifest, data, str(path))
     for place, keys, rule in later_keys({"modulation": None} | data, manifest.version):

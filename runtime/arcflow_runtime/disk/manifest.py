@@ -15,8 +15,9 @@ from typing import Any, Literal
 from arcflow_runtime.disk.families import Family
 
 FORMAT = "arcflow-bundle"
-#: The version of a bundle without LoRA slots, of one with them, and of a straight student with or without.
-PLAIN_VERSION, LORA_VERSION, STRAIGHT_VERSION = VERSIONS = (1, 2, 3)
+#: The version of a bundle with nothing new, of one with LoRA slots (B14), of one with other formats than FP8 (B15), and
+#: of a straight student (B16). Each may have what the versions before it have.
+PLAIN_VERSION, LORA_VERSION, FORMATS_VERSION, STRAIGHT_VERSION = VERSIONS = (1, 2, 3, 4)
 MANIFEST = "manifest.json"
 #: Key of the modulation table in a manifest; its slots are listed under this name beside those of the parts.
 MODULATION = "modulation"
@@ -31,7 +32,7 @@ RANK_MULTIPLE = 8
 MAX_RANK = 1024
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
-QuantFormat = Literal["fp8_e4m3"]
+QuantFormat = Literal["fp8_e4m3", "int8", "nvfp4"]
 #: How a step is computed from the backbone's outputs: a sum of exponentials, or one velocity (B16).
 Sampler = Literal["momentum", "linear"]
 
@@ -47,15 +48,26 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The linear layers of a part that are in FP8 (B12), by name.
+    """The quantised linears of a part (B12), by name.
 
-    `policy` and `scales` are the SHA-256 of the policy that chose the layers and of the scales file.
+    `policy` and `scales` are the SHA-256 of the policy that chose the layers and of the scales file; `scales` is None
+    if no format needs calibration. `formats` has the format of layers that are not in `format`, or is None (B15).
     """
 
     format: QuantFormat
     layers: tuple[str, ...]
     policy: str
-    scales: str
+    scales: str | None
+    formats: Mapping[str, QuantFormat] | None = None
+
+    def format_of(self, layer: str) -> QuantFormat:
+        """The format of one of `layers`."""
+        return (self.formats or {}).get(layer, self.format)
+
+    @property
+    def plain(self) -> bool:
+        """True if versions 1 and 2 can state it."""
+        return self.format == "fp8_e4m3" and self.formats is None and self.scales is not None
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class Part:
     """One ONNX graph of the bundle with its weights, such as the backbone.
 
     `precision` is the dtype of its floating-point inputs, outputs and arithmetic; the linears that `quantization` lists
-    are computed in FP8. `inputs` are those of B9; the slots of `lora` are inputs as well.
+    are quantised. `inputs` are those of B9; the slots of `lora` are inputs as well.
     """
 
     graph: str
@@ -274,7 +286,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the bundle was made, for information only; nothing is loaded by it."""
+    """How the bundle was made, for information only; nothing is loaded by it.
+
+    `vae` is the VAE that was given in place of the base's, or None.
+    """
 
     command: str
     created: str
@@ -282,6 +297,7 @@ class Provenance:
     base: Source
     adapter: Source | None
     loras: tuple[Source, ...] = ()
+    vae: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -322,9 +338,20 @@ class Manifest:
         found = {name: part.lora for name, part in self.parts.items()} | {MODULATION: table}
         return {name: slots for name, slots in found.items() if slots is not None}
 
+    @property
+    def needed_version(self) -> int:
+        """The version that the contents need: the oldest one whose readers can read them."""
+        if self.sampler == "linear":
+            return STRAIGHT_VERSION
+        if any(part.quantization is not None and not part.quantization.plain for part in self.parts.values()):
+            return FORMATS_VERSION
+        return LORA_VERSION if self.slots() else PLAIN_VERSION
+
     def to_json(self) -> str:
         """The manifest as JSON text with `format` and `version` first and its digest last (B3)."""
         data = dataclasses.asdict(self)
+        if self.provenance.vae is None:
+            del data["provenance"]["vae"]
         for place, keys, _ in later_keys(data, self.version):
             for key in keys:
                 del place[key]
@@ -339,6 +366,9 @@ def later_keys(data: dict[str, Any], version: int) -> list[tuple[dict[str, Any],
         found += [(part, ["lora"], "B14") for part in data["parts"].values()]
         if data["modulation"] is not None:
             found.append((data["modulation"], ["lora", "columns"], "B14"))
+    if version < FORMATS_VERSION:
+        quantized = (part.get("quantization") for part in data["parts"].values())
+        found += [(q, ["formats"], "B15") for q in quantized if q is not None]
     if version < STRAIGHT_VERSION:
         found.append((data, ["sampler", "true_cfg_scale"], "B16"))
         found.append((data["schedule"], ["dynamic_shift", "terminal", "sigmas"], "B16"))

@@ -8,15 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from arcflow_runtime.disk.families import facts as family_facts
-from arcflow_runtime.disk.manifest import (
-    LORA_VERSION,
-    MAX_RANK,
-    MODULATION,
-    PLAIN_VERSION,
-    RANK_MULTIPLE,
-    STRAIGHT_VERSION,
-    Manifest,
-)
+from arcflow_runtime.disk.manifest import MAX_RANK, MODULATION, RANK_MULTIPLE, STRAIGHT_VERSION, Manifest
+from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
 from arcflow_runtime.disk.signatures import signature
 from arcflow_runtime.errors import BundleError
 
@@ -103,16 +96,24 @@ def _quantization_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
         yield bool(q.layers), f"{key}: layers", "at least one, or no quantization", list(q.layers)
         twice = sorted(layer for layer, count in Counter(q.layers).items() if count > 1)
         yield not twice, f"{key}: layers", "named once each", twice
-        for digest in ("policy", "scales"):
-            value = getattr(q, digest)
-            yield re.fullmatch("[0-9a-f]{64}", value) is not None, f"{key}: {digest}", "a SHA-256", value
+        strangers = sorted((q.formats or {}).keys() - set(q.layers))
+        yield not strangers, f"{key}: formats", "given for names of layers only", strangers
+        yield _is_sha256(q.policy), f"{key}: policy", "a SHA-256", q.policy
+        if any(FORMATS[name].calibrated for name in formats_of(part)):
+            yield q.scales is not None and _is_sha256(q.scales), f"{key}: scales", "a SHA-256", q.scales
+        else:
+            yield q.scales is None, f"{key}: scales", "null for a format without calibration", q.scales
+
+
+def _is_sha256(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def _lora_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
     found = m.slots()
     if m.sampler == "momentum":
-        version = LORA_VERSION if found else PLAIN_VERSION
-        yield m.version == version, "version", f"{version} with {len(found)} parts that have slots (B14)", m.version
+        needed = m.needed_version
+        yield m.version == needed, "version", f"{needed} for these slots and formats (B14, B15)", m.version
     floats = ("float32", "float16", "bfloat16")
     for name, slots in found.items():
         key = f"{MODULATION}: lora" if name == MODULATION else f"parts.{name}: lora"

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.external_data import checked_graph
 from arcflow_runtime.disk.manifest import Part
+from arcflow_runtime.disk.quant_formats import check_runs
 from arcflow_runtime.engines.base import LayerTime
 from arcflow_runtime.engines.cpu import check_names, check_threads, first_line
 from arcflow_runtime.engines.host_memory import available_bytes
@@ -99,11 +100,12 @@ class OnnxRuntimeBackend:
         self._threads = threads
 
     def check(self, bundle: Bundle) -> None:
-        """Check that no part is in bfloat16, for which ONNX Runtime has no CPU kernels.
+        """Check that no part is in bfloat16 or NVFP4, for which ONNX Runtime has no CPU kernels.
 
         Raises:
-            EngineError: a part is in bfloat16; the message names it.
+            EngineError: a part is; the message names it.
         """
+        check_runs(bundle.manifest, "onnxruntime", "which ONNX Runtime cannot run on a CPU")
         for name, part in bundle.manifest.parts.items():
             dtypes = {part.precision} | {spec.dtype for spec in part.inputs + part.outputs}
             if "bfloat16" in dtypes:
@@ -149,6 +151,8 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options.intra_op_num_threads = threads or 0
     # Each part has its own thread pool. Idle threads must not spin, because the next part needs their cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without VNNI, products of uint8 and int8 (B15) would saturate in 16 bits. No effect on other CPUs.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -91,11 +91,7 @@ class Conditioner:
         """
         if (baked := self.baked(len(timesteps), loras)) is not None:
             return baked[:, None]
-        inputs = {"timesteps": timesteps}
-        if pooled is not None:
-            inputs["pooled_projections"] = pooled
-        if guidance is not None:
-            inputs["guidance"] = np.full(1 if pooled is None else len(pooled), guidance, np.float32)
+        inputs = conditioner_inputs(timesteps, guidance, pooled)
         slots = loras.of("conditioner")
         key = loras.key if slots else None
         if (cached := self._cache.get(inputs, key)) is not None:
@@ -108,6 +104,18 @@ class Conditioner:
     def clear_cache(self) -> None:
         """Drop the cached results."""
         self._cache.clear()
+
+
+def conditioner_inputs(
+    timesteps: np.ndarray, guidance: np.float32 | None, pooled: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """The inputs of the part `conditioner` (B9), without those of LoRA slots; see `Conditioner.modulation`."""
+    inputs = {"timesteps": timesteps}
+    if pooled is not None:
+        inputs["pooled_projections"] = pooled
+    if guidance is not None:
+        inputs["guidance"] = np.full(1 if pooled is None else len(pooled), guidance, np.float32)
+    return inputs
 
 
 def _load_table(bundle: Bundle) -> dict[int, np.ndarray]:

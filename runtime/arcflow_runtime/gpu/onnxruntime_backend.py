@@ -12,6 +12,7 @@ from collections.abc import Callable
 import onnxruntime as ort
 
 from arcflow_runtime.disk.bundle import Bundle
+from arcflow_runtime.disk.quant_formats import check_runs
 from arcflow_runtime.engines.base import Engine
 from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.modes import ONNX_RUNTIME_CUDA
@@ -39,11 +40,12 @@ class OnnxRuntimeCudaBackend:
         self._lane: Lane | None = None
 
     def check(self, bundle: Bundle) -> None:
-        """Check that the CUDA provider and a GPU are present.
+        """Check that the CUDA provider and a GPU are present, and that no part is in NVFP4.
 
         Raises:
-            EngineError: the installed package has no CUDA provider, or there is no GPU.
+            EngineError: the installed package has no CUDA provider, there is no GPU, or a part is in NVFP4.
         """
+        check_runs(bundle.manifest, "onnxruntime", "which ONNX Runtime cannot run")
         if _PROVIDER not in ort.get_available_providers():
             raise EngineError(
                 f"the installed onnxruntime {ort.__version__} has no CUDA provider; "

@@ -21,6 +21,9 @@ NUMPY: dict[str, type[np.generic]] = {
 FLOAT16_MAX = 65504.0
 #: Largest finite value of FP8 E4M3 (the variant without infinities).
 E4M3_MAX = 448.0
+#: Largest E2M1 number, and how many of them share a scale in NVFP4 (B16).
+E2M1_MAX = 6.0
+NVFP4_BLOCK = 16
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:

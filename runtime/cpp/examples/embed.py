@@ -26,6 +26,7 @@ class Options(ctypes.Structure):
         ("threads", c_int32),
         ("low_memory", c_int32),
         ("full_check", c_int32),
+        ("memory", c_char_p),
     )
 
 
@@ -73,6 +74,7 @@ FUNCTIONS = {
     "arcflow_backends": (c_char_p, []),
     "arcflow_open": (c_int32, [c_char_p, POINTER(Options), POINTER(c_void_p)]),
     "arcflow_close": (None, [c_void_p]),
+    "arcflow_memory": (c_char_p, [c_void_p]),
     "arcflow_lora_open": (c_int32, [c_void_p, c_char_p, POINTER(c_void_p)]),
     "arcflow_lora_close": (None, [c_void_p]),
     "arcflow_generate": (c_int32, [c_void_p, POINTER(Request), POINTER(c_void_p)]),
@@ -135,6 +137,11 @@ class Pipeline:
         self._library, self.handle = library, c_void_p()
         given = Options(struct_size=ctypes.sizeof(Options), **options)
         self._check(library.arcflow_open(os.fsencode(bundle), byref(given), byref(self.handle)))
+
+    @property
+    def memory(self) -> str:
+        """The memory mode, also if it was chosen."""
+        return self._library.arcflow_memory(self.handle).decode()
 
     def open_lora(self, path: str) -> c_void_p:
         """Read a file that `arcflow lora convert` wrote; free it with `close_lora`."""

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <condition_variable>
 #include <cstddef>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -20,8 +20,8 @@
 #include "error.h"
 #include "json_text.h"
 #include "maths.h"
-#include "pipeline.h"
 #include "registry.h"
+#include "shared.h"
 #include "signal_stack.h"
 
 namespace {
@@ -29,89 +29,7 @@ namespace {
 using arcflow::Error;
 using arcflow::Images;
 using arcflow::request_error;
-
-// A pipeline, and the count of its running calls.
-class Shared {
-public:
-    Shared(const std::filesystem::path &bundle, const arcflow::LoadOptions &options)
-        : pipeline_(std::make_unique<arcflow::Pipeline>(bundle, options)) {}
-
-    Images generate(const arcflow_request &request, const std::vector<arcflow::ScaledLora> &loras) {
-        const Call call(*this, "arcflow_generate");
-        return pipeline_->generate(request, loras);
-    }
-
-    std::shared_ptr<const arcflow::Lora> open_lora(const std::filesystem::path &path) {
-        const Call call(*this, "arcflow_lora_open");
-        return pipeline_->open_lora(path);
-    }
-
-    void forget_lora(const arcflow::Lora &lora) {
-        const std::lock_guard lock(lock_);
-        if (pipeline_) pipeline_->forget_lora(lora);
-    }
-
-    // Refuse new calls, wait for running calls, then free the pipeline. Inside a callback this call is itself running
-    // and would wait forever, so the running call frees the pipeline when it ends.
-    void close() {
-        std::unique_lock lock(lock_);
-        closed_ = true;
-        if (in_this_thread()) {
-            abandoned_ = true;
-            return;
-        }
-        idle_.wait(lock, [&] { return calls_ == 0; });
-        pipeline_.reset();
-    }
-
-    static Error closed() {
-        return {ARCFLOW_CLOSED, "pipeline was closed, or is not a pipeline; open it again with arcflow_open"};
-    }
-
-private:
-    // Registers a running call. Throws Error if the pipeline is closed or this thread already runs a call on it.
-    class Call {
-    public:
-        Call(Shared &shared, const std::string &function) : shared_(shared) {
-            if (shared.in_this_thread()) {
-                throw request_error(function + " must not be called by on_step on the pipeline that called it; call "
-                                               "it after on_step has returned, or on another pipeline");
-            }
-            in_progress().reserve(in_progress().size() + 1);
-            const std::lock_guard lock(shared.lock_);
-            if (shared.closed_) throw closed();
-            ++shared.calls_;
-            in_progress().push_back(&shared);
-        }
-        Call(const Call &) = delete;
-        Call &operator=(const Call &) = delete;
-        ~Call() {
-            in_progress().pop_back();
-            const std::lock_guard lock(shared_.lock_);
-            if (--shared_.calls_ > 0) return;
-            if (shared_.abandoned_) shared_.pipeline_.reset();
-            shared_.idle_.notify_all();
-        }
-
-    private:
-        Shared &shared_;
-    };
-
-    static std::vector<const Shared *> &in_progress() {
-        thread_local std::vector<const Shared *> calls;
-        return calls;
-    }
-    bool in_this_thread() const {
-        const auto &calls = in_progress();
-        return std::find(calls.begin(), calls.end(), this) != calls.end();
-    }
-
-    std::unique_ptr<arcflow::Pipeline> pipeline_;
-    std::mutex lock_;
-    std::condition_variable idle_;
-    int calls_ = 0;
-    bool closed_ = false, abandoned_ = false;
-};
+using arcflow::Shared;
 
 // A LoRA, and the pipeline that it was opened for.
 struct OpenLora {
@@ -166,7 +84,7 @@ template <class Work> arcflow_status guarded(const Work &work) noexcept {
     } catch (const Error &e) {
         return fail(e.status, "", e.what());
     } catch (const std::bad_alloc &) {
-        return fail(ARCFLOW_OUT_OF_MEMORY, "", "out of memory; ask for fewer or smaller images, or set low_memory");
+        return fail(ARCFLOW_OUT_OF_MEMORY, "", (std::string("out of memory; ") + arcflow::save_memory).c_str());
     } catch (const std::exception &e) {
         return fail(ARCFLOW_INTERNAL_ERROR, "unexpected error, please report it: ", e.what());
     } catch (...) {
@@ -203,6 +121,23 @@ template <class Struct> Struct versioned(const Struct &given, Struct out, size_t
 constexpr size_t oldest_options = offsetof(arcflow_options, full_check) + sizeof(arcflow_options::full_check);
 constexpr size_t oldest_request = offsetof(arcflow_request, user) + sizeof(arcflow_request::user);
 
+// The memory mode that the options name; none to choose it by the free memory.
+std::optional<arcflow::MemoryMode> memory_of(const arcflow_options &options) {
+    using arcflow::MemoryMode;
+    if (options.memory == nullptr) return options.low_memory != 0 ? std::optional(MemoryMode::low) : std::nullopt;
+    for (const MemoryMode mode : {MemoryMode::resident, MemoryMode::balanced, MemoryMode::low}) {
+        if (std::strcmp(options.memory, arcflow::name_of(mode)) != 0) continue;
+        if (options.low_memory != 0 && mode != MemoryMode::low) {
+            throw request_error(std::string("options.low_memory must be 0 with options.memory \"") + options.memory +
+                                "\"; set only options.memory");
+        }
+        return mode;
+    }
+    throw request_error("options.memory must be \"resident\", \"balanced\" or \"low\", or NULL to choose by the free "
+                        "memory, got " +
+                        arcflow::json_text(options.memory));
+}
+
 arcflow::LoadOptions load_options(const arcflow_options *given) {
     if (given == nullptr) return {};
     const arcflow_options options = versioned(*given, ARCFLOW_OPTIONS_INIT, oldest_options, "options");
@@ -216,7 +151,7 @@ arcflow::LoadOptions load_options(const arcflow_options *given) {
                             ", one per core of this machine, got " + std::to_string(options.threads) +
                             "; 0 uses every core");
     }
-    return {options.backend == nullptr ? "" : options.backend, options.threads, options.low_memory != 0,
+    return {options.backend == nullptr ? "" : options.backend, options.threads, memory_of(options),
             options.full_check != 0};
 }
 
@@ -300,6 +235,15 @@ void arcflow_close(arcflow_pipeline *pipeline) {
     guarded([&] {
         if (const std::shared_ptr<Shared> shared = pipelines().remove(pipeline)) shared->close();
     });
+}
+
+const char *arcflow_memory(const arcflow_pipeline *pipeline) {
+    try {
+        const std::shared_ptr<Shared> shared = pipelines().find(pipeline);
+        return shared == nullptr ? "" : arcflow::name_of(shared->memory);
+    } catch (...) {
+        return "";
+    }
 }
 
 arcflow_status arcflow_lora_open(arcflow_pipeline *pipeline, const char *path, arcflow_lora **lora) {

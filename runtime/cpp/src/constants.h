@@ -11,7 +11,8 @@ namespace arcflow {
 inline constexpr const char *bundle_format = "arcflow-bundle";
 inline constexpr int64_t bundle_version = 1;
 inline constexpr int64_t lora_bundle_version = 2;      // with LoRA slots (B14)
-inline constexpr int64_t straight_bundle_version = 3;  // of a straight student (B16), which this library does not run
+inline constexpr int64_t formats_bundle_version = 3;   // with other formats than FP8 (B15)
+inline constexpr int64_t straight_bundle_version = 4;  // of a straight student (B16), which this library does not run
 inline constexpr const char *manifest_name = "manifest.json";
 inline constexpr uint64_t max_manifest_bytes = 16 << 20;
 inline constexpr uint64_t fast_hash_bytes = 64 << 20;  // larger files are hashed by a full check only
@@ -48,7 +49,8 @@ inline constexpr float timestep_scale = 1000;   // the students' sinusoidal embe
 inline constexpr size_t cached_prompts = 16;    // whose token ids and embeddings are kept
 inline constexpr size_t cached_lora_sets = 16;  // prepared LoRAs that are kept, and their bytes
 inline constexpr size_t cached_lora_bytes = 2147483648;
-inline constexpr size_t changed_tables = 8;     // modulation tables with LoRAs that are kept
-inline constexpr size_t shown_characters = 40;  // of a prompt in a warning
+inline constexpr size_t cached_modulations = 16;  // results of the conditioner that are kept
+inline constexpr size_t changed_tables = 8;       // modulation tables with LoRAs that are kept
+inline constexpr size_t shown_characters = 40;    // of a prompt in a warning
 
 }  // namespace arcflow

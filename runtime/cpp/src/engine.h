@@ -12,11 +12,15 @@
 #include "error.h"
 #include "manifest.h"
 #include "maths.h"
+#include "memory_mode.h"
 #include "tensor.h"
 
 namespace arcflow {
 
 using Tensors = std::map<std::string, Tensor>;
+
+struct Lora;           // lora.h
+struct PreparedLoras;  // lora.h
 
 // One loaded part of a bundle. Several threads may call `run` at the same time.
 class Engine {
@@ -27,8 +31,7 @@ public:
     // Error that names the part.
     virtual Tensors run(const Tensors &inputs) = 0;
 
-    // The same with inputs of the part's LoRA slots (B14); slots that `slots` lacks get a LoRA of rank 0. A backend
-    // whose `check` refuses bundles with slots has no need of it.
+    // The same with inputs of the part's LoRA slots (B14). A slot that `slots` lacks is left as without a LoRA.
     virtual Tensors run_with_slots(const Tensors &, const Tensors &) {
         throw engine_error("this backend runs no LoRA slots; this is a bug in libarcflow");
     }
@@ -42,8 +45,8 @@ struct Embeddings {
 // What a Denoiser takes: b images whose texts all have T tokens. `streams` [b]: where each image's noise begins.
 // `texts` [b]: one for each image. `image_rotary` [2, N, D/2] and `text_rotary` [2, T, D/2] float32. `height` and
 // `width`: the grid of image tokens. `sigmas` [S+1], falling. `timesteps` [S] and `guidance`: inputs of the
-// conditioner; a student without guidance has none. `table`: the baked modulation [S, M] float32, or null if the
-// conditioner must run. `pixels`: whether to decode.
+// conditioner; a student without guidance has none. `table`: the baked modulation [S, M] float32, with the changes of
+// its LoRAs, or null if the conditioner must run. `pixels`: whether to decode. `loras`: those of all images, or null.
 struct DenoiseJob {
     std::vector<NoiseStream> streams;
     std::vector<std::shared_ptr<const Embeddings>> texts;
@@ -52,8 +55,9 @@ struct DenoiseJob {
     std::vector<double> sigmas;
     std::vector<float> timesteps;
     std::optional<float> guidance;
-    const Tensor *table;
+    std::shared_ptr<const Tensor> table;
     bool pixels;
+    std::shared_ptr<const PreparedLoras> loras;
 };
 
 // `latents`: [b, N, C] float32 after the last step. `pixels`: [b, H, W, 3] uint8 if the job asked for them.
@@ -75,6 +79,22 @@ public:
     // `on_step` may be empty; otherwise it is called after every step, before the next one starts. Throws Error that
     // names the part. The caller checks the latents for NaN.
     virtual Denoised run(const DenoiseJob &job, const OnStep &on_step) = 0;
+
+    // Free what is kept of a LoRA, now or after the running job. Does not wait for that.
+    virtual void forget(const Lora &) {}
+};
+
+// The engines of a bundle, some of which stay loaded. Several threads may use it at the same time.
+class PartSource {
+public:
+    virtual ~PartSource() = default;
+
+    virtual bool keeps(const std::string &part) const = 0;
+
+    // The engine of a part. One that does not stay loaded is loaded now, and freed with the last copy of the pointer,
+    // in the same thread. Only one of those is in memory at a time, so a thread must not borrow two of them; other
+    // threads wait. Throws Error if the part cannot be loaded, or the bundle was replaced since it was opened.
+    virtual std::shared_ptr<Engine> borrow(const std::string &part) = 0;
 };
 
 // Opens the parts of bundles.
@@ -86,9 +106,13 @@ public:
     virtual void check(const Bundle &bundle) = 0;
     virtual std::unique_ptr<Engine> open(const Bundle &bundle, const std::string &part) = 0;
 
-    // A Denoiser for the bundle, which must not outlive this backend, or null if the backend has none. It shares its
-    // engines with `open`.
-    virtual std::unique_ptr<Denoiser> open_denoiser(const Bundle &) { return nullptr; }
+    // A Denoiser that runs the engines of `parts`, which `open` made, or null if the backend has none. It must not
+    // outlive this backend and `parts`.
+    virtual std::unique_ptr<Denoiser> open_denoiser(const Bundle &, PartSource &) { return nullptr; }
+
+    // The memory mode that fits the free memory of the device, for an image of the usual size. If it is not resident,
+    // a line on stderr says why. `check` has accepted the bundle. Throws Error.
+    virtual MemoryMode fitting_memory(const Bundle &) { return MemoryMode::resident; }
 };
 
 // Make the backend `name`, or the default for "". Throws Error that lists the backends of this build.

@@ -15,6 +15,10 @@ public:
     arcflow_status status;
 };
 
+// What to do where memory ran out.
+inline constexpr const char *save_memory =
+    "open with the memory mode \"balanced\" or \"low\", or ask for fewer or smaller images";
+
 inline Error request_error(const std::string &what) { return {ARCFLOW_REQUEST_ERROR, what}; }
 inline Error bundle_error(const std::string &what) { return {ARCFLOW_BUNDLE_ERROR, what}; }
 inline Error engine_error(const std::string &what) { return {ARCFLOW_ENGINE_ERROR, what}; }

@@ -14,6 +14,8 @@
 namespace arcflow {
 namespace {
 
+std::string parse_quantization_format(const Place &place) { return place.one_of({"fp8_e4m3", "int8", "nvfp4"}); }
+
 DType parse_dtype(const Place &place) {
     const std::string name = place.one_of({"float32", "float16", "bfloat16", "int64", "uint8"});
     for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::int64})
@@ -48,10 +50,17 @@ std::vector<TensorSpec> parse_tensors(const Place &place) {
     return specs;
 }
 
-std::optional<Quantization> parse_quantization(const Place &place) {
+std::optional<Quantization> parse_quantization(const Place &place, int64_t version) {
     if (place.is_null()) return std::nullopt;
-    place.keys({"format", "layers", "policy", "scales"});
-    Quantization q{place["format"].one_of({"fp8_e4m3"}), {}, place["policy"].text(), place["scales"].text()};
+    if (version < formats_bundle_version) place.keys({"format", "layers", "policy", "scales"});
+    else place.keys({"format", "layers", "policy", "scales"}, {"formats"});
+    Quantization q{parse_quantization_format(place["format"]), {}, place["policy"].text(), {}, {}};
+    if (!place["scales"].is_null()) q.scales = place["scales"].text("a string or null");
+    if (!place["formats"].is_null()) {
+        place["formats"].each_entry([&](const std::string &layer, const Place &format) {
+            q.formats.emplace(layer, parse_quantization_format(format));
+        });
+    }
     place["layers"].each_item([&](const Place &item) { q.layers.push_back(item.text()); });
     return q;
 }
@@ -71,8 +80,8 @@ std::optional<LoraSlots> parse_lora(const Place &place) {
     return slots;
 }
 
-Part parse_part(const Place &place, bool with_slots) {
-    if (with_slots)
+Part parse_part(const Place &place, int64_t version) {
+    if (version >= lora_bundle_version)
         place.keys({"graph", "weights", "precision", "parameters", "inputs", "outputs"}, {"quantization", "lora"});
     else place.keys({"graph", "weights", "precision", "parameters", "inputs", "outputs"}, {"quantization"});
     return {place["graph"].text(),
@@ -81,7 +90,7 @@ Part parse_part(const Place &place, bool with_slots) {
             place["parameters"].integer(),
             parse_tensors(place["inputs"]),
             parse_tensors(place["outputs"]),
-            parse_quantization(place["quantization"]),
+            parse_quantization(place["quantization"], version),
             parse_lora(place["lora"])};
 }
 
@@ -124,9 +133,9 @@ Ranges parse_ranges(const Place &place) {
     return {parse_range(place["batch"]), parse_range(place["height_px"]), parse_range(place["width_px"])};
 }
 
-std::optional<ModulationTable> parse_modulation(const Place &place, bool with_slots) {
+std::optional<ModulationTable> parse_modulation(const Place &place, int64_t version) {
     if (place.is_null()) return std::nullopt;
-    if (with_slots) place.keys({"file", "num_inference_steps"}, {"lora", "columns"});
+    if (version >= lora_bundle_version) place.keys({"file", "num_inference_steps"}, {"lora", "columns"});
     else place.keys({"file", "num_inference_steps"});
     ModulationTable table{place["file"].text(), integers(place["num_inference_steps"]), parse_lora(place["lora"])};
     if (!place["columns"].is_null()) {
@@ -147,13 +156,14 @@ void check_source(const Place &place) {
 }
 
 void check_provenance(const Place &place) {
-    place.keys({"command", "created", "tools", "base", "adapter"}, {"loras"});
+    place.keys({"command", "created", "tools", "base", "adapter"}, {"loras", "vae"});
     place["command"].text();
     place["created"].text();
     place["tools"].each_entry([](const std::string &, const Place &tool) { tool.text(); });
     check_source(place["base"]);
     check_source(place["adapter"]);
     if (place.has("loras")) place["loras"].each_item(check_source);
+    if (place.has("vae")) check_source(place["vae"]);
 }
 
 void check_format(const Json &json, const std::string &where) {
@@ -161,11 +171,12 @@ void check_format(const Json &json, const std::string &where) {
         throw bundle_error(where + ": format must be " + json_text(bundle_format) + "; this is not an ArcFlow bundle");
     const auto found = json.find("version");
     const Json got = found == json.end() ? Json() : *found;
-    if (!got.is_number_integer() || (got != bundle_version && got != lora_bundle_version)) {
+    if (!got.is_number_integer() || got < bundle_version || got > formats_bundle_version) {
         const bool newer = got.is_number_integer() && got > straight_bundle_version;
         const bool straight = got == straight_bundle_version;
-        throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + " or " +
-                           std::to_string(lora_bundle_version) + ", got " + message_text(got) + "; " +
+        throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + ", " +
+                           std::to_string(lora_bundle_version) + " or " + std::to_string(formats_bundle_version) +
+                           ", got " + message_text(got) + "; " +
                            (straight ? "a base without an adapter (B16) runs in Python only"
                             : newer  ? "update arcflow"
                                      : "export the bundle again"));
@@ -179,7 +190,6 @@ Manifest parse_keys(const Json &json, const std::string &where) {
                {"modulation", "format", "version"});
     Manifest m{};
     m.version = place["version"].integer();
-    const bool with_slots = m.version == lora_bundle_version;
     m.family = place["family"].one_of({"flux", "qwen-image"}) == "flux" ? Family::flux : Family::qwen_image;
     m.dtype = parse_dtype(place["dtype"]);
     m.reference_dtype = parse_dtype(place["reference_dtype"]);
@@ -191,8 +201,8 @@ Manifest parse_keys(const Json &json, const std::string &where) {
     m.text = parse_text(place["text"]);
     m.ranges = parse_ranges(place["ranges"]);
     place["parts"].each_entry(
-        [&](const std::string &name, const Place &part) { m.parts.emplace(name, parse_part(part, with_slots)); });
-    m.modulation = parse_modulation(place["modulation"], with_slots);
+        [&](const std::string &name, const Place &part) { m.parts.emplace(name, parse_part(part, m.version)); });
+    m.modulation = parse_modulation(place["modulation"], m.version);
     place["tokenizers"].each_entry(
         [&](const std::string &name, const Place &file) { m.tokenizers.emplace(name, file.text()); });
     place["files"].each_entry([&](const std::string &name, const Place &file) {
@@ -254,6 +264,15 @@ void check_name(std::string_view name, const std::string &where) {
 
 std::string lora_a(const std::string &layer) { return layer + ".lora_a"; }
 std::string lora_b(const std::string &layer) { return layer + ".lora_b"; }
+
+bool Quantization::uses(const std::string &name) const {
+    return std::any_of(layers.begin(), layers.end(), [&](const std::string &layer) {
+        const auto other = formats.find(layer);
+        return (other == formats.end() ? format : other->second) == name;
+    });
+}
+
+bool Quantization::plain() const { return format == "fp8_e4m3" && formats.empty() && scales; }
 
 std::vector<TensorSpec> Part::slot_inputs() const {
     std::vector<TensorSpec> specs;

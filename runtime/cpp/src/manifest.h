@@ -27,7 +27,14 @@ struct TensorSpec {
 struct Quantization {
     std::string format;
     std::vector<std::string> layers;
-    std::string policy, scales;
+    std::string policy;
+    std::optional<std::string> scales;
+    std::map<std::string, std::string> formats;  // of layers whose format is not `format` (B15)
+
+    // True if a layer is in this format.
+    bool uses(const std::string &name) const;
+    // True if versions 1 and 2 can state it.
+    bool plain() const;
 };
 
 // A linear with a slot: its sizes, and the dtype of the slot's two inputs.

@@ -130,9 +130,13 @@ public:
 
     void check(const Bundle &bundle) override {
         for (const auto &[name, part] : bundle.manifest.parts) {
-            if (part.quantization) {
+            if (part.quantization && part.quantization->uses("fp8_e4m3")) {
                 // OpenVINO rounds to FP8 through float16, so not always to the nearest value (B12).
                 throw engine_error(name + " is quantised to FP8, which OpenVINO does not round correctly on a CPU; "
+                                          "use the bundle that it was quantised from");
+            }
+            if (part.quantization && part.quantization->uses("nvfp4")) {
+                throw engine_error(name + " is quantised to NVFP4, which runs on Blackwell GPUs only; "
                                           "use the bundle that it was quantised from");
             }
         }

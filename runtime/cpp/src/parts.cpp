@@ -9,38 +9,53 @@
 
 namespace arcflow {
 
-Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep)
-    : bundle_(bundle), backend_(std::move(backend)), keep_(keep) {
-    backend_->check(bundle_);
-    if (!keep_) {
-        bundle_.check_unchanged();
-        return;
+namespace {
+
+const std::pair<const std::string, Part> &find_part(const Bundle &bundle, const std::string &name) {
+    const auto found = bundle.manifest.parts.find(name);
+    if (found == bundle.manifest.parts.end()) {
+        throw bundle_error(bundle.root.u8string() + ": the bundle has no part " + json_text(name) +
+                           "; export it again");
     }
-    for (const auto &[name, part] : bundle_.manifest.parts) engines_[name] = backend_->open(bundle_, name);
+    return *found;
+}
+
+MemoryMode choose_mode(const Bundle &bundle, Backend &backend, std::optional<MemoryMode> given) {
+    backend.check(bundle);
+    return given ? *given : backend.fitting_memory(bundle);
+}
+
+}  // namespace
+
+Parts::Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, std::optional<MemoryMode> mode)
+    : bundle_(bundle), backend_(std::move(backend)), mode_(choose_mode(bundle_, *backend_, mode)) {
+    for (const auto &[name, part] : bundle_.manifest.parts)
+        if (keeps(name)) engines_[name] = backend_->open(bundle_, name);
     // A GPU generates noise in whole groups, so the channels of a token must be a multiple of one.
     const Latents &latents = bundle_.manifest.latents;
     if (latents.channels * latents.patch_size * latents.patch_size % noise_group == 0)
-        denoiser_ = backend_->open_denoiser(bundle_);
+        denoiser_ = backend_->open_denoiser(bundle_, *this);
     bundle_.check_unchanged();
 }
 
+std::shared_ptr<Engine> Parts::borrow(const std::string &part) {
+    if (keeps(part)) return {std::shared_ptr<Engine>(), engines_.at(part).get()};  // this object's, not counted
+    // Declared in this order, the engine is freed before the lock is released.
+    struct Turn {
+        std::unique_lock<std::mutex> lock;
+        std::unique_ptr<Engine> engine;
+    };
+    const auto turn = std::make_shared<Turn>();
+    turn->lock = std::unique_lock(turn_);
+    bundle_.check_unchanged();
+    turn->engine = backend_->open(bundle_, part);
+    bundle_.check_unchanged();  // the bundle may have been replaced while the part was loaded
+    return {turn, turn->engine.get()};
+}
+
 Parts::Use Parts::use(const std::string &part, const Tensors *slots) {
-    const auto found = bundle_.manifest.parts.find(part);
-    if (found == bundle_.manifest.parts.end()) {
-        throw bundle_error(bundle_.root.u8string() + ": the bundle has no part " + json_text(part) +
-                           "; export it again");
-    }
-    Use use(found->first, found->second, slots);
-    if (keep_) {
-        use.engine_ = engines_.at(part).get();
-    } else {
-        use.alone_ = std::unique_lock(alone_);
-        bundle_.check_unchanged();
-        use.opened_ = backend_->open(bundle_, part);
-        bundle_.check_unchanged();  // the bundle may have been replaced while the part was loaded
-        use.engine_ = use.opened_.get();
-    }
-    return use;
+    const auto &[name, spec] = find_part(bundle_, part);
+    return {name, spec, slots, borrow(part)};
 }
 
 Tensor Parts::Use::cast(const std::string &input, Tensor tensor) const {

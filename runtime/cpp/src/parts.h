@@ -1,10 +1,12 @@
-// The engines of a bundle: all kept open, or each opened only while it is used.
+// The engines of a bundle. The memory mode says which stay loaded; the others are loaded for each use.
 #pragma once
 
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -12,14 +14,18 @@
 
 namespace arcflow {
 
-// Safe to use from several threads. With `keep` the constructor opens all parts. Without, `use` opens a part each time,
-// and only one part is in memory at a time: other threads wait.
-class Parts {
+// Safe to use from several threads. The constructor loads the parts that stay loaded.
+class Parts : public PartSource {
 public:
-    // Throws Error if the backend cannot run the bundle or open a part. `bundle` must outlive this object.
-    Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, bool keep);
+    // Without `mode`, the backend's fitting_memory. Throws Error if the backend cannot run the bundle or load a part.
+    // `bundle` must outlive this object.
+    Parts(const Bundle &bundle, std::unique_ptr<Backend> backend, std::optional<MemoryMode> mode);
 
-    // A part that stays open while this object lives.
+    MemoryMode mode() const { return mode_; }
+    bool keeps(const std::string &part) const override { return arcflow::keeps(mode_, part); }
+    std::shared_ptr<Engine> borrow(const std::string &part) override;
+
+    // A part that stays loaded while this object lives.
     class Use {
     public:
         // `tensor` converted to the dtype of this input (B9).
@@ -34,31 +40,28 @@ public:
 
     private:
         friend class Parts;
-        Use(const std::string &name, const Part &part, const Tensors *slots)
-            : name_(name), part_(part), slots_(slots) {}
+        Use(const std::string &name, const Part &part, const Tensors *slots, std::shared_ptr<Engine> engine)
+            : name_(name), part_(part), slots_(slots), engine_(std::move(engine)) {}
 
         const std::string &name_;
         const Part &part_;
         const Tensors *slots_;
-        std::unique_lock<std::mutex> alone_;
-        std::unique_ptr<Engine> opened_;  // declared after alone_, so it is closed before the lock is released
-        Engine *engine_ = nullptr;
+        std::shared_ptr<Engine> engine_;
     };
 
-    // Open a part, or use the open one. `slots` are inputs of its LoRA slots, which must outlive the Use; null for
-    // none. Throws Error if it cannot be opened.
+    // `slots` are inputs of the part's LoRA slots, which must outlive the Use; null for none. Throws as `borrow` does.
     Use use(const std::string &part, const Tensors *slots = nullptr);
 
-    // The backend's Denoiser; null if it has none or parts are not kept open.
+    // The backend's Denoiser; null if it has none.
     Denoiser *denoiser() const { return denoiser_.get(); }
 
 private:
     const Bundle &bundle_;
     std::unique_ptr<Backend> backend_;
-    bool keep_;
-    std::map<std::string, std::unique_ptr<Engine>> engines_;
+    const MemoryMode mode_;
+    std::map<std::string, std::unique_ptr<Engine>> engines_;  // those that stay loaded
+    std::mutex turn_;                                         // held while a part that does not stay loaded is in use
     std::unique_ptr<Denoiser> denoiser_;
-    std::mutex alone_;
 };
 
 }  // namespace arcflow

@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "constants.h"
 #include "error.h"
 #include "json_text.h"
 #include "maths.h"
+#include "rows.h"
 #include "safetensors.h"
 
 namespace arcflow {
@@ -20,46 +20,6 @@ Tensor row(const std::vector<int64_t> &ids) {
     Tensor tensor(DType::int64, {1, static_cast<int64_t>(ids.size())});
     std::copy(ids.begin(), ids.end(), tensor.as<int64_t>());
     return tensor;
-}
-
-std::size_t bytes_of_row(const Tensor &tensor) {
-    return tensor.shape[0] == 0 ? 0 : tensor.data.size() / static_cast<std::size_t>(tensor.shape[0]);
-}
-
-// The rows of `tensor` with these indices along the first axis.
-Tensor gather(const Tensor &tensor, const std::vector<int64_t> &places) {
-    std::vector<int64_t> shape = tensor.shape;
-    shape[0] = static_cast<int64_t>(places.size());
-    Tensor out(tensor.dtype, shape);
-    const std::size_t bytes = bytes_of_row(tensor);
-    for (std::size_t i = 0; i < places.size(); ++i) {
-        std::memcpy(out.data.data() + i * bytes, tensor.data.data() + static_cast<std::size_t>(places[i]) * bytes,
-                    bytes);
-    }
-    return out;
-}
-
-// Write the rows of `from` to these rows of `to`.
-void scatter(const Tensor &from, const std::vector<int64_t> &places, Tensor &to) {
-    const std::size_t bytes = bytes_of_row(to);
-    for (std::size_t i = 0; i < places.size(); ++i)
-        std::memcpy(to.data.data() + static_cast<std::size_t>(places[i]) * bytes, from.data.data() + i * bytes, bytes);
-}
-
-// Join tensors of shape [1, ...] along the first axis. Throws Error, which `what` names, if shapes or dtypes differ.
-Tensor join(const std::vector<const Tensor *> &tensors, const std::string &what) {
-    std::vector<int64_t> shape = tensors.front()->shape;
-    shape[0] = static_cast<int64_t>(tensors.size());
-    Tensor out(tensors.front()->dtype, shape);
-    const std::size_t bytes = bytes_of_row(out);
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-        if (tensors[i]->dtype != out.dtype || tensors[i]->shape != tensors.front()->shape) {
-            throw engine_error(what + " must have one shape for all prompts, got " + tensors.front()->describe() +
-                               " and " + tensors[i]->describe() + "; export the bundle again");
-        }
-        std::memcpy(out.data.data() + i * bytes, tensors[i]->data.data(), bytes);
-    }
-    return out;
 }
 
 // Throw Error if latents [B, N, C] contain NaN or Inf, which would decode to a black image.
@@ -78,12 +38,6 @@ void check_finite(const Tensor &latents, DType precision) {
     throw engine_error("backbone: latents of images " + json_text(bad) + " must be finite, got NaN or Inf; " + advice);
 }
 
-void check_pixels(const Tensor &pixels, const std::vector<int64_t> &shape) {
-    if (pixels.dtype == DType::uint8 && pixels.shape == shape) return;
-    throw engine_error("vae_decoder: output \"images\" must be " + Tensor(DType::uint8, shape).describe() + ", got " +
-                       pixels.describe() + "; export the bundle again");
-}
-
 // Throw Error if an image of [B, H, W, 3] has one colour only: a float16 decoder that overflows gives black images.
 void check_images(const Tensor &pixels, DType precision) {
     if (precision != DType::float16) return;
@@ -99,33 +53,28 @@ void check_images(const Tensor &pixels, DType precision) {
                        "export with --precision vae_decoder=float32");
 }
 
-// Tell the caller of a step. Throws Error if the caller stops the request.
-void report(const Request &request, int64_t step, const Tensor &latents) {
-    const int answer = request.on_step(request.user, static_cast<int32_t>(step), latents.as<float>(),
-                                       static_cast<std::size_t>(latents.count()));
-    if (answer != 0) {
-        throw request_error("on_step stopped the call after step " + std::to_string(step) + " by returning " +
-                            std::to_string(answer) + "; return 0 to go on");
-    }
-}
-
 }  // namespace
 
 // Braces fix the order of evaluation, so that errors of the bundle come before errors of the backend.
 Pipeline::Pipeline(const std::filesystem::path &bundle, const LoadOptions &options)
     : Pipeline{Bundle::open(bundle, options.full_check), make_backend(options.backend, options.threads),
-               options.low_memory} {}
+               options.memory} {}
 
-Pipeline::Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_memory)
+Pipeline::Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, std::optional<MemoryMode> memory)
     : bundle_(std::move(bundle)),
       tokenizer_(bundle_),
       table_(load_modulation(bundle_)),
       conditioning_(load_conditioning(bundle_)),
       lora_sets_(bundle_.manifest),
-      parts_(bundle_, std::move(backend), !low_memory) {}
+      parts_(bundle_, std::move(backend), memory) {}
 
 std::shared_ptr<const Lora> Pipeline::open_lora(const std::filesystem::path &path) const {
     return read_lora(path, bundle_.manifest);
+}
+
+void Pipeline::forget_lora(const Lora &lora) {
+    lora_sets_.forget(lora);
+    if (Denoiser *const denoiser = parts_.denoiser()) denoiser->forget(lora);
 }
 
 Images Pipeline::generate(const arcflow_request &arguments, const std::vector<ScaledLora> &loras) {
@@ -146,7 +95,7 @@ Images Pipeline::generate(const arcflow_request &arguments, const std::vector<Sc
         const Prompts prompts = encode(request, *prepared, out.warnings, watch);
         Denoised made;
         Denoiser *denoiser = parts_.denoiser();
-        if (denoiser != nullptr) made = run_denoiser(*denoiser, request, prompts, watch);
+        if (denoiser != nullptr) made = run_denoiser(*denoiser, request, prepared, prompts, watch);
         else made.latents = run_steps(request, *prepared, prompts, watch);
         check_finite(made.latents, bundle_.manifest.parts.at("backbone").precision);
         if (request.decode) {
@@ -254,7 +203,7 @@ std::shared_ptr<const Tensor> Pipeline::baked(int64_t steps, const PreparedLoras
 }
 
 // The modulation of all steps: [S, U, M] for U distinct prompts, or [S, 1, M] if it does not depend on the prompt. It
-// comes from the bundle's table if that has this number of steps, else from one run of the conditioner.
+// comes from the bundle's table if that has this number of steps, else from the cache or one run of the conditioner.
 Tensor Pipeline::condition(const Request &request, const PreparedLoras &loras, const Prompts &prompts,
                            Stopwatch &watch) {
     const auto timed = watch("condition");
@@ -265,26 +214,29 @@ Tensor Pipeline::condition(const Request &request, const PreparedLoras &loras, c
         return modulation;
     }
     const std::vector<float> values = timesteps(request);
-    Parts::Use conditioner = parts_.use("conditioner", loras.of("conditioner"));
-    Tensors inputs;
-    Tensor seen(DType::float32, {request.steps});
-    std::copy(values.begin(), values.end(), seen.as<float>());
-    inputs["timesteps"] = conditioner.cast("timesteps", std::move(seen));
+    Tensors given;
+    given["timesteps"] = Tensor(DType::float32, {request.steps});
+    std::copy(values.begin(), values.end(), given["timesteps"].as<float>());
     int64_t count = 1;
     if (m.family == Family::flux) {
         std::vector<const Tensor *> pooled;
         for (const auto &e : prompts.embeddings) pooled.push_back(&e->pooled);
-        inputs["pooled_projections"] =
-            conditioner.cast("pooled_projections", join(pooled, "text_encoder: pooled_projections"));
+        given["pooled_projections"] = join(pooled, "text_encoder: pooled_projections");
         count = static_cast<int64_t>(pooled.size());
     }
     if (const std::optional<float> scale = guidance(request)) {
-        Tensor scales(DType::float32, {count});
-        std::fill_n(scales.as<float>(), count, *scale);
-        inputs["guidance"] = conditioner.cast("guidance", std::move(scales));
+        given["guidance"] = Tensor(DType::float32, {count});
+        std::fill_n(given["guidance"].as<float>(), count, *scale);
     }
+    const ModulationKey key = modulation_key(loras, given);
+    if (const auto kept = modulations_.get(key)) return *kept;
+    Parts::Use conditioner = parts_.use("conditioner", loras.of("conditioner"));
+    Tensors inputs;
+    for (auto &[name, tensor] : given) inputs[name] = conditioner.cast(name, std::move(tensor));
     Tensors outputs = conditioner.run(inputs, watch);
-    return conditioner.take(outputs, "modulation", {request.steps, count, -1});
+    Tensor made = conditioner.take(outputs, "modulation", {request.steps, count, -1});
+    modulations_.put(key, std::make_shared<const Tensor>(made));
+    return made;
 }
 
 // The conditioner's inputs.
@@ -296,192 +248,6 @@ std::vector<float> Pipeline::timesteps(const Request &request) const {
 std::optional<float> Pipeline::guidance(const Request &request) const {
     if (!request.guidance_scale) return std::nullopt;
     return conditioning_guidance(*request.guidance_scale, bundle_.manifest.reference_dtype);
-}
-
-// Group the batch's images by text length, so that no text is padded.
-std::vector<Pipeline::Group> Pipeline::group(const Prompts &prompts, int64_t height, int64_t width) {
-    std::vector<Group> groups;
-    std::map<int64_t, std::size_t> by_length;
-    for (std::size_t image = 0; image < prompts.of_image.size(); ++image) {
-        const int64_t prompt = prompts.of_image[image];
-        const int64_t length = prompts.embeddings[static_cast<std::size_t>(prompt)]->states.shape[1];
-        const auto [place, is_new] = by_length.emplace(length, groups.size());
-        if (is_new) groups.push_back({{}, {}, rotary(height, width, length)});
-        groups[place->second].images.push_back(static_cast<int64_t>(image));
-        groups[place->second].prompts.push_back(prompt);
-    }
-    return groups;
-}
-
-// The rotary table of the image tokens (`text_tokens` 0) or the text tokens. Tables are cached: at 1024 px the image's
-// takes half a million sines and cosines.
-std::shared_ptr<const Tensor> Pipeline::rotary(int64_t height, int64_t width, int64_t text_tokens) {
-    const std::array<int64_t, 3> key{height, width, text_tokens};
-    if (auto kept = rotaries_.get(key)) return kept;
-    const Manifest &m = bundle_.manifest;
-    auto made = std::make_shared<const Tensor>(text_tokens == 0 ? image_rotary(m, height, width)
-                                                                : text_rotary(m, height, width, text_tokens));
-    rotaries_.put(key, made);
-    return made;
-}
-
-// Run conditioner, all steps and the decoder on the device, with one job for each text length.
-Denoised Pipeline::run_denoiser(Denoiser &denoiser, const Request &request, const Prompts &prompts, Stopwatch &watch) {
-    const Manifest &m = bundle_.manifest;
-    const int64_t height = tokens(request.height_px), width = tokens(request.width_px), batch = request.batch();
-    const std::vector<int64_t> shape{batch, height * width,
-                                     m.latents.channels * m.latents.patch_size * m.latents.patch_size};
-    const std::vector<NoiseStream> streams = noise_streams(request.seeds, batch, shape[1] * shape[2]);
-    DenoiseJob job{};
-    std::vector<Group> groups;
-    {
-        const auto timed = watch("rotary");
-        job.image_rotary = rotary(height, width);
-        groups = group(prompts, height, width);
-    }
-    job.height = height;
-    job.width = width;
-    job.sigmas = sigmas(request.steps, m.schedule);
-    job.timesteps = timesteps(request);
-    job.guidance = guidance(request);
-    const auto baked = table_.find(request.steps);
-    job.table = baked == table_.end() ? nullptr : &baked->second;
-    job.pixels = request.decode;
-
-    Denoised made;
-    made.latents = Tensor(DType::float32, shape);
-    if (request.decode) made.pixels = Tensor(DType::uint8, {batch, request.height_px, request.width_px, 3});
-    std::vector<Tensor> by_step(request.on_step == nullptr ? 0 : job.timesteps.size(), made.latents);
-    for (const Group &g : groups) {
-        job.streams.clear();
-        job.texts.clear();
-        for (std::size_t i = 0; i < g.images.size(); ++i) {
-            job.streams.push_back(streams[static_cast<std::size_t>(g.images[i])]);
-            job.texts.push_back(prompts.embeddings[static_cast<std::size_t>(g.prompts[i])]);
-        }
-        job.text_rotary = g.rotary;
-        OnStep on_step;
-        if (request.on_step != nullptr) {
-            // The jobs run one after the other; the caller gets the whole batch, so it is told during the last job.
-            on_step = [&](int64_t step, const Tensor &latents) {
-                Tensor &whole = by_step[static_cast<std::size_t>(step)];
-                scatter(latents, g.images, whole);
-                if (&g == &groups.back()) report(request, step, whole);
-            };
-        }
-        const Denoised part = run_job(denoiser, job, on_step, watch);
-        scatter(part.latents, g.images, made.latents);
-        if (request.decode) scatter(part.pixels, g.images, made.pixels);
-    }
-    return made;
-}
-
-Denoised Pipeline::run_job(Denoiser &denoiser, const DenoiseJob &job, const OnStep &on_step, Stopwatch &watch) const {
-    Stopwatch all;
-    Denoised made;
-    {
-        const auto timed = all("all");
-        made = denoiser.run(job, on_step);
-    }
-    // The device measured its own stages. What remains of the call's time is the host's, and is reported as "stage".
-    double rest = all.ms().front().second;
-    for (const auto &[stage, ms] : made.stages_ms) {
-        watch.add(stage, ms);
-        if (stage == "condition" || stage == "backbone" || stage == "decode") watch.add("engines", ms);
-        rest -= ms;
-    }
-    watch.add("stage", std::max(rest, 0.0));
-    const Latents &sizes = bundle_.manifest.latents;
-    const auto images = static_cast<int64_t>(job.texts.size());
-    const std::vector<int64_t> shape{images, job.height * job.width,
-                                     sizes.channels * sizes.patch_size * sizes.patch_size};
-    if (made.latents.dtype != DType::float32 || made.latents.shape != shape) {
-        throw engine_error("backbone: latents must be " + Tensor(DType::float32, shape).describe() + ", got " +
-                           made.latents.describe());
-    }
-    const int64_t token_px = sizes.patch_size * sizes.vae_scale_factor;
-    if (job.pixels) check_pixels(made.pixels, {images, job.height * token_px, job.width * token_px, 3});
-    return made;
-}
-
-// Run the steps one by one on the host, each a backbone run and a closed-form update -> latents [B, N, C] float32.
-Tensor Pipeline::run_steps(const Request &request, const PreparedLoras &loras, const Prompts &prompts,
-                           Stopwatch &watch) {
-    const Latents &sizes = bundle_.manifest.latents;
-    const int64_t height = tokens(request.height_px), width = tokens(request.width_px);
-    const int64_t modes = sizes.num_gaussians, sub_pixels = sizes.logweights_channels;
-    const std::vector<double> schedule = sigmas(request.steps, bundle_.manifest.schedule);
-    Tensor modulation = condition(request, loras, prompts, watch);  // [S, U, M]
-    const int64_t steps = modulation.shape[0], rows_of_step = modulation.shape[1];
-    modulation.shape = {steps * rows_of_step, modulation.shape[2]};
-    std::shared_ptr<const Tensor> image_rotary;
-    std::vector<Group> groups;
-    {
-        const auto timed = watch("rotary");
-        image_rotary = rotary(height, width);
-        groups = group(prompts, height, width);
-    }
-    Tensor latents;
-    {
-        const auto timed = watch("noise");
-        latents = packed_noise(request.seeds, request.batch(), sizes, request.height_px / sizes.vae_scale_factor,
-                               request.width_px / sizes.vae_scale_factor);
-    }
-    Parts::Use backbone = parts_.use("backbone", loras.of("backbone"));
-    std::vector<Tensors> given(groups.size());  // the backbone's inputs of each group
-    for (std::size_t i = 0; i < given.size(); ++i) {
-        std::vector<const Tensor *> states;
-        for (const int64_t prompt : groups[i].prompts)
-            states.push_back(&prompts.embeddings[static_cast<std::size_t>(prompt)]->states);
-        given[i]["encoder_hidden_states"] =
-            backbone.cast("encoder_hidden_states", join(states, "text encoder: encoder_hidden_states"));
-        given[i]["image_rotary"] = backbone.cast("image_rotary", *image_rotary);
-        given[i]["text_rotary"] = backbone.cast("text_rotary", *groups[i].rotary);
-    }
-    for (int64_t step = 0; step < steps; ++step) {
-        for (std::size_t i = 0; i < given.size(); ++i) {
-            const Group &g = groups[i];
-            const auto images = static_cast<int64_t>(g.images.size());
-            Tensor x = gather(latents, g.images);
-            Tensors heads;
-            {
-                const auto timed = watch("backbone");
-                std::vector<int64_t> rows;
-                for (const int64_t prompt : g.prompts)
-                    rows.push_back(step * rows_of_step + (rows_of_step > 1 ? prompt : 0));
-                given[i]["latents"] = backbone.cast("latents", x);
-                given[i]["modulation"] = backbone.cast("modulation", gather(modulation, rows));
-                heads = backbone.run(given[i], watch);
-            }
-            const auto timed = watch("update");
-            const Tensor means = backbone.take(heads, "means", {images, x.shape[1], modes, x.shape[2]});
-            const Tensor logweights = backbone.take(heads, "logweights", {images, x.shape[1], modes, sub_pixels});
-            const Tensor loggammas = backbone.take(heads, "loggammas", {images, x.shape[1], modes - 1, sub_pixels});
-            const auto place = static_cast<std::size_t>(step);
-            update(x, means, logweights, loggammas, schedule[place], schedule[place + 1]);
-            scatter(x, g.images, latents);
-        }
-        if (request.on_step != nullptr) report(request, step, latents);
-    }
-    return latents;
-}
-
-// Decode latents [B, N, C] -> pixels [B, H, W, 3] uint8, RGB.
-Tensor Pipeline::decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch) {
-    const auto timed = watch("decode");
-    Parts::Use decoder = parts_.use("vae_decoder");
-    Tensor grid = latents;
-    grid.shape = {latents.shape[0], tokens(height), tokens(width), latents.shape[2]};
-    Tensors inputs;
-    inputs["latents"] = decoder.cast("latents", std::move(grid));
-    Tensors outputs = decoder.run(inputs, watch);
-    Tensor pixels = decoder.take(outputs, "images", {-1, -1, -1, -1});
-    check_pixels(pixels, {latents.shape[0], height, width, 3});
-    return pixels;
-}
-
-int64_t Pipeline::tokens(int64_t size_px) const {
-    return size_px / (bundle_.manifest.latents.vae_scale_factor * bundle_.manifest.latents.patch_size);
 }
 
 }  // namespace arcflow

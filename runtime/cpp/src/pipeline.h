@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lora.h"
+#include "modulations.h"
 #include "parts.h"
 #include "recent.h"
 #include "request.h"
@@ -22,9 +23,10 @@ namespace arcflow {
 
 // The options of arcflow_options.
 struct LoadOptions {
-    std::string backend;  // "": the default
-    int threads = 0;      // CPU threads per engine; 0: one per core
-    bool low_memory = false, full_check = false;
+    std::string backend;                    // "": the default
+    int threads = 0;                        // CPU threads per engine; 0: one per core
+    std::optional<MemoryMode> memory = {};  // by the free memory
+    bool full_check = false;
 };
 
 // The result of one request: latents [B, N, C] float32 and, unless decoding was skipped, pixels [B, H, W, 3] uint8.
@@ -42,7 +44,7 @@ class Pipeline {
 public:
     // Throws Error if the bundle is missing, damaged or of another version, or if the backend cannot run it.
     Pipeline(const std::filesystem::path &bundle, const LoadOptions &options);
-    Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, bool low_memory);
+    Pipeline(Bundle bundle, std::unique_ptr<Backend> backend, std::optional<MemoryMode> memory);
     Pipeline(const Pipeline &) = delete;
     Pipeline &operator=(const Pipeline &) = delete;
 
@@ -53,7 +55,10 @@ public:
     std::shared_ptr<const Lora> open_lora(const std::filesystem::path &path) const;
 
     // Free what was prepared of a LoRA; requests that are running keep theirs.
-    void forget_lora(const Lora &lora) { lora_sets_.forget(lora); }
+    void forget_lora(const Lora &lora);
+
+    // The memory mode, also if it was chosen.
+    MemoryMode memory() const { return parts_.mode(); }
 
 private:
     // `embeddings` of the distinct prompts in order of first appearance; `of_image` is each image's index among them.
@@ -83,7 +88,8 @@ private:
     std::vector<Group> group(const Prompts &prompts, int64_t height, int64_t width);
     // The rotary table of the text if `text_tokens` is above 0, otherwise that of the image.
     std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);
-    Denoised run_denoiser(Denoiser &denoiser, const Request &request, const Prompts &prompts, Stopwatch &watch);
+    Denoised run_denoiser(Denoiser &denoiser, const Request &request, const std::shared_ptr<const PreparedLoras> &loras,
+                          const Prompts &prompts, Stopwatch &watch);
     Denoised run_job(Denoiser &denoiser, const DenoiseJob &job, const OnStep &on_step, Stopwatch &watch) const;
     Tensor run_steps(const Request &request, const PreparedLoras &loras, const Prompts &prompts, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);
@@ -97,6 +103,7 @@ private:
     const std::map<int64_t, Tensor> conditioning_;     // input [n, in] of the table's LoRA slots, by n
     Recent<std::pair<LoraKey, int64_t>, Tensor> changed_{changed_tables};  // the table with LoRAs, by these and n
     LoraSets lora_sets_;
+    ModulationCache modulations_{cached_modulations};  // of conditioners that run outside a Denoiser
     Parts parts_;
 };
 

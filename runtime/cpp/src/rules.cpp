@@ -81,7 +81,13 @@ void check_quantization(const Rules &rules, const std::string &part, const Quant
     rules.check(twice.empty(), key + ": layers", "named once each",
                 json_text(std::vector<std::string>(twice.begin(), twice.end())));
     rules.check(is_sha256(q.policy), key + ": policy", "a SHA-256", json_text(q.policy));
-    rules.check(is_sha256(q.scales), key + ": scales", "a SHA-256", json_text(q.scales));
+    std::vector<std::string> strangers;
+    for (const auto &[layer, format] : q.formats)
+        if (once.count(layer) == 0) strangers.push_back(layer);
+    rules.check(strangers.empty(), key + ": formats", "given for names of layers only", json_text(strangers));
+    const std::string scales = q.scales ? json_text(*q.scales) : "null";
+    if (q.uses("fp8_e4m3")) rules.check(q.scales && is_sha256(*q.scales), key + ": scales", "a SHA-256", scales);
+    else rules.check(!q.scales, key + ": scales", "null for a format without calibration", scales);
 }
 
 void check_slots(const Rules &rules, const std::string &key, const LoraSlots &slots) {
@@ -128,12 +134,13 @@ void check_table(const Rules &rules, const Manifest &m) {
     }
 }
 
-// B14.
+// B14, B15.
 void check_loras(const Rules &rules, const Manifest &m) {
     const std::map<std::string, const LoraSlots *> found = m.slots();
-    const int64_t version = found.empty() ? bundle_version : lora_bundle_version;
-    rules.check(m.version == version, "version",
-                std::to_string(version) + " with " + std::to_string(found.size()) + " parts that have slots (B14)",
+    int64_t version = found.empty() ? bundle_version : lora_bundle_version;
+    for (const auto &[name, part] : m.parts)
+        if (part.quantization && !part.quantization->plain()) version = formats_bundle_version;
+    rules.check(m.version == version, "version", std::to_string(version) + " for these slots and formats (B14, B15)",
                 std::to_string(m.version));
     std::set<std::string> once, twice;
     std::set<int64_t> ranks;

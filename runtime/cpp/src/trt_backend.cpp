@@ -1,13 +1,16 @@
 // The TensorRT backend: finds the GPU, the library and the engines that fit them.
 #include "trt_backend.h"
 
+#include <cstdio>
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "error.h"
 #include "trt_denoiser.h"
 #include "trt_engine.h"
+#include "trt_memory.h"
 #include "trt_record.h"
 #include "trt_session.h"
 
@@ -20,27 +23,40 @@ public:
 
     // Looks for the GPU first, then the library, then the records (E4). Reads no engine.
     void check(const Bundle &bundle) override {
-        if (!bundle.manifest.slots().empty()) {
-            throw engine_error("the bundle has LoRA slots, which this library runs with the backend openvino only; "
-                               "use a bundle without slots, with LoRAs merged, or the Python runtime");
-        }
         const std::lock_guard<std::mutex> lock(mutex_);
         start();
         for (const auto &[name, part] : bundle.manifest.parts) find_engine(bundle, name, host_);
     }
 
     std::unique_ptr<Engine> open(const Bundle &bundle, const std::string &part) override {
-        return make_trt_engine(lane(), session(bundle, part), part, bundle.manifest.parts.at(part));
+        const std::shared_ptr<Lane> shared = lane();
+        return make_trt_engine(shared, shared->with_room([&] { return load(bundle, part); }), part,
+                               bundle.manifest.parts.at(part));
     }
 
-    std::unique_ptr<Denoiser> open_denoiser(const Bundle &bundle) override {
-        Sessions sessions{nullptr, session(bundle, "backbone"), session(bundle, "vae_decoder")};
-        std::unique_ptr<Engine> conditioner;
-        if (bundle.manifest.parts.count("conditioner") != 0) {
-            sessions.conditioner = session(bundle, "conditioner");
-            conditioner = open(bundle, "conditioner");
-        }
-        return make_trt_denoiser(lane(), std::move(sessions), std::move(conditioner), bundle.manifest);
+    std::unique_ptr<Denoiser> open_denoiser(const Bundle &bundle, PartSource &parts) override {
+        std::map<std::string, std::vector<Profile>> profiles;
+        const std::shared_ptr<Lane> shared = lane();
+        for (const auto &[name, part] : bundle.manifest.parts)
+            profiles[name] = find_engine(bundle, name, host_).record.key.profiles;
+        const ShapeCheck check_shapes = [profiles](const std::string &part, const Shapes &inputs) {
+            std::string wrong;
+            fitting_profile(part, profiles.at(part), inputs, wrong);
+            return wrong;
+        };
+        return make_trt_denoiser(shared, parts, check_shapes, bundle.manifest);
+    }
+
+    MemoryMode fitting_memory(const Bundle &bundle) override {
+        const std::shared_ptr<Lane> shared = lane();
+        std::map<std::string, EngineBytes> parts;
+        for (const auto &[name, inputs] : part_inputs(bundle.manifest, usual_size(bundle.manifest)))
+            parts[name] = engine_bytes(bundle, find_engine(bundle, name, host_).record, inputs);
+        const Lane::Hold hold(*shared);
+        std::string why;
+        const MemoryMode mode = choose_memory(bundle.manifest, parts, cuda::free_bytes(), why);
+        if (!why.empty()) std::fprintf(stderr, "arcflow: %s\n", why.c_str());
+        return mode;
     }
 
 private:
@@ -67,12 +83,7 @@ private:
         runtime_ = make_trt_runtime(library, device->gpu);
     }
 
-    // A part's engine: loaded once, shared by all users, freed with the last of them.
-    std::shared_ptr<TrtSession> session(const Bundle &bundle, const std::string &part) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        start();
-        std::weak_ptr<TrtSession> &known = sessions_[part];
-        if (std::shared_ptr<TrtSession> loaded = known.lock()) return loaded;
+    std::shared_ptr<TrtSession> load(const Bundle &bundle, const std::string &part) {
         const BuiltEngine engine = find_engine(bundle, part, host_);
         check_engine(engine, false);
         const Lane::Hold hold(*lane_);
@@ -94,17 +105,14 @@ private:
         loaded->lane = lane_;
         loaded->runtime = runtime_;
         loaded->session = runtime_->load(engine, bundle);
-        std::shared_ptr<TrtSession> shared(loaded, loaded->session.get());
-        known = shared;
-        return shared;
+        return {loaded, loaded->session.get()};
     }
 
     TrtFlavour flavour_;
-    std::mutex mutex_;
+    std::mutex mutex_;  // of the next three, which `start` sets once
     std::shared_ptr<Lane> lane_;
     std::shared_ptr<TrtRuntime> runtime_;
     Host host_;
-    std::map<std::string, std::weak_ptr<TrtSession>> sessions_;
 };
 
 }  // namespace

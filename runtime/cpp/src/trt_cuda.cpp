@@ -137,8 +137,7 @@ std::string describe(int error) {
 void check(int result, const std::string &what) {
     if (result == success) return;
     const std::string text = "CUDA cannot " + what + ": " + describe(result);
-    if (result == out_of_memory)
-        throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; ask for fewer or smaller images, or set low_memory");
+    if (result == out_of_memory) throw Error(ARCFLOW_OUT_OF_MEMORY, text + "; " + save_memory);
     const bool ends_process = std::find(std::begin(lost), std::end(lost), result) != std::end(lost);
     throw engine_error(text + (ends_process ? "; start this process again" : "; open the bundle again"));
 }

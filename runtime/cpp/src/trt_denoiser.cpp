@@ -8,8 +8,12 @@
 #include <mutex>
 #include <set>
 #include <utility>
+#include <vector>
 
 #include "error.h"
+#include "lora.h"
+#include "modulations.h"
+#include "trt_loras.h"
 
 namespace arcflow {
 namespace {
@@ -45,13 +49,14 @@ void append(Tensor &all, Tensor more) {
 
 class TrtDenoiser : public Denoiser {
 public:
-    TrtDenoiser(std::shared_ptr<Lane> lane, Sessions sessions, std::unique_ptr<Engine> conditioner,
-                const Manifest &manifest, size_t max_plans)
+    TrtDenoiser(std::shared_ptr<Lane> lane, PartSource &parts, ShapeCheck check_shapes, const Manifest &manifest,
+                size_t max_plans)
         : lane_(std::move(lane)),
-          sessions_(std::move(sessions)),
-          conditioner_(std::move(conditioner)),
+          parts_(parts),
+          check_shapes_(std::move(check_shapes)),
           manifest_(manifest),
-          max_plans_(max_plans) {
+          max_plans_(max_plans),
+          arenas_(*lane_, manifest_, {"backbone", "conditioner"}) {
         check_heads(manifest_.parts.at("backbone"));
         const Lane::Hold hold(*lane_);
         kernels_ = std::make_unique<Kernels>(lane_->device->gpu.target);
@@ -63,6 +68,7 @@ public:
         try {
             const Lane::Hold hold(*lane_);
             lane_->make_room = [] { return false; };
+            arenas_.release();
             lane_->release_workspace();
             kernels_.reset();
         } catch (const std::exception &) {  // the device is lost, so there is nothing to free
@@ -75,6 +81,7 @@ public:
         check_job(job);
         const std::lock_guard<std::recursive_mutex> lock(mutex_);
         const cuda::Current current(*lane_->device);
+        drop_forgotten();
         const auto [most, steps_at_once] = fit(job);
         const auto batch = static_cast<int64_t>(job.texts.size());
         std::vector<Tensor> by_step(job.timesteps.size());
@@ -105,7 +112,27 @@ public:
         return all;
     }
 
+    void forget(const Lora &lora) override {
+        {
+            const std::lock_guard<std::mutex> lock(forgotten_mutex_);
+            forgotten_.push_back(lora.number);
+        }
+        // A running job drops it later: to wait here for a job whose callback closes a LoRA would be a deadlock.
+        if (const std::unique_lock<std::recursive_mutex> lock(mutex_, std::try_to_lock); lock) drop_forgotten();
+    }
+
 private:
+    void drop_forgotten() {
+        std::vector<uint64_t> numbers;
+        {
+            const std::lock_guard<std::mutex> lock(forgotten_mutex_);
+            numbers.swap(forgotten_);
+        }
+        if (numbers.empty()) return;
+        const Lane::Hold hold(*lane_);
+        for (const uint64_t number : numbers) arenas_.drop(number);
+    }
+
     DenoiseShape size_of_job(const DenoiseJob &job, int64_t batch) const {
         return {batch, job.height, job.width, job.texts.front()->states.shape[1],
                 static_cast<int64_t>(job.timesteps.size())};
@@ -118,12 +145,12 @@ private:
         std::string wrong;
         for (auto batch = static_cast<int64_t>(job.texts.size()); batch > 0; --batch) {
             const DenoiseShape size = size_of_job(job, batch);
-            wrong = sessions_.backbone->misfit(backbone_inputs(manifest_, size));
-            if (wrong.empty() && job.pixels) wrong = sessions_.decoder->misfit(decoder_inputs(manifest_, size));
+            wrong = check_shapes_("backbone", backbone_inputs(manifest_, size));
+            if (wrong.empty() && job.pixels) wrong = check_shapes_("vae_decoder", decoder_inputs(manifest_, size));
             if (!wrong.empty()) continue;
-            if (source(job) != Modulation::conditioner) return {batch, steps};
+            if (job.table != nullptr) return {batch, steps};
             for (int64_t at_once = steps; at_once > 0; --at_once) {
-                wrong = sessions_.conditioner->misfit(conditioner_inputs(manifest_, batch, at_once));
+                wrong = check_shapes_("conditioner", conditioner_inputs(manifest_, batch, at_once));
                 if (wrong.empty()) return {batch, at_once};
             }
         }
@@ -131,25 +158,30 @@ private:
     }
 
     Modulation source(const DenoiseJob &job) const {
-        if (job.table != nullptr) return Modulation::table;
-        const DType made = spec_of(manifest_.parts.at("conditioner").outputs, "modulation", "conditioner").dtype;
-        // Within a CUDA graph nothing casts between engines, so both must have the same dtype.
-        return made == spec_of(manifest_.parts.at("backbone").inputs, "modulation", "backbone").dtype
-                   ? Modulation::conditioner
-                   : Modulation::given;
+        // A plan has the bundle's table built in, but not one that LoRAs changed.
+        if (job.table != nullptr && loras_of(job).of(modulation_name) != nullptr) return Modulation::given;
+        return modulation_source(manifest_, job.table != nullptr, parts_.keeps("conditioner"));
     }
 
-    // Free the plans and the workspace. False if there is nothing to free, or another thread uses them.
+    static const PreparedLoras &loras_of(const DenoiseJob &job) {
+        static const PreparedLoras none;
+        return job.loras ? *job.loras : none;
+    }
+
+    // Free the plans, the LoRAs and the workspace, except what a job that is running in this thread uses. False if
+    // there is nothing to free, or another thread uses them.
     bool make_room() {
         const std::unique_lock<std::recursive_mutex> lock(mutex_, std::try_to_lock);  // its owner may wait for us
         if (!lock) return false;
-        const size_t others = plans_.size();
+        const size_t running = running_ ? 1 : 0, others = plans_.size() - running;
         if (others > 0)
             std::fprintf(stderr, "arcflow: out of GPU memory: the CUDA graphs of %zu other shapes are dropped\n",
                          others);
-        drop_plans(0);
+        drop_plans(running);
+        if (running_) return others > 0;
         const Lane::Hold hold(*lane_);
-        return lane_->release_workspace() || others > 0;
+        const bool loras = arenas_.release();
+        return lane_->release_workspace() || loras || others > 0;
     }
 
     // If memory runs out, free the other plans and the workspace, and try once more.
@@ -170,26 +202,61 @@ private:
 
     Denoised try_piece(const DenoiseJob &job, int64_t steps_at_once, const OnStep &on_step) {
         const Modulation modulation = source(job);
-        const Tensor given = modulation == Modulation::given ? condition(job) : Tensor();
-        const PlanKey key{size_of_job(job, static_cast<int64_t>(job.texts.size())), job.pixels, modulation};
+        std::shared_ptr<const Tensor> given;
+        if (modulation == Modulation::given) given = job.table ? job.table : condition(job, steps_at_once);
+        const PreparedLoras &loras = loras_of(job);
+        const DenoiseShape size = size_of_job(job, static_cast<int64_t>(job.texts.size()));
+        const PlanKey key{size, job.pixels, modulation, arenas_.rank(loras)};
         Plan &plan = plan_for(key, steps_at_once, job);
         try {
-            plan.stage(job, modulation == Modulation::given ? &given : nullptr);
+            plan.stage(job, given.get());
+            if (key.lora_rank > 0) {
+                const Lane::Hold hold(*lane_);
+                arenas_.put(loras, key.lora_rank);
+            }
+            running_ = true;
             plan.run(on_step);
+            running_ = false;
             if (!plan.obstacle().empty() && logged_.insert(plan.obstacle()).second) {
                 std::fprintf(stderr, "arcflow: images are generated without a CUDA graph: %s\n",
                              plan.obstacle().c_str());
             }
             return plan.take();
         } catch (...) {
+            running_ = false;
             plans_.pop_front();  // half of its work may be enqueued; its destructor waits for the stream
+            arenas_.forget();
             throw;
         }
     }
 
-    // The modulation [S, b, M] or [S, 1, M], computed through the host because conditioner and backbone differ in
-    // dtype.
-    Tensor condition(const DenoiseJob &job) {
+    // The modulation [S, b, M] or [S, 1, M], computed through the host; the results for the last inputs are cached. The
+    // runs of the conditioner are those that a graph would make, so that the modulation has the same bits.
+    std::shared_ptr<const Tensor> condition(const DenoiseJob &job, int64_t steps_at_once) {
+        const auto steps = static_cast<int64_t>(job.timesteps.size());
+        const PreparedLoras &loras = loras_of(job);
+        Tensors inputs = conditioner_inputs_of(job);
+        const ModulationKey key = modulation_key(loras, inputs);
+        if (auto kept = modulations_.get(key)) return kept;
+        const Tensors none, *const slots = loras.of("conditioner");
+        const std::shared_ptr<Engine> conditioner = parts_.borrow("conditioner");
+        Tensor all;
+        for (const int64_t start : conditioner_starts(steps, steps_at_once)) {
+            Tensor &seen = inputs["timesteps"] = Tensor(DType::float32, {steps_at_once});
+            std::copy_n(job.timesteps.begin() + start, steps_at_once, seen.as<float>());
+            const Tensor made = conditioner->run_with_slots(inputs, slots ? *slots : none).at("modulation");
+            if (all.shape.empty()) all = Tensor(made.dtype, {steps, made.shape[1], made.shape[2]});
+            const size_t step_bytes = made.data.size() / static_cast<size_t>(steps_at_once);
+            std::copy(made.data.begin(), made.data.end(),
+                      all.data.begin() + start * static_cast<std::ptrdiff_t>(step_bytes));
+        }
+        auto shared = std::make_shared<const Tensor>(std::move(all));
+        modulations_.put(key, shared);
+        return shared;
+    }
+
+    // The conditioner's inputs for all steps.
+    Tensors conditioner_inputs_of(const DenoiseJob &job) const {
         Tensors inputs;
         for (const TensorSpec &spec : manifest_.parts.at("conditioner").inputs) {
             Tensor tensor;
@@ -204,8 +271,7 @@ private:
             }
             inputs[spec.name] = cast(std::move(tensor), spec.dtype);
         }
-        Tensors outputs = conditioner_->run(inputs);
-        return std::move(outputs.at("modulation"));
+        return inputs;
     }
 
     // The plan of a key, moved to the front of the list. A new plan replaces the least recently used one.
@@ -216,7 +282,8 @@ private:
             return *plans_.front();
         }
         drop_plans(max_plans_ - 1);
-        plans_.push_front(std::make_unique<Plan>(*lane_, manifest_, sessions_, *kernels_, key, steps_at_once, job));
+        plans_.push_front(
+            std::make_unique<Plan>(*lane_, manifest_, parts_, arenas_, *kernels_, key, steps_at_once, job));
         return *plans_.front();
     }
 
@@ -225,25 +292,28 @@ private:
     }
 
     std::shared_ptr<Lane> lane_;
-    Sessions sessions_;
-    std::unique_ptr<Engine> conditioner_;
+    PartSource &parts_;
+    ShapeCheck check_shapes_;
     Manifest manifest_;
     size_t max_plans_;
-    // One job at a time, since two would only share the GPU. Taken before the lane. Recursive, because the conditioner
-    // that runs on the host may ask for room.
+    // One job at a time, since two would only share the GPU. Taken before the lane. Recursive, because loading or
+    // running a part during a job may ask for room.
     std::recursive_mutex mutex_;
     std::unique_ptr<Kernels> kernels_;
+    LoraArenas arenas_;                       // declared before the plans, which use its addresses
     std::list<std::unique_ptr<Plan>> plans_;  // most recently used first
+    bool running_ = false;                    // the first of them
+    ModulationCache modulations_{cached_modulations};
+    std::mutex forgotten_mutex_;
+    std::vector<uint64_t> forgotten_;  // LoRAs whose sets are no longer needed
     std::set<std::string> logged_;
 };
 
 }  // namespace
 
-std::unique_ptr<Denoiser> make_trt_denoiser(std::shared_ptr<Lane> lane, Sessions sessions,
-                                            std::unique_ptr<Engine> conditioner, const Manifest &manifest,
-                                            size_t max_plans) {
-    return std::make_unique<TrtDenoiser>(std::move(lane), std::move(sessions), std::move(conditioner), manifest,
-                                         max_plans);
+std::unique_ptr<Denoiser> make_trt_denoiser(std::shared_ptr<Lane> lane, PartSource &parts, ShapeCheck check_shapes,
+                                            const Manifest &manifest, size_t max_plans) {
+    return std::make_unique<TrtDenoiser>(std::move(lane), parts, std::move(check_shapes), manifest, max_plans);
 }
 
 }  // namespace arcflow

@@ -10,6 +10,7 @@
 
 #include "error.h"
 #include "trt_buffers.h"
+#include "trt_loras.h"
 #include "trt_shapes.h"
 
 namespace arcflow {
@@ -90,15 +91,39 @@ private:
     std::unique_ptr<TrtContext> context_;
 };
 
-class TrtEngine : public Engine {
+class HostEngine : public TrtEngine {
 public:
-    TrtEngine(std::shared_ptr<Lane> lane, std::shared_ptr<TrtSession> session, std::string name, Part part)
-        : lane_(std::move(lane)), session_(std::move(session)), name_(std::move(name)), part_(std::move(part)) {}
+    HostEngine(std::shared_ptr<Lane> lane, std::shared_ptr<TrtSession> session, std::string name, Part part)
+        : lane_(std::move(lane)), session_(std::move(session)), name_(std::move(name)), part_(std::move(part)) {
+        for (TensorSpec &slot : part_.slot_inputs()) part_.inputs.push_back(std::move(slot));
+        const Lane::Hold hold(*lane_);
+        lane_->add_engine();
+    }
 
-    ~TrtEngine() override { drop(0); }
+    ~HostEngine() override {
+        try {
+            const Lane::Hold hold(*lane_);
+            lane_->settle();
+            prepared_.clear();
+            session_.reset();
+            lane_->remove_engine();
+        } catch (const std::exception &) {  // the device is lost, so there is nothing to free
+        }
+    }
+
+    TrtSession &session() override { return *session_; }
+
+    Tensors run(const Tensors &inputs) override { return run_with_slots(inputs, {}); }
 
     // One thread at a time, others wait.
-    Tensors run(const Tensors &inputs) override {
+    Tensors run_with_slots(const Tensors &given, const Tensors &slots) override {
+        Tensors inputs = given;
+        if (part_.lora) inputs.merge(pad_inputs(*part_.lora, slots));
+        return run_checked(inputs);
+    }
+
+private:
+    Tensors run_checked(const Tensors &inputs) {
         for (const TensorSpec &spec : part_.inputs) {
             const auto given = inputs.find(spec.name);
             if (given == inputs.end() || given->second.dtype != spec.dtype) {
@@ -110,7 +135,6 @@ public:
         return run_in_pieces(inputs);
     }
 
-private:
     // Run a conditioner in pieces of as many timesteps as its engine takes, and join the modulation [S, U, M] along its
     // first axis.
     Tensors run_in_pieces(const Tensors &inputs) {
@@ -140,14 +164,8 @@ private:
         return joined;
     }
 
-    // If memory runs out, ask the denoiser for room, and try once more.
     Tensors run_whole(const Tensors &inputs) {
-        try {
-            return try_whole(inputs);
-        } catch (const Error &e) {
-            if (e.status != ARCFLOW_OUT_OF_MEMORY || !lane_->make_room()) throw;
-        }
-        return try_whole(inputs);
+        return lane_->with_room([&] { return try_whole(inputs); });
     }
 
     Tensors try_whole(const Tensors &inputs) {
@@ -201,9 +219,9 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Engine> make_trt_engine(std::shared_ptr<Lane> lane, std::shared_ptr<TrtSession> session,
-                                        std::string name, Part part) {
-    return std::make_unique<TrtEngine>(std::move(lane), std::move(session), std::move(name), std::move(part));
+std::unique_ptr<TrtEngine> make_trt_engine(std::shared_ptr<Lane> lane, std::shared_ptr<TrtSession> session,
+                                           std::string name, Part part) {
+    return std::make_unique<HostEngine>(std::move(lane), std::move(session), std::move(name), std::move(part));
 }
 
 Shapes shapes_of(const Tensors &tensors) {

@@ -51,11 +51,12 @@ private:
 // The error `text` with what the logger returned. Where that tells of memory, its status is ARCFLOW_OUT_OF_MEMORY.
 inline Error logged_error(const std::string &text, const std::string &logged) {
     if (logged.find("emory") == std::string::npos) return engine_error(text + logged);
-    return {ARCFLOW_OUT_OF_MEMORY, text + logged + "; ask for fewer or smaller images, or set low_memory"};
+    return {ARCFLOW_OUT_OF_MEMORY, text + logged + "; " + save_memory};
 }
 
-// A session for a loaded and checked engine that has its weights. `cache` may be null.
-std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,
+// A session for a loaded and checked engine that has its weights. `allocates`: its record says that runs allocate
+// memory. `cache` may be null.
+std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, bool allocates,
                                              std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger);
 
 // A refitter for `engine`, which must outlive it. The library must have one. Throws Error if it cannot make one.

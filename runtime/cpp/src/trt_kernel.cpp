@@ -38,8 +38,10 @@ struct Nvrtc {
         for (const char *name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"})
             if (library == nullptr) library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) {
-            throw engine_error("the kernels are compiled by NVRTC, which cannot be loaded; install CUDA's NVRTC, or "
-                               "run runtime/kernels/build.py before this library is built");
+            throw engine_error("NVRTC, which compiles the CUDA kernels, cannot be loaded; install the CUDA toolkit's "
+                               "package cuda-nvrtc, or run `pip install nvidia-cuda-nvrtc` and name the folder of its "
+                               "libnvrtc.so in LD_LIBRARY_PATH; or build this library after "
+                               "runtime/kernels/build.py, which needs nvcc");
         }
         const auto find = [&](auto &function, const char *name) {
             function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));

@@ -48,6 +48,10 @@ bool Lane::release_workspace() {
     return true;
 }
 
+void Lane::remove_engine() {
+    if (--engines_ == 0) release_workspace();
+}
+
 void Lane::settle() noexcept {
     for (int attempt = 0; attempt < 2; ++attempt) {  // a wait that failed may not have waited
         try {
@@ -63,8 +67,8 @@ std::unique_ptr<cuda::Memory> Lane::allocate(size_t bytes, const std::string &wh
     } catch (const Error &e) {
         if (e.status != ARCFLOW_OUT_OF_MEMORY) throw;
         throw Error(ARCFLOW_OUT_OF_MEMORY, what + " need " + grouped(bytes) + " bytes of " + device->gpu.name +
-                                               "'s memory, " + grouped(cuda::free_bytes()) +
-                                               " are free; set low_memory, or ask for fewer or smaller images");
+                                               "'s memory, " + grouped(cuda::free_bytes()) + " are free; " +
+                                               save_memory);
     }
 }
 

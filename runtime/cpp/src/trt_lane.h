@@ -8,6 +8,7 @@
 #include <mutex>
 #include <string>
 
+#include "error.h"
 #include "trt_cuda.h"
 
 namespace arcflow {
@@ -58,15 +59,32 @@ public:
     std::unique_ptr<cuda::Memory> allocate(size_t bytes, const std::string &what);
     std::unique_ptr<cuda::Pinned> allocate_pinned(size_t bytes, const std::string &part);
 
-    // Frees what can be made again, for an engine that found no memory; returns whether there was anything. Set by the
-    // denoiser. It is called without the lane, since it takes the denoiser's lock.
+    // Count an engine that was loaded, or freed. With the last one the workspace is freed too.
+    void add_engine() { ++engines_; }
+    void remove_engine();
+
+    // The rest is for a thread that does not hold the lane, since it takes the denoiser's lock.
+
+    // Frees what can be made again, for work that found no memory; returns whether there was anything. Set by the
+    // denoiser.
     std::function<bool()> make_room = [] { return false; };
+
+    // Do `work`, and if memory runs out, once more after `make_room`.
+    template <class Work> auto with_room(const Work &work) {
+        try {
+            return work();
+        } catch (const Error &e) {
+            if (e.status != ARCFLOW_OUT_OF_MEMORY || !make_room()) throw;
+        }
+        return work();
+    }
 
 private:
     std::recursive_mutex mutex_;
     std::unique_ptr<cuda::Stream> stream_;
     std::unique_ptr<cuda::Memory> workspace_;
     uint64_t generation_ = 0;
+    int engines_ = 0;
 };
 
 }  // namespace arcflow

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "error.h"
+#include "trt_engine.h"
 #include "trt_shapes.h"
 
 namespace arcflow {
@@ -13,12 +14,12 @@ constexpr const char *heads[] = {"means", "logweights", "loggammas"};
 
 }  // namespace
 
-Plan::Plan(Lane &lane, const Manifest &manifest, const Sessions &sessions, Kernels &kernels, const PlanKey &key_,
-           int64_t steps_at_once, const DenoiseJob &job)
-    : key(key_), lane_(lane), kernels_(kernels) {
+Plan::Plan(Lane &lane, const Manifest &manifest, PartSource &parts, LoraArenas &arenas, Kernels &kernels,
+           const PlanKey &key_, int64_t steps_at_once, const DenoiseJob &job)
+    : key(key_), lane_(lane), parts_(parts), arenas_(arenas), kernels_(kernels), keeps_(parts.keeps("backbone")) {
     const Lane::Hold hold(lane_);
     try {
-        prepare(manifest, sessions, steps_at_once, job);
+        prepare(manifest, steps_at_once, job);
     } catch (...) {  // free with the lane held; a member's destructor would run without
         lane_.settle();
         contexts_.clear();
@@ -41,7 +42,7 @@ Plan::~Plan() {
     }
 }
 
-void Plan::prepare(const Manifest &manifest, const Sessions &sessions, int64_t steps_at_once, const DenoiseJob &job) {
+void Plan::prepare(const Manifest &manifest, int64_t steps_at_once, const DenoiseJob &job) {
     const Part &backbone = manifest.parts.at("backbone");
     const Latents &sizes = manifest.latents;
     const DType input = spec_of(backbone.inputs, "latents", "backbone").dtype;
@@ -59,22 +60,36 @@ void Plan::prepare(const Manifest &manifest, const Sessions &sessions, int64_t s
                dtype,
                input};
     buffers_ = std::make_unique<Buffers>(lane_, manifest, key, steps_at_once, job);
-    if (key.modulation == Modulation::conditioner) {
-        open("conditioner", *sessions.conditioner, conditioner_inputs(manifest, key.size.batch, steps_at_once),
-             conditioner_outputs(manifest, key.size.batch, steps_at_once));
+    find_shapes(manifest, steps_at_once);
+    for (const auto &[part, shapes] : shapes_) {
+        if (!keeps_) break;
+        const std::shared_ptr<Engine> engine = parts_.borrow(part);
+        TrtContext &context = *(contexts_[part] = make_context(part, dynamic_cast<TrtEngine &>(*engine).session()));
+        const size_t bytes = context.workspace_bytes();
+        if (bytes > workspace_bytes_) {
+            workspace_bytes_ = bytes;
+            largest_ = part;
+        }
     }
-    open("backbone", *sessions.backbone, backbone_inputs(manifest, key.size), backbone_outputs(manifest, key.size));
-    if (key.pixels)
-        open("vae_decoder", *sessions.decoder, decoder_inputs(manifest, key.size), decoder_outputs(manifest, key.size));
     done_ = std::make_unique<cuda::Event>();
     bind();
 }
 
-// Make the context of a part, and give it the addresses that are the same in all of its runs.
-void Plan::open(const std::string &part, TrtSession &session, const Shapes &inputs, const Shapes &outputs) {
-    TrtContext &context = *(contexts_[part] = session.context(inputs, lane_.stream()));
-    for (const auto &[name, expected] : outputs) {
-        const std::vector<int64_t> found = context.shape(name);
+void Plan::find_shapes(const Manifest &manifest, int64_t steps_at_once) {
+    if (key.modulation == Modulation::conditioner)
+        shapes_["conditioner"] = {conditioner_inputs(manifest, key.size.batch, steps_at_once),
+                                  conditioner_outputs(manifest, key.size.batch, steps_at_once)};
+    shapes_["backbone"] = {backbone_inputs(manifest, key.size), backbone_outputs(manifest, key.size)};
+    if (key.pixels) shapes_["vae_decoder"] = {decoder_inputs(manifest, key.size), decoder_outputs(manifest, key.size)};
+    for (auto &[part, shapes] : shapes_) shapes.inputs.merge(arenas_.shapes(part, key.lora_rank));
+}
+
+// Make a context of a part, and give it the addresses that are the same in all of its runs. The caller holds the lane.
+std::unique_ptr<TrtContext> Plan::make_context(const std::string &part, TrtSession &session) {
+    const PartShapes &shapes = shapes_.at(part);
+    std::unique_ptr<TrtContext> context = session.context(shapes.inputs, lane_.stream());
+    for (const auto &[name, expected] : shapes.outputs) {
+        const std::vector<int64_t> found = context->shape(name);
         if (found != expected) {
             throw engine_error(part + ": output " + name + " must have shape " + text_of(expected) + ", got " +
                                text_of(found) + "; build the engine again with `arcflow build`");
@@ -82,22 +97,56 @@ void Plan::open(const std::string &part, TrtSession &session, const Shapes &inpu
     }
     const Buffers &buffers = *buffers_;
     if (part == "backbone") {
-        context.bind("latents", buffers["input"] ? buffers["input"] : buffers["latents"]);
-        context.bind("encoder_hidden_states", buffers["states"]);
-        for (const char *name : {"modulation", "image_rotary", "text_rotary"}) context.bind(name, buffers[name]);
-        for (const char *name : heads) context.bind(name, buffers[name]);
+        context->bind("latents", buffers["input"] ? buffers["input"] : buffers["latents"]);
+        context->bind("encoder_hidden_states", buffers["states"]);
+        for (const char *name : {"modulation", "image_rotary", "text_rotary"}) context->bind(name, buffers[name]);
+        for (const char *name : heads) context->bind(name, buffers[name]);
     } else if (part == "conditioner") {
-        for (const auto &[name, shape] : inputs)
-            if (name != "timesteps") context.bind(name, buffers[name]);
-        context.bind("modulation", buffers["conditioned"]);
+        for (const char *name : {"pooled_projections", "guidance"})
+            if (shapes.inputs.count(name) != 0) context->bind(name, buffers[name]);
+        context->bind("modulation", buffers["conditioned"]);
     } else {
-        for (const char *name : {"latents", "images"}) context.bind(name, buffers[name]);
+        for (const char *name : {"latents", "images"}) context->bind(name, buffers[name]);
     }
-    const size_t bytes = context.workspace_bytes();
-    if (bytes > workspace_bytes_) {
-        workspace_bytes_ = bytes;
-        largest_ = part;
+    for (const auto &[name, address] : arenas_.addresses(part, key.lora_rank)) context->bind(name, address);
+    return context;
+}
+
+// The context of a part for one stage.
+std::shared_ptr<TrtContext> Plan::use(const std::string &part) {
+    if (!keeps_) return open_for_a_stage(part);
+    return {std::shared_ptr<TrtContext>(), contexts_.at(part).get()};  // this plan's, not counted
+}
+
+// Load a part for one stage. Its memory is freed with the last copy of the pointer, after the stream's work.
+std::shared_ptr<TrtContext> Plan::open_for_a_stage(const std::string &part) {
+    struct Opened {
+        explicit Opened(Lane &of) : lane(of) {}
+        Opened(const Opened &) = delete;
+        Opened &operator=(const Opened &) = delete;
+        ~Opened() {
+            try {
+                const Lane::Hold hold(lane);
+                lane.settle();
+                context.reset();
+                lane.release_workspace();
+            } catch (const std::exception &) {  // the device is lost, so there is nothing to free
+            }
+        }
+
+        Lane &lane;
+        std::shared_ptr<Engine> engine;
+        std::unique_ptr<TrtContext> context;
+    };
+    const auto opened = std::make_shared<Opened>(lane_);
+    opened->engine = parts_.borrow(part);
+    const Lane::Hold hold(lane_);
+    opened->context = make_context(part, dynamic_cast<TrtEngine &>(*opened->engine).session());
+    if (const size_t bytes = opened->context->workspace_bytes(); bytes > 0) {
+        const cuda::Memory &workspace = lane_.workspace(bytes, part);
+        opened->context->use_workspace(workspace.address, workspace.bytes);
     }
+    return {opened, opened->context.get()};
 }
 
 // Give the contexts the lane's workspace, and drop a graph that uses an older one. The caller holds the lane.
@@ -113,20 +162,29 @@ void Plan::bind() {
 }
 
 void Plan::run(const OnStep &on_step) {
-    {
+    if (keeps_) {
         // Held throughout, so that no other plan replaces the workspace meanwhile.
         const Lane::Hold hold(lane_);
-        bind();
-        if (!on_step && warm_ && !graph_ && obstacle_.empty()) capture();
-        if (!on_step && graph_) {
-            graph_->launch(lane_.stream().handle);
-        } else {
-            enqueue(on_step);
-            warm_ = true;
-        }
+        run_kept(on_step);
+        lane_.stream().record(*done_);
+    } else {
+        // Held within each stage only, because loading a part takes locks that come before the lane's.
+        enqueue(on_step);
+        const Lane::Hold hold(lane_);
         lane_.stream().record(*done_);
     }
     done_->wait();
+}
+
+void Plan::run_kept(const OnStep &on_step) {
+    bind();
+    if (!on_step && warm_ && !graph_ && obstacle_.empty()) capture();
+    if (!on_step && graph_) {
+        graph_->launch(lane_.stream().handle);
+    } else {
+        enqueue(on_step);
+        warm_ = true;
+    }
 }
 
 // Capture the graph, or set `obstacle_` to the reason why it cannot be captured.
@@ -156,46 +214,61 @@ void Plan::enqueue(const OnStep &on_step) {
     cuda::Stream &stream = lane_.stream();
     const Buffers &buffers = *buffers_;
     marks_.clear();
-    mark("start");
-    stream.copy(buffers["streams"], buffers.staging(), buffers.staged.bytes());
-    mark("copy");
-    kernels_.noise(stream, noise_, buffers["streams"], buffers["latents"], buffers["input"]);
-    mark("noise");
+    {
+        const Lane::Hold hold(lane_);
+        mark("start");
+        stream.copy(buffers["streams"], buffers.staging(), buffers.arrays.staged.bytes());
+        mark("copy");
+        kernels_.noise(stream, noise_, buffers["streams"], buffers["latents"], buffers["input"]);
+        mark("noise");
+    }
     if (key.modulation == Modulation::conditioner) {
-        condition();
+        const auto context = use("conditioner");
+        const Lane::Hold hold(lane_);
+        condition(*context);
         mark("condition");
     }
-    for (int64_t index = 0; index < key.size.steps; ++index) {
-        step(index);
-        if (!on_step) continue;
-        copy_result("latents");
-        stream.wait();
-        on_step(index, buffers.read("latents", DType::float32));
-    }
+    enqueue_steps(on_step);
     if (key.pixels) {
-        contexts_.at("vae_decoder")->enqueue();
+        const auto context = use("vae_decoder");
+        const Lane::Hold hold(lane_);
+        context->enqueue();
         mark("decode");
     }
-    for (const auto &[name, region] : buffers.results.regions()) copy_result(name);
+    const Lane::Hold hold(lane_);
+    for (const auto &[name, region] : buffers.arrays.results.regions()) copy_result(name);
     mark("copy");
 }
 
+void Plan::enqueue_steps(const OnStep &on_step) {
+    const auto context = use("backbone");
+    for (int64_t index = 0; index < key.size.steps; ++index) {
+        {
+            const Lane::Hold hold(lane_);
+            step(*context, index);
+            if (!on_step) continue;
+            copy_result("latents");
+            lane_.stream().wait();
+        }
+        on_step(index, buffers_->read("latents", DType::float32));
+    }
+}
+
 // Compute the modulation of every step, as many steps per run as the engine takes.
-void Plan::condition() {
+void Plan::condition(TrtContext &context) {
     const Buffers &buffers = *buffers_;
     const Layout::Region &target = buffers.region("modulations"), &made = buffers.region("conditioned");
     const size_t step_bytes = target.bytes / static_cast<size_t>(key.size.steps);
-    TrtContext &context = *contexts_.at("conditioner");
-    for (size_t run = 0; run < buffers.starts.size(); ++run) {
+    for (size_t run = 0; run < buffers.arrays.starts.size(); ++run) {
         context.bind("timesteps", buffers["timesteps." + std::to_string(run)]);
         context.enqueue();
-        lane_.stream().copy(buffers["modulations"] + static_cast<size_t>(buffers.starts[run]) * step_bytes,
+        lane_.stream().copy(buffers["modulations"] + static_cast<size_t>(buffers.arrays.starts[run]) * step_bytes,
                             buffers["conditioned"], made.bytes);
     }
 }
 
 // Run the backbone at one sigma, and the update to the next one.
-void Plan::step(int64_t index) {
+void Plan::step(TrtContext &context, int64_t index) {
     cuda::Stream &stream = lane_.stream();
     const Buffers &buffers = *buffers_;
     // A step's rows of the modulation may start at an unaligned address, so they are copied to an aligned one.
@@ -204,7 +277,7 @@ void Plan::step(int64_t index) {
     for (int64_t copy = 0; copy < key.size.batch / rows.shape[1]; ++copy)
         stream.copy(buffers["modulation"] + static_cast<size_t>(copy) * bytes,
                     buffers["modulations"] + static_cast<size_t>(index) * bytes, bytes);
-    contexts_.at("backbone")->enqueue();
+    context.enqueue();
     mark("backbone");
     kernels_.update(stream, update_,
                     {buffers["means"], buffers["logweights"], buffers["loggammas"], buffers["latents"],
@@ -214,7 +287,7 @@ void Plan::step(int64_t index) {
 }
 
 void Plan::copy_result(const std::string &name) {
-    lane_.stream().copy(buffers_->result(name), (*buffers_)[name], buffers_->results[name].bytes);
+    lane_.stream().copy(buffers_->result(name), (*buffers_)[name], buffers_->arrays.results[name].bytes);
 }
 
 // Mark the end of `stage`.

@@ -13,22 +13,22 @@
 #include "trt_buffers.h"
 #include "trt_kernel.h"
 #include "trt_lane.h"
+#include "trt_loras.h"
 #include "trt_session.h"
 
 namespace arcflow {
 
-// The engines of a bundle that a plan runs; `conditioner` is null if no plan needs it.
-struct Sessions {
-    std::shared_ptr<TrtSession> conditioner, backbone, decoder;
-};
-
 // The buffers, execution contexts and CUDA graph of one key. Used by one thread at a time, in which the device's
 // context is current and which does not hold the lane.
+//
+// If the parts stay loaded, so do their contexts. Otherwise each part is loaded for its stage and freed after it, and
+// there is no graph; only the buffers stay.
 class Plan {
 public:
-    // `job`: any job of this key. Throws Error if an engine does not take the shapes, or memory ran out.
-    Plan(Lane &lane, const Manifest &manifest, const Sessions &sessions, Kernels &kernels, const PlanKey &key,
-         int64_t steps_at_once, const DenoiseJob &job);
+    // `parts` loads TrtEngines. `job`: any job of this key. Throws Error if an engine does not take the shapes, or
+    // memory ran out.
+    Plan(Lane &lane, const Manifest &manifest, PartSource &parts, LoraArenas &arenas, Kernels &kernels,
+         const PlanKey &key, int64_t steps_at_once, const DenoiseJob &job);
 
     // Waits until the stream is idle, then frees everything.
     ~Plan();
@@ -41,8 +41,8 @@ public:
     void stage(const DenoiseJob &job, const Tensor *modulation) { buffers_->stage(job, modulation); }
 
     // Run the staged job, and wait for the result. The first run enqueues the work without a graph, the second captures
-    // the graph, and later runs replay it. With `on_step` the work is always enqueued. Throws what failed; the plan
-    // must then be freed, because half of its work may be enqueued.
+    // the graph, and later runs replay it. With `on_step` the work is always enqueued, and so it is if the parts do not
+    // stay loaded. Throws what failed; the plan must then be freed, because half of its work may be enqueued.
     void run(const OnStep &on_step);
 
     // The results and times of the last run.
@@ -52,23 +52,37 @@ public:
     const std::string &obstacle() const { return obstacle_; }
 
 private:
-    void prepare(const Manifest &manifest, const Sessions &sessions, int64_t steps_at_once, const DenoiseJob &job);
-    void open(const std::string &part, TrtSession &session, const Shapes &inputs, const Shapes &outputs);
+    // Shapes of the inputs and outputs of a part that this plan runs.
+    struct PartShapes {
+        Shapes inputs, outputs;
+    };
+
+    void prepare(const Manifest &manifest, int64_t steps_at_once, const DenoiseJob &job);
+    void find_shapes(const Manifest &manifest, int64_t steps_at_once);
+    std::unique_ptr<TrtContext> make_context(const std::string &part, TrtSession &session);
+    std::shared_ptr<TrtContext> use(const std::string &part);
+    std::shared_ptr<TrtContext> open_for_a_stage(const std::string &part);
     void bind();
     void capture();
+    void run_kept(const OnStep &on_step);
     void enqueue(const OnStep &on_step);
-    void condition();
-    void step(int64_t index);
+    void enqueue_steps(const OnStep &on_step);
+    void condition(TrtContext &context);
+    void step(TrtContext &context, int64_t index);
     void copy_result(const std::string &name);
     void mark(const char *stage);
     std::vector<std::pair<std::string, double>> times_ms() const;
 
     Lane &lane_;
+    PartSource &parts_;
+    LoraArenas &arenas_;
     Kernels &kernels_;
+    const bool keeps_;  // the parts
     NoiseShape noise_{};
     UpdateShape update_{};
     std::unique_ptr<Buffers> buffers_;
-    std::map<std::string, std::unique_ptr<TrtContext>> contexts_;  // by part
+    std::map<std::string, PartShapes> shapes_;                     // by part
+    std::map<std::string, std::unique_ptr<TrtContext>> contexts_;  // of parts that stay loaded
     std::string largest_;                                          // the part that needs most activations
     size_t workspace_bytes_ = 0;
     uint64_t generation_ = 0;  // of the workspace that the contexts have

@@ -77,15 +77,15 @@ EngineKey parse_key(const Place &place) {
 
 EngineRecord parse_record(const Json &json, const std::string &where) {
     const Place place(json, where);
+    EngineRecord record;
     if (place["version"].integer() == 1) {
         place.keys({"format", "version", "file", "bytes", "sha256", "key", "created", "build_seconds"});
     } else {
         place.keys({"format", "version", "file", "bytes", "sha256", "key", "created", "build_seconds",
                     "activation_bytes", "allocates_when_run"});
-        if (!place["activation_bytes"].is_null()) sizes(place["activation_bytes"]);
-        place["allocates_when_run"].boolean();
+        if (!place["activation_bytes"].is_null()) record.activation_bytes = sizes(place["activation_bytes"]);
+        record.allocates_when_run = place["allocates_when_run"].boolean();
     }
-    EngineRecord record;
     record.file = place["file"].text();
     record.bytes = static_cast<uint64_t>(place["bytes"].integer());
     record.sha256 = place["sha256"].text();

@@ -34,6 +34,9 @@ struct EngineRecord {
     uint64_t bytes;
     std::string sha256;
     EngineKey key;
+    // Bytes of activations for the largest shapes of each profile; empty if the builder did not tell.
+    std::vector<int64_t> activation_bytes;
+    bool allocates_when_run = false;  // then no run can be captured
 };
 
 // The machine that an engine must have been built for. `gpu`: product name for TensorRT, whose engines fit one product;

@@ -71,13 +71,16 @@ public:
         const bool stripped = std::find(flags.begin(), flags.end(), "STRIP_PLAN") != flags.end();
         if (stripped) check_can_refit(library_, trt_flavour, part);
         std::unique_ptr<nv::ICudaEngine> engine = deserialize(built);
-        check_tensors(*engine, part, spec.inputs, nv::TensorIOMode::kINPUT);
+        std::vector<TensorSpec> inputs = spec.inputs;
+        for (TensorSpec &slot : spec.slot_inputs()) inputs.push_back(std::move(slot));
+        check_tensors(*engine, part, inputs, nv::TensorIOMode::kINPUT);
         check_tensors(*engine, part, spec.outputs, nv::TensorIOMode::kOUTPUT);
         if (stripped) {
             const auto refitter = make_trt_refitter(library_, *engine, part, logger_);
             refit(*refitter, bundle, part);
         }
-        return make_trt_session(part, std::move(engine), cache_of(built.record), logger_);
+        return make_trt_session(part, std::move(engine), built.record.allocates_when_run, cache_of(built.record),
+                                logger_);
     }
 
 private:

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "error.h"
 #include "trt_headers.h"
@@ -26,11 +27,11 @@ std::vector<int64_t> from_dims(const nv::Dims &dims) {
 class Context : public TrtContext {
 public:
     Context(std::string part, std::unique_ptr<nv::IExecutionContext> context, cuda::Stream &stream,
-            bool streams_weights, std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
+            const char *obstacle, std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
         : part_(std::move(part)),
           context_(std::move(context)),
           stream_(static_cast<cudaStream_t>(stream.handle)),
-          streams_weights_(streams_weights),
+          obstacle_(obstacle),
           cache_(std::move(cache)),
           logger_(std::move(logger)) {}
 
@@ -49,7 +50,7 @@ public:
     }
 
     std::string obstacle() override {
-        if (streams_weights_) return "its weights are streamed from the host";
+        if (*obstacle_ != '\0') return obstacle_;
 #if defined(TRT_MAJOR_RTX) && (TRT_MAJOR_RTX > 1 || TRT_MINOR_RTX >= 5)
         // Versions before 1.5 lack this function; with them, the capture itself fails.
         if (!context_->isStreamCapturable(stream_))
@@ -79,16 +80,21 @@ private:
     std::string part_;
     std::unique_ptr<nv::IExecutionContext> context_;
     cudaStream_t stream_;
-    bool streams_weights_;
+    const char *obstacle_;                 // of every run of this engine
     std::shared_ptr<RuntimeCache> cache_;  // null after the first run
     std::shared_ptr<TrtLogger> logger_;
 };
 
 class Session : public TrtSession {
 public:
-    Session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, std::shared_ptr<RuntimeCache> cache,
-            std::shared_ptr<TrtLogger> logger)
-        : part_(std::move(part)), engine_(std::move(engine)), cache_(std::move(cache)), logger_(std::move(logger)) {
+    Session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, bool allocates,
+            std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger)
+        : part_(std::move(part)),
+          engine_(std::move(engine)),
+          allocates_(allocates),
+          cache_(std::move(cache)),
+          logger_(std::move(logger)) {
+        profiles_ = read_profiles();
         streams_weights_ = engine_->getStreamableWeightsSize() > 0;
         if (streams_weights_ && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget()))
             throw engine_error(part_ + ": no memory is left to stream weights through" + logger_->take());
@@ -106,7 +112,7 @@ public:
 
     std::unique_ptr<TrtContext> context(const Shapes &inputs, cuda::Stream &stream) override {
         std::string wrong;
-        const int32_t profile = profile_for(inputs, wrong);
+        const int32_t profile = fitting_profile(part_, profiles_, inputs, wrong);
         if (profile < 0) throw engine_error(wrong);
         const std::lock_guard<std::mutex> lock(cache_ ? cache_->mutex : mutex_);
         std::unique_ptr<nv::IExecutionContext> context = make_context();
@@ -118,43 +124,34 @@ public:
             throw logged_error(part_ + ": " + name_of(trt_flavour) + " cannot make an execution context",
                                logger_->take());
         }
-        return std::make_unique<Context>(part_, std::move(context), stream, streams_weights_, cache_, logger_);
+        const char *const obstacle = streams_weights_ ? "its weights are streamed from the host"
+                                     : allocates_     ? "it allocates memory in each run"
+                                                      : "";
+        return std::make_unique<Context>(part_, std::move(context), stream, obstacle, cache_, logger_);
     }
 
     std::string misfit(const Shapes &inputs) override {
         std::string wrong;
-        profile_for(inputs, wrong);
+        fitting_profile(part_, profiles_, inputs, wrong);
         return wrong;
     }
 
 private:
-    std::vector<int64_t> profile_shape(const std::string &input, int32_t profile, nv::OptProfileSelector which) const {
-        return from_dims(engine_->getProfileShape(input.c_str(), profile, which));
-    }
-
-    bool takes(int32_t profile, const std::string &input, const std::vector<int64_t> &shape) const {
-        const auto least = profile_shape(input, profile, nv::OptProfileSelector::kMIN);
-        const auto most = profile_shape(input, profile, nv::OptProfileSelector::kMAX);
-        bool fits = shape.size() == least.size() && shape.size() == most.size();
-        for (size_t i = 0; fits && i < shape.size(); ++i) fits = least[i] <= shape[i] && shape[i] <= most[i];
-        return fits;
-    }
-
-    // The first profile that takes the shapes; -1, and `wrong`, if none does.
-    int32_t profile_for(const Shapes &inputs, std::string &wrong) const {
-        std::string misfits;
-        for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
-            const auto bad = std::find_if(inputs.begin(), inputs.end(), [&](const auto &input) {
-                return !takes(profile, input.first, input.second);
-            });
-            if (bad == inputs.end()) return profile;
-            misfits += std::string(misfits.empty() ? "" : "; ") + bad->first + " of " + text_of(bad->second) +
-                       " is not " + text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMIN)) + " to " +
-                       text_of(profile_shape(bad->first, profile, nv::OptProfileSelector::kMAX));
+    // The shapes that each of the engine's profiles takes.
+    std::vector<Profile> read_profiles() const {
+        std::vector<Profile> profiles(static_cast<size_t>(engine_->getNbOptimizationProfiles()));
+        for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
+            const char *name = engine_->getIOTensorName(i);
+            if (engine_->getTensorIOMode(name) != nv::TensorIOMode::kINPUT) continue;
+            for (size_t profile = 0; profile < profiles.size(); ++profile) {
+                const auto shape = [&](nv::OptProfileSelector which) {
+                    return from_dims(engine_->getProfileShape(name, static_cast<int32_t>(profile), which));
+                };
+                profiles[profile][name] = {shape(nv::OptProfileSelector::kMIN), shape(nv::OptProfileSelector::kOPT),
+                                           shape(nv::OptProfileSelector::kMAX)};
+            }
         }
-        wrong = part_ + ": the engine was not built for these shapes (" + misfits +
-                "); build it with `arcflow build --resolutions` and `--batch` that hold them";
-        return -1;
+        return profiles;
     }
 
     std::unique_ptr<nv::IExecutionContext> make_context() {
@@ -190,17 +187,19 @@ private:
 
     std::string part_;
     std::unique_ptr<nv::ICudaEngine> engine_;
+    std::vector<Profile> profiles_;
+    bool allocates_, streams_weights_ = false;
     std::shared_ptr<RuntimeCache> cache_;
     std::shared_ptr<TrtLogger> logger_;
-    bool streams_weights_ = false;
     std::mutex mutex_;  // makes contexts one at a time if there is no cache, which has its own mutex
 };
 
 }  // namespace
 
-std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine,
+std::unique_ptr<TrtSession> make_trt_session(std::string part, std::unique_ptr<nv::ICudaEngine> engine, bool allocates,
                                              std::shared_ptr<RuntimeCache> cache, std::shared_ptr<TrtLogger> logger) {
-    return std::make_unique<Session>(std::move(part), std::move(engine), std::move(cache), std::move(logger));
+    return std::make_unique<Session>(std::move(part), std::move(engine), allocates, std::move(cache),
+                                     std::move(logger));
 }
 
 }  // namespace arcflow

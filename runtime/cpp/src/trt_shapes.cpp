@@ -1,10 +1,14 @@
 // Implements the table of rule B9 for the parts that a plan runs.
 #include "trt_shapes.h"
 
+#include <algorithm>
+
 #include "error.h"
 
 namespace arcflow {
 namespace {
+
+constexpr const char *export_again = "export the bundle again";
 
 // A size of the model, which the manifest has as a number: axis `axis` of an input.
 int64_t fixed(const Manifest &manifest, const std::string &part, const std::string &name, size_t axis) {
@@ -12,7 +16,7 @@ int64_t fixed(const Manifest &manifest, const std::string &part, const std::stri
     const int64_t *size = axis < spec.shape.size() ? std::get_if<int64_t>(&spec.shape[axis]) : nullptr;
     if (size == nullptr || *size < 1) {
         throw bundle_error(part + ": " + name + " must have fixed sizes where rule B9 (docs/bundle.md) has them; " +
-                           "export the bundle again");
+                           export_again);
     }
     return *size;
 }
@@ -72,6 +76,50 @@ Shapes decoder_inputs(const Manifest &manifest, const DenoiseShape &size) {
 Shapes decoder_outputs(const Manifest &manifest, const DenoiseShape &size) {
     const int64_t token_px = manifest.latents.patch_size * manifest.latents.vae_scale_factor;
     return {{"images", {size.batch, size.height * token_px, size.width * token_px, 3}}};
+}
+
+Shapes encoder_inputs(const Manifest &manifest, const std::string &part, int64_t text_tokens) {
+    const bool clip = manifest.family == Family::flux && part == "text_encoder";
+    return {{"input_ids", {1, clip ? manifest.text.clip_tokens.value() : manifest.text.drop_tokens + text_tokens}}};
+}
+
+Shapes encoder_outputs(const Manifest &manifest, const std::string &part, int64_t text_tokens) {
+    Shapes shapes;
+    for (const TensorSpec &spec : manifest.parts.at(part).outputs) {
+        const auto *width = std::get_if<int64_t>(&spec.shape.back());
+        if (width == nullptr)
+            throw bundle_error(part + ": " + spec.name + " must have a fixed width (B9); " + export_again);
+        std::vector<int64_t> &shape = shapes[spec.name] = {1};
+        if (spec.shape.size() == 3) shape.push_back(manifest.text.drop_tokens + text_tokens);
+        shape.push_back(*width);
+    }
+    return shapes;
+}
+
+int32_t fitting_profile(const std::string &part, const std::vector<Profile> &profiles, const Shapes &inputs,
+                        std::string &wrong) {
+    const auto takes = [](const Profile &profile, const std::string &input, const std::vector<int64_t> &shape) {
+        const auto found = profile.find(input);
+        if (found == profile.end()) return false;
+        const auto &[least, best, most] = found->second;
+        bool fits = shape.size() == least.size() && shape.size() == most.size();
+        for (size_t i = 0; fits && i < shape.size(); ++i) fits = least[i] <= shape[i] && shape[i] <= most[i];
+        return fits;
+    };
+    std::string misfits;
+    for (size_t i = 0; i < profiles.size(); ++i) {
+        const auto bad = std::find_if(inputs.begin(), inputs.end(), [&](const auto &input) {
+            return !takes(profiles[i], input.first, input.second);
+        });
+        if (bad == inputs.end()) return static_cast<int32_t>(i);
+        const auto range = profiles[i].find(bad->first);
+        misfits += std::string(misfits.empty() ? "" : "; ") + bad->first + " of " + text_of(bad->second) + " is not " +
+                   (range == profiles[i].end() ? "in the profile"
+                                               : text_of(range->second.min) + " to " + text_of(range->second.max));
+    }
+    wrong = part + ": the engine was not built for these shapes (" + misfits +
+            "); build it with `arcflow build --resolutions` and `--batch` that hold them";
+    return -1;
 }
 
 const TensorSpec &spec_of(const std::vector<TensorSpec> &specs, const std::string &name, const std::string &part) {

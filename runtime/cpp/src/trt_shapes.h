@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "manifest.h"
+#include "trt_record.h"
 #include "trt_session.h"
 
 namespace arcflow {
@@ -25,6 +27,15 @@ Shapes backbone_inputs(const Manifest &manifest, const DenoiseShape &size);
 Shapes backbone_outputs(const Manifest &manifest, const DenoiseShape &size);
 Shapes decoder_inputs(const Manifest &manifest, const DenoiseShape &size);
 Shapes decoder_outputs(const Manifest &manifest, const DenoiseShape &size);
+
+// For one prompt with `text_tokens` states; the encoder also sees the template's tokens.
+Shapes encoder_inputs(const Manifest &manifest, const std::string &part, int64_t text_tokens);
+Shapes encoder_outputs(const Manifest &manifest, const std::string &part, int64_t text_tokens);
+
+// The first of an engine's profiles that takes inputs of these shapes; -1, and the reason in `wrong`, if none does.
+using Profile = std::map<std::string, ProfileShapes>;
+int32_t fitting_profile(const std::string &part, const std::vector<Profile> &profiles, const Shapes &inputs,
+                        std::string &wrong);
 
 // The entry `name` of a part's inputs or outputs. Throws Error if there is none.
 const TensorSpec &spec_of(const std::vector<TensorSpec> &specs, const std::string &name, const std::string &part);

@@ -72,7 +72,7 @@ void test_slots() {
     refused(m, "/version", 1, ": parts.backbone: unknown keys [\"lora\"]; the known keys are [\"graph\",");
     Json plain = qwen_manifest();
     plain["version"] = 2;
-    fails([&] { parsed(plain); }, "version must be 1 with 0 parts that have slots (B14), got 2");
+    fails([&] { parsed(plain); }, "version must be 1 for these slots and formats (B14, B15), got 2");
     const std::string part = "/parts/backbone/lora", key = ": parts.backbone: lora: ";
     refused(m, (part + "/surprise").c_str(), 1, key.substr(0, key.size() - 2) + ": unknown keys [\"surprise\"]");
     refused(m, (part + "/layers").c_str(), Json::object(), ": parts.backbone: lora: layers must be at least one");
@@ -100,10 +100,10 @@ void test_seal() {
     for (const char *text : {"[]", "{}", "{\"format\": \"other\"}", "{\"format\": 1, \"version\": 2}"})
         fails(parse(text), "manifest.json: format must be \"arcflow-bundle\"; this is not an ArcFlow bundle");
     const std::string format = "{\"format\": \"arcflow-bundle\", \"unknown\": 1";
-    fails(parse(format + "}"), "version must be 1 or 2, got null; export the bundle again");
-    fails(parse(format + ", \"version\": 3}"), "version must be 1 or 2, got 3; update arcflow");
-    fails(parse(format + ", \"version\": true}"), "version must be 1 or 2, got true; export the bundle again");
-    fails(parse(format + ", \"version\": \"1\"}"), "version must be 1 or 2, got \"1\"; export the bundle again");
+    fails(parse(format + "}"), "version must be 1, 2 or 3, got null; export the bundle again");
+    fails(parse(format + ", \"version\": 4}"), "version must be 1, 2 or 3, got 4; update arcflow");
+    fails(parse(format + ", \"version\": true}"), "version must be 1, 2 or 3, got true; export the bundle again");
+    fails(parse(format + ", \"version\": \"1\"}"), "version must be 1, 2 or 3, got \"1\"; export the bundle again");
     fails(parse(format + ", \"version\": 1}"),
           "manifest.json: unknown keys [\"unknown\"]; the known keys are [\"dtype\", \"family\",");
     Json m = flux_manifest();
@@ -214,6 +214,17 @@ void test_rules() {
     refused(quantized, (place + "/policy").c_str(), digits + "0", name + "policy must be a SHA-256, got \"000");
     refused(quantized, (place + "/scales").c_str(), "A" + digits.substr(1),
             name + "scales must be a SHA-256, got \"A0");
+
+    Json int8 = quantized;
+    int8["version"] = 3;
+    int8[Json::json_pointer(place + "/format")] = "int8";
+    int8[Json::json_pointer(place + "/scales")] = nullptr;
+    const Quantization read = *parsed(int8).parts.at("backbone").quantization;
+    CHECK(!read.scales && read.uses("int8") && !read.uses("fp8_e4m3"));
+    refused(int8, "/version", 2, ": version must be 3 for these slots and formats (B14, B15), got 2");
+    refused(int8, (place + "/formats").c_str(), {{"c", "int8"}},
+            name + "formats must be given for names of layers only, got [\"c\"]");
+    refused(int8, (place + "/formats").c_str(), {{"b", "fp8_e4m3"}}, name + "scales must be a SHA-256, got null");
 
     Json less = m;
     less["parts"].erase("conditioner");

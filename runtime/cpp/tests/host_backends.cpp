@@ -4,7 +4,8 @@
 #include <dlfcn.h>
 
 #include <cstring>
-#include <mutex>
+#include <map>
+#include <memory>
 #include <variant>
 
 #include "engine.h"
@@ -12,6 +13,7 @@
 #include "openvino_backend.h"
 #include "trt_denoiser.h"
 #include "trt_engine.h"
+#include "trt_memory.h"
 #include "trt_shapes.h"
 
 namespace host_backends {
@@ -23,6 +25,7 @@ using namespace arcflow;
 struct {
     size_t max_plans = default_max_plans;
     int64_t max_batch = 64;
+    bool weights = false;  // engines have weights on the device
     void (*before_enqueue)(const char *part, void *stream) = nullptr;
 } settings;
 
@@ -39,7 +42,7 @@ struct Loaded {
     std::string name;
     Part part;
     int64_t token_px;
-    std::unique_ptr<Engine> engine;
+    std::shared_ptr<Engine> engine;
 
     Shapes outputs(const Shapes &inputs) const {
         std::map<std::string, int64_t> sizes;
@@ -78,7 +81,13 @@ struct Call {
                 std::memcpy(tensor.data.data(), host(at.at(spec.name), tensor.data.size()), tensor.data.size());
             inputs[spec.name] = std::move(tensor);
         }
-        for (const auto &[name, tensor] : loaded->engine->run(inputs)) {
+        Tensors slots;
+        for (const TensorSpec &spec : loaded->part.slot_inputs()) {
+            Tensor tensor(spec.dtype, shapes.at(spec.name));
+            std::memcpy(tensor.data.data(), host(at.at(spec.name), tensor.data.size()), tensor.data.size());
+            slots[spec.name] = std::move(tensor);
+        }
+        for (const auto &[name, tensor] : loaded->engine->run_with_slots(inputs, slots)) {
             if (tensor.shape != shapes.at(name)) throw engine_error(name + " has another shape: " + tensor.describe());
             if (!tensor.data.empty())
                 std::memcpy(host(at.at(name), tensor.data.size()), tensor.data.data(), tensor.data.size());
@@ -91,6 +100,19 @@ struct Call {
         return found;
     }
 };
+
+// Bytes of a run's workspace; larger images need more.
+size_t workspace_of(const Part &part, const Shapes &inputs) {
+    int64_t count = 64;
+    for (const int64_t size : inputs.at(part.inputs.front().name)) count *= size;
+    return static_cast<size_t>(count);
+}
+
+std::string misfit_of(const std::string &part, const Shapes &inputs) {
+    const int64_t batch = inputs.begin()->second.front();
+    if (part != "backbone" || batch <= settings.max_batch) return "";
+    return part + ": the engine takes at most " + std::to_string(settings.max_batch) + " images";
+}
 
 int run_call(void *user) {
     try {
@@ -106,9 +128,7 @@ class Context : public TrtContext {
 public:
     Context(std::shared_ptr<const Loaded> loaded, Shapes shapes, cuda::Stream &stream)
         : loaded_(std::move(loaded)), shapes_(std::move(shapes)), stream_(stream) {
-        int64_t count = 64;  // larger images need more
-        for (const int64_t size : shapes_.at(loaded_->part.inputs.front().name)) count *= size;
-        workspace_bytes_ = static_cast<size_t>(count);
+        workspace_bytes_ = workspace_of(loaded_->part, shapes_);
         for (const auto &[name, shape] : loaded_->outputs(shapes_)) shapes_[name] = shape;
     }
 
@@ -141,19 +161,17 @@ private:
 
 class Session : public TrtSession {
 public:
-    explicit Session(std::shared_ptr<const Loaded> loaded) : loaded_(std::move(loaded)) {}
+    Session(std::shared_ptr<const Loaded> loaded, std::unique_ptr<cuda::Memory> weights)
+        : loaded_(std::move(loaded)), weights_(std::move(weights)) {}
 
     std::unique_ptr<TrtContext> context(const Shapes &inputs, cuda::Stream &stream) override {
         return std::make_unique<Context>(loaded_, inputs, stream);
     }
-    std::string misfit(const Shapes &inputs) override {
-        const int64_t batch = inputs.begin()->second.front();
-        if (loaded_->name != "backbone" || batch <= settings.max_batch) return "";
-        return loaded_->name + ": the engine takes at most " + std::to_string(settings.max_batch) + " images";
-    }
+    std::string misfit(const Shapes &inputs) override { return misfit_of(loaded_->name, inputs); }
 
 private:
     std::shared_ptr<const Loaded> loaded_;
+    std::unique_ptr<cuda::Memory> weights_;
 };
 
 class HostCudaBackend : public Backend {
@@ -164,38 +182,49 @@ public:
     void check(const Bundle &bundle) override { plain_->check(bundle); }
 
     std::unique_ptr<Engine> open(const Bundle &bundle, const std::string &part) override {
-        return make_trt_engine(lane_, session(bundle, part), part, bundle.manifest.parts.at(part));
+        return make_trt_engine(lane_, lane_->with_room([&] { return load(bundle, part); }), part,
+                               bundle.manifest.parts.at(part));
     }
 
-    std::unique_ptr<Denoiser> open_denoiser(const Bundle &bundle) override {
-        Sessions sessions{nullptr, session(bundle, "backbone"), session(bundle, "vae_decoder")};
-        std::unique_ptr<Engine> conditioner;
-        if (bundle.manifest.parts.count("conditioner") != 0) {
-            sessions.conditioner = session(bundle, "conditioner");
-            conditioner = open(bundle, "conditioner");
-        }
-        return make_trt_denoiser(lane_, std::move(sessions), std::move(conditioner), bundle.manifest,
-                                 settings.max_plans);
+    std::unique_ptr<Denoiser> open_denoiser(const Bundle &bundle, PartSource &parts) override {
+        const auto check = [](const std::string &part, const Shapes &inputs) { return misfit_of(part, inputs); };
+        return make_trt_denoiser(lane_, parts, check, bundle.manifest, settings.max_plans);
+    }
+
+    MemoryMode fitting_memory(const Bundle &bundle) override {
+        std::map<std::string, EngineBytes> parts;
+        for (const auto &[name, inputs] : part_inputs(bundle.manifest, usual_size(bundle.manifest)))
+            parts[name] = {weight_bytes(bundle, name), workspace_of(bundle.manifest.parts.at(name), inputs)};
+        const Lane::Hold hold(*lane_);
+        std::string why;
+        const MemoryMode mode = choose_memory(bundle.manifest, parts, cuda::free_bytes(), why);
+        if (!why.empty()) std::fprintf(stderr, "arcflow: %s\n", why.c_str());
+        return mode;
     }
 
 private:
-    std::shared_ptr<TrtSession> session(const Bundle &bundle, const std::string &part) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        std::weak_ptr<TrtSession> &known = sessions_[part];
-        if (std::shared_ptr<TrtSession> loaded = known.lock()) return loaded;
+    // As many bytes as the weights' file has.
+    static uint64_t weight_bytes(const Bundle &bundle, const std::string &part) {
+        return bundle.manifest.files.at(bundle.manifest.parts.at(part).weights).bytes;
+    }
+
+    std::shared_ptr<TrtSession> load(const Bundle &bundle, const std::string &part) {
         const Latents &sizes = bundle.manifest.latents;
-        auto loaded =
-            std::make_shared<Loaded>(Loaded{part, bundle.manifest.parts.at(part),
-                                            sizes.patch_size * sizes.vae_scale_factor, plain_->open(bundle, part)});
-        auto made = std::make_shared<Session>(std::move(loaded));
-        known = made;
-        return made;
+        const Lane::Hold hold(*lane_);
+        std::unique_ptr<cuda::Memory> weights;
+        if (settings.weights) weights = lane_->allocate(weight_bytes(bundle, part), part + ": weights");
+        // OpenVINO's model is kept, since compiling it takes long.
+        std::shared_ptr<Engine> &engine = engines_[part];
+        if (!engine) engine = plain_->open(bundle, part);
+        return std::make_shared<Session>(
+            std::make_shared<Loaded>(
+                Loaded{part, bundle.manifest.parts.at(part), sizes.patch_size * sizes.vae_scale_factor, engine}),
+            std::move(weights));
     }
 
     std::unique_ptr<Backend> plain_;
     std::shared_ptr<Lane> lane_;
-    std::mutex mutex_;
-    std::map<std::string, std::weak_ptr<TrtSession>> sessions_;
+    std::map<std::string, std::shared_ptr<Engine>> engines_;  // used with the lane
 };
 
 }  // namespace
@@ -218,6 +247,11 @@ extern "C" {
 __attribute__((visibility("default"))) void host_backends_limits(size_t plans, int64_t batch) {
     host_backends::settings.max_plans = plans;
     host_backends::settings.max_batch = batch;
+}
+
+// Whether engines of pipelines that are opened later take device memory for their weights.
+__attribute__((visibility("default"))) void host_backends_weights(int take) {
+    host_backends::settings.weights = take != 0;
 }
 
 // Called before each run of a part, to do what an engine's library might do there; null for nothing.

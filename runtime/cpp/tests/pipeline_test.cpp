@@ -17,6 +17,7 @@
 namespace {
 
 using arcflow::DType;
+using arcflow::MemoryMode;
 using arcflow::Tensor;
 using arcflow::Tensors;
 
@@ -104,7 +105,7 @@ public:
     std::unique_ptr<arcflow::Engine> open(const arcflow::Bundle &bundle, const std::string &part) override {
         return std::make_unique<FakeEngine>(log_, bundle, part);
     }
-    std::unique_ptr<arcflow::Denoiser> open_denoiser(const arcflow::Bundle &bundle) override {
+    std::unique_ptr<arcflow::Denoiser> open_denoiser(const arcflow::Bundle &bundle, arcflow::PartSource &) override {
         if (!log_.has_denoiser) return nullptr;
         return std::make_unique<FakeDenoiser>(log_, bundle.manifest.latents);
     }
@@ -113,9 +114,9 @@ private:
     Log &log_;
 };
 
-std::unique_ptr<arcflow::Pipeline> open(const char *root, Log &log, bool low_memory = false) {
+std::unique_ptr<arcflow::Pipeline> open(const char *root, Log &log, std::optional<MemoryMode> memory = {}) {
     return std::make_unique<arcflow::Pipeline>(arcflow::Bundle::open(root, false), std::make_unique<FakeBackend>(log),
-                                               low_memory);
+                                               memory);
 }
 
 using Prompts = std::vector<std::vector<int64_t>>;
@@ -198,13 +199,28 @@ void caches_sixteen_prompts(const char *flux) {
 
 void low_memory_opens_one_part_at_a_time(const char *flux) {
     Log log, other;
-    const auto lean = open(flux, log, true);
+    const auto lean = open(flux, log, MemoryMode::low);
     CHECK(log.opens.empty());
     const arcflow::Images images = generate(*lean, {{7}, {8}});
     CHECK((log.opens == Names{"text_encoder", "text_encoder_2", "conditioner", "backbone", "vae_decoder"}));
     CHECK(log.most_open == 1 && log.open.empty());
     generate(*lean, {{7}}, 1, false);
     CHECK((Names(log.opens.begin() + 5, log.opens.end()) == Names{"conditioner", "backbone"}));
+    CHECK(generate(*open(flux, other), {{7}, {8}}).latents.data == images.latents.data);
+}
+
+// Backbone and decoder stay open; the others are opened one at a time, and only for what is not in a cache.
+void balanced_keeps_what_every_image_needs(const char *flux) {
+    Log log, other;
+    const auto pipe = open(flux, log, MemoryMode::balanced);
+    CHECK(pipe->memory() == MemoryMode::balanced && (log.opens == Names{"backbone", "vae_decoder"}));
+    log.opens.clear();
+    const arcflow::Images images = generate(*pipe, {{7}, {8}});
+    CHECK((log.opens == Names{"text_encoder", "text_encoder_2", "conditioner"}));
+    CHECK(log.most_open == 3 && log.open.size() == 2);
+    CHECK(generate(*pipe, {{7}, {8}}).latents.data == images.latents.data && log.opens.size() == 3);
+    generate(*pipe, {{8}});  // the text is known, the modulation of this batch is not
+    CHECK(log.opens.size() == 4 && log.opens.back() == "conditioner");
     CHECK(generate(*open(flux, other), {{7}, {8}}).latents.data == images.latents.data);
 }
 
@@ -360,10 +376,12 @@ void denoises_at_one_go_where_the_backend_can(const char *qwen, const char *half
               generate(*pipe, prompts, 1, false, [](void *, int32_t, const float *, size_t) { return 7; });
           }) == "on_step stopped the call after step 0 by returning 7; return 0 to go on");
 
-    // With low memory the steps run one by one.
-    const std::size_t jobs = log.denoised.size();
-    generate(*open(qwen, log, true), {{1, 2, 3, 4}}, 1, false);
-    CHECK(log.denoised.size() == jobs && log.of("backbone").size() == 2);
+    // The denoiser runs in every mode, and loads the parts itself.
+    for (const MemoryMode mode : {MemoryMode::balanced, MemoryMode::low}) {
+        const std::size_t jobs = log.denoised.size();
+        generate(*open(qwen, log, mode), {{1, 2, 3, 4}}, 1, false);
+        CHECK(log.denoised.size() == jobs + 1 && log.of("backbone").empty());
+    }
 
     log.mean = std::nanf("");
     CHECK(thrown<arcflow::Error>([&] {
@@ -385,6 +403,7 @@ int main(int argc, char **argv) {
     conditions_once_for_distinct_prompts(flux);
     caches_sixteen_prompts(flux);
     low_memory_opens_one_part_at_a_time(flux);
+    balanced_keeps_what_every_image_needs(flux);
     groups_by_text_length(qwen);
     updates_and_scatters(qwen);
     casts_to_each_parts_dtype(half);

@@ -1,8 +1,9 @@
 # What of the TensorRT engines needs no headers of theirs, so that it is built and run everywhere.
 include(ArcflowKernel)
 set(trt ${CMAKE_CURRENT_SOURCE_DIR}/../src)
-set(trt_graph ${trt}/trt_buffers.cpp ${trt}/trt_denoiser.cpp ${trt}/trt_engine.cpp ${trt}/trt_kernel.cpp
-              ${trt}/trt_lane.cpp ${trt}/trt_plan.cpp ${trt}/trt_shapes.cpp)
+set(trt_graph ${trt}/trt_arrays.cpp ${trt}/trt_buffers.cpp ${trt}/trt_denoiser.cpp ${trt}/trt_engine.cpp
+              ${trt}/trt_kernel.cpp ${trt}/trt_lane.cpp ${trt}/trt_loras.cpp ${trt}/trt_memory.cpp ${trt}/trt_plan.cpp
+              ${trt}/trt_shapes.cpp)
 
 add_library(trt_sources OBJECT ${trt}/trt_cuda.cpp ${trt}/trt_library.cpp ${trt}/trt_record.cpp ${trt}/trt_refit.cpp
             ${trt}/trt_runtime_cache.cpp)
@@ -26,7 +27,7 @@ file(GLOB host_cuda_sources CONFIGURE_DEPENDS ${host_cuda}/*.cpp ${host_cuda}/*.
      ${ARCFLOW_KERNELS}/*.h ${ARCFLOW_KERNELS}/*.cu)
 execute_process(COMMAND ${ARCFLOW_PYTHON} ${host_cuda}/build.py --check RESULT_VARIABLE host_cuda_missing
                 ERROR_VARIABLE host_cuda_why ERROR_STRIP_TRAILING_WHITESPACE)
-add_executable(trt_denoiser_test trt_denoiser_test.cpp trt_parts.cpp ${trt_graph})
+add_executable(trt_denoiser_test trt_denoiser_test.cpp trt_modes_test.cpp trt_parts.cpp ${trt_graph})
 target_include_directories(trt_denoiser_test PRIVATE fake)
 target_link_libraries(trt_denoiser_test PRIVATE trt_sources arcflow_core)
 # Under ThreadSanitizer only the test with threads: the driver's fibres make it many times slower.

@@ -1,7 +1,6 @@
 // Tests of the TensorRT denoiser and engine on the driver made of host memory, with engines that run on the CPU.
 //
-//   trt_denoiser_test [threads]    all tests, or only the one with threads
-#include <cmath>
+//   trt_denoiser_test [threads | failures]
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -12,68 +11,10 @@
 #include <vector>
 
 #include "error.h"
-#include "trt_denoiser.h"
 #include "trt_engine.h"
-#include "trt_parts.h"
+#include "trt_setup.h"
 
 namespace {
-
-using namespace fake;
-
-float largest_difference(const Tensor &a, const Tensor &b) {
-    CHECK(a.shape == b.shape);
-    float most = 0;
-    for (int64_t i = 0; i < a.count(); ++i) most = std::fmax(most, std::fabs(a.as<float>()[i] - b.as<float>()[i]));
-    return most;
-}
-
-// Engines, lane and denoiser. `conditioned`: dtype of the conditioner.
-struct Setup {
-    explicit Setup(DType dtype, DType conditioned, size_t max_plans = default_max_plans)
-        : manifest(manifest_in(dtype, conditioned)),
-          lane(std::make_shared<Lane>(std::make_shared<const cuda::Device>())),
-          conditioner(std::make_shared<Session>("conditioner", conditioned)),
-          backbone(std::make_shared<Session>("backbone", dtype)),
-          decoder(std::make_shared<Session>("vae_decoder", DType::float32)),
-          denoiser(
-              make_trt_denoiser(lane, {conditioner, backbone, decoder},
-                                make_trt_engine(lane, conditioner, "conditioner", manifest.parts.at("conditioner")),
-                                manifest, max_plans)) {}
-    explicit Setup(DType dtype = DType::float32) : Setup(dtype, dtype) {}
-
-    Denoised run(const DenoiseJob &job, const OnStep &on_step = {}) { return denoiser->run(job, on_step); }
-
-    Manifest manifest;
-    std::shared_ptr<Lane> lane;
-    std::shared_ptr<Session> conditioner, backbone, decoder;
-    std::unique_ptr<Denoiser> denoiser;
-};
-
-// The kernels and the host's update differ by some units of 2^-24 in float32. A 16-bit input that was rounded the other
-// way differs by an ulp, which changes the heads by about as much.
-float bound(DType dtype) { return dtype == DType::float32 ? 1e-5f : dtype == DType::float16 ? 4e-3f : 4e-2f; }
-
-void check_image(const Denoised &ours, const DenoiseJob &job, const Manifest &manifest) {
-    const Denoised host = expected(job, manifest);
-    const DType dtype = manifest.parts.at("backbone").inputs[0].dtype;
-    CHECK(largest_difference(ours.latents, host.latents) <= bound(dtype));
-    CHECK(ours.pixels.shape == host.pixels.shape);
-    if (!job.pixels) return;
-    Denoised again = expected(job, manifest);  // the pixels of exactly these latents
-    decoder({{"latents", {ours.latents.shape[0], job.height, job.width, C}}},
-            {{"latents", const_cast<std::byte *>(ours.latents.data.data())}, {"images", again.pixels.data.data()}});
-    CHECK(ours.pixels.data == again.pixels.data);
-}
-
-bool same(const Denoised &a, const Denoised &b) {
-    return a.latents.data == b.latents.data && a.pixels.data == b.pixels.data;
-}
-
-std::vector<double> even(size_t steps) {
-    std::vector<double> sigmas;
-    for (size_t i = 0; i <= steps; ++i) sigmas.push_back(1 - static_cast<double>(i) / static_cast<double>(steps));
-    return sigmas;
-}
 
 // The first job of a shape is enqueued, the second captures the graph, and every later one is one launch.
 void test_agrees_with_the_host() {
@@ -92,13 +33,13 @@ void test_agrees_with_the_host() {
 
 // The modulation comes from a table, or through the host if the conditioner has another dtype.
 void test_where_the_modulation_comes_from() {
-    const Tensor table = random_tensor(8, {2, M});
+    const auto table = std::make_shared<const Tensor>(random_tensor(8, {2, M}));
     Setup baked;
     Setup other(DType::bfloat16, DType::float32);
     for (uint64_t seed = 1; seed < 4; ++seed) {
         DenoiseJob job = job_of(seed);
         check_image(other.run(job), job, other.manifest);
-        job.table = &table;
+        job.table = table;
         check_image(baked.run(job), job, baked.manifest);
     }
     CHECK(baked.conditioner->contexts == 0 && other.conditioner->contexts == 1);
@@ -269,7 +210,7 @@ void test_out_of_memory_is_a_sentence() {
     const std::string said = thrown<Error>([&] { s.run(job); });
     CHECK(said.find("backbone: inputs and outputs need ") == 0);
     CHECK(said.find(" bytes of Host memory's memory, 8,5") != std::string::npos);
-    CHECK(said.find(" are free; set low_memory, or ask for fewer or smaller images") != std::string::npos);
+    CHECK(said.find(std::string(" are free; ") + save_memory) != std::string::npos);
     reset_driver();
     check_image(s.run(job), job, s.manifest);
     // An engine that runs out of memory inside a run: the other plans make room for a second attempt.
@@ -401,9 +342,9 @@ void test_the_oldest_plan_makes_room() {
 // Jobs that differ in one part of their shape only get plans of their own.
 void test_shapes_that_differ_in_one_part() {
     Setup s;
-    const Tensor table = random_tensor(8, {2, M});
+    const auto table = std::make_shared<const Tensor>(random_tensor(8, {2, M}));
     DenoiseJob baked = job_of(1);
-    baked.table = &table;
+    baked.table = table;
     const DenoiseJob jobs[] = {job_of(1),
                                job_of(1, 2),
                                job_of(1, 3, false),
@@ -563,6 +504,7 @@ int main(int count, char **arguments) {
         test_every_call_may_fail();
         test_every_allocation_may_fail();
         test_every_call_of_a_host_engine_may_fail();
+        test_failures_with_loras_and_modes();
         return 0;
     }
     test_agrees_with_the_host();
@@ -585,6 +527,7 @@ int main(int count, char **arguments) {
     test_jobs_that_do_not_fit();
     test_an_engine_on_host_tensors();
     test_a_conditioner_on_host_tensors_in_pieces();
+    test_loras_and_modes();
     std::puts("ok");
     return 0;
 }

@@ -156,6 +156,33 @@ std::map<std::string, std::byte *> addresses(Tensors &tensors) {
     return at;
 }
 
+// A number that depends on every element of the factors of a slot [in, r, 8] and [r, 8, out], through their product;
+// 0 without them. Ranks of zeros change no bit.
+float told_by_slot(const std::string &layer, const Shapes &shapes, const std::map<std::string, std::byte *> &at,
+                   DType dtype) {
+    const auto found = shapes.find(lora_a(layer));
+    if (found == shapes.end()) return 0;
+    const int64_t in = found->second[0], rank = found->second[1] * found->second[2];
+    const int64_t out = shapes.at(lora_b(layer))[2];
+    float told = 0;
+    for (int64_t i = 0; i < in; ++i) {
+        for (int64_t o = 0; o < out; ++o) {
+            float product = 0;
+            for (int64_t r = 0; r < rank; ++r)
+                product +=
+                    read(dtype, at.at(lora_a(layer)), i * rank + r) * read(dtype, at.at(lora_b(layer)), r * out + o);
+            told += product * static_cast<float>(1 + i + 2 * o);
+        }
+    }
+    return told;
+}
+
+// Add the inputs of a part's slots.
+void add_slots(Tensors &tensors, const DenoiseJob &job, const std::string &part) {
+    const Tensors *slots = job.loras == nullptr ? nullptr : job.loras->of(part);
+    if (slots != nullptr) tensors.insert(slots->begin(), slots->end());
+}
+
 // The modulation [S, 1, M] of one image, in the conditioner's dtype.
 Tensor conditioned(const DenoiseJob &job, const Embeddings &text, DType dtype) {
     const auto steps = static_cast<int64_t>(job.timesteps.size());
@@ -165,6 +192,7 @@ Tensor conditioned(const DenoiseJob &job, const Embeddings &text, DType dtype) {
     t["pooled_projections"] = cast(text.pooled, dtype);
     t["guidance"] = Tensor(DType::float32, {1});
     *t["guidance"].as<float>() = *job.guidance;
+    add_slots(t, job, "conditioner");
     t["modulation"] = Tensor(dtype, {steps, 1, M});
     conditioner(shapes_of(t), addresses(t), dtype);
     return t["modulation"];
@@ -176,7 +204,7 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
     const auto &latents = shapes.at("latents");
     const int64_t batch = latents[0], tokens = latents[1], text = shapes.at("encoder_hidden_states")[1];
     for (int64_t b = 0; b < batch; ++b) {
-        float told = 0;
+        float told = told_by_slot("to_q", shapes, at, dtype);
         for (int64_t i = 0; i < text * TEXT; ++i)
             told += read(dtype, at.at("encoder_hidden_states"), b * text * TEXT + i);
         for (int64_t i = 0; i < text * 2 * HALF_HEAD; ++i) told += read(DType::float32, at.at("text_rotary"), i);
@@ -202,12 +230,14 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
 
 void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype) {
     const int64_t steps = shapes.at("timesteps")[0], prompts = shapes.at("pooled_projections")[0];
+    const float told = told_by_slot("norm", shapes, at, dtype);
     for (int64_t i = 0; i < steps * prompts * M; ++i) {
         const int64_t step = i / (prompts * M), prompt = i / M % prompts;
         const float timestep = read(DType::float32, at.at("timesteps"), step);
         const float pooled = read(dtype, at.at("pooled_projections"), prompt * POOL + 1);
         const float guidance = read(DType::float32, at.at("guidance"), prompt);
-        write(dtype, at.at("modulation"), i, timestep / 1000 + pooled + guidance + static_cast<float>(i % M) / 8);
+        write(dtype, at.at("modulation"), i,
+              timestep / 1000 + pooled + guidance + static_cast<float>(i % M) / 8 + told);
     }
 }
 
@@ -238,7 +268,21 @@ std::string Session::misfit(const Shapes &inputs) {
     return "";
 }
 
-Manifest manifest_in(DType dtype, DType conditioned) {
+ScaledLora lora_of(uint64_t number, int64_t rank, float scale, const Manifest &manifest) {
+    auto made = std::make_shared<Lora>(Lora{number, "lora", {}});
+    for (const auto &[part, slots] : manifest.slots()) {
+        for (const auto &[layer, slot] : slots->layers) {
+            LoraFactors factors{random_tensor(number, {slot.in_features, rank / 8, 8}),
+                                random_tensor(number + 1000, {rank / 8, 8, slot.out_features})};
+            factors.a = cast(std::move(factors.a), slot.dtype);
+            factors.b = cast(std::move(factors.b), slot.dtype);
+            made->parts[part].emplace(layer, std::move(factors));
+        }
+    }
+    return {made, scale};
+}
+
+Manifest manifest_in(DType dtype, DType conditioned, int64_t max_rank) {
     Manifest m{};
     m.family = Family::flux;
     m.latents = {C / P, 2, 8, K, P};
@@ -250,12 +294,21 @@ Manifest manifest_in(DType dtype, DType conditioned) {
                    {"image_rotary", DType::float32, {int64_t{2}, any, HALF_HEAD}},
                    {"text_rotary", DType::float32, {int64_t{2}, any, HALF_HEAD}}};
     part.outputs = {{"means", dtype, {}}, {"logweights", dtype, {}}, {"loggammas", dtype, {}}};
+    const auto slot = [&](const char *layer, DType of) {
+        if (max_rank > 0) part.lora = LoraSlots{{{layer, {3, 2, of}}}, 8, max_rank, {}};
+    };
+    slot("to_q", dtype);
     m.parts["backbone"] = part;
     part.inputs = {{"timesteps", DType::float32, {any}},
                    {"guidance", DType::float32, {any}},
                    {"pooled_projections", conditioned, {any, POOL}}};
     part.outputs = {{"modulation", conditioned, {any, any, M}}};
+    slot("norm", conditioned);
     m.parts["conditioner"] = part;
+    part.lora.reset();
+    part.inputs = {{"latents", DType::float32, {any, any, any, C}}};
+    part.outputs = {{"images", DType::uint8, {any, any, any, int64_t{3}}}};
+    m.parts["vae_decoder"] = part;
     return m;
 }
 
@@ -314,6 +367,7 @@ Denoised expected(const DenoiseJob &job, const Manifest &manifest) {
             t["modulation"] = cast(rows(modulation, static_cast<int64_t>(step)), dtype);
             t["image_rotary"] = *job.image_rotary;
             t["text_rotary"] = *job.text_rotary;
+            add_slots(t, job, "backbone");
             const Shapes shapes = shapes_of(t);
             t["means"] = Tensor(dtype, {1, tokens, K, C});
             t["logweights"] = Tensor(dtype, {1, tokens, K, P});

@@ -17,6 +17,7 @@
 
 #include "check.h"
 #include "engine.h"
+#include "lora.h"
 #include "trt_session.h"
 
 namespace fake {
@@ -51,10 +52,10 @@ inline void fail(const char *function, long nth, int error, int when = always) {
 }
 inline int failures_pending() { return control<int()>("host_cuda_failures_pending")(); }
 
-// Heads that depend on every input of each image: latents, text, modulation and rotary tables.
+// Heads that depend on every input of each image: latents, text, modulation, rotary tables and LoRAs.
 void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype);
 
-// modulation[s, u, m] = timesteps[s] / 1000 + pooled[u] + guidance[u] + m / 8.
+// modulation[s, u, m] = timesteps[s] / 1000 + pooled[u] + guidance[u] + m / 8, and a number for the LoRAs.
 void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype);
 
 // Every pixel of a token has the token's colour.
@@ -77,8 +78,12 @@ private:
     DType dtype_;
 };
 
-// A manifest of FLUX's family whose backbone takes and returns `dtype`, and whose conditioner has `conditioned`.
-Manifest manifest_in(DType dtype, DType conditioned);
+// A manifest of FLUX's family whose backbone takes and returns `dtype`, and whose conditioner has `conditioned`. With
+// `max_rank` above 0, backbone and conditioner have a LoRA slot each, "to_q" and "norm".
+Manifest manifest_in(DType dtype, DType conditioned, int64_t max_rank = 0);
+
+// A LoRA of both slots, of this rank and scale.
+ScaledLora lora_of(uint64_t number, int64_t rank, float scale, const Manifest &manifest);
 
 Tensor random_tensor(uint64_t seed, std::vector<int64_t> shape);
 

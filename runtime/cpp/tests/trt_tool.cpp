@@ -34,7 +34,10 @@ void find(const std::vector<std::string> &a) {
                              a.at(6) == "-" ? std::nullopt : std::optional<std::string>(a.at(6)), a.at(7)};
     const arcflow::BuiltEngine engine = arcflow::find_engine(bundle, a.at(2), host);
     arcflow::check_engine(engine, a.at(8) == "full");
-    std::printf("%s %llu\n", engine.path.c_str(), static_cast<unsigned long long>(engine.record.bytes));
+    std::printf("%s %llu %d", engine.path.c_str(), static_cast<unsigned long long>(engine.record.bytes),
+                engine.record.allocates_when_run ? 1 : 0);
+    for (const int64_t bytes : engine.record.activation_bytes) std::printf(" %lld", static_cast<long long>(bytes));
+    std::printf("\n");
 }
 
 // Prints the SHA-256 of each weight; the arguments give their names, types and counts.

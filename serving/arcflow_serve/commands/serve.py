@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from arcflow_serve.settings import Settings
 
     default = Settings()
-    parser.add_argument("bundle", nargs="+", type=Path, help="directory of a bundle; the first is the default model")
+    parser.add_argument(
+        "bundle",
+        nargs="+",
+        type=Path,
+        help="directory of a bundle, or OWNER/NAME[@REVISION] on the hub; the first is the default model",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument(
@@ -46,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="LoRA that requests may use, named after its file; repeatable; for bundles with LoRA slots",
+    )
+    parser.add_argument(
+        "--warm-up",
+        action="append",
+        default=[],
+        type=_size,
+        metavar="WIDTHxHEIGHT",
+        help="generate this size in all batch sizes before the service is ready; repeatable; for a GPU",
     )
     parser.add_argument(
         "--lanes", type=int, default=default.lanes, help="batches generated at a time (default: 2, or 1 on one core)"
@@ -79,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels such as 1024x768, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal, or check the service."""
     settings = _settings(args)
@@ -101,6 +122,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         backend=args.backend,
         memory=args.memory,
         loras=tuple(args.lora),
+        warm_up=tuple(args.warm_up),
         lanes=args.lanes,
         threads=args.threads,
         max_batch=args.max_batch,

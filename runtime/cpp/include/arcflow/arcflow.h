@@ -75,10 +75,11 @@ typedef struct arcflow_options {
     size_t struct_size;
     const char *backend; /* "openvino" (default), "tensorrt" or "tensorrt-rtx"; see arcflow_backends() */
     int32_t threads;     /* CPU threads per engine; 0: one per core */
-    int32_t low_memory;  /* nonzero: open each part only while it runs, one part at a time */
+    int32_t low_memory;  /* nonzero: as memory "low" */
     int32_t full_check;  /* nonzero: hash every file of the bundle, not only files up to 64 MiB */
+    const char *memory;  /* "resident", "balanced" or "low": which parts stay loaded; NULL: by the free memory */
 } arcflow_options;
-#define ARCFLOW_OPTIONS_INIT {sizeof(arcflow_options), NULL, 0, 0, 0}
+#define ARCFLOW_OPTIONS_INIT {sizeof(arcflow_options), NULL, 0, 0, 0, NULL}
 
 /* The backends in this build, separated by commas; the first is the default. */
 ARCFLOW_API const char *arcflow_backends(void);
@@ -89,6 +90,9 @@ ARCFLOW_API arcflow_status arcflow_open(const char *bundle, const arcflow_option
 
 /* Wait for running calls, then free the pipeline. NULL and a pipeline that is already closed are ignored. */
 ARCFLOW_API void arcflow_close(arcflow_pipeline *pipeline);
+
+/* The pipeline's memory mode, also if it was chosen; "" if the pipeline is closed. The text is never freed. */
+ARCFLOW_API const char *arcflow_memory(const arcflow_pipeline *pipeline);
 
 /* Read a LoRA for requests of this pipeline; the bundle must have slots. `path` is a file that `arcflow lora convert`
  * wrote. Free with arcflow_lora_close. */

@@ -74,6 +74,7 @@ struct Options {
     int threads = 0;      // CPU threads per engine; 0: one per core
     bool low_memory = false;
     bool full_check = false;
+    std::string memory = {};  // "resident", "balanced" or "low"; "": by the free memory
 };
 
 // Token ids of one prompt; see arcflow_tokens.
@@ -178,11 +179,15 @@ public:
         c.backend = options.backend.empty() ? nullptr : detail::c_string(options.backend, "options.backend");
         c.threads = options.threads;
         c.low_memory = options.low_memory ? 1 : 0;
+        c.memory = options.memory.empty() ? nullptr : detail::c_string(options.memory, "options.memory");
         c.full_check = options.full_check ? 1 : 0;
         arcflow_pipeline *handle = nullptr;
         detail::check(arcflow_open(detail::c_string(bundle, "bundle"), &c, &handle));
         handle_.reset(handle);
     }
+
+    // The memory mode, also if it was chosen.
+    std::string memory() const { return arcflow_memory(handle_.get()); }
 
     // Read a file that `arcflow lora convert` wrote, whose path is UTF-8, for requests of this pipeline.
     Lora open_lora(const std::string &path) const {

@@ -1,0 +1,158 @@
+"""The model that Triton's Python backend runs: requests with prompts and seeds -> images, batch by batch.
+
+Triton imports this through the model.py that `arcflow triton` writes, in a process of its own for each instance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as triton  # Triton's stub brings it; it is in no package.
+from numpy.typing import NDArray
+
+from arcflow_runtime.errors import RequestError
+from arcflow_serve.models import Model, open_models
+from arcflow_serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What the images of one call have in common."""
+
+    height_px: int
+    width_px: int
+    num_inference_steps: int
+    guidance_scale: float | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One image to generate, of the request with this index."""
+
+    request: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One image [H, W, 3], and the number of images generated together."""
+
+    pixels: NDArray[np.uint8]
+    seed: int
+    batch_size: int
+
+
+class TritonPythonModel:
+    """One instance; Triton calls its methods by these names, one call at a time."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the bundle that the configuration names."""
+        config = json.loads(args["model_config"])
+        chosen = {key: value["string_value"] for key, value in config["parameters"].items()}
+        if args["model_instance_kind"] == "GPU":
+            # The runtime takes the first GPU that it sees, and has not looked yet.
+            os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
+        threads = int(chosen["threads"]) if "threads" in chosen else None
+        settings = Settings(backend=chosen["backend"], lanes=1, threads=threads)
+        (self._model,) = open_models([Path(chosen["bundle"])], settings).values()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer requests that Triton has put together; each gets its images or an error of its own."""
+        self._model.restore()
+        errors: list[Any] = [None] * len(requests)
+        groups: dict[_Key, list[_Row]] = {}
+        for i, request in enumerate(requests):
+            try:
+                if request.is_cancelled():
+                    errors[i] = triton.TritonError("the client has left", triton.TritonError.CANCELLED)
+                    continue
+                key, rows = _read(self._model, i, request)
+                groups.setdefault(key, []).extend(rows)
+            except RequestError as e:
+                errors[i] = triton.TritonError(str(e), triton.TritonError.INVALID_ARG)
+        images: list[list[_Image]] = [[] for _ in requests]
+        for key, rows in groups.items():
+            for row, found in zip(rows, self._generate_all(key, rows), strict=True):
+                if isinstance(found, Exception):
+                    errors[row.request] = triton.TritonError(str(found) or type(found).__name__)
+                else:
+                    images[row.request].append(found)
+        return [
+            triton.InferenceResponse(error=error) if error is not None else _response(done)
+            for error, done in zip(errors, images, strict=True)
+        ]
+
+    def finalize(self) -> None:
+        """Free the bundle."""
+        self._model.close()
+
+    def _generate_all(self, key: _Key, rows: list[_Row]) -> Sequence[_Image | Exception]:
+        """Generate a batch, and one by one if it fails, so that only the image at fault gets the error."""
+        try:
+            images = self._generate(key, rows)
+        except Exception as e:
+            if len(rows) > 1:
+                return [self._generate_all(key, [row])[0] for row in rows]
+            self._model.failed(for_memory=isinstance(e, MemoryError))
+            return [e]
+        self._model.succeeded()
+        return images
+
+    def _generate(self, key: _Key, rows: list[_Row]) -> list[_Image]:
+        with self._model.use() as pipeline:
+            output = pipeline(
+                [row.prompt for row in rows],
+                height=key.height_px,
+                width=key.width_px,
+                num_inference_steps=key.num_inference_steps,
+                guidance_scale=key.guidance_scale,
+                seed=[row.seed for row in rows],
+            )
+        found = zip(rows, output.images, strict=True)
+        return [_Image(np.asarray(image), row.seed, len(rows)) for row, image in found]
+
+
+def _read(model: Model, index: int, request: Any) -> tuple[_Key, list[_Row]]:
+    """Check one request; it may ask for several images, all of one size.
+
+    Raises:
+        RequestError: an input is wrong; the message begins with its name.
+    """
+    inputs = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}
+    try:
+        prompts = [bytes(p).decode("utf-8") for p in inputs["prompt"]]
+    except UnicodeDecodeError:
+        raise RequestError("prompt must be text in UTF-8") from None
+
+    def one(name: str) -> Any:
+        values = set(inputs[name].tolist()) if name in inputs else {None}
+        if len(values) != 1:
+            raise RequestError(f"{name} must be the same for all images of a request, got {sorted(values)}")
+        return values.pop()
+
+    width, height = one("width"), one("height")
+    if (width is None) != (height is None):
+        raise RequestError("width and height must be given together, or neither")
+    size = None if width is None else (width, height)
+    seeds = inputs["seed"].tolist() if "seed" in inputs else [secrets.randbits(32) for _ in prompts]
+    for prompt in prompts:
+        checked = model.check(prompt, size, one("num_inference_steps"), one("guidance_scale"), None)
+    key = _Key(checked.height_px, checked.width_px, checked.num_inference_steps, checked.guidance_scale)
+    return key, [_Row(index, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def _response(images: list[_Image]) -> Any:
+    outputs = {
+        "image": np.stack([image.pixels for image in images]),
+        "image_seed": np.array([[image.seed] for image in images], np.uint64),
+        "batch_size": np.array([[image.batch_size] for image in images], np.int32),
+    }
+    return triton.InferenceResponse([triton.Tensor(name, value) for name, value in outputs.items()])

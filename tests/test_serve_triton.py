@@ -1,0 +1,209 @@
+"""`arcflow triton`: what it writes, and its model in a real Triton server over HTTP and gRPC."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from arcflow_runtime import Pipeline, cli
+from arcflow_runtime.errors import RequestError
+from arcflow_serve import settings
+from arcflow_serve.triton_repository import TritonOptions, write_repository
+from tests.conftest import SHAPES_OPTIONS
+from tests.servers import python_of, started
+from tests.serving import alone
+
+QUEUE = 24
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles) -> Path:
+    return bundles("shapes", **SHAPES_OPTIONS)
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    monkeypatch.setattr(settings, "cores", lambda: 8)
+
+
+def test_the_command(bundle, tmp_path, capsys, cores):
+    out = tmp_path / "new" / "repository"
+    assert cli.main(["triton", str(bundle), "--out", str(out), "--name", "shapes", "--max-batch", "4"]) == 0
+    folder = out / "shapes"
+    assert capsys.readouterr().out == f"{folder}; start it with: tritonserver --model-repository {out}\n"
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert files == ["shapes/1/model.py", "shapes/config.pbtxt"]
+    config = (folder / "config.pbtxt").read_text()
+    for line in (
+        'name: "shapes"',
+        "max_batch_size: 4",
+        "    max_queue_size: 64",
+        "    default_timeout_microseconds: 600000000",
+        "instance_group [ { count: 2 kind: KIND_CPU } ]",
+        f'parameters {{ key: "bundle" value {{ string_value: "{bundle}" }} }}',
+        'parameters { key: "threads" value { string_value: "4" } }',
+    ):
+        assert line in config.splitlines()
+    # A second model of another name is added; the same name is refused.
+    assert cli.main(["triton", str(bundle), "--out", str(out), "--name", "other"]) == 0
+    capsys.readouterr()
+    assert cli.main(["triton", str(bundle), "--out", str(out), "--name", "other"]) == 2
+    assert capsys.readouterr().err == (
+        f"arcflow triton: error: {out} must have no model 'other' yet; remove {out / 'other'}, "
+        "or choose another --name\n"
+    )
+
+
+def test_for_a_gpu_of_another_machine(bundle, tmp_path):
+    options = TritonOptions("tensorrt-rtx", bundle_path='/bundles/a "b" ä')
+    config = (write_repository(bundle, tmp_path, "shapes", options) / "config.pbtxt").read_text()
+    assert "instance_group [ { count: 1 kind: KIND_GPU } ]" in config
+    assert 'string_value: "/bundles/a \\"b\\" ä"' in config
+    assert "threads" not in config
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "message"),
+    [
+        ({}, "a/b", "the model's name must be letters, digits, '.', '_' and '-', got 'a/b'; choose one with --name"),
+        ({"max_queue": 0}, None, "--max-queue must be at least 1, got 0"),
+        ({"deadline_s": float("nan")}, None, "--deadline must be a number of seconds above 0, got nan"),
+        (
+            {"backend": "auto"},
+            None,
+            "--backend must be named, got 'auto': the configuration says whether there is a GPU",
+        ),
+        (
+            {"bundle_path": "a\nb"},
+            None,
+            "names and paths of a Triton model must be printable, got 'a\\nb'; rename it",
+        ),
+    ],
+)
+def test_what_is_refused(bundle, tmp_path, options, name, message):
+    with pytest.raises(RequestError) as error:
+        write_repository(bundle, tmp_path / "repository", name, TritonOptions(**options))
+    assert str(error.value) == message
+    assert not (tmp_path / "repository").exists()
+
+
+# A real server. The client libraries need numpy 1 as the server does, so the client is a program of their environment.
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return python_of("triton", "pytriton")
+
+
+@pytest.fixture(scope="module")
+def triton(python, bundle, tmp_path_factory):
+    arguments = (bundle, "--name", "shapes", "--instances", 2, "--threads", 1, "--max-queue", QUEUE)
+    with started(python, "serve_triton.py", *arguments, home=tmp_path_factory.mktemp("triton")) as running:
+        yield running
+
+
+def client(python: Path, triton, *cases: dict) -> list:
+    """Send requests at once, each in its protocol; answers have shape, pixels, seeds and batch sizes, or an error."""
+    grpc = triton.line.split(" on ")[1].split(",")[0]
+    asked = json.dumps({"http": triton.url.removeprefix("http://"), "grpc": grpc, "cases": cases})
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    script = Path(__file__).parent / "triton_client.py"
+    done = subprocess.run([python, script], input=asked, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def case(protocol: str, *prompts: str, seeds=None, **inputs) -> dict:
+    return {"protocol": protocol, "prompts": prompts, "seeds": seeds, "inputs": inputs}
+
+
+@pytest.mark.slow
+def test_images_are_those_of_the_pipeline(python, triton, bundle):
+    cases, expected = [], []
+    with Pipeline.load(bundle, threads=1) as pipe:
+        for number in range(QUEUE):
+            width, height = ((64, 64), (48, 32))[number % 2]
+            protocol, prompt = ("http", "grpc")[number // 2 % 2], f"{number} red circles"
+            cases.append(case(protocol, prompt, seeds=[number], width=width, height=height))
+            expected.append(alone(pipe, prompt, number, width=width, height=height).hex())
+        answers = client(python, triton, *cases)
+        assert [a["pixels"] for a in answers] == [[e] for e in expected]
+        assert [a["seeds"] for a in answers] == [[n] for n in range(QUEUE)]
+        # Some of them were generated together.
+        assert max(b for a in answers for b in a["batch_sizes"]) > 1
+        # Several images in one request, and the bundle's defaults.
+        for protocol in ("http", "grpc"):
+            (several,) = client(python, triton, case(protocol, "a red circle", "a heart", seeds=[7, 8]))
+            assert several["pixels"] == [alone(pipe, "a red circle", 7).hex(), alone(pipe, "a heart", 8).hex()]
+            assert several["shape"] == [2, 64, 64, 3] and several["batch_sizes"] == [2, 2]
+            (random,) = client(python, triton, case(protocol, "a red circle"))
+            assert random["pixels"] == [alone(pipe, "a red circle", random["seeds"][0]).hex()]
+
+
+@pytest.mark.slow
+def test_a_wrong_request_gets_its_own_error(python, triton, bundle):
+    wrong = {
+        "width must be a multiple of 16, got 17; the nearest is 16": {"width": 17, "height": 16},
+        "width and height must be given together, or neither": {"width": 16},
+        "num_inference_steps must be between 1 and 1000, got 0": {"num_inference_steps": 0},
+    }
+    cases = [case(p, "x", **inputs) for p in ("http", "grpc") for inputs in wrong.values()]
+    *failed, well = client(python, triton, *cases, case("grpc", "a red circle", seeds=[3]))
+    expected = [f"[{code}] {m}" for code in ("400", "StatusCode.INVALID_ARGUMENT") for m in wrong]
+    assert [a["error"] for a in failed] == expected
+    with Pipeline.load(bundle, threads=1) as pipe:
+        assert well["pixels"] == [alone(pipe, "a red circle", 3).hex()]
+
+
+@pytest.mark.slow
+def test_triton_reads_the_configuration_as_it_was_meant(triton):
+    config = httpx2.get(triton.url + "/v2/models/shapes/config").json()
+    assert config["max_batch_size"] == 8
+    assert config["dynamic_batching"]["default_queue_policy"] == {
+        "timeout_action": "REJECT",
+        "default_timeout_microseconds": 600_000_000,
+        "allow_timeout_override": False,
+        "max_queue_size": QUEUE,
+    }
+    assert config["dynamic_batching"]["max_queue_delay_microseconds"] == 0
+    assert [(g["kind"], g["count"]) for g in config["instance_group"]] == [("KIND_CPU", 2)]
+    assert {i["name"]: i["optional"] for i in config["input"]} == {
+        "prompt": False,
+        "seed": True,
+        "width": True,
+        "height": True,
+        "num_inference_steps": True,
+        "guidance_scale": True,
+    }
+
+
+@pytest.mark.slow
+def test_more_than_may_wait_is_refused(python, triton):
+    # Each instance has one batch of eight, and the queue is full then.
+    cases = [case("grpc", "x", seeds=[n], num_inference_steps=50) for n in range(4 * QUEUE)]
+    answers = client(python, triton, *cases)
+    refused = [a["error"] for a in answers if "error" in a]
+    assert 0 < len(refused) < len(cases)
+    assert set(refused) == {"[StatusCode.UNAVAILABLE] [request id: <id_unknown>] Exceeds maximum queue size"}
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_was_accepted(python, bundle, tmp_path):
+    arguments = (bundle, "--name", "shapes", "--instances", 1, "--max-batch", 1)
+    values = {"prompt": ("BYTES", "x"), "num_inference_steps": ("INT32", 200)}
+    body = {"inputs": [{"name": k, "shape": [1, 1], "datatype": d, "data": [v]} for k, (d, v) in values.items()]}
+    with started(python, "serve_triton.py", *arguments, home=tmp_path) as running, ThreadPoolExecutor(8) as pool:
+        url = running.url + "/v2/models/shapes/infer"
+        sent = [pool.submit(httpx2.post, url, json=body, timeout=300) for _ in range(8)]
+        # They are generated one after the other, so most of them wait when the first one is answered.
+        wait(sent, return_when=FIRST_COMPLETED)
+        running.process.send_signal(signal.SIGTERM)
+        assert [done.result().status_code for done in sent] == [200] * 8
+        assert running.process.wait(60) == 0
