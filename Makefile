@@ -36,10 +36,11 @@ PROMPTS_shapes := "a large red circle on the left, blue background" "a small yel
 	"a large green triangle" "a purple cross at the top, white background"
 SIZE_tiny := --height 64 --width 64
 
-.PHONY: help setup demo serve engine shapes test check gpu-test lint format docs clean
+.PHONY: help setup demo serve engine shapes speedup test check gpu-test lint format docs clean
 help:
 	@echo "make demo     export the shapes student and generate four images on this CPU  [PROMPT=...]"
 	@echo "make serve    export the shapes student and serve it on http://127.0.0.1:8000  [PORT=...] [MODEL=...]"
+	@echo "make speedup  compare the shapes teacher at 50 to 1 steps with its student at 2: times, images, a plot"
 	@echo "make test     build the C++ library once and run every quick test, in minutes"
 	@echo "make check    run all other tests: slow ones, packaging, sanitizers, fuzzing, static build  [CHECK=NAME]"
 	@echo "make gpu-test run the tests that need a GPU, on a machine that has one"
@@ -81,6 +82,15 @@ serve: engine
 
 engine: setup
 	$(COMPILE)
+
+# The shapes teacher and its student, from the same noise.
+TEACHER := $(OUT)/shapes-teacher
+speedup: PRECISION := fp32
+speedup: BACKEND := onnxruntime
+speedup: engine
+	$(BIN)/arcflow export --base models/shapes/teacher --out $(TEACHER) --steps 50 --max-px 64 --max-sequence-length 12 --overwrite
+	$(BIN)/arcflow compare $(TEACHER)@50 $(TEACHER)@8 $(TEACHER)@4 $(TEACHER)@2 $(TEACHER)@1 $(OUT)/shapes-fp32@2 \
+		--prompts shapes --limit 256 --judge models/shapes/judge --out $(OUT)/speedup
 
 shapes: setup
 	@mkdir -p $(OUT)

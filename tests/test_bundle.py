@@ -69,11 +69,11 @@ def test_another_format(root, text):
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(4, "update arcflow"), (0, "export the bundle again"), ("1", "export the bundle again")],
+    [(5, "update arcflow"), (0, "export the bundle again"), ("1", "export the bundle again")],
 )
 def test_another_version(root, version, advice):
     edit_manifest(root, version=version)
-    fails(root, f"{{m}}: version must be 1, 2 or 3, got {version!r}; {advice}")
+    fails(root, f"{{m}}: version must be 1, 2, 3 or 4, got {version!r}; {advice}")
 
 
 def test_an_edited_manifest(root):
@@ -86,7 +86,8 @@ def test_unknown_and_missing_keys(root):
     edit_manifest(root, schedule__sampler="euler")
     fails(
         root,
-        "{m}: schedule: unknown keys ['sampler']; known are ['num_inference_steps', 'shift', 'timestep_ratio']",
+        "{m}: schedule: unknown keys ['sampler']; known are ['dynamic_shift', 'num_inference_steps', 'shift', "
+        "'sigmas', 'terminal', 'timestep_ratio']",
     )
     edit_manifest(root, schedule__sampler=..., schedule__shift=...)
     fails(root, "{m}: schedule: missing keys ['shift']")

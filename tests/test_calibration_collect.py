@@ -27,6 +27,8 @@ from arcflow_calibration.state import check_state, load_state, save_state, setti
 from arcflow_export.errors import CalibrationError
 from arcflow_export.formats.prompts import Prompts
 from arcflow_export.formats.scales import ActivationRange
+from arcflow_export.student.reference import integrate
+from arcflow_runtime.disk.manifest import Schedule
 
 PROMPTS = Prompts("test", ("a", "b", "c", "d", "e"))
 STEPPED, TEXT = "backbone", "text_encoder_2"
@@ -66,7 +68,7 @@ class FakeStudent:
             for t in texts
         ]
 
-    def schedule(self, steps):
+    def schedule(self, steps, height, width):
         """Equal steps of t from 1 to 0, and sigma(t) = 3.2 t / (1 + 2.2 t)."""
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return 3.2 * t / (1 + 2.2 * t)
@@ -75,6 +77,9 @@ class FakeStudent:
         self.seen.append((self._on.step, x, float(sigma), states, pooled, (height, width, guidance_scale)))
         b, n, c = x.shape
         return torch.full((b, n, 1, c), 2.0), torch.zeros(b, n, 1, 4), torch.zeros(b, n, 0, 4)
+
+    def step(self, x, heads, start, end):
+        return integrate(x, *heads, start, end)
 
 
 def test_noise_steps_and_sizes_of_a_batch():
@@ -224,6 +229,7 @@ OTHER = {
     "device": ("cuda", "device"),
     "shift": (3.0, "shift"),
     "timestep_ratio": (0.5, "timestep-ratio"),
+    "straight": (Schedule(1.0, 1.0, 4), "schedule"),
 }
 
 

@@ -279,10 +279,10 @@ def test_inspect_json(root, capsys):
 
 def test_inspect_a_damaged_bundle(tmp_path, capsys):
     broken = make_bundle(tmp_path / "broken")
-    edit_manifest(broken, version=4)
+    edit_manifest(broken, version=5)
     assert cli.main(["inspect", str(broken)]) == 1
     assert capsys.readouterr().err == (
-        f"arcflow inspect: error: {broken}/manifest.json: version must be 1, 2 or 3, got 4; update arcflow\n"
+        f"arcflow inspect: error: {broken}/manifest.json: version must be 1, 2, 3 or 4, got 5; update arcflow\n"
     )
     assert cli.main(["inspect", str(tmp_path / "none"), "--check"]) == 1
 

@@ -272,7 +272,7 @@ DAMAGES = {
     ),
     "another version": (
         lambda root: edit_manifest(root, version=4),
-        "{root}/manifest.json: version must be 1, 2 or 3, got 4; update arcflow",
+        "{root}/manifest.json: version must be 1, 2 or 3, got 4; a base without an adapter (B16) runs in Python only",
     ),
     "version 2 without slots": (
         lambda root: edit_manifest(root, version=2),

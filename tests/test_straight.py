@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -16,10 +17,11 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from arcflow_export.checkpoint.sources import Resolved
+from arcflow_export.errors import SourceError
 from arcflow_export.student.schedule import base_schedule
-from arcflow_runtime import Pipeline, cli
+from arcflow_runtime import Bundle, Pipeline, cli
 from arcflow_runtime.maths.schedule import sigmas
-from tests.checkpoints import GOLDEN, Sizes, make_base
+from tests.checkpoints import GOLDEN, Sizes, make_base, make_style
 
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 #: The project's contract for float32: latents within 1e-4 of the largest value, images within 1.5 grey levels.
@@ -33,33 +35,43 @@ def with_scheduler(base: Path, **changes) -> Path:
     return base
 
 
+def exported(folder: Path, kind: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
+    """Write a tiny base and export it; returns both."""
+    base = folder / "base"
+    if kind == "schnell":
+        make_base(base, Sizes(guidance=False))
+        with_scheduler(base, use_dynamic_shifting=False, shift=1.0)
+    else:
+        shutil.copytree(GOLDEN / f"{kind}-tiny" / "base", base)
+    arguments = ["export", "--base", base, "--out", folder / "bundle", *SMALL, *options]
+    assert cli.main([str(a) for a in arguments]) == 0
+    return base, folder / "bundle"
+
+
 @pytest.fixture(scope="module")
 def straight(once, traces):
-    """A function (kind, options of the export, scheduler settings) -> a tiny base of this kind and its bundle."""
+    """A function (kind, options of the export) -> a tiny base of this kind and its bundle."""
 
     @cache
-    def get(kind: str, options: tuple[str, ...] = (), settings: str = "{}") -> tuple[Path, Path]:
-        def make(folder: Path) -> None:
-            base = folder / "base"
-            if kind == "schnell":
-                make_base(base, Sizes(guidance=False))
-                with_scheduler(base, use_dynamic_shifting=False, shift=1.0)
-            else:
-                shutil.copytree(GOLDEN / f"{kind}-tiny" / "base", base)
-            with_scheduler(base, **json.loads(settings))
-            arguments = ["export", "--base", base, "--out", folder / "bundle", *SMALL, *options]
-            assert cli.main([str(a) for a in arguments]) == 0
-
-        folder = once(f"straight {kind} {options} {settings}", make)
+    def get(kind: str, options: tuple[str, ...] = ()) -> tuple[Path, Path]:
+        folder = once(f"straight {kind} {options}", lambda folder: exported(folder, kind, options))
         return folder / "base", folder / "bundle"
 
     return get
 
 
-def compare(base: Path, bundle: Path, steps: int, height: int, width: int, ours: dict | None = None, **theirs) -> None:
-    """Check the latents after every step and the image of a bundle against diffusers' pipeline."""
+def compare(
+    base: Path, bundle: Path, steps: int, height: int, width: int, ours=None, prepare=None, loras=None, **theirs
+) -> None:
+    """Check the latents after every step and the image of a bundle against diffusers' pipeline.
+
+    `ours` and `theirs` are further arguments, the same if `ours` is None; `prepare` changes diffusers' pipeline;
+    `loras` are files with scales for the bundle's slots.
+    """
     pipe = DiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
+    if prepare is not None:
+        prepare(pipe)
     common = {"prompt": "a red circle", "height": height, "width": width, "num_inference_steps": steps}
     expected, got = [], []
 
@@ -72,10 +84,12 @@ def compare(base: Path, bundle: Path, steps: int, height: int, width: int, ours:
         **common, **theirs, generator=generator, max_sequence_length=32, callback_on_step_end=keep, output_type="np"
     ).images
     with Pipeline.load(bundle) as made:
+        named = {made.load_lora(file): scale for file, scale in (loras or {}).items()}
         output = made(
             **common,
             **(theirs if ours is None else ours),
             seed=5,
+            loras=named,
             output_type="numpy",
             callback_on_step_end=lambda _, latents: got.append(latents.copy()),
         )
@@ -85,6 +99,7 @@ def compare(base: Path, bundle: Path, steps: int, height: int, width: int, ours:
     assert np.abs(output.images - image).max() <= IMAGE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4, 8, 28])
 @pytest.mark.parametrize("kind", ["flux", "schnell"])
 def test_flux_is_diffusers(straight, kind, steps):
@@ -93,6 +108,7 @@ def test_flux_is_diffusers(straight, kind, steps):
     compare(base, bundle, steps, 64, 96, **guidance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 8])
 @pytest.mark.parametrize("cfg", [True, False])
 def test_qwen_is_diffusers(straight, cfg, steps):
@@ -101,6 +117,7 @@ def test_qwen_is_diffusers(straight, cfg, steps):
     compare(base, bundle, steps, 96, 64, **guidance)
 
 
+@pytest.mark.slow
 def test_explicit_sigmas_are_diffusers(straight):
     levels = [1.0, 0.7, 0.4, 0.1]
     base, bundle = straight("flux", ("--sigmas", ",".join(map(str, levels))))
@@ -147,3 +164,116 @@ def test_schedules_are_diffusers(tmp_path, name):
             # diffusers rounds to float32 four to eight times on the way, each by half of 6e-8 of a number up to 1,
             # and the stretch to a terminal multiplies the error by at most 1 / (1 - last sigma) < 1.1.
             np.testing.assert_allclose(sigmas(steps, schedule, tokens), scheduler.sigmas.numpy(), rtol=0, atol=5e-7)
+
+
+#: Linears of a LoRA such as FLUX.1-Turbo-Alpha's: also the last layer, which an ArcFlow student does not have.
+TARGETS = {
+    "transformer.transformer_blocks.0.attn.to_q": (64, 64),
+    "transformer.single_transformer_blocks.1.proj_mlp": (256, 64),
+    "transformer.x_embedder": (64, 64),
+    "transformer.proj_out": (64, 64),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_lora_is_diffusers(straight, tmp_path, slots):
+    """Merged at export and given at the request."""
+    lora = make_style(tmp_path / "turbo.safetensors", TARGETS, rank=4)
+    options = ("--lora-slots", "all") if slots else ("--lora", f"{lora}:0.5")
+    base, bundle = straight("flux", ("--steps", "8", *options)) if slots else exported(tmp_path, "flux", options)
+
+    def prepare(pipe):
+        pipe.load_lora_weights(lora, adapter_name="turbo")
+        pipe.set_adapters(["turbo"], [0.5])
+
+    compare(base, bundle, 8, 64, 64, prepare=prepare, loras={lora: 0.5} if slots else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, 8])
+def test_lightning_is_diffusers(straight, steps):
+    """With the scheduler of Qwen-Image-Lightning's own example, and without guidance."""
+    base, bundle = straight("qwen", ("--schedule", "lightning", "--steps", "8,4"))
+
+    def prepare(pipe):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(
+            base_shift=math.log(3), max_shift=math.log(3), max_image_seq_len=8192, use_dynamic_shifting=True
+        )
+
+    compare(base, bundle, steps, 64, 80, {}, prepare=prepare, true_cfg_scale=1.0)
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.true_cfg_scale == 1.0 and "conditioner" not in manifest.parts
+
+
+@pytest.mark.slow
+def test_fp8_and_verify(straight, tmp_path, capsys):
+    base, bundle = straight("flux", ("--steps", "3"))
+    scales, quantized = tmp_path / "scales.json", tmp_path / "fp8"
+    few = ["--sizes", "64x64", "--num-inference-steps", "3", "--max-sequence-length", "32", "--limit", "2"]
+    for command in (
+        ["verify", bundle, "--base", base, "--prompt", "a red circle"],
+        ["calibrate", "--base", base, "--out", scales, *few],
+        ["quantize", bundle, "--scales", scales, "--out", quantized],
+        ["verify", quantized, "--against", bundle, "--limit", "2"],
+    ):
+        assert cli.main([str(a) for a in command]) == 0, capsys.readouterr()
+    out = capsys.readouterr().out
+    assert "step 2 velocity" in out and "PASSED: every threshold holds" in out
+
+
+@pytest.mark.slow
+def test_a_base_keeps_its_conditioner_where_sigma_depends_on_the_size(straight):
+    _, bundle = straight("qwen", ("--steps", "8"))
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.modulation is None and "conditioner" in manifest.parts
+    assert manifest.version == 4 and manifest.true_cfg_scale == 4.0
+
+
+BASE = ["export", "--base", str(GOLDEN / "flux-tiny" / "base"), "--out", "none"]
+ADAPTER = ["--adapter", str(GOLDEN / "flux-tiny" / "adapter")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*ADAPTER, "--schedule", "base"], "--schedule is for a base without --adapter; leave one of the two out"),
+        ([*ADAPTER, "--sigmas", "1"], "--sigmas is for a base without --adapter; leave one of the two out"),
+        ([*ADAPTER, "--true-cfg-scale", "4"], "--true-cfg-scale is for a base without --adapter; leave one of the"),
+        (["--timestep-ratio", "0.5"], "--timestep-ratio is for a student with --adapter; leave it out"),
+        (["--adapter-subfolder", "x"], "--adapter-subfolder and --adapter-revision need --adapter"),
+        (["--shift", "0"], "--shift must be above 0 and finite, got 0"),
+        (["--true-cfg-scale", "0.5"], "--true-cfg-scale must be between 1 and 65, got 0.5"),
+        (["--true-cfg-scale", "2"], "--true-cfg-scale: flux is not guided by a negative prompt; leave it out"),
+        (["--schedule", "lightning"], "--schedule lightning is for Qwen-Image; leave it out for the base's own"),
+        (["--sigmas", "1,x"], "--sigmas must be numbers separated by commas, got '1,x'"),
+        (["--sigmas", "1,1"], "--sigmas must fall from at most 1 and stay above 0, got '1,1'"),
+        (["--sigmas", "1,0.5", "--steps", "4"], "--steps must be 2 with 2 --sigmas; leave it out"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*BASE, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"_class_name": "DDIMScheduler"},
+            "_class_name must be 'FlowMatchEulerDiscreteScheduler', got 'DDIMScheduler'",
+        ),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas must be false, got True: it is not supported"),
+        ({"time_shift_type": "cosine"}, "time_shift_type must be 'exponential' or 'linear', got 'cosine'"),
+        ({"max_image_seq_len": 256}, "base_image_seq_len must be below max_image_seq_len, got 256, 256"),
+        ({"base_shift": "x"}, "base_shift must be a number, 0 or more, got 'x'"),
+    ],
+)
+def test_schedulers_that_are_refused(tmp_path, settings, message):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / SCHEDULER).write_text(json.dumps(config | settings))
+    student = SimpleNamespace(family="flux", base=Resolved("base", tmp_path, None), config={"guidance_embeds": True})
+    with pytest.raises(SourceError, match=re.escape(message)):
+        base_schedule(student)

@@ -46,7 +46,7 @@ class Style:
     pairs: dict[str, dict[str, LoraPair]]
 
 
-def load_style(location: Location, scale: float, family: str, sampler: Sampler) -> Style:
+def load_style(location: Location, scale: float, family: str, sampler: Sampler = "momentum") -> Style:
     """Read a style LoRA.
 
     Args:

@@ -35,6 +35,7 @@ COMMANDS = {
     "inspect": "arcflow_runtime.commands.inspect",
     "lora": "arcflow_runtime.commands.lora",
     "bench": "arcflow_runtime.commands.bench",
+    "compare": "arcflow_export.commands.compare",
     "profile": "arcflow_runtime.commands.profile",
     "distill": "arcflow_distill.commands.distill",
     "eval": "arcflow_distill.commands.eval",

@@ -10,8 +10,9 @@ namespace arcflow {
 // Bundles (docs/bundle.md, B1 to B6).
 inline constexpr const char *bundle_format = "arcflow-bundle";
 inline constexpr int64_t bundle_version = 1;
-inline constexpr int64_t lora_bundle_version = 2;     // with LoRA slots (B14)
-inline constexpr int64_t formats_bundle_version = 3;  // with other formats than FP8 (B15)
+inline constexpr int64_t lora_bundle_version = 2;      // with LoRA slots (B14)
+inline constexpr int64_t formats_bundle_version = 3;   // with other formats than FP8 (B15)
+inline constexpr int64_t straight_bundle_version = 4;  // of a straight student (B16), which this library does not run
 inline constexpr const char *manifest_name = "manifest.json";
 inline constexpr uint64_t max_manifest_bytes = 16 << 20;
 inline constexpr uint64_t fast_hash_bytes = 64 << 20;  // larger files are hashed by a full check only

@@ -172,11 +172,14 @@ void check_format(const Json &json, const std::string &where) {
     const auto found = json.find("version");
     const Json got = found == json.end() ? Json() : *found;
     if (!got.is_number_integer() || got < bundle_version || got > formats_bundle_version) {
-        const bool newer = got.is_number_integer() && got > formats_bundle_version;
+        const bool newer = got.is_number_integer() && got > straight_bundle_version;
+        const bool straight = got == straight_bundle_version;
         throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + ", " +
                            std::to_string(lora_bundle_version) + " or " + std::to_string(formats_bundle_version) +
                            ", got " + message_text(got) + "; " +
-                           (newer ? "update arcflow" : "export the bundle again"));
+                           (straight ? "a base without an adapter (B16) runs in Python only"
+                            : newer  ? "update arcflow"
+                                     : "export the bundle again"));
     }
 }
 

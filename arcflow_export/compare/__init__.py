@@ -1,0 +1,1 @@
+"""Compare bundles: the same prompts and noise through each, with times and errors."""
