@@ -114,7 +114,7 @@ def quantized_bytes(part: ModelPart, policy: str | None) -> int:
     if patterns is None:
         return total
     shapes = {initializer_name(p): p for p in parameters(part)}
-    for name in select(patterns, part.name, list(linear_names(part)), "fp8_e4m3"):
+    for name in select(patterns, part.name, list(linear_names(part))):
         weight = shapes[f"{name}.weight"]
         item, (_, out) = weight.dtype.itemsize, weight.shape
         total += (1 - item) * prod(weight.shape) + item * (out + 1)

@@ -40,7 +40,7 @@ def make_bundle(root: Path, blocks: tuple[int, int]) -> Bundle:
 def make_scales(bundle: Bundle) -> Scales:
     """Scales with ranges between 1 and 64 for every linear that the preset selects."""
     linears = find_linears(ir.load(bundle.path("backbone.onnx")))
-    layers = select(load_policy("flux").parts["backbone"], "backbone", list(linears), "fp8_e4m3")
+    layers = select(load_policy("flux").parts["backbone"], "backbone", list(linears))
     ranges = {name: ActivationRange((2.0 ** (i % 7),) * 2, 1) for i, name in enumerate(layers)}
     p, prompts = bundle.manifest.provenance, PromptSet("none", "0" * 64, 1)
     size = ((1024, 1024),)
