@@ -92,7 +92,7 @@ test: setup
 # CHECK names some of the slow tests, as pytest's -k does; then nothing else runs.
 check: setup
 	$(if $(CHECK),,$(if $(CPP_FOUND),$(MAKE) cpp-check,@echo "cpp-check was left out: it $(CPP_MISSING)"))
-	$(PYTEST) -m slow $(addprefix -k ,$(CHECK))
+	$(PYTEST) --dist worksteal -m slow $(if $(CHECK),-k "$(CHECK)")
 
 gpu-test: setup
 	$(BIN)/pytest tests/gpu -m gpu

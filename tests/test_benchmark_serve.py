@@ -110,6 +110,7 @@ def test_the_service_and_the_pipeline_alone(tmp_path, bundles):
     check(*run(tmp_path, bundles("shapes", **SHAPES_OPTIONS), "lanes", "service"), ["lanes", "service"])
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_all_servers(tmp_path, bundles):
     check(*run(tmp_path, bundles("shapes", **SHAPES_OPTIONS)), ["lanes", "service", "torch"])

@@ -73,6 +73,7 @@ def test_from_the_hub_to_engines(tmp_path, family):
     assert list((tmp_path / "out" / f"{family}-fp8" / "engines").rglob("*.engine*")) != []
 
 
+@pytest.mark.lengthy
 def test_at_1024_px(tmp_path):
     """The presets' own size, with one prompt."""
     with Hub(release(tmp_path / "hub")) as hub:
@@ -89,6 +90,7 @@ def test_at_1024_px(tmp_path):
         assert stage["peak_bytes"] < 8 << 30, stage
 
 
+@pytest.mark.lengthy
 def test_killed_at_random_moments(tmp_path):
     """The same bundles and scales come out, and nothing is left beside them."""
     student = GOLDEN / "flux-tiny" / "student.toml"

@@ -104,6 +104,7 @@ def test_on_the_driver(file, name, lane, run_cases):
     judge(run_cases(file, "-m", lane)[name])
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_a_thousand_images_of_many_threads(run_cases):
     """12 images of three shapes, each generated 84 times."""

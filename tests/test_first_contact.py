@@ -92,6 +92,7 @@ def test_benchmarks_run(start, tmp_path, first_contact):
     ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_every_step_runs(start, tmp_path):
     code, output = finish(start())

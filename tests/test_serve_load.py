@@ -120,7 +120,7 @@ def resident_bytes(pid: int) -> int:
     return int(kib) << 10
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=(pytest.mark.slow, pytest.mark.lengthy))])
 def test_four_times_the_load(bundle, expected, count):
     arguments = ("--max-queue", QUEUE, "--lanes", LANES, "--max-n", MAX_N, "--threads", 1)
     with command(bundle, *arguments) as running, httpx2.Client(base_url=running.url, timeout=120) as client:
@@ -265,6 +265,7 @@ def test_bodies_that_are_made_up(fuzzed):
     make_bytes(fuzzed[1])()
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_a_minute_of_made_up_requests(fuzzed):
     running, client = fuzzed
