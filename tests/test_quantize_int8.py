@@ -14,7 +14,7 @@ from onnxruntime.quantization.quant_utils import QuantType, quantize_data
 from safetensors.torch import load_file
 
 from arcflow_export.errors import QuantizeError
-from arcflow_export.formats.policy import default_policy, load_policy, presets
+from arcflow_export.formats.policy import load_policy, presets
 from arcflow_export.graph.linears import find_linears
 from arcflow_export.quantize.graph import QuantizeLinears
 from arcflow_export.quantize.int8 import TINY, encode, make_scale
@@ -202,8 +202,9 @@ def test_the_command(bundles, tmp_path, capsys):
     assert {n: p.quantization.format for n, p in parts.items() if p.quantization} == {"backbone": "int8"}
 
 
-def test_every_family_has_a_preset():
-    assert {default_policy("flux", "int8"), default_policy("qwen-image", "int8")} <= set(presets())
+def test_presets():
+    assert {"flux-int8", "qwen-image-int8", "shapes-int8"} <= set(presets())
+    assert load_policy("flux-int8").parts == load_policy("shapes-int8").parts
 
 
 def test_scales_are_for_formats_that_are_calibrated(bundles):
