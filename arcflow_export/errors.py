@@ -1,10 +1,8 @@
 """The exceptions that the exporter, calibration and distillation raise for bad input or a failed stage."""
 
-from arcflow_runtime.errors import ArcFlowError
+from arcflow_runtime.errors import ArcFlowError, SourceError
 
-
-class SourceError(ArcFlowError):
-    """A checkpoint, adapter or LoRA is missing, unreachable or damaged, or does not fit the rest of the student."""
+__all__ = ["CalibrationError", "ExportError", "QuantizeError", "SourceError"]
 
 
 class ExportError(ArcFlowError):

@@ -1,5 +1,7 @@
 """A local stand-in for the Hugging Face hub: serves a folder `owner/name/...` to huggingface_hub's client on 127.0.0.1.
 
+A folder `owner/name@branch` is another branch of a repository. The login "writer" may upload; see `hub_uploads`.
+
 with Hub(release(tmp_path / "hub")) as hub:
     subprocess.run(command, env=os.environ | hub.environment(tmp_path / "home"))
     hub.downloads  # names of the files that were fetched
@@ -13,12 +15,14 @@ import re
 import shutil
 import threading
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from tests.hub_uploads import Uploads
 
 GOLDEN = Path(__file__).parent / "golden"
 FLUX, QWEN, ARCFLOW = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image", "ymyy307/ArcFlow"
@@ -92,7 +96,7 @@ def _split(file: Path, count: int) -> None:
 
 
 class Hub:
-    """Serves the repositories in a folder, each with one commit on `main`; use it as a context manager.
+    """Serves the repositories in a folder, each with one commit on every branch; use it as a context manager.
 
     Like the real hub, it lists gated repositories to everybody, redirects downloads of weights to another host, and
     names each error in a header.
@@ -101,6 +105,10 @@ class Hub:
     def __init__(self, folder: Path):
         self.folder = folder
         self.requests: list[Request] = []
+        self.objects: dict[str, bytes] = {}
+        self.refused_uploads: set[str] = set()
+        self.visibility: dict[str, str] = {}
+        self.commits = 0
         self._gates: dict[str, str | None] = {}
         self._cuts: dict[str, int] = {}
         self._digests: dict[Path, tuple[str, str]] = {}
@@ -186,6 +194,10 @@ class Hub:
         root = self.folder / name
         return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
+    def forget(self, file: Path) -> None:
+        """Hash `file` again, because it has changed."""
+        self._digests.pop(file, None)
+
     def digest(self, file: Path) -> tuple[str, str]:
         """The git blob hash of a file, and its SHA-256."""
         with self._lock:
@@ -196,7 +208,7 @@ class Hub:
             return self._digests[file]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads):
     """Answers the requests of one connection."""
 
     hub: Hub
@@ -212,10 +224,17 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Print nothing; `Hub.requests` is the log."""
 
+    @staticmethod
+    def is_lfs(path: str) -> bool:
+        return path.endswith((".safetensors", ".bin", ".model", ".msgpack", ".jpg", ".png", ".onnx"))
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(match.group(1), match.group(2) or "main")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check", path):
+            if self._key(match.group(1), "main") and self._admitted(match.group(1)):
+                self._json({})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             self._tree(match.group(1), match.group(2))
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -225,53 +244,55 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "EntryNotFound", f"no such address: {path}")
 
-    def _commit(self, name: str, revision: str) -> str | None:
-        """The commit that `revision` names; None after answering with an error if the repository or it is unknown."""
+    def _key(self, name: str, revision: str) -> str | None:
+        """The folder of a branch or commit; None after answering with an error if the repository or it is unknown."""
         if not (self.hub.folder / name).is_dir():
             # Like the real hub, do not tell a client without a login whether a repository exists.
             known = "Authorization" in self.headers
             self._error(404 if known else 401, "RepoNotFound", "Repository not found")
             return None
-        commit = self.hub.commit(name)
-        if revision not in ("main", commit):
-            self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return None
-        return commit
+        owner, base = name.split("/")
+        others = {p.name.partition("@")[2]: f"{owner}/{p.name}" for p in (self.hub.folder / owner).glob(f"{base}@*")}
+        for branch, key in ({"main": name} | others).items():
+            if revision in (branch, self.hub.commit(key)):
+                return key
+        self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return None
 
     def _info(self, name: str, revision: str) -> None:
-        if commit := self._commit(name, revision):
-            siblings = [{"rfilename": path} for path in self.hub.files(name)]
-            self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []})
+        if key := self._key(name, revision):
+            siblings = [{"rfilename": path} for path in self.hub.files(key)]
+            self._json({"id": name, "modelId": name, "sha": self.hub.commit(key), "siblings": siblings, "tags": []})
 
     def _tree(self, name: str, revision: str) -> None:
-        if not self._commit(name, revision):
+        if not (key := self._key(name, revision)):
             return
         entries = []
-        for path in self.hub.files(name):
-            file = self.hub.folder / name / path
+        for path in self.hub.files(key):
+            file = self.hub.folder / key / path
             git, sha256 = self.hub.digest(file)
             entry = {"type": "file", "path": path, "size": file.stat().st_size, "oid": git}
-            if _is_lfs(path):
+            if self.is_lfs(path):
                 entry["lfs"] = {"oid": sha256, "size": entry["size"], "pointerSize": 135}
             entries.append(entry)
         self._json(entries)
 
     def _file(self, name: str, revision: str, path: str) -> None:
-        commit = self._commit(name, revision)
-        if not commit or not self._admitted(name):
+        key = self._key(name, revision)
+        if not key or not self._admitted(name):
             return
-        file = self.hub.folder / name / path
+        commit, file = self.hub.commit(key), self.hub.folder / key / path
         if not file.is_file():
             self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             return
         git, sha256 = self.hub.digest(file)
-        if not _is_lfs(path):
-            self._content(name, path, {"ETag": f'"{git}"', "X-Repo-Commit": commit})
+        if not self.is_lfs(path):
+            self._content(key, path, {"ETag": f'"{git}"', "X-Repo-Commit": commit})
             return
         size = str(file.stat().st_size)
         headers = {"X-Repo-Commit": commit, "X-Linked-Size": size, "X-Linked-ETag": f'"{sha256}"'}
         # "localhost" is another host name than 127.0.0.1, as the real hub's storage is on another host.
-        self._send(302, b"", headers | {"Location": f"http://localhost:{self.hub.port}/lfs/{name}/{path}"})
+        self._send(302, b"", headers | {"Location": f"http://localhost:{self.hub.port}/lfs/{key}/{path}"})
 
     def _admitted(self, name: str) -> bool:
         if name not in self.hub._gates:
@@ -323,7 +344,3 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: max(cut - start, 0)]
             self.close_connection = True
         self.wfile.write(body)
-
-
-def _is_lfs(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin", ".model", ".msgpack", ".jpg", ".png"))

@@ -311,12 +311,12 @@ def test_nothing_but_the_manifest_and_graphs_is_read(bundles, tmp_path):
 import sys
 sys.modules["numpy"] = None
 from pathlib import Path
-from arcflow_runtime.disk.bundle import Bundle, _read_manifest
+from arcflow_runtime.disk.bundle import Bundle, read_manifest
 from arcflow_runtime.engines.modes import TENSORRT
 from arcflow_runtime.memory.choice import choose_mode
 from arcflow_runtime.memory.sums import BundleMemory, ImageSize
 root = Path(sys.argv[1])
-sums = BundleMemory(Bundle(root, _read_manifest(root)[0]), TENSORRT).sums(ImageSize(2, 32, 48, 16, 2))
+sums = BundleMemory(Bundle(root, read_manifest(root)[0]), TENSORRT).sums(ImageSize(2, 32, 48, 16, 2))
 print(choose_mode(sums, 0)[0], [sums.peak(mode) for mode in ("resident", "balanced", "low")])
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)

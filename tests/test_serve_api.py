@@ -381,7 +381,7 @@ def test_two_bundles_of_one_name(bundle):
     with pytest.raises(RequestError) as error, serve([bundle, bundle]):
         pass
     assert str(error.value) == (
-        f"bundles must have different directory names, got {bundle.name!r} twice; rename one, or link to it"
+        f"bundles must have different names, got {bundle.name!r} twice; rename one, or link to it"
     )
 
 

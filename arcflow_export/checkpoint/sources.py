@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from arcflow_export.errors import SourceError
 
 if TYPE_CHECKING:
-    from arcflow_export.checkpoint.hub import Repository
+    from arcflow_runtime.hub.repository import Repository
 
 #: A name with one of these endings means a local file, although the hub's rules allow it as an id.
 _FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
@@ -146,7 +146,7 @@ def _local(location: Location, what: str) -> Resolved | None:
 
 def _chosen(location: Location, what: str, choose: Choose) -> tuple[Repository, list[str]]:
     """The opened repository, and the files to download by their full names in it."""
-    from arcflow_export.checkpoint.hub import open_repository
+    from arcflow_runtime.hub.repository import open_repository
 
     repository = open_repository(location.name, location.revision, location.offline, what)
     prefix = f"{location.subfolder.strip('/')}/" if location.subfolder else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.errors import ArcFlowError, BundleError, EngineError, LoraError, RequestError
+    from arcflow_runtime.errors import ArcFlowError, BundleError, EngineError, LoraError, RequestError, SourceError
     from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Pipeline",
     "PipelineOutput",
     "RequestError",
+    "SourceError",
 ]
 
 # From version 1.29 on, ONNX Runtime sends telemetry to Microsoft and keeps a device id, unless this is set before it is
@@ -40,6 +41,7 @@ _MODULES = {
     "Pipeline": "arcflow_runtime.generate.pipeline",
     "PipelineOutput": "arcflow_runtime.generate.pipeline",
     "RequestError": "arcflow_runtime.errors",
+    "SourceError": "arcflow_runtime.errors",
 }
 
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "quantize": "arcflow_export.commands.quantize",
     "build": "arcflow_runtime.commands.build",
     "verify": "arcflow_export.commands.verify",
+    "push": "arcflow_runtime.commands.push",
     "inspect": "arcflow_runtime.commands.inspect",
     "lora": "arcflow_runtime.commands.lora",
     "bench": "arcflow_runtime.commands.bench",

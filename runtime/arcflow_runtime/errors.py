@@ -17,5 +17,9 @@ class EngineError(ArcFlowError):
     """An engine cannot be found, built or loaded, or it failed while running."""
 
 
+class SourceError(ArcFlowError):
+    """A checkpoint, LoRA or bundle on the hub is missing, unreachable or damaged, or does not fit the student."""
+
+
 class LoraError(ArcFlowError):
     """A LoRA file is damaged, not a LoRA or for another model, or holds something that is not supported."""

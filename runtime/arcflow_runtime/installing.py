@@ -16,6 +16,7 @@ _EXTRA_OF_MODULE = {
 }
 #: Package of this project that needs more than the runtime -> its extra.
 _EXTRA_OF_PACKAGE = {
+    "arcflow_runtime.hub": "hub",
     "arcflow_export": "export",
     "arcflow_calibration": "calibrate",
     "arcflow_distill": "distill",

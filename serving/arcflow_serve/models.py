@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from arcflow_runtime.errors import EngineError, RequestError
 from arcflow_runtime.generate.pipeline import Pipeline
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import PromptTokenizer
+from arcflow_runtime.hub.bundles import find_bundle
 from arcflow_serve.settings import Settings
 
 _log = logging.getLogger("arcflow.serve")
@@ -189,25 +189,24 @@ class Model:
 
 
 def open_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
-    """Load bundles; each is named after its directory, and the first is the default.
+    """Load bundles; each is named after its directory or its name on the hub, and the first is the default.
 
     Raises:
         BundleError: a bundle cannot be opened.
         EngineError: the backend cannot run a bundle.
         LoraError: a LoRA cannot be read, or does not fit a bundle's slots.
-        RequestError: two directories or two LoRAs have the same name, or there are LoRAs but no bundle with slots.
+        RequestError: two bundles or two LoRAs have the same name, or there are LoRAs but no bundle with slots.
+        SourceError: a bundle on the hub cannot be downloaded.
     """
     loras = [file.stem for file in settings.loras]
     if twice := sorted({name for name in loras if loras.count(name) > 1}):
         raise RequestError(f"LoRAs must have different file names, got {', '.join(twice)} twice; rename one")
     models: dict[str, Model] = {}
-    for path in paths:
-        # Without following links, so that a link can give a bundle another name.
-        name = Path(os.path.abspath(path)).name
+    for given in paths:
+        found = find_bundle(given)
+        path, name = found.path, found.name
         if name in models:
-            raise RequestError(
-                f"bundles must have different directory names, got {name!r} twice; rename one, or link to it"
-            )
+            raise RequestError(f"bundles must have different names, got {name!r} twice; rename one, or link to it")
 
         bundle = Bundle.open(path)
         files = settings.loras if bundle.manifest.slots() else ()

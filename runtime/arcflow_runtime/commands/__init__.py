@@ -1,1 +1,1 @@
-"""Subcommands of `arcflow` that need only the runtime: generate, build, inspect, bench, profile."""
+"""Subcommands of `arcflow` that need only the runtime: generate, build, push, inspect, lora, bench, profile."""

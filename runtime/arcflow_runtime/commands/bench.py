@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--height", type=int, help="pixels (default: 1024 or the nearest allowed)")
     parser.add_argument("--width", type=int, help="pixels (default: as for --height)")
     parser.add_argument("--steps", type=int, help="number of denoising steps (default: the bundle's)")

@@ -32,7 +32,7 @@ _SHORT_S = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--backend", choices=BACKENDS, required=True, help="the library that builds")
     parser.add_argument(
         "--target", metavar="SM[,SM...]", help="compute capabilities such as sm89,sm120 (default: this machine's GPU)"
@@ -72,11 +72,12 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_runtime.disk.bundle import Bundle
     from arcflow_runtime.engines.store import locked_store
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES
+    from arcflow_runtime.hub.bundles import find_bundle
 
     settings = _settings(args)
     sizes = parse_sizes(args.resolutions) if args.resolutions is not None else ()
     batch = parse_batch(args.batch)
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(find_bundle(args.bundle).path)
     jobs = plan_builds(bundle, args.backend, _list(args.target), _list(args.parts), sizes, batch, settings)
     rows = []
     with locked_store(bundle):
@@ -93,8 +94,9 @@ def run(args: argparse.Namespace) -> int:
 def _build_tokenizers(args: argparse.Namespace) -> int:
     from arcflow_runtime.build.tokenizers.build import build_tokenizers
     from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.hub.bundles import find_bundle
 
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(find_bundle(args.bundle).path)
     rows = build_tokenizers(bundle)
     if args.json:
         print(

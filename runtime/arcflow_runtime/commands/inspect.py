@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--check", action="store_true", help="hash every file, not only the small ones")
     parser.add_argument(
         "--gpu-memory",
@@ -33,8 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the bundle's description."""
     from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.disk.checked import open_checked
+    from arcflow_runtime.hub.bundles import find_bundle
 
-    bundle = _open_checked(args.bundle) if args.check else Bundle.open(args.bundle)
+    root = find_bundle(args.bundle).path
+    bundle = open_checked(root) if args.check else Bundle.open(root)
     described = _describe(bundle) if args.json else {}
     lines = [] if args.json else [_table(bundle, args.check)]
     if args.gpu_memory is not None:
@@ -56,18 +59,6 @@ def _gigabytes(text: str) -> int:
     if nbytes <= 0:
         raise argparse.ArgumentTypeError(f"must be a number of GB such as 16, got {text!r}")
     return nbytes
-
-
-def _open_checked(root: Path) -> Bundle:
-    from tqdm import tqdm
-
-    from arcflow_runtime.disk.bundle import Bundle
-    from arcflow_runtime.disk.manifest import ENGINES, MANIFEST
-
-    files = [p for p in root.rglob("*") if p.is_file() and p.relative_to(root).parts[0] not in (MANIFEST, ENGINES)]
-    total = sum(p.stat().st_size for p in files)
-    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        return Bundle.open(root, "full", bar.update)
 
 
 def _sigmas(manifest: Manifest) -> list[float]:

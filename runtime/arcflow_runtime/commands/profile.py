@@ -28,7 +28,7 @@ _NAME_WIDTH = 60
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("bundle", type=Path, help="directory of the bundle")
+    parser.add_argument("bundle", type=Path, help="directory of the bundle, or OWNER/NAME[@REVISION] on the hub")
     parser.add_argument("--height", type=int, help="pixels (default: 1024 or the nearest allowed)")
     parser.add_argument("--width", type=int, help="pixels (default: as for --height)")
     parser.add_argument("--steps", type=int, help="number of denoising steps (default: the bundle's)")
@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         check_writable(args.trace, "--trace")
     from arcflow_runtime.disk.bundle import Bundle
+    from arcflow_runtime.hub.bundles import find_bundle
 
-    layers = profile(Bundle.open(args.bundle), args)
+    layers = profile(Bundle.open(find_bundle(args.bundle).path), args)
     if args.trace is not None:
         temporary = args.trace.with_name(f".{args.trace.name}.tmp")
         temporary.write_text(json.dumps({"traceEvents": trace_events(layers), "displayTimeUnit": "ms"}))

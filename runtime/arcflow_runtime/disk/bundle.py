@@ -62,7 +62,7 @@ class Bundle:
             BundleError: `root` is not a bundle, has an unsupported version, is damaged, or lists a path outside itself.
         """
         root = Path(root).absolute()
-        manifest, digest = _read_manifest(root)
+        manifest, digest = read_manifest(root)
         bundle = Bundle(root, manifest, digest)
         check_values(manifest, str(root / MANIFEST))
         bundle._check_references()
@@ -120,7 +120,7 @@ class Bundle:
             BundleError: the file is missing, damaged, or outside the bundle.
         """
         entry, path = self.manifest.files[name], self.root / name
-        _check_name(name, self.root)
+        check_name(name, self.root)
         if not path.is_file():
             raise BundleError(f"{path} is missing; was the bundle moved in part? Copy the whole directory again")
         if not path.resolve().is_relative_to(self.root.resolve()):
@@ -152,7 +152,12 @@ def timestamp() -> str:
     return when.isoformat(timespec="seconds")
 
 
-def _check_name(name: str, root: Path) -> None:
+def check_name(name: str, root: Path) -> None:
+    """Check the name of a file in the manifest of the bundle at `root` (B4).
+
+    Raises:
+        BundleError: the name leaves the bundle, or has characters that it may not have.
+    """
     parts = name.split("/")
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", name) or any(p in ("", ".", "..") for p in parts):
         raise BundleError(f"{root / MANIFEST}: file name {name!r} leaves the bundle or has characters it may not have")
@@ -161,8 +166,15 @@ def _check_name(name: str, root: Path) -> None:
             raise BundleError(f"{root / MANIFEST}: file {name!r} must not be in {folder}/, which is for built {what}")
 
 
-def _read_manifest(root: Path) -> tuple[Manifest, str]:
-    """Read and check `manifest.json`; return the manifest and the SHA-256 of the file."""
+def read_manifest(root: Path) -> tuple[Manifest, str]:
+    """Read and check the `manifest.json` of the bundle at `root`, but no other file.
+
+    Returns:
+        The manifest, and the SHA-256 of the file.
+
+    Raises:
+        BundleError: it is missing, too large, damaged or of an unsupported version.
+    """
     path = root / MANIFEST
     if not root.is_dir():
         raise BundleError(f"{root} is not a directory; give the directory that `arcflow export --out` wrote")

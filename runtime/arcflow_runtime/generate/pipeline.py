@@ -30,6 +30,7 @@ from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.memory import check_memory, fitting_memory
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
+from arcflow_runtime.hub.bundles import find_bundle
 from arcflow_runtime.lora.open import open_lora
 from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras, blank_loras
 from arcflow_runtime.lora.store import LoraStore
@@ -106,12 +107,14 @@ class Pipeline:
         check: Check = "fast",
         threads: int | None = None,
         *,
+        revision: str | None = None,
         low_memory: object = None,
     ) -> Pipeline:
-        """Load a bundle from a directory.
+        """Load a bundle from a directory or from the hub.
 
         Args:
-            bundle: the directory that `arcflow export` wrote.
+            bundle: the directory that `arcflow export` wrote, or a hub id such as `owner/name`, which is downloaded
+                into the hub's cache. A path that exists wins over an id.
             backend: the library that runs the graphs, a key of `backends.BACKENDS`, or "auto" for the fastest that is
                 installed and runs the bundle on this machine.
             memory: which parts stay in the memory of the backend's device. "resident": all. "balanced": backbone and
@@ -120,6 +123,7 @@ class Pipeline:
                 the same in all modes.
             check: "fast" compares file sizes and hashes small files, "full" hashes every file.
             threads: CPU threads per engine, at most one per core; None lets the engine choose.
+            revision: branch, tag or commit of a bundle on the hub; None is the default branch.
             low_memory: the former name of `memory`; an error that says so.
 
         A GPU backend runs on the first GPU visible under the environment variable CUDA_VISIBLE_DEVICES.
@@ -131,12 +135,13 @@ class Pipeline:
             BundleError: the bundle is missing, damaged or of an unsupported version, or was replaced while loading.
             EngineError: the backend is unknown or cannot run the bundle.
             RequestError: `memory`, `check` or `threads` is out of range.
+            SourceError: the bundle on the hub cannot be downloaded, or a file of it is damaged.
         """
         if low_memory is not None:
             raise RequestError(f"low_memory is now memory; give memory={'low' if low_memory else 'resident'!r} instead")
         if check not in get_args(Check):
             raise RequestError(f"check must be one of {list(get_args(Check))}, got {check!r}")
-        opened = Bundle.open(bundle, check)
+        opened = Bundle.open(find_bundle(bundle, revision).path, check)
         return Pipeline(opened, open_for(opened, backend, threads), memory)
 
     def __call__(

@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from arcflow_serve.settings import Settings
 
     default = Settings()
-    parser.add_argument("bundle", nargs="+", type=Path, help="directory of a bundle; the first is the default model")
+    parser.add_argument(
+        "bundle",
+        nargs="+",
+        type=Path,
+        help="directory of a bundle, or OWNER/NAME[@REVISION] on the hub; the first is the default model",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument(

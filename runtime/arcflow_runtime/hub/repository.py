@@ -1,9 +1,9 @@
 """Download files of one commit of a model on the hub into the hub's cache, with huggingface_hub's own client.
 
-`sources.resolve` calls this. The client cannot continue a file after its process has ended. So weights are downloaded
-under a fixed temporary name, and the next run continues where this one stopped. Files that the hub serves through Xet
-are left to the client: it downloads their chunks from several servers at once, but starts an interrupted file again.
-With HF_HUB_DISABLE_XET=1 those can be continued too.
+`hub.bundles` calls this, and the exporter for checkpoints. The client cannot continue a file after its process has
+ended. So weights are downloaded under a fixed temporary name, and the next run continues where this one stopped. Files
+that the hub serves through Xet are left to the client: it downloads their chunks from several servers at once, but
+starts an interrupted file again. With HF_HUB_DISABLE_XET=1 those can be continued too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arcflow_export.errors import SourceError
 from arcflow_runtime.disk.files import sha256_file
+from arcflow_runtime.errors import SourceError
 
 #: Weight files downloaded at the same time. One connection seldom uses the full bandwidth; more files at once leave
 #: more incomplete files after an interruption.
@@ -164,7 +164,7 @@ def open_repository(name: str, revision: str | None, offline: bool, what: str) -
         name: `owner/name`.
         revision: branch, tag or commit; None for the default branch.
         offline: use the cache only, as HF_HUB_OFFLINE=1 does.
-        what: the kind of checkpoint, for messages.
+        what: the kind of checkpoint, or "bundle", for messages.
 
     Raises:
         SourceError: the repository or revision does not exist, access is refused, or the hub cannot be reached and the
