@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan, and what each stage took, as JSON")
 
 
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that describe the job; `arcflow plan` takes them too."""
-    parser.add_argument("student", metavar="STUDENT", help="flux, qwen or a .toml file")
+def add_job_arguments(
+    parser: argparse.ArgumentParser, optional: bool = False, backends: Sequence[str] = BACKENDS
+) -> None:
+    """Declare the arguments that describe the job; `arcflow plan` and `arcflow doctor` take them too.
+
+    Args:
+        parser: gets the arguments.
+        optional: the student may be left out.
+        backends: what --backend accepts.
+    """
+    nargs = "?" if optional else None
+    parser.add_argument("student", metavar="STUDENT", nargs=nargs, help="flux, qwen or a .toml file")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the student's")
     parser.add_argument(
         "--backend",
-        choices=BACKENDS,
+        choices=backends,
         default=AUTO,
         help="what to build for; auto: TensorRT-RTX or TensorRT for --target or the GPU here, or else ONNX Runtime on "
         "this CPU (default: %(default)s)",

@@ -34,10 +34,16 @@ def check_job(job: CompileJob) -> None:
 
         load_policy(policy)
     if job.backend != "onnxruntime":
-        _check_target(job)
+        check_target(job)
 
 
-def _check_target(job: CompileJob) -> None:
+def check_target(job: CompileJob) -> None:
+    """Check that the library of the job's backend is installed and can build for its target.
+
+    Raises:
+        EngineError: it is not installed, or can build only where its GPU is.
+        RequestError: it cannot build for the target, or the target cannot compute in the precision.
+    """
     from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16, FIRST_WITH_FP8
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES

@@ -19,6 +19,7 @@ from arcflow_runtime.installing import install_command
 #: Subcommand -> its module. The module's docstring is the help text; it has `add_arguments(parser)` and
 #: `run(args) -> int`.
 COMMANDS = {
+    "doctor": "arcflow_export.commands.doctor",
     "compile": "arcflow_export.commands.compile",
     "plan": "arcflow_export.commands.plan",
     "download": "arcflow_export.commands.download",

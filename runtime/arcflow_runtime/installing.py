@@ -35,7 +35,11 @@ def install_command(package: str, module: str = "") -> str:
     Returns:
         A pip command. It names the checkout's path if this code runs from a checkout.
     """
-    extra = _EXTRA_OF_MODULE.get(module.partition(".")[0]) or _EXTRA_OF_PACKAGE.get(package)
+    return command_for_extra(_EXTRA_OF_MODULE.get(module.partition(".")[0]) or _EXTRA_OF_PACKAGE.get(package, ""))
+
+
+def command_for_extra(extra: str) -> str:
+    """The pip command that installs this project with an extra; "" is the runtime alone."""
     wanted = f"[{extra}]" if extra else ""
     if (_CHECKOUT / "pyproject.toml").is_file():
         return f"pip install -e '{_CHECKOUT}{wanted}'"

@@ -157,6 +157,18 @@ class Repository:
             os.replace(partial, blob)
 
 
+def check_access(name: str, what: str) -> None:
+    """Ask the hub whether this login may download from a repository, without downloading anything.
+
+    Raises:
+        SourceError: the repository does not exist, access is refused, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+
+    with _explained(what, name, None, "unset HF_HUB_OFFLINE" if is_offline_mode() else None):
+        HfApi().auth_check(name)
+
+
 def open_repository(name: str, revision: str | None, offline: bool, what: str) -> Repository:
     """Find the commit of a revision and list its files, from the hub or from the cache.
 
