@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from fake_bundle import edit_manifest, list_files, make_bundle
-from huggingface_hub import ModelCard, close_session, constants, file_download
+from huggingface_hub import ModelCard, close_session, constants, file_download, scan_cache_dir
 
 from arcflow_runtime import Bundle, BundleError, Pipeline, RequestError, SourceError, backends, cli
 from arcflow_runtime.hub.bundles import find_bundle
 from arcflow_runtime.hub.push import push_bundle
+from arcflow_serve.models import open_models
+from arcflow_serve.settings import Settings
 from tests.hub import Hub
 
 ID = "ann/shapes"
@@ -85,6 +88,10 @@ def test_the_download_takes_no_space_beside_the_cache(hub, bundle):
     found = find_bundle(ID)
     blobs = {p.stat().st_ino for p in (hub.cache / "models--ann--shapes" / "blobs").iterdir()}
     assert {p.stat().st_ino for p in found.path.rglob("*") if p.is_file()} <= blobs
+    scanned = scan_cache_dir(hub.cache)
+    assert [r.repo_id for r in scanned.repos] == [ID] and not scanned.warnings
+    scanned.delete_revisions(found.commit).execute()
+    assert not found.path.exists(), "`hf cache rm` removes it too"
 
 
 def test_revisions(hub, bundle):
@@ -101,6 +108,18 @@ def test_revisions(hub, bundle):
     assert refused(find_bundle, f"{ID}@next", "main") == (
         f"bundle: {ID}@next names a revision, and 'main' is given too; give one of them"
     )
+
+
+def test_the_service_takes_an_id(hub, bundle):
+    push_bundle(bundle, ID)
+    edit_manifest(bundle, schedule__num_inference_steps=4)
+    push_bundle(bundle, ID, branch="next")
+    models = open_models([Path(f"{ID}@next")], Settings(backend="fake", threads=1))
+    assert list(models) == ["shapes"] and models["shapes"].loaded
+    assert models["shapes"].manifest.schedule.num_inference_steps == 4
+    models["shapes"].close()
+    with pytest.raises(RequestError, match="bundles must have different names, got 'shapes' twice"):
+        open_models([Path(ID), Path(f"{ID}@next")], Settings(backend="fake", threads=1))
 
 
 def test_a_path_that_exists_wins_over_an_id(hub, bundle, tmp_path, monkeypatch):

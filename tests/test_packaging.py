@@ -70,6 +70,14 @@ def test_help_of_every_command(bare, tmp_path):
         assert f"usage: arcflow {command}" in run(bare / "arcflow", command, "--help", cwd=tmp_path)
 
 
+def test_the_doctor_needs_no_extra(bare, tmp_path):
+    assert run(bare / "arcflow", "doctor", cwd=tmp_path).endswith("\nno check failed\n")
+    command = [bare / "arcflow", "doctor", "flux", "--backend", "tensorrt-rtx", "--target", "sm89"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "-> run: pip install 'arcflow[export]'\n" in done.stdout
+
+
 def test_a_small_image_is_the_one_made_here(bare, bundles, tmp_path):
     bundle = bundles("shapes", **SHAPES_OPTIONS)
     arguments = ("generate", bundle, "a red circle", "--seed", "1", "--out")
