@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from arcflow_export.doctor import job as job_checks
 from arcflow_export.doctor import machine
@@ -219,6 +221,15 @@ def test_a_hub_that_is_not_reached_is_asked_once(hub, capsys):
     assert "give --offline" in base.do
     assert found(findings, "adapter").found == f"{ARCFLOW}: not asked, see above"
     assert found(findings, "estimate").state == "note"
+
+
+def test_a_hub_that_does_not_answer(hub, capsys, monkeypatch):
+    """A firewall that drops what it refuses."""
+    monkeypatch.setattr("arcflow_runtime.hub.repository._ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        base = found(doctor(capsys, *FP8), "base")
+    assert "the hub cannot be reached" in base.found and "give --offline" in base.do
 
 
 def test_too_little_disk_and_memory(hub, tmp_path, capsys, monkeypatch):

@@ -79,6 +79,8 @@ def _checkpoints(job: CompileJob) -> list[Finding]:
     named += [(f"LoRA {i + 1}", lora) for i, lora in enumerate(student.loras)]
     found: list[Finding] = []
     for what, checkpoint in named:
+        if checkpoint is None:  # a student may be a base alone
+            continue
         if checkpoint.path is not None:
             found.append(Finding(what, "ok", f"{checkpoint.path / (checkpoint.subfolder or '')} on this machine"))
         elif any(_unreachable(f) for f in found):

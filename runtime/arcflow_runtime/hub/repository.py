@@ -27,6 +27,8 @@ from arcflow_runtime.errors import SourceError
 #: more incomplete files after an interruption.
 _AT_ONCE = 4
 _SHOWN = 3
+#: Seconds that `check_access` waits for an answer of the hub.
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def check_access(name: str, what: str) -> None:
     from huggingface_hub import HfApi, is_offline_mode
 
     with _explained(what, name, None, "unset HF_HUB_OFFLINE" if is_offline_mode() else None):
+        HfApi().model_info(name, timeout=_ANSWER_S)  # the next request has no timeout
         HfApi().auth_check(name)
 
 
