@@ -228,6 +228,37 @@ def arcs_table() -> str:
     return "\n".join([*rows, "", f"{data['iterations']:,} iterations, {data['count']:,} prompts. {_machine(data)}"])
 
 
+def convergence_table() -> str:
+    """Iterations that students with many modes and with one need for the same error, by seed."""
+    data = _read("convergence")
+
+    def cell(value: float | None, digits: int) -> str:
+        return "not reached" if value is None else f"{value:.{digits}f}"
+
+    rows = ["| latent error | seed | iterations, 16 modes | iterations, 1 mode | ratio |", "|---" * 5 + "|"]
+    for found in sorted(data["reached"], key=lambda row: row["target"], reverse=True):
+        counts = (cell(found["arcs"], 0), cell(found["linear"], 0), cell(found["ratio"], 2))
+        rows.append(f"| {found['error']:.4f} ({found['target']}) | {found['seed']} | {' | '.join(counts)} |")
+    rows += ["", "| seed | lowest error, 16 modes | lowest error, 1 mode |", "|---" * 3 + "|"]
+    for seed in sorted({row["seed"] for row in data["reached"]}):
+        lowest = (min(data["students"][f"{kind}-{seed}"]["latent_error"]) for kind in ("arcs", "linear"))
+        rows.append(f"| {seed} | {' | '.join(f'{error:.4f}' for error in lowest)} |")
+    note = f"{data['iterations']:,} iterations of {data['batch']} images, {data['count']:,} held-out prompts."
+    return "\n".join([*rows, "", f"{note} {_machine(data)}"])
+
+
+def trained_table() -> str:
+    """Parameters trained, of the shapes student and of the released ones."""
+    data = _read("convergence")
+    counts = {"shapes, rank 32": data["students"]["arcs-0"], "shapes, rank 32, one mode": data["students"]["linear-0"]}
+    counts |= {"FLUX.1-dev, rank 256": data["released"]["flux"], "Qwen-Image, rank 256": data["released"]["qwen"]}
+    rows = ["| student | network | trained | share |", "|---|---|---|---|"]
+    for name, row in counts.items():
+        trained, base = sum(row["trained_parameters"].values()), row["base_parameters"]
+        rows.append(f"| {name} | {base:,} | {trained:,} | {trained / base:.1%} |")
+    return "\n".join(rows)
+
+
 def recipe_table() -> str:
     """The training time of the shapes model by stage."""
     seconds = json.loads((SHAPES / "recipe.json").read_text())["seconds"]
@@ -398,6 +429,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "arcs": arcs_table,
     },
     HERE.parent / "docs" / "engines.md": {"memory": engine_memory_table},
+    HERE.parent / "docs" / "paper.md": {"convergence": convergence_table, "trained": trained_table},
     SHAPES / "README.md": {"recipe": recipe_table, "eval": eval_table},
     HERE.parent / "docs" / "memory.md": {
         "parts": memory_parts_table,
