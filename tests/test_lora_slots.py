@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import onnx
 import pytest
 
 from arcflow_export.checkpoint.sources import Location
-from arcflow_export.emulate.emulate import load_graph
+from arcflow_export.emulate.blocks import EmulatedBackend
+from arcflow_export.emulate.emulate import load_graph, widened
 from arcflow_runtime import Bundle, LoraError, Pipeline, RequestError, cli
 from tests.conftest import export, golden_student
 from tests.fp8 import calibrated, quantize
@@ -99,6 +101,20 @@ def test_a_bundle_without_slots_is_of_version_1_and_has_no_new_keys(bundles):
     assert data["version"] == 1
     assert not any("lora" in part for part in data["parts"].values())
     assert set(data["modulation"]) == {"file", "num_inference_steps"}
+
+
+def test_the_emulation_runs_parts_without_their_slots(slotted):
+    """As `arcflow verify` and the drift gate open them."""
+    bundle = widened(Bundle.open(slotted("flux-tiny")))
+    with closing(EmulatedBackend().open(bundle, "conditioner")) as engine:
+        found = engine.run(
+            {
+                "timesteps": np.array([1000, 500], np.float32),
+                "guidance": np.array([3500], np.float32),
+                "pooled_projections": np.zeros((1, 32), np.float32),
+            }
+        )
+    assert found["modulation"].shape[:2] == (2, 1) and np.isfinite(found["modulation"]).all()
 
 
 @pytest.mark.slow

@@ -64,13 +64,14 @@ def load_graph(bundle: Bundle, part: str) -> ir.Model:
 
 
 def widened(bundle: Bundle) -> Bundle:
-    """The bundle with the signatures that an emulated part has: bfloat16 and float16 inputs and outputs as float32."""
+    """The bundle with the signatures that an emulated part has: bfloat16 and float16 as float32, and no LoRA slots."""
 
     def spec(s: TensorSpec) -> TensorSpec:
         return dataclasses.replace(s, dtype="float32") if s.dtype in ("bfloat16", "float16") else s
 
     def part(p: Part) -> Part:
-        return dataclasses.replace(p, inputs=tuple(map(spec, p.inputs)), outputs=tuple(map(spec, p.outputs)))
+        inputs, outputs = (tuple(map(spec, tensors)) for tensors in (p.inputs, p.outputs))
+        return dataclasses.replace(p, inputs=inputs, outputs=outputs, lora=None)
 
     parts = {name: part(p) for name, p in bundle.manifest.parts.items()}
     return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, parts=parts))
