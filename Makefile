@@ -135,10 +135,10 @@ CPP_STEPS := cpp-build cpp-quick cpp-check cpp-rest cpp-static cpp-traces cpp-sa
 .PHONY: cpp-format cpp-lint $(CPP_STEPS)
 test check cpp-test $(CPP_STEPS): export PATH := $(abspath $(BIN)):$(PATH)
 cpp-quick: cpp-build
-	ctest --test-dir $(CPP) --output-on-failure --label-exclude slow
+	ctest --test-dir $(CPP) --output-on-failure --parallel 2 --label-exclude slow
 
 cpp-test: cpp-build
-	ctest --test-dir $(CPP) --output-on-failure
+	ctest --test-dir $(CPP) --output-on-failure --parallel 2
 	$(call cpp_consume,$(CPP))
 
 cpp-build: setup
@@ -150,7 +150,7 @@ define cpp_consume
 cmake --install $(1) --prefix $(1)/installed
 $(CMAKE) -S runtime/cpp/tests/consumer -B $(1)/consumer -G Ninja -DCMAKE_PREFIX_PATH=$(1)/installed
 $(CMAKE) --build $(1)/consumer
-ctest --test-dir $(1)/consumer --output-on-failure
+ctest --test-dir $(1)/consumer --output-on-failure --parallel 2
 endef
 
 cpp-check: cpp-build
@@ -182,7 +182,7 @@ cpp-sanitized: setup
 # Python itself is not sanitized. So the sanitizer, and the C++ library whose symbols it looks up, are loaded before it;
 # its own leaks are not reported; and OpenVINO's threads keep to the sanitizer's copies of what they open.
 cpp-sanitize: cpp-traces cpp-sanitized
-	ctest --test-dir $(CPP)-sanitized --output-on-failure
+	ctest --test-dir $(CPP)-sanitized --output-on-failure --parallel 2
 	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
 		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
 		$(BIN)/pytest -q -k "core or errors or golden or cpp_lora" \
@@ -194,7 +194,7 @@ TSAN := threads trt_denoiser trt_runtime_cache
 cpp-tsan: setup
 	$(CPP_CONFIGURE) -B $(CPP)-tsan -DARCFLOW_SANITIZE=thread -DARCFLOW_OPENVINO=OFF $(CHECKED) -DCMAKE_CXX_FLAGS=-O1
 	$(CMAKE) --build $(CPP)-tsan --target $(addsuffix _test,$(TSAN))
-	ctest --test-dir $(CPP)-tsan --output-on-failure --tests-regex "$$(echo $(TSAN) | tr ' ' '|')"
+	ctest --test-dir $(CPP)-tsan --output-on-failure --parallel 2 --tests-regex "$$(echo $(TSAN) | tr ' ' '|')"
 
 cpp-fuzz: setup
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(CPP)-fuzz $(SANITIZE) -DCMAKE_CXX_FLAGS=-O1 -DARCFLOW_FUZZ=ON -DARCFLOW_TESTS=OFF

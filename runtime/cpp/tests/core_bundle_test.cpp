@@ -101,7 +101,9 @@ void test_seal() {
         fails(parse(text), "manifest.json: format must be \"arcflow-bundle\"; this is not an ArcFlow bundle");
     const std::string format = "{\"format\": \"arcflow-bundle\", \"unknown\": 1";
     fails(parse(format + "}"), "version must be 1, 2 or 3, got null; export the bundle again");
-    fails(parse(format + ", \"version\": 4}"), "version must be 1, 2 or 3, got 4; update arcflow");
+    fails(parse(format + ", \"version\": 4}"),
+          "version must be 1, 2 or 3, got 4; a base without an adapter (B16) runs in Python only");
+    fails(parse(format + ", \"version\": 5}"), "version must be 1, 2 or 3, got 5; update arcflow");
     fails(parse(format + ", \"version\": true}"), "version must be 1, 2 or 3, got true; export the bundle again");
     fails(parse(format + ", \"version\": \"1\"}"), "version must be 1, 2 or 3, got \"1\"; export the bundle again");
     fails(parse(format + ", \"version\": 1}"),

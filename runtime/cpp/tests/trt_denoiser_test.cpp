@@ -492,12 +492,16 @@ void test_every_call_of_a_host_engine_may_fail() {
 
 }  // namespace
 
-// "threads" runs only the test with threads; "failures" those in which each call fails once, which take longest;
-// without an argument all others run.
+// "threads" runs only the test with threads; "modes" those of LoRAs and memory modes; "failures" those in which each
+// call fails once, which take longest; without an argument all others run.
 int main(int count, char **arguments) {
     const std::string_view part = count > 1 ? arguments[1] : "";
     if (part == "threads") {
         test_threads();
+        return 0;
+    }
+    if (part == "modes") {
+        test_loras_and_modes();
         return 0;
     }
     if (part == "failures") {
@@ -527,7 +531,6 @@ int main(int count, char **arguments) {
     test_jobs_that_do_not_fit();
     test_an_engine_on_host_tensors();
     test_a_conditioner_on_host_tensors_in_pieces();
-    test_loras_and_modes();
     std::puts("ok");
     return 0;
 }
