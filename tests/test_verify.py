@@ -182,7 +182,8 @@ def test_default_sizes_are_sizes_of_the_bundle(tmp_path, monkeypatch, largest, s
     bundle = make_bundle(tmp_path / "bundle")
     edit_manifest(bundle, ranges__height_px__max=largest, ranges__width_px__max=largest)
     m = Bundle.open(bundle).manifest
-    student = SimpleNamespace(family=m.family, sources=(m.provenance.base, m.provenance.adapter, ()))
+    sources = (m.provenance.base, m.provenance.adapter, ())
+    student = SimpleNamespace(family=m.family, sources=sources, vae_source=None)
     monkeypatch.setattr("arcflow_export.commands.verify.open_student", lambda _: student)
     monkeypatch.setattr("arcflow_export.commands.verify.announce", lambda *_: None)
     cases = []
