@@ -331,6 +331,10 @@ CLASSES = {
 }
 
 
+#: Keys of version 4 by their place; C++ refuses that version.
+STRAIGHT_KEYS = {"": {"sampler", "true_cfg_scale"}, "schedule": {"dynamic_shift", "terminal", "sigmas"}}
+
+
 @pytest.mark.parametrize(("place", "class_"), CLASSES.items(), ids=str)
 def test_both_know_the_same_keys(both, tmp_path, place, class_):
     root = make_bundle(tmp_path / "bundle", baked=(2,))
@@ -342,7 +346,7 @@ def test_both_know_the_same_keys(both, tmp_path, place, class_):
     found = re.search(r'unknown keys \["surprise"\]; the known keys are (\[.*\])', both(root) or "")
     assert found
     known = {field.name for field in dataclasses.fields(class_)} | (set() if place else {"format", "version"})
-    assert set(json.loads(found[1])) == known
+    assert set(json.loads(found[1])) == known - STRAIGHT_KEYS.get(place, set())
 
 
 def test_files_above_64_mib_are_hashed_by_the_full_check_only(both, tmp_path):

@@ -20,6 +20,8 @@ PYTHON = {
     "bundle_format": manifest.FORMAT,
     "bundle_version": manifest.PLAIN_VERSION,
     "lora_bundle_version": manifest.LORA_VERSION,
+    "formats_bundle_version": manifest.FORMATS_VERSION,
+    "straight_bundle_version": manifest.STRAIGHT_VERSION,
     "manifest_name": manifest.MANIFEST,
     "max_manifest_bytes": bundle.MAX_MANIFEST_BYTES,
     "fast_hash_bytes": bundle.FAST_HASH_BYTES,

@@ -350,6 +350,6 @@ def test_stages_are_timed(on_gpu):
 
 def test_nan_is_refused(on_gpu, monkeypatch):
     pipe = on_gpu()
-    monkeypatch.setattr("arcflow_runtime.generate.pipeline.sigmas", lambda steps, schedule: np.full(steps + 1, np.nan))
+    monkeypatch.setattr("arcflow_runtime.generate.pipeline.sigmas", lambda steps, *_: np.full(steps + 1, np.nan))
     with pytest.raises(EngineError, match=r"^backbone: latents of images \[0\] must be finite, got NaN or Inf"):
         generate(pipe, output_type="pil")
