@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -117,6 +118,15 @@ def test_fp8_is_refused_before_anything_is_loaded(tmp_path):
     )
     with pytest.raises(EngineError, match=f"^{re.escape(message)}$"):
         open_backend("openvino").check(Bundle.open(root))
+
+
+def test_calls_run_side_by_side_if_there_are_cores(pipelines):
+    cores = os.cpu_count()
+    bundle = pipelines["flux-tiny"].bundle
+    for threads, streams, total in ((1, cores, cores), (cores, 1, cores)):
+        model = open_backend("openvino", threads=threads).open(bundle, "vae_decoder")._model
+        assert (model.get_property("NUM_STREAMS"), model.get_property("INFERENCE_NUM_THREADS")) == (streams, total)
+    assert open_backend("openvino").open(bundle, "vae_decoder")._model.get_property("NUM_STREAMS") == 1
 
 
 def test_threads():

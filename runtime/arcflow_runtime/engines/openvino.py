@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence, Set
 from itertools import compress
@@ -204,13 +205,14 @@ class OpenVinoBackend:
             "PERFORMANCE_HINT": "LATENCY",
             "EXECUTION_MODE_HINT": "ACCURACY",
             "INFERENCE_PRECISION_HINT": ov.Type.f32,
-            # One stream: lanes that share a pipeline take turns at a part, each with all its threads.
             "NUM_STREAMS": 1,
             # Each part has threads of its own. If they were pinned, those of all parts would share the first cores.
             "ENABLE_CPU_PINNING": False,
         }
         if self._threads is not None:
-            properties["INFERENCE_NUM_THREADS"] = self._threads
+            # A stream runs one call at a time. As many run side by side as there are cores for their threads.
+            streams = (os.cpu_count() or 1) // self._threads
+            properties |= {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams * self._threads}
         return properties
 
 
