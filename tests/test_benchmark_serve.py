@@ -107,6 +107,7 @@ def check(results: dict, printed: str, servers: list[str]) -> None:
     assert {row.count("|") for row in rows} == {9}
 
 
+@pytest.mark.slow
 def test_the_service_and_the_pipeline_alone(tmp_path, bundles):
     check(*run(tmp_path, bundles("shapes", **SHAPES_OPTIONS), "lanes", "service"), ["lanes", "service"])
 

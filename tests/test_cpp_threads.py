@@ -26,6 +26,7 @@ def test_low_memory_gives_the_same_images(cpp_library, cpp_bundles, cpp_pipes, n
     lean.close()
 
 
+@pytest.mark.slow
 def test_every_memory_mode_gives_the_same_images(cpp_library, cpp_bundles, cpp_pipes):
     assert cpp_pipes("flux-tiny").memory == "resident"  # what is chosen on a CPU
     given = {"height": 32, "width": 32, "seeds": [3]}

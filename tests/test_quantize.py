@@ -39,6 +39,7 @@ CASES = {
     "flux-float16": ("flux-tiny", {"dtype": "float16"}, "flux", ("backbone",)),
     "qwen-float32": ("qwen-tiny", {"opset": 23, **OPTIONS}, "qwen-image", ("backbone",)),
 }
+SLOW = ("flux-float32-opset20", "flux-float16")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def made(bundles, command_run, tmp_path_factory):
     return get
 
 
-@pytest.fixture(params=[pytest.param(c, marks=pytest.mark.slow) if "opset20" in c else c for c in CASES])
+@pytest.fixture(params=[pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def case(request, made):
     return made(request.param)
 

@@ -198,6 +198,7 @@ def test_images_are_equal_in_all_modes(name, weighed):
             np.testing.assert_array_equal(image.pixels, wanted.pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("name", ["flux", "slots"])
 def test_bytes_held_in_each_stage_are_those_of_the_sums(name, memory, library, weighed, driver):  # noqa: F811
@@ -220,6 +221,7 @@ def test_bytes_held_in_each_stage_are_those_of_the_sums(name, memory, library, w
         assert nbytes - arrays <= held[stage] <= nbytes, (stage, held, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "qwen", "slots"])
 def test_the_mode_follows_from_the_free_memory(name, library, weighed, driver, capfd):  # noqa: F811
     """The mode is the one that the Python runtime's sums say, to the byte."""
