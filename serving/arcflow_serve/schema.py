@@ -23,7 +23,7 @@ _UNSUPPORTED = {
     "height": "give size as WIDTHxHEIGHT",
     "steps": "the field is called num_inference_steps",
     "cfg_scale": "the field is called guidance_scale",
-    "negative_prompt": "the student is distilled to run once per step, without a negative prompt",
+    "negative_prompt": "the service generates without one",
 }
 
 
