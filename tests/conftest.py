@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 SHAPES = Path(__file__).parent.parent / "models" / "shapes"
 FAMILIES = ("flux-tiny", "qwen-tiny")
+#: Its cases run in processes of their own; its conftest needs cuda-core.
+collect_ignore = ["host_cuda"]
 #: What extras bring and tests import; the runtime works without.
 EXTRAS = (
     "diffusers",
     "fastapi",
+    "fastapi_offline",
     "filelock",
     "httpx2",
     "huggingface_hub",

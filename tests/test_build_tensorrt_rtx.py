@@ -123,6 +123,10 @@ def test_the_sums_bound_what_the_engines_need(engines, case):
         (profile,) = record.key.profiles
         graph = PartGraph.read(bundle, record.key.part)
         bound = graph.activation_bytes({name: shapes.max for name, shapes in profile.items()}, TENSORRT)
+        if bound is None:
+            # The exporter gives no shapes to the operators that take the place of Attention.
+            assert bundle.manifest.opset == 20
+            continue
         assert 0.97 * TENSORRT.scratch_bytes < needed <= bound, record.key.part
 
 

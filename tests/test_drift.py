@@ -527,6 +527,7 @@ def test_bfloat16_drifts_and_has_no_layers(command_run, reference, prompts, tmp_
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == ["contact_sheet.png", "drift.json", "report.md"]
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_fp8_of_the_shapes_model_draws_what_was_asked(bundles, tmp_path, capsys):
     reference = bundles("shapes", **SHAPES_OPTIONS)

@@ -160,6 +160,7 @@ def test_vae_halves_three_times():
     assert vae.decode(latents).sample.shape == (3, 3, 64, 64)
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_whole_recipe_in_miniature(tmp_path, capfd):
     out = tmp_path / "shapes"

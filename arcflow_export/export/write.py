@@ -181,7 +181,8 @@ def _blocks(params: list[Parameter], source: WeightSource) -> Iterator[memoryvie
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    # A tensor of one element counts as contiguous with any stride, and cannot be viewed as bytes with some.
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return flat.numpy().data
 
 
