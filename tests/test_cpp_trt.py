@@ -359,6 +359,7 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_cached_in_pythons_files(tool, nvrtc, tmp_path):
     """Each runtime takes what the other compiled. A damaged file is compiled again, and replaced."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed", exc_type=ImportError)

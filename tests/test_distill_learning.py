@@ -66,6 +66,7 @@ def errors(student):
     return [float((x - noise * SPREAD).square().mean().sqrt()) for x in (ours, euler)]
 
 
+@pytest.mark.slow
 def test_two_steps_beat_euler_and_a_straight_student():
     ours, euler = errors(train(modes=4))
     straight, _ = errors(train(modes=1))

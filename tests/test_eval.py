@@ -231,6 +231,7 @@ def test_the_command_writes_everything(tmp_path, judge_dir, capsys):
     assert Image.open(out / "paths.png").size[0] > 1000
 
 
+@pytest.mark.slow
 def test_an_earlier_evaluation_stays_until_the_new_one_is_whole(tmp_path, judge_dir, monkeypatch, teacher):
     out = tmp_path / "out"
     out.mkdir()

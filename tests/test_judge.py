@@ -105,6 +105,7 @@ def test_mixed_colors_are_off_the_palette(scenes):
     assert torch.cdist(inside, torch.tensor(list(COLORS.values())) / 255).amin(1).min() > 0.04
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_the_global_generator_alone():
     state, losses = torch.get_rng_state(), []
     judge = train_judge(seed=1, progress=losses.append, steps=8)

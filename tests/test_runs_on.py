@@ -14,8 +14,8 @@ from arcflow_runtime.disk.bundle import Bundle
         ({}, RunsOn(True, False)),
         pytest.param({"opset": 20}, RunsOn(True, True), marks=pytest.mark.slow),
         ({"dtype": "bfloat16"}, RunsOn(False, True)),
-        ({"dtype": "float16"}, RunsOn(True, True)),
-        ({"precision": (("text_encoder_2", "bfloat16"),)}, RunsOn(False, False)),
+        pytest.param({"dtype": "float16"}, RunsOn(True, True), marks=pytest.mark.slow),
+        pytest.param({"precision": (("text_encoder_2", "bfloat16"),)}, RunsOn(False, False), marks=pytest.mark.slow),
     ],
 )
 def test_by_dtype_and_opset(bundles, options, expected):

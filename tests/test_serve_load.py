@@ -257,6 +257,7 @@ def make_connections(running):
     return connections
 
 
+@pytest.mark.slow
 def test_fields_that_are_made_up(fuzzed):
     make_fields(fuzzed[1])()
 

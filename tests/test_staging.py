@@ -180,6 +180,7 @@ def test_sigkill(running, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_ctrl_c(running, tmp_path):
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=60)

@@ -59,6 +59,7 @@ def test_float32(float32, capsys):
         assert 0 <= row["error"] <= row["bound"]
 
 
+@pytest.mark.slow
 def test_bfloat16(command_run, capsys):
     assert verify(command_run.bundle) == 0
     out = capsys.readouterr().out

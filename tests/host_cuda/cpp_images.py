@@ -99,6 +99,7 @@ def attempt(pipe, expected):
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stepwise", [False, True])
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("name", ["flux", "qwen"])
@@ -141,6 +142,7 @@ def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, on_gpu, p
         assert (driver.calls("cuGraphLaunch"), driver.calls("cuStreamBeginCapture")) == (count, 1)
 
 
+@pytest.mark.slow
 def test_float16(on_gpu, plain):
     """The latents stay float32, and the kernels round what the backbone reads.
 

@@ -119,6 +119,7 @@ def sums_of(pipe):
     return make_sums(m, size, TENSORRT, weights_of(m), {p: 64 * int(np.prod(shape)) for p, shape in firsts.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "qwen", "conditioner", "float16"])
 def test_images_are_equal_in_all_modes(name, weighed):
     """Plain, captured and replayed, also after a new prompt, guidance scale, number of steps and batch."""
@@ -158,6 +159,7 @@ def test_bytes_held_in_each_stage_are_those_of_the_sums(name, memory, unloads, w
         assert nbytes - arrays <= held[stage] <= nbytes, (stage, held, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MODES)
 def test_the_memory_of_the_sums_is_enough_and_needed(memory, weighed, driver):
     pipe = weighed("flux", memory)
