@@ -105,7 +105,7 @@ class Ingress:
 
 
 class _Replicas:
-    """Counts the running generators, in a thread, because to ask Ray blocks."""
+    """Counts the running generators, in a thread, because asking Ray blocks."""
 
     def __init__(self, application: str) -> None:
         self.running = 0
