@@ -96,7 +96,7 @@ class Held:
 
 @torch.no_grad()
 def score(run: Distillation, held: Held) -> float:
-    """The error of the average of the student's weights."""
+    """The error of the student with the average of its weights."""
     kept = {name: p.clone() for name, p in run.trained.items()}
     for name, p in run.trained.items():
         p.copy_(run.ema.tensors[name])

@@ -153,7 +153,9 @@ def measure(folder: Path, size_px: int, blocks: tuple[int, int] | None) -> dict[
         MeasureError: a command failed; its message is on stderr.
     """
     if blocks is None and (free := shutil.disk_usage(folder).free) < _NEEDED_BYTES:
-        raise MeasureError(f"{folder} has {free / 1e9:.0f} GB free, needed are {_NEEDED_BYTES / 1e9:.0f} GB")
+        raise MeasureError(
+            f"{folder} must have {_NEEDED_BYTES / 1e9:.0f} GB free, got {free / 1e9:.0f} GB; use another disk"
+        )
     load = os.getloadavg()
     bundle, rows = make_bundle(folder, blocks)
     drop_cache([bundle.path(p.weights) for p in bundle.manifest.parts.values()])

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 
-# Before Ray is imported, which reads it then.
+# Ray reads this when it is imported, so it is set before.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray

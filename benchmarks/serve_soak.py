@@ -106,7 +106,7 @@ class Soak:
         until = time.monotonic() + 30
         while (found := self.metrics()).get("arcflow_requests_running", 0) + found.get("arcflow_requests_waiting", 0):
             if time.monotonic() > until:
-                raise ValueError("requests are open although every client is done")
+                raise ValueError("no request must be open 30 s after every client is done; see the service's log")
             time.sleep(0.05)
         status = Path(f"/proc/{self.pid}/status").read_text()
         (kib,) = re.findall(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)

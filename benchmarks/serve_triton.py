@@ -83,7 +83,7 @@ def install(folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The stub embeds Python: it needs libpython, and finds this environment as that of the first `python` in PATH."""
+    """Variables for the server: its stub needs libpython, and uses the environment of the first `python` in PATH."""
     libraries = [
         Path(pytriton.__file__).parent.parent / "nvidia_pytriton.libs",
         Path(sysconfig.get_config_var("LIBDIR")),
@@ -120,7 +120,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
         finally:
             connection.close()
         time.sleep(0.1)
-    raise RuntimeError(f"Triton must be ready within {START_S} s; it ended with {process.poll()}, or takes longer")
+    raise RuntimeError(
+        f"Triton must be ready within {START_S} s, got exit status {process.poll()} (None: it runs); see its output"
+    )
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def test_a_failed_gate_runs_again(place, capsys):
 
 
 def test_a_lora_is_identified_with_the_config_beside_it(tmp_path):
-    """Which can change its scale."""
+    """The adapter_config.json beside a LoRA can change its scale."""
     lora, config = tmp_path / "ink.safetensors", tmp_path / "adapter_config.json"
     lora.write_bytes(b"factors")
     alone = identify(lora)

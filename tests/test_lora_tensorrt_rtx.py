@@ -1,4 +1,4 @@
-"""Bundles with LoRA slots through the real TensorRT-RTX builder: the kernels that its plans have; no GPU is needed."""
+"""Builds bundles with LoRA slots with the real TensorRT-RTX builder, and checks the plans' kernels; needs no GPU."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ EVERY = ("transformer_blocks.*", "single_transformer_blocks.*")
 
 
 def reference(x: np.ndarray, tensor_scale: np.float32, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Block scales [..., n / 16] and numbers [..., n] in float32 by the casts of ml_dtypes; blocks on the last axis."""
+    """Block scales [..., n / 16] and numbers [..., n] in float32, rounded by ml_dtypes; blocks are on the last axis."""
     blocks = x.reshape(*x.shape[:-1], -1, 16)
     ratio = np.abs(blocks).max(-1) / (np.float32(6) * tensor_scale)
     if least:
@@ -70,7 +70,7 @@ def test_weights_are_rounded_as_ml_dtypes_rounds_them(dtype):
 
 
 def test_ties_go_to_even_and_large_values_to_six():
-    """The middle of two neighbours, from 0, 0.5, 1, 1.5, 2, 3, 4 and 6, and what a scale that is too small leaves."""
+    """Midpoints of neighbouring E2M1 numbers become the even one; values above 6, from too small a scale, become 6."""
     ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, -0.25, -0.75, -5.0, -7.0, 0.0, 0.2501, 0.7499, 5.001]
     even = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 0.0, -1.0, -4.0, -6.0, 0.0, 0.5, 0.5, 6.0]
     w = torch.tensor([ties, ties]).T

@@ -58,7 +58,7 @@ def base(buildah, tmp_path_factory) -> str:
         return f"docker.io/library/{name}"
     targets = ("apt-get", "indextargets", "--format", "$(CODENAME) $(SITE)", "Created-By: Packages")
     listed = subprocess.run(targets, capture_output=True, text=True, check=True).stdout.split("\n")
-    # The release itself, not its updates, from where this machine has its packages.
+    # The line of the release itself, not of its updates. `site` is the mirror that this machine uses.
     release, site = next(line for line in listed if re.match(r"[a-z]+ ", line)).split()
     root = tmp_path_factory.mktemp("debian") / "root"
     packages = "python3,python3-dev,python3-venv,ca-certificates"

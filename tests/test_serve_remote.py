@@ -101,8 +101,8 @@ def test_a_request_that_kills_every_replica_is_given_up():
     ("said", "message"),
     [
         ([TAKEN, ValueError("broken")], "broken"),
-        ([TAKEN], "a replica must answer with every image or an error, and its answer ended before"),
-        ([], "a replica must answer with every image or an error, and its answer ended before"),
+        ([TAKEN], "a replica must answer with every image or an error, but its answer ended early"),
+        ([], "a replica must answer with every image or an error, but its answer ended early"),
     ],
 )
 def test_whatever_a_replica_does_there_is_an_answer(said, message):

@@ -124,7 +124,7 @@ def test_explicit_sigmas_are_diffusers(straight):
     compare(base, bundle, 4, 48, 80, ours={}, sigmas=levels)
 
 
-#: Settings of a scheduler, and what they are the schedule of.
+#: What a schedule is for -> the settings of its scheduler.
 SCHEDULES = {
     "flux dev": {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15},
     "flux schnell": {"shift": 1.0, "use_dynamic_shifting": False},
@@ -237,9 +237,9 @@ ADAPTER = ["--adapter", str(GOLDEN / "flux-tiny" / "adapter")]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([*ADAPTER, "--schedule", "base"], "--schedule is for a base without --adapter; leave one of the two out"),
-        ([*ADAPTER, "--sigmas", "1"], "--sigmas is for a base without --adapter; leave one of the two out"),
-        ([*ADAPTER, "--true-cfg-scale", "4"], "--true-cfg-scale is for a base without --adapter; leave one of the"),
+        ([*ADAPTER, "--schedule", "base"], "--schedule is for a base without --adapter; leave --schedule or"),
+        ([*ADAPTER, "--sigmas", "1"], "--sigmas is for a base without --adapter; leave --sigmas or --adapter out"),
+        ([*ADAPTER, "--true-cfg-scale", "4"], "--true-cfg-scale is for a base without --adapter; leave --true-cfg"),
         (["--timestep-ratio", "0.5"], "--timestep-ratio is for a student with --adapter; leave it out"),
         (["--adapter-subfolder", "x"], "--adapter-subfolder and --adapter-revision need --adapter"),
         (["--shift", "0"], "--shift must be above 0 and finite, got 0"),
@@ -248,7 +248,7 @@ ADAPTER = ["--adapter", str(GOLDEN / "flux-tiny" / "adapter")]
         (["--schedule", "lightning"], "--schedule lightning is for Qwen-Image; leave it out for the base's own"),
         (["--sigmas", "1,x"], "--sigmas must be numbers separated by commas, got '1,x'"),
         (["--sigmas", "1,1"], "--sigmas must fall from at most 1 and stay above 0, got '1,1'"),
-        (["--sigmas", "1,0.5", "--steps", "4"], "--steps must be 2 with 2 --sigmas; leave it out"),
+        (["--sigmas", "1,0.5", "--steps", "4"], "--steps must be 2, the number of --sigmas, got 4; leave it out"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, monkeypatch, capsys, options, message):

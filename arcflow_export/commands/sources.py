@@ -137,7 +137,7 @@ def open_student(args: argparse.Namespace) -> Student:
     if args.adapter is not None:
         adapter = Location(args.adapter, args.adapter_subfolder, args.adapter_revision, args.offline)
     elif args.adapter_subfolder is not None or args.adapter_revision is not None:
-        raise RequestError("--adapter-subfolder and --adapter-revision need --adapter")
+        raise RequestError("--adapter-subfolder and --adapter-revision need --adapter; give it, or leave them out")
     return load_student(
         Location(args.base, args.base_subfolder, args.base_revision, args.offline),
         adapter,

@@ -54,7 +54,7 @@ def check_straight(args: argparse.Namespace) -> None:
         for name in ("schedule", "sigmas", "true_cfg_scale"):
             if getattr(args, name, None) is not None:
                 option = f"--{name.replace('_', '-')}"
-                raise RequestError(f"{option} is for a base without --adapter; leave one of the two out")
+                raise RequestError(f"{option} is for a base without --adapter; leave {option} or --adapter out")
         return
     if args.timestep_ratio is not None:
         raise RequestError("--timestep-ratio is for a student with --adapter; leave it out")
@@ -109,5 +109,7 @@ def _with_sigmas(schedule: Schedule, text: str, steps: tuple[int, ...] | None) -
     if not all(a > b for a, b in zip(sigmas, (*sigmas[1:], 0.0), strict=True)) or sigmas[0] > 1:
         raise RequestError(f"--sigmas must fall from at most 1 and stay above 0, got {text!r}")
     if steps not in (None, (len(sigmas),)):
-        raise RequestError(f"--steps must be {len(sigmas)} with {len(sigmas)} --sigmas; leave it out")
+        raise RequestError(
+            f"--steps must be {len(sigmas)}, the number of --sigmas, got {', '.join(map(str, steps))}; leave it out"
+        )
     return dataclasses.replace(schedule, sigmas=sigmas, num_inference_steps=len(sigmas))

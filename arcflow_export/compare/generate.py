@@ -193,7 +193,7 @@ def _calls(manifest: Manifest, subject: Subject, request: Request) -> int:
 
 
 def _joined(subject: Subject, images: Sequence[_Image], peak_bytes: int | None, calls: int) -> Generated:
-    # The first image loads what is loaded when it is needed, and the second captures a GPU's graph.
+    # Not timed: the first image, which loads what is loaded on first use, and the second, which captures a GPU's graph.
     timed = images[min(_WARM_UP, len(images) - 1) :]
     stages: dict[str, list[float]] = {name: [] for name in (*STAGES, OTHER)}
     for one in timed:

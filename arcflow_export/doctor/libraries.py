@@ -45,7 +45,7 @@ def libraries(extra: str = "") -> Libraries:
 
 
 def check_libraries(extra: str, purpose: str, needed: bool) -> Finding:
-    """Check the libraries of an extra; if they are not needed for what was asked, what is missing is only noted."""
+    """Check the libraries of an extra. If what was asked does not need them, a missing one is a note, not a failure."""
     name = f"libraries for {purpose}"
     try:
         found = libraries(extra)

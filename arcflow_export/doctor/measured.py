@@ -10,7 +10,7 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """One stage as it was measured: wall time, peak resident memory, bytes written, and how much work `what` was."""
+    """One stage as it was measured: wall time, peak resident memory, bytes written; `what` is the work it did."""
 
     seconds: float
     peak_bytes: int

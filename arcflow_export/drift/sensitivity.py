@@ -32,9 +32,12 @@ PART = "backbone"
 
 @dataclass(frozen=True)
 class Effect:
-    """The drift of one experiment, as means over prompts: relative RMS error of the means (or velocity) at the worst
-    step on the reference's inputs, and of the final latents given the reference's text and modulation; PSNR of the
-    images or None.
+    """The drift of one experiment, averaged over prompts.
+
+    Attributes:
+        heads: relative RMS error of the means (or velocity) at the worst step, on the reference's inputs.
+        latents: relative RMS error of the final latents, given the reference's text and modulation.
+        psnr: of the images, in dB, or None.
     """
 
     heads: float

@@ -1,4 +1,7 @@
-"""VAE decoders: packed float32 latents [B, H/16, W/16, 64] -> uint8 RGB [B, H, W, 3]."""
+"""VAE decoders, which `models.families` exports as the part `vae_decoder`.
+
+Packed float32 latents [B, H/16, W/16, 64] -> uint8 RGB [B, H, W, 3].
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
         if missing := sorted(self._layers.keys() - find_linears(model).keys()):
             raise ir.passes.PreconditionError(f"not linears of the graph: {missing}")
         if is_quantized(model):
-            raise ir.passes.PreconditionError("the graph is quantised already")
+            raise ir.passes.PreconditionError("the graph must be unquantised, got one that is quantised already")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rules 2 and 3."""
@@ -47,7 +47,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
             wanted = {layer for layer, chosen in self._layers.items() if chosen == name}
             if (found := implementation.inserted(model)) != wanted:
                 raise ir.passes.PostconditionError(
-                    f"{name}: other linears than the named have its nodes: {sorted(found ^ wanted)}"
+                    f"{name}: exactly the chosen linears must have its nodes; differing: {sorted(found ^ wanted)}"
                 )
 
 

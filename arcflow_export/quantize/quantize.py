@@ -233,7 +233,7 @@ def _quantize_part(
 
 
 def _input_ranges(scales: Scales, part: str, groups: Iterable[tuple[LinearNode, ...]]) -> dict[str, float]:
-    """The range of each layer's input. Layers that read the same tensor get the same, the largest of theirs."""
+    """The range of each layer's input. Layers that read the same tensor all get the largest of their ranges."""
     found: dict[str, float] = {}
     for group in groups:
         amax = max(scales.amax(part, linear.name) for linear in group)

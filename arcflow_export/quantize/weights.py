@@ -86,7 +86,7 @@ class QuantizedWeights(PlainWeights):
         Args:
             index: the stored weights.
             quantized: layer -> the tensors that replace its weight; the first has the weight's name.
-            by_input: the same layers, those that read the same tensor one after the other.
+            by_input: the same layers, ordered so that layers that read the same tensor are adjacent.
         """
         super().__init__(index)
         self._weights = {t.name: f"{layer}{_SUFFIX}" for layer, found in quantized.items() for t in found}

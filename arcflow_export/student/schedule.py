@@ -19,7 +19,7 @@ _CONFIG = Path("scheduler") / "scheduler_config.json"
 _CLASS = "FlowMatchEulerDiscreteScheduler"
 #: The default shift of diffusers' FlowMatchEulerDiscreteScheduler, for config files without one.
 _DEFAULT_SHIFT = 1.0
-#: Settings of that scheduler that change its sigmas in ways that a bundle has no words for.
+#: Settings of that scheduler that change its sigmas in ways that a bundle cannot state.
 _UNSUPPORTED = (
     "invert_sigmas",
     "use_karras_sigmas",

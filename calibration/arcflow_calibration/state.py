@@ -185,7 +185,7 @@ def _counts(counts: torch.Tensor | None) -> torch.Tensor:
 
 
 def _lora_files(lora: LoraFile) -> list[Path]:
-    """The file, and the adapter_config.json that was read with it, which can change its scale."""
+    """The LoRA's file, and the adapter_config.json that was read with it, because that can change the LoRA's scale."""
     return [lora.path, *filter(None, [lora.config])]
 
 

@@ -38,7 +38,7 @@ _HEALTH_PERIOD_S, _HEALTH_TIMEOUT_S = 5.0, 30.0
 
 @dataclass(frozen=True)
 class Scale:
-    """How many processes there are.
+    """The number of replicas and of ingress processes.
 
     Attributes:
         min_replicas: replicas of the generator that always run.
@@ -105,7 +105,7 @@ class Ingress:
 
 
 class _Replicas:
-    """Counts the running generators, in a thread, because to ask Ray blocks."""
+    """Counts the running generators, in a thread, because asking Ray blocks."""
 
     def __init__(self, application: str) -> None:
         self.running = 0
@@ -181,7 +181,7 @@ def _build(bundles: list[Path], settings: Settings, scale: Scale) -> serve.Appli
         autoscaling_config={
             "min_replicas": scale.min_replicas,
             "max_replicas": scale.max_replicas,
-            # What a replica has, waiting requests included. Beyond full batches only the waiting grows.
+            # Requests in a replica, running and waiting. With more than full batches, only the wait gets longer.
             "target_ongoing_requests": full,
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -192,7 +192,7 @@ def _build(bundles: list[Path], settings: Settings, scale: Scale) -> serve.Appli
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=scale.ingress_replicas,
-        # It waits for others most of the time; a whole core would be missing where images are generated.
+        # The ingress mostly waits for replicas. A core that Ray reserves for it could not generate images.
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=settings.max_connections,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,

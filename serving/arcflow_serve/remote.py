@@ -22,8 +22,8 @@ from arcflow_serve.service import Engine
 from arcflow_serve.settings import Settings
 
 _log = logging.getLogger("arcflow.serve")
-#: A job is given to so many replicas, one after the other, if they die. A request that kills its replica must not kill
-#: all of them.
+#: Number of replicas that may die while they generate a job; then the job fails. Without a limit, a request that kills
+#: its replica would kill all of them.
 MAX_ATTEMPTS = 3
 _RETRY_AFTER_S = 2
 
@@ -127,7 +127,7 @@ class RemoteEngine:
             job.deliver(Failed(ServiceError(FAILED, "engine_failed", str(e) or type(e).__name__, retry=False)))
 
     async def _attempt(self, job: Job, missing: list[int]) -> None:
-        """Give the pictures in `missing` to one replica, and remove from it what is finished."""
+        """Send the images in `missing` to one replica, and remove from `missing` each one that it finishes."""
         given = tuple(missing)
         left_s = max(job.deadline - time.monotonic(), 0.0)
         work = Work(job.client, job.key, job.prompt, tuple(job.seeds[i] for i in given), job.encoding, left_s)
@@ -149,7 +149,7 @@ class RemoteEngine:
                     return
         finally:
             await stream.aclose()
-        raise RuntimeError("a replica must answer with every image or an error, and its answer ended before")
+        raise RuntimeError("a replica must answer with every image or an error, but its answer ended early")
 
     def _pass_on(self, job: Job, event: Event, given: tuple[int, ...], missing: list[int]) -> None:
         if not isinstance(event, Failed):
@@ -175,7 +175,7 @@ class RemoteEngine:
 
 
 async def work_on(engine: Engine, work: Work) -> AsyncIterator[Progress]:
-    """Generate work in this process; ends after the last event, and gives the work up if it is closed before."""
+    """Generate work in this process. Ends after the last event; closing the iterator earlier cancels the work."""
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[Event] = asyncio.Queue()
 

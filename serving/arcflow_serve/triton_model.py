@@ -95,7 +95,7 @@ class TritonPythonModel:
         self._model.close()
 
     def _generate_all(self, key: _Key, rows: list[_Row]) -> Sequence[_Image | Exception]:
-        """Generate a batch, and one by one if it fails, so that only the image at fault gets the error."""
+        """Generate a batch; if it fails, its images one by one, so that only the image at fault gets the error."""
         try:
             images = self._generate(key, rows)
         except Exception as e:

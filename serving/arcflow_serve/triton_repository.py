@@ -69,7 +69,7 @@ class TritonOptions:
         return self.backend in ON_CPU
 
     def settings(self) -> Settings:
-        """Of one instance; also checks threads against the cores."""
+        """The settings of one instance; also checks that its threads fit the cores."""
         lanes = (self.instances or default_lanes()) if self.on_cpu else 1
         return Settings(backend=self.backend, lanes=lanes, threads=self.threads, max_batch=self.max_batch)
 

@@ -202,7 +202,7 @@ def test_images_are_equal_in_all_modes(name, weighed):
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("name", ["flux", "slots"])
 def test_bytes_held_in_each_stage_are_those_of_the_sums(name, memory, library, weighed, driver):  # noqa: F811
-    """Exactly, but for the encoders' inputs and outputs in "balanced", which go with an engine that is closed."""
+    """To the byte, except the encoders' inputs and outputs in "balanced": they are freed when the engine is closed."""
     before = driver.live(Live.DEVICE_BYTES)
     pipe = weighed(name, memory=memory.encode())
     generate(pipe, skip_decode=0)

@@ -19,7 +19,7 @@ Report = dict[str, list[tuple[str, str, bool]]]
 
 
 def functions(path):
-    """The test functions of a file of cases as pytest's parameters, those that it marks slow marked too."""
+    """The test functions of a file of cases, as pytest parameters; those marked slow keep the mark."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             slow = any(ast.unparse(d) == "pytest.mark.slow" for d in node.decorator_list)
@@ -27,7 +27,7 @@ def functions(path):
 
 
 def cases_in(paths):
-    """As `functions`, of several files, with the name of each file before."""
+    """Like `functions`, for several files; each parameter set begins with the file's name."""
     return [
         pytest.param(path.stem, *case.values, marks=case.marks, id=f"{path.stem}-{case.id}")
         for path in sorted(paths)
@@ -82,7 +82,7 @@ def read_report(path: Path) -> Report:
 
 
 def judge(cases: list[tuple[str, str, bool]]) -> None:
-    """Fail or skip as the cases of one test function did."""
+    """Fail if any case of a test function failed; skip if all of them were skipped."""
     failed = [f"{name}: {message}" for name, message, skipped in cases if message and not skipped]
     if failed:
         pytest.fail("\n\n".join(failed), pytrace=False)

@@ -155,7 +155,7 @@ class DynamicShift:
     max_image_tokens: int
 
     def mu(self, image_tokens: int) -> float:
-        """The value of the line for images of N tokens."""
+        """The shift's mu for images of N tokens (B16)."""
         slope = (self.max_shift - self.base_shift) / (self.max_image_tokens - self.base_image_tokens)
         return self.base_shift + slope * (image_tokens - self.base_image_tokens)
 

@@ -59,10 +59,10 @@ def check_runs(manifest: Manifest, backend: str, why: str) -> None:
     Args:
         manifest: the bundle's.
         backend: a name of `FormatFacts.on_cpu`.
-        why: what the backend does with a format that it cannot compute, as the end of "NAME is quantised to FORMAT".
+        why: why the backend does not compute it, and what to do; ends the message "NAME is quantised to FORMAT, ...".
 
     Raises:
-        EngineError: a part has a linear in a format that it does not; the message names the part.
+        EngineError: a part has a linear in a format that the backend does not compute; the message names the part.
     """
     wrong = [(name, FORMATS[f]) for name, found in formats_in(manifest).items() for f in found]
     wrong = [(name, facts) for name, facts in wrong if backend not in facts.on_cpu]

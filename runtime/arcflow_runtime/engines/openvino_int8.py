@@ -45,7 +45,7 @@ def multiply_stored_weights(model: ov.Model, part: str) -> None:
 
 
 def _source(part: str, product: ov.Node, *path: tuple[str, int]) -> ov.Node:
-    """The node at the end of a path of types and inputs, upwards from a product."""
+    """Follow inputs upwards from a product; `path` has the expected type of each node and the index of the input."""
     node = product
     for kind, index in path:
         node = node.input_value(index).get_node()

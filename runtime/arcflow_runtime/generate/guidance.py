@@ -18,7 +18,9 @@ _ONE_PASS = {
 def check_guidance(
     manifest: Manifest, prompts: int, negative_prompt: object, true_cfg_scale: object
 ) -> tuple[tuple[str, ...] | None, float, tuple[str, ...]]:
-    """Check `negative_prompt` and `true_cfg_scale`. As in diffusers, the former and a scale above 1 are both needed.
+    """Check `negative_prompt` and `true_cfg_scale`.
+
+    As in diffusers, guidance needs a negative prompt and a scale above 1.
 
     Returns:
         The negative prompt of each prompt, or None without guidance; the scale; and warnings.

@@ -115,7 +115,10 @@ def _read_manifest(repository: Repository) -> Manifest:
     if MANIFEST not in repository.sizes:
         raise SourceError(f"{where} has no {MANIFEST}, so it is not a bundle; push one with `arcflow push`")
     if repository.sizes[MANIFEST] > MAX_MANIFEST_BYTES:
-        raise SourceError(f"{where}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes; it is not a manifest")
+        raise SourceError(
+            f"{where}: {MANIFEST} must have at most {MAX_MANIFEST_BYTES} bytes, got {repository.sizes[MANIFEST]}; "
+            "push the bundle again"
+        )
     manifest, _ = read_manifest(repository.read(MANIFEST).parent)
     for name, entry in manifest.files.items():
         check_name(name, repository.root)

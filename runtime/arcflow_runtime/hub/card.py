@@ -152,7 +152,7 @@ def _source(source: Source | None) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    # A cell is one line, and a bar in it is no border.
+    # A line break or a bar in a cell would break the table.
     lines = ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines)

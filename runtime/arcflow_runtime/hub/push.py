@@ -116,7 +116,7 @@ def _explained(repo_id: str) -> Iterator[None]:
         if status in (401, 403, 404):
             raise SourceError(f"{repo_id}: the hub refuses to write there (status {status}); {login}") from None
         if status == 412:
-            raise SourceError(f"{repo_id} has changed meanwhile; run the same command again") from None
+            raise SourceError(f"{repo_id} was changed during this push; run the same command again") from None
         raise SourceError(f"{repo_id}: {_reason(e)}; run the same command again") from None
     # The client raises RuntimeError for an upload that failed, with the reason as its cause.
     except (OSError, HTTPError, RuntimeError, ValueError) as e:

@@ -1,4 +1,7 @@
-"""Open a LoRA for a bundle: a file of any tool, or one that `arcflow lora convert` wrote -> a `FittedLora`."""
+"""Open a LoRA for a bundle: a file of any tool, or one that `arcflow lora convert` wrote -> a `FittedLora`.
+
+`Pipeline.load_lora` and `arcflow lora` call it.
+"""
 
 from __future__ import annotations
 

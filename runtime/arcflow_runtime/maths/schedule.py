@@ -50,7 +50,7 @@ def sigmas(num_inference_steps: int, schedule: Schedule, image_tokens: int | Non
         t = np.array(schedule.sigmas)
     shift = _shift(schedule, image_tokens)
     levels = shift * t / (1 + (shift - 1) * t)
-    # A single step starts at 1, and no stretching moves that; diffusers divides 0 by 0 there.
+    # With one step the only sigma is 1, which stretching would not change; diffusers divides 0 by 0 there.
     if schedule.terminal is not None and levels[-1] < 1:
         levels = 1 - (1 - levels) * ((1 - schedule.terminal) / (1 - levels[-1]))
     levels = np.append(levels, 0.0)

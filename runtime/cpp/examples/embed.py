@@ -140,7 +140,7 @@ class Pipeline:
 
     @property
     def memory(self) -> str:
-        """The memory mode, also if it was chosen."""
+        """The memory mode, given or chosen by default."""
         return self._library.arcflow_memory(self.handle).decode()
 
     def open_lora(self, path: str) -> c_void_p:

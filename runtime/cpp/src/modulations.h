@@ -1,5 +1,5 @@
-// A cache of the conditioner's results. It is a quarter of FLUX's weights, and must be loaded to run unless the memory
-// mode is resident.
+// A cache of the conditioner's results. It saves loading the conditioner, 6.6 GB for FLUX in bfloat16, which stays
+// loaded in the memory mode resident only.
 #pragma once
 
 #include <string>

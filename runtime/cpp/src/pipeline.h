@@ -57,7 +57,7 @@ public:
     // Free what was prepared of a LoRA; requests that are running keep theirs.
     void forget_lora(const Lora &lora);
 
-    // The memory mode, also if it was chosen.
+    // The memory mode, given or chosen by default.
     MemoryMode memory() const { return parts_.mode(); }
 
 private:

@@ -1,4 +1,4 @@
-// Shares one stream and one workspace between engines.
+// One stream and one workspace that the engines, plans and denoiser of a pipeline share; see trt_lane.h.
 #include "trt_lane.h"
 
 #include <utility>

@@ -41,8 +41,8 @@ public:
     void stage(const DenoiseJob &job, const Tensor *modulation) { buffers_->stage(job, modulation); }
 
     // Run the staged job, and wait for the result. The first run enqueues the work without a graph, the second captures
-    // the graph, and later runs replay it. With `on_step` the work is always enqueued, and so it is if the parts do not
-    // stay loaded. Throws what failed; the plan must then be freed, because half of its work may be enqueued.
+    // the graph, and later runs replay it. With `on_step`, or if the parts do not stay loaded, no graph is used: each
+    // run enqueues the work. Throws what failed; the plan must then be freed, because half of its work may be enqueued.
     void run(const OnStep &on_step);
 
     // The results and times of the last run.

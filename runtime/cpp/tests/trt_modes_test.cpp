@@ -92,7 +92,7 @@ void test_every_failure_with_loras() {
     }
 }
 
-// Sets are kept up to a limit, and those of a LoRA that was closed are freed; nothing is left at the end.
+// Sets of LoRA inputs are kept up to a limit, and freed when one of their LoRAs is closed; none is left at the end.
 void test_kept_sets() {
     Setup s = slotted();
     const size_t before = live(device_bytes);
@@ -182,8 +182,8 @@ void test_modes_give_equal_bits() {
     }
 }
 
-// In balanced, a new modulation brings the conditioner, and the graph stays; in low every part is loaded for each use,
-// and only buffers stay.
+// In balanced, a new modulation loads the conditioner and keeps the graph. In low, every part is loaded for each use,
+// and only the buffers stay.
 void test_what_each_mode_loads() {
     using Names = std::vector<std::string>;
     Setup balanced = slotted(MemoryMode::balanced), low = slotted(MemoryMode::low);
@@ -203,7 +203,8 @@ void test_what_each_mode_loads() {
     CHECK(live(device_bytes) - before == buffers);  // no workspace is left
 }
 
-// As in resident, in the modes that load parts during a job: each call and each allocation fails once.
+// In the modes that load parts during a job, each driver call and each allocation fails once, as in the test of
+// resident.
 void test_every_failure_in_other_modes() {
     for (const MemoryMode mode : {MemoryMode::balanced, MemoryMode::low}) {
         for (const char *function : {"cuMemAlloc", "cuMemHostAlloc", "*"}) {

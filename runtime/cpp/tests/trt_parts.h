@@ -78,8 +78,8 @@ private:
     DType dtype_;
 };
 
-// A manifest of FLUX's family whose backbone takes and returns `dtype`, and whose conditioner has `conditioned`. With
-// `max_rank` above 0, backbone and conditioner have a LoRA slot each, "to_q" and "norm".
+// A manifest of FLUX's family whose backbone takes and returns `dtype`, and whose conditioner takes and returns
+// `conditioned`. With `max_rank` above 0, the backbone has the LoRA slot "to_q" and the conditioner the slot "norm".
 Manifest manifest_in(DType dtype, DType conditioned, int64_t max_rank = 0);
 
 // A LoRA of both slots, of this rank and scale.

@@ -91,7 +91,7 @@ ARCFLOW_API arcflow_status arcflow_open(const char *bundle, const arcflow_option
 /* Wait for running calls, then free the pipeline. NULL and a pipeline that is already closed are ignored. */
 ARCFLOW_API void arcflow_close(arcflow_pipeline *pipeline);
 
-/* The pipeline's memory mode, also if it was chosen; "" if the pipeline is closed. The text is never freed. */
+/* The pipeline's memory mode, given or chosen by default; "" if the pipeline is closed. The text is never freed. */
 ARCFLOW_API const char *arcflow_memory(const arcflow_pipeline *pipeline);
 
 /* Read a LoRA for requests of this pipeline; the bundle must have slots. `path` is a file that `arcflow lora convert`
