@@ -435,6 +435,11 @@ def _machine(data: dict[str, Any]) -> str:
     return f"{m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.1f} GiB, Python {m['python']}, {versions}."
 
 
+def serve_table() -> str:
+    """The service beside the pipeline alone."""
+    return serve_lines(_read("serve"))
+
+
 #: By page, what stands between the markers of each name.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     HERE.parent / "README.md": {"run": run_table},
@@ -446,6 +451,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "host": host_table,
         "lora": lora_table,
         "arcs": arcs_table,
+        "serve": serve_table,
     },
     HERE.parent / "docs" / "engines.md": {"memory": engine_memory_table},
     HERE.parent / "docs" / "paper.md": {"convergence": convergence_table, "trained": trained_table},
