@@ -56,6 +56,12 @@ CASES = {
     "qwen-float32": ("qwen-tiny", {"opset": 20, "steps": (2, 4)}, HEAVY),
 }
 SLOW = pytest.mark.slow
+WITHOUT_BOUND = ("flux-float32", "qwen-float32")
+NO_BOUND = pytest.mark.xfail(
+    reason="at opset 20 the exporter gives no shapes to the operators that take the place of Attention",
+    raises=TypeError,
+    strict=True,
+)
 
 
 def build(root, *arguments):
@@ -112,7 +118,13 @@ def test_built_with_its_weights(engines, case):
     assert sum(w[:64] in engine for w in weights.values()) > 0.5 * len(weights)
 
 
-@pytest.mark.parametrize("case", [c if c == "flux-bfloat16" else pytest.param(c, marks=SLOW) for c in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("flux-bfloat16", *(pytest.param(c, marks=SLOW) for c in CASES if c not in (*WITHOUT_BOUND, "flux-bfloat16"))),
+        *(pytest.param(c, marks=(SLOW, NO_BOUND)) for c in WITHOUT_BOUND),
+    ],
+)
 def test_the_sums_bound_what_the_engines_need(engines, case):
     """The bound: results as if nothing were fused, and the scratch memory that every engine has."""
     bundle = Bundle.open(engines(case)[0])
@@ -123,10 +135,6 @@ def test_the_sums_bound_what_the_engines_need(engines, case):
         (profile,) = record.key.profiles
         graph = PartGraph.read(bundle, record.key.part)
         bound = graph.activation_bytes({name: shapes.max for name, shapes in profile.items()}, TENSORRT)
-        if bound is None:
-            # The exporter gives no shapes to the operators that take the place of Attention.
-            assert bundle.manifest.opset == 20
-            continue
         assert 0.97 * TENSORRT.scratch_bytes < needed <= bound, record.key.part
 
 
