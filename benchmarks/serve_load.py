@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import http.client
+import io
 import json
 import random
 import re
@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import pycurl
 
 #: Most requests of an open loop that are under way at a time; more would measure the client's threads.
 OPEN_THREADS = 128
@@ -110,20 +111,13 @@ def http_sender(url: str, size_px: int, steps: int) -> Send:
     Raises:
         ValueError: an answer with status 200 has no PNG.
     """
-    own = threading.local()
-    host = urlsplit(url).netloc
+    post = _poster(f"{url}/v1/images/generations")
 
     def send(number: int) -> Reply:
-        if not hasattr(own, "connection"):
-            own.connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
         body = {"prompt": prompt_of(number), "size": f"{size_px}x{size_px}", "seed": number}
-        body |= {"num_inference_steps": steps}
-        headers = {"content-type": "application/json"}
-        own.connection.request("POST", "/v1/images/generations", json.dumps(body), headers)
-        response = own.connection.getresponse()
-        content = response.read()
-        if response.status != 200:
-            return Reply(response.status, 0)
+        status, content, _ = post(body | {"num_inference_steps": steps})
+        if status != 200:
+            return Reply(status, 0)
         (image,) = json.loads(content)["data"]
         if not base64.b64decode(image["b64_json"][:32]).startswith(_PNG):
             raise ValueError(f"{url} must answer with a PNG, got {image['b64_json'][:32]!r}")
@@ -138,12 +132,9 @@ def triton_sender(url: str, model: str, size_px: int, steps: int) -> Send:
     Raises:
         ValueError: an answer with status 200 has other outputs than an image of this size.
     """
-    own = threading.local()
-    host = urlsplit(url).netloc
+    post = _poster(f"{url}/v2/models/{model}/infer")
 
     def send(number: int) -> Reply:
-        if not hasattr(own, "connection"):
-            own.connection = http.client.HTTPConnection(host, timeout=TIMEOUT_S)
         given = {
             "prompt": ("BYTES", prompt_of(number)),
             "seed": ("UINT64", number),
@@ -156,18 +147,40 @@ def triton_sender(url: str, model: str, size_px: int, steps: int) -> Send:
             "inputs": inputs,
             "outputs": [{"name": "image", "parameters": {"binary_data": True}}, {"name": "batch_size"}],
         }
-        own.connection.request("POST", f"/v2/models/{model}/infer", json.dumps(body))
-        response = own.connection.getresponse()
-        content = response.read()
-        if response.status != 200:
-            return Reply(response.status, 0)
-        length = int(response.headers["inference-header-content-length"])
+        status, content, headers = post(body)
+        if status != 200:
+            return Reply(status, 0)
+        length = int(re.search(rb"(?im)^inference-header-content-length: *(\d+)", headers)[1])
         outputs = {output["name"]: output for output in json.loads(content[:length])["outputs"]}
         if outputs["image"]["shape"] != [1, size_px, size_px, 3] or len(content) - length != size_px**2 * 3:
             raise ValueError(f"{url} must answer with an image of {size_px} px, got {outputs['image']}")
         return Reply(200, outputs["batch_size"]["data"][0])
 
     return send
+
+
+def _poster(url: str) -> Callable[[object], tuple[int, bytes, bytes]]:
+    """A function that posts JSON to `url` and gives status, body and headers; each thread keeps one connection open.
+
+    libcurl, because the clients take their time from the same cores as the server.
+    """
+    own = threading.local()
+
+    def post(body: object) -> tuple[int, bytes, bytes]:
+        if not hasattr(own, "curl"):
+            own.curl = curl = pycurl.Curl()
+            curl.setopt(pycurl.URL, url)
+            curl.setopt(pycurl.HTTPHEADER, ["content-type: application/json", "expect:"])
+            curl.setopt(pycurl.TIMEOUT, int(TIMEOUT_S))
+            curl.setopt(pycurl.NOSIGNAL, 1)
+        content, headers = io.BytesIO(), io.BytesIO()
+        own.curl.setopt(pycurl.POSTFIELDS, json.dumps(body))
+        own.curl.setopt(pycurl.WRITEDATA, content)
+        own.curl.setopt(pycurl.HEADERFUNCTION, headers.write)
+        own.curl.perform()
+        return own.curl.getinfo(pycurl.RESPONSE_CODE), content.getvalue(), headers.getvalue()
+
+    return post
 
 
 def memory_of(pid: int) -> dict[str, int]:

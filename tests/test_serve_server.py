@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import http.client
 import json
 import signal
 import socket
@@ -198,6 +199,29 @@ def test_headers_that_trickle_in_after_a_good_request(impatient):
         assert b"header_timeout" in rest
         # 0.3 s and the time in which the connection lingers, below uvicorn's 5 s between requests.
         assert time.monotonic() - started < 4.5
+
+
+def test_an_offer_of_another_protocol_is_passed_over(impatient):
+    """Java's client offers HTTP/2 with its first request, and RFC 9110 lets a server go on with HTTP/1.1.
+
+    httptools, uvicorn's other parser, drops the body of such a request.
+    """
+    body = json.dumps(SMALL).encode()
+    offer = head(len(body), "connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABk")
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=20) as connection:
+        for sent in (offer + body, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"):
+            connection.sendall(sent)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert answer.status == 200
+            answer.read()
+
+
+def test_requests_sent_at_once_are_answered_in_order(impatient):
+    body = json.dumps(SMALL).encode()
+    sent = head(len(body)) + body + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    first, second = raw(impatient.port, sent).split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert b'"b64_json"' in first and b'"status": "ok"' in second
 
 
 def test_who_does_not_read_loses_the_connection(impatient):

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -63,6 +64,8 @@ def create_app(engine: Engine, settings: Settings, behind_ray: bool = False) -> 
         },
         responses=dict.fromkeys((400, 401, 404, 408, 413, 415, 429, 500, 503), _ERRORS),
     )
+    # FastAPI's route is for the documentation. This one is found first, and takes a fifth of a millisecond less.
+    app.router.routes.insert(0, Route("/v1/images/generations", generation, methods=["POST"]))
     return WithRaysRequestId(app) if behind_ray else WithRequestId(app)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import http.client
 import io
@@ -40,7 +39,7 @@ def check_service(paths: Sequence[Path], settings: Settings) -> list[str]:
     service = Service(models, settings)
     service.start()
     server = Server(create_app(service, settings), service, settings)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), name="arcflow-check")
+    thread = threading.Thread(target=lambda: server.run([bound]), name="arcflow-check")
     thread.start()
     try:
         key = settings.api_keys[0] if settings.api_keys else None

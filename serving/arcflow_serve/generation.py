@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
+from collections.abc import Awaitable
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -34,6 +36,11 @@ class Generation:
 
     def __init__(self, engine: Engine, settings: Settings, keys: Keys) -> None:
         self._engine, self._settings, self._keys = engine, settings, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, as an ASGI application."""
+        response = await self.handle(Request(scope, receive))
+        await response(scope, receive, send)
 
     async def handle(self, request: Request) -> Response:
         """Generate images from a prompt, as OpenAI's client asks for them."""
@@ -208,7 +215,7 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
                 break
 
     try:
-        await asyncio.wait_for(read(), settings.body_timeout_s)
+        await _within(read(), settings.body_timeout_s)
     except asyncio.TimeoutError:
         if size <= limit:
             raise ServiceError(
@@ -219,6 +226,16 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
     if size > limit:
         raise ServiceError(TOO_LARGE, "body_too_large", f"the body must have at most {limit} bytes, got more")
     return b"".join(parts)
+
+
+async def _within(wait: Awaitable[None], seconds: float) -> None:
+    """Wait, or raise `asyncio.TimeoutError`."""
+    if sys.version_info < (3, 11):
+        await asyncio.wait_for(wait, seconds)
+    else:
+        # Without the task that wait_for makes.
+        async with asyncio.timeout(seconds):
+            await wait
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -197,8 +197,6 @@ class Lanes:
         self.seconds_per_image += (latest - self.seconds_per_image) * (0.1 if self.seconds_per_image else 1)
         self._metrics.batch.observe(len(batch))
         self._metrics.images.labels(batch[0].job.key.model).inc(len(batch))
-        for stage, ms in output.timings_ms.items():
-            self._metrics.stage.labels(stage).observe(ms / 1e3)
         for picture, image in zip(batch, output.images, strict=True):
             started = time.perf_counter()
             encoded = _encode(picture, image)
@@ -206,6 +204,9 @@ class Lanes:
             self._metrics.stage.labels("compress").observe(seconds)
             timings = dict(output.timings_ms) | {"compress": seconds * 1e3}
             self._post(lane, picture, Finished(picture.index, encoded, timings, len(batch)))
+        # Only now, because nobody waits for these.
+        for stage, ms in output.timings_ms.items():
+            self._metrics.stage.labels(stage).observe(ms / 1e3)
 
     def _preview(self, lane: _Lane, batch: list[Picture], step: int, images: list[Image.Image]) -> None:
         for picture, image in zip(batch, images, strict=True):

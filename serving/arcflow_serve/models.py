@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 from arcflow_runtime.disk.bundle import Bundle
@@ -26,8 +25,6 @@ _log = logging.getLogger("arcflow.serve")
 RETRY_S = 5.0
 #: After this many failures in a row, the pipeline is loaded again: its engines may be damaged.
 MAX_FAILURES = 3
-#: Prompts whose number of tokens is kept.
-_KNOWN_PROMPTS = 64
 #: After this many loads in a row that fail, the service reports that it is not healthy.
 MAX_LOAD_FAILURES = 3
 
@@ -49,8 +46,6 @@ class Model:
         #: Names of the LoRAs that requests may use.
         self.loras = tuple(loras)
         self._tokenizer = PromptTokenizer(bundle)
-        #: The number of text tokens of a prompt, padding not counted, and warnings if it is cut.
-        self.tokens = lru_cache(_KNOWN_PROMPTS)(self._count_tokens)
         self._load = load
         self._changed = threading.Condition()
         self._pipeline: Pipeline | None = None
@@ -89,7 +84,8 @@ class Model:
             self.manifest, prompt, height, width, num_inference_steps, guidance_scale, seed, 1, None, "pil"
         )
 
-    def _count_tokens(self, prompt: str) -> tuple[int, tuple[str, ...]]:
+    def tokens(self, prompt: str) -> tuple[int, tuple[str, ...]]:
+        """The number of text tokens of a prompt, padding not counted, and warnings if it is cut."""
         text, family = self.manifest.text, self.manifest.family
         tokens = self._tokenizer.tokenize(prompt, text.max_sequence_length)
         part = encoder_of(family, "encoder_hidden_states")
@@ -152,9 +148,7 @@ class Model:
         Raises:
             ArcFlowError: it cannot be loaded.
         """
-        pipeline = self._load()
-        with self._changed:
-            self._pipeline, self._error = pipeline, None
+        self._adopt(self._load())
 
     def restore(self) -> None:
         """Load the pipeline if there is none, its predecessor is closed, and the last attempt was not just now."""
@@ -168,7 +162,9 @@ class Model:
             pipeline, error = None, str(e) or type(e).__name__
             _log.error("model %s cannot be loaded: %s", self.name, error)
         with self._changed:
-            self._pipeline, self._error = pipeline, error
+            if pipeline is not None:
+                self._adopt(pipeline)
+            self._error = error
             self._failures = 0
             self._load_failures = 0 if error is None else self._load_failures + 1
             self._retry_at = time.monotonic() + RETRY_S
@@ -181,6 +177,12 @@ class Model:
                 self._retire()
             self._retry_at, self._error = math.inf, "the service is shutting down"
             self._changed.notify_all()
+
+    def _adopt(self, pipeline: Pipeline) -> None:
+        with self._changed:
+            self._pipeline, self._error = pipeline, None
+            # A prompt whose tokens were counted is then not tokenised again.
+            self._tokenizer = pipeline.tokenizer
 
     def _retire(self, close: bool = True) -> None:
         pipeline, self._pipeline, self._error, self._retry_at = self._pipeline, None, None, 0.0

@@ -77,7 +77,8 @@ class Pipeline:
         #: The memory mode, given or chosen.
         self.memory: MemoryMode = memory or fitting_memory(bundle, backend)
         self._calls = Calls()
-        self._tokenizer = PromptTokenizer(bundle)
+        #: Tokenises prompts as this pipeline does.
+        self.tokenizer = PromptTokenizer(bundle)
         self._cache = EmbeddingCache()
         self._loras = LoraStore(bundle.manifest)
         self._conditioner = Conditioner(bundle)
@@ -295,7 +296,7 @@ class Pipeline:
         embeddings = {p: self._cache.get(p, length, key) for p in texts}
         unknown = [p for p, e in embeddings.items() if e is None]
         with watch("tokenize"):
-            tokens = {p: self._tokenizer.tokenize(p, length) for p in unknown}
+            tokens = {p: self.tokenizer.tokenize(p, length) for p in unknown}
         with watch("encode"):
             for p, e in encode_prompts(self._parts, self.bundle.manifest, tokens, loras).items():
                 self._cache.put(p, length, e, key)

@@ -20,6 +20,9 @@ from arcflow_runtime.engines.lru import LruCache
 from arcflow_runtime.errors import BundleError
 from arcflow_runtime.lora.prepare import SetKey
 
+#: Prompts whose ids are kept, so that a service that has counted a prompt's tokens does not tokenise it again to
+#: generate: those that wait, and those that are being generated.
+_KNOWN_PROMPTS = 128
 #: Number of prompts whose embeddings are cached; 512 tokens of Qwen-Image or T5 take about 8 MB.
 CACHED_PROMPTS = 16
 _SHOWN_CHARACTERS = 40
@@ -27,7 +30,7 @@ _SHOWN_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised prompt: part name -> ids [1, T] int64, and warnings about tokens that were cut off."""
+    """A tokenised prompt: part name -> ids [1, T] int64, read-only, and warnings about tokens that were cut off."""
 
     ids: dict[str, np.ndarray]
     warnings: tuple[str, ...]
@@ -44,7 +47,7 @@ def blank_text(manifest: Manifest, tokens: int) -> Embeddings:
 
 
 class PromptTokenizer:
-    """Tokenises prompts for one bundle; safe to call from several threads."""
+    """Tokenises prompts for one bundle, and remembers the most recent; safe to call from several threads."""
 
     def __init__(self, bundle: Bundle) -> None:
         kinds: dict[TextKind, Callable[[str, int], Tokens]] = {
@@ -54,6 +57,7 @@ class PromptTokenizer:
         self._tokenize = kinds[facts(bundle.manifest.family).text]
         self._text = bundle.manifest.text
         self._tokenizers = {name: _open(bundle, name) for name in bundle.manifest.tokenizers}
+        self._known: LruCache[tuple[str, int], Tokens] = LruCache(_KNOWN_PROMPTS)
 
     def tokenize(self, prompt: str, max_sequence_length: int) -> Tokens:
         """Tokenise one prompt.
@@ -65,7 +69,12 @@ class PromptTokenizer:
         Returns:
             The ids by part name, and a warning for each encoder for which the prompt is too long.
         """
-        return self._tokenize(prompt, max_sequence_length)
+        key = prompt, max_sequence_length
+        tokens = self._known.get(key)
+        if tokens is None:
+            tokens = self._tokenize(prompt, max_sequence_length)
+            self._known.put(key, tokens)
+        return tokens
 
     def _tokenize_padded(self, prompt: str, max_sequence_length: int) -> Tokens:
         clip_tokens, clip_pad, t5_pad = _flux_text(self._text)
@@ -142,7 +151,9 @@ def _encode(tokenizer: Tokenizer, text: str, limit: int) -> tuple[list[int], tup
 
 
 def _row(ids: list[int]) -> np.ndarray:
-    return np.array([ids], np.int64)
+    row = np.array([ids], np.int64)
+    row.setflags(write=False)
+    return row
 
 
 def _cut_warning(prompt: str, reader: str, kept: int, total: int) -> str:

@@ -7,7 +7,6 @@ finish the requests that were accepted; a second one stops at once.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import ipaddress
 import logging
 import re
@@ -158,4 +157,4 @@ def _serve(args: argparse.Namespace, settings: Settings) -> None:
     # Who reads the next line may connect at once, and is served when the server has started.
     bound.listen(server.config.backlog)
     print(f"serving {', '.join(service.models)} on {url_of(bound)}", flush=True)
-    asyncio.run(server.serve([bound]))
+    server.run([bound])
