@@ -150,7 +150,9 @@ def triton_sender(url: str, model: str, size_px: int, steps: int) -> Send:
         status, content, headers = post(body)
         if status != 200:
             return Reply(status, 0)
-        length = int(re.search(rb"(?im)^inference-header-content-length: *(\d+)", headers)[1])
+        match = re.search(rb"(?im)^inference-header-content-length: *(\d+)", headers)
+        assert match is not None, "Triton gives it if an output is binary"
+        length = int(match[1])
         outputs = {output["name"]: output for output in json.loads(content[:length])["outputs"]}
         if outputs["image"]["shape"] != [1, size_px, size_px, 3] or len(content) - length != size_px**2 * 3:
             raise ValueError(f"{url} must answer with an image of {size_px} px, got {outputs['image']}")
