@@ -97,6 +97,19 @@ const std::map<std::string, Kernel> KERNELS = {
     {"arcflow_update_bfloat16_bfloat16", arcflow_update_bfloat16_bfloat16},
 };
 
+using EulerKernel = decltype(&arcflow_euler_float32_float32);
+const std::map<std::string, EulerKernel> EULER_KERNELS = {
+    {"arcflow_euler_float32_float32", arcflow_euler_float32_float32},
+    {"arcflow_euler_float32_float16", arcflow_euler_float32_float16},
+    {"arcflow_euler_float32_bfloat16", arcflow_euler_float32_bfloat16},
+    {"arcflow_euler_float16_float32", arcflow_euler_float16_float32},
+    {"arcflow_euler_float16_float16", arcflow_euler_float16_float16},
+    {"arcflow_euler_float16_bfloat16", arcflow_euler_float16_bfloat16},
+    {"arcflow_euler_bfloat16_float32", arcflow_euler_bfloat16_float32},
+    {"arcflow_euler_bfloat16_float16", arcflow_euler_bfloat16_float16},
+    {"arcflow_euler_bfloat16_bfloat16", arcflow_euler_bfloat16_bfloat16},
+};
+
 using NoiseKernel = decltype(&arcflow_noise_float32);
 const std::map<std::string, NoiseKernel> NOISE_KERNELS = {
     {"float32", arcflow_noise_float32},
@@ -164,6 +177,17 @@ int emulate(const char *name, unsigned int grid, unsigned int block, size_t shar
         found->second(means, logweights, loggammas, latents, next, input, sigmas, tokens, step, modes, channels,
                       sub_pixels);
     };
+    run_grid(grid, block);
+    return 0;
+}
+
+// The same for a kernel of a straight student's step.
+int emulate_euler(const char *name, unsigned int grid, unsigned int block, const void *velocity, const void *negative,
+                  const float *latents, float *next, void *input, const double *sigmas, const float *scale,
+                  long long tokens, int step, int channels) {
+    const auto found = EULER_KERNELS.find(name);
+    if (found == EULER_KERNELS.end()) return 1;
+    kernel = [=] { found->second(velocity, negative, latents, next, input, sigmas, scale, tokens, step, channels); };
     run_grid(grid, block);
     return 0;
 }

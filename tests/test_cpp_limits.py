@@ -96,6 +96,7 @@ def test_the_kernels_launch_constants():
         "UPDATE_LANES_32_BIT": 16,
         "UPDATE_LANES_16_BIT": 8,
         "UPDATE_BLOCK_BYTES": 16,
+        "EULER_THREADS": 128,
         "NOISE_THREADS": 320,
         "NOISE_SHARED_BYTES": 2 * 624 * 4,
         "NOISE_GROUP": noise.GROUP,

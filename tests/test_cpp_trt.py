@@ -26,7 +26,7 @@ from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.store import Host, find_engine
 from arcflow_runtime.engines.tensorrt_library import this_platform
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu import kernels
+from arcflow_runtime.gpu import kernel_code
 from arcflow_runtime.gpu.kernels import UpdateShape, geometry
 from tests.cpp import configure_cpp
 
@@ -342,7 +342,9 @@ def test_both_refuse_too_many_modes(tool):
 
 
 def test_the_embedded_source_is_pythons(tool):
-    assert subprocess.run([tool.path, "source"], capture_output=True, check=True).stdout.decode() == kernels.source()
+    assert (
+        subprocess.run([tool.path, "source"], capture_output=True, check=True).stdout.decode() == kernel_code.source()
+    )
 
 
 @pytest.fixture(scope="session")
@@ -371,7 +373,7 @@ def test_compiled_kernels_are_cached_in_pythons_files(tool, nvrtc, tmp_path):
     # Python finds the same file: with other code in it, it returns that.
     other = b"\x7fELF other code"
     path.write_bytes(hashlib.sha256(other).digest() + other)
-    assert kernels.cached_code("89", tmp_path) == ("cubin", other)
+    assert kernel_code.cached_code("89", tmp_path) == ("cubin", other)
     assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == (0, f"cubin {sha256(other)}")
     path.write_bytes(other)
     assert tool("nvrtc", "sm89", tmp_path, **nvrtc) == (0, said)

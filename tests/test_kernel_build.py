@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu import kernels
-from arcflow_runtime.gpu.kernels import kernel_name
+from arcflow_runtime.gpu import kernel_code
+from arcflow_runtime.gpu.kernels import euler_name, kernel_name
 from tests.gpu.stored import DTYPES
 from tests.kernel_source import ROOT
 
@@ -68,12 +68,12 @@ def test_the_fatbin_is_found_for_its_source_only(fatbin, tmp_path, monkeypatch, 
         shutil.copy(path, tmp_path)
     for path in fatbin.iterdir():
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(kernels, "kernels_folder", lambda: tmp_path)
-    assert kernels.find_fatbin("90") == (fatbin / "arcflow.fatbin").read_bytes()
-    assert kernels.find_fatbin("89") is None
+    monkeypatch.setattr(kernel_code, "kernels_folder", lambda: tmp_path)
+    assert kernel_code.find_fatbin("90") == (fatbin / "arcflow.fatbin").read_bytes()
+    assert kernel_code.find_fatbin("89") is None
     with (tmp_path / "update.cu").open("a") as f:
         f.write("// another\n")
-    assert kernels.find_fatbin("90") is None
+    assert kernel_code.find_fatbin("90") is None
     assert "was made from another source; make it again" in caplog.text
 
 
@@ -82,7 +82,7 @@ def nvrtc():
     """Skips where NVRTC is not installed; it needs no driver."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     try:
-        return kernels.nvrtc_architectures()
+        return kernel_code.nvrtc_architectures()
     except EngineError as e:
         pytest.skip(str(e))
 
@@ -95,7 +95,7 @@ def test_a_missing_nvrtc_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", missing)
     with pytest.raises(EngineError) as error:
-        kernels.nvrtc_architectures()
+        kernel_code.nvrtc_architectures()
     assert str(error.value) == (
         "NVRTC, which compiles the CUDA kernels, cannot be loaded; run: pip install nvidia-cuda-nvrtc "
         "(no libnvrtc.so.13)"
@@ -104,7 +104,7 @@ def test_a_missing_nvrtc_is_one_sentence(monkeypatch):
 
 @pytest.mark.parametrize("arch", [pytest.param("75", marks=SLOW), "90", pytest.param("120", marks=SLOW)])
 def test_nvrtc_compiles_without_a_driver(nvrtc, arch):
-    kind, code = kernels.compile_code(arch)
+    kind, code = kernel_code.compile_code(arch)
     assert kind == "cubin"
     assert code[:4] == b"\x7fELF"
     for dtype in DTYPES:
@@ -112,6 +112,7 @@ def test_nvrtc_compiles_without_a_driver(nvrtc, arch):
     for heads_dtype in DTYPES:
         for input_dtype in DTYPES:
             assert kernel_name(heads_dtype, input_dtype).encode() in code
+            assert euler_name(heads_dtype, input_dtype).encode() in code
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(nvrtc, monkeypatch):
@@ -128,44 +129,50 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx(nvrtc, monkeypatch):
             return self
 
     monkeypatch.setattr(cuda.core, "Program", Program)
-    assert kernels.compile_code("999") == ("ptx", f"ptx of compute_{nvrtc[-1]}".encode())
+    assert kernel_code.compile_code("999") == ("ptx", f"ptx of compute_{nvrtc[-1]}".encode())
     with pytest.raises(EngineError, match="NVRTC has no architecture up to compute capability 30"):
-        kernels.compile_code("30")
+        kernel_code.compile_code("30")
 
 
 def test_compiled_code_is_kept(nvrtc, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(kernels, "compile_code", lambda arch: calls.append(arch) or ("cubin", arch.encode()))
+    monkeypatch.setattr(kernel_code, "compile_code", lambda arch: calls.append(arch) or ("cubin", arch.encode()))
     folder = tmp_path / "cache"
-    assert [kernels.cached_code("90", folder) for _ in range(2)] == [("cubin", b"90")] * 2
+    assert [kernel_code.cached_code("90", folder) for _ in range(2)] == [("cubin", b"90")] * 2
     assert calls == ["90"]
-    assert kernels.cached_code("89", folder) == ("cubin", b"89")  # another architecture
+    assert kernel_code.cached_code("89", folder) == ("cubin", b"89")  # another architecture
     (kept,) = [p for p in folder.iterdir() if p.read_bytes().endswith(b"90")]
     kept.write_bytes(kept.read_bytes()[:-1])  # cut
-    assert kernels.cached_code("90", folder) == ("cubin", b"90")
-    monkeypatch.setattr(kernels, "source", lambda: "another")
-    kernels.cached_code("90", folder)
+    assert kernel_code.cached_code("90", folder) == ("cubin", b"90")
+    monkeypatch.setattr(kernel_code, "source", lambda: "another")
+    kernel_code.cached_code("90", folder)
     assert calls == ["90", "89", "90", "90"]
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(nvrtc, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "compile_code", lambda arch: ("cubin", b"code"))
+    monkeypatch.setattr(kernel_code, "compile_code", lambda arch: ("cubin", b"code"))
     (tmp_path / "file").touch()
-    assert kernels.cached_code("90", tmp_path / "file" / "cache") == ("cubin", b"code")
+    assert kernel_code.cached_code("90", tmp_path / "file" / "cache") == ("cubin", b"code")
     assert "the compiled kernels cannot be kept" in caplog.text
 
 
 @pytest.mark.slow
-def test_heads_are_read_16_bytes_at_a_time(tmp_path):
+@pytest.mark.parametrize(
+    ("kernel", "least"),
+    [
+        ("arcflow_update_", 16 + 1 + 4),  # the 16 modes of the released students, latents, 4 modes of the general case
+        ("arcflow_euler_", 2 + 2 + 1),  # both velocities once for the norms and once for the step, and latents
+    ],
+)
+def test_heads_are_read_16_bytes_at_a_time(kernel, least, tmp_path):
     build = builder()
     nvcc = build.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is not installed here")
-    ptx = tmp_path / "update.ptx"
-    command = [nvcc, "-std=c++17", "--ptx", "-arch=compute_90", str(ROOT / "runtime/kernels/update.cu"), "-o", str(ptx)]
+    ptx = tmp_path / "kernels.ptx"
+    command = [nvcc, "-std=c++17", "--ptx", "-arch=compute_90", str(ROOT / "runtime/kernels/euler.cu"), "-o", str(ptx)]
     subprocess.run(command, check=True)
-    entries = ptx.read_text().split(".visible .entry ")[1:]
+    entries = [e for e in ptx.read_text().split(".visible .entry ")[1:] if e.startswith(kernel)]
     assert len(entries) == 9
     for entry in entries:
-        # The 16 modes of the released students, latents, and the 4 modes of the general case.
-        assert entry.count("ld.global.v4") >= 16 + 1 + 4, entry[:60]
+        assert entry.count("ld.global.v4") >= least, entry[:60]

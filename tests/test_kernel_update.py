@@ -1,4 +1,4 @@
-"""The update kernel against float64 on a CPU: its arithmetic and its threads. tests/gpu/ has the kernel on a GPU."""
+"""The kernels of the steps against float64 on a CPU: arithmetic and threads. tests/gpu/ has the kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu.kernels import UpdateShape, geometry, kernel_name
+from arcflow_runtime.gpu.kernels import EulerShape, UpdateShape, euler_geometry, euler_name, geometry, kernel_name
+from arcflow_runtime.maths.euler import guide
 from arcflow_runtime.maths.update import update
+from tests.gpu.euler_cases import EULER_CASES, SCALE, EulerCase, check_euler, euler_inputs
 from tests.gpu.stored import STORED, narrow, widen
 from tests.gpu.update_cases import CASES, EPS, SIGMAS, check, exact, heads, inputs_of
 from tests.kernel_source import Guarded, pointer
@@ -155,3 +157,48 @@ def test_too_many_modes_are_refused():
     shape = UpdateShape(1, 4096, 64, 4, "float32", "float32")
     with pytest.raises(EngineError, match="the update kernel takes at most 24568 bytes per token for its modes"):
         geometry(shape)
+
+
+def run_euler(kernel_host, case, arrays, step):
+    """One launch: the latents, and the engine's input or None."""
+    with Guarded(kernel_host) as memory:
+        latents, velocity, negative = (memory.put(x) for x in arrays)
+        out = latents if case.in_place else memory.put(np.full_like(latents, np.nan))
+        second = memory.put(np.zeros(latents.shape, STORED[case.engine_input])) if case.second else None
+        code = kernel_host.emulate_euler(
+            euler_name(case.velocity, case.engine_input).encode(), *euler_geometry(case.shape()), pointer(velocity),
+            pointer(negative) if case.guided else None, pointer(latents), pointer(out),
+            pointer(second) if case.second else None, pointer(memory.put(SIGMAS)),
+            pointer(memory.put(np.float32([SCALE]))) if case.guided else None,
+            ctypes.c_longlong(case.tokens), step, case.channels,
+        )  # fmt: skip
+        assert code == 0
+        return out.copy(), None if second is None else second.copy()
+
+
+@pytest.mark.parametrize("case", EULER_CASES, ids=str)
+def test_a_straight_step_has_the_bits_of_python_or_agrees_with_float64(kernel_host, case):
+    arrays = euler_inputs(case)
+    for step in (0, 1):
+        check_euler(case, arrays, *run_euler(kernel_host, case, arrays, step), step)
+
+
+def test_guidance_of_what_is_not_finite_is_that_of_the_python_runtime(kernel_host):
+    """Also of numbers whose squares overflow or vanish."""
+    case = EulerCase("float32", "float32", 6, guided=True)
+    latents, velocity, negative = euler_inputs(case)
+    for token, (v, n) in enumerate([(np.nan, 1), (1, np.inf), (1e30, 1), (1e-30, 1e-30), (1, 1e30)], 1):
+        velocity[token, 5], negative[token, 5] = v, n
+    velocity[4], negative[4] = 1e-30, 1e-30  # the token's norm vanishes
+    out, _ = run_euler(kernel_host, case, (latents, velocity, negative), 1)
+    with np.errstate(all="ignore"):
+        expected = latents - np.float32(SIGMAS[1]) * guide(velocity[None], negative[None], SCALE)[0]
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
+    assert np.isnan(out).any(1).tolist() == [False, True, True, True, False, False]
+    np.testing.assert_array_equal(out[[0, 4]], latents[[0, 4]])
+
+
+def test_channels_that_the_straight_step_does_not_take():
+    message = "the kernel for a straight step takes a multiple of 8 channels, got 60"
+    with pytest.raises(EngineError, match=f"^{message}$"):
+        euler_geometry(EulerShape(1, 60, "bfloat16", "bfloat16"))

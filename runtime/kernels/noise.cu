@@ -14,8 +14,8 @@
  *
  * geometry.h says how it is launched.
  */
+#include "euler.cu"
 #include "noise_math.h"
-#include "update.cu"
 
 namespace arcflow_random {
 

@@ -1,4 +1,4 @@
-"""The update kernel on a GPU, against float64 and the Python runtime. `update_cases.py` derives the bounds."""
+"""The kernels of the steps on a GPU, against float64 and the Python runtime. `*_cases.py` derive the bounds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from arcflow_runtime.gpu.kernels import UpdateShape
 from arcflow_runtime.maths.update import update
+from tests.gpu.euler_cases import EULER_CASES, SCALE, EulerCase, check_euler, euler_inputs
 from tests.gpu.stored import DTYPES, STORED, widen
 from tests.gpu.update_cases import CASES, SIGMAS, Case, check, exact, inputs_of
 
@@ -84,3 +85,31 @@ def test_every_half_is_converted(kernels, memory, dtype):
     back = memory.get(second, bits)
     same = (back == means) | (np.where(finite, values, 0) == 0)
     assert same.all()
+
+
+def launch_euler(kernels, memory, case, arrays):
+    """(float32 latents, engine input) of both steps, each from the same latents."""
+    latents, velocity, negative = arrays
+    stored = STORED[case.engine_input]
+    heads = [memory.put(velocity), memory.put(negative) if case.guided else 0]
+    sigmas, scale = memory.put(SIGMAS), memory.put(np.float32([SCALE])) if case.guided else 0
+    second, results = memory.empty(latents.size * np.dtype(stored).itemsize), []
+    for step in (0, 1):
+        start = memory.put(latents)
+        out = start if case.in_place else memory.empty(latents.nbytes)
+        addresses = (*heads, start, out, second if case.second else 0, sigmas, scale)
+        kernels.euler(memory.stream, case.shape(), *addresses, step)
+        made = memory.get(second, np.empty(latents.shape, stored)) if case.second else None
+        results.append((memory.get(out, latents), made))
+    return results
+
+
+@pytest.mark.parametrize("case", [*EULER_CASES, EulerCase("bfloat16", "bfloat16", 4096, guided=True)], ids=str)
+def test_a_straight_step(kernels, memory, case, sized):
+    """Bits of the Python runtime, or with guidance float64 within its bound; equal bits again."""
+    case = replace(case, tokens=sized(case.tokens, min(case.tokens, 64)))
+    arrays = euler_inputs(case)
+    results, again = (launch_euler(kernels, memory, case, arrays) for _ in "12")
+    for step, ((out, second), (other, _)) in enumerate(zip(results, again, strict=True)):
+        check_euler(case, arrays, out, second, step)
+        np.testing.assert_array_equal(other, out)

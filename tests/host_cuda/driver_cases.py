@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as cuda
 
-from arcflow_runtime.gpu.kernels import cache_folder, cached_code
+from arcflow_runtime.gpu.kernel_code import cache_folder, cached_code
 from tests.host_cuda.checked import BYTES, Pinned, error, host, ok, read
 from tests.host_cuda.control import Code, Driver, Live, When
 

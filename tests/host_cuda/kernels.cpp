@@ -12,6 +12,9 @@ extern "C" {
 int emulate(const char *name, unsigned int grid, unsigned int block, size_t shared_bytes, const void *means,
             const void *logweights, const void *loggammas, const float *latents, float *next, void *input,
             const double *sigmas, long long tokens, int step, int modes, int channels, int sub_pixels);
+int emulate_euler(const char *name, unsigned int grid, unsigned int block, const void *velocity, const void *negative,
+                  const float *latents, float *next, void *input, const double *sigmas, const float *scale,
+                  long long tokens, int step, int channels);
 int emulate_noise(const char *input_type, unsigned int grid, unsigned int block, size_t shared_bytes,
                   const long long *streams, float *latents, void *input, int channels, int height, int width,
                   int patch);
@@ -21,7 +24,7 @@ namespace host_cuda {
 namespace {
 
 constexpr unsigned fatbin_magic = 0xBA55ED50, most_threads = 1024, most_shared_bytes = 48 << 10;
-const std::string update_prefix = "arcflow_update_", noise_prefix = "arcflow_noise_";
+const std::string update_prefix = "arcflow_update_", euler_prefix = "arcflow_euler_", noise_prefix = "arcflow_noise_";
 
 struct Kernel {
     std::string name;
@@ -140,6 +143,33 @@ std::function<CUresult()> update(const std::string &name, unsigned grid, unsigne
     };
 }
 
+std::function<CUresult()> euler(const std::string &name, unsigned grid, unsigned block, void **given) {
+    CUdeviceptr address[7];
+    for (size_t i = 0; i < 7; ++i) address[i] = *static_cast<CUdeviceptr *>(given[i]);
+    const auto tokens = *static_cast<long long *>(given[7]);
+    const int step = *static_cast<int *>(given[8]), channels = *static_cast<int *>(given[9]);
+    const std::string types = name.substr(euler_prefix.size());
+    const size_t middle = types.find('_'), count = static_cast<size_t>(tokens) * static_cast<size_t>(channels);
+    const size_t head = bytes_of(types.substr(0, middle)), input = bytes_of(types.substr(middle + 1));
+    return [=] {
+        bool good = true;
+        const void *velocity = at(address[0], count * head, "euler: velocity", good);
+        const void *negative = at(address[1], count * head, "euler: negative", good, true);
+        const void *latents = at(address[2], count * sizeof(float), "euler: latents", good);
+        void *next = at(address[3], count * sizeof(float), "euler: next latents", good);
+        void *made = at(address[4], count * input, "euler: engine input", good, true);
+        const void *sigmas = at(address[5], (static_cast<size_t>(step) + 2) * sizeof(double), "euler: sigmas", good);
+        const void *scale = at(address[6], sizeof(float), "euler: scale", good, address[1] == 0);
+        if (!good) return CUDA_ERROR_ILLEGAL_ADDRESS;
+        const Lock one(loaded().running);
+        const int failed =
+            emulate_euler(name.c_str(), grid, block, velocity, negative, static_cast<const float *>(latents),
+                          static_cast<float *>(next), made, static_cast<const double *>(sigmas),
+                          static_cast<const float *>(scale), tokens, step, channels);
+        return failed ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
+    };
+}
+
 std::function<CUresult()> noise(const std::string &name, unsigned grid, unsigned block, size_t shared, void **given) {
     CUdeviceptr address[3];
     for (size_t i = 0; i < 3; ++i) address[i] = *static_cast<CUdeviceptr *>(given[i]);
@@ -174,6 +204,8 @@ CUresult launch(void *handle, const CUlaunchConfig &config, void **given) {
         return submit(config.hStream, {"kernel", noise(name, grid, block, shared, given), {}, {}});
     if (name.compare(0, update_prefix.size(), update_prefix) == 0)
         return submit(config.hStream, {"kernel", update(name, grid, block, shared, given), {}, {}});
+    if (name.compare(0, euler_prefix.size(), euler_prefix) == 0)
+        return submit(config.hStream, {"kernel", euler(name, grid, block, given), {}, {}});
     return CUDA_ERROR_NOT_SUPPORTED;  // not a kernel of kernel_host.cpp
 }
 

@@ -14,7 +14,7 @@ Everything from the first copy to the last is one CUDA graph. In the memory mode
 is not in it: the modulation comes from the host, which caches it. The modules, from the bottom up:
 
 - `device.py`: the interface to CUDA: memory, copies, streams, events, capture. `cuda.py` implements it with
-  cuda-python, which only `cuda.py` and `kernels.py` import. `kernels.py` launches the update and noise kernels.
+  cuda-python, which only `cuda.py`, `kernels.py` and `kernel_code.py` import. `kernels.py` launches the kernels.
 - `engine.py`: the interface of a part on a device, which runs on device addresses. `tensorrt.py` implements it with
   TensorRT and TensorRT-RTX, `onnxruntime.py` with ONNX Runtime. `host.py` runs such an engine on numpy arrays, for the
   text encoders.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from arcflow_runtime.gpu.kernels import NoiseShape, UpdateShape
+    from arcflow_runtime.gpu.kernels import EulerShape, NoiseShape, UpdateShape
 
 #: Every region starts at a multiple of this many bytes, as TensorRT requires of its tensors.
 ALIGNMENT = 256
@@ -108,7 +108,7 @@ class Stream(Protocol):
 
 
 class KernelLauncher(Protocol):
-    """The update (`maths/update.py`) and the noise (`maths/noise.py`) as kernels on a device.
+    """The steps (`maths/update.py`, `maths/euler.py`) and the noise (`maths/noise.py`) as kernels on a device.
 
     `kernels.CudaKernels` documents the arguments.
     """
@@ -127,6 +127,22 @@ class KernelLauncher(Protocol):
         step: int,
     ) -> None:
         """Enqueue one closed-form update."""
+        ...
+
+    def euler(
+        self,
+        stream: Stream,
+        shape: EulerShape,
+        velocity: int,
+        negative: int,
+        latents: int,
+        next_latents: int,
+        engine_input: int,
+        sigmas: int,
+        scale: int,
+        step: int,
+    ) -> None:
+        """Enqueue one step of a straight student."""
         ...
 
     def noise(self, stream: Stream, shape: NoiseShape, streams: int, latents: int, engine_input: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from arcflow_runtime.disk.files import locked, whole_file
 from arcflow_runtime.errors import EngineError
-from arcflow_runtime.gpu.kernels import cache_folder
+from arcflow_runtime.gpu.kernel_code import cache_folder
 
 _log = logging.getLogger("arcflow")
 
