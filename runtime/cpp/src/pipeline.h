@@ -83,6 +83,8 @@ private:
         int64_t rows_of_step;
     };
 
+    struct JobGroup;
+
     Prompts encode(const Request &request, const PreparedLoras &loras, std::vector<std::string> &warnings,
                    Stopwatch &watch);
     std::vector<std::shared_ptr<const Embeddings>> run_encoders(const std::vector<const Ids *> &prompts,
@@ -97,6 +99,7 @@ private:
     std::optional<float> guidance(const Request &request) const;
     std::vector<Group> group(const Prompts &prompts, const std::vector<int64_t> &of_image, int64_t height,
                              int64_t width);
+    std::vector<JobGroup> job_groups(const Prompts &prompts, int64_t height, int64_t width);
     // The rotary table of the text if `text_tokens` is above 0, otherwise that of the image.
     std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);
     Denoised run_denoiser(Denoiser &denoiser, const Request &request, const std::shared_ptr<const PreparedLoras> &loras,

@@ -57,7 +57,37 @@ std::shared_ptr<const Tensor> Pipeline::rotary(int64_t height, int64_t width, in
     return made;
 }
 
-// Run conditioner, all steps and the decoder on the device, with one job for each text length.
+// The images [b] of a batch whose prompts have the same text length, and so have their negative prompts, if any.
+// `prompts` and `negatives` [b]: their indices in Prompts::embeddings.
+struct Pipeline::JobGroup {
+    std::vector<int64_t> images, prompts, negatives;
+    std::shared_ptr<const Tensor> rotary, negative_rotary;
+};
+
+std::vector<Pipeline::JobGroup> Pipeline::job_groups(const Prompts &prompts, int64_t height, int64_t width) {
+    std::vector<JobGroup> found;
+    const std::vector<Group> negative = group(prompts, prompts.negative_of_image, height, width);
+    for (Group &g : group(prompts, prompts.of_image, height, width)) {
+        if (negative.empty()) {
+            found.push_back({std::move(g.images), std::move(g.prompts), {}, std::move(g.rotary), nullptr});
+            continue;
+        }
+        for (const Group &n : negative) {
+            JobGroup both{{}, {}, {}, g.rotary, n.rotary};
+            for (std::size_t i = 0; i < g.images.size(); ++i) {
+                const auto place = std::find(n.images.begin(), n.images.end(), g.images[i]);
+                if (place == n.images.end()) continue;
+                both.images.push_back(g.images[i]);
+                both.prompts.push_back(g.prompts[i]);
+                both.negatives.push_back(n.prompts[static_cast<std::size_t>(place - n.images.begin())]);
+            }
+            if (!both.images.empty()) found.push_back(std::move(both));
+        }
+    }
+    return found;
+}
+
+// Run conditioner, all steps and the decoder on the device, with one job for each pair of text lengths.
 Denoised Pipeline::run_denoiser(Denoiser &denoiser, const Request &request,
                                 const std::shared_ptr<const PreparedLoras> &loras, const Prompts &prompts,
                                 Stopwatch &watch) {
@@ -67,12 +97,17 @@ Denoised Pipeline::run_denoiser(Denoiser &denoiser, const Request &request,
                                      m.latents.channels * m.latents.patch_size * m.latents.patch_size};
     const std::vector<NoiseStream> streams = noise_streams(request.seeds, batch, shape[1] * shape[2]);
     DenoiseJob job{};
-    std::vector<Group> groups;
+    std::vector<JobGroup> groups;
     {
         const auto timed = watch("rotary");
         job.image_rotary = rotary(height, width);
-        groups = group(prompts, prompts.of_image, height, width);
+        groups = job_groups(prompts, height, width);
     }
+    const auto texts_of = [&](const std::vector<int64_t> &places) {
+        std::vector<std::shared_ptr<const Embeddings>> texts;
+        for (const int64_t place : places) texts.push_back(prompts.embeddings[static_cast<std::size_t>(place)]);
+        return texts;
+    };
     job.height = height;
     job.width = width;
     job.sigmas = schedule(request);
@@ -86,14 +121,13 @@ Denoised Pipeline::run_denoiser(Denoiser &denoiser, const Request &request,
     made.latents = Tensor(DType::float32, shape);
     if (request.decode) made.pixels = Tensor(DType::uint8, {batch, request.height_px, request.width_px, 3});
     std::vector<Tensor> by_step(request.on_step == nullptr ? 0 : job.timesteps.size(), made.latents);
-    for (const Group &g : groups) {
+    for (const JobGroup &g : groups) {
         job.streams.clear();
-        job.texts.clear();
-        for (std::size_t i = 0; i < g.images.size(); ++i) {
-            job.streams.push_back(streams[static_cast<std::size_t>(g.images[i])]);
-            job.texts.push_back(prompts.embeddings[static_cast<std::size_t>(g.prompts[i])]);
-        }
+        for (const int64_t image : g.images) job.streams.push_back(streams[static_cast<std::size_t>(image)]);
+        job.texts = texts_of(g.prompts);
         job.text_rotary = g.rotary;
+        if (request.guided())
+            job.negative = {texts_of(g.negatives), g.negative_rotary, static_cast<float>(request.true_cfg_scale)};
         OnStep on_step;
         if (request.on_step != nullptr) {
             // The jobs run one after the other; the caller gets the whole batch, so it is told during the last job.
