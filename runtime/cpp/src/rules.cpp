@@ -157,6 +157,8 @@ void check_loras(const Rules &rules, const Manifest &m) {
     if (m.modulation) check_table(rules, m);
 }
 
+std::string whole(double value) { return std::to_string(static_cast<int64_t>(value)); }
+
 void check_dynamic_shift(const Rules &rules, const Manifest &m, const DynamicShift &d) {
     const std::string key = "schedule: dynamic_shift";
     rules.check(m.schedule.shift == 1, "schedule: shift", "1 with dynamic_shift", json_text(m.schedule.shift));
@@ -169,8 +171,7 @@ void check_dynamic_shift(const Rules &rules, const Manifest &m, const DynamicShi
     for (const int64_t image_px : {height.min * width.min, height.max * width.max}) {
         const double mu = d.mu(image_px / (token_px * token_px));
         rules.check(least < mu && mu <= max_mu, key + ": mu",
-                    "above " + json_text(least) + " and at most " + json_text(max_mu) + " for every size",
-                    json_text(mu));
+                    "above " + whole(least) + " and at most " + whole(max_mu) + " for every size", json_text(mu));
     }
     rules.check(!m.modulation, "modulation", "null with dynamic_shift, which depends on the image's size", "a table");
 }
@@ -199,7 +200,7 @@ void check_sampler(const Rules &rules, const Manifest &m) {
         rules.check(!m.true_cfg_scale, "true_cfg_scale", "null for a flux bundle", scale);
     } else {
         rules.check(m.true_cfg_scale && 1 <= *m.true_cfg_scale && *m.true_cfg_scale <= max_true_cfg_scale,
-                    "true_cfg_scale", "between 1 and " + json_text(max_true_cfg_scale), scale);
+                    "true_cfg_scale", "between 1 and " + whole(max_true_cfg_scale), scale);
     }
     if (s.terminal) {
         rules.check(0 < *s.terminal && *s.terminal < 1, "schedule: terminal", "above 0 and below 1, or null",

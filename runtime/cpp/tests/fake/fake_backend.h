@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
-#include "fake/fake_outputs.h"
-#include "noise_of.h"
+#include "../check.h"
+#include "../noise_of.h"
+#include "fake_outputs.h"
 #include "pipeline.h"
 
 // What the engines were asked, and how they answer.
