@@ -14,11 +14,26 @@ import sys
 
 import pytest
 
+from arcflow_runtime.disk.manifest import DynamicShift, Schedule
 from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
+from tests.straight_bundle import straighten
 
 HERE = ROOT / "tests" / "host_cuda"
 #: Ends a process that hangs. The longest file takes about 45 s of one core.
 TIMEOUT_S = 600
+
+
+#: FLUX.1-dev's schedule, Qwen-Image's, and that of its Lightning LoRAs.
+_FLUX = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 1.15, 256, 4096))
+_QWEN = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 0.9, 256, 8192), 0.02)
+#: Straight students: name, the bundle that they are made of, schedule, scale of the guidance by a negative prompt.
+STRAIGHT = [
+    ("flux", "flux", _FLUX, None),
+    ("float16", "float16", _FLUX, None),
+    ("qwen", "conditioner", _QWEN, 4.0),
+    ("table", "qwen", Schedule(3.0, 1.0, 4), 1.5),
+    ("slots", "qwen slots", Schedule(3.0, 1.0, 2), 4.0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +54,9 @@ def run_cases(environment, bundles, once):
         "slots": bundles("flux-tiny", lora_slots=("*",), lora_max_rank=32),
         "qwen slots": bundles("qwen-tiny", lora_slots=("*",), lora_max_rank=32),
     }
+    for name, source, schedule, scale in STRAIGHT:
+        make = lambda folder, of=(roots[source], schedule, scale): straighten(of[0], folder / "bundle", *of[1:])  # noqa: E731
+        roots[f"straight {name}"] = once(f"straight {name} on the driver", make) / "bundle"
     given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 
     run = case_runner(once, given, TIMEOUT_S)

@@ -163,7 +163,7 @@ def _student_command(*more: str) -> Callable[[Path, Mode], list[str]]:
 STEPS = (
     Step(
         "kernels",
-        "Does the update kernel agree with float64, and repeat bit for bit?",
+        "Do the update kernels agree with float64, and repeat bit for bit?",
         60,
         _tests("test_update_on_gpu"),
         read_tests,

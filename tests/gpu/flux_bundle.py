@@ -15,6 +15,7 @@ import numpy as np
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import (
     DType,
+    DynamicShift,
     Latents,
     Manifest,
     Part,
@@ -22,6 +23,7 @@ from arcflow_runtime.disk.manifest import (
     Provenance,
     Ranges,
     Rotary,
+    Sampler,
     Schedule,
     SizeRange,
     Source,
@@ -67,8 +69,12 @@ class FluxSizes:
 TINY = FluxSizes(2, 32, 2, 3, 64, 32, (8, 12, 12))
 
 
-def flux_bundle(sizes: FluxSizes, dtype: DType) -> Bundle:
-    """The bundle in memory, with both parts in `dtype`."""
+#: FLUX.1-dev's own schedule, which depends on the image's size.
+_DYNAMIC = Schedule(1.0, 1.0, 3, DynamicShift("exponential", 0.5, 1.15, 256, 4096))
+
+
+def flux_bundle(sizes: FluxSizes, dtype: DType, sampler: Sampler = "momentum") -> Bundle:
+    """The bundle in memory, with both parts in `dtype`; with the sampler "linear", that of a straight student."""
     values = {
         "channels": sizes.channels,
         "text_width": sizes.text_width,
@@ -81,7 +87,7 @@ def flux_bundle(sizes: FluxSizes, dtype: DType) -> Bundle:
     }
     parts = {}
     for name in ("conditioner", "backbone"):
-        tensors = signature(_FAMILY, name)
+        tensors = signature(_FAMILY, name, sampler)
         specs = [tensor_specs(t, dtype, values) for t in (tensors.inputs, tensors.outputs)]
         parts[name] = Part(f"{name}.onnx", f"{name}.weights", dtype, 0, specs[0], specs[1])
     source = Source("made in memory", None, "")
@@ -92,7 +98,8 @@ def flux_bundle(sizes: FluxSizes, dtype: DType) -> Bundle:
         reference_dtype="bfloat16",
         opset=23,
         guidance=True,
-        schedule=Schedule(3.2, 1.0, 2),
+        schedule=Schedule(3.2, 1.0, 2) if sampler == "momentum" else _DYNAMIC,
+        sampler=sampler,
         latents=Latents(sizes.channels // 4, 2, 8, sizes.modes, sizes.sub_pixels),
         rotary=Rotary(10_000.0, sizes.axes_dims),
         text=PromptFormat(_MAX_TOKENS),
@@ -123,8 +130,8 @@ def make_job(bundle: Bundle, size_px: int, text_tokens: int, seeds: Sequence[int
         image_rotary=image_rotary(m.rotary, m.family, m.reference_dtype, *grid),
         text_rotary=text_rotary(m.rotary, m.family, m.reference_dtype, *grid, text_tokens),
         grid=grid,
-        sigmas=sigmas(steps, m.schedule),
-        timesteps=timesteps_of(steps, m.schedule, m.family, m.reference_dtype),
+        sigmas=sigmas(steps, m.schedule, grid[0] * grid[1]),
+        timesteps=timesteps_of(steps, m.schedule, m.family, m.reference_dtype, m.sampler, grid[0] * grid[1]),
         guidance=conditioning_guidance(3.5, m.reference_dtype),
         table=None,
         pixels=False,

@@ -50,13 +50,21 @@ def open_denoiser(device: Device, bundle: Bundle, make_engine: MakeEngine) -> tu
 def copied(part: str, inputs: Arrays, outputs: Shapes) -> Arrays:
     """What `CopyEngine` computes, in numpy: each output repeats one input's numbers.
 
-    The modulation repeats the pooled text, and its first numbers are the timesteps. So the result of an image depends
-    on each input that changes from call to call.
+    The modulation repeats the pooled text, and its first numbers are the timesteps. A velocity repeats the text; its
+    second half is that of the latents, and its first quarter has numbers of the modulation. So the result of an image
+    depends on each input that changes from call to call.
     """
     if part == "conditioner":
         made = np.resize(inputs["pooled_projections"], outputs["modulation"])
         made.reshape(-1)[: inputs["timesteps"].size] = inputs["timesteps"]
         return {"modulation": made}
+    if "velocity" in outputs:
+        made = np.resize(inputs["encoder_hidden_states"], outputs["velocity"])
+        flat, modulation = made.reshape(-1), inputs["modulation"].reshape(-1)
+        flat[flat.size // 2 :] = inputs["latents"].reshape(-1)[flat.size // 2 :]
+        few = min(flat.size // 4, modulation.size)
+        flat[:few] = modulation[:few]
+        return {"velocity": made}
     sources = {"means": "latents", "logweights": "modulation", "loggammas": "encoder_hidden_states"}
     return {name: np.resize(inputs[source], outputs[name]) for name, source in sources.items()}
 
@@ -99,6 +107,12 @@ class CopyContext:
         if self._part == "conditioner":
             self._repeat(addresses, stream, "pooled_projections", "modulation")
             stream.copy(addresses["modulation"], addresses["timesteps"], self._nbytes["timesteps"])
+            return
+        if "velocity" in addresses:
+            self._repeat(addresses, stream, "encoder_hidden_states", "velocity")
+            half = self._nbytes["velocity"] // 2
+            stream.copy(addresses["velocity"] + half, addresses["latents"] + half, half)
+            stream.copy(addresses["velocity"], addresses["modulation"], min(half // 2, self._nbytes["modulation"]))
             return
         self._repeat(addresses, stream, "latents", "means")
         self._repeat(addresses, stream, "modulation", "logweights")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from arcflow_runtime.engines.denoiser import NegativeTexts
 from arcflow_runtime.engines.stopwatch import Stopwatch
 from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditioner_inputs, output_shapes
+from arcflow_runtime.maths.euler import euler
 from arcflow_runtime.maths.noise import draw_latents
+from tests.gpu.euler_cases import SCALE
+from tests.gpu.euler_cases import exact as exact_guided
 from tests.gpu.flux_bundle import TINY, flux_bundle, make_job
 from tests.gpu.stand_in import CopyEngine, copied, open_denoiser
 from tests.gpu.update_cases import exact
@@ -23,10 +29,10 @@ def bundle():
 
 @pytest.fixture
 def make_denoiser(device, bundle):
-    """A function that makes a denoiser; all are closed after the test."""
+    """A function (bundle) that makes a denoiser; all are closed after the test."""
     made = []
 
-    def make():
+    def make(bundle=bundle):
         made.append(open_denoiser(device, bundle, lambda part: CopyEngine(bundle.manifest, part)))
         return made[-1][0]
 
@@ -41,8 +47,11 @@ def denoiser(make_denoiser):
     return make_denoiser()
 
 
-def heads_of(bundle, job, latents, step):
-    """The heads [T, K, *] of one step in numpy, from the latents [B, N, C] before it."""
+def outputs_of(bundle, job, latents, step, negative=None):
+    """The backbone's outputs at one step in numpy, from the latents [B, N, C] before it.
+
+    `negative` are texts in the place of the job's.
+    """
     m, texts = bundle.manifest, job.texts
     size = DenoiseShape(len(texts), job.grid, TEXT_TOKENS, len(job.timesteps))
     conditioner = {
@@ -54,9 +63,14 @@ def heads_of(bundle, job, latents, step):
     inputs = {
         "latents": latents,
         "modulation": modulation[step],
-        "encoder_hidden_states": np.concatenate([text.states for text in texts]),
+        "encoder_hidden_states": np.concatenate([text.states for text in negative or texts]),
     }
-    made = copied("backbone", inputs, output_shapes(m, "backbone", backbone_inputs(m, size)))
+    return copied("backbone", inputs, output_shapes(m, "backbone", backbone_inputs(m, size)))
+
+
+def heads_of(bundle, job, latents, step):
+    """The heads [T, K, *] of one step in numpy, from the latents [B, N, C] before it."""
+    made = outputs_of(bundle, job, latents, step)
     return [made[name].reshape(-1, *made[name].shape[2:]) for name in ("means", "logweights", "loggammas")]
 
 
@@ -100,3 +114,37 @@ def test_a_replay_gives_the_bits_of_plain_calls(denoiser, make_denoiser, bundle,
     assert (other != plain).mean() > 0.99
     for name, latents in found.items():
         np.testing.assert_array_equal(latents, plain, err_msg=name)
+
+
+@pytest.mark.parametrize("negative_tokens", [None, TEXT_TOKENS, 5])
+def test_a_straight_students_steps(negative_tokens, make_denoiser, sized):
+    """Each has the bits of the Python runtime, or with guidance agrees with float64; a replay has those of plain calls.
+
+    The negative texts have the length of the texts, or another.
+    """
+    bundle, size_px = flux_bundle(TINY, "float32", "linear"), sized(1024, 64)
+    denoiser, job = make_denoiser(bundle), make_job(bundle, size_px, TEXT_TOKENS, (5, 6), steps=3)
+    away = None
+    if negative_tokens is not None:
+        other = make_job(bundle, size_px, negative_tokens, (7, 8))
+        away, rotary = other.texts, other.text_rotary
+        job = dataclasses.replace(job, negative=NegativeTexts(away, rotary, SCALE))
+    after = []
+    result = denoiser.denoise(job, Stopwatch(), lambda step, latents: after.append(latents)).latents
+    latents = draw_latents([5, 6], 2, 16, size_px // 8, size_px // 8, 2)
+    for step, found in enumerate(after):
+        length = job.sigmas[step] - job.sigmas[step + 1]
+        velocity = outputs_of(bundle, job, latents, step)["velocity"]
+        if away is None:
+            np.testing.assert_array_equal(found, euler(latents, velocity, length))
+        else:
+            negative = outputs_of(bundle, job, latents, step, away)["velocity"]
+            tokens = [x.reshape(-1, x.shape[-1]) for x in (latents, velocity, negative)]
+            expected, bound = exact_guided(*tokens, length)
+            assert (np.abs(found.reshape(expected.shape) - expected) <= bound).all(), f"step {step}"
+        latents = found
+    assert len(after) == 3
+    for _ in range(3):
+        np.testing.assert_array_equal(denoiser.denoise(job, Stopwatch()).latents, result)
+    (plan,) = denoiser._plans.values()
+    assert (plan.graph is not None, plan.obstacle) == (True, None)

@@ -33,6 +33,16 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
+class NegativeTexts:
+    """The negative prompts of a job: one text per image, all of T' tokens, `text_rotary` [2, T', D/2], and the scale
+    of the guidance, above 1."""
+
+    texts: Sequence[Embeddings]
+    text_rotary: np.ndarray
+    scale: float
+
+
+@dataclass(frozen=True)
 class DenoiseJob:
     """The inputs of one call of a denoiser: b images whose texts all have T tokens.
 
@@ -48,6 +58,7 @@ class DenoiseJob:
         table: the baked modulation [S, M] float32, or None if the conditioner must run.
         pixels: True to decode images, False to stop at the latents.
         loras: the LoRAs of the request; `table` includes their change.
+        negative: what a straight student is guided away from, in a second backbone run per step; None does not guide.
     """
 
     streams: np.ndarray
@@ -61,6 +72,7 @@ class DenoiseJob:
     table: np.ndarray | None
     pixels: bool
     loras: PreparedLoras = NO_LORAS
+    negative: NegativeTexts | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ class Group:
         """The text states of all images, [b, T, Dt]."""
         return join([text.states for text in self.texts])
 
+    def only(self, images: list[int]) -> Group:
+        """The group of some of these images."""
+        places = [self.images.index(image) for image in images]
+        return Group(images, [self.prompts[i] for i in places], [self.texts[i] for i in places], self.text_rotary)
+
 
 def backbone_inputs(
     group: Group, latents: np.ndarray, modulation: np.ndarray, image_rotary: np.ndarray

@@ -15,6 +15,7 @@ from PIL import Image
 
 from arcflow_runtime.backends import DEFAULT_BACKEND, open_for
 from arcflow_runtime.disk.bundle import Bundle, Check
+from arcflow_runtime.disk.rules import MAX_TRUE_CFG_SCALE
 from arcflow_runtime.engines.base import Backend
 from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
 from arcflow_runtime.engines.modes import MemoryMode
@@ -29,7 +30,7 @@ from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.memory import check_memory, fitting_memory
 from arcflow_runtime.generate.request import Request, check_request
-from arcflow_runtime.generate.straight import Negative, denoise_straight
+from arcflow_runtime.generate.straight import Negative, denoise_straight, guided_groups
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
 from arcflow_runtime.hub.bundles import find_bundle
 from arcflow_runtime.lora.open import open_lora
@@ -96,7 +97,7 @@ class Pipeline:
         latents = bundle.manifest.latents
         # The GPU kernel generates noise in groups of 16 numbers, so an image's latent size must be a multiple of 16.
         # Height and width of the latents are multiples of patch_size.
-        fits = latents.channels * latents.patch_size**2 % GROUP == 0 and bundle.manifest.sampler == "momentum"
+        fits = latents.channels * latents.patch_size**2 % GROUP == 0
         if isinstance(backend, DenoisingBackend) and fits:
             self._denoiser = backend.open_denoiser(bundle, self._parts)
         bundle.check_unchanged()
@@ -323,7 +324,9 @@ class Pipeline:
         with watch("rotary"):
             rotary = image_rotary(m.rotary, m.family, m.rotary_dtype, *grid)
             groups = self._groups(request, request.prompts, embeddings, grid)
-            away = None if (n := request.negative_prompts) is None else self._groups(request, n, embeddings, grid)
+            negative: Negative | None = None
+            if (n := request.negative_prompts) is not None:
+                negative = Negative(self._groups(request, n, embeddings, grid), request.true_cfg_scale)
         pixels: np.ndarray | None = None
 
         def preview(step: int, latents: np.ndarray, pixels: np.ndarray | None = None) -> None:
@@ -340,12 +343,11 @@ class Pipeline:
                 on_end = None if on_preview is None else preview
                 rest = (noise, modulation, rotary, schedule, watch, callback, on_end)
                 if m.sampler == "linear":
-                    negative = None if away is None else Negative(away, request.true_cfg_scale)
                     latents = denoise_straight(with_loras, groups, negative, *rest)
                 else:
                     latents = denoise(with_loras, groups, *rest)
         elif denoiser is not None:
-            jobs = self._jobs(request, loras, groups)
+            jobs = self._jobs(request, loras, groups, negative)
             if on_preview is not None and request.num_inference_steps > 1:
                 first = [(images, _first_step(job)) for images, job in jobs]
                 with watch("preview"):
@@ -384,8 +386,10 @@ class Pipeline:
                 self._parts, *self._conditioning(request), join(pooled) if pooled else None, loras
             )
 
-    def _jobs(self, request: Request, loras: PreparedLoras, groups: list[Group]) -> list[tuple[list[int], DenoiseJob]]:
-        """A job for the backend's denoiser per group, with the indices of the group's images in the batch."""
+    def _jobs(
+        self, request: Request, loras: PreparedLoras, groups: list[Group], negative: Negative | None
+    ) -> list[tuple[list[int], DenoiseJob]]:
+        """Jobs for the backend's denoiser, each with the indices of its images in the batch."""
         m, grid = self.bundle.manifest, self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule, grid[0] * grid[1])
         timesteps, guidance = self._conditioning(request)
@@ -407,9 +411,10 @@ class Pipeline:
                     table=self._conditioner.baked(len(timesteps), loras),
                     pixels=request.output_type != "latents",
                     loras=loras,
+                    negative=texts,
                 ),
             )
-            for group in groups
+            for group, texts in guided_groups(groups, negative)
         ]
 
     def _decode(
@@ -462,6 +467,7 @@ class Pipeline:
         num_inference_steps: int | None = None,
         text_tokens: int | None = None,
         lora_ranks: Sequence[int] = (),
+        negative_text_tokens: int | None = None,
     ) -> None:
         """Do the one-time work for images of these shapes: capture CUDA graphs on a GPU; nothing on a CPU.
 
@@ -471,9 +477,11 @@ class Pipeline:
             text_tokens: number of text states T; None is the bundle's max_sequence_length, to which FLUX pads. With
                 Qwen-Image, T is the length of the prompt, and each length has a graph of its own.
             lora_ranks: ranks of LoRAs that requests will have, besides those without a LoRA.
+            negative_text_tokens: as `text_tokens`, for the negative prompts; None if requests have none.
 
         Raises:
-            RequestError: a shape or a rank is out of the bundle's range.
+            RequestError: a shape, a rank or a number of tokens is out of the bundle's range, or it has no guidance by
+                negative prompts.
             EngineError: an engine does not accept a shape, or memory ran out.
         """
         m = self.bundle.manifest
@@ -481,6 +489,8 @@ class Pipeline:
             check_request(m, [""] * batch, height, width, num_inference_steps, None, 0, 1, text_tokens, "pil")
             for batch, height, width in shapes
         ]
+        if (away := negative_text_tokens) is not None:
+            check_request(m, "", None, None, None, None, 0, 1, away, "pil", negative_prompt="")
         sets = [NO_LORAS, *(blank_loras(m, rank) for rank in lora_ranks)]
         if self._denoiser is None:
             return
@@ -489,8 +499,12 @@ class Pipeline:
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
             grid = self._grid(request)
             groups = self._groups(request, request.prompts, {"": blank_text(m, request.max_sequence_length)}, grid)
+            negative: Negative | None = None
+            if away is not None:
+                others = self._groups(request, request.prompts, {"": blank_text(m, away)}, grid)
+                negative = Negative(others, MAX_TRUE_CFG_SCALE)  # the graph serves every scale
             for loras in sets:
-                for _, job in self._jobs(request, loras, groups):
+                for _, job in self._jobs(request, loras, groups, negative):
                     self._denoiser.warm_up(job)
 
     def clear_cache(self) -> None:

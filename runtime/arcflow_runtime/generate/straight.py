@@ -1,6 +1,7 @@
 """Denoise with a straight student: noise [B, N, 64] -> latents [B, N, 64], with one or two backbone runs per step.
 
-`denoise_straight` runs the loop on the host, as `denoise.denoise` does for a momentum student. Called by `Pipeline`.
+`denoise_straight` runs the loop on the host, as `denoise.denoise` does for a momentum student. `guided_groups` prepares
+a batch for a backend's `Denoiser`. Called by `Pipeline`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from arcflow_runtime.engines.denoiser import NegativeTexts
 from arcflow_runtime.engines.parts import Run
 from arcflow_runtime.engines.stopwatch import Stopwatch
 from arcflow_runtime.generate.denoise import Group, StepCallback, backbone_inputs, call_back, in_order
@@ -23,6 +25,19 @@ class Negative:
 
     groups: list[Group]
     scale: float
+
+
+def guided_groups(groups: list[Group], negative: Negative | None) -> list[tuple[Group, NegativeTexts | None]]:
+    """Split a batch so that the negative prompts of a group's images have one length too, and give each its texts."""
+    if negative is None:
+        return [(group, None) for group in groups]
+    found: list[tuple[Group, NegativeTexts | None]] = []
+    for group in groups:
+        for other in negative.groups:
+            if images := [image for image in group.images if image in other.images]:
+                texts = other.only(images).texts
+                found.append((group.only(images), NegativeTexts(texts, other.text_rotary, negative.scale)))
+    return found
 
 
 def denoise_straight(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from arcflow_runtime.disk.manifest import DType, Manifest
@@ -26,12 +26,14 @@ class PlanKey:
     """What a plan is made for. A job runs with the plan of exactly its own key.
 
     `lora_rank` is the rank of the arena that the engines read their LoRAs from; 0 if they have no slots.
+    `negative_tokens` is T' of the negative prompts; 0 if the velocity is not guided.
     """
 
     size: DenoiseShape
     pixels: bool
     modulation: Modulation
     lora_rank: int = 0
+    negative_tokens: int = 0
 
 
 def modulation_source(manifest: Manifest, in_table: bool, kept: bool) -> Modulation:
@@ -57,21 +59,29 @@ class PlanArrays:
         self._manifest, self._key = manifest, key
         size = key.size
         #: Part -> shapes of its inputs, for each part that this plan runs.
-        self.inputs: dict[str, Shapes] = {"backbone": backbone_inputs(manifest, size)}
+        self.inputs: dict[str, Shapes] = {"backbone": self._with_slots("backbone", backbone_inputs(manifest, size))}
         if key.modulation == "conditioner":
-            self.inputs["conditioner"] = conditioner_inputs(manifest, size.batch, steps_at_once)
+            shapes = conditioner_inputs(manifest, size.batch, steps_at_once)
+            self.inputs["conditioner"] = self._with_slots("conditioner", shapes)
         if key.pixels:
             self.inputs["vae_decoder"] = decoder_inputs(manifest, size)
-        for part, shapes in self.inputs.items():
-            slots = manifest.parts[part].lora
-            if slots is not None:
-                of_slots = {name: shape for name, (shape, _) in slots.shapes({}, key.lora_rank).items()}
-                self.inputs[part] = {**shapes, **of_slots}
+        #: Shapes of the backbone's inputs for the negative prompts; None without guidance.
+        self.negative: Shapes | None = None
+        if key.negative_tokens:
+            shapes = backbone_inputs(manifest, replace(size, text_tokens=key.negative_tokens))
+            self.negative = self._with_slots("backbone", shapes)
         #: First step of every run of the conditioner. All runs have the same length, so that one context serves them
         #: all; the last two overlap if the length does not divide S.
         self.starts = conditioner_starts(size.steps, steps_at_once)
         self.staged, self.constant = Layout.of(self._staged_arrays()), Layout.of(self._constant_arrays())
         self.working = Layout.of(self._working_arrays())
+
+    def _with_slots(self, part: str, shapes: Shapes) -> Shapes:
+        """The shapes of a part's inputs, with those of its LoRA slots."""
+        slots = self._manifest.parts[part].lora
+        if slots is None:
+            return shapes
+        return {**shapes, **{name: shape for name, (shape, _) in slots.shapes({}, self._key.lora_rank).items()}}
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +100,9 @@ class PlanArrays:
             inputs["encoder_hidden_states"],
             dtype_of(self._manifest, "backbone", "encoder_hidden_states"),
         )
+        if self.negative is not None:
+            arrays["negative_states"] = (self.negative["encoder_hidden_states"], arrays["states"][1])
+            arrays["scale"] = ((1,), "float32")
         if self._key.modulation == "given":
             arrays["modulations"] = self._modulations(self._key.size.batch)
         for short, name in (("pooled", "pooled_projections"), ("guidance", "guidance")):
@@ -102,6 +115,8 @@ class PlanArrays:
         arrays: ArraySpecs = {
             n: (inputs[n], dtype_of(self._manifest, "backbone", n)) for n in ("image_rotary", "text_rotary")
         }
+        if self.negative is not None:
+            arrays["negative_rotary"] = (self.negative["text_rotary"], arrays["text_rotary"][1])
         arrays["sigmas"] = ((self._key.size.steps + 1,), "float64")
         if self._key.modulation == "table":
             arrays["modulations"] = self._modulations(1)
@@ -117,6 +132,8 @@ class PlanArrays:
         if (dtype := dtype_of(self._manifest, "backbone", "latents")) != "float32":
             arrays["input"] = (inputs["backbone"]["latents"], dtype)
         arrays |= {name: (shape, dtype_of(self._manifest, "backbone", name)) for name, shape in heads.items()}
+        if self.negative is not None:
+            arrays["negative_velocity"] = arrays["velocity"]
         arrays["modulation"] = (inputs["backbone"]["modulation"], dtype_of(self._manifest, "backbone", "modulation"))
         if self._key.modulation == "conditioner":
             made = output_shapes(self._manifest, "conditioner", inputs["conditioner"])["modulation"]

@@ -13,6 +13,7 @@ from arcflow_runtime.disk.manifest import DType, Manifest
 from arcflow_runtime.engines.denoiser import Denoised, DenoiseJob
 from arcflow_runtime.gpu.arrays import PlanArrays, PlanKey, dtype_of
 from arcflow_runtime.gpu.device import Memory, PinnedMemory
+from arcflow_runtime.gpu.engine import Shapes
 from arcflow_runtime.gpu.kernels import NoiseShape
 from arcflow_runtime.gpu.lane import Lane
 from arcflow_runtime.gpu.layout import Layout, Region
@@ -24,10 +25,10 @@ class Buffers:
     """Four allocations, each with named regions.
 
     - `staged`: inputs of each call, in pinned memory and on the device in the same layout, copied in one piece: noise
-      `streams`, text `states`, and the inputs of the modulation.
+      `streams`, text `states`, the inputs of the modulation, and with guidance `negative_states` and `scale`.
     - `constant`: filled once: rotary tables, `sigmas`, `timesteps.<run>` or the modulation table.
     - `working`: on the device only: `latents` float32, which the update kernel changes in place; `input`, the same in
-      the backbone's dtype unless that is float32; the heads; intermediate results.
+      the backbone's dtype unless that is float32; the backbone's outputs; intermediate results.
     - `results`: pinned memory for `latents` and `images`.
     """
 
@@ -57,6 +58,11 @@ class Buffers:
         arrays = PlanArrays(manifest, key, steps_at_once)
         #: Part -> shapes of its inputs, for each part that this plan runs.
         self.inputs = arrays.inputs
+        #: Part -> shapes of the inputs of each context that this plan needs. The backbone has a second one if the
+        #: negative prompts have another length than the prompts.
+        self.contexts: dict[str, list[Shapes]] = {part: [shapes] for part, shapes in arrays.inputs.items()}
+        if arrays.negative is not None and arrays.negative != arrays.inputs["backbone"]:
+            self.contexts["backbone"].append(arrays.negative)
         #: Part -> device addresses of the inputs of its LoRA slots.
         self.slots = {part: arenas.addresses(part, key.lora_rank) for part in self.inputs}
         #: First step of every run of the conditioner.
@@ -65,6 +71,7 @@ class Buffers:
         regions = {name: self._working[name] for name in ("latents", "images") if name in self._working}
         self.results = Layout.of({name: (r.shape, r.dtype) for name, r in regions.items()})
         self._texts: Sequence[object] = ()
+        self._negatives: Sequence[object] = ()
         self._modulation: np.ndarray | None = None
         layouts = (self.staged, self._constant, self._working)
         self._memory: list[Memory] = []
@@ -136,6 +143,11 @@ class Buffers:
             if "pooled" in self.staged:
                 self._put_rows("pooled", [text.pooled for text in job.texts])
             self._texts = tuple(job.texts)
+        if (negative := job.negative) is not None:
+            if not _same(self._negatives, negative.texts):
+                self._put_rows("negative_states", [text.states for text in negative.texts])
+                self._negatives = tuple(negative.texts)
+            self._staging("scale")[...] = negative.scale
         if "guidance" in self.staged:
             self._staging("guidance")[...] = job.guidance
         if modulation is not None and modulation is not self._modulation:
@@ -160,6 +172,7 @@ class Buffers:
         values: Mapping[str, np.ndarray | None] = {
             "image_rotary": job.image_rotary,
             "text_rotary": job.text_rotary,
+            "negative_rotary": None if job.negative is None else job.negative.text_rotary,
             "sigmas": job.sigmas,
             "modulations": None if job.table is None else job.table[:, None],
             **{f"timesteps.{run}": job.timesteps[start:] for run, start in enumerate(self.starts)},
@@ -168,7 +181,7 @@ class Buffers:
         try:
             for name, region in self._constant.regions.items():
                 value = values[name]
-                assert value is not None, "modulation is 'table' only if the bundle has one"
+                assert value is not None, "a key has only what its jobs have"
                 region.view(pinned.array)[...] = cast(value, region.dtype)[: region.shape[0]]
             with self._lane.enter() as stream:
                 stream.copy(self._memory[1].address, pinned.address, self._constant.nbytes)

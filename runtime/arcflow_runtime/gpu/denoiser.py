@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -75,7 +75,7 @@ class DeviceDenoiser:
         by_step: list[list[np.ndarray]] = [[] for _ in job.timesteps]
         done = []
         for piece in pieces:
-            part = dataclasses.replace(job, streams=job.streams[piece], texts=job.texts[piece])
+            part = _piece(job, piece)
 
             def after(step: int, latents: np.ndarray, last: bool = piece is pieces[-1]) -> None:
                 by_step[step].append(latents)
@@ -155,7 +155,8 @@ class DeviceDenoiser:
         grid, texts = job.grid, job.texts
         size = DenoiseShape(len(texts), grid, texts[0].states.shape[1], len(job.timesteps))
         rank = self._arenas.rank(job.loras)
-        plan = self._plan(PlanKey(size, job.pixels, modulation, rank), steps_at_once, job)
+        away = 0 if job.negative is None else job.negative.texts[0].states.shape[1]
+        plan = self._plan(PlanKey(size, job.pixels, modulation, rank, away), steps_at_once, job)
         with watch("stage"):
             plan.buffers.stage(job, given)
         try:
@@ -166,7 +167,7 @@ class DeviceDenoiser:
             if self._parts.keeps("backbone"):
                 plan.run(on_step)
             else:
-                plan.run_staged(lambda part: self._opened(part, plan.buffers.inputs[part]), on_step)
+                plan.run_staged(lambda part: self._opened(part, plan.buffers.contexts[part]), on_step)
         except BaseException:
             # The plan may have enqueued or captured half of its work, so it is discarded.
             self._plans.pop(plan.key, None)
@@ -202,12 +203,12 @@ class DeviceDenoiser:
 
     def _check_batch(self, job: DenoiseJob, batch: int) -> str | None:
         """Why the backbone or the decoder does not accept `batch` images of this job's size, or None if they do."""
-        tokens = job.texts[0].states.shape[1]
-        size = DenoiseShape(batch, job.grid, tokens, len(job.timesteps))
-        wrong = self._check_shapes("backbone", backbone_inputs(self._bundle.manifest, size))
-        if wrong is None and job.pixels:
-            wrong = self._check_shapes("vae_decoder", decoder_inputs(self._bundle.manifest, size))
-        return wrong
+        texts = [job.texts[0], *(() if job.negative is None else job.negative.texts[:1])]
+        sizes = [DenoiseShape(batch, job.grid, text.states.shape[1], len(job.timesteps)) for text in texts]
+        checks = [("backbone", backbone_inputs(self._bundle.manifest, size)) for size in sizes]
+        if job.pixels:
+            checks.append(("vae_decoder", decoder_inputs(self._bundle.manifest, sizes[0])))
+        return next((wrong for check in checks if (wrong := self._check_shapes(*check)) is not None), None)
 
     def _modulation_source(self, job: DenoiseJob) -> Modulation:
         if job.table is not None and job.loras.of(MODULATION):
@@ -260,8 +261,10 @@ class DeviceDenoiser:
             plan = GraphPlan(self._lane, key, buffers, self._kernels)
         try:
             if self._parts.keeps("backbone"):
-                for part, inputs in plan.buffers.inputs.items():
-                    plan.contexts[part] = self._context(part, inputs)
+                for part, shapes in plan.buffers.contexts.items():
+                    plan.contexts[part] = made = []
+                    for inputs in shapes:
+                        made.append(self._context(part, inputs))
                 with self._lane.enter():
                     plan.bind()
         except BaseException:
@@ -274,27 +277,38 @@ class DeviceDenoiser:
             return _device_engine(engine).context(inputs, stream)
 
     @contextmanager
-    def _opened(self, part: str, inputs: Shapes) -> Iterator[Context]:
-        """Load a part for one stage, and free its memory afterwards."""
+    def _opened(self, part: str, shapes: Sequence[Shapes]) -> Iterator[Sequence[Context]]:
+        """Load a part for one stage, with a context for each set of shapes, and free its memory afterwards."""
+        contexts: list[Context] = []
         with self._parts.borrow(part) as engine:
-            with self._lane.enter() as stream:
-                context = _device_engine(engine).context(inputs, stream)
             try:
-                with self._lane.enter():
-                    if context.workspace_bytes:
-                        workspace = self._lane.workspace(context.workspace_bytes, part)
-                        context.set_workspace(workspace.address, workspace.nbytes)
-                yield context
+                with self._lane.enter() as stream:
+                    for inputs in shapes:
+                        contexts.append(_device_engine(engine).context(inputs, stream))
+                    if wanted := max(context.workspace_bytes for context in contexts):
+                        workspace = self._lane.workspace(wanted, part)
+                        for context in contexts:
+                            context.set_workspace(workspace.address, workspace.nbytes)
+                yield contexts
             finally:
                 with self._lane.enter():
                     self._lane.settle()
-                    context.close()
+                    for context in contexts:
+                        context.close()
                     self._lane.release_workspace()
 
     def _drop_plans(self, keep: int) -> None:
         while len(self._plans) > keep:
             _, plan = self._plans.popitem(last=False)
             plan.close()
+
+
+def _piece(job: DenoiseJob, piece: slice) -> DenoiseJob:
+    """The part of a job with these images."""
+    away = job.negative
+    if away is not None:
+        away = dataclasses.replace(away, texts=away.texts[piece])
+    return dataclasses.replace(job, streams=job.streams[piece], texts=job.texts[piece], negative=away)
 
 
 def _device_engine(engine: Engine) -> DeviceEngine:

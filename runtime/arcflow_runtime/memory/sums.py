@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: Name of the time between two images, beside the stages, which are called by their part.
 BETWEEN = "between images"
 #: Regions of a plan that hold what the update reads and writes.
-_UPDATE = ("latents", "input", "means", "logweights", "loggammas", "sigmas")
+_UPDATE = ("latents", "input", "means", "logweights", "loggammas", "velocity", "negative_velocity", "sigmas")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PartBytes:
 
 @dataclass(frozen=True)
 class PlanBytes:
-    """Bytes of the arrays of one size: `update` holds latents, heads and sigmas, `buffers` all others."""
+    """Bytes of the arrays of one size: `update` holds latents, heads or velocity, and sigmas, `buffers` all others."""
 
     buffers: int
     update: int
@@ -172,12 +172,14 @@ def make_sums(
     slots = [manifest.parts[p].lora for p in ("conditioner", *EVERY_IMAGE) if p in manifest.parts]
     rank = max((s.rank_multiple for s in slots if s is not None), default=0)
     loras = 2 * sum(Layout.of(s.shapes({}, rank)).nbytes for s in slots if s is not None)
+    # If the bundle can be guided, the negative prompt is counted, as long as the prompt.
+    away = 0 if manifest.true_cfg_scale is None else size.text_tokens
     plans: dict[MemoryMode, PlanBytes] = {}
     runs: dict[MemoryMode, tuple[str, ...]] = {}
     by_host: dict[MemoryMode, tuple[str, ...]] = {}
     for mode in MODES:
         source = modulation_source(manifest, in_table, keeps(mode, "conditioner"))
-        arrays = PlanArrays(manifest, PlanKey(shape, True, source, rank), size.steps)
+        arrays = PlanArrays(manifest, PlanKey(shape, True, source, rank, away), size.steps)
         regions = [r for layout in (arrays.constant, arrays.working) for r in layout.regions.items()]
         update = sum(region.nbytes for name, region in regions if name in _UPDATE)
         plans[mode] = PlanBytes(arrays.nbytes - update + loras, update)
