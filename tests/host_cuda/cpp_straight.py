@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tests.cpp import embed
-from tests.host_cuda.control import Live
 from tests.host_cuda.cpp_images import CLOSE, allocations, ids, library, on_gpu, plain  # noqa: F401
 
 PROMPTS = ("a red circle", "a blue square on a green background", "a fish")
@@ -54,13 +53,13 @@ def test_a_graph_serves_any_scale_and_any_text_of_its_lengths(name, on_gpu, plai
     pipe, host = on_gpu(f"straight {name}"), plain(f"straight {name}")
     for _ in range(2):
         generate(pipe, name, negatives=NEGATIVES[:1], true_cfg_scale=4)
-    before = allocations(driver), driver.live(Live.GRAPHS)
+    before, launches = allocations(driver), driver.calls("cuGraphLaunch")
     images = []
     for scale, seed in itertools.product((1.5, 7.0), (1, 2)):
         given = {"negatives": NEGATIVES[:1], "true_cfg_scale": scale, "seeds": [seed]}
         images.append(generate(pipe, name, **given).latents)
         np.testing.assert_allclose(images[-1], generate(host, name, **given).latents, **CLOSE)
-    assert (allocations(driver), driver.live(Live.GRAPHS)) == before
+    assert (allocations(driver), driver.calls("cuGraphLaunch")) == (before, launches + len(images))
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(images, 2))
     # A scale that does not guide takes the plan without the second run.
     alone = generate(pipe, name, negatives=NEGATIVES[:1], true_cfg_scale=1).latents
