@@ -218,33 +218,38 @@ def test_every_allocation_may_fail(function, kind, on_gpu, plain, driver):
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [Code.UNKNOWN, Code.OUT_OF_MEMORY], ids=["unknown", "memory"])
 @pytest.mark.parametrize(
-    ("memory", "image"),
-    [("resident", 1), ("resident", 2), ("resident", 3), ("balanced", 2), ("low", 1)],
-    ids=["plain", "captured", "replayed", "balanced", "low"],
+    ("name", "memory", "image"),
+    [
+        *(("flux", *way) for way in (("resident", 1), ("resident", 2), ("resident", 3), ("balanced", 2), ("low", 1))),
+        *(("straight qwen", *way) for way in (("resident", 1), ("resident", 2), ("low", 1))),
+    ],
 )
-def test_every_call_may_fail(memory, image, code, on_gpu, plain, driver):
+def test_every_call_may_fail(name, memory, image, code, on_gpu, plain, driver):
     """Each failing call gives a one-line error or a right image, and the next image is right."""
-    expected = generate(plain["flux"])
-    pipe = on_gpu(memory=memory, max_plans=1)
+    # Not cut, so that the two texts have different lengths.
+    guided = {"negative_prompt": "blurred", "max_sequence_length": 256}
+    arguments = guided if name == "straight qwen" else {}
+    expected = generate(plain[name], **arguments)
+    pipe = on_gpu(name, memory=memory, max_plans=1)
 
     def prepare():
-        generate(pipe, width=16)  # evicts the plan of the image before
+        generate(pipe, width=16, **arguments)  # evicts the plan of the image before
         for _ in range(image - 1):
-            generate(pipe)
+            generate(pipe, **arguments)
         driver.reset()
 
     for _ in range(2):  # the first image also loads the kernels
         prepare()
-        generate(pipe)
+        generate(pipe, **arguments)
     calls = sum(not re.search("Free|Destroy", name) for name in driver.log())
     for nth in range(1, calls + 1):
         prepare()
         driver.fail("*", nth, code)
-        failed = attempt(lambda pipe=pipe: generate(pipe), expected)
+        failed = attempt(lambda pipe=pipe: generate(pipe, **arguments), expected)
         said = rf"CUDA_ERROR_{code.name}|Failed to create|bytes of (Host memory's|page-locked host) memory"
         assert failed is None or re.fullmatch(rf".*({said}).*; (load|generate|start) .*", failed), failed
         assert driver.pending_failures() == 0, f"call {nth} of {calls} was not made"
-        np.testing.assert_allclose(generate(pipe), expected, **CLOSE)
+        np.testing.assert_allclose(generate(pipe, **arguments), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("function", ["cuLibraryLoadData", "cuLibraryGetKernel"])

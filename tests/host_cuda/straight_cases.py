@@ -1,4 +1,8 @@
-"""Straight students from the GPU runtime on the driver made of host memory: steps, guidance, and what a plan has."""
+"""Straight students from the GPU runtime on the driver made of host memory: steps, guidance, and what a plan has.
+
+`CLOSE` holds for them too: an unguided step has the CPU's bits, and the norms of a guided one are summed in another
+order, a few units of 2^-24.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from arcflow_runtime.engines.modes import MODES
 from tests.host_cuda.images import CLOSE, PROMPTS, generate, levels
 from tests.lora_slots import write_lora
 
-GUIDED = {"negative_prompt": "blurred, ugly"}
+#: Texts are not cut, so that the two have different lengths.
+GUIDED = {"negative_prompt": "blurred, ugly", "max_sequence_length": 256}
 #: Bundle, and what a request for it has. "flux" and "qwen" have a shift that depends on the size, "table" has not.
 KINDS = [("straight flux", {}), ("straight qwen", {}), ("straight qwen", GUIDED), ("straight table", GUIDED)]
 
@@ -32,6 +37,8 @@ def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, arguments
             np.testing.assert_array_equal(generate(pipe, **wanted), first)
             assert driver.calls("cuStreamBeginCapture") == graphs
             assert driver.calls("cuGraphLaunch") == 2 * (graphs - 1) + launch
+    # One for each size, and with guidance one for each length of text.
+    assert len(backbone_shapes(pipe)) == 2 * (2 if arguments else 1)
 
 
 def test_float16(on_gpu, plain):

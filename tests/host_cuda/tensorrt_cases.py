@@ -121,6 +121,19 @@ def test_images(root, pipeline, name, driver, monkeypatch):
         assert {c.cuda_graph_strategy for c in bindings.state.configs} == {disabled}
 
 
+def test_a_guided_straight_student(open_bundle, tmp_path, pipeline, driver):
+    root = shutil.copytree(open_bundle("straight qwen").root, tmp_path / "straight")
+    build(root)
+    pipe = pipeline(root)
+    guided = {"negative_prompt": "blurred", "num_inference_steps": 3, "max_sequence_length": 256}
+    wanted = expected(root, **guided)
+    for _ in range(3):
+        np.testing.assert_allclose(pipe(PROMPT, **(SIZE | guided)).images, wanted, **CLOSE)
+    assert (driver.calls("cuStreamBeginCapture"), driver.calls("cuGraphLaunch")) == (1, 2)
+    # The text encoder and the backbone have two each, for both lengths of text.
+    assert bindings.state.contexts == 2 + 1 + 2
+
+
 @pytest.mark.parametrize("memory", MODES)
 def test_noise_that_is_given(root, pipeline, memory):
     """With the caller's noise the engines run one by one, with arrays on the host."""

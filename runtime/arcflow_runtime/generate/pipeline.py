@@ -484,13 +484,13 @@ class Pipeline:
                 negative prompts.
             EngineError: an engine does not accept a shape, or memory ran out.
         """
-        m = self.bundle.manifest
-        requests = [
-            check_request(m, [""] * batch, height, width, num_inference_steps, None, 0, 1, text_tokens, "pil")
-            for batch, height, width in shapes
-        ]
-        if (away := negative_text_tokens) is not None:
-            check_request(m, "", None, None, None, None, 0, 1, away, "pil", negative_prompt="")
+        m, away = self.bundle.manifest, negative_text_tokens
+        requests = []
+        for batch, height, width in shapes:
+            sizes = (height, width, num_inference_steps, None, 0, 1)
+            requests.append(check_request(m, [""] * batch, *sizes, text_tokens, "pil"))
+            if away is not None:
+                check_request(m, [""] * batch, *sizes, away, "pil", negative_prompt="")
         sets = [NO_LORAS, *(blank_loras(m, rank) for rank in lora_ranks)]
         if self._denoiser is None:
             return

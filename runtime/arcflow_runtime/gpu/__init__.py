@@ -10,8 +10,10 @@ How data flows, for a group of images whose texts have one length (see `DenoiseJ
                                                               vae_decoder: latents -> images
     latents, images  <---------------  results       <-copy-- latents float32, images uint8
 
-Everything from the first copy to the last is one CUDA graph. In the memory modes "balanced" and "low" the conditioner
-is not in it: the modulation comes from the host, which caches it. The modules, from the bottom up:
+A straight student has one velocity in place of the heads, and with a negative prompt a second one from another run of
+the backbone in each step. Everything from the first copy to the last is one CUDA graph. In the memory modes "balanced"
+and "low" the conditioner is not in it: the modulation comes from the host, which caches it. The modules, from the
+bottom up:
 
 - `device.py`: the interface to CUDA: memory, copies, streams, events, capture. `cuda.py` implements it with
   cuda-python, which only `cuda.py`, `kernels.py` and `kernel_code.py` import. `kernels.py` launches the kernels.
