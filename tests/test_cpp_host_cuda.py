@@ -100,15 +100,22 @@ def run_cases(environment, bundles, once, request):
         "slots": bundles("flux-tiny", **SLOTS),
         "qwen slots": bundles("qwen-tiny", **SLOTS),
     }
-    for name, source, schedule, scale in STRAIGHT:
-        make = lambda folder, of=(roots[source], schedule, scale): straighten(of[0], folder / "bundle", *of[1:])  # noqa: E731
-        roots[f"straight {name}"] = once(f"straight {name} on the driver", make) / "bundle"
-    given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 
-    run = case_runner(once, given, TIMEOUT_S)
+    def named(bundles):
+        return json.dumps({name: str(root) for name, root in bundles.items()})
+
+    def straight():
+        made = {}
+        for name, source, schedule, scale in STRAIGHT:
+            make = lambda folder, of=(roots[source], schedule, scale): straighten(of[0], folder / "bundle", *of[1:])  # noqa: E731
+            made[f"straight {name}"] = once(f"straight {name} on the driver", make) / "bundle"
+        return made
+
+    run = case_runner(once, environment | {"HOST_CUDA_BUNDLES": named(roots)}, TIMEOUT_S)
 
     def run_file(file, *arguments, **variables):
         if "slow" in arguments:
+            variables["HOST_CUDA_BUNDLES"] = named(roots | straight())
             variables["HOST_CUDA_MERGED"] = json.dumps(request.getfixturevalue("merged"))
         return run(HERE / f"{file}.py", *arguments, **variables)
 
