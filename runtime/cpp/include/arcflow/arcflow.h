@@ -128,7 +128,7 @@ typedef struct arcflow_request {
     size_t prompt_count;
     int32_t num_images_per_prompt;    /* 0: 1 */
     int32_t height, width;            /* pixels; 0: 1024, or the nearest size that the bundle allows */
-    int32_t num_inference_steps;      /* network calls; 0: the bundle's default, usually 2 */
+    int32_t num_inference_steps;      /* 0: the bundle's default, usually 2 */
     int32_t max_sequence_length;      /* text tokens; 0: the bundle's maximum */
     float guidance_scale;             /* negative: 3.5; students without guidance ignore it */
     const uint64_t *seeds;            /* one for the whole batch, or one per image; NULL: random ones */
