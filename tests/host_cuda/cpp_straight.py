@@ -6,11 +6,13 @@ Runs as cpp_images.py does. The library's own loop on the host, with the same en
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 
-from tests.cpp import embed
+from tests.cpp import ENGINE_ERROR, embed
+from tests.host_cuda.control import Code
 from tests.host_cuda.cpp_images import CLOSE, allocations, ids, library, on_gpu, plain  # noqa: F401
 
 PROMPTS = ("a red circle", "a blue square on a green background", "a fish")
@@ -25,6 +27,16 @@ def generate(pipe, name, prompts=PROMPTS[:1], negatives=(), **arguments):
     tokens = {"tokens": [ids(root, p) for p in prompts], "negative_tokens": [ids(root, p) for p in negatives] or None}
     defaults = {"height": 32, "width": 48, "seeds": [3], "max_sequence_length": longest, "skip_decode": 1}
     return pipe.generate(**tokens, **(defaults | arguments))
+
+
+def attempt(pipe, given, expected):
+    """Generate an image: its error, or None if it succeeded; then the image must be right."""
+    try:
+        found = generate(pipe, **given).latents
+    except embed.ArcFlowError as e:
+        return e
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    return None
 
 
 @pytest.mark.slow
@@ -75,6 +87,35 @@ def test_every_memory_mode_gives_the_same_image(name, memory, on_gpu):  # noqa: 
     lean = on_gpu(f"straight {name}", memory=memory.encode())
     for _ in range(3):
         np.testing.assert_allclose(generate(lean, name, **given).latents, wanted, **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image", [1, 2], ids=["plain", "captured"])
+def test_every_call_of_a_guided_image_may_fail(image, on_gpu, plain, driver):  # noqa: F811
+    """Each failing call gives a one-line error or a right image, and the next image is right."""
+    given = {"name": "table", "negatives": NEGATIVES[:1], "num_inference_steps": 2}
+    expected = generate(plain("straight table"), **given).latents
+    pipe = on_gpu("straight table", plans=1)
+
+    def prepare():
+        generate(pipe, **given, width=16)  # evicts the plan of the image before
+        for _ in range(image - 1):
+            generate(pipe, **given)
+        driver.reset()
+
+    for _ in range(2):
+        prepare()
+        generate(pipe, **given)
+    calls = sum(not re.search("Free|Destroy|Unload", name) for name in driver.log())
+    for nth in range(1, calls + 1):
+        prepare()
+        driver.fail("*", nth, Code.UNKNOWN)
+        failed = attempt(pipe, given, expected)
+        if failed is not None:
+            assert failed.status == ENGINE_ERROR
+            assert re.fullmatch(r".*(CUDA_ERROR_UNKNOWN|error 999).*", str(failed)), failed
+        assert driver.pending_failures() == 0, f"call {nth} of {calls} was not made"
+        np.testing.assert_allclose(generate(pipe, **given).latents, expected, **CLOSE)
 
 
 @pytest.mark.slow
