@@ -185,8 +185,8 @@ cpp-sanitize: cpp-traces cpp-sanitized
 	ctest --test-dir $(CPP)-sanitized --output-on-failure --parallel 2
 	ARCFLOW_CPP_BUILD=$(CPP)-sanitized ASAN_OPTIONS=detect_leaks=0 TBB_ENABLE_SANITIZERS=1 \
 		LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
-		$(BIN)/pytest -q -k "core or errors or golden or cpp_lora" \
-		$(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py tests/test_cpp_lora.py)
+		$(BIN)/pytest -q -k "core or errors or golden or cpp_lora or cpp_straight" \
+		$(wildcard tests/test_cpp.py tests/test_cpp_core.py tests/test_cpp_errors.py tests/test_cpp_lora.py tests/test_cpp_straight.py)
 
 # The tests with threads, without OpenVINO, which is not compiled for ThreadSanitizer: then all that runs is ours, and
 # nothing has to be suppressed.

@@ -193,9 +193,9 @@ INT8 = {"format": "int8", "layers": ["a"], "policy": "0" * 64, "scales": None}
 CHANGES = [
     ({"family": "sd"}, 'family must be one of ["flux", "qwen-image"], got "sd"'),
     ({"version": 2}, "version must be 1 for these slots and formats (B14, B15), got 2"),
-    ({"version": 4}, "version must be 1, 2 or 3, got 4; a base without an adapter (B16) runs in Python only"),
-    ({"version": 5}, "version must be 1, 2 or 3, got 5; update arcflow"),
-    ({"version": "1"}, 'version must be 1, 2 or 3, got "1"'),
+    ({"version": 4}, "version must be 1 for these slots and formats (B14, B15), got 4"),
+    ({"version": 5}, "version must be 1, 2, 3 or 4, got 5; update arcflow"),
+    ({"version": "1"}, 'version must be 1, 2, 3 or 4, got "1"'),
     ({"opset": 1.5}, f"opset {INTEGER}, got 1.5"),
     ({"guidance": None}, "guidance must be true or false, got null"),
     ({"surprise": 1, "other": 2}, 'unknown keys ["other", "surprise"]; the known keys are ["dtype", "family", '),
@@ -331,7 +331,7 @@ CLASSES = {
 }
 
 
-#: Keys of version 4 by their place; C++ refuses that version.
+#: Keys of version 4 by their place; tests/test_cpp_straight.py has bundles of that version.
 STRAIGHT_KEYS = {"": {"sampler", "true_cfg_scale"}, "schedule": {"dynamic_shift", "terminal", "sigmas"}}
 
 

@@ -271,8 +271,8 @@ DAMAGES = {
         "{root}/manifest.json does not match its own digest; it was edited, export the bundle again",
     ),
     "another version": (
-        lambda root: edit_manifest(root, version=4),
-        "{root}/manifest.json: version must be 1, 2 or 3, got 4; a base without an adapter (B16) runs in Python only",
+        lambda root: edit_manifest(root, version=5),
+        "{root}/manifest.json: version must be 1, 2, 3 or 4, got 5; update arcflow",
     ),
     "version 2 without slots": (
         lambda root: edit_manifest(root, version=2),

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from arcflow_runtime.disk import bundle, engine_record, external_data, families, manifest, sealed, tokenizer_record
+from arcflow_runtime.disk import (
+    bundle,
+    engine_record,
+    external_data,
+    families,
+    manifest,
+    rules,
+    sealed,
+    tokenizer_record,
+)
 from arcflow_runtime.engines import modulation
 from arcflow_runtime.generate import condition, request, text
 from arcflow_runtime.gpu import kernels, runtime_cache
@@ -41,6 +50,8 @@ PYTHON = {
     "lora_format": converted.FORMAT,
     "lora_version": converted.VERSION,
     "max_lora_scale": request.MAX_LORA_SCALE,
+    "max_true_cfg_scale": rules.MAX_TRUE_CFG_SCALE,
+    "max_mu": rules.MAX_MU,
     "cached_lora_sets": store.CACHED_SETS,
     "cached_lora_bytes": store.CACHED_BYTES,
     "cached_modulations": modulation.CACHED_MODULATIONS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -76,18 +77,26 @@ def test_the_cpp_wrapper(cpp_build, cpp_bundles):
     run([cpp_build / "tests" / "wrapper_test", cpp_bundles("shapes")])
 
 
-@pytest.fixture
-def server(cpp_build, cpp_bundles):
-    if not (cpp_build / "example_serve").exists():
+@contextlib.contextmanager
+def serving(build: Path, bundle: Path):
+    """The example service on a bundle: its process and its address."""
+    if not (build / "example_serve").exists():
         pytest.skip("the service was not built: cpp-httplib was not found")
-    command = [cpp_build / "example_serve", cpp_bundles("shapes"), "--port", "0", "--workers", "2", "--queue", "1"]
+    command = [build / "example_serve", bundle, "--port", "0", "--workers", "2", "--queue", "1"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    url = process.stdout.readline().split()[-1]
-    yield process, url
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    try:
+        yield process, process.stdout.readline().split()[-1]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def server(cpp_build, cpp_bundles):
+    with serving(cpp_build, cpp_bundles("shapes")) as running:
+        yield running
 
 
 def post(url: str, body: bytes) -> tuple[int, bytes, dict]:
@@ -115,8 +124,12 @@ def test_the_http_service(server, cpp_pipes):
         b"{": 'the body must be a JSON object such as {"prompt": "a red circle"}',
         b"{}": "prompt is missing",
         b'{"prompt": 3}': "prompt must be a string",
-        b'{"prompt": "x", "sampler": 1}': "unknown key 'sampler'; it must be prompt, seed, height, width or "
-        "num_inference_steps",
+        b'{"prompt": "x", "sampler": 1}': "unknown key 'sampler'; it must be prompt, seed, height, width, "
+        "num_inference_steps, negative_prompt or true_cfg_scale",
+        b'{"prompt": "x", "negative_prompt": ["y"]}': "negative_prompt must be a string",
+        b'{"prompt": "x", "true_cfg_scale": "4"}': "true_cfg_scale must be a number",
+        b'{"prompt": "x", "negative_prompt": "y"}': "request.negative_prompts is not supported: the student is "
+        "distilled to run once per step, without a negative prompt; leave it at its default",
         b'{"prompt": "x", "seed": 1.5}': "seed must be an integer from -2**63 to 2**64 - 1",
         b'{"prompt": "x", "height": 2.5}': f"height must be an integer from 0 to {2**31 - 1}",
         b'{"prompt": "x", "width": 40}': "request.width must be a multiple of 16, got 40; the nearest is 32",

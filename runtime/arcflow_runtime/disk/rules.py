@@ -168,7 +168,8 @@ def _sampler_rules(m: Manifest) -> Iterator[tuple[bool, str, str, object]]:
     if s.terminal is not None:
         yield 0 < s.terminal < 1, "schedule: terminal", "above 0 and below 1, or null", s.terminal
     if s.sigmas is not None:
-        falls = all(a > b for a, b in zip((math.inf, *s.sigmas), (*s.sigmas, 0.0), strict=True)) and s.sigmas[0] <= 1
+        falls = all(a > b for a, b in zip((math.inf, *s.sigmas), (*s.sigmas, 0.0), strict=True))
+        falls = falls and bool(s.sigmas) and s.sigmas[0] <= 1
         yield falls, "schedule: sigmas", "falling from at most 1 and above 0", list(s.sigmas)
         steps, count = s.num_inference_steps, len(s.sigmas)
         yield steps == count, "schedule: num_inference_steps", f"{count}, the number of sigmas", steps

@@ -63,6 +63,10 @@ class Request(ctypes.Structure):
         ("user", c_void_p),
         ("loras", POINTER(ScaledLora)),
         ("lora_count", c_size_t),
+        ("negative_prompts", POINTER(c_char_p)),
+        ("negative_tokens", POINTER(Tokens)),
+        ("negative_prompt_count", c_size_t),
+        ("true_cfg_scale", c_float),
     )
 
 
@@ -113,6 +117,18 @@ class ArcFlowError(Exception):
         self.status = status
 
 
+def texts_of(texts: list[str]) -> ctypes.Array:
+    """An array of strings for C."""
+    return (c_char_p * len(texts))(*[text.encode() for text in texts])
+
+
+def tokens_of(tokens: list) -> ctypes.Array:
+    """An array of arcflow_tokens: for each prompt a list of ids, or a pair of lists for FLUX."""
+    pairs = [t if isinstance(t, tuple) else (t, []) for t in tokens]
+    arrays = [((c_int64 * len(a))(*a), (c_int64 * len(b))(*b)) for a, b in pairs]
+    return (Tokens * len(pairs))(*[Tokens(a, len(a), b, len(b)) for a, b in arrays])
+
+
 class Images:
     """A copy of one result: `pixels` [B, H, W, 3] uint8 or None, `latents` [B, N, C] float32, and what else it has."""
 
@@ -154,10 +170,19 @@ class Pipeline:
         self._library.arcflow_lora_close(lora)
 
     def generate(
-        self, prompts: list[str] | None = None, tokens: list | None = None, seeds=(), on_step=None, loras=(), **fields
+        self,
+        prompts: list[str] | None = None,
+        tokens: list | None = None,
+        seeds=(),
+        on_step=None,
+        loras=(),
+        negative_prompts: list[str] | None = None,
+        negative_tokens: list | None = None,
+        **fields,
     ):
         """Generate images of prompts, or of token ids: for each prompt a list, or a pair of lists for FLUX.
 
+        Negative prompts likewise, one for each prompt or one for all.
         `loras` are pairs of what `open_lora` returned and a scale.
         `on_step(step, latents)` stops the request if it returns a true value. `fields` are fields of arcflow_request.
         """
@@ -165,13 +190,13 @@ class Pipeline:
             struct_size=ctypes.sizeof(Request), guidance_scale=fields.pop("guidance_scale", -1.0), **fields
         )
         if prompts is not None:
-            request.prompts = (c_char_p * len(prompts))(*[p.encode() for p in prompts])
-            request.prompt_count = len(prompts)
+            request.prompts, request.prompt_count = texts_of(prompts), len(prompts)
         if tokens is not None:
-            pairs = [t if isinstance(t, tuple) else (t, []) for t in tokens]
-            arrays = [((c_int64 * len(a))(*a), (c_int64 * len(b))(*b)) for a, b in pairs]
-            request.tokens = (Tokens * len(pairs))(*[Tokens(a, len(a), b, len(b)) for a, b in arrays])
-            request.prompt_count = len(pairs)
+            request.tokens, request.prompt_count = tokens_of(tokens), len(tokens)
+        if negative_prompts is not None:
+            request.negative_prompts, request.negative_prompt_count = texts_of(negative_prompts), len(negative_prompts)
+        if negative_tokens is not None:
+            request.negative_tokens, request.negative_prompt_count = tokens_of(negative_tokens), len(negative_tokens)
         if seeds:
             request.seeds, request.seed_count = (c_uint64 * len(seeds))(*seeds), len(seeds)
         if loras:

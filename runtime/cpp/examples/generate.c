@@ -1,4 +1,5 @@
-/* Generates one image of a prompt and writes it as a PPM file: generate BUNDLE PROMPT OUT.ppm [SEED] */
+/* Generates one image of a prompt and writes it as a PPM file: generate BUNDLE PROMPT OUT.ppm [SEED [NEGATIVE_PROMPT]]
+ */
 #include <arcflow/arcflow.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +15,7 @@ static int write_ppm(const char *path, const arcflow_result *result) {
 
 int main(int argc, char **argv) {
     if (argc < 4) {
-        fprintf(stderr, "usage: %s BUNDLE PROMPT OUT.ppm [SEED]\n", argv[0]);
+        fprintf(stderr, "usage: %s BUNDLE PROMPT OUT.ppm [SEED [NEGATIVE_PROMPT]]\n", argv[0]);
         return 2;
     }
     const char *prompts[] = {argv[2]};
@@ -25,6 +26,11 @@ int main(int argc, char **argv) {
     if (argc > 4) {
         request.seeds = &seed;
         request.seed_count = 1;
+    }
+    const char *negatives[] = {argc > 5 ? argv[5] : NULL};
+    if (argc > 5) {
+        request.negative_prompts = negatives;
+        request.negative_prompt_count = 1;
     }
     arcflow_pipeline *pipe = NULL;
     arcflow_result *result = NULL;

@@ -2,10 +2,10 @@
 //
 //     curl -d '{"prompt": "a large red circle", "seed": 42}' localhost:8080/generate > image.png
 //
-// POST /generate takes a JSON object with `prompt` and, optionally, `seed`, `height`, `width` and
-// `num_inference_steps`, and returns a PNG, with the seed in the header X-Seed. GET /healthz returns "ok". Errors are
-// JSON objects: 400 for a wrong request, 503 if too many requests wait or the pipeline is closed, 500 otherwise. On
-// SIGTERM and SIGINT the service finishes the running requests, then stops.
+// POST /generate takes a JSON object with `prompt` and, optionally, `seed`, `height`, `width`, `num_inference_steps`,
+// `negative_prompt` and `true_cfg_scale`, and returns a PNG, with the seed in the header X-Seed. GET /healthz returns
+// "ok". Errors are JSON objects: 400 for a wrong request, 503 if too many requests wait or the pipeline is closed, 500
+// otherwise. On SIGTERM and SIGINT the service finishes the running requests, then stops.
 #include <httplib.h>
 #include <arcflow/arcflow.hpp>
 #include <nlohmann/json.hpp>
@@ -96,10 +96,14 @@ arcflow::Request parse(const std::string &body) {
         else if (key == "height") request.height = integer<int>(key, value);
         else if (key == "width") request.width = integer<int>(key, value);
         else if (key == "num_inference_steps") request.num_inference_steps = integer<int>(key, value);
+        else if (key == "negative_prompt" && value.is_string()) request.negative_prompts = {value.get<std::string>()};
+        else if (key == "negative_prompt") throw BadRequest("negative_prompt must be a string");
+        else if (key == "true_cfg_scale" && value.is_number()) request.true_cfg_scale = value.get<float>();
+        else if (key == "true_cfg_scale") throw BadRequest("true_cfg_scale must be a number");
         else {
             throw BadRequest("unknown key '" + key +
-                             "'; it must be prompt, seed, height, width or "
-                             "num_inference_steps");
+                             "'; it must be prompt, seed, height, width, num_inference_steps, negative_prompt or "
+                             "true_cfg_scale");
         }
     if (request.prompts.empty()) throw BadRequest("prompt is missing");
     return request;

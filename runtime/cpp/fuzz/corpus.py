@@ -23,6 +23,7 @@ def main() -> None:
     """Write each seed to its own file in the folder OUT."""
     sys.path.insert(0, str(TESTS))
     from fake_bundle import make_bundle
+    from test_straight_runtime import DYNAMIC, Schedule, make_straight
 
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
@@ -30,6 +31,7 @@ def main() -> None:
         made = [
             make_bundle(Path(folder) / "flux"),
             make_bundle(Path(folder) / "qwen", "qwen-image", baked=(2, 4)),
+            make_straight(Path(folder) / "straight", schedule=Schedule(1.0, 1.0, 2, DYNAMIC, 0.1, (0.9, 0.3))),
         ]
         for bundle in [*made, *map(Path, sys.argv[2:])]:
             for i, seed in enumerate(seeds(bundle)):

@@ -12,7 +12,7 @@ inline constexpr const char *bundle_format = "arcflow-bundle";
 inline constexpr int64_t bundle_version = 1;
 inline constexpr int64_t lora_bundle_version = 2;      // with LoRA slots (B14)
 inline constexpr int64_t formats_bundle_version = 3;   // with other formats than FP8 (B15)
-inline constexpr int64_t straight_bundle_version = 4;  // of a straight student (B16), which this library does not run
+inline constexpr int64_t straight_bundle_version = 4;  // of a straight student (B16)
 inline constexpr const char *manifest_name = "manifest.json";
 inline constexpr uint64_t max_manifest_bytes = 16 << 20;
 inline constexpr uint64_t fast_hash_bytes = 64 << 20;  // larger files are hashed by a full check only
@@ -43,6 +43,10 @@ inline constexpr float max_guidance_scale = 65.0f;
 inline constexpr int64_t max_inference_steps = 1000;
 inline constexpr int64_t far_steps = 2;  // more than this many times the student's own number are warned of
 inline constexpr float max_lora_scale = 1000000.0f;
+
+// Straight students (B16).
+inline constexpr double max_true_cfg_scale = 65.0;  // the largest default, and the largest of a request
+inline constexpr double max_mu = 16.0;              // of a dynamic shift
 
 // Computation.
 inline constexpr float timestep_scale = 1000;   // the students' sinusoidal embedding takes sigma times this

@@ -42,11 +42,20 @@ struct Embeddings {
     Tensor states, pooled;
 };
 
+// The negative prompts of a job's images, for guidance (B16): `texts` [b], which all have T tokens, `text_rotary`
+// [2, T, D/2] float32. T may differ from that of the prompts.
+struct NegativeTexts {
+    std::vector<std::shared_ptr<const Embeddings>> texts;
+    std::shared_ptr<const Tensor> text_rotary;
+    float scale;
+};
+
 // What a Denoiser takes: b images whose texts all have T tokens. `streams` [b]: where each image's noise begins.
 // `texts` [b]: one for each image. `image_rotary` [2, N, D/2] and `text_rotary` [2, T, D/2] float32. `height` and
 // `width`: the grid of image tokens. `sigmas` [S+1], falling. `timesteps` [S] and `guidance`: inputs of the
 // conditioner; a student without guidance has none. `table`: the baked modulation [S, M] float32, with the changes of
 // its LoRAs, or null if the conditioner must run. `pixels`: whether to decode. `loras`: those of all images, or null.
+// `negative`: guides a straight student.
 struct DenoiseJob {
     std::vector<NoiseStream> streams;
     std::vector<std::shared_ptr<const Embeddings>> texts;
@@ -58,6 +67,7 @@ struct DenoiseJob {
     std::shared_ptr<const Tensor> table;
     bool pixels;
     std::shared_ptr<const PreparedLoras> loras;
+    std::optional<NegativeTexts> negative;
 };
 
 // `latents`: [b, N, C] float32 after the last step. `pixels`: [b, H, W, 3] uint8 if the job asked for them.

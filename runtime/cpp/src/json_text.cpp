@@ -70,6 +70,10 @@ std::string json_text(const std::vector<int64_t> &values) {
     return list_text(values, [](int64_t value) { return std::to_string(value); });
 }
 
+std::string json_text(const std::vector<double> &values) {
+    return list_text(values, [](double value) { return json_text(value); });
+}
+
 std::string json_text(const std::vector<std::string> &texts) {
     return list_text(texts, [](const std::string &text) { return json_text(text); });
 }

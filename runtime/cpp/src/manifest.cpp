@@ -94,9 +94,29 @@ Part parse_part(const Place &place, int64_t version) {
             parse_lora(place["lora"])};
 }
 
-Schedule parse_schedule(const Place &place) {
-    place.keys({"shift", "timestep_ratio", "num_inference_steps"});
-    return {place["shift"].real(), place["timestep_ratio"].real(), place["num_inference_steps"].integer()};
+std::optional<double> optional_real(const Place &place) {
+    if (place.is_null()) return std::nullopt;
+    return place.real("a number or null");
+}
+
+std::optional<DynamicShift> parse_dynamic_shift(const Place &place) {
+    if (place.is_null()) return std::nullopt;
+    place.keys({"kind", "base_shift", "max_shift", "base_image_tokens", "max_image_tokens"});
+    return DynamicShift{place["kind"].one_of({"exponential", "linear"}) == "exponential", place["base_shift"].real(),
+                        place["max_shift"].real(), place["base_image_tokens"].integer(),
+                        place["max_image_tokens"].integer()};
+}
+
+Schedule parse_schedule(const Place &place, int64_t version) {
+    if (version < straight_bundle_version) place.keys({"shift", "timestep_ratio", "num_inference_steps"});
+    else place.keys({"shift", "timestep_ratio", "num_inference_steps"}, {"dynamic_shift", "terminal", "sigmas"});
+    Schedule schedule{place["shift"].real(), place["timestep_ratio"].real(), place["num_inference_steps"].integer(),
+                      parse_dynamic_shift(place["dynamic_shift"]), optional_real(place["terminal"])};
+    if (!place["sigmas"].is_null()) {
+        schedule.sigmas.emplace();
+        place["sigmas"].each_item([&](const Place &item) { schedule.sigmas->push_back(item.real()); });
+    }
+    return schedule;
 }
 
 Latents parse_latents(const Place &place) {
@@ -161,7 +181,7 @@ void check_provenance(const Place &place) {
     place["created"].text();
     place["tools"].each_entry([](const std::string &, const Place &tool) { tool.text(); });
     check_source(place["base"]);
-    check_source(place["adapter"]);
+    if (!place["adapter"].is_null()) check_source(place["adapter"]);
     if (place.has("loras")) place["loras"].each_item(check_source);
     if (place.has("vae") && !place["vae"].is_null()) check_source(place["vae"]);
 }
@@ -171,31 +191,37 @@ void check_format(const Json &json, const std::string &where) {
         throw bundle_error(where + ": format must be " + json_text(bundle_format) + "; this is not an ArcFlow bundle");
     const auto found = json.find("version");
     const Json got = found == json.end() ? Json() : *found;
-    if (!got.is_number_integer() || got < bundle_version || got > formats_bundle_version) {
+    if (!got.is_number_integer() || got < bundle_version || got > straight_bundle_version) {
         const bool newer = got.is_number_integer() && got > straight_bundle_version;
-        const bool straight = got == straight_bundle_version;
-        throw bundle_error(where + ": version must be " + std::to_string(bundle_version) + ", " +
-                           std::to_string(lora_bundle_version) + " or " + std::to_string(formats_bundle_version) +
+        std::string known = std::to_string(bundle_version);
+        for (const int64_t version : {lora_bundle_version, formats_bundle_version})
+            known += ", " + std::to_string(version);
+        throw bundle_error(where + ": version must be " + known + " or " + std::to_string(straight_bundle_version) +
                            ", got " + message_text(got) + "; " +
-                           (straight ? "a base without an adapter (B16) runs in Python only"
-                            : newer  ? "update arcflow"
-                                     : "export the bundle again"));
+                           (newer ? "update arcflow" : "export the bundle again"));
     }
 }
 
 Manifest parse_keys(const Json &json, const std::string &where) {
     const Place place(json, where);
-    place.keys({"family", "dtype", "reference_dtype", "opset", "guidance", "schedule", "latents", "rotary", "text",
-                "ranges", "parts", "tokenizers", "files", "provenance"},
-               {"modulation", "format", "version"});
     Manifest m{};
-    m.version = place["version"].integer();
+    m.version = json["version"].get<int64_t>();  // check_format has checked it
+    const auto check_keys = [&](std::initializer_list<const char *> optional) {
+        place.keys({"family", "dtype", "reference_dtype", "opset", "guidance", "schedule", "latents", "rotary", "text",
+                    "ranges", "parts", "tokenizers", "files", "provenance"},
+                   optional);
+    };
+    if (m.version < straight_bundle_version) check_keys({"modulation", "format", "version"});
+    else check_keys({"modulation", "format", "version", "sampler", "true_cfg_scale"});
+    const bool straight = place.has("sampler") && place["sampler"].one_of({"momentum", "linear"}) == "linear";
+    m.sampler = straight ? Sampler::linear : Sampler::momentum;
+    m.true_cfg_scale = optional_real(place["true_cfg_scale"]);
     m.family = place["family"].one_of({"flux", "qwen-image"}) == "flux" ? Family::flux : Family::qwen_image;
     m.dtype = parse_dtype(place["dtype"]);
     m.reference_dtype = parse_dtype(place["reference_dtype"]);
     m.opset = place["opset"].integer();
     m.guidance = place["guidance"].boolean();
-    m.schedule = parse_schedule(place["schedule"]);
+    m.schedule = parse_schedule(place["schedule"], m.version);
     m.latents = parse_latents(place["latents"]);
     m.rotary = parse_rotary(place["rotary"]);
     m.text = parse_text(place["text"]);
@@ -210,6 +236,7 @@ Manifest parse_keys(const Json &json, const std::string &where) {
         m.files.emplace(name, FileEntry{static_cast<uint64_t>(file["bytes"].integer()), file["sha256"].text()});
     });
     check_provenance(place["provenance"]);
+    m.has_adapter = !place["provenance"]["adapter"].is_null();
     return m;
 }
 
@@ -273,6 +300,11 @@ bool Quantization::uses(const std::string &name) const {
 }
 
 bool Quantization::plain() const { return format == "fp8_e4m3" && formats.empty() && scales; }
+
+double DynamicShift::mu(int64_t image_tokens) const {
+    const double slope = (max_shift - base_shift) / static_cast<double>(max_image_tokens - base_image_tokens);
+    return base_shift + slope * static_cast<double>(image_tokens - base_image_tokens);
+}
 
 std::vector<TensorSpec> Part::slot_inputs() const {
     std::vector<TensorSpec> specs;

@@ -15,6 +15,9 @@ namespace arcflow {
 
 enum class Family { flux, qwen_image };
 
+// How a step is computed from the backbone's outputs: a sum of exponentials, or one velocity (B16).
+enum class Sampler { momentum, linear };
+
 // A size, or the name of a size that varies between requests.
 using Dimension = std::variant<int64_t, std::string>;
 
@@ -63,9 +66,23 @@ struct Part {
     std::vector<TensorSpec> slot_inputs() const;
 };
 
+// A shift that depends on the number N of image tokens (B16). mu is the line through (base_image_tokens, base_shift)
+// and (max_image_tokens, max_shift), also outside of them. The shift is exp(mu) if `exponential`, otherwise mu.
+struct DynamicShift {
+    bool exponential;
+    double base_shift, max_shift;
+    int64_t base_image_tokens, max_image_tokens;
+
+    double mu(int64_t image_tokens) const;
+};
+
+// The last three are a straight student's only (B16).
 struct Schedule {
     double shift, timestep_ratio;
     int64_t num_inference_steps;
+    std::optional<DynamicShift> dynamic_shift = {};
+    std::optional<double> terminal = {};
+    std::optional<std::vector<double>> sigmas = {};
 };
 
 struct Latents {
@@ -119,6 +136,12 @@ struct Manifest {
     std::optional<ModulationTable> modulation;
     std::map<std::string, std::string> tokenizers;
     std::map<std::string, FileEntry> files;
+    bool has_adapter;
+    Sampler sampler;
+    std::optional<double> true_cfg_scale;  // the default scale of guidance with a negative prompt (B16)
+
+    // The dtype that FLUX's rotary tables are rounded to: a straight student's reference does not round them.
+    DType rotary_dtype() const { return sampler == Sampler::linear ? DType::float32 : reference_dtype; }
 
     // The LoRA slots by part; those of the modulation table are under "modulation". They point into this object.
     std::map<std::string, const LoraSlots *> slots() const;
@@ -128,8 +151,8 @@ struct Manifest {
 std::string lora_a(const std::string &layer);
 std::string lora_b(const std::string &layer);
 
-// Parse the text of a manifest and check rules B1 to B5, B7 and the keys of B12 and B14. `where` is the file's name for
-// errors. Throws Error.
+// Parse the text of a manifest and check rules B1 to B5, B7, B16 and the keys of B12, B14 and B15. `where` is the
+// file's name for errors. Throws Error.
 Manifest parse_manifest(std::string_view text, const std::string &where);
 
 // An opened bundle. `open` has compared the size of every file, and the SHA-256 of files up to 64 MiB or, if `full`, of

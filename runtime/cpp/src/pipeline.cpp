@@ -123,6 +123,7 @@ Pipeline::Prompts Pipeline::encode(const Request &request, const PreparedLoras &
     Prompts prompts;
     std::map<Ids, int64_t> places;
     std::vector<const Ids *> distinct, unknown;
+    int64_t index = 0;
     for (const Ids &prompt : ids) {
         const auto [place, is_new] = places.emplace(prompt, static_cast<int64_t>(distinct.size()));
         if (is_new) {
@@ -130,8 +131,9 @@ Pipeline::Prompts Pipeline::encode(const Request &request, const PreparedLoras &
             prompts.embeddings.push_back(cache_.get({prompt, loras.text_key}));
             if (!prompts.embeddings.back()) unknown.push_back(&prompt);
         }
-        prompts.of_image.insert(prompts.of_image.end(), static_cast<std::size_t>(request.images_per_prompt),
-                                place->second);
+        std::vector<int64_t> &of_image =
+            index++ < request.prompt_count() ? prompts.of_image : prompts.negative_of_image;
+        of_image.insert(of_image.end(), static_cast<std::size_t>(request.images_per_prompt), place->second);
     }
     const auto made = run_encoders(unknown, loras, watch);
     for (std::size_t i = 0; i < unknown.size(); ++i) {
@@ -239,10 +241,14 @@ Tensor Pipeline::condition(const Request &request, const PreparedLoras &loras, c
     return made;
 }
 
+std::vector<double> Pipeline::schedule(const Request &request) const {
+    return sigmas(request.steps, bundle_.manifest.schedule, tokens(request.height_px) * tokens(request.width_px));
+}
+
 // The conditioner's inputs.
 std::vector<float> Pipeline::timesteps(const Request &request) const {
     const Manifest &m = bundle_.manifest;
-    return conditioning_timesteps(sigmas(request.steps, m.schedule), m.family, m.reference_dtype);
+    return conditioning_timesteps(schedule(request), m.family, m.reference_dtype, m.sampler);
 }
 
 std::optional<float> Pipeline::guidance(const Request &request) const {

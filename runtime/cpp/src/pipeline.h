@@ -61,9 +61,10 @@ public:
     MemoryMode memory() const { return parts_.mode(); }
 
 private:
-    // `embeddings` of the distinct prompts in order of first appearance; `of_image` is each image's index among them.
+    // `embeddings` of the distinct prompts, then negative prompts, in order of first appearance. `of_image` is each
+    // image's index among them, `negative_of_image` that of its negative prompt; it is empty if there is no guidance.
     struct Prompts {
-        std::vector<int64_t> of_image;
+        std::vector<int64_t> of_image, negative_of_image;
         std::vector<std::shared_ptr<const Embeddings>> embeddings;
     };
 
@@ -74,6 +75,16 @@ private:
         std::shared_ptr<const Tensor> rotary;
     };
 
+    // The backbone's inputs for each group of a batch, all but latents and modulation, and the number of rows that the
+    // modulation has for each step: one for each prompt, or 1.
+    struct Pass {
+        std::vector<Group> groups;
+        std::vector<Tensors> inputs;
+        int64_t rows_of_step;
+    };
+
+    struct JobGroup;
+
     Prompts encode(const Request &request, const PreparedLoras &loras, std::vector<std::string> &warnings,
                    Stopwatch &watch);
     std::vector<std::shared_ptr<const Embeddings>> run_encoders(const std::vector<const Ids *> &prompts,
@@ -83,14 +94,26 @@ private:
                                     const Tensors *slots, Stopwatch &watch);
     std::shared_ptr<const Tensor> baked(int64_t steps, const PreparedLoras &loras);
     Tensor condition(const Request &request, const PreparedLoras &loras, const Prompts &prompts, Stopwatch &watch);
+    std::vector<double> schedule(const Request &request) const;  // the sigmas
     std::vector<float> timesteps(const Request &request) const;
     std::optional<float> guidance(const Request &request) const;
-    std::vector<Group> group(const Prompts &prompts, int64_t height, int64_t width);
+    std::vector<Group> group(const Prompts &prompts, const std::vector<int64_t> &of_image, int64_t height,
+                             int64_t width);
+    std::vector<JobGroup> job_groups(const Prompts &prompts, int64_t height, int64_t width);
     // The rotary table of the text if `text_tokens` is above 0, otherwise that of the image.
     std::shared_ptr<const Tensor> rotary(int64_t height, int64_t width, int64_t text_tokens = 0);
     Denoised run_denoiser(Denoiser &denoiser, const Request &request, const std::shared_ptr<const PreparedLoras> &loras,
                           const Prompts &prompts, Stopwatch &watch);
     Denoised run_job(Denoiser &denoiser, const DenoiseJob &job, const OnStep &on_step, Stopwatch &watch) const;
+    Pass prepare(std::vector<Group> groups, const Prompts &prompts, const Tensor &image_rotary, int64_t rows_of_step,
+                 const Parts::Use &backbone) const;
+    // In these three, `modulation` is [S * rows_of_step, M].
+    Tensors run_backbone(Parts::Use &backbone, Pass &pass, std::size_t group, const Tensor &latents,
+                         const Tensor &modulation, int64_t step, Stopwatch &watch) const;
+    void momentum_step(Parts::Use &backbone, Pass &pass, Tensor &latents, const Tensor &modulation, int64_t step,
+                       const std::vector<double> &schedule, Stopwatch &watch) const;
+    Tensor velocity(Parts::Use &backbone, Pass &pass, const Tensor &latents, const Tensor &modulation, int64_t step,
+                    Stopwatch &watch) const;
     Tensor run_steps(const Request &request, const PreparedLoras &loras, const Prompts &prompts, Stopwatch &watch);
     Tensor decode(const Tensor &latents, int64_t height, int64_t width, Stopwatch &watch);
     int64_t tokens(int64_t size_px) const;  // tokens along a side of this length

@@ -58,19 +58,19 @@ size_t character_bytes(const unsigned char *text) {
     return bytes;
 }
 
-std::vector<std::string> check_prompts(const arcflow_request &request) {
+std::vector<std::string> check_prompts(const char *const *given, size_t given_count, const std::string &name) {
     std::vector<std::string> prompts;
-    for (size_t i = 0; i < request.prompt_count; ++i) {
-        const char *prompt = request.prompts[i];
-        if (!prompt) throw request_error("request.prompts[" + std::to_string(i) + "] must be a string, got NULL");
+    for (size_t i = 0; i < given_count; ++i) {
+        const char *prompt = given[i];
+        if (!prompt) throw request_error(name + "[" + std::to_string(i) + "] must be a string, got NULL");
         const auto *bytes = reinterpret_cast<const unsigned char *>(prompt);
         size_t position = 0;
         while (bytes[position] != 0) {
             const size_t count = character_bytes(bytes + position);
             if (count == 0) {
-                throw request_error("request.prompts[" + std::to_string(i) +
-                                    "] must be UTF-8, got an invalid byte at " + "position " +
-                                    std::to_string(position) + "; encode the text as UTF-8");
+                throw request_error(name + "[" + std::to_string(i) +
+                                    "] must be UTF-8, got an invalid byte at position " + std::to_string(position) +
+                                    "; encode the text as UTF-8");
             }
             position += count;
         }
@@ -92,11 +92,12 @@ std::vector<int64_t> check_ids(const int64_t *ids, size_t count, const std::stri
     return copied;
 }
 
-std::vector<TokenIds> check_tokens(const arcflow_request &request, const Manifest &m, int64_t max_sequence_length) {
+std::vector<TokenIds> check_tokens(const arcflow_tokens *all, size_t count, const std::string &array, const Manifest &m,
+                                   int64_t max_sequence_length) {
     std::vector<TokenIds> tokens;
-    for (size_t i = 0; i < request.prompt_count; ++i) {
-        const arcflow_tokens &given = request.tokens[i];
-        const std::string name = "request.tokens[" + std::to_string(i) + "].ids";
+    for (size_t i = 0; i < count; ++i) {
+        const arcflow_tokens &given = all[i];
+        const std::string name = array + "[" + std::to_string(i) + "].ids";
         if (m.family == Family::flux) {
             tokens.push_back({check_ids(given.ids, given.count, name, 1, m.text.clip_tokens.value()),
                               check_ids(given.ids_2, given.count_2, name + "_2", 1, max_sequence_length)});
@@ -135,6 +136,11 @@ int64_t check_size(const std::string &name, int64_t value, const Range &allowed,
 int64_t check_steps(int64_t value, const Manifest &m) {
     if (value == 0) return m.schedule.num_inference_steps;
     const int64_t steps = integer("request.num_inference_steps", value, 1, max_inference_steps);
+    if (m.schedule.sigmas && steps != static_cast<int64_t>(m.schedule.sigmas->size())) {
+        throw request_error("request.num_inference_steps must be " + std::to_string(m.schedule.sigmas->size()) +
+                            ", the number of sigmas in this bundle's schedule, got " + text_of(steps) +
+                            "; export without --sigmas for other step counts");
+    }
     const std::vector<int64_t> baked = m.modulation ? m.modulation->num_inference_steps : std::vector<int64_t>{};
     if (std::find(baked.begin(), baked.end(), steps) == baked.end() && m.parts.count("conditioner") == 0) {
         throw request_error("request.num_inference_steps must be one of those baked into this bundle, " +
@@ -149,6 +155,63 @@ float check_guidance(float value) {
     if (!(value <= max_guidance_scale))
         throw request_error("request.guidance_scale must be between 0 and 65, got " + json_text(value));
     return value;
+}
+
+// Guidance needs a negative prompt and a scale above 1, as in diffusers.
+void check_true_cfg(const arcflow_request &request, const Manifest &m, Request &checked) {
+    if (request.negative_prompts && request.negative_tokens)
+        throw request_error("request must have either negative_prompts or negative_tokens, got both");
+    const bool given = request.negative_prompts || request.negative_tokens;
+    const std::string form = request.negative_tokens ? "negative_tokens" : "negative_prompts";
+    if (!m.true_cfg_scale) {
+        const char *wrong = given                           ? form.c_str()
+                            : request.negative_prompt_count ? "negative_prompt_count"
+                            : request.true_cfg_scale != 0   ? "true_cfg_scale"
+                                                            : nullptr;
+        if (wrong == nullptr) return;
+        throw request_error(std::string("request.") + wrong + " is not supported: " +
+                            (m.sampler == Sampler::linear
+                                 ? "this model is guided by guidance_scale or not at all"
+                                 : "the student is distilled to run once per step, without a negative prompt") +
+                            "; leave it at its default");
+    }
+    if (!(0 <= request.true_cfg_scale && request.true_cfg_scale <= static_cast<float>(max_true_cfg_scale))) {
+        throw request_error("request.true_cfg_scale must be between 0 and 65, got " +
+                            json_text(request.true_cfg_scale) + "; 0 is the bundle's own scale");
+    }
+    const float scale = request.true_cfg_scale;
+    checked.true_cfg_scale = scale == 0 ? *m.true_cfg_scale : static_cast<double>(scale);
+    // Checked before the array is read, since a wrong count would read past its end.
+    const size_t count = request.negative_prompt_count;
+    if (!given && count != 0) {
+        throw request_error("request.negative_prompts must point to " + std::to_string(count) +
+                            " prompts, got NULL; or set request.negative_prompt_count to 0");
+    }
+    if (!given) {
+        if (checked.true_cfg_scale > 1) {
+            checked.warnings.emplace_back("without request.negative_prompts the images are not guided; give \" \" as a "
+                                          "negative prompt to guide them");
+        }
+        return;
+    }
+    if (count != 1 && count != request.prompt_count) {
+        throw request_error("request.negative_prompt_count must be 1 or one per prompt, " +
+                            std::to_string(request.prompt_count) + ", got " + std::to_string(count));
+    }
+    std::vector<std::string> prompts;
+    std::vector<TokenIds> tokens;
+    if (request.negative_prompts) prompts = check_prompts(request.negative_prompts, count, "request." + form);
+    else tokens = check_tokens(request.negative_tokens, count, "request." + form, m, checked.max_sequence_length);
+    if (checked.true_cfg_scale <= 1) {
+        checked.warnings.push_back("request.true_cfg_scale " + json_text(static_cast<float>(checked.true_cfg_scale)) +
+                                   " does not guide, so request." + form + " was ignored");
+        return;
+    }
+    for (size_t i = 0; i < request.prompt_count; ++i) {
+        const size_t place = count == 1 ? 0 : i;
+        if (request.negative_prompts) checked.negative_prompts.push_back(prompts[place]);
+        else checked.negative_tokens.push_back(tokens[place]);
+    }
 }
 
 std::vector<uint64_t> check_seeds(const arcflow_request &request, int64_t batch) {
@@ -185,14 +248,16 @@ Request check_request(const arcflow_request &request, const Manifest &m) {
     checked.max_sequence_length = request.max_sequence_length == 0
                                       ? limit
                                       : integer("request.max_sequence_length", request.max_sequence_length, 1, limit);
-    if (request.prompts) checked.prompts = check_prompts(request);
-    else checked.tokens = check_tokens(request, m, checked.max_sequence_length);
+    const size_t prompts = request.prompt_count;
+    if (request.prompts) checked.prompts = check_prompts(request.prompts, prompts, "request.prompts");
+    else checked.tokens = check_tokens(request.tokens, prompts, "request.tokens", m, checked.max_sequence_length);
     checked.steps = check_steps(request.num_inference_steps, m);
     const float guidance = check_guidance(request.guidance_scale);
+    check_true_cfg(request, m, checked);
     if (checked.steps == 1)
         checked.warnings.emplace_back("request.num_inference_steps is 1, which gives a blurry image; use 2 or more");
     const int64_t own = m.schedule.num_inference_steps;
-    if (checked.steps > far_steps * own) {
+    if (m.sampler == Sampler::momentum && checked.steps > far_steps * own) {
         checked.warnings.push_back("request.num_inference_steps is " + text_of(checked.steps) + ", more than " +
                                    text_of(far_steps) + " times the " + text_of(own) +
                                    " that this student was made for; more steps may not improve the image, use " +

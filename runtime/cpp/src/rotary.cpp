@@ -26,7 +26,7 @@ Tensor table(const Manifest &m, int64_t tokens, PositionOf position_of) {
         }
     }
     // FLUX's reference implementation casts cosines and sines to its hidden dtype.
-    const DType rounding = m.family == Family::flux ? m.reference_dtype : DType::float32;
+    const DType rounding = m.family == Family::flux ? m.rotary_dtype() : DType::float32;
     Tensor out(DType::float32, {2, tokens, static_cast<int64_t>(frequencies.size())});
     float *cosines = out.as<float>(), *sines = cosines + out.count() / 2;
     for (int64_t token = 0; token < tokens; ++token) {

@@ -140,8 +140,8 @@ void check_loras(const Rules &rules, const Manifest &m) {
     int64_t version = found.empty() ? bundle_version : lora_bundle_version;
     for (const auto &[name, part] : m.parts)
         if (part.quantization && !part.quantization->plain()) version = formats_bundle_version;
-    rules.check(m.version == version, "version", std::to_string(version) + " for these slots and formats (B14, B15)",
-                std::to_string(m.version));
+    rules.check(m.sampler == Sampler::linear || m.version == version, "version",
+                std::to_string(version) + " for these slots and formats (B14, B15)", std::to_string(m.version));
     std::set<std::string> once, twice;
     std::set<int64_t> ranks;
     for (const auto &[part, slots] : found) {
@@ -155,6 +155,71 @@ void check_loras(const Rules &rules, const Manifest &m) {
     rules.check(ranks.size() <= 1, "lora: max_rank", "the same in every part",
                 json_text(std::vector<int64_t>(ranks.begin(), ranks.end())));
     if (m.modulation) check_table(rules, m);
+}
+
+std::string whole(double value) { return std::to_string(static_cast<int64_t>(value)); }
+
+void check_dynamic_shift(const Rules &rules, const Manifest &m, const DynamicShift &d) {
+    const std::string key = "schedule: dynamic_shift";
+    rules.check(m.schedule.shift == 1, "schedule: shift", "1 with dynamic_shift", json_text(m.schedule.shift));
+    rules.check(d.base_image_tokens < d.max_image_tokens, key + ": base_image_tokens", "below max_image_tokens",
+                json_text(std::vector<int64_t>{d.base_image_tokens, d.max_image_tokens}));
+    // At the smallest and the largest image, so that no size overflows or divides by 0.
+    const double least = d.exponential ? -max_mu : 0;
+    const int64_t token_px = m.latents.patch_size * m.latents.vae_scale_factor;
+    const Range &height = m.ranges.height_px, &width = m.ranges.width_px;
+    for (const int64_t image_px : {height.min * width.min, height.max * width.max}) {
+        const double mu = d.mu(image_px / (token_px * token_px));
+        rules.check(least < mu && mu <= max_mu, key + ": mu",
+                    "above " + whole(least) + " and at most " + whole(max_mu) + " for every size", json_text(mu));
+    }
+    rules.check(!m.modulation, "modulation", "null with dynamic_shift, which depends on the image's size", "a table");
+}
+
+// B16.
+void check_sampler(const Rules &rules, const Manifest &m) {
+    const Schedule &s = m.schedule;
+    const bool straight = m.sampler == Sampler::linear;
+    rules.check(m.has_adapter != straight, "provenance: adapter",
+                straight ? "null for the sampler \"linear\" (B16)" : "given for the sampler \"momentum\" (B16)",
+                m.has_adapter ? "an adapter" : "null");
+    if (!straight) return;
+    rules.check(m.version == straight_bundle_version, "version",
+                std::to_string(straight_bundle_version) + " for the sampler \"linear\" (B16)",
+                std::to_string(m.version));
+    rules.check(m.latents.num_gaussians == 1, "latents: num_gaussians", "1 for a straight student",
+                std::to_string(m.latents.num_gaussians));
+    if (const auto backbone = m.parts.find("backbone"); backbone != m.parts.end()) {
+        std::vector<std::string> names;
+        for (const TensorSpec &output : backbone->second.outputs) names.push_back(output.name);
+        rules.check(names == std::vector<std::string>{"velocity"}, "parts.backbone: outputs",
+                    "[\"velocity\"] for a straight student", json_text(names));
+    }
+    const std::string scale = m.true_cfg_scale ? json_text(*m.true_cfg_scale) : "null";
+    if (m.family == Family::flux) {
+        rules.check(!m.true_cfg_scale, "true_cfg_scale", "null for a flux bundle", scale);
+    } else {
+        rules.check(m.true_cfg_scale && 1 <= *m.true_cfg_scale && *m.true_cfg_scale <= max_true_cfg_scale,
+                    "true_cfg_scale", "between 1 and " + whole(max_true_cfg_scale), scale);
+    }
+    if (s.terminal) {
+        rules.check(0 < *s.terminal && *s.terminal < 1, "schedule: terminal", "above 0 and below 1, or null",
+                    json_text(*s.terminal));
+    }
+    if (s.sigmas) {
+        bool falls = !s.sigmas->empty() && s.sigmas->front() <= 1;
+        double last = std::numeric_limits<double>::infinity();
+        for (const double sigma : *s.sigmas) {
+            falls = falls && 0 < sigma && sigma < last;
+            last = sigma;
+        }
+        rules.check(falls, "schedule: sigmas", "falling from at most 1 and above 0", json_text(*s.sigmas));
+        const auto count = static_cast<int64_t>(s.sigmas->size());
+        rules.check(s.num_inference_steps == count, "schedule: num_inference_steps",
+                    std::to_string(count) + ", the number of sigmas", std::to_string(s.num_inference_steps));
+        rules.check(s.timestep_ratio == 1, "schedule: timestep_ratio", "1 with sigmas", json_text(s.timestep_ratio));
+    }
+    if (s.dynamic_shift) check_dynamic_shift(rules, m, *s.dynamic_shift);
 }
 
 }  // namespace
@@ -191,6 +256,7 @@ void check_values(const Manifest &m, const std::string &where) {
     for (const auto &[name, part] : m.parts)
         if (part.quantization) check_quantization(rules, name, *part.quantization);
     check_loras(rules, m);
+    check_sampler(rules, m);
     if (m.modulation && m.parts.count("conditioner") == 0) {
         const std::vector<int64_t> &baked = m.modulation->num_inference_steps;
         rules.check(std::find(baked.begin(), baked.end(), s.num_inference_steps) != baked.end(),

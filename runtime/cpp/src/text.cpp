@@ -28,21 +28,24 @@ PromptTokenizer::PromptTokenizer(const Bundle &bundle) : bundle_(bundle), tokeni
 
 std::vector<Ids> PromptTokenizer::tokenize(const Request &request, std::vector<std::string> &warnings) {
     std::vector<Ids> ids;
-    for (const TokenIds &tokens : request.tokens)
-        ids.push_back(padded(tokens.ids, tokens.ids_2, request.max_sequence_length));
     std::map<std::string, std::size_t> first;
-    for (const std::string &prompt : request.prompts) {
-        const auto [place, is_new] = first.emplace(prompt, ids.size());
-        if (!is_new) {
-            ids.push_back(ids[place->second]);
-            continue;
+    const auto add = [&](const std::vector<std::string> &prompts, const std::vector<TokenIds> &tokens) {
+        for (const TokenIds &given : tokens) ids.push_back(padded(given.ids, given.ids_2, request.max_sequence_length));
+        for (const std::string &prompt : prompts) {
+            const auto [place, is_new] = first.emplace(prompt, ids.size());
+            if (!is_new) {
+                ids.push_back(ids[place->second]);
+                continue;
+            }
+            const std::pair key(prompt, request.max_sequence_length);
+            auto read = texts_.get(key);
+            if (!read) texts_.put(key, read = std::make_shared<const Text>(text(prompt, request.max_sequence_length)));
+            ids.push_back(read->ids);
+            warnings.insert(warnings.end(), read->warnings.begin(), read->warnings.end());
         }
-        const std::pair key(prompt, request.max_sequence_length);
-        auto read = texts_.get(key);
-        if (!read) texts_.put(key, read = std::make_shared<const Text>(text(prompt, request.max_sequence_length)));
-        ids.push_back(read->ids);
-        warnings.insert(warnings.end(), read->warnings.begin(), read->warnings.end());
-    }
+    };
+    add(request.prompts, request.tokens);
+    add(request.negative_prompts, request.negative_tokens);
     return ids;
 }
 

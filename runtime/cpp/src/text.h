@@ -27,8 +27,8 @@ public:
     // Throws Error if the bundle's built tokenizers are damaged. `bundle` must outlive this object.
     explicit PromptTokenizer(const Bundle &bundle);
 
-    // The padded ids of each prompt. Appends one warning for each distinct prompt that was cut. Throws Error if the
-    // request has prompts and the bundle has no tokenizers for this library.
+    // The padded ids of each prompt, then of each negative prompt. Appends one warning for each distinct one that was
+    // cut. Throws Error if the request has prompts and the bundle has no tokenizers for this library.
     std::vector<Ids> tokenize(const Request &request, std::vector<std::string> &warnings);
 
 private:

@@ -10,6 +10,12 @@ constexpr DType as_float64 = DType::int64;
 
 }  // namespace
 
+DenoiseShape PlanKey::negative_size() const {
+    DenoiseShape negative = size;
+    negative.text_tokens = negative_text_tokens;
+    return negative;
+}
+
 size_t aligned(size_t bytes) {
     constexpr size_t alignment = 256;
     return (bytes + alignment - 1) / alignment * alignment;
@@ -50,6 +56,13 @@ PlanArrays::PlanArrays(const Manifest &manifest, const PlanKey &key, int64_t ste
     for (const auto &[name, shape] : heads)
         add(working, name, shape, spec_of(backbone.outputs, name, "backbone").dtype);
     add(working, "modulation", inputs.at("modulation"), input("modulation"));
+    if (key.negative_text_tokens > 0) {
+        const Shapes negative = backbone_inputs(manifest, key.negative_size());
+        add(staged, "negative_states", negative.at("encoder_hidden_states"), input("encoder_hidden_states"));
+        add(staged, "true_cfg_scale", {1}, DType::float32);
+        add(constant, "negative_text_rotary", negative.at("text_rotary"), input("text_rotary"));
+        add(working, "negative_velocity", heads.at("velocity"), dtypes.at("velocity"));
+    }
     switch (key.modulation) {
         case Modulation::table:
             add(constant, "modulations", {steps, 1, width}, input("modulation"));

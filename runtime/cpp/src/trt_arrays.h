@@ -20,11 +20,15 @@ struct PlanKey {
     DenoiseShape size;
     bool pixels;
     Modulation modulation;
-    int64_t lora_rank;  // of the arena that the engines read their LoRAs from; 0 if they have no slots
+    int64_t lora_rank;                 // of the arena that the engines read their LoRAs from; 0 if they have no slots
+    int64_t negative_text_tokens = 0;  // 0 without guidance by negative prompts
+
+    // The sizes of the backbone's run for the negative prompts.
+    DenoiseShape negative_size() const;
 
     bool operator==(const PlanKey &other) const {
         return size == other.size && pixels == other.pixels && modulation == other.modulation &&
-               lora_rank == other.lora_rank;
+               lora_rank == other.lora_rank && negative_text_tokens == other.negative_text_tokens;
     }
 };
 
@@ -60,7 +64,7 @@ private:
 
 // Three layouts on the device, and one for results:
 // - `staged`: inputs of each call, in pinned memory and on the device in the same layout, copied in one piece: noise
-//   `streams`, text `states`, and the inputs of the modulation.
+//   `streams`, text `states`, the inputs of the modulation, and with guidance `negative_states` and `true_cfg_scale`.
 // - constant: filled once: rotary tables, `sigmas`, `timesteps.<run>` or the modulation table.
 // - working: on the device only: `latents` float32, which the update changes in place; `input`, the same in the
 //   backbone's dtype unless that is float32; the heads; intermediate results.

@@ -40,6 +40,10 @@ void Buffers::upload(Lane &lane, const DenoiseJob &job) {
     const std::unique_ptr<cuda::Pinned> pinned = lane.allocate_pinned(arrays.constant.bytes(), "backbone");
     put(pinned->data, arrays.constant["image_rotary"], "image_rotary", *job.image_rotary);
     put(pinned->data, arrays.constant["text_rotary"], "text_rotary", *job.text_rotary);
+    if (arrays.constant.has("negative_text_rotary")) {
+        fits(job.negative.has_value(), "guidance by negative prompts");
+        put(pinned->data, arrays.constant["negative_text_rotary"], "negative_text_rotary", *job.negative->text_rotary);
+    }
     const Layout::Region &sigmas = arrays.constant["sigmas"];
     fits(job.sigmas.size() * sizeof(double) == sigmas.bytes, "sigmas");
     std::memcpy(pinned->data + sigmas.offset, job.sigmas.data(), sigmas.bytes);
@@ -73,9 +77,20 @@ void Buffers::stage(const DenoiseJob &job, const Tensor *modulation) {
     // Embeddings do not change, so the same objects as last time have the same values and are not copied again.
     if (texts_ != job.texts) {
         texts_.clear();  // until all are copied
-        put_rows("states", job, &Embeddings::states);
-        if (arrays.staged.has("pooled_projections")) put_rows("pooled_projections", job, &Embeddings::pooled);
+        put_rows("states", job.texts, &Embeddings::states);
+        if (arrays.staged.has("pooled_projections")) put_rows("pooled_projections", job.texts, &Embeddings::pooled);
         texts_ = job.texts;
+    }
+    if (arrays.staged.has("negative_states")) {
+        fits(job.negative.has_value(), "guidance by negative prompts");
+        if (negative_texts_ != job.negative->texts) {
+            negative_texts_.clear();
+            put_rows("negative_states", job.negative->texts, &Embeddings::states);
+            negative_texts_ = job.negative->texts;
+        }
+        Tensor scale(DType::float32, {1});
+        *scale.as<float>() = job.negative->scale;
+        put(staging_->data, arrays.staged["true_cfg_scale"], "true_cfg_scale", scale);
     }
     if (arrays.staged.has("guidance")) {
         fits(job.guidance.has_value(), "guidance");
@@ -113,12 +128,12 @@ void Buffers::put(std::byte *memory, const Layout::Region &region, const std::st
 }
 
 // Write one row for each image: `member` of its text, [1, ...].
-void Buffers::put_rows(const std::string &name, const DenoiseJob &job, const Tensor Embeddings::*member) {
+void Buffers::put_rows(const std::string &name, const Texts &texts, const Tensor Embeddings::*member) {
     const Layout::Region &region = arrays.staged[name];
-    fits(static_cast<int64_t>(job.texts.size()) == region.shape[0], "the number of texts");
-    const size_t bytes = region.bytes / job.texts.size();
-    for (size_t i = 0; i < job.texts.size(); ++i)
-        put(staging_->data, {region.offset + i * bytes, bytes, {}}, name, (*job.texts[i]).*member);
+    fits(static_cast<int64_t>(texts.size()) == region.shape[0], "the number of texts");
+    const size_t bytes = region.bytes / texts.size();
+    for (size_t i = 0; i < texts.size(); ++i)
+        put(staging_->data, {region.offset + i * bytes, bytes, {}}, name, (*texts[i]).*member);
 }
 
 }  // namespace arcflow

@@ -40,12 +40,13 @@ public:
 private:
     void upload(Lane &lane, const DenoiseJob &job);
     void put(std::byte *memory, const Layout::Region &region, const std::string &name, const Tensor &tensor);
-    void put_rows(const std::string &name, const DenoiseJob &job, const Tensor Embeddings::*member);
+    using Texts = std::vector<std::shared_ptr<const Embeddings>>;
+    void put_rows(const std::string &name, const Texts &texts, const Tensor Embeddings::*member);
 
     std::map<std::string, std::pair<const Layout *, size_t>> places_;
     std::unique_ptr<cuda::Memory> memory_[3];  // staged, constant, working
     std::unique_ptr<cuda::Pinned> staging_, read_;
-    std::vector<std::shared_ptr<const Embeddings>> texts_;  // what `staged` holds
+    Texts texts_, negative_texts_;  // what `staged` holds
 };
 
 }  // namespace arcflow

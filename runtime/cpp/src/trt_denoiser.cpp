@@ -18,7 +18,9 @@
 namespace arcflow {
 namespace {
 
-void check_heads(const Part &backbone) {
+void check_heads(const Manifest &manifest) {
+    if (manifest.sampler == Sampler::linear) return;  // one output
+    const Part &backbone = manifest.parts.at("backbone");
     const auto dtype = [&](const char *name) { return spec_of(backbone.outputs, name, "backbone").dtype; };
     if (dtype("logweights") != dtype("means") || dtype("loggammas") != dtype("means"))
         throw engine_error("backbone: means, logweights and loggammas must be in one dtype; export the bundle again");
@@ -33,6 +35,13 @@ void check_job(const DenoiseJob &job) {
     for (const auto &text : job.texts)
         fits(text->states.shape.size() == 3 && text->states.shape == job.texts.front()->states.shape,
              "a text's states");
+    if (job.negative) {
+        const auto &negative = job.negative->texts;
+        fits(negative.size() == job.texts.size(), "the number of negative texts");
+        for (const auto &text : negative)
+            fits(text->states.shape.size() == 3 && text->states.shape == negative.front()->states.shape,
+                 "a negative text's states");
+    }
     fits(job.height > 0 && job.width > 0, "the grid");
     fits(!job.timesteps.empty() && job.sigmas.size() == job.timesteps.size() + 1, "sigmas");
 }
@@ -57,7 +66,7 @@ public:
           manifest_(manifest),
           max_plans_(max_plans),
           arenas_(*lane_, manifest_, {"backbone", "conditioner"}) {
-        check_heads(manifest_.parts.at("backbone"));
+        check_heads(manifest_);
         const Lane::Hold hold(*lane_);
         kernels_ = std::make_unique<Kernels>(lane_->device->gpu.target);
         lane_->make_room = [this] { return make_room(); };
@@ -91,6 +100,10 @@ public:
             DenoiseJob piece = job;
             piece.streams.assign(job.streams.begin() + begin, job.streams.begin() + end);
             piece.texts.assign(job.texts.begin() + begin, job.texts.begin() + end);
+            if (job.negative) {
+                const auto &negative = job.negative->texts;
+                piece.negative->texts.assign(negative.begin() + begin, negative.begin() + end);
+            }
             OnStep after;
             if (on_step) {
                 after = [&, last = end == batch](int64_t step, const Tensor &latents) {
@@ -138,6 +151,11 @@ private:
                 static_cast<int64_t>(job.timesteps.size())};
     }
 
+    // The text tokens of the negative prompts; 0 if the job has none.
+    static int64_t negative_tokens(const DenoiseJob &job) {
+        return job.negative ? job.negative->texts.front()->states.shape[1] : 0;
+    }
+
     // The largest number of images per run, and of timesteps per run of the conditioner, that the engines take. Throws
     // Error if they do not take even one image of this size.
     std::pair<int64_t, int64_t> fit(const DenoiseJob &job) const {
@@ -146,6 +164,11 @@ private:
         for (auto batch = static_cast<int64_t>(job.texts.size()); batch > 0; --batch) {
             const DenoiseShape size = size_of_job(job, batch);
             wrong = check_shapes_("backbone", backbone_inputs(manifest_, size));
+            if (wrong.empty() && job.negative) {
+                DenoiseShape negative = size;
+                negative.text_tokens = negative_tokens(job);
+                wrong = check_shapes_("backbone", backbone_inputs(manifest_, negative));
+            }
             if (wrong.empty() && job.pixels) wrong = check_shapes_("vae_decoder", decoder_inputs(manifest_, size));
             if (!wrong.empty()) continue;
             if (job.table != nullptr) return {batch, steps};
@@ -206,7 +229,7 @@ private:
         if (modulation == Modulation::given) given = job.table ? job.table : condition(job, steps_at_once);
         const PreparedLoras &loras = loras_of(job);
         const DenoiseShape size = size_of_job(job, static_cast<int64_t>(job.texts.size()));
-        const PlanKey key{size, job.pixels, modulation, arenas_.rank(loras)};
+        const PlanKey key{size, job.pixels, modulation, arenas_.rank(loras), negative_tokens(job)};
         Plan &plan = plan_for(key, steps_at_once, job);
         try {
             plan.stage(job, given.get());

@@ -186,8 +186,9 @@ Kernels::Kernels(const std::string &target) {
     for (const DType heads : floats) {
         noises_[heads] = module_->function((std::string("arcflow_noise_") + name_of(heads)).c_str());
         for (const DType input : floats) {
-            const std::string name = std::string("arcflow_update_") + name_of(heads) + "_" + name_of(input);
-            updates_[{heads, input}] = module_->function(name.c_str());
+            const std::string types = std::string(name_of(heads)) + "_" + name_of(input);
+            updates_[{heads, input}] = module_->function(("arcflow_update_" + types).c_str());
+            eulers_[{heads, input}] = module_->function(("arcflow_euler_" + types).c_str());
         }
     }
 }
@@ -209,6 +210,22 @@ void Kernels::update(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffe
                          &channels,
                          &sub_pixels};
     stream.launch(updates_.at({shape.heads, shape.engine_input}), geometry.grid, geometry.block, geometry.shared_bytes,
+                  arguments);
+}
+
+void Kernels::euler(cuda::Stream &stream, const EulerShape &shape, EulerBuffers buffers, int32_t step) {
+    if (shape.channels % 8 != 0) {
+        throw engine_error("the kernel for a straight step takes a multiple of 8 channels, got " +
+                           std::to_string(shape.channels));
+    }
+    const int64_t lanes = shape.velocity == DType::float32 ? ARCFLOW_UPDATE_LANES_32_BIT : ARCFLOW_UPDATE_LANES_16_BIT;
+    const int64_t tokens_of_block = ARCFLOW_EULER_THREADS / lanes;
+    long long tokens = shape.tokens;
+    int32_t channels = shape.channels;
+    void *arguments[] = {&buffers.velocity, &buffers.negative, &buffers.latents, &buffers.next, &buffers.input,
+                         &buffers.sigmas,   &buffers.scale,    &tokens,          &step,         &channels};
+    stream.launch(eulers_.at({shape.velocity, shape.engine_input}),
+                  static_cast<unsigned>((tokens + tokens_of_block - 1) / tokens_of_block), ARCFLOW_EULER_THREADS, 0,
                   arguments);
 }
 

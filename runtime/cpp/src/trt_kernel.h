@@ -29,6 +29,19 @@ struct UpdateShape {
     DType heads, engine_input;
 };
 
+// Device addresses for one launch of a straight student's step; euler.cu gives the shapes. `negative` and `scale` are 0
+// without guidance, `input` may be 0.
+struct EulerBuffers {
+    cuda::Address velocity, negative, latents, next, input, sigmas, scale;
+};
+
+// Sizes and dtypes of a straight student's step. `tokens` is B*N, and `channels` C*P, a multiple of 8.
+struct EulerShape {
+    int64_t tokens;
+    int32_t channels;
+    DType velocity, engine_input;
+};
+
 // The launch configuration for a shape (geometry.h). Throws Error if one token's modes do not fit in shared memory.
 struct UpdateGeometry {
     unsigned grid, block, shared_bytes;
@@ -51,6 +64,10 @@ public:
     // Enqueue the update from sigmas[step] to sigmas[step + 1].
     void update(cuda::Stream &stream, const UpdateShape &shape, UpdateBuffers buffers, int32_t step);
 
+    // Enqueue a straight student's step from sigmas[step] to sigmas[step + 1]. Throws Error if the channels are no
+    // multiple of 8.
+    void euler(cuda::Stream &stream, const EulerShape &shape, EulerBuffers buffers, int32_t step);
+
     // Enqueue the noise of a batch. All arguments are device addresses. `streams`: [images, 2] int64: a seed, and how
     // many of its numbers belong to earlier images. `latents`: [images, N, C*p*p] float32. `input`: the same values in
     // `engine_input`, or 0 for none.
@@ -59,7 +76,7 @@ public:
 
 private:
     std::unique_ptr<cuda::Module> module_;
-    std::map<std::pair<DType, DType>, cuda::Handle> updates_;
+    std::map<std::pair<DType, DType>, cuda::Handle> updates_, eulers_;
     std::map<DType, cuda::Handle> noises_;
 };
 

@@ -68,7 +68,9 @@ Runs runs_of(const Manifest &manifest, const ImageSize &size, MemoryMode mode) {
             loras.add(slot.name, bytes_of(inputs.at(slot.name), slot.dtype, slot.name));
     }
     const int64_t rank = loras.bytes() > 0 ? rank_multiple : 0;
-    const PlanKey key{denoise_shape(manifest, size), true, source, rank};
+    // A straight student that can be guided by negative prompts usually is.
+    const int64_t negative_tokens = manifest.true_cfg_scale ? size.text_tokens : 0;
+    const PlanKey key{denoise_shape(manifest, size), true, source, rank, negative_tokens};
     runs.plan_bytes = PlanArrays(manifest, key, size.steps).device_bytes() + 2 * loras.bytes();
     return runs;
 }

@@ -8,11 +8,7 @@
 #include "trt_shapes.h"
 
 namespace arcflow {
-namespace {
-
-constexpr const char *heads[] = {"means", "logweights", "loggammas"};
-
-}  // namespace
+namespace {}  // namespace
 
 Plan::Plan(Lane &lane, const Manifest &manifest, PartSource &parts, LoraArenas &arenas, Kernels &kernels,
            const PlanKey &key_, int64_t steps_at_once, const DenoiseJob &job)
@@ -46,29 +42,30 @@ void Plan::prepare(const Manifest &manifest, int64_t steps_at_once, const Denois
     const Part &backbone = manifest.parts.at("backbone");
     const Latents &sizes = manifest.latents;
     const DType input = spec_of(backbone.inputs, "latents", "backbone").dtype;
-    const DType dtype = spec_of(backbone.outputs, "means", "backbone").dtype;
+    straight_ = manifest.sampler == Sampler::linear;
+    const DType dtype = spec_of(backbone.outputs, straight_ ? "velocity" : "means", "backbone").dtype;
+    const int64_t tokens = key.size.batch * key.size.image_tokens();
+    const auto channels = static_cast<int32_t>(sizes.channels * sizes.patch_size * sizes.patch_size);
     noise_ = {static_cast<int32_t>(key.size.batch),
               static_cast<int32_t>(sizes.channels),
               static_cast<int32_t>(key.size.height * sizes.patch_size),
               static_cast<int32_t>(key.size.width * sizes.patch_size),
               static_cast<int32_t>(sizes.patch_size),
               input};
-    update_ = {key.size.batch * key.size.image_tokens(),
-               static_cast<int32_t>(sizes.num_gaussians),
-               static_cast<int32_t>(sizes.channels * sizes.patch_size * sizes.patch_size),
-               static_cast<int32_t>(sizes.logweights_channels),
-               dtype,
-               input};
+    update_ = {tokens,   static_cast<int32_t>(sizes.num_gaussians),
+               channels, static_cast<int32_t>(sizes.logweights_channels),
+               dtype,    input};
+    euler_ = {tokens, channels, dtype, input};
     buffers_ = std::make_unique<Buffers>(lane_, manifest, key, steps_at_once, job);
     find_shapes(manifest, steps_at_once);
-    for (const auto &[part, shapes] : shapes_) {
+    for (const auto &[name, shapes] : shapes_) {
         if (!keeps_) break;
-        const std::shared_ptr<Engine> engine = parts_.borrow(part);
-        TrtContext &context = *(contexts_[part] = make_context(part, dynamic_cast<TrtEngine &>(*engine).session()));
+        const std::shared_ptr<Engine> engine = parts_.borrow(part_of(name));
+        TrtContext &context = *(contexts_[name] = make_context(name, dynamic_cast<TrtEngine &>(*engine).session()));
         const size_t bytes = context.workspace_bytes();
         if (bytes > workspace_bytes_) {
             workspace_bytes_ = bytes;
-            largest_ = part;
+            largest_ = part_of(name);
         }
     }
     done_ = std::make_unique<cuda::Event>();
@@ -80,13 +77,17 @@ void Plan::find_shapes(const Manifest &manifest, int64_t steps_at_once) {
         shapes_["conditioner"] = {conditioner_inputs(manifest, key.size.batch, steps_at_once),
                                   conditioner_outputs(manifest, key.size.batch, steps_at_once)};
     shapes_["backbone"] = {backbone_inputs(manifest, key.size), backbone_outputs(manifest, key.size)};
+    if (key.negative_text_tokens > 0)
+        shapes_[negative] = {backbone_inputs(manifest, key.negative_size()), shapes_.at("backbone").outputs};
     if (key.pixels) shapes_["vae_decoder"] = {decoder_inputs(manifest, key.size), decoder_outputs(manifest, key.size)};
-    for (auto &[part, shapes] : shapes_) shapes.inputs.merge(arenas_.shapes(part, key.lora_rank));
+    for (auto &[name, shapes] : shapes_) shapes.inputs.merge(arenas_.shapes(part_of(name), key.lora_rank));
 }
 
-// Make a context of a part, and give it the addresses that are the same in all of its runs. The caller holds the lane.
-std::unique_ptr<TrtContext> Plan::make_context(const std::string &part, TrtSession &session) {
-    const PartShapes &shapes = shapes_.at(part);
+// Make a context, and give it the addresses that are the same in all of its runs. The caller holds the lane.
+std::unique_ptr<TrtContext> Plan::make_context(const std::string &context_name, TrtSession &session) {
+    const std::string part = part_of(context_name);
+    const bool of_negative = context_name == negative;
+    const PartShapes &shapes = shapes_.at(context_name);
     std::unique_ptr<TrtContext> context = session.context(shapes.inputs, lane_.stream());
     for (const auto &[name, expected] : shapes.outputs) {
         const std::vector<int64_t> found = context->shape(name);
@@ -98,9 +99,11 @@ std::unique_ptr<TrtContext> Plan::make_context(const std::string &part, TrtSessi
     const Buffers &buffers = *buffers_;
     if (part == "backbone") {
         context->bind("latents", buffers["input"] ? buffers["input"] : buffers["latents"]);
-        context->bind("encoder_hidden_states", buffers["states"]);
-        for (const char *name : {"modulation", "image_rotary", "text_rotary"}) context->bind(name, buffers[name]);
-        for (const char *name : heads) context->bind(name, buffers[name]);
+        context->bind("encoder_hidden_states", buffers[of_negative ? "negative_states" : "states"]);
+        context->bind("text_rotary", buffers[of_negative ? "negative_text_rotary" : "text_rotary"]);
+        for (const char *name : {"modulation", "image_rotary"}) context->bind(name, buffers[name]);
+        for (const auto &[name, shape] : shapes.outputs)
+            context->bind(name, buffers[of_negative ? "negative_velocity" : name]);
     } else if (part == "conditioner") {
         for (const char *name : {"pooled_projections", "guidance"})
             if (shapes.inputs.count(name) != 0) context->bind(name, buffers[name]);
@@ -112,14 +115,14 @@ std::unique_ptr<TrtContext> Plan::make_context(const std::string &part, TrtSessi
     return context;
 }
 
-// The context of a part for one stage.
-std::shared_ptr<TrtContext> Plan::use(const std::string &part) {
+// The contexts of a part for one stage.
+std::shared_ptr<const Plan::Contexts> Plan::use(const std::string &part) {
     if (!keeps_) return open_for_a_stage(part);
-    return {std::shared_ptr<TrtContext>(), contexts_.at(part).get()};  // this plan's, not counted
+    return {std::shared_ptr<const Contexts>(), &contexts_};  // this plan's, not counted
 }
 
 // Load a part for one stage. Its memory is freed with the last copy of the pointer, after the stream's work.
-std::shared_ptr<TrtContext> Plan::open_for_a_stage(const std::string &part) {
+std::shared_ptr<const Plan::Contexts> Plan::open_for_a_stage(const std::string &part) {
     struct Opened {
         explicit Opened(Lane &of) : lane(of) {}
         Opened(const Opened &) = delete;
@@ -128,7 +131,7 @@ std::shared_ptr<TrtContext> Plan::open_for_a_stage(const std::string &part) {
             try {
                 const Lane::Hold hold(lane);
                 lane.settle();
-                context.reset();
+                contexts.clear();
                 lane.release_workspace();
             } catch (const std::exception &) {  // the device is lost, so there is nothing to free
             }
@@ -136,17 +139,23 @@ std::shared_ptr<TrtContext> Plan::open_for_a_stage(const std::string &part) {
 
         Lane &lane;
         std::shared_ptr<Engine> engine;
-        std::unique_ptr<TrtContext> context;
+        Contexts contexts;
     };
     const auto opened = std::make_shared<Opened>(lane_);
     opened->engine = parts_.borrow(part);
     const Lane::Hold hold(lane_);
-    opened->context = make_context(part, dynamic_cast<TrtEngine &>(*opened->engine).session());
-    if (const size_t bytes = opened->context->workspace_bytes(); bytes > 0) {
-        const cuda::Memory &workspace = lane_.workspace(bytes, part);
-        opened->context->use_workspace(workspace.address, workspace.bytes);
+    size_t bytes = 0;
+    for (const auto &[name, shapes] : shapes_) {
+        if (part_of(name) != part) continue;
+        std::unique_ptr<TrtContext> &context = opened->contexts[name];
+        context = make_context(name, dynamic_cast<TrtEngine &>(*opened->engine).session());
+        bytes = std::max(bytes, context->workspace_bytes());
     }
-    return {opened, opened->context.get()};
+    if (bytes > 0) {
+        const cuda::Memory &workspace = lane_.workspace(bytes, part);
+        for (const auto &[name, context] : opened->contexts) context->use_workspace(workspace.address, workspace.bytes);
+    }
+    return {opened, &opened->contexts};
 }
 
 // Give the contexts the lane's workspace, and drop a graph that uses an older one. The caller holds the lane.
@@ -223,16 +232,16 @@ void Plan::enqueue(const OnStep &on_step) {
         mark("noise");
     }
     if (key.modulation == Modulation::conditioner) {
-        const auto context = use("conditioner");
+        const auto contexts = use("conditioner");
         const Lane::Hold hold(lane_);
-        condition(*context);
+        condition(*contexts->at("conditioner"));
         mark("condition");
     }
     enqueue_steps(on_step);
     if (key.pixels) {
-        const auto context = use("vae_decoder");
+        const auto contexts = use("vae_decoder");
         const Lane::Hold hold(lane_);
-        context->enqueue();
+        contexts->at("vae_decoder")->enqueue();
         mark("decode");
     }
     const Lane::Hold hold(lane_);
@@ -241,11 +250,11 @@ void Plan::enqueue(const OnStep &on_step) {
 }
 
 void Plan::enqueue_steps(const OnStep &on_step) {
-    const auto context = use("backbone");
+    const auto contexts = use("backbone");
     for (int64_t index = 0; index < key.size.steps; ++index) {
         {
             const Lane::Hold hold(lane_);
-            step(*context, index);
+            step(*contexts, index);
             if (!on_step) continue;
             copy_result("latents");
             lane_.stream().wait();
@@ -267,8 +276,8 @@ void Plan::condition(TrtContext &context) {
     }
 }
 
-// Run the backbone at one sigma, and the update to the next one.
-void Plan::step(TrtContext &context, int64_t index) {
+// Run the backbone at one sigma, with guidance once more for the negative prompts, and the update to the next sigma.
+void Plan::step(const Contexts &contexts, int64_t index) {
     cuda::Stream &stream = lane_.stream();
     const Buffers &buffers = *buffers_;
     // A step's rows of the modulation may start at an unaligned address, so they are copied to an aligned one.
@@ -277,12 +286,21 @@ void Plan::step(TrtContext &context, int64_t index) {
     for (int64_t copy = 0; copy < key.size.batch / rows.shape[1]; ++copy)
         stream.copy(buffers["modulation"] + static_cast<size_t>(copy) * bytes,
                     buffers["modulations"] + static_cast<size_t>(index) * bytes, bytes);
-    context.enqueue();
+    contexts.at("backbone")->enqueue();
+    if (const auto second = contexts.find(negative); second != contexts.end()) second->second->enqueue();
     mark("backbone");
-    kernels_.update(stream, update_,
-                    {buffers["means"], buffers["logweights"], buffers["loggammas"], buffers["latents"],
-                     buffers["latents"], buffers["input"], buffers["sigmas"]},
-                    static_cast<int32_t>(index));
+    if (straight_) {
+        // Addresses of what this plan does not have, such as negative_velocity without guidance, are 0.
+        kernels_.euler(stream, euler_,
+                       {buffers["velocity"], buffers["negative_velocity"], buffers["latents"], buffers["latents"],
+                        buffers["input"], buffers["sigmas"], buffers["true_cfg_scale"]},
+                       static_cast<int32_t>(index));
+    } else {
+        kernels_.update(stream, update_,
+                        {buffers["means"], buffers["logweights"], buffers["loggammas"], buffers["latents"],
+                         buffers["latents"], buffers["input"], buffers["sigmas"]},
+                        static_cast<int32_t>(index));
+    }
     mark("update");
 }
 

@@ -57,18 +57,24 @@ private:
         Shapes inputs, outputs;
     };
 
+    // The contexts of a part under its name. With guidance, the backbone has a second one under `negative`, for the
+    // negative prompts, whose texts may have another length.
+    using Contexts = std::map<std::string, std::unique_ptr<TrtContext>>;
+    static constexpr const char *negative = "negative";
+    static std::string part_of(const std::string &context) { return context == negative ? "backbone" : context; }
+
     void prepare(const Manifest &manifest, int64_t steps_at_once, const DenoiseJob &job);
     void find_shapes(const Manifest &manifest, int64_t steps_at_once);
-    std::unique_ptr<TrtContext> make_context(const std::string &part, TrtSession &session);
-    std::shared_ptr<TrtContext> use(const std::string &part);
-    std::shared_ptr<TrtContext> open_for_a_stage(const std::string &part);
+    std::unique_ptr<TrtContext> make_context(const std::string &name, TrtSession &session);
+    std::shared_ptr<const Contexts> use(const std::string &part);
+    std::shared_ptr<const Contexts> open_for_a_stage(const std::string &part);
     void bind();
     void capture();
     void run_kept(const OnStep &on_step);
     void enqueue(const OnStep &on_step);
     void enqueue_steps(const OnStep &on_step);
     void condition(TrtContext &context);
-    void step(TrtContext &context, int64_t index);
+    void step(const Contexts &contexts, int64_t index);
     void copy_result(const std::string &name);
     void mark(const char *stage);
     std::vector<std::pair<std::string, double>> times_ms() const;
@@ -79,11 +85,13 @@ private:
     Kernels &kernels_;
     const bool keeps_;  // the parts
     NoiseShape noise_{};
-    UpdateShape update_{};
+    UpdateShape update_{};  // of a momentum student
+    EulerShape euler_{};    // of a straight one
+    bool straight_ = false;
     std::unique_ptr<Buffers> buffers_;
-    std::map<std::string, PartShapes> shapes_;                     // by part
-    std::map<std::string, std::unique_ptr<TrtContext>> contexts_;  // of parts that stay loaded
-    std::string largest_;                                          // the part that needs most activations
+    std::map<std::string, PartShapes> shapes_;  // by context
+    Contexts contexts_;                         // of parts that stay loaded
+    std::string largest_;                       // the part that needs most activations
     size_t workspace_bytes_ = 0;
     uint64_t generation_ = 0;  // of the workspace that the contexts have
     bool bound_ = false, warm_ = false;

@@ -64,6 +64,7 @@ Shapes backbone_inputs(const Manifest &manifest, const DenoiseShape &size) {
 Shapes backbone_outputs(const Manifest &manifest, const DenoiseShape &size) {
     const int64_t tokens = size.image_tokens(), modes = manifest.latents.num_gaussians;
     const int64_t sub_pixels = manifest.latents.logweights_channels;
+    if (manifest.sampler == Sampler::linear) return {{"velocity", {size.batch, tokens, channels(manifest)}}};
     return {{"means", {size.batch, tokens, modes, channels(manifest)}},
             {"logweights", {size.batch, tokens, modes, sub_pixels}},
             {"loggammas", {size.batch, tokens, modes - 1, sub_pixels}}};

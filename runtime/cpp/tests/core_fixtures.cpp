@@ -103,6 +103,17 @@ Json qwen_manifest() {
     return m;
 }
 
+Json straight_manifest() {
+    Json m = qwen_manifest();
+    m["version"] = 4;
+    m["sampler"] = "linear";
+    m["true_cfg_scale"] = 4;
+    m["latents"]["num_gaussians"] = 1;
+    m["parts"]["backbone"]["outputs"] = tensors("velocity");
+    m["provenance"]["adapter"] = nullptr;
+    return m;
+}
+
 std::string sealed(Json m) {
     m["digest"] = arcflow::sha256(arcflow::canonical(m));
     return m.dump(2);

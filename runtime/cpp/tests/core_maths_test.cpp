@@ -65,18 +65,18 @@ void test_noise() {
 
 void test_schedule() {
     const arcflow::Schedule schedule{3.2, 1.0, 2};
-    const std::vector<double> two = arcflow::sigmas(2, schedule);
+    const std::vector<double> two = arcflow::sigmas(2, schedule, 1);
     // sigma(1/2) = 1.6 / 2.1.
     CHECK(two.size() == 3 && two[0] == 1 && std::abs(two[1] - 1.6 / 2.1) < 1e-15 && two[2] == 0);
     const auto seen = [&](arcflow::Family family, DType dtype) {
-        return arcflow::conditioning_timesteps(two, family, dtype).at(1);
+        return arcflow::conditioning_timesteps(two, family, dtype, arcflow::Sampler::momentum).at(1);
     };
     CHECK(seen(arcflow::Family::flux, DType::bfloat16) == 760.0f);
     CHECK(seen(arcflow::Family::qwen_image, DType::bfloat16) == 761.71875f);
     CHECK(seen(arcflow::Family::flux, DType::float32) == static_cast<float>(1.6 / 2.1) * 1000.0f);
     CHECK(arcflow::conditioning_guidance(3.5f, DType::bfloat16) == 3504.0f);
     CHECK(arcflow::conditioning_guidance(3.5f, DType::float32) == 3500.0f);
-    fails([&] { arcflow::sigmas(0, schedule); }, "num_inference_steps must be at least 1, got 0; the default is 2");
+    fails([&] { arcflow::sigmas(0, schedule, 1); }, "num_inference_steps must be at least 1, got 0; the default is 2");
 }
 
 // Each pair of numbers is cosine and sine of the position's angle, to half an ulp of numbers below 1.

@@ -115,3 +115,91 @@ void test_request() {
     one.prompts = prompts;
     token_fail(f, "request must have either prompts or tokens, got both");
 }
+
+void test_negative_prompts() {
+    const arcflow::Manifest f = parsed(flux_manifest()), straight = parsed(straight_manifest());
+    const char *prompts[] = {"a", "b"}, *negatives[] = {"x", "y"};
+    arcflow_request given = ARCFLOW_REQUEST_INIT;
+    given.prompts = prompts;
+    given.prompt_count = 2;
+    CHECK(arcflow::check_request(given, straight).warnings.at(0) ==
+          "without request.negative_prompts the images are not guided; give \" \" as a negative prompt to guide them");
+    given.num_inference_steps = 4;
+    given.negative_prompts = negatives;
+    given.negative_prompt_count = 2;
+    const arcflow::Request r = arcflow::check_request(given, straight);
+    CHECK(r.guided() && r.negative_prompts[1] == "y" && r.true_cfg_scale == 4 && r.warnings.empty());
+    given.negative_prompt_count = 1;
+    given.true_cfg_scale = 2.5f;
+    const arcflow::Request one = arcflow::check_request(given, straight);
+    CHECK(one.negative_prompts == std::vector<std::string>({"x", "x"}) && one.true_cfg_scale == 2.5);
+    given.true_cfg_scale = 0.3f;
+    const arcflow::Request off = arcflow::check_request(given, straight);
+    CHECK(!off.guided() &&
+          off.warnings.at(0) == "request.true_cfg_scale 0.3 does not guide, so request.negative_prompts was ignored");
+    given.true_cfg_scale = 0;
+
+    using R = arcflow_request;
+    const auto fail = [&](const arcflow::Manifest &m, const std::function<void(R &)> &change, const std::string &text) {
+        R changed = given;
+        change(changed);
+        fails([&] { arcflow::check_request(changed, m); }, text);
+    };
+    const int64_t ids[] = {1, 2, 3, 4};
+    const arcflow_tokens tokens{ids, 4, nullptr, 0}, few{ids, 3, nullptr, 0};
+    fail(
+        straight, [&](R &x) { x.negative_tokens = &tokens; },
+        "request must have either negative_prompts or negative_tokens, got both");
+    fail(
+        straight, [](R &x) { x.negative_prompts = nullptr; },
+        "request.negative_prompts must point to 1 prompts, got NULL; or set request.negative_prompt_count to 0");
+    for (const std::size_t count : {std::size_t{0}, std::size_t{3}, SIZE_MAX}) {
+        fail(
+            straight, [&](R &x) { x.negative_prompt_count = count; },
+            "request.negative_prompt_count must be 1 or one per prompt, 2, got " + std::to_string(count));
+    }
+    const char *missing[] = {nullptr}, *bad[] = {"a\xff"};
+    fail(
+        straight, [&](R &x) { x.negative_prompts = missing; },
+        "request.negative_prompts[0] must be a string, got NULL");
+    fail(
+        straight, [&](R &x) { x.negative_prompts = bad; },
+        "request.negative_prompts[0] must be UTF-8, got an invalid byte at position 1; encode the text as UTF-8");
+    fail(
+        straight,
+        [&](R &x) {
+            x.negative_prompts = nullptr;
+            x.negative_tokens = &few;
+        },
+        "request.negative_tokens[0].ids must have between 4 and 67 token ids, special tokens included, got 3");
+    for (const float scale : {-1.0f, 65.5f, std::nanf("")}) {
+        fail(
+            straight, [&](R &x) { x.true_cfg_scale = scale; }, "request.true_cfg_scale must be between 0 and 65, got ");
+    }
+
+    const std::string momentum = " is not supported: the student is distilled to run once per step, without a negative "
+                                 "prompt; leave it at its default";
+    fail(f, [](R &) {}, "request.negative_prompts" + momentum);
+    fail(f, [](R &x) { x.negative_prompts = nullptr; }, "request.negative_prompt_count" + momentum);
+    fail(
+        f,
+        [](R &x) {
+            x.negative_prompts = nullptr;
+            x.negative_prompt_count = 0;
+            x.true_cfg_scale = 1;
+        },
+        "request.true_cfg_scale" + momentum);
+
+    arcflow::Json own = straight_manifest();
+    own["modulation"]["num_inference_steps"] = {3};
+    own["schedule"] = {{"shift", 2}, {"timestep_ratio", 1}, {"num_inference_steps", 3}, {"sigmas", {1, 0.5, 0.25}}};
+    fail(
+        parsed(own), [](R &) {},
+        "request.num_inference_steps must be 3, the number of sigmas in this bundle's schedule, got 4; export without "
+        "--sigmas for other step counts");
+    // No warning of many steps, which a momentum student gets.
+    arcflow::Json many = straight_manifest();
+    many["modulation"]["num_inference_steps"] = {2, 50};
+    given.num_inference_steps = 50;
+    CHECK(arcflow::check_request(given, parsed(many)).warnings.empty());
+}

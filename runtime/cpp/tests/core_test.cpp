@@ -128,6 +128,7 @@ int main() {
     test_bundle();
     test_maths();
     test_request();
+    test_negative_prompts();
     std::puts("ok");
     return 0;
 }

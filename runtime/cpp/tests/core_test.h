@@ -34,6 +34,7 @@ private:
 // Manifests without a digest, whose files contain "bytes". Qwen's has a baked table and no conditioner.
 arcflow::Json flux_manifest();
 arcflow::Json qwen_manifest();
+arcflow::Json straight_manifest();  // Qwen's, of a straight student with guidance of scale 4 (B16)
 arcflow::Json file_entry();
 
 // `sealed`: a manifest's text with its digest. `parsed`: that text, read by the library.
@@ -43,3 +44,4 @@ arcflow::Manifest parsed(const arcflow::Json &manifest);
 void test_bundle();
 void test_maths();
 void test_request();
+void test_negative_prompts();

@@ -8,6 +8,9 @@
 //     core_tool image_rotary MANIFEST HEIGHT WIDTH               float32
 //     core_tool text_rotary MANIFEST HEIGHT WIDTH TOKENS         float32
 //     core_tool update SAFETENSORS SIGMA NEXT                    float32, from latents, means, logweights, loggammas
+//     core_tool schedule MANIFEST STEPS IMAGE_TOKENS             float64: sigmas, then timesteps
+//     core_tool euler SAFETENSORS STEP                           float32, from latents, velocity
+//     core_tool guide SAFETENSORS SCALE                          float32, from velocity, negative
 //     core_tool round DTYPE < float32                            float32
 //     core_tool canonical JSON                                   text
 //     core_tool open BUNDLE fast|full                            "ok"
@@ -80,11 +83,17 @@ void run(const std::string &command, const Arguments &a) {
         const arcflow::Latents latents{integer(2), integer(3), 8, 1, integer(3) * integer(3)};
         print(arcflow::packed_noise(seeds_of(a.at(0)), integer(1), latents, integer(4), integer(5)));
     } else if (command == "sigmas") {
-        print(arcflow::sigmas(integer(0), schedule_of(a.at(1), a.at(2))));
+        print(arcflow::sigmas(integer(0), schedule_of(a.at(1), a.at(2)), 1));
     } else if (command == "timesteps") {
         const auto family = a.at(0) == "flux" ? arcflow::Family::flux : arcflow::Family::qwen_image;
-        const auto sigmas = arcflow::sigmas(integer(2), schedule_of(a.at(3), a.at(4)));
-        print(arcflow::conditioning_timesteps(sigmas, family, dtype_of(a.at(1))));
+        const auto sigmas = arcflow::sigmas(integer(2), schedule_of(a.at(3), a.at(4)), 1);
+        print(arcflow::conditioning_timesteps(sigmas, family, dtype_of(a.at(1)), arcflow::Sampler::momentum));
+    } else if (command == "schedule") {
+        const auto m = arcflow::parse_manifest(read_file(a.at(0)), a[0]);
+        const auto sigmas = arcflow::sigmas(integer(1), m.schedule, integer(2));
+        print(sigmas);
+        const auto timesteps = arcflow::conditioning_timesteps(sigmas, m.family, m.reference_dtype, m.sampler);
+        print(std::vector<double>(timesteps.begin(), timesteps.end()));
     } else if (command == "guidance") {
         print(std::vector<float>{arcflow::conditioning_guidance(std::stof(a.at(0)), dtype_of(a.at(1)))});
     } else if (command == "image_rotary") {
@@ -97,6 +106,14 @@ void run(const std::string &command, const Arguments &a) {
         arcflow::update(latents, head(a[0], "means"), head(a[0], "logweights"), head(a[0], "loggammas"),
                         std::stod(a.at(1)), std::stod(a.at(2)));
         print(latents);
+    } else if (command == "euler") {
+        arcflow::Tensor latents = head(a.at(0), "latents");
+        arcflow::euler(latents, head(a[0], "velocity"), std::stod(a.at(1)));
+        print(latents);
+    } else if (command == "guide") {
+        arcflow::Tensor velocity = head(a.at(0), "velocity");
+        arcflow::guide(velocity, head(a[0], "negative"), std::stod(a.at(1)));
+        print(velocity);
     } else if (command == "round") {
         const std::string bytes{std::istreambuf_iterator<char>(std::cin), {}};
         arcflow::Tensor values(arcflow::DType::float32, {static_cast<int64_t>(bytes.size() / 4)});

@@ -1,3 +1,10 @@
+// The noise of a job, as the pipeline makes it.
+#pragma once
+
+#include <cstring>
+
+#include "engine.h"
+
 // [b, N, C] float32.
 inline arcflow::Tensor noise_of(const arcflow::DenoiseJob &job, const arcflow::Latents &latents) {
     const int64_t tokens = job.height * job.width, patch = latents.patch_size;

@@ -3,16 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <map>
-#include <set>
 
 #include "check.h"
 #include "error.h"
-#include "fake/fake_outputs.h"
-#include "noise_of.h"
-#include "pipeline.h"
+#include "fake/fake_backend.h"
 
 namespace {
 
@@ -20,104 +16,6 @@ using arcflow::DType;
 using arcflow::MemoryMode;
 using arcflow::Tensor;
 using arcflow::Tensors;
-
-// What the engines were asked, and how they answer.
-struct Log {
-    std::vector<std::string> opens, runs;
-    std::vector<Tensors> inputs;  // of each run
-    std::set<std::string> open;
-    std::size_t most_open = 0;
-    float mean = 0.5f;
-    uint8_t colour_step = 1;  // difference from each byte to the next
-    std::function<void(const std::string &, Tensors &)> spoil;
-    bool has_denoiser = false;
-    std::vector<arcflow::DenoiseJob> denoised;
-
-    std::vector<Tensors> of(const std::string &part) const {
-        std::vector<Tensors> out;
-        for (std::size_t i = 0; i < runs.size(); ++i)
-            if (runs[i] == part) out.push_back(inputs[i]);
-        return out;
-    }
-};
-
-class FakeEngine : public arcflow::Engine {
-public:
-    FakeEngine(Log &log, const arcflow::Bundle &bundle, const std::string &part)
-        : log_(log), manifest_(bundle.manifest), part_(part) {
-        log_.opens.push_back(part);
-        log_.open.insert(part);
-        log_.most_open = std::max(log_.most_open, log_.open.size());
-    }
-    ~FakeEngine() override { log_.open.erase(part_); }
-
-    Tensors run(const Tensors &inputs) override {
-        CHECK(log_.open.count(part_) == 1);
-        log_.runs.push_back(part_);
-        log_.inputs.push_back(inputs);
-        Tensors out = fake_outputs(manifest_, part_, inputs, log_.mean, log_.colour_step);
-        if (log_.spoil) log_.spoil(part_, out);
-        return out;
-    }
-
-private:
-    Log &log_;
-    const arcflow::Manifest &manifest_;
-    std::string part_;
-};
-
-// Times of a device so fast that the host takes longer.
-const std::vector<std::pair<std::string, double>> device_ms = {
-    {"copy", 1e-6}, {"backbone", 4e-6}, {"update", 2e-6}, {"decode", 3e-6}};
-
-// Changes the noise by the same constant velocity as FakeEngine.
-class FakeDenoiser : public arcflow::Denoiser {
-public:
-    FakeDenoiser(Log &log, const arcflow::Latents &latents) : log_(log), latents_(latents) {}
-
-    arcflow::Denoised run(const arcflow::DenoiseJob &job, const arcflow::OnStep &on_step) override {
-        log_.denoised.push_back(job);
-        arcflow::Denoised out{noise_of(job, latents_), {}, device_ms};
-        const auto steps = static_cast<int64_t>(job.timesteps.size());
-        for (int64_t step = 0; step < steps; ++step) {
-            const auto place = static_cast<std::size_t>(step);
-            const auto fall = static_cast<float>(job.sigmas[place] - job.sigmas[place + 1]);
-            for (int64_t i = 0; i < out.latents.count(); ++i) out.latents.as<float>()[i] -= log_.mean * fall;
-            if (on_step) on_step(step, out.latents);
-        }
-        if (job.pixels) {
-            out.pixels = Tensor(DType::uint8, {out.latents.shape[0], job.height * 16, job.width * 16, 3});
-            for (int64_t i = 0; i < out.pixels.count(); ++i)
-                out.pixels.as<uint8_t>()[i] = static_cast<uint8_t>(i * log_.colour_step);
-        }
-        return out;
-    }
-
-private:
-    Log &log_;
-    const arcflow::Latents latents_;
-};
-
-class FakeBackend : public arcflow::Backend {
-public:
-    explicit FakeBackend(Log &log) : log_(log) {}
-    void check(const arcflow::Bundle &) override {}
-    std::unique_ptr<arcflow::Engine> open(const arcflow::Bundle &bundle, const std::string &part) override {
-        return std::make_unique<FakeEngine>(log_, bundle, part);
-    }
-    std::unique_ptr<arcflow::Denoiser> open_denoiser(const arcflow::Bundle &bundle, arcflow::PartSource &) override {
-        if (!log_.has_denoiser) return nullptr;
-        return std::make_unique<FakeDenoiser>(log_, bundle.manifest.latents);
-    }
-
-private:
-    Log &log_;
-};
-
-std::unique_ptr<arcflow::Pipeline> open(const char *root, Log &log, std::optional<MemoryMode> memory = {}) {
-    return std::make_unique<arcflow::Pipeline>(arcflow::Bundle::open(root, false), std::make_unique<FakeBackend>(log),
-                                               memory);
-}
 
 using Prompts = std::vector<std::vector<int64_t>>;
 

@@ -75,6 +75,27 @@ void throws(const arcflow::Pipeline &pipe) {
     request.tokens = {{{1}, {1}}};
     CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
           "request must have either prompts or tokens, got both; leave one of them empty");
+    request = circle();
+    request.negative_prompts = {"blurred"};
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request.negative_prompts is not supported: the student is distilled to run once per step, without a "
+          "negative prompt; leave it at its default");
+    request.negative_tokens = {{{1}, {1}}};
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request must have either negative_prompts or negative_tokens, got both; leave one of them empty");
+    request.negative_prompts.clear();
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }).rfind("request.negative_tokens is not supp", 0) == 0);
+    request = circle();
+    request.negative_prompts = {std::string("a\0b", 3)};
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request.negative_prompts[0] must not contain a NUL character");
+    request = circle();
+    request.true_cfg_scale = 4.0f;
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }).rfind("request.true_cfg_scale is not supp", 0) == 0);
+    request.true_cfg_scale = 0.0f;
+    CHECK(thrown<arcflow::Error>([&] { pipe.generate(request); }) ==
+          "request.true_cfg_scale must be above 0, got 0; give 1 for no guidance, or leave it empty for the bundle's "
+          "scale");
     CHECK(thrown<arcflow::Error>([&] { pipe.open_lora("ink"); }) ==
           "ink: this bundle has no LoRA slots; export with --lora-slots all, or merge the LoRA with --lora");
     request = circle();

@@ -128,7 +128,7 @@ typedef struct arcflow_request {
     size_t prompt_count;
     int32_t num_images_per_prompt;    /* 0: 1 */
     int32_t height, width;            /* pixels; 0: 1024, or the nearest size that the bundle allows */
-    int32_t num_inference_steps;      /* network calls; 0: the bundle's default, usually 2 */
+    int32_t num_inference_steps;      /* 0: the bundle's default, usually 2 */
     int32_t max_sequence_length;      /* text tokens; 0: the bundle's maximum */
     float guidance_scale;             /* negative: 3.5; students without guidance ignore it */
     const uint64_t *seeds;            /* one for the whole batch, or one per image; NULL: random ones */
@@ -138,9 +138,15 @@ typedef struct arcflow_request {
     void *user;                       /* passed to on_step */
     const arcflow_scaled_lora *loras; /* [lora_count], for all images; each LoRA once */
     size_t lora_count;
+    /* Guidance by a negative prompt, for models such as Qwen-Image itself: two network calls in each step. Set one of
+     * the two; " " is the usual negative prompt. NULL: not guided. */
+    const char *const *negative_prompts; /* [negative_prompt_count], UTF-8 */
+    const arcflow_tokens *negative_tokens;
+    size_t negative_prompt_count; /* prompt_count, or 1 for all prompts */
+    float true_cfg_scale;         /* 0: the bundle's; up to 1: not guided; ignored without a negative prompt */
 } arcflow_request;
 #define ARCFLOW_REQUEST_INIT \
-    {sizeof(arcflow_request), NULL, NULL, 0, 0, 0, 0, 0, 0, -1.0f, NULL, 0, 0, NULL, NULL, NULL, 0}
+    {sizeof(arcflow_request), NULL, NULL, 0, 0, 0, 0, 0, 0, -1.0f, NULL, 0, 0, NULL, NULL, NULL, 0, NULL, NULL, 0, 0}
 
 /* Generate num_images_per_prompt images of each prompt, prompt by prompt. Free with arcflow_result_free. */
 ARCFLOW_API arcflow_status arcflow_generate(arcflow_pipeline *pipeline, const arcflow_request *request,

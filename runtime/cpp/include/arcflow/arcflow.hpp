@@ -111,6 +111,10 @@ struct Request {
     std::vector<std::uint64_t> seeds;  // one for the whole batch, or one per image; empty: random ones
     bool skip_decode = false;          // true: return only the latents, no pixels
     std::vector<ScaledLora> loras;     // of the same pipeline, each once
+    // Guidance by a negative prompt, for models that have it; see arcflow_request. One for each prompt, or one for all.
+    std::vector<std::string> negative_prompts;
+    std::vector<Tokens> negative_tokens;
+    std::optional<float> true_cfg_scale;
     // Called after each step with its index and the latents [batch, tokens, channels]. Return true to continue; false
     // ends the request with an Error. An exception that it throws leaves `generate`. Do not use the same pipeline in
     // it.
@@ -202,18 +206,31 @@ public:
             throw Error(ARCFLOW_REQUEST_ERROR,
                         "request must have either prompts or tokens, got both; leave one of them empty");
         }
-        std::vector<const char *> prompts;
-        for (const std::string &prompt : request.prompts) {
-            const std::string name = "request.prompts[" + std::to_string(prompts.size()) + "]";
-            prompts.push_back(detail::c_string(prompt, name.c_str()));
+        if (!request.negative_prompts.empty() && !request.negative_tokens.empty()) {
+            throw Error(ARCFLOW_REQUEST_ERROR,
+                        "request must have either negative_prompts or negative_tokens, got both; leave one of them "
+                        "empty");
         }
-        std::vector<arcflow_tokens> tokens;
-        for (const Tokens &t : request.tokens)
-            tokens.push_back({t.ids.data(), t.ids.size(), t.ids_2.data(), t.ids_2.size()});
+        const std::vector<const char *> prompts = c_strings(request.prompts, "request.prompts");
+        const std::vector<const char *> negatives = c_strings(request.negative_prompts, "request.negative_prompts");
+        const std::vector<arcflow_tokens> tokens = c_tokens(request.tokens);
+        const std::vector<arcflow_tokens> negative_tokens = c_tokens(request.negative_tokens);
         arcflow_request c = ARCFLOW_REQUEST_INIT;
         c.prompts = prompts.empty() ? nullptr : prompts.data();
         c.tokens = tokens.empty() ? nullptr : tokens.data();
         c.prompt_count = prompts.empty() ? tokens.size() : prompts.size();
+        c.negative_prompts = negatives.empty() ? nullptr : negatives.data();
+        c.negative_tokens = negative_tokens.empty() ? nullptr : negative_tokens.data();
+        c.negative_prompt_count = negatives.empty() ? negative_tokens.size() : negatives.size();
+        if (request.true_cfg_scale) {
+            // In the C struct a scale of 0 selects the bundle's.
+            if (*request.true_cfg_scale == 0) {
+                throw Error(ARCFLOW_REQUEST_ERROR,
+                            "request.true_cfg_scale must be above 0, got 0; give 1 for no guidance, "
+                            "or leave it empty for the bundle's scale");
+            }
+            c.true_cfg_scale = *request.true_cfg_scale;
+        }
         c.num_images_per_prompt = or_default(request.num_images_per_prompt, "num_images_per_prompt");
         c.height = or_default(request.height, "height");
         c.width = or_default(request.width, "width");
@@ -264,6 +281,21 @@ private:
             }
         }
     };
+
+    static std::vector<const char *> c_strings(const std::vector<std::string> &texts, const std::string &name) {
+        std::vector<const char *> out;
+        for (const std::string &text : texts) {
+            const std::string place = name + "[" + std::to_string(out.size()) + "]";
+            out.push_back(detail::c_string(text, place.c_str()));
+        }
+        return out;
+    }
+
+    static std::vector<arcflow_tokens> c_tokens(const std::vector<Tokens> &tokens) {
+        std::vector<arcflow_tokens> out;
+        for (const Tokens &t : tokens) out.push_back({t.ids.data(), t.ids.size(), t.ids_2.data(), t.ids_2.size()});
+        return out;
+    }
 
     // A value for the C struct, where 0 selects the default; so a 0 that the caller sets is an error here.
     static std::int32_t or_default(const std::optional<int> &value, const char *name) {

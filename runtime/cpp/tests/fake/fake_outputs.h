@@ -12,8 +12,9 @@ inline arcflow::Tensor filled(arcflow::DType dtype, const std::vector<int64_t> &
     return arcflow::cast(std::move(tensor), dtype);
 }
 
-// Text states equal the ids; modulation counts its rows; heads give the constant velocity `mean`; bytes of images
-// differ by `colour_step` from each to the next.
+// Text states equal the ids; modulation counts its rows; heads give the constant velocity `mean`, and a straight
+// student's velocity is `mean` times the text's first state; bytes of images differ by `colour_step` from each to the
+// next.
 inline arcflow::Tensors fake_outputs(const arcflow::Manifest &m, const std::string &part,
                                      const arcflow::Tensors &inputs, float mean, uint8_t colour_step) {
     using arcflow::DType;
@@ -34,6 +35,14 @@ inline arcflow::Tensors fake_outputs(const arcflow::Manifest &m, const std::stri
         Tensor modulation(DType::float32, {steps, prompts, 5});
         for (int64_t i = 0; i < modulation.count(); ++i) modulation.as<float>()[i] = static_cast<float>(i / 5);
         out["modulation"] = arcflow::cast(std::move(modulation), precision);
+    } else if (part == "backbone" && m.sampler == arcflow::Sampler::linear) {
+        const std::vector<int64_t> &shape = inputs.at("latents").shape;
+        const Tensor states = arcflow::cast(inputs.at("encoder_hidden_states"), DType::float32);
+        Tensor velocity(DType::float32, shape);
+        const int64_t each = velocity.count() / shape[0], text = states.count() / shape[0];
+        for (int64_t i = 0; i < velocity.count(); ++i)
+            velocity.as<float>()[i] = mean * states.as<float>()[i / each * text];
+        out["velocity"] = arcflow::cast(std::move(velocity), precision);
     } else if (part == "backbone") {
         const std::vector<int64_t> &shape = inputs.at("latents").shape;
         const int64_t k = m.latents.num_gaussians, p = m.latents.logweights_channels;
