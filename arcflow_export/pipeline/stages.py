@@ -14,7 +14,7 @@ from arcflow_runtime.disk.quant_formats import BY_OPTION, FORMATS, FormatFacts
 
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 DOWNLOAD, EXPORT, CALIBRATE, QUANTIZE, VERIFY, BUILD = "download", "export", "calibrate", "quantize", "verify", "build"
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: Packages whose versions change a stage's output.
 _PACKAGES = {
     EXPORT: ("arcflow", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript"),
@@ -156,7 +156,7 @@ def plan_stages(job: CompileJob, commits: Mapping[str, str]) -> list[Stage]:
         stages.append(Stage(DOWNLOAD, (*sources, *(["--offline"] if job.offline else []), "--json")))
         sources = (*sources, "--offline")  # later stages use the downloaded files
     opset = ["--opset", "20"] if exported == job.bundle("fp32") and job.backend != "onnxruntime" else []
-    words = (*sources, "--dtype", _DTYPES[exported.path.name.rpartition("-")[2]], *opset, *_files(student.export))
+    words = (*sources, "--dtype", DTYPES[exported.path.name.rpartition("-")[2]], *opset, *_files(student.export))
     stages.append(_writing(job, EXPORT, words, exported, ("--out", str(exported.path), "--overwrite"), loras))
     if job.quantized is not None:
         stages += _quantise(job.quantized, job, sources, loras)
