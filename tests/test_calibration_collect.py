@@ -118,6 +118,42 @@ def test_a_student_without_guidance_or_pooled_text():
     assert {(pooled, size) for *_, pooled, size in student.seen} == {(None, (32, 32, 3.5))}
 
 
+class FakeTeacher(FakeStudent):
+    """A straight student whose velocity is (1, 0, ...) for states of "n" and (0, 1, 0, ...) for others."""
+
+    def predict(self, x, sigma, states, pooled, height, width, guidance_scale):
+        self.seen.append((self._on.step, x, states, pooled))
+        v = torch.zeros_like(x)
+        v[..., 0 if float(states[0, 0, 0]) == ord("n") else 1] = 1.0
+        return (v,)
+
+    def step(self, x, heads, start, end):
+        return x - (start - end) * heads[0]
+
+
+def test_a_negative_prompt_takes_a_second_call_in_each_step():
+    """Prompts take the negative prompts in turn, and calls have texts of one length; the guided step is by hand."""
+    on = SimpleNamespace(parts={STEPPED: {}}, step=0, texts=[])
+    student = FakeTeacher(on, pooled=False)
+    settings = CalibrationSettings(
+        num_inference_steps=2, max_sequence_length=24, negative_prompts=("n", "nn"), true_cfg_scale=3.0
+    )
+    batch = PromptBatch(((0, "a"), (1, "b"), (2, "c")), 32, 32)
+    generate_batch(student, batch, settings, None, on)
+    # Each text is encoded once.
+    assert [text for text, _ in on.texts] == ["a", "b", "c", "n", "nn"]
+    shapes = [(step, tuple(states.shape[:2])) for step, _, states, _ in student.seen]
+    # Prompts 0 and 2 share a negative prompt and so their calls.
+    pair, alone = [(2, 1), (2, 1)], [(1, 1), (1, 2)]
+    assert shapes == [(s, shape) for rows in (pair, alone) for s in (0, 1) for shape in rows]
+    start, after = student.seen[0][1], student.seen[2][1]
+    # 3 v - 2 n = (-2, 3), of length sqrt(13), is given the length of v, which is 1.
+    sigma = 3.2 / 4.2
+    moved = torch.zeros_like(start)
+    moved[..., 0], moved[..., 1] = -2 / 13**0.5, 3 / 13**0.5
+    torch.testing.assert_close(after, start - (1 - sigma) * moved)
+
+
 def test_text_encoders_alone_draw_nothing():
     on = SimpleNamespace(parts={TEXT: {}}, step=0, texts=[])
     student = FakeStudent(on)
@@ -230,6 +266,8 @@ OTHER = {
     "shift": (3.0, "shift"),
     "timestep_ratio": (0.5, "timestep-ratio"),
     "straight": (Schedule(1.0, 1.0, 4), "schedule"),
+    "negative_prompts": (("ugly",), "negative-prompt"),
+    "true_cfg_scale": (4.0, "true-cfg-scale"),
 }
 
 

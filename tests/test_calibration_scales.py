@@ -17,6 +17,7 @@ from arcflow_export.formats.prompts import PRESETS, read_prompts
 from arcflow_export.formats.scales import ActivationRange, PromptSet, Scales
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.manifest import Source, seal
+from tests.test_straight_runtime import make_straight
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -185,11 +186,29 @@ def test_scales_of_other_runs_than_the_bundles_are_warned_of(tmp_path):
     assert steps.startswith("the scales were made with num_inference_steps 4, the bundle has 2; ")
 
 
+def test_negative_prompts_are_kept_and_other_files_have_no_such_keys(path, tmp_path):
+    assert not {"negative_prompts", "true_cfg_scale"} & json.loads(path.read_text()).keys()
+    guided = make(negative_prompts=(" ", "blurred"), true_cfg_scale=4.0)
+    guided.save(tmp_path / "guided.json")
+    assert Scales.load(tmp_path / "guided.json") == guided
+    straight = make_straight(tmp_path / "qwen", "qwen-image")
+    (warning,) = make().warnings(Bundle.open(straight).manifest)
+    assert warning == (
+        "the scales were made without a negative prompt, and the bundle is guided by one; calibrate without "
+        "--true-cfg-scale 1, or the ranges may not fit"
+    )
+    assert guided.warnings(Bundle.open(straight).manifest) == ()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"shift": 0.0}, "shift must be positive and finite, got 0.0"),
         ({"timestep_ratio": 1.5}, "timestep_ratio must be above 0 and at most 1, got 1.5"),
+        ({"negative_prompts": ()}, r"negative_prompts must be at least one, or null, got \[\]"),
+        ({"negative_prompts": ("x",)}, "true_cfg_scale must be above 1 and finite, got None"),
+        ({"negative_prompts": ("x",), "true_cfg_scale": 1.0}, "true_cfg_scale must be above 1 and finite, got 1.0"),
+        ({"true_cfg_scale": 4.0}, "true_cfg_scale must be null without negative_prompts, got 4.0"),
     ],
 )
 def test_a_schedule_out_of_range(tmp_path, change, message):

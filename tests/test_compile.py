@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from arcflow_export.pipeline import process
-from arcflow_runtime import cli
+from arcflow_export.pipeline.students import load_student_file
+from arcflow_runtime import Bundle, cli
 from tests import compiling
 from tests.compiling import HERE, STAGES, STUDENT, compile_, log
 from tests.conftest import SHAPES
@@ -133,7 +135,7 @@ def test_without_figures(place, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name = 1", "missing keys ['adapter', 'base']"),
+        ("name = 1", "missing keys ['base']"),
         ('name = "a"\nbass = "b"', "unknown key 'bass'; did you mean 'base'?; the keys are name, base, adapter, "),
         (
             'name = "a/b"\nbase = "b"\nadapter = "c"',
@@ -152,6 +154,10 @@ def test_without_figures(place, capsys):
             'name = "a"\nbase = "b"\nadapter = "c"\nloras = ["x:much"]',
             "loras must be PATH or PATH:SCALE with a number for SCALE, got 'x:much'",
         ),
+        (
+            'name = "a"\nbase = "b"\nadapter_subfolder = "c"',
+            "adapter_subfolder and adapter_revision need adapter; give it, or leave them out",
+        ),
         ("name", "not valid TOML (Expected '=' after a key in a key/value pair (at end of document))"),
     ],
 )
@@ -164,12 +170,48 @@ def test_wrong_student_files(place, capsys, text, message):
 
 
 def test_unknown_students(place, capsys):
+    presets = "flux, flux-dev, flux-schnell, qwen, qwen-image"
     for name, message in (
-        ("fluks", "'fluks' is neither a preset nor a .toml file; did you mean 'flux'?; the presets are flux, qwen"),
-        ("some.toml", "some.toml does not exist; the presets are flux, qwen"),
+        ("fluks", f"'fluks' is neither a preset nor a .toml file; did you mean 'flux'?; the presets are {presets}"),
+        ("some.toml", f"some.toml does not exist; the presets are {presets}"),
     ):
         assert cli.main(["compile", name]) == 1
         assert capsys.readouterr().err == f"arcflow compile: error: {message}\n"
+
+
+def test_a_base_without_an_adapter(place, capsys):
+    """Calibration gets the schedule of the export, unless it has its own."""
+    Path("student.toml").write_text(
+        'name = "some"\nbase = "base"\n[arguments]\n'
+        'export = "--steps 8,4 --schedule lightning --max-px 512"\ncalibrate = "--limit 3 --schedule=base"'
+    )
+    assert compile_() == 0
+    assert log() == list(STAGES)
+    ran = {name: " ".join(words) for name, words in commands(capsys).items()}
+    base = f"--base {place / 'base'}"
+    assert ran["export"].startswith(f"export {base} --dtype bfloat16 --steps 8,4 --schedule lightning --max-px 512 ")
+    assert ran["calibrate"].startswith(f"calibrate {base} --limit 3 --schedule=base --num-inference-steps 8 --out")
+
+
+def test_a_base_that_is_named_alone(place, capsys):
+    words = ["compile", "--base", "base", "--precision", "fp32", "--backend", "onnxruntime"]
+    assert cli.main(words) == 0
+    assert log() == ["export"]
+    assert f"export --base {place / 'base'} --dtype float32 --out out/base-fp32" in capsys.readouterr().out
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "export  done" in capsys.readouterr().out
+    for wrong in (["compile"], ["compile", "student.toml", "--base", "base"]):
+        assert cli.main(wrong) == 2
+        assert capsys.readouterr().err == (
+            "arcflow compile: error: give either STUDENT or --base, such as: arcflow compile flux, or --base DIR\n"
+        )
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "qwen-image"])
+def test_bases_that_come_with_the_package(name):
+    student = load_student_file(name)
+    assert student.name == name and student.adapter is None
+    assert student.checkpoints == (student.base,)
 
 
 def test_mistakes_are_found_before_the_first_stage(place, capsys):
@@ -232,7 +274,7 @@ def traced(request, tmp_path, monkeypatch):
     """The real stages, which share the traces of the other tests."""
     cache = getattr(request.config, "cache", None)
     monkeypatch.setenv("TRACES", str(cache.mkdir("traces") if cache else tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(process, "COMMAND", (sys.executable, str(HERE / "traced_stage.py")))
 
 
@@ -248,3 +290,27 @@ def test_the_shapes_student_for_real(traced, tmp_path, capfd):
     assert (stage["stage"], stage["state"]) == ("export", "done")
     assert stage["seconds"] > 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "shapes-fp32").rglob("*")} == written
+
+
+@pytest.mark.slow
+def test_a_base_for_real(traced, tmp_path, capfd):
+    """Qwen-Image itself, guided by a negative prompt, from its checkpoint to FP8 for a CPU."""
+    (tmp_path / "base").symlink_to(HERE / "golden" / "qwen-tiny" / "base")
+    few = "--prompts shapes --limit 2"
+    (tmp_path / "student.toml").write_text(
+        'name = "teacher"\nbase = "base"\n[arguments]\nexport = "--steps 3 --max-px 256 --max-sequence-length 160"\n'
+        f'calibrate = "{few} --sizes 64x64"\nverify = "{few} --height 64 --width 64"\n'
+    )
+    student, out = str(tmp_path / "student.toml"), str(tmp_path / "out")
+    words = [student, "--precision", "fp8", "--backend", "onnxruntime", "--out", out]
+    assert cli.main(["plan", *words, "--json"]) == 0
+    planned = json.loads(capfd.readouterr().out)["stages"]
+    assert [s["stage"] for s in planned] == ["export", "calibrate", "quantize", "verify"]
+    assert all(s["seconds"] > 0 for s in planned)
+    assert cli.main(["compile", *words]) == 0
+    said = capfd.readouterr().out
+    assert "PASSED: every threshold holds" in said and "step 2" in said
+    scales = json.loads((tmp_path / "out" / "teacher-scales.json").read_text())
+    assert (scales["num_inference_steps"], scales["negative_prompts"], scales["true_cfg_scale"]) == (3, [" "], 4.0)
+    bundle = Bundle.open(tmp_path / "out" / "teacher-fp8")
+    assert bundle.manifest.sampler == "linear" and bundle.manifest.parts["backbone"].quantization is not None

@@ -360,6 +360,7 @@ def test_shares_of_the_judge_by_hand(monkeypatch):
 def report(**changes) -> DriftReport:
     settings = {"candidate": "c", "reference": "r", "count": 2, "prompts": "p", "seed": 0, "policy": "q"}
     settings |= {"width_px": 64, "height_px": 32, "num_inference_steps": 2}
+    settings |= {"negative_prompt": None, "true_cfg_scale": 1.0}
     latents = [Measure("end to end", "latents", "", exactly(v), s) for s, v in enumerate((0.4, 0.3))]
     means = [Measure("parts", "means", "", exactly(0.1), s) for s in (0, 1)]
     psnr = Measure("end to end", "PSNR", "dB", exactly(30.0))

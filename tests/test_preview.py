@@ -7,6 +7,7 @@ import pytest
 
 from arcflow_runtime import Pipeline, RequestError
 from arcflow_runtime.generate import denoise
+from arcflow_runtime.generate.previews import preview_steps
 from tests.conftest import FAMILIES
 
 PROMPTS = ["a red circle", "an old sailor in a dark rainy street at night"]
@@ -93,6 +94,36 @@ def test_the_first_preview_is_the_image_of_one_step(pipe):
 def test_images_are_the_same_with_and_without(pipe):
     output, _ = previews(pipe)
     np.testing.assert_array_equal(output.images, pipe(PROMPTS, seed=[1, 2], output_type="latents", **SIZE).images)
+
+
+@pytest.mark.parametrize(
+    ("steps", "most", "expected"),
+    [
+        (2, None, [0]),
+        (4, 3, [0, 1, 2]),
+        (4, 1, [1]),
+        (5, 3, [0, 1, 2]),
+        (50, 1, [24]),
+        (50, 3, [11, 24, 36]),
+        (8, 0, []),
+        (1, 3, []),
+    ],
+)
+def test_previews_are_spread_over_the_steps(steps, most, expected):
+    assert sorted(preview_steps(steps, most)) == expected
+
+
+def test_fewer_previews_are_some_of_all(pipe):
+    _, every = previews(pipe, num_inference_steps=4)
+    _, one = previews(pipe, num_inference_steps=4, max_previews=1)
+    assert [step for step, _ in one] == [1]
+    np.testing.assert_array_equal(one[0][1], every[1][1])
+    for wrong in (-1, True, 1.0):
+        with pytest.raises(RequestError) as e:
+            previews(pipe, max_previews=wrong)
+        assert str(e.value) == f"max_previews must be an integer of at least 0, or None for all, got {wrong!r}"
+    with pytest.raises(RequestError, match=r"^max_previews needs callback_on_preview; give both, or leave it out$"):
+        pipe(PROMPTS, max_previews=1, **SIZE)
 
 
 def test_one_step_has_no_preview(pipe):

@@ -145,6 +145,20 @@ REFUSED = {
         (2**64, "seed must leave room for 1 images below 2**64, got 18446744073709551616"),
     ],
     "num_inference_steps": [(51, "num_inference_steps must be at most 50, got 51")],
+    "cfg_scale": [
+        (
+            4,
+            "cfg_scale is not supported: the field is called guidance_scale, or true_cfg_scale for guidance by a "
+            "negative_prompt",
+        )
+    ],
+    "negative_prompt": [
+        (
+            "blurred",
+            "negative_prompt is not supported: the student is distilled to run once per step, without a negative "
+            "prompt; leave it out",
+        )
+    ],
     "guidance_scale": [(66, "guidance_scale must be between 0 and 65, got 66.0")],
     "width": [(64, "width is not supported: give size as WIDTHxHEIGHT")],
     "promt": [("x", "unknown field 'promt'; did you mean prompt?")],
@@ -155,7 +169,14 @@ REFUSED = {
 def test_the_fields_are_those_of_the_client():
     sent = set(openai.types.image_generate_params.ImageGenerateParamsBase.__annotations__) | {"stream"}
     assert sent == set(ACCEPTED) | {"complexity", "frame_count", "frame_duration_ms", "svg"}
-    assert set(GenerationRequest.model_fields) - sent == {"seed", "num_inference_steps", "guidance_scale", "loras"}
+    assert set(GenerationRequest.model_fields) - sent == {
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+        "negative_prompt",
+        "true_cfg_scale",
+        "loras",
+    }
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

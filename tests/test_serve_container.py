@@ -17,6 +17,7 @@ import pytest
 
 from arcflow_runtime import Pipeline
 from tests.conftest import SHAPES_OPTIONS
+from tests.hub import Hub
 from tests.serving import GENERATE, alone, image_of, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.lengthy]
@@ -85,8 +86,11 @@ def of_pip() -> list[str]:
     return options + [f"--env={key}={value}" for key, value in variables.items()]
 
 
-def test_the_image_serves(buildah, base, bundles):
+def test_the_image_serves(buildah, base, bundles, tmp_path):
+    """A mounted bundle, and one from the hub."""
     bundle = bundles("shapes", **SHAPES_OPTIONS)
+    hub = tmp_path / "hub"
+    shutil.copytree(bundle, hub / "owner" / "name")
     options = ("--format", "docker", "--isolation", "chroot", "--quiet", "--layers=false")
     arguments = ("--build-arg", f"BASE={base}", "--file", "serving/Dockerfile", "--tag", "localhost/arcflow")
     buildah("build", *options, *of_pip(), *arguments, ROOT)
@@ -110,6 +114,13 @@ def test_the_image_serves(buildah, base, bundles):
         kind, *check = json.loads(buildah("inspect", container))["Docker"]["config"]["Healthcheck"]["Test"]
         assert kind == "CMD"
         buildah(*run, *check)
+        with Hub(hub) as running:
+            # The image's own cache is used.
+            home = {"HF_HOME", "HF_HUB_CACHE"}
+            told = [f"--env={k}={v}" for k, v in running.environment(tmp_path).items() if k not in home]
+            checked = buildah(run[0], *told, *run[1:], "arcflow", "serve", "owner/name", "--check")
+        assert checked.startswith("name: 16x16 in ") and checked.endswith("the image of the pipeline alone")
+        assert any(name.endswith("manifest.json") for name in running.downloads)
     finally:
         process.send_signal(signal.SIGTERM)
         # The exit code is buildah's own.

@@ -74,6 +74,13 @@ def test_the_image_does_not_run_as_root():
     assert int(user) > 0 and int(group) > 0
 
 
+def test_bundles_from_the_hub_are_kept_where_the_service_may_write():
+    assert "hub" in re.findall(r"^ARG EXTRAS=(\S+)$", joined(), re.MULTILINE)[0].split(",")
+    (writable,) = re.findall(r"^RUN install --directory .* (/\S+)$", joined(), re.MULTILINE)
+    (home,) = re.findall(r"^ENV .*HF_HOME=(\S+)", joined(), re.MULTILINE)
+    assert Path(writable) in Path(home).parents
+
+
 def test_the_context_holds_what_the_package_needs():
     ignored = (SERVING.parent / ".dockerignore").read_text().splitlines()
     named = {line[1:] for line in ignored if line.startswith("!")}

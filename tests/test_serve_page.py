@@ -9,9 +9,11 @@ import threading
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from arcflow_runtime import Pipeline
+from arcflow_runtime import Bundle, Pipeline
+from arcflow_serve import models
 from tests.conftest import SHAPES_OPTIONS
 from tests.serving import WAIT_S, alone, image_of, preview_alone, serve, wait_until, wrap
+from tests.test_straight_runtime import Backend, make_straight
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
@@ -307,6 +309,44 @@ def test_several_models(bundles, bundle, open_page, tmp_path):
         page.click("#go")
         finished(page, 1)
         assert "model=two" in page.locator(".again").get_attribute("href")
+
+
+@pytest.mark.slow
+def test_a_negative_prompt(open_page, tmp_path, monkeypatch):
+    """The fields show for a bundle that is guided; the link makes the same image again."""
+    root = make_straight(tmp_path / "teacher", "qwen-image")
+    load = lambda path, *_, **__: Pipeline(Bundle.open(path), Backend())  # noqa: E731
+    monkeypatch.setattr(models.Pipeline, "load", staticmethod(load))
+    with serve([root]) as running:
+        page = open_page(running.url)
+        expect(page.locator("#negative-fields")).to_be_visible()
+        for name, value in {"width": "48", "height": "32", "seed": "7"}.items():
+            page.fill("#" + name, value)
+        prompt, size = page.input_value("#prompt"), {"width": 48, "height": 32}
+        page.click("#go")
+        finished(page, 1)
+        page.fill("#negative_prompt", "blurred")
+        page.fill("#true_cfg_scale", "2.5")
+        page.click("#go")
+        finished(page, 2)
+        page.fill("#true_cfg_scale", "1")
+        page.click("#go")
+        finished(page, 3)
+        pipe = load(root)
+        expected = [
+            alone(pipe, prompt, 7, **size),
+            alone(pipe, prompt, 7, negative_prompt="blurred", true_cfg_scale=2.5, **size),
+            # Without a text it is a space.
+            alone(pipe, prompt, 7, negative_prompt=" ", **size),
+        ]
+        assert [pixels(x) for x in sources(page)] == expected
+        page.locator(".again").nth(1).click()
+        finished(page, 4)
+        assert pixels(sources(page)[0]) == expected[1]
+        assert (page.input_value("#negative_prompt"), page.input_value("#true_cfg_scale")) == ("blurred", "2.5")
+        page.fill("#true_cfg_scale", "66")
+        page.click("#go")
+        expect(page.locator("#true_cfg_scale-error")).to_have_text("true_cfg_scale must be between 0 and 65, got 66.0")
 
 
 def test_the_page_is_one_file_that_asks_nobody(running):

@@ -15,7 +15,7 @@ FAR = 1e12
 
 
 def key(width: int = 64, model: str = "m") -> BatchKey:
-    return BatchKey(model, 64, width, 2, None, False)
+    return BatchKey(model, 64, width, 2, None, 0)
 
 
 def job(prompt: str, client: str = "a", n: int = 1, width: int = 64, deadline: float = FAR) -> Job:

@@ -16,7 +16,7 @@ from arcflow_serve.jobs import BatchKey, Failed, Finished, Job, Preview
 from arcflow_serve.remote import Progress, RemoteEngine, work_on
 from arcflow_serve.settings import Settings
 
-KEY = BatchKey("shapes", 64, 64, 2, None, False)
+KEY = BatchKey("shapes", 64, 64, 2, None, 0, true_cfg_scale=4.0)
 
 
 class DiedError(Exception):
@@ -57,7 +57,7 @@ def engine_of(replicas, **settings) -> RemoteEngine:
 def job_of(*seeds: int, deadline_s: float = 60.0) -> SimpleNamespace:
     events: asyncio.Queue = asyncio.Queue()
     deadline = time.monotonic() + deadline_s
-    job = Job("client", KEY, "a red circle", seeds, Encoding(), deadline, events.put_nowait)
+    job = Job("client", KEY, "a red circle", seeds, Encoding(), deadline, events.put_nowait, "blurred")
     return SimpleNamespace(job=job, next=lambda: asyncio.wait_for(events.get(), 10), events=events)
 
 
@@ -199,6 +199,7 @@ def test_a_replica_delivers_its_events():
                 await asyncio.sleep(0)
         (theirs,) = replica.released
         assert (theirs.client, theirs.key, theirs.prompt, theirs.seeds) == ("client", KEY, "a red circle", (1, 2))
+        assert theirs.negative_prompt == "blurred"
         assert 59 < theirs.deadline - time.monotonic() < 60
 
     asyncio.run(main())

@@ -12,11 +12,14 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from arcflow_runtime import Pipeline, cli
-from arcflow_runtime.errors import RequestError
+from arcflow_runtime import Bundle, Pipeline, cli
+from arcflow_runtime.disk import manifest as b
+from arcflow_runtime.errors import LoraError, RequestError
 from arcflow_serve import settings
 from arcflow_serve.triton_repository import TritonOptions, write_repository
 from tests.conftest import SHAPES_OPTIONS
+from tests.fake_bundle import make_bundle
+from tests.lora_slots import add_slots, write_lora
 from tests.servers import processes_of, python_of, started
 from tests.serving import alone, wait_until
 
@@ -69,12 +72,35 @@ def test_for_a_gpu_of_another_machine(bundle, tmp_path):
     assert "threads" not in config
 
 
+def test_loras_of_the_configuration(tmp_path):
+    root = add_slots(make_bundle(tmp_path / "bundle"), {"backbone": {"transformer_blocks.0.attn.to_q": (8, 8)}})
+    file = write_lora(tmp_path / "ink.safetensors", Bundle.open(root).manifest.slots())
+    for options, path in (({}, file), ({"lora_folder": "/loras"}, "/loras/ink.safetensors")):
+        chosen = TritonOptions("tensorrt-rtx", loras=(file,), **options)
+        config = write_repository(root, tmp_path / path.__class__.__name__, None, chosen) / "config.pbtxt"
+        assert f'parameters {{ key: "loras" value {{ string_value: "[\\"{path}\\"]" }} }}' in config.read_text()
+    with pytest.raises(RequestError, match=r"^--lora needs a bundle with LoRA slots, and none has any; export with "):
+        write_repository(make_bundle(tmp_path / "b"), tmp_path / "r", None, TritonOptions("tensorrt", loras=(file,)))
+    other = write_lora(
+        tmp_path / "other.safetensors",
+        {"backbone": b.LoraSlots({"transformer_blocks.0.attn.to_k": b.SlotLayer(8, 8, "float32")}, 8, 8)},
+    )
+    with pytest.raises(LoraError):
+        write_repository(root, tmp_path / "r", None, TritonOptions("tensorrt-rtx", loras=(other,)))
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "name", "message"),
     [
         ({}, "a/b", "the model's name must be letters, digits, '.', '_' and '-', got 'a/b'; choose one with --name"),
         ({"max_queue": 0}, None, "--max-queue must be at least 1, got 0"),
         ({"deadline_s": float("nan")}, None, "--deadline must be a number of seconds above 0, got nan"),
+        (
+            {"lora_folder": "/loras"},
+            None,
+            "--lora-folder needs --lora, which names the files in it; give it, or leave both out",
+        ),
         (
             {"backend": "auto"},
             None,
@@ -150,6 +176,46 @@ def test_images_are_those_of_the_pipeline(python, triton, bundle):
 
 @pytest.mark.slow
 @pytest.mark.lengthy
+def test_loras_and_negative_prompts(python, tmp_path):
+    """In one bundle: Qwen-Image itself, with slots."""
+    base = Path(__file__).parent / "golden" / "qwen-tiny" / "base"
+    options = ("--steps", "4", "--max-px", "64", "--max-sequence-length", "160", "--lora-slots", "attn")
+    root = tmp_path / "bundle"
+    assert cli.main(["export", "--base", str(base), "--out", str(root), *options]) == 0
+    file = write_lora(tmp_path / "ink.safetensors", Bundle.open(root).manifest.slots(), 4, 1)
+    size = {"width": 64, "height": 48}
+    plain = {}, {}
+    loras = {"loras": '{"ink": 0.8}'}, {"loras": {"ink": 0.8}}
+    guided = (
+        {"negative_prompt": "blurred", "true_cfg_scale": 3.0},
+        {"negative_prompt": "blurred", "true_cfg_scale": 3.0},
+    )
+    asked = [plain, loras, guided, (loras[0] | guided[0], loras[1] | guided[1])]
+    wrong = {
+        "loras must be a JSON object of names and scales such as {\"ink\": 0.8}, got 'ink'": {"loras": "ink"},
+        "loras must name LoRAs that this service has loaded, got 'inc'; it has 'ink'. A LoRA can also be merged into "
+        "a bundle, with arcflow export --lora": {"loras": '{"inc": 1}'},
+        "loras: the scale of 'ink' must be a number, got '1'": {"loras": '{"ink": "1"}'},
+        "true_cfg_scale must be between 0 and 65, got 66.0": {"true_cfg_scale": 66.0},
+    }
+    arguments = (root, "--name", "shapes", "--instances", 1, "--lora", file)
+    with started(python, "serve_triton.py", *arguments, home=tmp_path) as running:
+        sent = [
+            case("grpc" if i % 2 else "http", "a red circle", seeds=[5], **size, **told)
+            for i, (told, _) in enumerate(asked)
+        ]
+        answers = client(python, running, *sent)
+        failed = client(python, running, *(case("grpc", "x", **told) for told in wrong.values()))
+    with Pipeline.load(root, threads=1) as pipe:
+        pipe.load_lora(file)
+        expected = [alone(pipe, "a red circle", 5, **size, **told).hex() for _, told in asked]
+    assert [a["pixels"] for a in answers] == [[e] for e in expected]
+    assert len(set(expected)) == len(asked)
+    assert [a["error"] for a in failed] == [f"[StatusCode.INVALID_ARGUMENT] {m}" for m in wrong]
+
+
+@pytest.mark.slow
+@pytest.mark.lengthy
 def test_a_wrong_request_gets_its_own_error(python, triton, bundle):
     wrong = {
         "width must be a multiple of 16, got 17; the nearest is 16": {"width": 17, "height": 16},
@@ -184,6 +250,9 @@ def test_triton_reads_the_configuration_as_it_was_meant(triton):
         "height": True,
         "num_inference_steps": True,
         "guidance_scale": True,
+        "negative_prompt": True,
+        "true_cfg_scale": True,
+        "loras": True,
     }
 
 

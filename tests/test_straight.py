@@ -17,16 +17,22 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from arcflow_export.checkpoint.sources import Resolved
+from arcflow_export.drift.cases import DriftCase, ImageSettings
+from arcflow_export.drift.stages import BundleStages, backbone_inputs
 from arcflow_export.errors import SourceError
+from arcflow_export.formats.scales import Scales
 from arcflow_export.student.schedule import base_schedule
 from arcflow_runtime import Bundle, Pipeline, cli
+from arcflow_runtime.generate import straight as runtime_straight
 from arcflow_runtime.maths.schedule import sigmas
 from tests.checkpoints import GOLDEN, Sizes, make_base, make_style
 
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 #: The project's contract for float32: latents within 1e-4 of the largest value, images within 1.5 grey levels.
 LATENTS, IMAGE = 1e-4, 1.5 / 255
-SMALL = ["--max-px", "256", "--max-sequence-length", "32"]
+#: Text tokens of a bundle. The tiny tokenizer makes more than 100 of Qwen-Image's template, of which 34 are dropped, so
+#: with fewer tokens all prompts would be cut to the same text.
+TOKENS = {"qwen": 160, "flux": 32, "schnell": 32}
 
 
 def with_scheduler(base: Path, **changes) -> Path:
@@ -43,7 +49,8 @@ def exported(folder: Path, kind: str, options: tuple[str, ...] = ()) -> tuple[Pa
         with_scheduler(base, use_dynamic_shifting=False, shift=1.0)
     else:
         shutil.copytree(GOLDEN / f"{kind}-tiny" / "base", base)
-    arguments = ["export", "--base", base, "--out", folder / "bundle", *SMALL, *options]
+    arguments = ["export", "--base", base, "--out", folder / "bundle", "--max-px", "256"]
+    arguments += ["--max-sequence-length", TOKENS[kind], *options]
     assert cli.main([str(a) for a in arguments]) == 0
     return base, folder / "bundle"
 
@@ -79,9 +86,13 @@ def compare(
         expected.append(tensors["latents"].numpy().copy())
         return tensors
 
-    generator = torch.Generator().manual_seed(5)
     image = pipe(
-        **common, **theirs, generator=generator, max_sequence_length=32, callback_on_step_end=keep, output_type="np"
+        **common,
+        **theirs,
+        generator=torch.Generator().manual_seed(5),
+        max_sequence_length=Bundle.open(bundle).manifest.text.max_sequence_length,
+        callback_on_step_end=keep,
+        output_type="np",
     ).images
     with Pipeline.load(bundle) as made:
         named = {made.load_lora(file): scale for file, scale in (loras or {}).items()}
@@ -93,6 +104,7 @@ def compare(
             output_type="numpy",
             callback_on_step_end=lambda _, latents: got.append(latents.copy()),
         )
+    assert not [w for w in output.warnings if "was cut" in w]
     assert len(got) == len(expected) == steps
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert np.abs(a - b).max() <= LATENTS * np.abs(b).max(), f"step {i}"
@@ -223,6 +235,81 @@ def test_fp8_and_verify(straight, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_calibration_sees_what_diffusers_does_with_both_prompts(tmp_path):
+    """Hooks on diffusers' own pipeline record the linears' inputs in the two calls of each step."""
+    prompt, negative = "blurred, ugly", "a red circle"
+    base, scales, steps = GOLDEN / "qwen-tiny" / "base", tmp_path / "scales.json", 3
+    (tmp_path / "prompts").write_text(f"{prompt}\n")
+    size = ["--sizes", "96x64", "--num-inference-steps", str(steps), "--max-sequence-length", "160"]
+    words = ["--prompts", str(tmp_path / "prompts"), "--negative-prompt", negative, *size]
+    assert cli.main(["calibrate", "--base", str(base), "--out", str(scales), *words]) == 0
+    found = Scales.load(scales)
+    assert (found.negative_prompts, found.true_cfg_scale) == ((negative,), 4.0)
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    seen = {name: [] for name in found.parts["backbone"]}
+    for name, peaks in seen.items():
+        module = pipe.transformer.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, peaks=peaks: peaks.append(float(args[0].abs().amax())))
+    pipe(
+        prompt=prompt,
+        negative_prompt=negative,
+        true_cfg_scale=4.0,
+        height=96,
+        width=64,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        max_sequence_length=160,
+        output_type="latent",
+    )
+    by_the_negative = 0
+    for name, peaks in seen.items():
+        first, second = peaks[::2], peaks[1::2]
+        assert len(first) == len(second) == steps
+        by_the_negative += any(n > p for p, n in zip(first, second, strict=True))
+        expected = [max(pair) for pair in zip(first, second, strict=True)]
+        # The contract for float32, as above.
+        np.testing.assert_allclose(found.parts["backbone"][name].amax, expected, rtol=LATENTS)
+    assert by_the_negative > 0, "some range is set by the negative prompt alone"
+
+
+@pytest.mark.slow
+def test_verify_guides_by_a_negative_prompt(straight, monkeypatch, capsys):
+    base, bundle = straight("qwen", ("--steps", "8"))
+    words = ["verify", bundle, "--base", base, "--prompt", "a red circle", "--steps", "2"]
+    assert cli.main([str(w) for w in words]) == 0
+    out = capsys.readouterr().out
+    assert "negative text states" in out and "step 1 negative velocity" in out
+    # Guidance that is left out fails, from the first step on.
+    monkeypatch.setattr(runtime_straight, "guide", lambda velocity, *_: velocity)
+    assert cli.main([str(w) for w in words]) == 1
+    assert "end to end: latents after step 0" in "".join(
+        x for x in capsys.readouterr().out.splitlines() if "FAILED" in x
+    )
+    # Without guidance there is no second call.
+    assert cli.main([str(w) for w in [*words, "--true-cfg-scale", "1"]]) == 0
+    assert "negative" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_drift_gate_guides_as_the_pipeline_does(straight):
+    _, root = straight("qwen", ("--steps", "8"))
+    cases = (DriftCase("a red circle", 1), DriftCase("two", 2))
+    scene = ImageSettings(64, 48, 3, None, 160, "blurred, ugly", 3.0)
+    stages = BundleStages(Bundle.open(root), cases, scene, "float32")
+    text = stages.encode()
+    batches = stages.batches(text, stages.modulation(text.pooled))
+    trajectory = stages.generate(batches)
+    # A layer is measured in both calls of a step.
+    assert len(list(backbone_inputs(batches, trajectory, 0))) == 2 * len(batches)
+    guided = {"negative_prompt": scene.negative_prompt, "true_cfg_scale": scene.true_cfg_scale}
+    with Pipeline.load(root) as pipe:
+        for i, case in enumerate(cases):
+            alone = pipe(case.prompt, 64, 48, 3, seed=case.seed, output_type="latents", **guided).images[0]
+            assert np.abs(trajectory.latents[-1][i] - alone).max() <= LATENTS * np.abs(alone).max()
+
+
+@pytest.mark.slow
 def test_a_base_keeps_its_conditioner_where_sigma_depends_on_the_size(straight):
     _, bundle = straight("qwen", ("--steps", "8"))
     manifest = Bundle.open(bundle).manifest
@@ -244,11 +331,11 @@ ADAPTER = ["--adapter", str(GOLDEN / "flux-tiny" / "adapter")]
         (["--adapter-subfolder", "x"], "--adapter-subfolder and --adapter-revision need --adapter"),
         (["--shift", "0"], "--shift must be above 0 and finite, got 0"),
         (["--true-cfg-scale", "0.5"], "--true-cfg-scale must be between 1 and 65, got 0.5"),
-        (["--true-cfg-scale", "2"], "--true-cfg-scale: flux is not guided by a negative prompt; leave it out"),
+        (["--true-cfg-scale", "2"], "--true-cfg-scale: this model is not guided by a negative prompt; leave it out"),
         (["--schedule", "lightning"], "--schedule lightning is for Qwen-Image; leave it out for the base's own"),
         (["--sigmas", "1,x"], "--sigmas must be numbers separated by commas, got '1,x'"),
         (["--sigmas", "1,1"], "--sigmas must fall from at most 1 and stay above 0, got '1,1'"),
-        (["--sigmas", "1,0.5", "--steps", "4"], "--steps must be 2, the number of --sigmas, got 4; leave it out"),
+        (["--sigmas", "1,0.5", "--steps", "4"], "the number of steps must be 2, that of --sigmas, got 4; leave"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, monkeypatch, capsys, options, message):

@@ -1,8 +1,10 @@
 """Compile a student: download, export, calibrate, quantise, verify and build, skipping the stages that are done.
 
-STUDENT is flux, qwen, or a TOML file that names the base, the adapter and the options of each stage. Every stage runs
-in its own process. If the command is stopped, run it again: it continues and repeats no finished stage. A stage whose
-inputs or options have changed runs again. The plan is printed first, and what each stage took is printed at the end.
+STUDENT is flux or qwen, a base without an adapter (flux-dev, flux-schnell, qwen-image), or a TOML file that names the
+base, the adapter if there is one, and the options of each stage. --base compiles any base without an adapter. Every
+stage runs in its own process. If the command is stopped, run it again: it continues and repeats no finished stage. A
+stage whose inputs or options have changed runs again. The plan is printed first, and what each stage took is printed at
+the end.
 """
 
 from __future__ import annotations
@@ -28,18 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan, and what each stage took, as JSON")
 
 
-def add_job_arguments(
-    parser: argparse.ArgumentParser, optional: bool = False, backends: Sequence[str] = BACKENDS
-) -> None:
+def add_job_arguments(parser: argparse.ArgumentParser, backends: Sequence[str] = BACKENDS) -> None:
     """Declare the arguments that describe the job; `arcflow plan` and `arcflow doctor` take them too.
 
     Args:
         parser: gets the arguments.
-        optional: the student may be left out.
         backends: what --backend accepts.
     """
-    nargs = "?" if optional else None
-    parser.add_argument("student", metavar="STUDENT", nargs=nargs, help="flux, qwen or a .toml file")
+    parser.add_argument(
+        "student",
+        metavar="STUDENT",
+        nargs="?",
+        help="flux, qwen, flux-dev, flux-schnell, qwen-image or a .toml file",
+    )
+    parser.add_argument(
+        "--base", metavar="DIR|ID", help="in place of STUDENT: this base itself, without an adapter, in bf16"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the student's")
     parser.add_argument(
         "--backend",
@@ -103,12 +109,14 @@ def read_job(args: argparse.Namespace) -> CompileJob:
     """
     from arcflow_export.pipeline.backend import choose_backend
     from arcflow_export.pipeline.stages import CompileJob
-    from arcflow_export.pipeline.students import load_student_file
+    from arcflow_export.pipeline.students import base_student, load_student_file
     from arcflow_runtime.errors import RequestError
 
     if args.limit is not None and args.limit < 1:
         raise RequestError(f"--limit must be at least 1, got {args.limit}")
-    student = load_student_file(args.student)
+    if (args.student is None) == (args.base is None):
+        raise RequestError("give either STUDENT or --base, such as: arcflow compile flux, or --base DIR")
+    student = load_student_file(args.student) if args.base is None else base_student(args.base)
     precision = args.precision or student.precision
     return CompileJob(
         student,
@@ -129,7 +137,8 @@ def read_job(args: argparse.Namespace) -> CompileJob:
 
 def job_arguments(args: argparse.Namespace, job: CompileJob) -> list[str]:
     """The options that `read_job` reads, as command-line words, with the job's backend."""
-    words = [args.student, "--backend", job.backend, "--out", str(args.out)]
+    words = ["--base", args.base] if args.student is None else [args.student]
+    words += ["--backend", job.backend, "--out", str(args.out)]
     for name in ("precision", "target", "policy", "scales", "device", "limit"):
         if (value := getattr(args, name)) is not None:
             words += [f"--{name}", str(value)]

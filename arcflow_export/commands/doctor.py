@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_job_arguments(parser, optional=True, backends=choices())
+    add_job_arguments(parser, choices())
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from arcflow_export.doctor.findings import report
     from arcflow_export.doctor.machine import check_machine, existing
 
-    findings = check_machine(existing(args.out), args.backend if args.student is None else "auto")
-    if args.student is not None:
+    job = args.student is not None or args.base is not None
+    findings = check_machine(existing(args.out), "auto" if job else args.backend)
+    if job:
         findings += _check_student(args)
     failed = sum(f.state == "fail" for f in findings)
     if args.json:

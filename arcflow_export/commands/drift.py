@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcflow_export.commands.announce import add_anyway, announce
+from arcflow_export.commands.straight import negative_prompt
 from arcflow_export.drift.cases import LIMIT, LIMIT_WITH_JUDGE
 from arcflow_export.errors import ExportError
 from arcflow_export.families import facts
@@ -88,8 +89,20 @@ def run_drift(args: argparse.Namespace) -> int:
     scenes = []
     for bundle in (candidate, reference):
         request = check_request(
-            bundle.manifest, "", args.height, args.width, args.steps, None, args.seed, 1, None, "latents"
+            bundle.manifest,
+            "",
+            args.height,
+            args.width,
+            args.steps,
+            None,
+            args.seed,
+            1,
+            None,
+            "latents",
+            negative_prompt=negative_prompt(args, bundle.manifest),
+            true_cfg_scale=args.true_cfg_scale,
         )
+        negatives = request.negative_prompts
         scenes.append(
             ImageSettings(
                 request.height_px,
@@ -97,6 +110,8 @@ def run_drift(args: argparse.Namespace) -> int:
                 request.num_inference_steps,
                 request.guidance_scale,
                 request.max_sequence_length,
+                None if negatives is None else negatives[0],
+                1.0 if negatives is None else request.true_cfg_scale,
             )
         )
     if scenes[0] != scenes[1]:

@@ -11,14 +11,16 @@ from arcflow_export.options import ExportOptions
 
 if TYPE_CHECKING:
     from arcflow_export.student.load import Student
-    from arcflow_runtime.disk.manifest import Schedule
+    from arcflow_runtime.disk.manifest import Manifest, Schedule
 
+#: What Qwen-Image's authors give where there is nothing to avoid.
+NEGATIVE_PROMPT = " "
 #: Values of --schedule.
 SCHEDULES = ("base", "lightning")
 
 
 def add_straight_arguments(parser: argparse.ArgumentParser, bundle: bool = True) -> None:
-    """Declare --schedule and, for a command that writes a bundle, --sigmas and --true-cfg-scale."""
+    """Declare --schedule, --sigmas and --true-cfg-scale and, for a command that writes no bundle, --negative-prompt."""
     group = parser.add_argument_group("a base without --adapter")
     group.add_argument(
         "--schedule",
@@ -26,8 +28,6 @@ def add_straight_arguments(parser: argparse.ArgumentParser, bundle: bool = True)
         help="that of the base's own scheduler, or of the Qwen-Image-Lightning LoRAs: shift 3, 8 steps, no guidance; "
         "--shift gives either a fixed shift; default: base",
     )
-    if not bundle:
-        return
     group.add_argument(
         "--sigmas",
         metavar="S,S,...",
@@ -37,8 +37,16 @@ def add_straight_arguments(parser: argparse.ArgumentParser, bundle: bool = True)
         "--true-cfg-scale",
         type=float,
         metavar="G",
-        help="default scale of Qwen-Image's guidance with a negative prompt; default: 4, or 1 for lightning",
+        help=f"{'default ' if bundle else ''}scale of Qwen-Image's guidance with a negative prompt; default: 4, or 1, "
+        "which does not guide, for lightning",
     )
+    if not bundle:
+        group.add_argument(
+            "--negative-prompt",
+            action="append",
+            metavar="TEXT",
+            help="what Qwen-Image is guided away from; prompts take several in turn; default: a space",
+        )
 
 
 def check_straight(args: argparse.Namespace) -> None:
@@ -51,7 +59,7 @@ def check_straight(args: argparse.Namespace) -> None:
     from arcflow_runtime.errors import RequestError
 
     if args.adapter is not None:
-        for name in ("schedule", "sigmas", "true_cfg_scale"):
+        for name in ("schedule", "sigmas", "true_cfg_scale", "negative_prompt"):
             if getattr(args, name, None) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{option} is for a base without --adapter; leave {option} or --adapter out")
@@ -72,44 +80,44 @@ def straight_options(options: ExportOptions, args: argparse.Namespace, student: 
         RequestError: they do not fit the family, or contradict each other.
         SourceError: the base's scheduler cannot be read or is not supported.
     """
-    from arcflow_runtime.errors import RequestError
-
-    schedule, scale = straight_schedule(args, student)
-    if args.true_cfg_scale is not None:
-        if scale is None:
-            raise RequestError(f"--true-cfg-scale: {student.family} is not guided by a negative prompt; leave it out")
-        scale = args.true_cfg_scale
-    if args.sigmas is not None:
-        schedule = _with_sigmas(schedule, args.sigmas, options.steps)
+    schedule, scale = straight_schedule(args, student, options.steps)
     return dataclasses.replace(options, schedule=schedule, true_cfg_scale=scale)
 
 
-def straight_schedule(args: argparse.Namespace, student: Student) -> tuple[Schedule, float | None]:
-    """The schedule that --schedule and --shift name, and the scale of its guidance; see `straight_options`."""
-    from arcflow_export.student.schedule import LIGHTNING, base_schedule
+def straight_schedule(
+    args: argparse.Namespace, student: Student, steps: tuple[int, ...] | None
+) -> tuple[Schedule, float | None]:
+    """The schedule and the scale of the guidance that the arguments name; `steps` are the step counts that were given.
+
+    Raises:
+        RequestError: they do not fit the family, or contradict each other.
+        SourceError: the base's scheduler cannot be read or is not supported.
+    """
+    from arcflow_export.student.schedule import base_schedule, choose_schedule
+
+    own = base_schedule(student)
+    return choose_schedule(own, args.schedule, args.shift, args.sigmas, args.true_cfg_scale, steps)
+
+
+def negative_prompt(args: argparse.Namespace, manifest: Manifest) -> str | None:
+    """What `arcflow verify` guides a bundle away from: --negative-prompt, or a space if the bundle is guided."""
+    own, given = manifest.true_cfg_scale, args.true_cfg_scale
+    if args.negative_prompt is not None or own is None or (own if given is None else given) <= 1:
+        return args.negative_prompt
+    return NEGATIVE_PROMPT
+
+
+def negative_prompts(args: argparse.Namespace, scale: float | None) -> tuple[str, ...]:
+    """The negative prompts to guide away from with `scale`, of `straight_schedule`; empty without guidance.
+
+    Raises:
+        RequestError: there are negative prompts, and no guidance by one.
+    """
     from arcflow_runtime.errors import RequestError
 
-    schedule, scale = base_schedule(student)
-    if args.schedule == "lightning":
-        if scale is None:
-            raise RequestError("--schedule lightning is for Qwen-Image; leave it out for the base's own schedule")
-        schedule, scale = LIGHTNING, 1.0
-    if args.shift is not None:
-        schedule = dataclasses.replace(schedule, shift=args.shift, dynamic_shift=None)
-    return schedule, scale
-
-
-def _with_sigmas(schedule: Schedule, text: str, steps: tuple[int, ...] | None) -> Schedule:
-    from arcflow_runtime.errors import RequestError
-
-    try:
-        sigmas = tuple(float(s) for s in text.split(","))
-    except ValueError:
-        raise RequestError(f"--sigmas must be numbers separated by commas, got {text!r}") from None
-    if not all(a > b for a, b in zip(sigmas, (*sigmas[1:], 0.0), strict=True)) or sigmas[0] > 1:
-        raise RequestError(f"--sigmas must fall from at most 1 and stay above 0, got {text!r}")
-    if steps not in (None, (len(sigmas),)):
-        raise RequestError(
-            f"--steps must be {len(sigmas)}, the number of --sigmas, got {', '.join(map(str, steps))}; leave it out"
-        )
-    return dataclasses.replace(schedule, sigmas=sigmas, num_inference_steps=len(sigmas))
+    if scale is None or scale <= 1:
+        if args.negative_prompt is not None:
+            why = "this model is not guided by one" if scale is None else f"--true-cfg-scale {scale:g} does not guide"
+            raise RequestError(f"--negative-prompt: {why}; leave it out")
+        return ()
+    return tuple(args.negative_prompt or (NEGATIVE_PROMPT,))

@@ -12,6 +12,8 @@ With --against BUNDLE: the drift gate. Both bundles run on this CPU with the sam
 as on a GPU. Errors are reported for each part on the reference's inputs, end to end, and for every quantised layer.
 Exit code 1 if a threshold of the policy does not hold; the output says which, by how much, and which layers to leave
 out.
+
+In both, a bundle that is guided by a negative prompt runs with one, a space unless --negative-prompt says otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +29,7 @@ from typing import TYPE_CHECKING
 from arcflow_export.commands.announce import announce
 from arcflow_export.commands.drift import add_drift_arguments, run_drift
 from arcflow_export.commands.sources import add_source_arguments, add_vae_arguments, open_student, quiet_libraries
+from arcflow_export.commands.straight import negative_prompt
 from arcflow_export.errors import SourceError
 from arcflow_runtime.errors import RequestError
 
@@ -50,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_drift_arguments(parser)
     parser.add_argument(
         "--prompt", action="append", default=[], help="repeatable; default: two built-in ones; --against has --prompts"
+    )
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="for a bundle that is guided by one; default: a space"
+    )
+    parser.add_argument(
+        "--true-cfg-scale", type=float, metavar="G", help="of that guidance; 1 does not guide; default: the bundle's"
     )
     against = "or the nearest allowed size; with --against the bundle's default"
     parser.add_argument("--height", type=int, help=f"in pixels; default: {HEIGHT_PX} {against}")
@@ -105,7 +115,21 @@ def _run_torch(args: argparse.Namespace) -> int:
     ranges = bundle.manifest.ranges
     height = args.height if args.height is not None else _nearest(HEIGHT_PX, ranges.height_px)
     width = args.width if args.width is not None else _nearest(WIDTH_PX, ranges.width_px)
-    request = check_request(bundle.manifest, prompts, height, width, args.steps, None, 42, 1, None, "latents")
+    negative = negative_prompt(args, bundle.manifest)
+    request = check_request(
+        bundle.manifest,
+        prompts,
+        height,
+        width,
+        args.steps,
+        None,
+        42,
+        1,
+        None,
+        "latents",
+        negative_prompt=negative,
+        true_cfg_scale=args.true_cfg_scale,
+    )
     quiet_libraries()
     from tqdm import tqdm
 
@@ -120,7 +144,10 @@ def _run_torch(args: argparse.Namespace) -> int:
         )
     check_student(bundle, student.sources, student.vae_source)
     announce(partial(_cost, bundle, student, request, len(prompts)), Path.cwd(), args.anyway)
-    cases = [VerifyCase(p, request.height_px, request.width_px, request.num_inference_steps) for p in prompts]
+    case = VerifyCase("", request.height_px, request.width_px, request.num_inference_steps)
+    if request.negative_prompts is not None:
+        case = replace(case, negative_prompt=negative, true_cfg_scale=request.true_cfg_scale)
+    cases = [replace(case, prompt=prompt) for prompt in prompts]
     with tqdm(total=len(cases) + 1, disable=None) as bar:
 
         def progress(stage: str) -> None:
@@ -150,7 +177,7 @@ def _cost(bundle: Bundle, student: Student, request: Request, cases: int, machin
     from arcflow_export.costs.work import call_sizes, part_work
     from arcflow_export.verify.verify import RUNS
 
-    steps = request.num_inference_steps
+    steps = request.num_inference_steps * (1 if request.negative_prompts is None else 2)
     sizes = call_sizes(request.height_px, request.width_px, bundle.manifest.text.max_sequence_length, steps)
     parts = {part.name: part_work(part, sizes) for part in student.parts(bundle.manifest.dtype)}
     reduced = any(part.precision != "float32" for part in bundle.manifest.parts.values())

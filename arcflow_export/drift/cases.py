@@ -25,13 +25,20 @@ class DriftCase:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The settings with which every case is generated."""
+    """The settings with which every case is generated; `negative_prompt` guides with `true_cfg_scale`, above 1."""
 
     height_px: int
     width_px: int
     num_inference_steps: int
     guidance_scale: float | None
     max_sequence_length: int
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+
+    @property
+    def calls(self) -> int:
+        """Network calls of an image."""
+        return self.num_inference_steps * (1 if self.negative_prompt is None else 2)
 
 
 def read_cases(name: str, limit: int, seed: int) -> tuple[DriftCase, ...]:

@@ -143,7 +143,7 @@ def kept_bytes(reference: Bundle, scene: ImageSettings, cases: int) -> int:
 
 def _case_bytes(reference: Bundle, scene: ImageSettings) -> int:
     """About how many bytes are kept for one case: both bundles' heads, text states and images, and the values between
-    the pieces of a large backbone, for two runs of it.
+    the pieces of a large backbone, for two runs of it, or four with a negative prompt.
     """
     m, spec = reference.manifest, reference.manifest.parts["backbone"]
     k = m.latents
@@ -156,7 +156,8 @@ def _case_bytes(reference: Bundle, scene: ImageSettings) -> int:
     sizes = {"batch": 1, "image_tokens": tokens, "text_tokens": scene.max_sequence_length}
     passed = BlockEngine("backbone", load_graph(reference, "backbone")).kept_bytes(sizes)
     images = 2 * 3 * scene.height_px * scene.width_px
-    return 4 * ((scene.num_inference_steps + 2) * heads + 2 * text) + 2 * passed + images
+    texts, runs = (2, 2) if scene.negative_prompt is None else (4, 4)
+    return 4 * ((scene.num_inference_steps + 2) * heads + texts * text) + runs * passed + images
 
 
 def _named(progress: StageProgress, start: int, count: int, total: int, stage: str, done: int, end: int) -> None:

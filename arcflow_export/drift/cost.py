@@ -31,7 +31,7 @@ def gate_work(
     same = same_parts(candidate, reference)
     return parts, GateWork(
         cases,
-        scene.num_inference_steps,
+        scene.calls,
         text_differs=not {p for p in parts if p.startswith("text_encoder")} <= same,
         decoder_differs="vae_decoder" not in same,
         layers=share,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,9 @@ class Engines:
         """Generate the cases: latents [n, N, C] float32 after every step, and images [n, H, W, 3] uint8."""
         s, rows = self._scene, []
         images = []
+        guided: dict[str, Any] = {}
+        if s.negative_prompt is not None:
+            guided = {"negative_prompt": s.negative_prompt, "true_cfg_scale": s.true_cfg_scale}
         for case in cases:
             steps: list[np.ndarray] = []
             out = self._pipeline(
@@ -44,6 +48,7 @@ class Engines:
                 case.seed,
                 max_sequence_length=s.max_sequence_length,
                 callback_on_step_end=partial(_keep, steps),
+                **guided,
             )
             rows.append(steps)
             images.append(np.asarray(out.images[0]))

@@ -114,10 +114,12 @@ class DriftReport:
         """The tables and the verdict in Markdown."""
         s = self.settings
         size = f"{s['width_px']}x{s['height_px']}"
+        negative = s["negative_prompt"]
+        guided = "" if negative is None else f"guided away from {negative!r} with scale {s['true_cfg_scale']:g}, "
         head = (
             f"# Drift of {s['candidate']} from {s['reference']}\n\n"
             f"{s['count']} prompts ({s['prompts']}), {size}, {s['num_inference_steps']} steps, seeds from {s['seed']}, "
-            f"thresholds of the policy {s['policy']}. "
+            f"{guided}thresholds of the policy {s['policy']}. "
             f"Means over prompts, in brackets 95 % bootstrap intervals ({RESAMPLES} resamples of the prompts)."
         )
         blocks = [head, *self.notes, f"```\n{self.verdict()}\n```", f"## Measures\n\n{self._measures()}"]

@@ -23,7 +23,7 @@ from arcflow_runtime.engines.parts import Parts, RunAll
 from arcflow_runtime.generate.condition import Conditioner, conditioner_inputs
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.text import PromptTokenizer, Tokens
-from arcflow_runtime.maths.euler import euler
+from arcflow_runtime.maths.euler import euler, guide
 from arcflow_runtime.maths.noise import draw_latents
 from arcflow_runtime.maths.rotary import image_rotary, text_rotary
 from arcflow_runtime.maths.schedule import conditioning_guidance, conditioning_timesteps, sigmas
@@ -37,24 +37,36 @@ Heads = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class NegativeText:
+    """The negative prompt of all cases: text states [1, T, Dt], rotary table, and the scale of the guidance."""
+
+    states: np.ndarray
+    text_rotary: np.ndarray
+    scale: float
+
+
+@dataclass(frozen=True)
 class CaseBatch:
-    """Cases with the same text length: their indices, text states [b, T, Dt], modulation [S, b, M], rotary tables."""
+    """Cases with the same text length: their indices, text states [b, T, Dt], modulation [S, b, M], rotary tables, and
+    what they are guided away from.
+    """
 
     rows: list[int]
     states: np.ndarray
     modulation: np.ndarray
     image_rotary: np.ndarray
     text_rotary: np.ndarray
+    negative: NegativeText | None = None
 
-    def inputs(self, step: int, latents: np.ndarray) -> dict[str, np.ndarray]:
-        """The backbone's inputs at a step, for the latents [b, N, C] of these cases."""
-        return {
-            "latents": latents,
-            "encoder_hidden_states": self.states,
-            "modulation": self.modulation[step],
-            "image_rotary": self.image_rotary,
-            "text_rotary": self.text_rotary,
-        }
+    def inputs(self, step: int, latents: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """The inputs of the backbone's calls at a step, for the latents [b, N, C] of these cases: for the prompts, and
+        for the negative prompt if there is one.
+        """
+        common = {"latents": latents, "modulation": self.modulation[step], "image_rotary": self.image_rotary}
+        texts = [(self.states, self.text_rotary)]
+        if self.negative is not None:
+            texts.append((self.negative.states.repeat(len(latents), 0), self.negative.text_rotary))
+        return [common | {"encoder_hidden_states": states, "text_rotary": rotary} for states, rotary in texts]
 
 
 @dataclass(frozen=True)
@@ -105,9 +117,10 @@ class BundleStages:
         self.sigmas = sigmas(scene.num_inference_steps, self.manifest.schedule, tokens)
 
     def encode(self) -> EncodedCases:
-        """Encode the distinct prompts."""
+        """Encode the distinct prompts, and the negative prompt if there is one."""
         tokenizer = PromptTokenizer(self.bundle)
-        prompts = dict.fromkeys(case.prompt for case in self.cases)
+        negative = self.scene.negative_prompt
+        prompts = dict.fromkeys([*(case.prompt for case in self.cases), *([] if negative is None else [negative])])
         tokens = {p: tokenizer.tokenize(p, self.scene.max_sequence_length) for p in prompts}
         return EncodedCases(tokens, encode_prompts(self._parts, self.manifest, tokens))
 
@@ -142,7 +155,7 @@ class BundleStages:
         by_length: dict[int, list[int]] = {}
         for i, case in enumerate(self.cases):
             by_length.setdefault(text.embeddings[case.prompt].states.shape[1], []).append(i)
-        found = []
+        negative, found = self._negative(text), []
         for length, rows in by_length.items():
             for chunk in _chunks(rows, self._size()):
                 prompts = [self.cases[i].prompt for i in chunk]
@@ -154,9 +167,18 @@ class BundleStages:
                         modulation[:, where],
                         image_rotary(m.rotary, m.family, m.rotary_dtype, *self.grid),
                         text_rotary(m.rotary, m.family, m.rotary_dtype, *self.grid, length),
+                        negative,
                     )
                 )
         return found
+
+    def _negative(self, text: EncodedCases) -> NegativeText | None:
+        m, prompt = self.manifest, self.scene.negative_prompt
+        if prompt is None:
+            return None
+        states = text.embeddings[prompt].states
+        rotary = text_rotary(m.rotary, m.family, m.rotary_dtype, *self.grid, states.shape[1])
+        return NegativeText(states, rotary, self.scene.true_cfg_scale)
 
     def generate(self, batches: list[CaseBatch], progress: Callable[[], None] = lambda: None) -> Trajectory:
         """Run all steps from noise; `progress` is called after each batch of each step."""
@@ -202,15 +224,20 @@ def predict(
 ) -> list[Heads]:
     """Compute the float32 heads of all cases at one step, for each of several sets of batches and latents [n, N, C].
 
-    All sets run together, so that a backbone that does not fit in memory is read only once.
+    With a negative prompt, the velocity is the guided one. All sets run together, so that a backbone that does not fit
+    in memory is read only once.
     """
-    inputs = [batch.inputs(step, latents[batch.rows]) for batches, latents in asked for batch in batches]
-    outputs = run_all(inputs)
+    inputs = [x for batches, latents in asked for batch in batches for x in batch.inputs(step, latents[batch.rows])]
+    outputs = iter(run_all(inputs))
     found = []
     for batches, _ in asked:
         parts = []
-        for batch, given in zip(batches, outputs, strict=False):
+        for batch in batches:
+            given = next(outputs)
             heads = {name: given[name].astype(np.float32, copy=False) for name in HEADS if name in given}
+            if batch.negative is not None:
+                away = next(outputs)["velocity"].astype(np.float32, copy=False)
+                heads = {"velocity": guide(heads["velocity"], away, batch.negative.scale)}
             parts.append((batch.rows, heads))
             progress()
         found.append(_gathered(parts))
@@ -226,9 +253,9 @@ def advance(latents: np.ndarray, heads: Heads, sigma: float, sigma_next: float) 
 
 
 def backbone_inputs(batches: list[CaseBatch], trajectory: Trajectory, step: int) -> Iterator[dict[str, np.ndarray]]:
-    """The backbone's inputs at a step of a trajectory, batch by batch."""
+    """The inputs of the backbone's calls at a step of a trajectory, batch by batch."""
     for batch in batches:
-        yield batch.inputs(step, trajectory.latents[step][batch.rows])
+        yield from batch.inputs(step, trajectory.latents[step][batch.rows])
 
 
 def _gathered(parts: list[tuple[list[int], Heads]]) -> Heads:

@@ -57,7 +57,7 @@ class ActivationRange:
 class Scales:
     """The contents of `scales.json`; `sizes` are (height, width) in pixels.
 
-    `adapter` is None for a straight student.
+    `adapter` is None for a straight student. `negative_prompts` and `true_cfg_scale` are set if it was guided by them.
     """
 
     base: Source
@@ -77,6 +77,8 @@ class Scales:
     max_sequence_length: int | None = None
     shift: float | None = None
     timestep_ratio: float | None = None
+    negative_prompts: tuple[str, ...] | None = None
+    true_cfg_scale: float | None = None
     format: str = FORMAT
     version: int = VERSION
 
@@ -176,7 +178,12 @@ class Scales:
             ("timestep_ratio", self.timestep_ratio, s.timestep_ratio),
             ("num_inference_steps", self.num_inference_steps, s.num_inference_steps),
         )
-        return tuple(
+        unguided = (
+            "the scales were made without a negative prompt, and the bundle is guided by one; calibrate without "
+            "--true-cfg-scale 1, or the ranges may not fit"
+        )
+        guided = manifest.true_cfg_scale is not None and manifest.true_cfg_scale > 1
+        return ((unguided,) if guided and self.negative_prompts is None else ()) + tuple(
             f"the scales were made with {key} {mine:g}, the bundle has {theirs:g}; "
             f"calibrate with --{key.replace('_', '-')} {theirs:g}, or the ranges may not fit"
             for key, mine, theirs in pairs
@@ -206,6 +213,11 @@ class Scales:
         g = self.guidance_scale
         yield g is None or math.isfinite(g), "guidance_scale", "finite", g
         yield self.shift is None or 0 < self.shift < math.inf, "shift", "positive and finite", self.shift
+        texts, scale = self.negative_prompts, self.true_cfg_scale
+        yield texts is None or bool(texts), "negative_prompts", "at least one, or null", []
+        fits = scale is None if texts is None else scale is not None and 1 < scale < math.inf
+        must = "null without negative_prompts" if texts is None else "above 1 and finite"
+        yield fits, "true_cfg_scale", must, scale
         ratio = self.timestep_ratio
         yield ratio is None or 0 < ratio <= 1, "timestep_ratio", "above 0 and at most 1", ratio
         yield bool(self.parts), "parts", "at least one", {}
@@ -225,6 +237,9 @@ class Scales:
 
     def _data(self) -> dict[str, object]:
         data = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.negative_prompts is None:
+            # Files of other students are as before these keys.
+            del data["negative_prompts"], data["true_cfg_scale"]
         return {"format": data.pop("format"), "version": data.pop("version")} | data
 
 

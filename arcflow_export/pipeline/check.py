@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from arcflow_export.errors import ExportError
-from arcflow_export.pipeline.stages import CALIBRATE, CompileJob, plan_stages
+from arcflow_export.pipeline.stages import CALIBRATE, DTYPES, CompileJob, plan_stages
 from arcflow_runtime.cli import check_usage
+from arcflow_runtime.disk.quant_formats import BY_OPTION
 from arcflow_runtime.errors import EngineError, RequestError
 
 #: (module, package to install, stage that needs it or None for all) of the libraries that stages need.
@@ -49,7 +50,7 @@ def check_target(job: CompileJob) -> None:
         EngineError: it is not installed, or can build only where its GPU is.
         RequestError: it cannot build for the target, or the target cannot compute in the precision.
     """
-    from arcflow_runtime.build.plan import FIRST_WITH_BFLOAT16
+    from arcflow_runtime.build.targets import capability, choose_targets, first_capability
     from arcflow_runtime.engines.gpus import find_gpu
     from arcflow_runtime.engines.tensorrt_library import LIBRARIES
 
@@ -58,26 +59,11 @@ def check_target(job: CompileJob) -> None:
             f"--precision {job.precision} is for CPUs, got --backend {job.backend}; leave --backend and --target out, "
             "or give --precision fp8"
         )
-    library, gpu = LIBRARIES[job.backend], find_gpu()
+    library = LIBRARIES[job.backend]
     if find_spec(library.module) is None:
         raise EngineError(f"{library.name} is not installed; run: pip install '{library.package}'")
-    if gpu is None and not library.ahead_of_time:
-        raise EngineError(
-            f"{job.backend} must build on the GPU that it builds for, but the CUDA driver finds none here; "
-            "build on a machine with that GPU, or use --backend tensorrt-rtx, which needs no GPU"
-        )
-    if job.target is None and gpu is None:
-        raise RequestError("--target must be given, such as --target sm89, because there is no GPU here")
-    targets = [t.strip() for t in job.target.split(",")] if job.target is not None else [gpu.target] if gpu else []
-    for target in targets:
-        if library.ahead_of_time:
-            library.check_target(target)
-        elif gpu is not None and target != gpu.target:
-            raise RequestError(f"--target must be {gpu.target} for {job.backend} on this {gpu.name}, got {target!r}")
-        capability = int(target.removeprefix("sm"))
-        least = FIRST_WITH_BFLOAT16 if job.precision == "bf16" else 0
-        if job.quantized is not None:
-            assert job.quantized.first_sm is not None, "formats for CPUs are refused above"
-            least = job.quantized.first_sm
-        if capability < least:
+    given = [] if job.target is None else [t.strip() for t in job.target.split(",")]
+    least = first_capability(DTYPES.get(job.precision, ""), [BY_OPTION[job.precision]] if job.quantized else [])
+    for target in choose_targets(library, given, find_gpu()):
+        if capability(target) < least:
             raise RequestError(f"--precision {job.precision} must be built for sm{least} or newer, got {target}")

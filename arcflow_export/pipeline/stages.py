@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,9 @@ from arcflow_runtime.disk.quant_formats import BY_OPTION, FORMATS, FormatFacts
 
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 DOWNLOAD, EXPORT, CALIBRATE, QUANTIZE, VERIFY, BUILD = "download", "export", "calibrate", "quantize", "verify", "build"
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+#: Options of `arcflow export` for a straight student that `arcflow calibrate` takes too.
+_SHARED = ("--steps", "--schedule", "--shift", "--sigmas", "--true-cfg-scale", "--max-sequence-length")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: Packages whose versions change a stage's output.
 _PACKAGES = {
     EXPORT: ("arcflow", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript"),
@@ -156,7 +158,7 @@ def plan_stages(job: CompileJob, commits: Mapping[str, str]) -> list[Stage]:
         stages.append(Stage(DOWNLOAD, (*sources, *(["--offline"] if job.offline else []), "--json")))
         sources = (*sources, "--offline")  # later stages use the downloaded files
     opset = ["--opset", "20"] if exported == job.bundle("fp32") and job.backend != "onnxruntime" else []
-    words = (*sources, "--dtype", _DTYPES[exported.path.name.rpartition("-")[2]], *opset, *_files(student.export))
+    words = (*sources, "--dtype", DTYPES[exported.path.name.rpartition("-")[2]], *opset, *_files(student.export))
     stages.append(_writing(job, EXPORT, words, exported, ("--out", str(exported.path), "--overwrite"), loras))
     if job.quantized is not None:
         stages += _quantise(job.quantized, job, sources, loras)
@@ -194,7 +196,7 @@ def _quantise(
     stages: list[Stage] = []
     words: tuple[str | Input, ...] = (given, *([] if facts.option == "fp8" else ["--format", facts.option]))
     if facts.calibrated:
-        calibration = (*sources, *_files(student.calibrate), *limit, *sizes, *device)
+        calibration = (*sources, *_files(student.calibrate), *_shared(student), *limit, *sizes, *device)
         out = ("--out", str(scales.path), "--overwrite")
         stages.append(_writing(job, CALIBRATE, calibration, scales, out, loras))
         words = (*words, "--scales", Input(scales.path, scales))
@@ -225,6 +227,8 @@ def _sources(student: StudentFile, commits: Mapping[str, str]) -> tuple[str | In
     """The options that name the student; a checkpoint on the hub is given by its commit once that is known."""
     words: list[str | Input] = []
     for name, checkpoint in (("base", student.base), ("adapter", student.adapter)):
+        if checkpoint is None:
+            continue
         words += [f"--{name}", checkpoint.name if checkpoint.path is None else Input(checkpoint.path)]
         words += _option(f"--{name}-subfolder", checkpoint.subfolder)
         if checkpoint.path is None:
@@ -239,6 +243,32 @@ def _files(words: tuple[str, ...]) -> list[str | Input]:
     """A student file's options, with the files that they name turned into inputs."""
     named = [i + 1 for i, word in enumerate(words[:-1]) if word in FILE_OPTIONS]
     return [Input(Path(w)) if i in named and Path(w).is_absolute() else w for i, w in enumerate(words)]
+
+
+def _shared(student: StudentFile) -> list[str]:
+    """The options of a straight student's export that its calibration must share, unless it has its own.
+
+    Without an adapter, the schedule is the base's and not one that both commands have as default.
+    """
+    if student.adapter is not None:
+        return []
+    given = dict(_named(student.export))
+    own = {name for name, _ in _named(student.calibrate)}
+    words = []
+    for name, value in given.items():
+        option = {"--steps": "--num-inference-steps"}.get(name, name)
+        if name in _SHARED and option not in own:
+            # The first of several step counts is the bundle's own.
+            words += [option, value.split(",")[0] if name == "--steps" else value]
+    return words
+
+
+def _named(words: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Options with their values, from words such as --steps 4 or --steps=4."""
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            yield name, value if equals else following
 
 
 def _policy(policy: str | None) -> list[str | Input]:

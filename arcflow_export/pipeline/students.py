@@ -41,11 +41,11 @@ _NO_ARGUMENTS = Arguments()
 
 @dataclass(frozen=True)
 class _File:
-    """The keys of a student file."""
+    """The keys of a student file; without `adapter`, the base itself is the student."""
 
     name: str
     base: str
-    adapter: str
+    adapter: str | None = None
     base_subfolder: str | None = None
     base_revision: str | None = None
     adapter_subfolder: str | None = None
@@ -69,11 +69,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StudentFile:
-    """A student file with its paths made absolute and its options split into words."""
+    """A student file with its paths made absolute and its options split into words.
+
+    `adapter` is None for a straight student, the base itself.
+    """
 
     name: str
     base: Checkpoint
-    adapter: Checkpoint
+    adapter: Checkpoint | None
     loras: tuple[Checkpoint, ...]
     precision: Precision
     policy: str | None
@@ -84,8 +87,8 @@ class StudentFile:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Base, adapter and LoRAs."""
-        return (self.base, self.adapter, *self.loras)
+        """Base, adapter if there is one, and LoRAs."""
+        return (self.base, *([] if self.adapter is None else [self.adapter]), *self.loras)
 
 
 def presets() -> list[str]:
@@ -122,6 +125,16 @@ def load_student_file(name_or_path: str) -> StudentFile:
     return _resolve(_parse(decoded, name_or_path), folder, name_or_path)
 
 
+def base_student(name: str) -> StudentFile:
+    """A base without an adapter as a student with all defaults; it is named after the last part of `name`.
+
+    Args:
+        name: a folder or a hub id.
+    """
+    last = re.sub(r"[^A-Za-z0-9._-]", "-", Path(name).absolute().name).lstrip("._-")
+    return _resolve(_File(last or "base", name), Path.cwd(), "--base")
+
+
 def _parse(decoded: dict[str, Any], where: str) -> _File:
     arguments = decoded.get("arguments")
     for table, kind, prefix in ((decoded, _File, ""), (arguments, Arguments, "arguments: ")):
@@ -138,6 +151,8 @@ def _parse(decoded: dict[str, Any], where: str) -> _File:
         raise SourceError(
             f"{where}: name must be letters, digits, '.', '_' and '-', as files are named after it, got {file.name!r}"
         )
+    if file.adapter is None and (file.adapter_subfolder or file.adapter_revision):
+        raise SourceError(f"{where}: adapter_subfolder and adapter_revision need adapter; give it, or leave them out")
     return file
 
 
@@ -148,7 +163,9 @@ def _resolve(file: _File, folder: Path, where: str) -> StudentFile:
     return StudentFile(
         file.name,
         Checkpoint(file.base, _found(file.base, folder), file.base_subfolder, file.base_revision),
-        Checkpoint(file.adapter, _found(file.adapter, folder), file.adapter_subfolder, file.adapter_revision),
+        None
+        if file.adapter is None
+        else Checkpoint(file.adapter, _found(file.adapter, folder), file.adapter_subfolder, file.adapter_revision),
         tuple(_lora(text, folder, where) for text in file.loras),
         file.precision,
         policy,

@@ -23,7 +23,7 @@ from arcflow_export.student.cast import cast_conditioner, cast_linears, keep_flo
 from arcflow_export.student.families import Conditions, RoundedRotary, TorchFamily, torch_family
 from arcflow_export.student.load import Student
 from arcflow_export.student.memory import free_bytes, stays_on_disk, weight_bytes
-from arcflow_export.student.straight import line, seen_sigma, straight_sigmas
+from arcflow_export.student.straight import guided, line, seen_sigma, straight_sigmas
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.disk.manifest import Schedule
 
@@ -183,9 +183,12 @@ class TorchStudent:
         on_step: Callable[[int], None] | None = None,
         noise: torch.Tensor | None = None,
         rounding: torch.Generator | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float = 1.0,
     ) -> TorchRun:
         """Generate one image; arguments as in the runtime's pipeline. `noise` [1, C, H/8, W/8] replaces the seed."""
         states, pooled = self.encode(prompt, max_sequence_length)
+        negative = None if negative_prompt is None else self.encode(negative_prompt, max_sequence_length)[0]
         generator = torch.Generator("cpu").manual_seed(seed)
         channels = self.transformer.config.in_channels // 4
         if noise is None:
@@ -195,6 +198,9 @@ class TorchStudent:
         sigmas = self.schedule(num_inference_steps, height, width)
         for i in range(num_inference_steps):
             heads = self.predict(x, sigmas[i], states, pooled, height, width, guidance_scale, rounding)
+            if negative is not None:
+                away = self.predict(x, sigmas[i], negative, None, height, width, guidance_scale, rounding)
+                heads = (guided(heads[0], away[0], true_cfg_scale),)
             x = self.step(x, heads, float(sigmas[i]), float(sigmas[i + 1]))
             steps.append(x)
             if on_step:

@@ -5,7 +5,9 @@ The base's scheduler is diffusers' FlowMatchEulerDiscreteScheduler, whose settin
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from arcflow_export.errors import SourceError
 from arcflow_export.families import facts
 from arcflow_export.student.load import Student
 from arcflow_runtime.disk.manifest import DynamicShift, Schedule
+from arcflow_runtime.errors import RequestError
 
 _CONFIG = Path("scheduler") / "scheduler_config.json"
 _CLASS = "FlowMatchEulerDiscreteScheduler"
@@ -34,12 +37,22 @@ LIGHTNING = Schedule(3.0, 1.0, 8)
 
 
 def base_schedule(student: Student) -> tuple[Schedule, float | None]:
+    """`read_schedule` of a student's base."""
+    return read_schedule(student.base.path, student.family, student.config)
+
+
+def read_schedule(base: Path, family: str, transformer: Mapping[str, Any]) -> tuple[Schedule, float | None]:
     """The schedule of a base's own scheduler, with its usual number of steps; and the scale of its guidance.
+
+    Args:
+        base: the base's directory.
+        family: of the base.
+        transformer: config of its transformer.
 
     Raises:
         SourceError: the scheduler's config is missing or damaged, or has a setting that is not supported.
     """
-    path = student.base.path / _CONFIG
+    path = base / _CONFIG
     config = read_json(path, "base checkpoint")
     where = f"base checkpoint: {path}"
     if config.get("_class_name") != _CLASS:
@@ -47,7 +60,7 @@ def base_schedule(student: Student) -> tuple[Schedule, float | None]:
     for key in _UNSUPPORTED:
         if config.get(key):
             raise SourceError(f"{where}: {key} must be false, got {config[key]!r}: it is not supported")
-    family = facts(student.family)
+    known = facts(family)
     dynamic = _dynamic(config, where) if config.get("use_dynamic_shifting") else None
     shift = 1.0 if config.get("use_dynamic_shifting") else _number(config, "shift", _DEFAULT_SHIFT, where)
     if dynamic is not None and dynamic.base_shift == dynamic.max_shift:
@@ -55,9 +68,59 @@ def base_schedule(student: Student) -> tuple[Schedule, float | None]:
         shift, dynamic = math.exp(mu) if dynamic.kind == "exponential" else mu, None
     terminal = _number(config, "shift_terminal", 0.0, where) or None
     # FLUX.1-schnell is the FLUX without guidance and with a fixed shift. It was distilled to four steps.
-    distilled = dynamic is None and "guidance_embeds" in student.config and not student.config["guidance_embeds"]
-    steps = family.distilled_steps if distilled and family.distilled_steps else family.steps
-    return Schedule(shift, 1.0, steps, dynamic, terminal), family.true_cfg_scale
+    distilled = dynamic is None and "guidance_embeds" in transformer and not transformer["guidance_embeds"]
+    steps = known.distilled_steps if distilled and known.distilled_steps else known.steps
+    return Schedule(shift, 1.0, steps, dynamic, terminal), known.true_cfg_scale
+
+
+def choose_schedule(
+    own: tuple[Schedule, float | None],
+    name: str | None,
+    shift: float | None,
+    sigmas: str | None,
+    true_cfg_scale: float | None,
+    steps: tuple[int, ...] | None,
+) -> tuple[Schedule, float | None]:
+    """Apply the options of a straight student to the base's own schedule and scale of guidance.
+
+    Args:
+        own: of `read_schedule`.
+        name: value of --schedule.
+        shift: value of --shift.
+        sigmas: value of --sigmas.
+        true_cfg_scale: value of --true-cfg-scale.
+        steps: the step counts that were given.
+
+    Raises:
+        RequestError: an option does not fit the family, or contradicts another.
+    """
+    schedule, scale = own
+    if name == "lightning":
+        if scale is None:
+            raise RequestError("--schedule lightning is for Qwen-Image; leave it out for the base's own schedule")
+        schedule, scale = LIGHTNING, 1.0
+    if shift is not None:
+        schedule = dataclasses.replace(schedule, shift=shift, dynamic_shift=None)
+    if true_cfg_scale is not None:
+        if scale is None:
+            raise RequestError("--true-cfg-scale: this model is not guided by a negative prompt; leave it out")
+        scale = true_cfg_scale
+    return schedule if sigmas is None else _with_sigmas(schedule, sigmas, steps), scale
+
+
+def _with_sigmas(schedule: Schedule, text: str, steps: tuple[int, ...] | None) -> Schedule:
+    try:
+        sigmas = tuple(float(s) for s in text.split(","))
+    except ValueError:
+        raise RequestError(f"--sigmas must be numbers separated by commas, got {text!r}") from None
+    if not all(a > b for a, b in zip(sigmas, (*sigmas[1:], 0.0), strict=True)) or sigmas[0] > 1:
+        raise RequestError(f"--sigmas must fall from at most 1 and stay above 0, got {text!r}")
+    if steps not in (None, (len(sigmas),)):
+        raise RequestError(
+            f"the number of steps must be {len(sigmas)}, that of --sigmas, got {', '.join(map(str, steps))}; "
+            "leave it out"
+        )
+    return dataclasses.replace(schedule, sigmas=sigmas, num_inference_steps=len(sigmas))
 
 
 def _dynamic(config: dict[str, Any], where: str) -> DynamicShift:

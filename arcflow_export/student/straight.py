@@ -42,6 +42,19 @@ def seen_sigma(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (sigma * 1000).to(dtype) / 1000
 
 
+def guided(velocity: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """Guide a velocity away from a negative prompt's, in float32, as diffusers' QwenImagePipeline does.
+
+    Args:
+        velocity: of the prompt, [B, N, C].
+        negative: of the negative prompt, likewise.
+        scale: of the guidance.
+    """
+    v, n = velocity.float(), negative.float()
+    combined = n + scale * (v - n)
+    return combined * (v.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+
 def line(x: torch.Tensor, velocity: torch.Tensor, start: float, end: float) -> torch.Tensor:
     """One Euler step from sigma `start` to `end`, in float32."""
     return x - (start - end) * velocity.float()

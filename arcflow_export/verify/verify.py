@@ -19,6 +19,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -61,7 +62,7 @@ IMAGE_BOUND = 1.5 / 255
 
 @dataclass(frozen=True)
 class VerifyCase:
-    """One request to compare on."""
+    """One request to compare on; `negative_prompt` guides a straight student with `true_cfg_scale`, above 1."""
 
     prompt: str
     height: int
@@ -69,6 +70,8 @@ class VerifyCase:
     num_inference_steps: int
     seed: int = 42
     guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def verify_bundle(
     backend: str | None = None,
 ) -> list[VerifyRow]:
     """Compare a bundle with the student in torch: text states, heads at every step, VAE, and whole images.
+
+    With a negative prompt, its text states and the velocity that they give are compared too.
 
     Without `backend`, parts in bfloat16 and float16 are emulated on the CPU, and parts in float16 are also checked for
     overflow.
@@ -250,18 +255,10 @@ def _compare_parts(
     """Compare each part on torch's float32 inputs, so that an error shows in the part that causes it."""
     m = bundle.manifest
     length = m.text.max_sequence_length
-    tokens = PromptTokenizer(bundle).tokenize(case.prompt, length)
-    encoded = encode_prompts(parts, m, {case.prompt: tokens})[case.prompt]
-    states, pooled = exact.encode(case.prompt, length)
-    rounded_states, rounded_pooled = same.encode(case.prompt, length)
-    encoder = encoder_of(m.family, "encoder_hidden_states")
-    assert encoder is not None
-    compare.add(
-        "text states", to_float32(encoded.states), [rounded_states] if _roundings(bundle, encoder) else [], states
-    )
-    if pooled is not None and rounded_pooled is not None and encoded.pooled is not None:
-        runs = [rounded_pooled] if _roundings(bundle, "text_encoder") else []
-        compare.add("pooled text", to_float32(encoded.pooled), runs, pooled)
+    states, pooled = _compare_text(bundle, parts, exact, same, case.prompt, "", compare)
+    texts = {"": states}
+    if case.negative_prompt is not None:
+        texts["negative "], _ = _compare_text(bundle, parts, exact, same, case.negative_prompt, "negative ", compare)
 
     grid = (case.height // 16, case.width // 16)
     schedule = sigmas(case.num_inference_steps, m.schedule, grid[0] * grid[1])
@@ -272,28 +269,28 @@ def _compare_parts(
         guidance,
         None if pooled is None else pooled.numpy(),
     )
-    torch_run = exact.generate(
-        case.prompt, case.height, case.width, case.num_inference_steps, case.seed, case.guidance_scale, length
-    )
+    torch_run = exact.generate(*_arguments(case, length), **_guidance(case))
     x = torch_run.noise
     roundings = _roundings(bundle, "conditioner", "backbone")
     with parts.use("backbone") as run:
         for step in range(case.num_inference_steps):
-            heads = run(
-                {
-                    "latents": x.numpy(),
-                    "encoder_hidden_states": states.numpy(),
-                    "modulation": modulation[step],
-                    "image_rotary": image_rotary(m.rotary, m.family, m.rotary_dtype, *grid),
-                    "text_rotary": text_rotary(m.rotary, m.family, m.rotary_dtype, *grid, states.shape[1]),
-                }
-            )
             sigma = torch.tensor(schedule[step], dtype=torch.float32)
-            arguments = (x, sigma, states, pooled, case.height, case.width, case.guidance_scale)
-            reference = exact.predict(*arguments)
-            rounded = [same.predict(*arguments, rounding) for rounding in roundings]
-            for i, name in enumerate(spec.name for spec in m.parts["backbone"].outputs):
-                compare.add(f"step {step} {name}", to_float32(heads[name]), [r[i] for r in rounded], reference[i])
+            for which, text in texts.items():
+                heads = run(
+                    {
+                        "latents": x.numpy(),
+                        "encoder_hidden_states": text.numpy(),
+                        "modulation": modulation[step],
+                        "image_rotary": image_rotary(m.rotary, m.family, m.rotary_dtype, *grid),
+                        "text_rotary": text_rotary(m.rotary, m.family, m.rotary_dtype, *grid, text.shape[1]),
+                    }
+                )
+                arguments = (x, sigma, text, pooled, case.height, case.width, case.guidance_scale)
+                reference = exact.predict(*arguments)
+                rounded = [same.predict(*arguments, rounding) for rounding in roundings]
+                for i, name in enumerate(spec.name for spec in m.parts["backbone"].outputs):
+                    what = f"step {step} {which}{name}"
+                    compare.add(what, to_float32(heads[name]), [r[i] for r in rounded], reference[i])
             x = torch_run.steps[step]
     with parts.use("vae_decoder") as run:
         pixels = run({"latents": x.unflatten(1, grid).numpy()})["images"]
@@ -304,6 +301,44 @@ def _compare_parts(
         full = exact.decode(x, case.height, case.width, full=True)
         distance = _relative(pixels / np.float32(255), full.numpy())
         compare.rows.append(VerifyRow(compare.case, FULL_VAE, distance, math.inf))
+
+
+def _compare_text(
+    bundle: Bundle,
+    parts: Parts,
+    exact: TorchStudent,
+    same: TorchStudent,
+    text: str,
+    which: str,
+    compare: _Comparison,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compare the encoders on one text; torch's own states in float32 [1, T, D] and pooled vector [1, Dp]."""
+    m = bundle.manifest
+    length = m.text.max_sequence_length
+    tokens = PromptTokenizer(bundle).tokenize(text, length)
+    encoded = encode_prompts(parts, m, {text: tokens})[text]
+    states, pooled = exact.encode(text, length)
+    rounded_states, rounded_pooled = same.encode(text, length)
+    encoder = encoder_of(m.family, "encoder_hidden_states")
+    assert encoder is not None
+    runs = [rounded_states] if _roundings(bundle, encoder) else []
+    compare.add(f"{which}text states", to_float32(encoded.states), runs, states)
+    if pooled is not None and rounded_pooled is not None and encoded.pooled is not None:
+        runs = [rounded_pooled] if _roundings(bundle, "text_encoder") else []
+        compare.add(f"{which}pooled text", to_float32(encoded.pooled), runs, pooled)
+    return states, pooled
+
+
+def _arguments(case: VerifyCase, length: int) -> tuple[str, int, int, int, int, float, int]:
+    """The positional arguments of `TorchStudent.generate`."""
+    return case.prompt, case.height, case.width, case.num_inference_steps, case.seed, case.guidance_scale, length
+
+
+def _guidance(case: VerifyCase) -> dict[str, Any]:
+    """The arguments of guidance by a negative prompt, for torch and for a pipeline; empty without one."""
+    if case.negative_prompt is None:
+        return {}
+    return {"negative_prompt": case.negative_prompt, "true_cfg_scale": case.true_cfg_scale}
 
 
 def _compare_images(
@@ -321,18 +356,11 @@ def _compare_images(
         case.seed,
         output_type="numpy",
         callback_on_step_end=lambda _, latents: steps.append(latents.copy()),
+        **_guidance(case),
     ).images
-    arguments = (
-        case.prompt,
-        case.height,
-        case.width,
-        case.num_inference_steps,
-        case.seed,
-        case.guidance_scale,
-        m.text.max_sequence_length,
-    )
-    torch_run = exact.generate(*arguments)
-    every = [same.generate(*arguments, rounding=rounding) for rounding in _roundings(pipe.bundle, *m.parts)]
+    arguments, guidance = _arguments(case, m.text.max_sequence_length), _guidance(case)
+    torch_run = exact.generate(*arguments, **guidance)
+    every = [same.generate(*arguments, rounding=r, **guidance) for r in _roundings(pipe.bundle, *m.parts)]
     before_vae = bool(_roundings(pipe.bundle, *(m.parts.keys() - {"vae_decoder"})))
     for step, exact_latents in enumerate(torch_run.steps):
         runs = [run.steps[step] for run in every] if before_vae else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import platform
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from operator import attrgetter
@@ -27,6 +27,7 @@ from arcflow_export.formats.scales import STEPPED, ActivationRange, Scales
 from arcflow_export.models.layers import linear_names
 from arcflow_export.student.load import Student
 from arcflow_export.student.reference import TorchStudent, pack
+from arcflow_export.student.straight import guided
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 
 _TOOLS = ("arcflow", "torch", "diffusers", "transformers", "nvidia-modelopt")
@@ -182,8 +183,12 @@ def generate_batch(
     guidance_scale: float | None,
     on: Collector,
 ) -> None:
-    """Generate a batch without decoding it, while `on` collects; text encoders run once per prompt."""
+    """Generate a batch without decoding it, while `on` collects; text encoders run once per prompt.
+
+    With negative prompts the network runs twice in each step, and both calls count: the linears see both.
+    """
     encoded = student.encode_batch([text for _, text in batch.prompts], settings.max_sequence_length)
+    away = _negative_states(student, batch, settings)
     if STEPPED not in on.parts:
         return
     channels = student.transformer.config.in_channels // 4
@@ -198,22 +203,38 @@ def generate_batch(
         for index, _ in batch.prompts
     ]
     sigmas = student.schedule(settings.num_inference_steps, batch.height, batch.width)
-    for group in _equal_lengths([states.shape[1] for states, _ in encoded]):
+    lengths = [(encoded[i][0].shape[1], away[i].shape[1] if away else 0) for i in range(len(encoded))]
+    for group in _equal_lengths(lengths):
         states = torch.cat([encoded[i][0] for i in group])
         vectors = [pooled for i in group if (pooled := encoded[i][1]) is not None]
         pooled = torch.cat(vectors) if vectors else None
+        negative = torch.cat([away[i] for i in group]) if away else None
         x = pack(torch.cat([noise[i] for i in group]).to(student.device))
         for step in range(settings.num_inference_steps):
             on.step = step
             size = (batch.height, batch.width, DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
             heads = student.predict(x, sigmas[step], states, pooled, *size)
+            if negative is not None:
+                assert settings.true_cfg_scale is not None, "negative prompts have a scale"
+                against = student.predict(x, sigmas[step], negative, None, *size)
+                heads = (guided(heads[0], against[0], settings.true_cfg_scale),)
             x = student.step(x, heads, float(sigmas[step]), float(sigmas[step + 1]))
     on.step = 0
 
 
-def _equal_lengths(lengths: list[int]) -> list[list[int]]:
+def _negative_states(student: TorchStudent, batch: PromptBatch, settings: CalibrationSettings) -> list[torch.Tensor]:
+    """The text states [1, T, D] of each prompt's negative prompt; empty without guidance by one."""
+    given = settings.negative_prompts
+    texts = [given[index % len(given)] for index, _ in batch.prompts] if given else []
+    distinct = list(dict.fromkeys(texts))
+    encoded = student.encode_batch(distinct, settings.max_sequence_length) if distinct else []
+    states = {text: found for text, (found, _) in zip(distinct, encoded, strict=True)}
+    return [states[text] for text in texts]
+
+
+def _equal_lengths(lengths: Sequence[Hashable]) -> list[list[int]]:
     """Group indices by text length. Qwen-Image has no text mask, so only prompts of equal length can share a call."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault(length, []).append(i)
     return list(groups.values())
@@ -256,6 +277,8 @@ def describe(
         max_sequence_length=settings.max_sequence_length,
         shift=settings.shift if straight is None else (straight.shift if straight.dynamic_shift is None else None),
         timestep_ratio=settings.timestep_ratio if straight is None else straight.timestep_ratio,
+        negative_prompts=settings.negative_prompts or None,
+        true_cfg_scale=settings.true_cfg_scale,
     )
 
 

@@ -25,7 +25,8 @@ class CalibrationSettings:
     number. Prompt i starts from the noise of seed `seed` + i. A `guidance_scale` of None means the usual 3.5, or no
     guidance if the student takes none. Up to `batch` prompts of one size and text length share a network call. `shift`
     and `timestep_ratio` are the student's schedule, the same as for the export; a straight student has `straight` in
-    place of both.
+    place of both. Prompt i is guided away from negative prompt i modulo their number, with `true_cfg_scale`; without
+    `negative_prompts` nothing is guided.
     """
 
     method: Method = "max"
@@ -42,3 +43,5 @@ class CalibrationSettings:
     shift: float = SHIFT
     timestep_ratio: float = TIMESTEP_RATIO
     straight: Schedule | None = None
+    negative_prompts: tuple[str, ...] = ()
+    true_cfg_scale: float | None = None

@@ -84,6 +84,8 @@ def settings_of(student: Student, prompts: Prompts, settings: CalibrationSetting
         "shift": settings.shift,
         "timestep-ratio": settings.timestep_ratio,
         "schedule": None if settings.straight is None else dataclasses.asdict(settings.straight),
+        "negative-prompt": list(settings.negative_prompts),
+        "true-cfg-scale": settings.true_cfg_scale,
         "dtype": settings.dtype,
         "device": settings.device,
         "tools": tools(),

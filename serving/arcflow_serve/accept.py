@@ -38,10 +38,9 @@ def accept(
         ServiceError: a field is wrong; it is named.
     """
     model = find_model(models, asked.model)
-    if len(asked.prompt) > limits.max_prompt_chars:
-        raise bad_request(
-            f"prompt must have at most {limits.max_prompt_chars} characters, got {len(asked.prompt)}", "prompt"
-        )
+    for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt or "")):
+        if len(text) > limits.max_prompt_chars:
+            raise bad_request(f"{name} must have at most {limits.max_prompt_chars} characters, got {len(text)}", name)
     n = 1 if asked.n is None else asked.n
     if n > limits.max_n:
         raise bad_request(f"n must be at most {limits.max_n}, got {n}", "n")
@@ -54,15 +53,6 @@ def accept(
         raise bad_request("background must be 'opaque' or 'auto': images have no alpha channel", "background")
     if asked.partial_images and not asked.stream:
         raise bad_request("partial_images must be given together with stream=true", "partial_images")
-    known = model.loras
-    for name in asked.loras or {}:
-        if name not in known:
-            has = f"it has {', '.join(map(repr, known))}" if known else "it has none"
-            raise bad_request(
-                f"loras must name LoRAs that this service has loaded, got {name[:60]!r}; {has}. A LoRA can also be "
-                "merged into a bundle, with arcflow export --lora",
-                "loras",
-            )
     encoding = _encoding(asked)
     request = _checked(model, asked)
     size = max(request.height_px, request.width_px)
@@ -74,9 +64,11 @@ def accept(
         request.width_px,
         request.num_inference_steps,
         request.guidance_scale,
-        bool(asked.partial_images) and request.num_inference_steps > 1,
-        tuple(sorted((asked.loras or {}).items())),
+        min(asked.partial_images or 0, request.num_inference_steps - 1),
+        request.loras,
+        None if request.negative_prompts is None else request.true_cfg_scale,
     )
+    negative = None if request.negative_prompts is None else request.negative_prompts[0]
     job = Job(
         client=client,
         key=key,
@@ -85,8 +77,10 @@ def accept(
         encoding=encoding,
         deadline=time.monotonic() + limits.deadline_s,
         deliver=deliver,
+        negative_prompt=negative,
     )
-    text_tokens, cuts = model.tokens(asked.prompt)
+    counted = [model.tokens(text) for text in (asked.prompt, negative) if text is not None]
+    text_tokens, cuts = sum(tokens for tokens, _ in counted), [cut for _, cuts in counted for cut in cuts]
     space = model.manifest.latents
     token_px = space.vae_scale_factor * space.patch_size
     image_tokens = request.height_px * request.width_px // token_px**2
@@ -110,10 +104,19 @@ def find_model(models: Mapping[str, Model], name: str | None) -> Model:
 
 def _checked(model: Model, asked: GenerationRequest) -> Request:
     try:
-        return model.check(asked.prompt, asked.size_px(), asked.num_inference_steps, asked.guidance_scale, asked.seed)
+        return model.check(
+            asked.prompt,
+            asked.size_px(),
+            asked.num_inference_steps,
+            asked.guidance_scale,
+            asked.seed,
+            asked.negative_prompt,
+            asked.true_cfg_scale,
+            asked.loras,
+        )
     except RequestError as e:
         # The message begins with the name of the argument.
-        name = str(e).split(" ", 1)[0]
+        name = str(e).split(" ", 1)[0].rstrip(":")
         param = "size" if name in ("height", "width") else name
         raise bad_request(str(e), param if param in GenerationRequest.model_fields else None) from None
 

@@ -205,6 +205,7 @@ def _describe(model: Model) -> dict[str, Any]:
         "height_px": [m.ranges.height_px.min, m.ranges.height_px.max],
         "num_inference_steps": plain.num_inference_steps,
         "guidance_scale": plain.guidance_scale,
+        "true_cfg_scale": m.true_cfg_scale,
         "loras": list(model.loras),
     }
     return {"id": model.name, "object": "model", "created": model.created, "owned_by": "arcflow", "arcflow": limits}

@@ -12,15 +12,20 @@ from arcflow_serve.errors import ServiceError
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What the pictures of one batch have in common; `loras` are (name, scale), by name."""
+    """What the pictures of one batch have in common.
+
+    `previews` is the most partial images of each, `loras` are (name, scale), by name, and `true_cfg_scale` is None for
+    pictures that are not guided by a negative prompt. Their negative prompts may differ.
+    """
 
     model: str
     height_px: int
     width_px: int
     num_inference_steps: int
     guidance_scale: float | None
-    preview: bool
+    previews: int
     loras: tuple[tuple[str, float], ...] = ()
+    true_cfg_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Job:
         client: whose turn it takes in the queue.
         deadline: the `time.monotonic()` after which it is no longer worth starting.
         deliver: called from any thread with each event; must not block.
+        negative_prompt: set if the key has a `true_cfg_scale`.
     """
 
     client: str
@@ -68,6 +74,7 @@ class Job:
     encoding: Encoding
     deadline: float
     deliver: Callable[[Event], None]
+    negative_prompt: str | None = None
     arrived: float = field(default_factory=time.monotonic)
     #: When a lane took the first picture.
     started: float | None = None

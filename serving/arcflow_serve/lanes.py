@@ -160,8 +160,12 @@ class Lanes:
                 # From here on, not while the bundle was being loaded again.
                 lane.pipeline, lane.since = pipeline, time.monotonic()
                 arguments: dict[str, object] = {"loras": dict(key.loras)} if key.loras else {}
-                if key.preview:
+                if key.true_cfg_scale is not None:
+                    arguments["negative_prompt"] = [p.job.negative_prompt for p in batch]
+                    arguments["true_cfg_scale"] = key.true_cfg_scale
+                if key.previews:
                     arguments["callback_on_preview"] = partial(self._preview, lane, batch)
+                    arguments["max_previews"] = key.previews
                 output = pipeline(
                     [p.job.prompt for p in batch],
                     height=key.height_px,
@@ -241,6 +245,8 @@ class BatchCaps:
 def _encode(picture: Picture, image: Image.Image) -> bytes:
     job = picture.job
     text = {"prompt": job.prompt, "seed": str(picture.seed), "steps": str(job.key.num_inference_steps)}
+    if job.negative_prompt is not None:
+        text |= {"negative_prompt": job.negative_prompt, "true_cfg_scale": f"{job.key.true_cfg_scale:g}"}
     return job.encoding.encode(image, text)
 
 

@@ -6,12 +6,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.families import facts
+from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.disk.signatures import encoder_of
 from arcflow_runtime.errors import EngineError, RequestError
 from arcflow_runtime.generate.pipeline import Pipeline
@@ -72,16 +73,38 @@ class Model:
         num_inference_steps: int | None,
         guidance_scale: float | None,
         seed: int | None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float | None = None,
+        loras: Mapping[str, float] | None = None,
     ) -> Request:
         """Check a request against the bundle, as the pipeline does; nothing is run. `size_px` is width and height.
 
         Raises:
-            RequestError: a field is out of range; the message begins with its name.
+            RequestError: a field is out of range, or a LoRA is not loaded; the message begins with the field's name.
         """
+        for name in loras or {}:
+            if name not in self.loras:
+                has = f"it has {', '.join(map(repr, self.loras))}" if self.loras else "it has none"
+                raise RequestError(
+                    f"loras must name LoRAs that this service has loaded, got {name[:60]!r}; {has}. A LoRA can also be "
+                    "merged into a bundle, with arcflow export --lora"
+                )
         width, height = size_px or (None, None)
         # One image at a time: the service batches pictures itself, so the bundle's batch does not limit a request.
         return check_request(
-            self.manifest, prompt, height, width, num_inference_steps, guidance_scale, seed, 1, None, "pil"
+            self.manifest,
+            prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            seed,
+            1,
+            None,
+            "pil",
+            loras=loras,
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
         )
 
     def tokens(self, prompt: str) -> tuple[int, tuple[str, ...]]:
@@ -223,9 +246,6 @@ def describe_models(paths: Sequence[Path], settings: Settings) -> dict[str, Mode
         BundleError: a bundle cannot be opened.
         RequestError: as for `open_models`.
     """
-    loras = [file.stem for file in settings.loras]
-    if twice := sorted({name for name in loras if loras.count(name) > 1}):
-        raise RequestError(f"LoRAs must have different file names, got {', '.join(twice)} twice; rename one")
     models: dict[str, Model] = {}
     for given in paths:
         found = find_bundle(given)
@@ -248,11 +268,23 @@ def describe_models(paths: Sequence[Path], settings: Settings) -> dict[str, Mode
             return pipeline
 
         models[name] = Model(name, bundle, load, [file.stem for file in files])
-    if settings.loras and not any(model.loras for model in models.values()):
+    check_loras(settings.loras, [model.manifest for model in models.values()])
+    return models
+
+
+def check_loras(files: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """Check the names of the LoRAs that requests may use, and that a bundle can take them; no file is read.
+
+    Raises:
+        RequestError: two have the same name, or no bundle has slots.
+    """
+    names = [file.stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestError(f"LoRAs must have different file names, got {', '.join(twice)} twice; rename one")
+    if files and not any(manifest.slots() for manifest in manifests):
         raise RequestError(
             "--lora needs a bundle with LoRA slots, and none has any; export with --lora-slots, or merge with --lora"
         )
-    return models
 
 
 def _warm_up(pipeline: Pipeline, bundle: Bundle, settings: Settings) -> None:

@@ -35,6 +35,7 @@ class Work:
     client: str
     key: BatchKey
     prompt: str
+    negative_prompt: str | None
     seeds: tuple[int, ...]
     encoding: Encoding
     deadline_s: float
@@ -130,7 +131,8 @@ class RemoteEngine:
         """Send the images in `missing` to one replica, and remove from `missing` each one that it finishes."""
         given = tuple(missing)
         left_s = max(job.deadline - time.monotonic(), 0.0)
-        work = Work(job.client, job.key, job.prompt, tuple(job.seeds[i] for i in given), job.encoding, left_s)
+        seeds = tuple(job.seeds[i] for i in given)
+        work = Work(job.client, job.key, job.prompt, job.negative_prompt, seeds, job.encoding, left_s)
         stream = self._call(work)
         try:
             try:
@@ -183,7 +185,7 @@ async def work_on(engine: Engine, work: Work) -> AsyncIterator[Progress]:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
     deadline = time.monotonic() + work.deadline_s
-    job = Job(work.client, work.key, work.prompt, work.seeds, work.encoding, deadline, deliver)
+    job = Job(work.client, work.key, work.prompt, work.seeds, work.encoding, deadline, deliver, work.negative_prompt)
     try:
         engine.submit(job)
     except ServiceError as e:

@@ -73,6 +73,7 @@ class Answer:
             "model": key.model,
             "num_inference_steps": key.num_inference_steps,
             "guidance_scale": key.guidance_scale,
+            "true_cfg_scale": key.true_cfg_scale,
             "warnings": list(self.warnings),
             "safety_identifier": asked.safety_identifier or asked.user or None,
         }

@@ -22,8 +22,7 @@ _UNSUPPORTED = {
     "width": "give size as WIDTHxHEIGHT",
     "height": "give size as WIDTHxHEIGHT",
     "steps": "the field is called num_inference_steps",
-    "cfg_scale": "the field is called guidance_scale",
-    "negative_prompt": "the service generates without one",
+    "cfg_scale": "the field is called guidance_scale, or true_cfg_scale for guidance by a negative_prompt",
 }
 
 
@@ -45,6 +44,13 @@ class GenerationRequest(BaseModel):
     )
     num_inference_steps: int | None = Field(None, description="Network calls; default: the student's, usually 2.")
     guidance_scale: float | None = Field(None, description="For students of FLUX; default 3.5.")
+    negative_prompt: str | None = Field(
+        None,
+        description="What to guide the images away from, for bundles of Qwen-Image itself; doubles the network calls.",
+    )
+    true_cfg_scale: float | None = Field(
+        None, description="Scale of the guidance by negative_prompt; 1 or less does not guide. Default: the bundle's."
+    )
     loras: dict[str, float] | None = Field(None, description="Scale of each LoRA by name, of those in /v1/models.")
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description='"url" gives a data: URL that holds the image. Default: b64_json.'

@@ -30,15 +30,18 @@ class _Key:
     width_px: int
     num_inference_steps: int
     guidance_scale: float | None
+    loras: tuple[tuple[str, float], ...]
+    true_cfg_scale: float | None
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One image to generate, of the request with this index."""
+    """One image to generate, of the request with this index; `negative` is set if its key has a `true_cfg_scale`."""
 
     request: int
     prompt: str
     seed: int
+    negative: str | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class TritonPythonModel:
             # The runtime takes the first GPU that it sees, and has not looked yet.
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
         threads = int(chosen["threads"]) if "threads" in chosen else None
-        settings = Settings(backend=chosen["backend"], lanes=1, threads=threads)
+        loras = tuple(map(Path, json.loads(chosen.get("loras", "[]"))))
+        settings = Settings(backend=chosen["backend"], lanes=1, threads=threads, loras=loras)
         (self._model,) = open_models([Path(chosen["bundle"])], settings).values()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -107,6 +111,9 @@ class TritonPythonModel:
         return images
 
     def _generate(self, key: _Key, rows: list[_Row]) -> list[_Image]:
+        guided: dict[str, Any] = {}
+        if key.true_cfg_scale is not None:
+            guided = {"negative_prompt": [row.negative for row in rows], "true_cfg_scale": key.true_cfg_scale}
         with self._model.use() as pipeline:
             output = pipeline(
                 [row.prompt for row in rows],
@@ -115,22 +122,26 @@ class TritonPythonModel:
                 num_inference_steps=key.num_inference_steps,
                 guidance_scale=key.guidance_scale,
                 seed=[row.seed for row in rows],
+                loras=dict(key.loras),
+                **guided,
             )
         found = zip(rows, output.images, strict=True)
         return [_Image(np.asarray(image), row.seed, len(rows)) for row, image in found]
 
 
 def _read(model: Model, index: int, request: Any) -> tuple[_Key, list[_Row]]:
-    """Check one request; it may ask for several images, all of one size.
+    """Check one request; it may ask for several images, all of one size, with the same LoRAs and guidance.
 
     Raises:
         RequestError: an input is wrong; the message begins with its name.
     """
     inputs = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}
-    try:
-        prompts = [bytes(p).decode("utf-8") for p in inputs["prompt"]]
-    except UnicodeDecodeError:
-        raise RequestError("prompt must be text in UTF-8") from None
+
+    def texts(name: str) -> list[str]:
+        try:
+            return [bytes(p).decode("utf-8") for p in inputs[name]]
+        except UnicodeDecodeError:
+            raise RequestError(f"{name} must be text in UTF-8") from None
 
     def one(name: str) -> Any:
         values: set[Any] = set(inputs[name].tolist()) if name in inputs else {None}
@@ -142,11 +153,47 @@ def _read(model: Model, index: int, request: Any) -> tuple[_Key, list[_Row]]:
     if (width is None) != (height is None):
         raise RequestError("width and height must be given together, or neither")
     size = None if width is None else (width, height)
+    prompts = texts("prompt")
+    negatives: list[str | None] = [*texts("negative_prompt")] if "negative_prompt" in inputs else [None] * len(prompts)
     seeds = inputs["seed"].tolist() if "seed" in inputs else [secrets.randbits(32) for _ in prompts]
-    for prompt in prompts:
-        checked = model.check(prompt, size, one("num_inference_steps"), one("guidance_scale"), None)
-    key = _Key(checked.height_px, checked.width_px, checked.num_inference_steps, checked.guidance_scale)
-    return key, [_Row(index, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    loras = _loras(one("loras"))
+    rows = []
+    for prompt, negative, seed in zip(prompts, negatives, seeds, strict=True):
+        checked = model.check(
+            prompt,
+            size,
+            one("num_inference_steps"),
+            one("guidance_scale"),
+            None,
+            negative,
+            one("true_cfg_scale"),
+            loras,
+        )
+        guided = checked.negative_prompts is not None
+        rows.append(_Row(index, prompt, seed, negative if guided else None))
+    key = _Key(
+        checked.height_px,
+        checked.width_px,
+        checked.num_inference_steps,
+        checked.guidance_scale,
+        checked.loras,
+        checked.true_cfg_scale if guided else None,
+    )
+    return key, rows
+
+
+def _loras(text: bytes | None) -> dict[str, Any] | None:
+    """The LoRAs of a request, a JSON object of names and scales."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        shown = text[:60].decode("utf-8", "replace")
+        raise RequestError(f'loras must be a JSON object of names and scales such as {{"ink": 0.8}}, got {shown!r}')
+    return found
 
 
 def _response(images: list[_Image]) -> Any:

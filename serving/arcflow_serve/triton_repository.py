@@ -11,6 +11,8 @@ from arcflow_runtime.backends import AUTO, DEFAULT_BACKEND, ON_CPU, open_backend
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.files import whole_directory
 from arcflow_runtime.errors import RequestError
+from arcflow_runtime.lora.open import open_lora
+from arcflow_serve.models import check_loras
 from arcflow_serve.settings import Settings, default_lanes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -28,6 +30,9 @@ _INPUTS = {
     "height": ("TYPE_INT32", True),
     "num_inference_steps": ("TYPE_INT32", True),
     "guidance_scale": ("TYPE_FP64", True),
+    "negative_prompt": ("TYPE_STRING", True),
+    "true_cfg_scale": ("TYPE_FP64", True),
+    "loras": ("TYPE_STRING", True),
 }
 
 
@@ -44,6 +49,8 @@ class TritonOptions:
         max_queue: most requests that may wait.
         deadline_s: a request that has waited for so long is answered with an error.
         bundle_path: where the server finds the bundle; None is where it is now.
+        loras: files of LoRAs that requests may use; each is named after its file.
+        lora_folder: where the server finds those files; None is where they are now.
     """
 
     backend: str = DEFAULT_BACKEND
@@ -53,6 +60,8 @@ class TritonOptions:
     max_queue: int = Settings.max_queue
     deadline_s: float = Settings.deadline_s
     bundle_path: str | None = None
+    loras: tuple[Path, ...] = ()
+    lora_folder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("instances", "threads", "max_batch", "max_queue"):
@@ -60,6 +69,8 @@ class TritonOptions:
                 raise RequestError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if not self.deadline_s > 0:
             raise RequestError(f"--deadline must be a number of seconds above 0, got {self.deadline_s}")
+        if self.lora_folder is not None and not self.loras:
+            raise RequestError("--lora-folder needs --lora, which names the files in it; give it, or leave both out")
         if self.backend == AUTO:
             raise RequestError(f"--backend must be named, got {AUTO!r}: the configuration says whether there is a GPU")
 
@@ -89,6 +100,7 @@ def write_repository(bundle: Path, out: Path, name: str | None, options: TritonO
     Raises:
         BundleError: `bundle` is not a bundle.
         EngineError: the backend is installed here and cannot run the bundle.
+        LoraError: a LoRA cannot be read, or does not fit the bundle's slots.
         RequestError: the name or an option is wrong, or the repository has a model of this name.
     """
     bundle = bundle.absolute()
@@ -104,6 +116,9 @@ def write_repository(bundle: Path, out: Path, name: str | None, options: TritonO
     if options.on_cpu:
         # A repository for a GPU may be written on a machine without one.
         open_backend(options.backend).check(opened)
+    check_loras(options.loras, [opened.manifest])
+    for file in options.loras:
+        open_lora(file, file.stem, opened.manifest)
     text = _config(name, opened, options, options.bundle_path or str(bundle))
     out.mkdir(parents=True, exist_ok=True)
     with whole_directory(folder) as partial:
@@ -127,6 +142,10 @@ def _config(name: str, bundle: Bundle, options: TritonOptions, bundle_path: str)
         else f"count: {options.instances or 1} kind: KIND_GPU"
     )
     parameters = {"bundle": bundle_path, "backend": options.backend}
+    if options.loras:
+        folder = options.lora_folder
+        files = [str(Path(folder) / f.name if folder is not None else f.absolute()) for f in options.loras]
+        parameters["loras"] = json.dumps(files, ensure_ascii=False)
     if settings.engine_threads is not None:
         parameters["threads"] = str(settings.engine_threads)
     lines = [

@@ -25,7 +25,12 @@ from arcflow_export.commands.sources import (
     quiet_libraries,
     warn_of_shift,
 )
-from arcflow_export.commands.straight import add_straight_arguments, check_straight, straight_schedule
+from arcflow_export.commands.straight import (
+    add_straight_arguments,
+    check_straight,
+    negative_prompts,
+    straight_schedule,
+)
 from arcflow_export.formats.prompts import PRESETS, Prompts, read_prompts
 from arcflow_runtime.disk.families import DEFAULT_GUIDANCE_SCALE
 from arcflow_runtime.errors import RequestError
@@ -128,9 +133,16 @@ def run(args: argparse.Namespace) -> int:
     if student.adapter is not None:
         warn_of_shift(student, settings.shift)
     else:
-        schedule, _ = straight_schedule(args, student)
-        steps = args.num_inference_steps or schedule.num_inference_steps
-        settings = dataclasses.replace(settings, straight=schedule, num_inference_steps=steps)
+        given = args.num_inference_steps
+        schedule, scale = straight_schedule(args, student, None if given is None else (given,))
+        negatives = negative_prompts(args, scale)
+        settings = dataclasses.replace(
+            settings,
+            straight=schedule,
+            num_inference_steps=given or schedule.num_inference_steps,
+            negative_prompts=negatives,
+            true_cfg_scale=scale if negatives else None,
+        )
     # `plan_memory` refuses a student that cannot fit; it is more exact, because it knows the files.
     announce(partial(_cost, student, settings, len(prompts.texts)), args.out.absolute().parent, anyway=True)
     try:
@@ -153,8 +165,9 @@ def _cost(student: Student, settings: CalibrationSettings, prompts: int, machine
     sizes = call_sizes(height, width, settings.max_sequence_length, steps)
     parts = {part.name: part_work(part, sizes) for part in student.parts(dtype)}
     free = machine.free_memory_bytes
-    memory, read = network_bytes(parts, student.base_bytes, student.adapter_bytes, dtype, batch, steps, free)
-    return calibrate_cost(parts, prompts, steps, dtype, -(-prompts // batch) * read, memory, machine)
+    calls = steps * (2 if settings.negative_prompts else 1)
+    memory, read = network_bytes(parts, student.base_bytes, student.adapter_bytes, dtype, batch, calls, free)
+    return calibrate_cost(parts, prompts, calls, dtype, -(-prompts // batch) * read, memory, machine)
 
 
 def _report(args: argparse.Namespace, scales: Scales) -> None:

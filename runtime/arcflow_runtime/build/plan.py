@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from arcflow_runtime.build.build import BuildSettings
 from arcflow_runtime.build.profiles import Size, make_profiles
+from arcflow_runtime.build.targets import capability, choose_targets, first_capability
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.engine_record import EngineKey, part_key_fields
 from arcflow_runtime.disk.manifest import SizeRange
@@ -17,9 +18,6 @@ from arcflow_runtime.disk.quant_formats import FORMATS, formats_of
 from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.tensorrt_library import LIBRARIES, this_platform
 from arcflow_runtime.errors import EngineError, RequestError
-
-#: The first compute capability that supports bfloat16, as in "sm80"; those of the formats are in `FORMATS`.
-FIRST_WITH_BFLOAT16 = 80
 
 
 @dataclass(frozen=True)
@@ -62,24 +60,12 @@ def plan_builds(
     if settings.timing_cache is not None and library.ahead_of_time:
         raise RequestError(f"--timing-cache: {backend} builds without timing kernels; leave it out")
     gpu = find_gpu()
-    if not library.ahead_of_time and gpu is None:
-        raise EngineError(
-            f"{backend} can build only on the GPU that it builds for, and the CUDA driver finds none here; "
-            "build on the GPU's machine, or with --backend tensorrt-rtx, which needs no GPU"
-        )
-    if not targets:
-        if gpu is None:
-            raise RequestError("--target must be given on a machine without a GPU, such as --target sm89")
-        targets = [gpu.target]
+    targets = choose_targets(library, targets, gpu)
     version = library.load().__version__
     jobs = []
     for part in parts or bundle.manifest.parts:
         profiles = make_profiles(bundle.manifest, part, sizes, batch)
-        for target in dict.fromkeys(targets):
-            if library.ahead_of_time:
-                library.check_target(target)
-            elif gpu is not None and target != gpu.target:
-                raise RequestError(f"--target must be {gpu.target} for {backend} on this {gpu.name}, got {target!r}")
+        for target in targets:
             _check_precision(bundle, part, target)
             key = EngineKey(
                 **part_key_fields(bundle, part),
@@ -99,7 +85,6 @@ def plan_builds(
 
 def _check_precision(bundle: Bundle, part: str, target: str) -> None:
     spec = bundle.manifest.parts[part]
-    capability = int(target.removeprefix("sm"))
     for name in formats_of(spec):
         facts = FORMATS[name]
         if facts.first_sm is None:
@@ -107,12 +92,12 @@ def _check_precision(bundle: Bundle, part: str, target: str) -> None:
                 f"{part} is in {facts.title}, which is for CPUs; build the bundle that this one was quantised from, or "
                 "quantise that to FP8"
             )
-        if capability < facts.first_sm:
+        if capability(target) < facts.first_sm:
             raise EngineError(
                 f"{part} is in {facts.title}, which {target} does not support; build for sm{facts.first_sm} or newer, "
                 "or build the bundle that this one was quantised from"
             )
-    if spec.precision == "bfloat16" and capability < FIRST_WITH_BFLOAT16:
+    if capability(target) < first_capability(spec.precision):
         raise EngineError(
-            f"{part} is in bfloat16, which {target} does not support; export the bundle with --dtype float16"
+            f"{part} is in {spec.precision}, which {target} does not support; export the bundle with --dtype float16"
         )

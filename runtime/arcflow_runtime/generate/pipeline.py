@@ -29,6 +29,7 @@ from arcflow_runtime.generate.denoise import Group, StepCallback, check_finite, 
 from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_others
 from arcflow_runtime.generate.encode import encode_prompts
 from arcflow_runtime.generate.memory import check_memory, fitting_memory
+from arcflow_runtime.generate.previews import check_max_previews, preview_steps
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.straight import Negative, denoise_straight, guided_groups
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
@@ -162,6 +163,7 @@ class Pipeline:
         callback_on_step_end: StepCallback | None = None,
         *,
         callback_on_preview: PreviewCallback | None = None,
+        max_previews: int | None = None,
         generator: object = None,
         latents: object = None,
         prompt_embeds: object = None,
@@ -190,6 +192,7 @@ class Pipeline:
                 output type: the velocity that this step's heads describe, integrated exactly to sigma 0. After the
                 first step that is, up to rounding, the image of `num_inference_steps=1`. A GPU runs the first step once
                 more for its preview, and gives no other. Like `callback_on_step_end`, it must not call this pipeline.
+            max_previews: most previews, spread evenly over the steps, since each is decoded; None gives all.
             generator: in place of `seed`, a `torch.Generator` on the CPU or a list of B. Only its initial seed is used,
                 so numbers drawn from it before make no difference.
             latents: in place of `seed`, the noise itself, [B, N, 64], packed as in diffusers.
@@ -210,6 +213,7 @@ class Pipeline:
         refuse_others(others)
         check_callback("callback_on_step_end", callback_on_step_end, "latents")
         check_callback("callback_on_preview", callback_on_preview, "images")
+        check_max_previews(max_previews, callback_on_preview)
         request = check_request(
             self.bundle.manifest,
             prompt,
@@ -235,8 +239,9 @@ class Pipeline:
             embeddings, warnings = self._encode(request, prepared, watch)
             for warning in warnings:
                 _log.warning(warning)
+            wanted = preview_steps(request.num_inference_steps, max_previews) if callback_on_preview else frozenset()
             latents, pixels = self._denoise(
-                request, prepared, embeddings, watch, callback_on_step_end, callback_on_preview
+                request, prepared, embeddings, watch, callback_on_step_end, callback_on_preview, wanted
             )
             images = self._decode(request, latents, pixels, watch)
         timings = watch.ms | {"total": (time.perf_counter() - started) * 1e3}
@@ -313,8 +318,12 @@ class Pipeline:
         watch: Stopwatch,
         callback: StepCallback | None,
         on_preview: PreviewCallback | None,
+        previewed: frozenset[int],
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Compute the modulation and run every step: latents [B, N, 64] float32, and pixels if a denoiser ran."""
+        """Compute the modulation and run every step: latents [B, N, 64] float32, and pixels if a denoiser ran.
+
+        `on_preview` is called after the steps in `previewed`.
+        """
         m = self.bundle.manifest
         grid = self._grid(request)
         schedule = sigmas(request.num_inference_steps, m.schedule, grid[0] * grid[1])
@@ -332,6 +341,8 @@ class Pipeline:
 
         def preview(step: int, latents: np.ndarray, pixels: np.ndarray | None = None) -> None:
             assert on_preview is not None, "previews are made on demand"
+            if step not in previewed:
+                return
             check_finite(latents, m.parts["backbone"].precision)
             with watch("preview"):
                 images = self._decode(request, latents, pixels, Stopwatch())
@@ -341,7 +352,7 @@ class Pipeline:
             with self._parts.use("backbone") as run:
                 inputs = loras.of("backbone")
                 with_loras = (lambda given: run({**given, **inputs})) if inputs else run
-                on_end = None if on_preview is None else preview
+                on_end = preview if previewed else None
                 rest = (noise, modulation, rotary, schedule, watch, callback, on_end)
                 if m.sampler == "linear":
                     latents = denoise_straight(with_loras, groups, negative, *rest)
@@ -349,10 +360,11 @@ class Pipeline:
                     latents = denoise(with_loras, groups, *rest)
         elif denoiser is not None:
             jobs = self._jobs(request, loras, groups, negative)
-            if on_preview is not None and request.num_inference_steps > 1:
+            if previewed:
                 first = [(images, _first_step(job)) for images, job in jobs]
                 with watch("preview"):
                     found = denoise_on_device(denoiser, first, Stopwatch())
+                previewed = frozenset([0])
                 preview(0, *found)
             latents, pixels = denoise_on_device(denoiser, jobs, watch, callback)
         check_finite(latents, m.parts["backbone"].precision)

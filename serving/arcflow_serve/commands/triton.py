@@ -24,6 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bundle-path", metavar="PATH", help="where the server finds the bundle (default: where it is now)"
     )
     parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="LoRA that requests may use, named after its file; repeatable; for bundles with LoRA slots",
+    )
+    parser.add_argument(
+        "--lora-folder", metavar="PATH", help="where the server finds the LoRAs (default: where they are now)"
+    )
+    parser.add_argument(
         "--backend", choices=sorted(BACKENDS), default=default.backend, help="engine (default: %(default)s)"
     )
     parser.add_argument(
@@ -67,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         args.max_queue,
         args.deadline,
         args.bundle_path,
+        tuple(args.lora),
+        args.lora_folder,
     )
     folder = write_repository(args.bundle, args.out, args.name, options)
     print(f"{folder}; start it with: tritonserver --model-repository {args.out}")
