@@ -30,6 +30,11 @@ from tests.test_golden import golden
 
 STUDENTS = ["flux-tiny", pytest.param("qwen-tiny", marks=pytest.mark.slow)]
 POLICIES = {"flux-tiny": "flux-int8", "qwen-tiny": "qwen-image-int8"}
+EMBEDDINGS = {
+    ("flux-tiny", "text_encoder"): "text_model.embeddings.token_embedding",
+    ("flux-tiny", "text_encoder_2"): "shared",
+    ("qwen-tiny", "text_encoder"): "model.embed_tokens",
+}
 PARTS = {
     "flux-tiny": ["text_encoder", "text_encoder_2", "conditioner", "backbone"],
     "qwen-tiny": ["text_encoder", "backbone"],
@@ -132,18 +137,34 @@ def test_bundles(int8, name):
         q = after.manifest.parts[part].quantization
         assert (q.format, q.scales, q.formats) == ("int8", None, None)
         old, new = (load_file(b.path(b.manifest.parts[part].weights)) for b in (before, after))
+        narrow = {*q.layers, EMBEDDINGS.get((name, part))} - {None}
         for key, value in old.items():
             layer = key.removesuffix(".weight")
-            if layer not in q.layers or not key.endswith(".weight"):
+            if layer not in narrow or not key.endswith(".weight"):
                 assert torch.equal(new[key], value), key
                 continue
             assert new[key].dtype == torch.int8
             # Half a step, and the rounding of the quotient and of the scale to float32.
             step = new[f"{layer}.weight_scale"]
+            assert step.shape == ((len(value), 1) if layer not in q.layers else value.shape[1:])
             assert ((new[key] * step - value).abs() <= step * (0.5 + 127 * 2**-23)).all(), key
-        assert new.keys() == old.keys() | {f"{layer}.weight_scale" for layer in q.layers}
+        assert new.keys() == old.keys() | {f"{layer}.weight_scale" for layer in narrow}
         codes = {n.name for n in ir.load(after.path(after.manifest.parts[part].graph)).graph if "Integer" in n.op_type}
         assert codes == set(q.layers)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_decoder_is_stored_in_float16(int8, name):
+    """Its arithmetic stays in float32, and weights are torch's own rounding."""
+    before, after = int8(name)
+    part = after.manifest.parts["vae_decoder"]
+    assert part.quantization is None and part.precision == "float32"
+    old, new = (load_file(b.path(part.weights)) for b in (before, after))
+    assert new.keys() == old.keys()
+    for key, value in old.items():
+        stored = value.half() if key.endswith(".weight") and value.ndim > 1 else value
+        assert new[key].dtype == stored.dtype and torch.equal(new[key], stored), key
+    assert {v.dtype for v in new.values()} == {torch.float16, torch.float32}
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -194,7 +215,7 @@ def test_the_command(bundles, tmp_path, capsys):
     assert cli.main(["quantize", root, "--format", "int8", "--out", str(tmp_path / "a"), "--json", "--anyway"]) == 0
     assert json.loads(capsys.readouterr().out)["policy"] == "flux-int8"
     assert cli.main(["inspect", str(tmp_path / "a")]) == 0
-    assert re.search(r"backbone .*float32, 39 linears in int8 \(\d+\.\d% of the parameters\)", capsys.readouterr().out)
+    assert re.search(r"backbone .*float32, 40 linears in int8 \(\d+\.\d% of the parameters\)", capsys.readouterr().out)
     code = cli.main(["quantize", root, "--format", "int8", "--policy", "flux", "--out", str(tmp_path / "b"), "--json",
                      "--anyway"])  # fmt: skip
     assert code == 0 and json.loads(capsys.readouterr().out)["policy"] == "flux"
@@ -221,7 +242,7 @@ def test_scales_are_for_formats_that_are_calibrated(bundles):
 def test_another_precision_is_refused(command_run):
     message = (
         "text_encoder: text_model.encoder.layers.0.self_attn.q_proj must compute in float32 for int8, got BFLOAT16; "
-        "export the bundle with --dtype float32"
+        "export the bundle with --dtype float32, or with --dtype bfloat16 --keep-float32 '*' for a CPU with bfloat16"
     )
     with pytest.raises(QuantizeError, match=f"^{re.escape(message)}$"):
         plan_quantization(Bundle.open(command_run.bundle), None, load_policy("shapes-int8"))

@@ -142,6 +142,9 @@ def _look_up(graph: ir.Graph, gather: ir.Node, scale: ir.Value, dtype: ir.DataTy
         nodes.append(
             ir.node("Cast", [product], attributes={"to": dtype}, outputs=[result], name=f"{name}.rows_rounded_cast")
         )
+    for i, out in enumerate(graph.outputs):
+        if out is rows:
+            rows.name, result.name, graph.outputs[i] = f"{name}.row_codes", rows.name, result
     rows.replace_all_uses_with(result)
     nodes[1].replace_input_with(0, rows)
     rows.dtype = ir.DataType.INT8
