@@ -27,10 +27,11 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Made:
-    """How a precision's bundle is made: `dtype` of `arcflow export`, then the options of `arcflow quantize`, if any."""
+    """How a precision's bundle is made: `dtype` and other options of `arcflow export`, then of `arcflow quantize`."""
 
     dtype: str
     quantize: tuple[str, ...] = ()
+    export: tuple[str, ...] = ()
 
 
 #: Precision -> its bundle. A new precision needs a line here and one for each engine in `CANDIDATES`.
@@ -38,6 +39,7 @@ BUNDLES = {
     "float32": Made("float32"),
     "bfloat16": Made("bfloat16"),
     "int8": Made("float32", ("--format", "int8")),
+    "int8 and bfloat16": Made("bfloat16", ("--format", "int8"), ("--keep-float32", "*")),
 }
 
 
@@ -74,6 +76,7 @@ _OURS = (
     Ours("openvino", "bfloat16"),
     Ours("onnxruntime", "int8"),
     Ours("openvino", "int8"),
+    Ours("openvino", "int8 and bfloat16"),
 )
 _PEERS = (Peer(d, m, c) for d in ("float32", "bfloat16") for c in (False, True) for m in (False, True))
 CANDIDATES: dict[str, Ours | Peer] = {c.name: c for c in _OURS} | {c.name: c for c in _PEERS}
@@ -83,7 +86,7 @@ REFERENCE = Peer("float32").name
 
 def bundle_of(folder: Path, precision: str) -> Path:
     """Where a precision's bundle is, below a workload's folder."""
-    return folder / f"{precision}.bundle"
+    return folder / f"{precision.replace(' ', '-')}.bundle"
 
 
 def _ours(candidate: Ours, folder: Path, size_px: int, text_tokens: int) -> Callable[[], tuple[np.ndarray, Any]]:

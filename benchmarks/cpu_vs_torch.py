@@ -110,11 +110,11 @@ def prepare(workload: Workload, folder: Path, names: list[str]) -> dict[str, str
 def _make_bundle(folder: Path, precision: str) -> str | None:
     """Make a precision's bundle; returns the last line of the error, or None."""
     made, out = BUNDLES[precision], bundle_of(folder, precision)
-    plain = bundle_of(folder, made.dtype)
+    plain = bundle_of(folder, f"plain {precision}" if made.export else made.dtype)
     commands = []
     if not plain.exists():
         student = ["--base", str(folder / "base"), "--adapter", str(folder / "adapter")]
-        commands.append(["export", *student, "--dtype", made.dtype, "--out", str(plain)])
+        commands.append(["export", *student, "--dtype", made.dtype, *made.export, "--out", str(plain)])
     if made.quantize:
         commands.append(["quantize", str(plain), *made.quantize, "--out", str(out)])
     for command in commands:

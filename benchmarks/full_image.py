@@ -69,7 +69,11 @@ def make_part(name: str, tiny: Bundle, folder: Path, blocks: tuple[int, int] | N
     patterns = load_policy(POLICY).parts.get(name)
     if patterns is not None:
         policy = folder / "policy.toml"
-        policy.write_text(f'name = "{name}"\nformat = "int8"\n[parts.{name}]\ninclude = {list(patterns.include)!r}\n')
+        lines = [f'name = "{name}"', 'format = "int8"', f"[parts.{name}]", f"include = {list(patterns.include)!r}"]
+        if patterns.stored is not None:
+            lines.append(f"[parts.{name}.stored]")
+            lines += [f"{key} = {list(value)!r}" for key, value in dataclasses.asdict(patterns.stored).items()]
+        policy.write_text("\n".join(lines) + "\n")
         drop_cache([bundle.path(bundle.manifest.parts[name].weights)])
         out = folder / "int8"
         _, found["quantize"] = run_arcflow("quantize", str(bundle.root), "--policy", str(policy), "--out", str(out))

@@ -20,16 +20,23 @@ from arcflow_export.quantize.graph import QuantizeLinears
 from arcflow_export.quantize.int8 import TINY, encode, make_scale
 from arcflow_export.quantize.quantize import plan_quantization, quantize_bundle
 from arcflow_runtime import Bundle, Pipeline, cli
+from arcflow_runtime.backends import open_backend
 from arcflow_runtime.build.plan import _check_precision
 from arcflow_runtime.engines.cpu import has_vnni
 from arcflow_runtime.errors import EngineError
 from tests.conftest import embed
 from tests.cpp import ids_of
 from tests.test_cpp import arguments
+from tests.test_golden import arguments as python_arguments
 from tests.test_golden import golden
 
 STUDENTS = ["flux-tiny", pytest.param("qwen-tiny", marks=pytest.mark.slow)]
 POLICIES = {"flux-tiny": "flux-int8", "qwen-tiny": "qwen-image-int8"}
+EMBEDDINGS = {
+    ("flux-tiny", "text_encoder"): "text_model.embeddings.token_embedding",
+    ("flux-tiny", "text_encoder_2"): "shared",
+    ("qwen-tiny", "text_encoder"): "model.embed_tokens",
+}
 PARTS = {
     "flux-tiny": ["text_encoder", "text_encoder_2", "conditioner", "backbone"],
     "qwen-tiny": ["text_encoder", "backbone"],
@@ -38,15 +45,19 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def int8(bundles, tmp_path_factory):
-    """A function golden student -> (its float32 bundle, the same in int8), made on first use."""
+    """A function golden student -> (its float32 bundle, the same in int8), made on first use. With dtype bfloat16, all
+    but the linears is in bfloat16.
+    """
     known = {}
 
-    def get(name):
-        if name not in known:
-            before = Bundle.open(bundles(name, opset=23, steps=(2, 4)))
+    def get(name, dtype="float32"):
+        if (name, dtype) not in known:
+            options = {} if dtype == "float32" else {"dtype": dtype, "keep_float32": ("*",)}
+            before = Bundle.open(bundles(name, opset=23, steps=(2, 4), **options))
             plan = plan_quantization(before, None, load_policy(POLICIES[name]))
-            known[name] = before, Bundle.open(quantize_bundle(plan, tmp_path_factory.mktemp("int8") / "b", "test"))
-        return known[name]
+            after = Bundle.open(quantize_bundle(plan, tmp_path_factory.mktemp("int8") / "b", "test"))
+            known[name, dtype] = before, after
+        return known[name, dtype]
 
     return get
 
@@ -132,18 +143,34 @@ def test_bundles(int8, name):
         q = after.manifest.parts[part].quantization
         assert (q.format, q.scales, q.formats) == ("int8", None, None)
         old, new = (load_file(b.path(b.manifest.parts[part].weights)) for b in (before, after))
+        narrow = {*q.layers, EMBEDDINGS.get((name, part))} - {None}
         for key, value in old.items():
             layer = key.removesuffix(".weight")
-            if layer not in q.layers or not key.endswith(".weight"):
+            if layer not in narrow or not key.endswith(".weight"):
                 assert torch.equal(new[key], value), key
                 continue
             assert new[key].dtype == torch.int8
             # Half a step, and the rounding of the quotient and of the scale to float32.
             step = new[f"{layer}.weight_scale"]
+            assert step.shape == ((len(value), 1) if layer not in q.layers else value.shape[1:])
             assert ((new[key] * step - value).abs() <= step * (0.5 + 127 * 2**-23)).all(), key
-        assert new.keys() == old.keys() | {f"{layer}.weight_scale" for layer in q.layers}
+        assert new.keys() == old.keys() | {f"{layer}.weight_scale" for layer in narrow}
         codes = {n.name for n in ir.load(after.path(after.manifest.parts[part].graph)).graph if "Integer" in n.op_type}
         assert codes == set(q.layers)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_decoder_is_stored_in_float16(int8, name):
+    """Its arithmetic stays in float32, and weights are torch's own rounding."""
+    before, after = int8(name)
+    part = after.manifest.parts["vae_decoder"]
+    assert part.quantization is None and part.precision == "float32"
+    old, new = (load_file(b.path(part.weights)) for b in (before, after))
+    assert new.keys() == old.keys()
+    for key, value in old.items():
+        stored = value.half() if key.endswith(".weight") and value.ndim > 1 else value
+        assert new[key].dtype == stored.dtype and torch.equal(new[key], stored), key
+    assert {v.dtype for v in new.values()} == {torch.float16, torch.float32}
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -161,6 +188,38 @@ def test_both_engines_run_it(int8, name):
         assert 0 < np.linalg.norm(run(after, backend) - reference) < 0.05 * np.linalg.norm(reference), backend
 
 
+@pytest.mark.parametrize("name", STUDENTS)
+def test_linears_in_int8_and_all_else_in_bfloat16(int8, name):
+    """The bound is the threshold of the policies for latents, against the same bundle with its linears in float32.
+    Attention must run in bfloat16, which is what it is for, and the products with stored int8 weights, whose layers
+    OpenVINO calls FullyConnectedCompressed.
+    """
+    openvino = pytest.importorskip("openvino")
+    before, after = int8(name, "bfloat16")
+    assert {part.precision for part in after.manifest.parts.values()} == {"bfloat16"}
+    wanted, got = (
+        Pipeline.load(b.root, backend="openvino")("a red circle", 64, 48, seed=3, output_type="latents").images
+        for b in (before, after)
+    )
+    assert 0 < np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)
+    profiled = open_backend("openvino", threads=1).open_profiled(after, "backbone")
+    sizes = {"batch": 1, "image_tokens": 12, "text_tokens": 8}
+    spec = after.manifest.parts["backbone"]
+    shapes = {s.name: ([sizes[d] if isinstance(d, str) else d for d in s.shape], s.dtype) for s in spec.inputs}
+    profiled.run({n: np.zeros(shape, {"bfloat16": np.uint16}.get(d, d)) for n, (shape, d) in shapes.items()})
+    layers = profiled.layer_times()
+    compressed = [layer for layer in layers if layer.operator == "FullyConnectedCompressed f32"]
+    assert len(compressed) == len(spec.quantization.layers)
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        attention = [layer.operator for layer in layers if "attention" in layer.layer]
+        assert attention == ["Subgraph bf16"] * {"flux-tiny": 5, "qwen-tiny": 3}[name]
+    message = (
+        "text_encoder is in bfloat16, which ONNX Runtime cannot run on a CPU; export the bundle with --dtype float32"
+    )
+    with pytest.raises(EngineError, match=f"^{message}$"):
+        open_backend("onnxruntime", threads=1).check(after)
+
+
 def test_the_golden_case_in_c(int8, cpp_library):
     """The C++ library with OpenVINO, against the reference implementation; the bound is the policy's for latents."""
     case, reference = golden("flux-tiny", 0)
@@ -174,6 +233,18 @@ def test_the_golden_case_in_c(int8, cpp_library):
         wanted = reference[f"step{i}.latents"]
         difference = np.linalg.norm(x.reshape(images.latents.shape) - wanted)
         assert 0 < difference < 0.05 * np.linalg.norm(wanted)
+
+
+@pytest.mark.slow
+def test_c_computes_the_mixed_precision_as_python_does(int8, cpp_library):
+    """The bound is a tenth of the threshold for latents: the two use the same kernels, and differ in the update."""
+    case, _ = golden("flux-tiny", 0)
+    _, after = int8("flux-tiny", "bfloat16")
+    wanted = Pipeline.load(after.root, backend="openvino")(**python_arguments(case), output_type="latents").images
+    pipe = embed.Pipeline(cpp_library, after.root)
+    images = pipe.generate(tokens=[ids_of(after.root, case["prompt"])], **arguments(case))
+    pipe.close()
+    assert np.linalg.norm(images.latents - wanted) < 0.005 * np.linalg.norm(wanted)
 
 
 def test_a_slot_reads_the_input_before_it_is_quantised(bundles, tmp_path):
@@ -194,7 +265,7 @@ def test_the_command(bundles, tmp_path, capsys):
     assert cli.main(["quantize", root, "--format", "int8", "--out", str(tmp_path / "a"), "--json", "--anyway"]) == 0
     assert json.loads(capsys.readouterr().out)["policy"] == "flux-int8"
     assert cli.main(["inspect", str(tmp_path / "a")]) == 0
-    assert re.search(r"backbone .*float32, 39 linears in int8 \(\d+\.\d% of the parameters\)", capsys.readouterr().out)
+    assert re.search(r"backbone .*float32, 40 linears in int8 \(\d+\.\d% of the parameters\)", capsys.readouterr().out)
     code = cli.main(["quantize", root, "--format", "int8", "--policy", "flux", "--out", str(tmp_path / "b"), "--json",
                      "--anyway"])  # fmt: skip
     assert code == 0 and json.loads(capsys.readouterr().out)["policy"] == "flux"
@@ -221,7 +292,7 @@ def test_scales_are_for_formats_that_are_calibrated(bundles):
 def test_another_precision_is_refused(command_run):
     message = (
         "text_encoder: text_model.encoder.layers.0.self_attn.q_proj must compute in float32 for int8, got BFLOAT16; "
-        "export the bundle with --dtype float32"
+        "export the bundle with --dtype float32, or with --dtype bfloat16 --keep-float32 '*' for a CPU with bfloat16"
     )
     with pytest.raises(QuantizeError, match=f"^{re.escape(message)}$"):
         plan_quantization(Bundle.open(command_run.bundle), None, load_policy("shapes-int8"))

@@ -182,7 +182,7 @@ def test_flops_of_one_linear():
 def test_coverage_of_a_part_by_hand(tmp_path):
     """64 x 96 pixels are 24 tokens: a 2 x 24 x 8, b 2 x 24 x 12, and c, which sees one vector, 2 x 8."""
     manifest = Bundle.open(make_bundle(tmp_path / "bundle")).manifest
-    found = cover_part(manifest, "backbone", find_linears(graph()), ("a",), 64, 96)
+    found = cover_part(manifest, "backbone", find_linears(graph()), ("a",), {}, 64, 96)
     assert (found.part, found.linears, found.quantized_linears, found.left) == ("backbone", 3, 1, ("c", "b"))
     assert (found.parameters, found.quantized_parameters) == (7, 8), "the bundle's parts say that they have 7"
     assert (found.flops, found.quantized_flops) == (384 + 576 + 16, 384)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     announce(partial(_cost, plan), args.out.absolute().parent, args.anyway)
     size = (request.height_px, request.width_px)
-    rows = [cover_part(m, p.name, p.linears, p.chosen, *size) for p in plan.parts]
+    rows = [cover_part(m, p.name, p.linears, p.chosen, p.stored, *size) for p in plan.parts]
     with ByteBars() as bars:
         out = quantize_bundle(plan, args.out, shlex.join(["arcflow", *sys.argv[1:]]), args.overwrite, bars)
     quantized = Bundle.open(out)
@@ -137,4 +137,9 @@ def _table(rows: list[Coverage], before: Bundle, after: Bundle) -> str:
         if r.quantized_linears and r.left:
             more = f" and {len(r.left) - _SHOWN} more" if len(r.left) > _SHOWN else ""
             lines.append(f"  not quantised in {r.part}: {', '.join(r.left[:_SHOWN])}{more}")
+    for r in rows:
+        for storage in dict.fromkeys(r.stored.values()):
+            names = [name for name, used in r.stored.items() if used == storage]
+            what = ", ".join(names) if len(names) <= _SHOWN else f"{len(names)} weights"
+            lines.append(f"  stored in {storage} in {r.part}: {what}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from arcflow_export.errors import QuantizeError
 from arcflow_export.families import facts
@@ -32,8 +32,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+#: How a weight that is not multiplied in 8 bits is stored.
+Storage = Literal["int8", "float16"]
 _NEAR = 3
 _NO_THRESHOLDS = Thresholds()
+
+
+@dataclass(frozen=True)
+class StoredPolicy:
+    """Glob patterns for the names of weights that take fewer bits in the file and are widened before they are used.
+
+    `int8` is for token embeddings, which get one scale per token; `float16` is for any weight of two dimensions or
+    more. Weights of quantised linears do not count.
+    """
+
+    int8: tuple[str, ...] = ()
+    float16: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,12 +56,13 @@ class PartPolicy:
 
     A linear is quantised if it matches a pattern of `include` and no pattern of `exclude`. There are no built-in
     exclusions. `formats` has patterns of linears that get another format than the policy's, by that format; None if
-    there are none.
+    there are none. `stored` is for weights that are not multiplied in the policy's format; None if there are none.
     """
 
-    include: tuple[str, ...]
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     formats: Mapping[QuantFormat, tuple[str, ...]] | None = None
+    stored: StoredPolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +83,10 @@ class QuantizationPolicy:
     def digest(self) -> str:
         """SHA-256 of the policy in canonical JSON; the manifest of a quantised bundle records it."""
         data = json.loads(json.dumps(dataclasses.asdict(self)))
-        for part in data["parts"].values():  # a policy of one format has the digest that it always had
-            if part["formats"] is None:
-                del part["formats"]
+        for part in data["parts"].values():  # a policy without a newer key has the digest that it always had
+            for key in ("formats", "stored"):
+                if part[key] is None:
+                    del part[key]
         return seal(data)
 
 
@@ -141,7 +157,7 @@ def select(policy: PartPolicy, part: str, linears: Sequence[str]) -> tuple[str, 
     others = {f"formats.{name}": patterns for name, patterns in (policy.formats or {}).items()}
     for key, patterns in ({"include": policy.include, "exclude": policy.exclude} | others).items():
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in linears):
+            if not _matches_any(pattern, linears):
                 raise QuantizeError(
                     f"policy: parts.{part}.{key}: {pattern!r} matches none of the {len(linears)} linears of {part}"
                     f"{_near(pattern, linears)}"
@@ -167,8 +183,51 @@ def select_formats(policy: PartPolicy, part: str, linears: Sequence[str], usual:
     return found
 
 
+def select_stored(
+    policy: PartPolicy, part: str, weights: Sequence[str], embeddings: Sequence[str]
+) -> dict[str, Storage]:
+    """Choose the weights that a policy stores in fewer bits; keeps the order of `weights`.
+
+    Args:
+        policy: the policy's patterns for this part.
+        part: name of the part, for messages.
+        weights: names of the part's weights that are not those of quantised linears.
+        embeddings: those of `weights` that are token embeddings.
+
+    Raises:
+        QuantizeError: a pattern matches no weight, or a weight matches patterns of both keys.
+    """
+    found: dict[str, Storage] = {}
+    if policy.stored is None:
+        return found
+    patterns: dict[Storage, tuple[tuple[str, ...], Sequence[str], str]] = {
+        "int8": (policy.stored.int8, embeddings, "token embeddings of {part}"),
+        "float16": (policy.stored.float16, weights, "weights of {part} that are not quantised"),
+    }
+    for storage, (wanted, names, what) in patterns.items():
+        for pattern in wanted:
+            if not _matches_any(pattern, names):
+                raise QuantizeError(
+                    f"policy: parts.{part}.stored.{storage}: {pattern!r} matches none of the {len(names)} "
+                    f"{what.format(part=part)}{_near(pattern, names)}"
+                )
+    for name in weights:
+        chosen = [
+            storage for storage, (wanted, names, _) in patterns.items() if name in names and _matches(name, wanted)
+        ]
+        if len(chosen) > 1:
+            raise QuantizeError(f"policy: parts.{part}.stored: {name!r} must match one of int8 and float16, got both")
+        if chosen:
+            found[name] = chosen[0]
+    return found
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _matches_any(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _near(pattern: str, linears: Sequence[str]) -> str:
@@ -185,8 +244,12 @@ def _check(policy: QuantizationPolicy, where: str) -> None:
     for part, patterns in policy.parts.items():
         if unknown := sorted((patterns.formats or {}).keys() - FORMATS.keys()):
             raise QuantizeError(f"{where}: parts.{part}: formats must be among {list(FORMATS)}, got {unknown}")
-        if not patterns.include:
+        if not patterns.include and (patterns.stored is None or patterns.exclude or patterns.formats):
             raise QuantizeError(f"{where}: parts.{part}: include must have at least one pattern; or leave the part out")
+        if patterns.stored is not None and not (patterns.stored.int8 or patterns.stored.float16):
+            raise QuantizeError(
+                f"{where}: parts.{part}: stored must have patterns for int8 or float16; or leave it out"
+            )
     for name, value in dataclasses.asdict(policy.thresholds).items():
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise QuantizeError(f"{where}: thresholds: {name} must be finite and not negative, got {value!r}")

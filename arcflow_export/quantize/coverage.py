@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from arcflow_export.formats.policy import Storage
 from arcflow_export.graph.linears import LinearNode
 from arcflow_runtime.disk.families import facts
 from arcflow_runtime.disk.manifest import Manifest
@@ -16,7 +17,8 @@ class Coverage:
     """One part: its linears, parameters and FLOPs per call, and how many of each are quantised.
 
     FLOPs count the linears only, two per multiplication, for one image. `parameters` counts the whole part. `left` are
-    the names of the linears that are not quantised.
+    the names of the linears that are not quantised. `stored` are the other weights that take fewer bits in the file, by
+    name.
     """
 
     part: str
@@ -27,6 +29,7 @@ class Coverage:
     flops: int
     quantized_flops: int
     left: tuple[str, ...]
+    stored: Mapping[str, Storage]
 
 
 def cover_part(
@@ -34,6 +37,7 @@ def cover_part(
     part: str,
     linears: Mapping[str, LinearNode],
     chosen: tuple[str, ...],
+    stored: Mapping[str, Storage],
     height_px: int,
     width_px: int,
 ) -> Coverage:
@@ -44,6 +48,7 @@ def cover_part(
         part: name of the part.
         linears: all linears of the part, by name.
         chosen: names of the linears to quantise.
+        stored: other weights that take fewer bits, by name.
         height_px: image height, within the manifest's range.
         width_px: image width, within the manifest's range.
     """
@@ -58,6 +63,7 @@ def cover_part(
         sum(flops.values()),
         sum(flops[name] for name in chosen),
         tuple(name for name in linears if name not in set(chosen)),
+        dict(stored),
     )
 
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from arcflow_export.formats.policy import Storage
 from arcflow_export.graph.linears import find_linears
 from arcflow_export.quantize.formats import WEIGHT_FORMATS
+from arcflow_export.quantize.stored import find_weights
+from arcflow_export.quantize.stored import insert as insert_stored
 from arcflow_runtime.disk.manifest import QuantFormat
 
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "MatMulInteger")
@@ -16,15 +19,17 @@ _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "MatMulInteger")
 class QuantizeLinears(ir.passes.InPlacePass):
     """Put the nodes of their formats around the named linears; weights become initializers without values.
 
+    Weights of `stored` are widened by `stored.py`'s nodes.
+
     1. Requires: every name is a linear of the graph, and the graph is not quantised yet.
     2. Linears of one format that read the same tensor share the nodes that quantise it.
     3. `write.attach` gives the initializers their values.
     4. Ensures: the named linears and no others have the nodes of their formats.
     """
 
-    def __init__(self, layers: Mapping[str, QuantFormat]) -> None:
+    def __init__(self, layers: Mapping[str, QuantFormat], stored: Mapping[str, Storage] | None = None) -> None:
         super().__init__()
-        self._layers = dict(layers)
+        self._layers, self._stored = dict(layers), dict(stored or {})
 
     def requires(self, model: ir.Model) -> None:
         """Rule 1; raises `ir.passes.PreconditionError`."""
@@ -35,11 +40,12 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rules 2 and 3."""
-        found = find_linears(model)
+        found, weights = find_linears(model), find_weights(model)
+        insert_stored(model.graph, self._stored, weights)
         for name, implementation in WEIGHT_FORMATS.items():
             chosen = [linear for layer, linear in found.items() if self._layers.get(layer) == name]
             implementation.insert(model.graph, chosen)
-        return ir.passes.PassResult(model, modified=bool(self._layers))
+        return ir.passes.PassResult(model, modified=bool(self._layers or self._stored))
 
     def ensures(self, model: ir.Model) -> None:
         """Rule 4; raises `ir.passes.PostconditionError`."""

@@ -19,12 +19,14 @@ from arcflow_export.checkpoint.tensors import TensorIndex
 from arcflow_export.errors import QuantizeError
 from arcflow_export.export.staging import staged
 from arcflow_export.export.write import attach, num_bytes, write_weights
-from arcflow_export.formats.policy import QuantizationPolicy, select_formats
+from arcflow_export.formats.policy import QuantizationPolicy, Storage, select_formats, select_stored
 from arcflow_export.formats.scales import Scales
 from arcflow_export.graph.linears import LinearNode, find_linears, shared_inputs
 from arcflow_export.progress import ByteProgress, Silent
 from arcflow_export.quantize.formats import WEIGHT_FORMATS
 from arcflow_export.quantize.graph import QuantizeLinears, is_quantized
+from arcflow_export.quantize.stored import PlainWeight, find_weights, narrowed, row_layers
+from arcflow_export.quantize.stored import tensors as stored_tensors
 from arcflow_export.quantize.weights import QuantizedWeights, scan_weights
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.disk.bundle import Bundle, timestamp
@@ -38,17 +40,39 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class PartQuantizationPlan:
-    """The plan for one part: its graph, all of its linears, and the formats of those that are quantised, by name."""
+    """The plan for one part: its graph, all of its linears and weights, the formats of the linears that are quantised,
+    and how other weights are stored, by name.
+    """
 
     name: str
     model: ir.Model = field(repr=False)
     linears: Mapping[str, LinearNode] = field(repr=False)
+    weights: Mapping[str, PlainWeight] = field(repr=False)
     formats: Mapping[str, b.QuantFormat] = field(default_factory=dict)
+    stored: Mapping[str, Storage] = field(default_factory=dict)
 
     @property
     def chosen(self) -> tuple[str, ...]:
         """Names of the linears to quantise."""
         return tuple(self.formats)
+
+    @property
+    def changed(self) -> bool:
+        """True if the part's files are rewritten."""
+        return bool(self.formats or self.stored)
+
+    @property
+    def saved_bytes(self) -> int:
+        """About how many bytes of weights the plan saves."""
+        sizes = [
+            (self.linears[n].parameters, self.linears[n].dtype, FORMATS[f].weight_bits) for n, f in self.formats.items()
+        ]
+        bits = {"int8": 8, "float16": 16}
+        for name, storage in self.stored.items():
+            dtype = self.weights[name].value.dtype
+            assert dtype is not None
+            sizes.append((self.weights[name].elements, dtype, bits[storage]))
+        return sum(elements * (int(8 * dtype.itemsize) - stored) // 8 for elements, dtype, stored in sizes)
 
 
 @dataclass(frozen=True)
@@ -64,12 +88,7 @@ class QuantizationPlan:
     def weight_bytes(self) -> int:
         """About how many bytes of weights will be written."""
         files, parts = self.bundle.manifest.files, self.bundle.manifest.parts
-        whole = sum(files[parts[p.name].weights].bytes for p in self.parts if p.chosen)
-        return whole - sum(
-            p.linears[name].parameters * (int(8 * p.linears[name].dtype.itemsize) - FORMATS[used].weight_bits) // 8
-            for p in self.parts
-            for name, used in p.formats.items()
-        )
+        return sum(files[parts[p.name].weights].bytes - p.saved_bytes for p in self.parts if p.changed)
 
 
 def plan_quantization(bundle: Bundle, scales: Scales | None, policy: QuantizationPolicy) -> QuantizationPlan:
@@ -106,10 +125,13 @@ def plan_quantization(bundle: Bundle, scales: Scales | None, policy: Quantizatio
                 f"{bundle.path(part.graph)} is quantised, but the manifest does not say that {name} is; "
                 "export the bundle again"
             )
-        linears = find_linears(model)
+        linears, weights = find_linears(model), find_weights(model)
         formats: dict[str, b.QuantFormat] = {}
+        stored: dict[str, Storage] = {}
         if name in policy.parts:
-            formats = select_formats(policy.parts[name], name, list(linears), policy.format)
+            if policy.parts[name].include:
+                formats = select_formats(policy.parts[name], name, list(linears), policy.format)
+            stored = _select_stored(policy, name, {n: w for n, w in weights.items() if n not in formats})
             for layer, used in formats.items():
                 if (why := WEIGHT_FORMATS[used].refuse(linears[layer])) is not None:
                     raise QuantizeError(f"{name}: {layer} {why}")
@@ -120,7 +142,7 @@ def plan_quantization(bundle: Bundle, scales: Scales | None, policy: Quantizatio
                     )
             if scales is not None:
                 _check_calibrated(scales, name, tuple(formats))
-        parts.append(PartQuantizationPlan(name, model, linears, formats))
+        parts.append(PartQuantizationPlan(name, model, linears, weights, formats, stored))
     return QuantizationPlan(bundle, scales, policy, tuple(parts))
 
 
@@ -153,7 +175,7 @@ def quantize_bundle(
     with staged(out, overwrite, _needed_bytes(plan)) as folder:
         files, parts = dict(m.files), dict(m.parts)
         for planned in plan.parts:
-            if planned.chosen:
+            if planned.changed:
                 parts[planned.name] = _quantize_part(plan, planned, folder, files, progress)
         _take_over(plan, folder, files, progress)
         provenance = dataclasses.replace(
@@ -169,6 +191,11 @@ def quantize_bundle(
             f.flush()
             os.fsync(f.fileno())
     return out
+
+
+def _select_stored(policy: QuantizationPolicy, part: str, weights: Mapping[str, PlainWeight]) -> dict[str, Storage]:
+    embeddings = [name for name, weight in weights.items() if weight.embedding]
+    return narrowed(select_stored(policy.parts[part], part, list(weights), embeddings), weights)
 
 
 def _check_scales(scales: Scales | None, policy: QuantizationPolicy) -> None:
@@ -203,7 +230,7 @@ def _quantize_part(
     source = plan.bundle.path(spec.weights)
     index = TensorIndex.open(source, planned.name)
     progress.stage(f"{planned.name}: ranges of weights", files[spec.weights].bytes)
-    digest, amax = scan_weights(source, planned.chosen, progress.advance)
+    digest, amax = scan_weights(source, planned.chosen, progress.advance, row_layers(planned.stored))
     if digest != files[spec.weights].sha256:
         raise BundleError(
             f"{source} does not match its SHA-256 in {b.MANIFEST}; it was edited or damaged, export again"
@@ -214,18 +241,24 @@ def _quantize_part(
         name: WEIGHT_FORMATS[used].tensors(planned.linears[name], amax[name], ranges.get(name))
         for name, used in planned.formats.items()
     }
+    for name, storage in planned.stored.items():
+        tensors[name] = stored_tensors(planned.weights[name], storage, amax.get(name))
     weights = QuantizedWeights(index, tensors, [linear.name for group in groups for linear in group])
     params = weights.parameters()
-    result = QuantizeLinears(planned.formats)(planned.model)
+    result = QuantizeLinears(planned.formats, planned.stored)(planned.model)
     target, graph = folder / spec.weights, folder / spec.graph
     target.parent.mkdir(parents=True, exist_ok=True)
     graph.parent.mkdir(parents=True, exist_ok=True)
-    titles = " and ".join(FORMATS[used].title for used in dict.fromkeys(planned.formats.values()))
+    titles = " and ".join(
+        dict.fromkeys([FORMATS[f].title for f in planned.formats.values()] + [*planned.stored.values()])
+    )
     progress.stage(f"{planned.name}: weights in {titles}", sum(num_bytes(p) for p in params))
     files[spec.weights], placed = write_weights(target, params, weights, progress.advance)
     attach(result.model, target, placed)
     ir.save(result.model, graph)
     files[spec.graph] = b.FileEntry(graph.stat().st_size, sha256_file(graph))
+    if not planned.formats:
+        return spec
     scales = None if plan.scales is None else plan.scales.digest
     others = {name: used for name, used in planned.formats.items() if used != plan.policy.format} or None
     quantization = b.Quantization(plan.policy.format, planned.chosen, plan.policy.digest(), scales, others)
@@ -254,5 +287,5 @@ def _take_over(plan: QuantizationPlan, folder: Path, files: Mapping[str, b.FileE
 
 def _needed_bytes(plan: QuantizationPlan) -> int:
     m = plan.bundle.manifest
-    unchanged = {name for p in plan.parts if not p.chosen for name in (m.parts[p.name].graph, m.parts[p.name].weights)}
+    unchanged = {name for p in plan.parts if not p.changed for name in (m.parts[p.name].graph, m.parts[p.name].weights)}
     return plan.weight_bytes + sum(m.files[name].bytes for name in unchanged)

@@ -26,7 +26,7 @@ _UNCACHE_BYTES = 512 << 20
 
 
 def scan_weights(
-    path: Path, layers: Iterable[str], progress: Callable[[int], None]
+    path: Path, layers: Iterable[str], progress: Callable[[int], None], rows: Iterable[str] = ()
 ) -> tuple[str, dict[str, torch.Tensor]]:
     """Read a weights file once, from start to end, for its hash and the ranges of some weights.
 
@@ -34,14 +34,17 @@ def scan_weights(
         path: a valid safetensors file.
         layers: linears whose weights `<layer>.weight` are [in, out].
         progress: called with the number of bytes read.
+        rows: tables whose weights `<name>.weight` are [rows, width].
 
     Returns:
-        SHA-256 of the file, and for each layer the largest absolute weight of each output channel, [out] float32.
+        SHA-256 of the file, and by name the largest absolute weights: of each output channel of a layer, [out] float32,
+        and of each row of a table, [rows] float32.
 
     Raises:
         QuantizeError: a layer's weight holds NaN or Inf.
     """
-    wanted = {f"{layer}{_SUFFIX}" for layer in layers}
+    by_row = {f"{name}{_SUFFIX}" for name in rows}
+    wanted = {f"{layer}{_SUFFIX}" for layer in layers} | by_row
     digest = hashlib.sha256()
     with path.open("rb") as f:
         size = f.read(8)
@@ -50,7 +53,11 @@ def scan_weights(
         entries = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
         # Allocate all results first. A small array kept between two large blocks would keep the allocator from reusing
         # the first block's memory for the second, and memory would grow with the number of layers.
-        found = {key.removesuffix(_SUFFIX): torch.zeros(entries[key]["shape"][1]) for key in entries if key in wanted}
+        found = {
+            key.removesuffix(_SUFFIX): torch.zeros(entries[key]["shape"][key not in by_row])
+            for key in entries
+            if key in wanted
+        }
         row_sizes = [
             entries[key]["shape"][1] * DTYPES[entries[key]["dtype"]].itemsize for key in entries if key in wanted
         ]
@@ -58,7 +65,7 @@ def scan_weights(
         dropped = 0
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
-            row_bytes = 1
+            row_bytes, first = 1, 0
             if key in wanted:
                 row_bytes = entry["shape"][1] * DTYPES[entry["dtype"]].itemsize
             for block in _read(f, buffer, stop - start, max(1, BLOCK_BYTES // row_bytes) * row_bytes):
@@ -67,7 +74,11 @@ def scan_weights(
                 if key in wanted:
                     weight = torch.frombuffer(block, dtype=DTYPES[entry["dtype"]]).view(-1, entry["shape"][1])
                     amax = found[key.removesuffix(_SUFFIX)]
-                    torch.maximum(amax, weight.abs().amax(0).float(), out=amax)
+                    if key in by_row:
+                        amax[first : first + len(weight)] = weight.abs().amax(1)
+                        first += len(weight)
+                    else:
+                        torch.maximum(amax, weight.abs().amax(0).float(), out=amax)
             if stop - dropped > _UNCACHE_BYTES:
                 uncache(path)
                 dropped = stop

@@ -66,6 +66,7 @@ void multiply_stored_weights(ov::Model &model, const std::string &part) {
     model.validate_nodes_and_infer_types();
 }
 
-ov::AnyMap int8_properties() { return {ov::hint::dynamic_quantization_group_size(128)}; }
+// With 256 features to a scale, linears take a tenth less time than with 128 (docs/precisions.md).
+ov::AnyMap int8_properties() { return {ov::hint::dynamic_quantization_group_size(256)}; }
 
 }  // namespace arcflow
