@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import shutil
 from pathlib import Path
@@ -11,7 +12,34 @@ import onnx
 from onnx import helper
 
 from arcflow_runtime.disk.bundle import Bundle
-from arcflow_runtime.disk.manifest import MANIFEST, FileEntry, Schedule, TensorSpec
+from arcflow_runtime.disk.manifest import MANIFEST, DynamicShift, FileEntry, Schedule, TensorSpec
+
+#: FLUX.1-dev's schedule, Qwen-Image's, and that of its Lightning LoRAs.
+_FLUX = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 1.15, 256, 4096))
+_QWEN = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 0.9, 256, 8192), 0.02)
+#: The straight students of the cases on the host driver: name, the bundle that they are made of, schedule, scale of the
+#: guidance by a negative prompt.
+_STUDENTS = [
+    ("flux", "flux", _FLUX, None),
+    ("float16", "float16", _FLUX, None),
+    ("qwen", "conditioner", _QWEN, 4.0),
+    ("table", "qwen", Schedule(3.0, 1.0, 4), 1.5),
+    ("slots", "qwen slots", Schedule(3.0, 1.0, 2), 4.0),
+]
+
+
+def with_straight(roots: dict[str, Path], once) -> dict[str, Path]:
+    """The bundles `roots`, by name, and "straight ..." for each student that can be made of one of them."""
+    made = dict(roots)
+    for name, source, schedule, scale in _STUDENTS:
+        if source in roots:
+            make = functools.partial(_straighten_into, roots[source], schedule=schedule, true_cfg_scale=scale)
+            made[f"straight {name}"] = once(f"straight {name} on the driver", make) / "bundle"
+    return made
+
+
+def _straighten_into(source, folder, **options):
+    straighten(source, folder / "bundle", **options)
 
 
 def straighten(source: Path, out: Path, schedule: Schedule, true_cfg_scale: float | None = None) -> Path:

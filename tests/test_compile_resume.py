@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ from tests import compiling
 from tests.compiling import STAGES, WHOLE, compile_, files, log, reached, records, said, start
 
 place = compiling.place
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 #: Where there is most to lose, stopped in every way; and every other stage, killed in two ways.
-ENDS = [("calibrate", how) for how in ("both", "SIGINT")]
-OTHER_ENDS = [("calibrate", "SIGTERM"), *((stage, how) for stage in STAGES for how in ("parent", "stage"))]
-ENDS += [pytest.param(*end, marks=pytest.mark.slow) for end in OTHER_ENDS]
+ENDS = [("calibrate", "SIGINT")]
+OTHER_ENDS = [("calibrate", how) for how in ("both", "SIGTERM")]
+OTHER_ENDS += [(stage, how) for stage in STAGES for how in ("parent", "stage")]
+ENDS += [slow(*end) for end in OTHER_ENDS]
 
 
 def test_every_stage_runs_once(place, capsys):
@@ -97,6 +100,7 @@ def test_what_a_killed_stage_left_beside_its_output_is_removed(place):
     assert not Path("out/.some-scales.json.old").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_other_arguments_is_no_result_of_these(place):
     Path("fake/calibrate.after").touch()
     run = start(place, "--limit", "2")
@@ -122,6 +126,7 @@ def test_two_runs_at_once(place):
     assert log() == [*STAGES, "build"]
 
 
+@pytest.mark.slow
 def test_the_lock_lasts_as_long_as_the_last_stage(place):
     """A stage in a library's code may need minutes to end."""
     for name in ("export.before", "export.deaf"):
@@ -144,11 +149,11 @@ def test_the_lock_lasts_as_long_as_the_last_stage(place):
     ("change", "again"),
     [
         (["--limit", "3"], ["calibrate", "quantize", "verify", "build"]),
-        (["--size", "64x96"], ["calibrate", "quantize", "verify", "build"]),
-        (["--policy", "shapes"], ["quantize", "verify", "build"]),
-        (["--no-gate"], ["build"]),
-        (["--target", "sm120"], ["build"]),
-        (["--backend", "onnxruntime"], ["export", "quantize", "verify"]),  # FP8 is made from float32 for it
+        slow(["--size", "64x96"], ["calibrate", "quantize", "verify", "build"]),
+        slow(["--policy", "shapes"], ["quantize", "verify", "build"]),
+        slow(["--no-gate"], ["build"]),
+        slow(["--target", "sm120"], ["build"]),
+        slow(["--backend", "onnxruntime"], ["export", "quantize", "verify"]),  # FP8 is made from float32 for it
     ],
 )
 def test_other_arguments(place, change, again):
@@ -158,6 +163,7 @@ def test_other_arguments(place, change, again):
     assert log() == again
 
 
+@pytest.mark.slow
 def test_other_sources(place):
     assert compile_() == 0
     log()
@@ -176,13 +182,13 @@ def test_other_sources(place):
 @pytest.mark.parametrize(
     ("name", "again"),
     [
-        ("some-bf16", ["export", "build"]),
-        ("some-scales.json", ["calibrate", "build"]),
+        slow("some-bf16", ["export", "build"]),
+        slow("some-scales.json", ["calibrate", "build"]),
         ("some-fp8", ["quantize", "build"]),
-        ("some-drift", ["verify", "build"]),
+        slow("some-drift", ["verify", "build"]),
     ],
 )
-@pytest.mark.parametrize("how", ["edited", pytest.param("removed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["edited", slow("removed")])
 def test_a_changed_output_is_made_again(place, name, again, how):
     assert compile_() == 0
     log()
@@ -233,6 +239,7 @@ def test_a_stage_that_fails(place, capsys):
     assert log() == ["quantize", "verify", "build"]
 
 
+@pytest.mark.slow
 def test_a_failed_gate_runs_again(place, capsys):
     Path("fake/verify.code").write_text("1")
     for again in (list(STAGES[:-1]), ["verify"]):

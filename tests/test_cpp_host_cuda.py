@@ -18,29 +18,19 @@ import pytest
 
 from arcflow_export.checkpoint.sources import Location
 from arcflow_runtime import Bundle
-from arcflow_runtime.disk.manifest import DynamicShift, Schedule
 from arcflow_runtime.engines.gpus import find_gpu
 from tests.conftest import export, golden_student
 from tests.cpp import build_target, embed
 from tests.host_cuda.build import CannotBuildError, build
 from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
 from tests.lora_slots import write_lora
-from tests.straight_bundle import straighten
+from tests.straight_bundle import with_straight
 
+#: They need a build of their own. `make test` runs the C++ tests of the driver's plans with CTest.
+pytestmark = pytest.mark.slow
 HERE = ROOT / "tests" / "host_cuda"
 #: A bundle with LoRA slots.
 SLOTS = {"lora_slots": ("*",), "lora_max_rank": 32}
-#: FLUX.1-dev's schedule, Qwen-Image's, and that of its Lightning LoRAs.
-_FLUX = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 1.15, 256, 4096))
-_QWEN = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 0.9, 256, 8192), 0.02)
-#: Straight students: name, the bundle that they are made of, schedule, scale of the guidance by a negative prompt.
-STRAIGHT = [
-    ("flux", "flux", _FLUX, None),
-    ("float16", "float16", _FLUX, None),
-    ("qwen", "conditioner", _QWEN, 4.0),
-    ("table", "qwen", Schedule(3.0, 1.0, 4), 1.5),
-    ("slots", "qwen slots", Schedule(3.0, 1.0, 2), 4.0),
-]
 #: Ends a process that hangs.
 TIMEOUT_S = 1200
 
@@ -90,7 +80,7 @@ def merged(bundles, once):
 
 
 @pytest.fixture(scope="module")
-def run_cases(environment, bundles, once, request):
+def run_cases(environment, bundles, once, merged):
     """A function (file, *pytest's arguments, **variables) that runs cases once; see `case_runner`."""
     roots = {
         "flux": bundles("flux-tiny", steps=(2, 4)),
@@ -101,25 +91,12 @@ def run_cases(environment, bundles, once, request):
         "qwen slots": bundles("qwen-tiny", **SLOTS),
     }
 
-    def named(bundles):
-        return json.dumps({name: str(root) for name, root in bundles.items()})
-
-    def straight():
-        made = {}
-        for name, source, schedule, scale in STRAIGHT:
-            make = lambda folder, of=(roots[source], schedule, scale): straighten(of[0], folder / "bundle", *of[1:])  # noqa: E731
-            made[f"straight {name}"] = once(f"straight {name} on the driver", make) / "bundle"
-        return made
-
-    run = case_runner(once, environment | {"HOST_CUDA_BUNDLES": named(roots)}, TIMEOUT_S)
-
-    def run_file(file, *arguments, **variables):
-        if "slow" in arguments:
-            variables["HOST_CUDA_BUNDLES"] = named(roots | straight())
-            variables["HOST_CUDA_MERGED"] = json.dumps(request.getfixturevalue("merged"))
-        return run(HERE / f"{file}.py", *arguments, **variables)
-
-    return run_file
+    given = {
+        "HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in with_straight(roots, once).items()}),
+        "HOST_CUDA_MERGED": json.dumps(merged),
+    }
+    run = case_runner(once, environment | given, TIMEOUT_S)
+    return lambda file, *arguments, **variables: run(HERE / f"{file}.py", *arguments, **variables)
 
 
 @pytest.mark.parametrize(("file", "name", "lane"), cases_in(HERE.glob("cpp_*.py")))
@@ -128,7 +105,6 @@ def test_on_the_driver(file, name, lane, run_cases):
 
 
 @pytest.mark.lengthy
-@pytest.mark.slow
 def test_a_thousand_images_of_many_threads(run_cases):
     """12 images of three shapes, each generated 84 times."""
     name = "test_changing_shapes_of_many_threads"

@@ -14,26 +14,12 @@ import sys
 
 import pytest
 
-from arcflow_runtime.disk.manifest import DynamicShift, Schedule
 from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
-from tests.straight_bundle import straighten
+from tests.straight_bundle import with_straight
 
 HERE = ROOT / "tests" / "host_cuda"
 #: Ends a process that hangs. The longest file takes about 45 s of one core.
 TIMEOUT_S = 600
-
-
-#: FLUX.1-dev's schedule, Qwen-Image's, and that of its Lightning LoRAs.
-_FLUX = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 1.15, 256, 4096))
-_QWEN = Schedule(1.0, 1.0, 2, DynamicShift("exponential", 0.5, 0.9, 256, 8192), 0.02)
-#: Straight students: name, the bundle that they are made of, schedule, scale of the guidance by a negative prompt.
-STRAIGHT = [
-    ("flux", "flux", _FLUX, None),
-    ("float16", "float16", _FLUX, None),
-    ("qwen", "conditioner", _QWEN, 4.0),
-    ("table", "qwen", Schedule(3.0, 1.0, 4), 1.5),
-    ("slots", "qwen slots", Schedule(3.0, 1.0, 2), 4.0),
-]
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +36,19 @@ def run_cases(environment, bundles, once):
         "flux": bundles("flux-tiny"),
         "qwen": bundles("qwen-tiny", steps=(2, 4)),
         "conditioner": bundles("qwen-tiny", keep_conditioner=True),
-        "float16": bundles("flux-tiny", dtype="float16"),
         "slots": bundles("flux-tiny", lora_slots=("*",), lora_max_rank=32),
         "qwen slots": bundles("qwen-tiny", lora_slots=("*",), lora_max_rank=32),
     }
-    for name, source, schedule, scale in STRAIGHT:
-        make = lambda folder, of=(roots[source], schedule, scale): straighten(of[0], folder / "bundle", *of[1:])  # noqa: E731
-        roots[f"straight {name}"] = once(f"straight {name} on the driver", make) / "bundle"
-    given = environment | {"HOST_CUDA_BUNDLES": json.dumps({name: str(root) for name, root in roots.items()})}
 
-    run = case_runner(once, given, TIMEOUT_S)
-    return lambda file, *arguments, **variables: run(HERE / f"{file}.py", *arguments, **variables)
+    run = case_runner(once, environment, TIMEOUT_S)
+
+    def run_file(file, *arguments, **variables):
+        others = {"float16": bundles("flux-tiny", dtype="float16")} if "slow" in arguments else {}
+        given = with_straight(roots | others, once)
+        variables["HOST_CUDA_BUNDLES"] = json.dumps({name: str(root) for name, root in given.items()})
+        return run(HERE / f"{file}.py", *arguments, **variables)
+
+    return run_file
 
 
 @pytest.mark.parametrize(("file", "name", "lane"), cases_in(HERE.glob("*_cases.py")))

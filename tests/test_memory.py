@@ -304,6 +304,7 @@ def test_the_first_mode_that_fits():
     ]
 
 
+@pytest.mark.slow
 def test_float16_is_widened_on_a_cpu(bundles):
     bundle = Bundle.open(bundles("flux-tiny", dtype="float16"))
     gpu, cpu = (BundleMemory(bundle, rules).sums(SIZE).parts["backbone"] for rules in (TENSORRT, ONNX_RUNTIME_CPU))

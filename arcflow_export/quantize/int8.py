@@ -56,8 +56,8 @@ def refuse(linear: LinearNode) -> str | None:
     """See `WeightFormat.refuse`."""
     if linear.dtype != ir.DataType.FLOAT:
         return (
-            f"must compute in float32 for int8, got {linear.dtype.name}; export the bundle with --dtype float32, or with "
-            "--dtype bfloat16 --keep-float32 '*' for a CPU with bfloat16"
+            f"must compute in float32 for int8, got {linear.dtype.name}; export the bundle with --dtype float32, or "
+            "with --dtype bfloat16 --keep-float32 '*' for a CPU with bfloat16"
         )
     return None
 

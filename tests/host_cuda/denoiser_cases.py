@@ -35,6 +35,7 @@ def inputs_of(pipe, part):
 # What a plan is made for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MODES)
 def test_modulation_by_way_of_the_host(memory, on_gpu, plain, driver, monkeypatch):
     """This is how a conditioner runs whose dtype differs from the backbone's."""
@@ -94,6 +95,7 @@ def test_a_bundle_with_a_modulation_table_has_no_conditioner(on_gpu):
     assert set(pipe.backend.enqueues) == {"text_encoder", "backbone"}
 
 
+@pytest.mark.slow
 def test_float16_has_an_input_of_its_own(on_gpu):
     pipe = on_gpu("float16")
     generate(pipe)
@@ -188,6 +190,7 @@ def test_low_memory_has_one_part_at_a_time(on_gpu, plain, driver):
     assert captures(driver) == 0
 
 
+@pytest.mark.slow
 def test_threads_with_low_memory(on_gpu, plain):
     pipe = on_gpu(memory="low")
     cases = [(prompt, seed) for prompt in PROMPTS for seed in range(2)]
@@ -249,6 +252,7 @@ def test_schedules_are_cut_to_what_the_conditioner_takes(on_gpu, plain):
 # Threads
 
 
+@pytest.mark.slow
 def test_threads_that_start_together(on_gpu, plain):
     pipe = on_gpu("qwen")
     expected = {(p, s): generate(plain["qwen"], p, seed=s) for p in PROMPTS for s in range(4)}

@@ -76,6 +76,7 @@ def test_pixels(on_gpu, plain):
         assert np.abs(levels(generate(pipe, output_type="pil")) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_float16(on_gpu, plain):
     """The latents stay float32, and the kernels round what the backbone reads.
 
@@ -180,6 +181,7 @@ IN_CAPTURE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "nth", "when"), IN_CAPTURE)
 def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, driver, caplog):
     pipe = on_gpu()
@@ -195,6 +197,7 @@ def test_a_driver_that_refuses_a_capture(function, nth, when, on_gpu, plain, dri
     assert said[0].startswith(f"{WITHOUT_GRAPH}the capture failed: "), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "kind"), [("cuMemAlloc", "Host memory's"), ("cuMemHostAlloc", "page-locked host")]
 )
@@ -323,6 +326,7 @@ def test_a_device_that_runs_out_of_memory_drops_other_shapes(on_gpu, plain, driv
     assert said == ["out of GPU memory: the CUDA graphs of 1 other shapes are dropped"]
 
 
+@pytest.mark.slow
 def test_changing_shapes_of_many_threads(on_gpu, driver):
     """An image has the same bits whatever other threads ran before it and whichever plans were evicted."""
     pipe = on_gpu(max_plans=2)

@@ -67,6 +67,7 @@ def test_low_memory(pipes):
         np.testing.assert_allclose(generate(pipe, loras), generate(cpu, loras), **CLOSE)
 
 
+@pytest.mark.slow
 def test_threads_with_sets_of_their_own(pipes):
     pipe, cpu = pipes("slots")
     sets = [{}, {"a": 1}, {"b": 1}, {"wide": 1}, {"a": 0.5, "b": 0.5}, {"a": -1}, {"b": 0.2}, {"a": 1, "wide": 1}]

@@ -41,6 +41,7 @@ def test_plain_captured_and_replayed_images_are_those_of_the_cpu(name, arguments
     assert len(backbone_shapes(pipe)) == 2 * (2 if arguments else 1)
 
 
+@pytest.mark.slow
 def test_float16(on_gpu, plain):
     pipe = on_gpu("straight float16")
     expected = generate(plain["straight float16"], num_inference_steps=4)

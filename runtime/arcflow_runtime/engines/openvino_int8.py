@@ -12,8 +12,8 @@ from openvino import opset13 as ops
 
 from arcflow_runtime.errors import EngineError
 
-#: Features of a token that share a scale; the plugin's property that turns 8-bit products on. With 256 the linears of the
-#: medium student (docs/precisions.md) take a tenth less time than with 128, and the error of its means is 3 % larger.
+#: Features of a token that share a scale; the plugin's property that turns 8-bit products on. With 256, linears take a
+#: tenth less time than with 128, and the error of the means is 3 % larger (docs/precisions.md).
 PROPERTIES = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 256}
 
 
