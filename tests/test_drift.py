@@ -203,7 +203,8 @@ def test_all_layers_left_out_is_the_reference(fp8, reference):
     leave_out(model, quantized_layers(model), weights)
     assert not [n for n in model.graph if "Quantize" in n.op_type]
     assert not [v for v in model.graph.initializers if "scale" in v]
-    heads = BlockEngine("backbone", model).run(batches[0].inputs(0, trajectory.latents[0][batches[0].rows]))
+    (inputs,) = batches[0].inputs(0, trajectory.latents[0][batches[0].rows])
+    heads = BlockEngine("backbone", model).run(inputs)
     np.testing.assert_allclose(heads["means"], trajectory.heads[0]["means"][batches[0].rows], rtol=1e-5, atol=1e-5)
 
 
@@ -247,7 +248,7 @@ def test_local_error_is_that_of_the_rounded_product(fp8, reference):
     model.graph.outputs.clear()
     model.graph.outputs.append(source)
     engine = BlockEngine("backbone", model)
-    inputs = [engine.run(batch.inputs(s, trajectory.latents[s]))["activation"] for s in range(2)]
+    inputs = [engine.run(*batch.inputs(s, trajectory.latents[s]))["activation"] for s in range(2)]
 
     constants = load_graph(candidate, "backbone").graph.initializers
     scale, weight_scale, codes, weight = (

@@ -147,7 +147,7 @@ def test_a_cached_prompt_is_not_tokenized_again_and_still_warns(flux, monkeypatc
     prompt = "red " * 100
     (warning, *_) = first = flux(prompt, height=16, width=16).warnings
     assert "was cut for CLIP" in warning
-    monkeypatch.setattr(flux, "_tokenizer", None)
+    monkeypatch.setattr(flux, "tokenizer", None)
     assert flux(prompt, height=16, width=16).warnings == first
 
 
