@@ -188,6 +188,7 @@ def test_unchanged_engines_are_not_built_again(engines):
     assert time.perf_counter() - began < sum(row["build_seconds"] for row in rows) / 4
 
 
+@pytest.mark.slow
 def test_shapes_in_ranges_and_several_profiles(bundle):
     arguments = ("--parts", "vae_decoder,conditioner", "--batch", "1-2", "--resolutions", "64,32-128x64")
     options = ("--weight-streaming", "--optimization-level", "0", "--workspace", "0.5")

@@ -219,7 +219,7 @@ def stop_after(monkeypatch, count):
     return calls
 
 
-@pytest.mark.parametrize("method", ["max", "percentile", pytest.param("mse", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["max", *(pytest.param(m, marks=pytest.mark.slow) for m in ("percentile", "mse"))])
 def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path, monkeypatch):
     """The run stops in the second of three prompts and again in the third; mse keeps the same state as percentile."""
     changes = {"method": method, "percentile": 99.9 if method == "percentile" else None}

@@ -50,6 +50,7 @@ def test_weights_on_disk_give_the_same_file(name, changes, tmp_path, monkeypatch
         assert linear.weight.is_meta and linear.input_quantizer is not None
 
 
+@pytest.mark.slow
 def test_a_student_that_does_not_fit(tmp_path, capsys, monkeypatch):
     """Read from disk, and the command says so; refused where one layer does not fit either."""
     (tmp_path / "student").symlink_to(GOLDEN / "flux-tiny")

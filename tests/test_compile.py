@@ -20,6 +20,7 @@ from tests.conftest import SHAPES
 place = compiling.place
 
 
+@pytest.mark.slow
 def test_scales_of_ones_own(place):
     Path("own.json").write_text("own")
     assert compile_("--scales", "own.json") == 0

@@ -21,7 +21,7 @@ from arcflow_runtime import Bundle
 from arcflow_runtime.engines.gpus import find_gpu
 from tests.conftest import export, golden_student
 from tests.cpp import build_target, embed
-from tests.host_cuda.build import CannotBuildError, build
+from tests.host_cuda.build import CannotBuildError, host_driver
 from tests.host_cuda.process import ROOT, case_runner, cases_in, judge
 from tests.lora_slots import write_lora
 from tests.straight_bundle import with_straight
@@ -53,7 +53,7 @@ def environment(once, request, tmp_path_factory, library):
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
     try:
-        folder = once("driver of host memory", build)
+        folder = host_driver(once)
     except CannotBuildError as e:
         pytest.skip(str(e))
     cache = getattr(request.config, "cache", None)

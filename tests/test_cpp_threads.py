@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from fake_bundle import edit_manifest
 
-from tests.conftest import FAMILIES
 from tests.cpp import BUNDLE_ERROR, CLOSED, PROMPTS, REQUEST_ERROR, embed
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["flux-tiny", pytest.param("qwen-tiny", marks=pytest.mark.slow)])
 def test_low_memory_gives_the_same_images(cpp_library, cpp_bundles, cpp_pipes, name):
     lean = embed.Pipeline(cpp_library, cpp_bundles(name), low_memory=1)
     for _ in range(2):  # the second finds its text in the cache
@@ -69,6 +68,7 @@ def test_options_of_a_program_that_was_compiled_before_memory_modes(cpp_library,
     cpp_library.arcflow_close(handle)
 
 
+@pytest.mark.slow
 def test_low_memory_refuses_a_bundle_that_was_replaced(cpp_library, cpp_bundles, tmp_path):
     root = shutil.copytree(cpp_bundles("flux-tiny"), tmp_path / "bundle")
     lean, kept = (embed.Pipeline(cpp_library, root, low_memory=low) for low in (1, 0))

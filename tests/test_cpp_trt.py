@@ -392,6 +392,7 @@ def test_cut_kernels_are_compiled_again(size, tool, nvrtc, tmp_path):
     assert path.read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_gpu_newer_than_nvrtc_gets_ptx(tool, nvrtc, tmp_path):
     for _ in range(2):
         code, said = tool("nvrtc", "sm999", tmp_path, **nvrtc)

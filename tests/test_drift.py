@@ -292,7 +292,10 @@ def test_a_healthy_layer_is_far_from_the_limits(fp8, reference):
             *("transformer_blocks.1.attn.add_q_proj", "input_scale", 30, "headroom", "the scale is too large"),
             marks=pytest.mark.slow,
         ),
-        ("single_transformer_blocks.2.attn.to_k", "weight_scale", 30, "layers", "look at the weight's scale"),
+        pytest.param(
+            *("single_transformer_blocks.2.attn.to_k", "weight_scale", 30, "layers", "look at the weight's scale"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_broken_scale_fails_by_its_layers_name_first(
@@ -469,7 +472,7 @@ def test_sensitivity_of_blocks_suggests_a_policy_that_holds(fp8, reference, prom
 # Whole comparisons.
 
 
-@pytest.mark.parametrize("family", ["flux-tiny", "qwen-tiny"])
+@pytest.mark.parametrize("family", ["flux-tiny", pytest.param("qwen-tiny", marks=pytest.mark.slow)])
 def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     """Every part is run twice; and with each run once, the report is the same."""
     ran: dict[str, list[int]] = {}
@@ -514,6 +517,7 @@ def test_a_bundle_has_no_drift_from_itself(bundles, family, monkeypatch):
     assert report.passed and report.layers == ()
 
 
+@pytest.mark.slow
 def test_bfloat16_drifts_and_has_no_layers(command_run, reference, prompts, tmp_path, capsys):
     assert verify(command_run.bundle, reference, "--prompts", prompts, "--report", tmp_path / "report") == 0
     assert "PASSED" in capsys.readouterr().out
@@ -572,6 +576,7 @@ def test_report(fp8, reference, prompts, tmp_path, capsys):
     assert (out / "drift.svg").read_bytes() == svg
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_finished_leaves_nothing(fp8, reference, tmp_path, monkeypatch):
     bundle = Bundle.open(reference)
     report, images = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), DriftPlan("test", "test", OPEN))
@@ -585,6 +590,7 @@ def test_a_report_that_cannot_be_finished_leaves_nothing(fp8, reference, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_numbers_that_json_has_not_are_null(fp8, reference):
     bundle = Bundle.open(reference)
     report, _ = compare(Bundle.open(fp8), bundle, CASES[:1], scene(bundle), DriftPlan("test", "test", OPEN))

@@ -63,6 +63,7 @@ def test_threads_that_share_a_pipeline_get_the_images_of_single_runs(pipelines):
             np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["flux-tiny", pytest.param("qwen-tiny", marks=pytest.mark.slow)])
 def test_a_reduced_precision_is_within_torchs_own_rounding(bundles, capsys, name, dtype):

@@ -135,7 +135,7 @@ def test_linears_whose_output_nobody_reads(slotted):
     assert Bundle.open(slotted("flux-tiny")).manifest.parts["backbone"].lora.unread == ("proj_out",)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["flux-tiny", pytest.param("qwen-tiny", marks=pytest.mark.slow)])
 def test_the_image_is_that_of_the_merged_export(name, slotted, files, tmp_path):
     ink, soft = files(name, 1), files(name, 2)
     scales = {"ink": 0.8, "soft": 0.4}

@@ -11,6 +11,7 @@ import pytest
 from arcflow_runtime import cli
 from arcflow_runtime.commands.profile import summarise, trace_events
 from arcflow_runtime.engines.base import LayerTime
+from tests.conftest import SHAPES_OPTIONS
 
 SIZE = ["--height", "32", "--width", "32", "--threads", "1"]
 
@@ -19,7 +20,9 @@ def test_table_and_trace(bundles, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     trace = tmp_path / "trace.json"
-    assert cli.main(["profile", str(bundles("shapes")), *SIZE, "--top", "3", "--trace", str(trace)]) == 0
+    assert (
+        cli.main(["profile", str(bundles("shapes", **SHAPES_OPTIONS)), *SIZE, "--top", "3", "--trace", str(trace)]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["part", "layer", "operator", "runs", "ms", "%"]
     assert lines[4].strip().startswith("and ")
@@ -37,7 +40,7 @@ def test_table_and_trace(bundles, tmp_path, monkeypatch, capsys):
 
 
 def test_every_step_is_counted(bundles, capsys):
-    assert cli.main(["profile", str(bundles("shapes")), *SIZE, "--steps", "3", "--json"]) == 0
+    assert cli.main(["profile", str(bundles("shapes", **SHAPES_OPTIONS)), *SIZE, "--steps", "3", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["layers"]
     runs = {row["part"]: row["runs"] for row in rows}
     assert runs == {"text_encoder": 1, "text_encoder_2": 1, "conditioner": 1, "backbone": 3, "vae_decoder": 1}
@@ -45,7 +48,7 @@ def test_every_step_is_counted(bundles, capsys):
 
 
 def test_bad_usage(bundles, capsys):
-    root = str(bundles("shapes"))
+    root = str(bundles("shapes", **SHAPES_OPTIONS))
     assert cli.main(["profile", root, "--top", "0"]) == 2
     assert cli.main(["profile", root, "--trace", "no/t.json"]) == 2
     assert cli.main(["profile", root, "--backend", "onnxruntime-cuda"]) == 1
@@ -82,7 +85,9 @@ def test_events(layers):
 
 def test_a_trace_needs_no_folder_in_its_name(bundles, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["profile", str(Path(bundles("shapes")).resolve()), *SIZE, "--trace", "t.json"]) == 0
+    assert (
+        cli.main(["profile", str(Path(bundles("shapes", **SHAPES_OPTIONS)).resolve()), *SIZE, "--trace", "t.json"]) == 0
+    )
     assert (tmp_path / "t.json").is_file()
     capsys.readouterr()
 
@@ -91,7 +96,7 @@ def test_openvino(bundles, capsys):
     """The same counts as with ONNX Runtime, and each layer with the dtype that it is computed in."""
     pytest.importorskip("openvino")
     size = ["--height", "32", "--width", "32", "--steps", "3", "--backend", "openvino"]
-    assert cli.main(["profile", str(bundles("shapes")), *size, "--json"]) == 0
+    assert cli.main(["profile", str(bundles("shapes", **SHAPES_OPTIONS)), *size, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["layers"]
     runs = {(row["part"], row["runs"]) for row in rows if row["operator"] == "FullyConnected f32"}
     assert {("text_encoder", 1), ("backbone", 3)} <= runs

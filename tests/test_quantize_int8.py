@@ -188,6 +188,7 @@ def test_both_engines_run_it(int8, name):
         assert 0 < np.linalg.norm(run(after, backend) - reference) < 0.05 * np.linalg.norm(reference), backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDENTS)
 def test_linears_in_int8_and_all_else_in_bfloat16(int8, name):
     """The bound is the threshold of the policies for latents, against the same bundle with its linears in float32.
@@ -247,6 +248,7 @@ def test_c_computes_the_mixed_precision_as_python_does(int8, cpp_library):
     assert np.linalg.norm(images.latents - wanted) < 0.005 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_a_slot_reads_the_input_before_it_is_quantised(bundles, tmp_path):
     before = Bundle.open(bundles("flux-tiny", opset=23, steps=(2, 4), lora_slots=("*",)))
     plan = plan_quantization(before, None, load_policy("flux-int8"))

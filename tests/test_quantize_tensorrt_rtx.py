@@ -72,6 +72,7 @@ def inputs(layer):
     return [t for t in (layer.get_input(i) for i in range(layer.num_inputs)) if t is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BY_TIME)
 def test_the_network_has_q_and_dq_where_the_policy_says_and_nowhere_else(made, case):
     bundle = made(case)

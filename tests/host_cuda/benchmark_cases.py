@@ -21,6 +21,7 @@ def bench(driver, monkeypatch):
         sys.modules.pop(name)
 
 
+@pytest.mark.slow
 def test_the_host_launches_one_graph_for_all_launches_of_a_kernel(bench, driver):
     """Each kernel is launched twice by the host, as a warm-up and for the capture, and replayed in every run."""
     runs = 3
@@ -36,6 +37,7 @@ def test_the_host_launches_one_graph_for_all_launches_of_a_kernel(bench, driver)
     assert [driver.live(kind) for kind in (Live.DEVICE_BYTES, Live.PINNED_BYTES, Live.EXECUTABLES)] == before
 
 
+@pytest.mark.slow
 def test_no_buffer_is_used_twice_before_all_others(bench, driver, monkeypatch):
     """A graph goes through whole rounds of buffers, which together are larger than the cache."""
     shape = UpdateShape(2, 16, 64, 4, "float32", "bfloat16")

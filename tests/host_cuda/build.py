@@ -96,6 +96,18 @@ def build(folder: Path) -> Path:
     return library
 
 
+def host_driver(once) -> Path:
+    """The folder of the driver for pytest: that of the C++ library's tests in ARCFLOW_CPP_BUILD, or one of this run.
+
+    Raises:
+        CannotBuildError: see `build`.
+    """
+    named = os.environ.get("ARCFLOW_CPP_BUILD")
+    shared = Path(named).absolute() / "tests" / "host_cuda" if named else None
+    folder = once("driver of host memory", lambda folder: build(shared or folder))
+    return shared or folder
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} FOLDER|--check")
