@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -96,7 +97,7 @@ def build(folder: Path) -> Path:
     return library
 
 
-def host_driver(once) -> Path:
+def host_driver(once: Callable[[str, Callable[[Path], Path]], Path]) -> Path:
     """The folder of the driver for pytest: that of the C++ library's tests in ARCFLOW_CPP_BUILD, or one of this run.
 
     Raises:
