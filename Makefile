@@ -96,8 +96,9 @@ shapes: setup
 	@mkdir -p $(OUT)
 	$(BIN)/arcflow train-shapes --out $(OUT)/shapes
 
-# Processes of one thread. Some tests wait, so three keep two cores busy; each needs up to 2 GB of memory.
-WORKERS ?= 3
+# Processes of one thread, one for each of two cores; each needs up to 2 GB of memory. A third would cover the tests that
+# wait, but its imports cost more than that.
+WORKERS ?= 2
 CPP_MISSING := needs a C++ compiler, CMake and OpenSSL's headers
 PYTEST = ARCFLOW_CPP_BUILD=$(CPP) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS)
 

@@ -207,6 +207,7 @@ def test_ctrl_c_after_another_thread_has_closed_the_pipeline(bundles):
         "import faulthandler, gc, os, signal, sys, threading, time\n"
         "from arcflow_runtime import Pipeline\n"
         "faulthandler.enable()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "pipes = [Pipeline.load(sys.argv[1], backend='openvino')]\n"
         "def close():\n"
         "    pipes.pop().close()\n"
