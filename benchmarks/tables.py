@@ -28,6 +28,7 @@ def run_table() -> str:
     cpu = {r["workload"]: r for r in _read("cpu_vs_torch")["results"]}
     exports = {name: _read(f"export_{name}") for name in ("flux", "qwen")}
     stages = _read("rehearsal_flux")["stages"]
+    whole = _read("full_image_flux")
     soak = {name: _read(f"soak_{name}")["results"]["rows"][-1] for name in ("python", "cpp")}
     cpp = next(r for r in _read("host_time")["results"] if r["runtime"] == "cpp")
     training_s = sum(json.loads((SHAPES / "recipe.json").read_text())["seconds"].values())
@@ -73,6 +74,10 @@ def run_table() -> str:
         stage("quantize", "quantisation to FP8", "", QUANTIZED_SIZE),
         stage("verify", "drift gate, one prompt of 256 px", "ONNX Runtime"),
         stage("build", "building the backbone's engine for RTX 40 cards", "TensorRT-RTX", engine),
+        [
+            *("", f"one image of {whole['size_px']} px in int8", "ONNX Runtime"),
+            *(f"{whole['disk_bytes'] / 1e9:.1f} GB", peak(whole["generate"]), f"{whole['generate']['wall_s']:.0f} s"),
+        ],
         [f"Qwen-Image's sizes, {exports['qwen']['checkpoint']['fill']} weights", *export("qwen")],
     ]
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows)
@@ -115,6 +120,42 @@ def quantize_table() -> str:
     ]
     load = ", ".join(f"{x:.1f}" for x in r["machine"]["load_average"])
     return "\n".join([*rows, "", f"{_machine(r)} Load average before: {load}."])
+
+
+def full_image_table() -> str:
+    """An image of a full-size FLUX in int8: the parts, and the time of each stage beside that of its arithmetic."""
+    r = _read("full_image_flux")
+    rows = ["| part | float32 | int8 | export | quantisation | peak resident |", "|---|---|---|---|---|---|"]
+    for p in r["parts"]:
+        q = p["quantize"]
+        rows.append(
+            f"| {p['part']} | {p['float32_bytes'] / 1e9:.2f} GB | {p['bytes'] / 1e9:.2f} GB | {p['export_s']:.0f} s "
+            f"| {q['wall_s']:.0f} s | {q['peak_resident_bytes'] / 2**30:.2f} GiB |"
+        )
+    rows += ["", "| stage | time | operations | these in int8 at full speed |", "|---|---|---|---|"]
+    stages = {
+        "encode": ("text_encoder", "text_encoder_2"),
+        "condition": ("conditioner",),
+        "backbone": ("backbone",),
+        "decode": ("vae_decoder",),
+    }
+    used, speed = r["generate"], r["floor"]["per_second"]
+    times = used["printed"]["timings_ms"]
+    for name, parts in stages.items():
+        count = sum(r["floor"]["operations"][part] for part in parts)
+        kind = "float32" if name == "decode" else "int8"
+        note = " (float32)" if kind == "float32" else ""
+        rows.append(
+            f"| {name} | {times[name] / 1e3:.0f} s | {count / 1e12:.2f} T | {count / speed[kind]:.1f} s{note} |"
+        )
+    load = ", ".join(f"{x:.1f}" for x in r["machine"]["load_average_generating"])
+    note = (
+        f"All parts take {r['disk_bytes'] / 1e9:.2f} GB. The image of {r['size_px']} px in {r['steps']} steps took "
+        f"{used['wall_s']:.0f} s; stages include loading their parts. Peak resident memory was "
+        f"{used['peak_resident_bytes'] / 2**30:.1f} GiB. In one large product ONNX Runtime does "
+        f"{speed['int8'] / 1e12:.2f} T operations per second in int8, {speed['float32'] / 1e12:.2f} T in float32."
+    )
+    return "\n".join([*rows, "", note, "", f"{_machine(r)} Load average before generating: {load}."])
 
 
 def rehearsal_table() -> str:
@@ -178,6 +219,24 @@ def _best(result: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
     """Name and figures of the quickest candidate whose name starts with `kind`."""
     found = {name: c for name, c in result["candidates"].items() if name.startswith(kind)}
     return min(found.items(), key=lambda item: item[1]["median_ms"])
+
+
+def speedup_table() -> str:
+    """`make speedup`: the shapes teacher at several numbers of steps and its student, for the project's README."""
+    rows = [
+        "| model | network calls | network's time | speed-up | of the whole image | named right | right and clean |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in _read("speedup")["rows"]:
+        model, _, steps = r["name"].partition(", ")
+        kind = "teacher" if model == "shapes-teacher" else "student"
+        figures = [
+            *(f"{kind}, {steps}", str(r["calls"]), f"{r['stages_s']['network'] * 1e3:.1f} ms"),
+            *(f"{r['network_speed_up']:.1f}x", f"{r['speed_up']:.1f}x"),
+            *(f"{100 * r['named']:.1f} %", f"{100 * r['right']:.1f} %"),
+        ]
+        rows.append(f"| {' | '.join(figures)} |")
+    return "\n".join(rows)
 
 
 def host_table() -> str:
@@ -442,10 +501,11 @@ def serve_table() -> str:
 
 #: By page, what stands between the markers of each name.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    HERE.parent / "README.md": {"run": run_table},
+    HERE.parent / "README.md": {"speedup": speedup_table, "run": run_table},
     README: {
         "export": export_table,
         "quantize": quantize_table,
+        "full image": full_image_table,
         "rehearsal": rehearsal_table,
         "cpu": cpu_table,
         "host": host_table,

@@ -55,6 +55,7 @@ PYTHON = {
     "cached_lora_sets": store.CACHED_SETS,
     "cached_lora_bytes": store.CACHED_BYTES,
     "cached_modulations": modulation.CACHED_MODULATIONS,
+    "cached_modulation_bytes": modulation.CACHED_MODULATION_BYTES,
     "changed_tables": condition.CHANGED_TABLES,
     "default_size_px": request.DEFAULT_SIZE_PX,
     "default_guidance_scale": families.DEFAULT_GUIDANCE_SCALE,

@@ -53,8 +53,9 @@ inline constexpr float timestep_scale = 1000;   // the students' sinusoidal embe
 inline constexpr size_t cached_prompts = 16;    // whose token ids and embeddings are kept
 inline constexpr size_t cached_lora_sets = 16;  // prepared LoRAs that are kept, and their bytes
 inline constexpr size_t cached_lora_bytes = 2147483648;
-inline constexpr size_t cached_modulations = 16;  // results of the conditioner that are kept
-inline constexpr size_t changed_tables = 8;       // modulation tables with LoRAs that are kept
-inline constexpr size_t shown_characters = 40;    // of a prompt in a warning
+inline constexpr size_t cached_modulations = 16;  // results of the conditioner that are kept, and their bytes
+inline constexpr size_t cached_modulation_bytes = 536870912;
+inline constexpr size_t changed_tables = 8;     // modulation tables with LoRAs that are kept
+inline constexpr size_t shown_characters = 40;  // of a prompt in a warning
 
 }  // namespace arcflow

@@ -237,7 +237,7 @@ Tensor Pipeline::condition(const Request &request, const PreparedLoras &loras, c
     for (auto &[name, tensor] : given) inputs[name] = conditioner.cast(name, std::move(tensor));
     Tensors outputs = conditioner.run(inputs, watch);
     Tensor made = conditioner.take(outputs, "modulation", {request.steps, count, -1});
-    modulations_.put(key, std::make_shared<const Tensor>(made));
+    modulations_.put(key, std::make_shared<const Tensor>(made), made.data.size());
     return made;
 }
 

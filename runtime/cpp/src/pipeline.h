@@ -126,7 +126,8 @@ private:
     const std::map<int64_t, Tensor> conditioning_;     // input [n, in] of the table's LoRA slots, by n
     Recent<std::pair<LoraKey, int64_t>, Tensor> changed_{changed_tables};  // the table with LoRAs, by these and n
     LoraSets lora_sets_;
-    ModulationCache modulations_{cached_modulations};  // of conditioners that run outside a Denoiser
+    ModulationCache modulations_{cached_modulations,
+                                 cached_modulation_bytes};  // of conditioners that run outside a Denoiser
     Parts parts_;
 };
 

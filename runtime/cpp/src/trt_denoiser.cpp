@@ -274,7 +274,7 @@ private:
                       all.data.begin() + start * static_cast<std::ptrdiff_t>(step_bytes));
         }
         auto shared = std::make_shared<const Tensor>(std::move(all));
-        modulations_.put(key, shared);
+        modulations_.put(key, shared, shared->data.size());
         return shared;
     }
 
@@ -326,7 +326,7 @@ private:
     LoraArenas arenas_;                       // declared before the plans, which use its addresses
     std::list<std::unique_ptr<Plan>> plans_;  // most recently used first
     bool running_ = false;                    // the first of them
-    ModulationCache modulations_{cached_modulations};
+    ModulationCache modulations_{cached_modulations, cached_modulation_bytes};
     std::mutex forgotten_mutex_;
     std::vector<uint64_t> forgotten_;  // LoRAs whose sets are no longer needed
     std::set<std::string> logged_;

@@ -4,8 +4,11 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <string>
 
 #include "json_text.h"
+#include "recent.h"
 #include "sha256.h"
 #include "tensor.h"
 
@@ -29,6 +32,24 @@ void test_sha256() {
     write(folder.path() / "x", long_text);
     CHECK(arcflow::sha256_file(folder.path() / "x") == arcflow::sha256(long_text));
     fails([&] { arcflow::sha256_file(folder.path() / "none"); }, "none cannot be read; check its permissions");
+}
+
+void test_recent_values() {
+    arcflow::Recent<char, int> cache(3, 10);
+    const auto kept = [&] {
+        std::string found;
+        for (const char key : {'a', 'b', 'c', 'd'})
+            if (cache.get(key)) found += key;
+        return found;
+    };
+    for (const char key : {'a', 'b', 'c'}) cache.put(key, std::make_shared<int>(key), 4);
+    CHECK(kept() == "bc");  // by bytes
+    cache.put('b', std::make_shared<int>(1), 6);
+    CHECK(kept() == "bc" && *cache.get('b') == 1);
+    cache.put('d', std::make_shared<int>(2), 11);
+    CHECK(kept() == "d");  // the last one stays
+    for (const char key : {'a', 'b', 'c', 'd'}) cache.put(key, std::make_shared<int>(key), 1);
+    CHECK(kept() == "bcd");  // by number
 }
 
 // The value of a 16-bit float by the definition of IEEE 754, in float64; `bias` is the exponent's.
@@ -122,6 +143,7 @@ void test_json() {
 
 int main() {
     test_sha256();
+    test_recent_values();
     test_tensors();
     test_texts();
     test_json();
