@@ -37,9 +37,8 @@ def run_table() -> str:
 
     def image(name: str, what: str) -> list[str]:
         (ours, own), (peer, theirs) = (_best(cpu[name], kind) for kind in ("arcflow", "PyTorch"))
-        took, other = (
-            f"{ms:.1f} ms" if ms < 1e3 else f"{ms / 1e3:.1f} s" for ms in (own["median_ms"], theirs["median_ms"])
-        )
+        times = own["median_ms"], theirs["median_ms"]
+        took, other = (f"{ms:.1f} ms" if max(times) < 1e3 else f"{ms / 1e3:.2f} s" for ms in times)
         return [what, "one image", ours.removeprefix("arcflow, "), "", "", f"{took} ({peer}: {other})"]
 
     def peak(measured: dict[str, Any]) -> str:
