@@ -201,20 +201,62 @@ def test_headers_that_trickle_in_after_a_good_request(impatient):
         assert time.monotonic() - started < 4.5
 
 
-def test_an_offer_of_another_protocol_is_passed_over(impatient):
-    """Java's client offers HTTP/2 with its first request, and RFC 9110 lets a server go on with HTTP/1.1.
-
-    httptools, uvicorn's other parser, drops the body of such a request.
-    """
+@pytest.mark.parametrize("pieces", [1, 40])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_offer_of_another_protocol_is_passed_over(impatient, pieces, chunked):
+    """Java's client offers HTTP/2 with its first request, and RFC 9110 lets a server go on with HTTP/1.1."""
     body = json.dumps(SMALL).encode()
-    offer = head(len(body), "connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABk")
+    offers = ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABk")
+    offer = head(len(body), *offers) + body
+    if chunked:
+        offer = head(0, "transfer-encoding: chunked", *offers).replace(b"content-length: 0\r\n", b"")
+        offer += b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     with socket.create_connection(("127.0.0.1", impatient.port), timeout=20) as connection:
-        for sent in (offer + body, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"):
-            connection.sendall(sent)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for sent in (offer, offer, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"):
+            size = -(-len(sent) // pieces)
+            for start in range(0, len(sent), size):
+                connection.sendall(sent[start : start + size])
+                time.sleep(0.002)
             answer = http.client.HTTPResponse(connection)
             answer.begin()
             assert answer.status == 200
             answer.read()
+
+
+def test_trailers_are_dropped_and_bounded(impatient):
+    """They must not become headers, such as a key, and must not fill the memory."""
+    seen, app = [], impatient.server.config.loaded_app
+
+    async def look(scope, receive, send):
+        await app(scope, receive, send)
+        seen.append(dict(scope["headers"]))
+
+    start = b"POST /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impatient.server.config, "loaded_app", look)
+        assert parse(raw(impatient.port, start + b"authorization: Bearer k\r\n\r\n"))[0] == 405
+    assert seen == [{b"host": b"x", b"transfer-encoding": b"chunked", b"connection": b"close"}]
+    sent = start.replace(b"/health", GENERATE.encode()).replace(b"host", b"content-type: application/json\r\nhost")
+    # The request is under way, so that the connection can only be closed; the time for its body is not over.
+    assert raw(impatient.port, sent + b"a: " + b"x" * 10_000_000) == b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        head(5, "transfer-encoding: chunked") + b"0\r\n\r\n",
+        head(5, "content-length: 6") + b"{}    ",
+        head(0, "a: b\nc: d"),
+        b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nhost: x\r\n\r\n",
+    ],
+    ids=["two lengths", "two different lengths", "a line that ends early", "a tunnel", "an address", "bytes in a path"],
+)
+def test_what_proxies_could_read_in_another_way_is_refused(impatient, sent):
+    status, body = parse(raw(impatient.port, sent))
+    assert status == 400 and body["error"]["code"] == "invalid_http"
 
 
 def test_requests_sent_at_once_are_answered_in_order(impatient):

@@ -14,10 +14,10 @@ import time
 from types import FrameType
 from typing import Any
 
-import h11
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from arcflow_runtime.errors import RequestError
 from arcflow_serve.errors import BAD_REQUEST, TIMED_OUT, UNAVAILABLE, ServiceError
@@ -26,7 +26,7 @@ from arcflow_serve.service import Service
 from arcflow_serve.settings import Settings
 
 _REASONS = {BAD_REQUEST: "Bad Request", TIMED_OUT: "Request Timeout", UNAVAILABLE: "Service Unavailable"}
-#: A request's line and headers together.
+#: A request's line and headers together. What is read in one piece may be more.
 MAX_HEADER_BYTES = 64 << 10
 #: After a refusal, what the client still sends is read and dropped for this time, so that it gets to read the reply.
 _LINGER_S = 2.0
@@ -45,7 +45,6 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=_CLOSING_S,
         )
         super().__init__(config)
@@ -67,7 +66,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class Protocol(H11Protocol):
+class Protocol(HttpToolsProtocol):
     """One connection; a client that is too slow, or not HTTP, is told so and leaves its place."""
 
     def __init__(self, settings: Settings, *args: Any, **kwargs: Any) -> None:
@@ -76,6 +75,10 @@ class Protocol(H11Protocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
+        #: True while the next bytes belong to a request's line or headers; between requests it is False.
+        self._in_head = True
+        #: Bytes since a request began, or since the last bytes of its body. The parser may hold all of them.
+        self._unparsed_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse a connection beyond the limit, and give the others time for their headers."""
@@ -97,8 +100,64 @@ class Protocol(H11Protocol):
         """Parse what the client sends."""
         if self._refused:
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._unparsed_bytes += len(data)
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                self._decline(offer, data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return
+        if self._unparsed_bytes > MAX_HEADER_BYTES:
+            self.send_400_response("")
+            return
         self._watch_headers()
+
+    def _decline(self, offer: httptools.HttpParserUpgrade, data: bytes) -> None:
+        """Go on with HTTP/1.1 where a client offers another protocol, as RFC 9110, 7.8 lets a server do.
+
+        The parser has stopped after the headers, so a new one reads them again without the offer, and then the rest.
+
+        Raises:
+            HttpParserError: the method is CONNECT, which asks for a tunnel.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            raise httptools.HttpParserError("tunnels are not supported")
+        headers = [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        head = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(headers))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(head + data[offer.args[0] :])
+
+    def on_message_begin(self) -> None:
+        """Called at the first byte of a request."""
+        super().on_message_begin()
+        self._in_head = True
+        self._unparsed_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called with each header, and with each trailer after the body, which nothing needs."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Start the application, unless the headers are to be read again."""
+        if not self.parser.should_upgrade():
+            self._in_head = False
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Called with each part of the body."""
+        self._unparsed_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Called after the last byte of a request."""
+        if not self.parser.should_upgrade():
+            self._unparsed_bytes = 0
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Called if the client does not send HTTP."""
@@ -118,11 +177,10 @@ class Protocol(H11Protocol):
         super().resume_writing()
 
     def _watch_headers(self) -> None:
-        """Time a client that is between requests and has begun to send one, or has just connected."""
-        incomplete = self.conn.their_state is h11.IDLE
-        if incomplete and self._header_timer is None:
+        """Time a client that has begun to send a request's headers, or has just connected."""
+        if self._in_head and self._header_timer is None:
             self._header_timer = self.loop.call_later(self._settings.body_timeout_s, self._headers_are_late)
-        elif not incomplete and self._header_timer is not None:
+        elif not self._in_head and self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
 
