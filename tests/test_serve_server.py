@@ -232,7 +232,9 @@ def test_trailers_are_dropped_and_bounded(impatient):
         await app(scope, receive, send)
         seen.append(dict(scope["headers"]))
 
-    start = b"POST /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+    start = (
+        b"POST /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n1\r\nx\r\n0\r\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impatient.server.config, "loaded_app", look)
         assert parse(raw(impatient.port, start + b"authorization: Bearer k\r\n\r\n"))[0] == 405

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
@@ -13,21 +12,19 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arcflow_serve.accept import find_model
-from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError
+from arcflow_serve.errors import UNAVAILABLE, ServiceError
 from arcflow_serve.generation import REQUEST_ID, Generation
 from arcflow_serve.keys import Keys
 from arcflow_serve.models import Model
-from arcflow_serve.replies import error_response, new_request_id
+from arcflow_serve.replies import error_response, new_request_id, unexpected
 from arcflow_serve.schema import GenerationRequest
 from arcflow_serve.service import Engine
 from arcflow_serve.settings import Settings
 
-_log = logging.getLogger("arcflow.serve")
 #: What the page may load: nothing but what it holds itself, and this service.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -37,6 +34,7 @@ _FAVICON = (
     b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#4051b5"/>'
     b'<path d="M3 12A6 6 0 0 1 13 12" fill="none" stroke="#fff" stroke-width="2"/></svg>'
 )
+IMAGES_PATH = "/v1/images/generations"
 _ERRORS = {"description": "An error, in OpenAI's shape."}
 
 
@@ -52,7 +50,7 @@ def create_app(engine: Engine, settings: Settings, behind_ray: bool = False) -> 
     _add_models(app, engine, keys)
     generation = Generation(engine, settings, keys)
     app.add_api_route(
-        "/v1/images/generations",
+        IMAGES_PATH,
         generation.handle,
         methods=["POST"],
         summary="Generate images",
@@ -64,9 +62,23 @@ def create_app(engine: Engine, settings: Settings, behind_ray: bool = False) -> 
         },
         responses=dict.fromkeys((400, 401, 404, 408, 413, 415, 429, 500, 503), _ERRORS),
     )
-    # FastAPI's route is for the documentation. This one is found first, and takes a fifth of a millisecond less.
-    app.router.routes.insert(0, Route("/v1/images/generations", generation, methods=["POST"]))
-    return WithRaysRequestId(app) if behind_ray else WithRequestId(app)
+    direct = _Direct(app, generation)
+    return WithRaysRequestId(direct) if behind_ray else WithRequestId(direct)
+
+
+class _Direct:
+    """Passes requests for images to `generation`, past FastAPI's layers, and all others to `app`.
+
+    FastAPI's own route for them is in its documentation. Its layers would take a tenth of what a request costs.
+    """
+
+    def __init__(self, app: ASGIApp, generation: Generation) -> None:
+        self._app, self._generation = app, generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        wanted = scope["type"] == "http" and scope["path"] == IMAGES_PATH and scope["method"] == "POST"
+        await (self._generation if wanted else self._app)(scope, receive, send)
 
 
 class WithRaysRequestId:
@@ -116,10 +128,7 @@ def _add_errors(app: FastAPI) -> None:
         return response
 
     async def on_any(_: Request, error: Exception) -> Response:
-        _log.error("a request failed", exc_info=error)
-        return error_response(
-            ServiceError(FAILED, "internal_error", "the service failed; the log of the service says more", retry=False)
-        )
+        return unexpected(error)
 
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_any)

@@ -17,7 +17,7 @@ from arcflow_serve.accept import accept
 from arcflow_serve.errors import BAD_MEDIA_TYPE, FAILED, TIMED_OUT, TOO_LARGE, ServiceError
 from arcflow_serve.jobs import Event, Failed, Finished, Job
 from arcflow_serve.keys import Keys
-from arcflow_serve.replies import Answer, error_event, error_response
+from arcflow_serve.replies import Answer, error_event, error_response, unexpected
 from arcflow_serve.schema import parse_request
 from arcflow_serve.service import Engine
 from arcflow_serve.settings import Settings
@@ -57,6 +57,8 @@ class Generation:
             # Ray's way to say that the client has left.
             self.count(self.left().status_code, arrived)
             raise
+        except Exception as e:
+            response = unexpected(e)
         if not isinstance(response, EventStream):
             self.count(response.status_code, arrived)
         return response

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import secrets
 import time
 from dataclasses import dataclass
 
 from starlette.responses import Response
 
-from arcflow_serve.errors import UNAUTHORIZED, ServiceError
+from arcflow_serve.errors import FAILED, UNAUTHORIZED, ServiceError
 from arcflow_serve.jobs import Finished, Job, Preview
 from arcflow_serve.schema import GenerationRequest
 
+_log = logging.getLogger("arcflow.serve")
 #: A student has one quality, and OpenAI's reply must name one.
 _QUALITY = "high"
 
@@ -93,6 +95,13 @@ def error_response(error: ServiceError) -> Response:
     """An error as OpenAI words it."""
     headers = error.headers() | ({"www-authenticate": "Bearer"} if error.status == UNAUTHORIZED else {})
     return Response(_json(error.body()), error.status, headers, "application/json")
+
+
+def unexpected(error: Exception) -> Response:
+    """The answer after an error of the service's own code, which is logged."""
+    _log.error("a request failed", exc_info=error)
+    message = "the service failed; the log of the service says more"
+    return error_response(ServiceError(FAILED, "internal_error", message, retry=False))
 
 
 def new_request_id() -> bytes:

@@ -83,6 +83,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse a connection beyond the limit, and give the others time for their headers."""
         super().connection_made(transport)
+        self._replies = _Joined(transport, self.loop)
         if len(self.connections) > (limit := self._settings.max_connections):
             message = f"{limit} connections may be open at most; try again later"
             self._refuse(ServiceError(UNAVAILABLE, "too_many_connections", message, retry_after_s=1))
@@ -147,6 +148,7 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             self._in_head = False
             super().on_headers_complete()
+            self.cycle.transport = self._replies  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         """Called with each part of the body."""
@@ -158,6 +160,11 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             self._unparsed_bytes = 0
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Called when the application has given the last part of a reply."""
+        self._replies.flush()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Called if the client does not send HTTP."""
@@ -217,6 +224,38 @@ class Protocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + b"\r\n" + body)
         self.loop.call_later(_LINGER_S, self.transport.close)
+
+
+class _Joined:
+    """A connection's transport for replies. uvicorn writes headers and body apart; they are sent together.
+
+    Otherwise they would take two system calls, and the client would wake twice.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """Send `data` with what else is written before the event loop goes on."""
+        if not self._parts:
+            self._loop.call_soon(self.flush)
+        self._parts.append(data)
+
+    def flush(self) -> None:
+        """Send now what was written."""
+        parts, self._parts = self._parts, []
+        if parts:
+            self._transport.writelines(parts)
+
+    def close(self) -> None:
+        """Close the connection once everything is sent."""
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """True if the connection was closed."""
+        return self._transport.is_closing()
 
 
 def bind(host: str, port: int) -> socket.socket:
