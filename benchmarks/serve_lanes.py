@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from collections import deque
@@ -14,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from serve_load import Reply, closed_loop, memory_of, open_loop, prompt_of
+from serve_load import Load, Reply, prompt_of, send_all
 
 from arcflow_runtime import Pipeline
 
@@ -80,16 +79,17 @@ class Lanes:
 
 
 def main() -> int:
-    """Read what to run as JSON from the standard input, and print the results as JSON."""
-    asked: dict[str, Any] = json.load(sys.stdin)
-    lanes = Lanes(Path(asked["bundle"]), asked["lanes"], asked["threads"], asked["size_px"], asked["steps"])
+    """Read which lanes to make, and then loads, each a line of JSON; answer each load with a line."""
+    given: dict[str, Any] = json.loads(sys.stdin.readline())
+    lanes = Lanes(Path(given["bundle"]), given["lanes"], given["threads"], given["size_px"], given["steps"])
     try:
-        closed_loop(lanes.send, max(asked["clients"]), asked["warmup"])
-        runs = [closed_loop(lanes.send, clients, asked["requests"]) for clients in asked["clients"]]
-        runs += [open_loop(lanes.send, rate, asked["requests"]) for rate in asked["rates_per_s"]]
+        for line in sys.stdin:
+            asked: dict[str, Any] = json.loads(line)
+            sample = send_all(lanes.send, Load(**asked["load"]), range(*asked["numbers"]))
+            results = [(ms, reply.status, reply.batch_size) for ms, reply in sample.results]
+            print(json.dumps({"results": results, "seconds": sample.seconds}), flush=True)
     finally:
         lanes.close()
-    print(json.dumps({"runs": runs} | memory_of(os.getpid())))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Send requests to a server in a closed or an open loop: send function -> counts, images per second, latencies."""
+"""Send requests to a server in closed and open loops: a send function -> latencies; and what they add up to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +43,39 @@ def prompt_of(number: int) -> str:
     return f"{number} red circles"
 
 
-def closed_loop(send: Send, clients: int, requests: int) -> dict[str, Any]:
-    """Each client sends its next request when the last one is answered; every request has a number of its own."""
-    numbers = iter(range(requests))
+@dataclass(frozen=True)
+class Load:
+    """How requests come: from `clients` that each wait for their image, or else `rate_per_s` at random times."""
+
+    clients: int | None = None
+    rate_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What some requests of a load took: milliseconds and reply of each, and the seconds of all."""
+
+    results: Sequence[tuple[float, Reply]]
+    seconds: float
+
+
+def send_all(send: Send, load: Load, numbers: range) -> Sample:
+    """Send the requests with these numbers."""
+    if load.clients is not None:
+        return _closed_loop(send, load.clients, numbers)
+    assert load.rate_per_s is not None
+    return _open_loop(send, load.rate_per_s, numbers)
+
+
+def _closed_loop(send: Send, clients: int, numbers: range) -> Sample:
+    """Each client sends its next request when the last one is answered."""
+    left = iter(numbers)
     lock = threading.Lock()
 
     def numbers_left() -> Iterator[int]:
         while True:
             with lock:
-                number = next(numbers, None)
+                number = next(left, None)
             if number is None:
                 return
             yield number
@@ -62,24 +86,24 @@ def closed_loop(send: Send, clients: int, requests: int) -> dict[str, Any]:
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         results = [one for found in pool.map(client, range(clients)) for one in found]
-    return {"loop": "closed", "clients": clients} | _summary(results, time.perf_counter() - started)
+    return Sample(results, time.perf_counter() - started)
 
 
-def open_loop(send: Send, rate_per_s: float, requests: int) -> dict[str, Any]:
+def _open_loop(send: Send, rate_per_s: float, numbers: range) -> Sample:
     """Requests come at random times, `rate_per_s` on average, whether or not the earlier ones are answered.
 
     A latency counts from the time at which the request was due, so that waiting for a busy server counts too.
     """
-    gaps = random.Random(0)
+    gaps = random.Random(numbers.start)
     started = due = time.perf_counter()
     pending = []
     with ThreadPoolExecutor(OPEN_THREADS) as pool:
-        for number in range(requests):
+        for number in numbers:
             due += gaps.expovariate(rate_per_s)
             time.sleep(max(0.0, due - time.perf_counter()))
             pending.append(pool.submit(_timed, send, number, due))
         results = [one.result() for one in pending]
-    return {"loop": "open", "rate_per_s": rate_per_s} | _summary(results, time.perf_counter() - started)
+    return Sample(results, time.perf_counter() - started)
 
 
 def _timed(send: Send, number: int, since: float) -> tuple[float, Reply]:
@@ -87,11 +111,16 @@ def _timed(send: Send, number: int, since: float) -> tuple[float, Reply]:
     return (time.perf_counter() - since) * 1e3, reply
 
 
-def _summary(results: list[tuple[float, Reply]], seconds: float) -> dict[str, Any]:
+def summary(load: Load, samples: Sequence[Sample]) -> dict[str, Any]:
     """Latencies are those of answered requests; the other statuses are counted."""
+    open_loop: dict[str, Any] = {"loop": "open", "rate_per_s": load.rate_per_s}
+    loop = open_loop if load.clients is None else {"loop": "closed", "clients": load.clients}
+    results = [one for sample in samples for one in sample.results]
+    seconds = sum(sample.seconds for sample in samples)
     answered = sorted(ms for ms, reply in results if reply.status == 200)
     sizes = Counter(reply.batch_size for _, reply in results if reply.status == 200)
     return {
+        **loop,
         "requests": len(results),
         "seconds": seconds,
         "statuses": {str(k): n for k, n in sorted(Counter(reply.status for _, reply in results).items())},

@@ -477,7 +477,7 @@ def serve_lines(data: dict[str, Any]) -> str:
             peak = "" if i else f"{found['peak_resident_bytes'] / 2**20:.0f} MiB"
             cells = ["" if i else _SERVERS[name], source, f"{run['images_per_s']:.0f}", *measured, str(refused), peak]
             rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
-    note = f"{data['size_px']} px, {data['steps']} steps, {data['lanes']} lanes"
+    note = f"{data['size_px']} px, {data['steps']} steps, {data['lanes']} lanes, each loop in {data['rounds']} turns"
     load = ", ".join(f"{x:.1f}" for x in data["machine"]["load_average"])
     return "\n".join([*rows, "", f"{note}. {_machine(data)} Load average before: {load}."])
 

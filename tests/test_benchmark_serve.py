@@ -48,9 +48,13 @@ class Slow:
         return self.load.Reply(200, 2)
 
 
+def measured(load, server: Slow, how, requests: int) -> dict:
+    return load.summary(how, [load.send_all(server, how, range(requests))])
+
+
 def test_closed_loop(load):
     server = Slow(load, 0.01, frozenset({3}))
-    found = load.closed_loop(server, clients=4, requests=20)
+    found = measured(load, server, load.Load(clients=4), 20)
     assert sorted(server.numbers) == [n for n in range(20) if n != 3]
     assert server.most <= 4
     assert found["statuses"] == {"200": 19, "429": 1}
@@ -63,7 +67,7 @@ def test_closed_loop(load):
 
 def test_an_open_loop_counts_the_time_that_requests_wait(load):
     # Ten times as many requests as the server answers: the last one waits for all before it.
-    found = load.open_loop(Slow(load, 0.02), rate_per_s=500, requests=25)
+    found = measured(load, Slow(load, 0.02), load.Load(rate_per_s=500), 25)
     assert found["statuses"] == {"200": 25}
     # Whichever is answered last, it was due no later than the last of them.
     gaps = random.Random(0)
@@ -71,22 +75,33 @@ def test_an_open_loop_counts_the_time_that_requests_wait(load):
     assert found["p99_ms"] >= 25 * 20 - last_due_ms > 400
 
 
+def summary(load, results: list) -> dict:
+    return load.summary(load.Load(clients=1), [load.Sample(results, 1.0)])
+
+
+def test_the_parts_of_a_load_are_added_up(load):
+    parts = [load.Sample([(1.0, load.Reply(200, 1))] * n, seconds) for n, seconds in ((2, 0.5), (6, 1.5))]
+    found = load.summary(load.Load(rate_per_s=4.0), parts)
+    assert (found["loop"], found["rate_per_s"]) == ("open", 4.0)
+    assert (found["requests"], found["seconds"], found["images_per_s"]) == (8, 2.0, 4.0)
+
+
 def test_percentiles(load):
     results = [(float(ms), load.Reply(200, 1)) for ms in range(1, 101)]
-    found = load._summary(results, 1.0)
+    found = summary(load, results)
     assert (found["p50_ms"], found["p99_ms"]) == (50.5, 99.0)
     sizes = [(1.0, load.Reply(200, 1))] * 2 + [(1.0, load.Reply(200, 4))] * 4
-    assert load._summary(sizes, 1.0)["mean_batch_size"] == 2  # batches of 1, 1 and 4
+    assert summary(load, sizes)["mean_batch_size"] == 2  # batches of 1, 1 and 4
 
 
 def test_a_server_that_refuses_everything_has_no_latency(load):
-    found = load._summary([(1.0, load.Reply(503, 0))], 1.0)
+    found = summary(load, [(1.0, load.Reply(503, 0))])
     assert (found["images_per_s"], found["p50_ms"], found["p99_ms"], found["mean_batch_size"]) == (0, None, None, None)
 
 
 def run(tmp_path, bundle, *servers: str) -> tuple[dict, str]:
     file = tmp_path / "serve.json"
-    counts = ["--clients", "1", "3", "--rate", "100", "--requests", "6", "--warmup", "2"]
+    counts = ["--clients", "1", "3", "--rate", "100", "--requests", "6", "--rounds", "2", "--warmup", "2"]
     chosen = [x for server in servers for x in ("--only", server)]
     line = [sys.executable, BENCHMARKS / "serve.py", "--bundle", bundle, "--json", file, *counts, *chosen]
     done = subprocess.run(line, capture_output=True, text=True)

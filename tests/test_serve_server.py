@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import http.client
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 from arcflow_runtime import Pipeline, RequestError, cli
-from arcflow_serve import keys, server, settings
+from arcflow_serve import generation, keys, server, settings
 from arcflow_serve.encode_image import Encoding
 from arcflow_serve.settings import Settings
 from tests.conftest import SHAPES_OPTIONS
@@ -259,6 +260,47 @@ def test_trailers_are_dropped_and_bounded(impatient):
 def test_what_proxies_could_read_in_another_way_is_refused(impatient, sent):
     status, body = parse(raw(impatient.port, sent))
     assert status == 400 and body["error"]["code"] == "invalid_http"
+
+
+def test_what_is_written_at_once_is_sent_at_once():
+    sent = []
+
+    class Transport:
+        def writelines(self, parts):
+            sent.append(list(parts))
+
+        def close(self):
+            sent.append("closed")
+
+    async def write():
+        replies = server._Joined(Transport(), asyncio.get_running_loop())
+        replies.write(b"headers")
+        replies.write(b"body")
+        await asyncio.sleep(0)
+        assert sent == [[b"headers", b"body"]]
+        replies.write(b"the end")
+        replies.close()
+        assert sent[1:] == [[b"the end"], "closed"]
+
+    asyncio.run(write())
+
+
+def test_an_error_in_the_service_itself(impatient, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("a fault of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "accept", fail)
+        response = impatient.post(SMALL)
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert (error["code"], error["message"]) == (
+        "internal_error",
+        "the service failed; the log of the service says more",
+    )
+    assert "a fault of ours" in caplog.text
+    assert 'arcflow_requests_total{status="500"} 1.0' in httpx2.get(impatient.url + "/metrics").text
+    assert impatient.post(SMALL).status_code == 200
 
 
 def test_requests_sent_at_once_are_answered_in_order(impatient):
