@@ -463,11 +463,7 @@ def serve_lines(data: dict[str, Any]) -> str:
     for name, found in data["results"].items():
         for i, run in enumerate(found["runs"]):
             closed = run["loop"] == "closed"
-            source = (
-                ("1 client" if run["clients"] == 1 else f"{run['clients']} clients")
-                if closed
-                else f"open loop, {run['rate_per_s']:g} per second"
-            )
+            source = _clients(run) if closed else f"open loop, {run['rate_per_s']:g} per second"
             refused = sum(n for status, n in run["statuses"].items() if status != "200")
             measured = (
                 [f"{run['p50_ms']:.1f} ms", f"{run['p99_ms']:.1f} ms", f"{run['mean_batch_size']:.1f}"]
@@ -477,9 +473,27 @@ def serve_lines(data: dict[str, Any]) -> str:
             peak = "" if i else f"{found['peak_resident_bytes'] / 2**20:.0f} MiB"
             cells = ["" if i else _SERVERS[name], source, f"{run['images_per_s']:.0f}", *measured, str(refused), peak]
             rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    rows += ["", *_beside_the_pipeline(data["results"])]
     note = f"{data['size_px']} px, {data['steps']} steps, {data['lanes']} lanes, each loop in {data['rounds']} turns"
     load = ", ".join(f"{x:.1f}" for x in data["machine"]["load_average"])
-    return "\n".join([*rows, "", f"{note}. {_machine(data)} Load average before: {load}."])
+    return "\n".join([*rows, f"{note}. {_machine(data)} Load average before: {load}."])
+
+
+def _beside_the_pipeline(results: dict[str, Any]) -> list[str]:
+    """What the service costs, in words, where both were measured."""
+    if not {"lanes", "service"} <= results.keys():
+        return []
+    pairs = list(zip(results["lanes"]["runs"], results["service"]["runs"], strict=True))
+    closed = {alone["clients"]: (alone, service) for alone, service in pairs if alone["loop"] == "closed"}
+    (few_alone, few), (many_alone, many) = closed[min(closed)], closed[max(closed)]
+    more_ms = few["p50_ms"] - few_alone["p50_ms"]
+    share = many["images_per_s"] / many_alone["images_per_s"]
+    beside = f"At {_clients(few)}, `arcflow serve` takes {more_ms:.1f} ms more than the pipeline alone at p50"
+    return [f"{beside}; at {_clients(many)}, it generates {share:.0%} of the pipeline's images per second.", ""]
+
+
+def _clients(run: dict[str, Any]) -> str:
+    return "1 client" if run["clients"] == 1 else f"{run['clients']} clients"
 
 
 def _read(name: str) -> dict[str, Any]:

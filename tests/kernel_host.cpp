@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -38,20 +39,21 @@ static Index threadIdx, blockIdx, blockDim;
 
 namespace {
 
-constexpr size_t STACK_BYTES = 256 << 10;
+constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t SHARED_FLOATS = 3072;  // 48 KiB
 
 struct Fibre {
     ucontext_t context;
-    std::vector<char> stack;
-    std::string waits_at;  // "" after it returned
+    std::unique_ptr<char[]> stack;
+    const char *waits_at;  // null after it returned
     float offered;
 };
+// One for each thread of a block. Their stacks are kept for the next kernel, and what is in them does not matter.
 std::vector<Fibre> fibres;
 ucontext_t scheduler;
 unsigned int current;
 
-void wait_at(const std::string &where) {
+void wait_at(const char *where) {
     fibres[current].waits_at = where;
     swapcontext(&fibres[current].context, &scheduler);
 }
@@ -121,14 +123,15 @@ std::function<void()> kernel;
 
 void run_thread() {
     kernel();
-    fibres[current].waits_at.clear();
+    fibres[current].waits_at = nullptr;
 }
 
 void run_block();
 
 void run_grid(unsigned int grid, unsigned int block) {
-    fibres = std::vector<Fibre>(block);
-    for (auto &fibre : fibres) fibre.stack.resize(STACK_BYTES);
+    fibres.resize(block);
+    for (auto &fibre : fibres)
+        if (fibre.stack == nullptr) fibre.stack.reset(new char[STACK_BYTES]);
     blockDim = {block};
     for (unsigned int b = 0; b < grid; ++b) {
         blockIdx = {b};
@@ -139,24 +142,24 @@ void run_grid(unsigned int grid, unsigned int block) {
 void run_block() {
     for (auto &fibre : fibres) {
         getcontext(&fibre.context);
-        fibre.context.uc_stack = {fibre.stack.data(), 0, fibre.stack.size()};
+        fibre.context.uc_stack = {fibre.stack.get(), 0, STACK_BYTES};
         fibre.context.uc_link = &scheduler;
         makecontext(&fibre.context, run_thread, 0);
         fibre.waits_at = "start";
     }
     // Shared memory starts with NaN, since it is not zero on a GPU either.
     for (auto &four : arcflow_update::arcflow_shared) four = {NAN, NAN, NAN, NAN};
-    while (!fibres[0].waits_at.empty()) {
+    while (fibres[0].waits_at != nullptr) {
         for (current = 0; current < fibres.size(); ++current) {
-            if (fibres[current].waits_at.empty()) continue;
+            if (fibres[current].waits_at == nullptr) continue;
             threadIdx = {current};
             swapcontext(&scheduler, &fibres[current].context);
         }
         for (const auto &fibre : fibres) {
             // Threads with nothing to store may return after the last barrier, while others continue.
-            if (!fibre.waits_at.empty() && fibre.waits_at != fibres[0].waits_at) {
-                std::fprintf(stderr, "threads of a block wait at %s and %s\n", fibre.waits_at.c_str(),
-                             fibres[0].waits_at.c_str());
+            const char *first = fibres[0].waits_at == nullptr ? "" : fibres[0].waits_at;
+            if (fibre.waits_at != nullptr && std::strcmp(fibre.waits_at, first) != 0) {
+                std::fprintf(stderr, "threads of a block wait at %s and %s\n", fibre.waits_at, first);
                 std::abort();
             }
         }

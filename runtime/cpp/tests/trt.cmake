@@ -24,7 +24,7 @@ endforeach()
 set(host_cuda ${CMAKE_CURRENT_SOURCE_DIR}/../../../tests/host_cuda)
 set(host_cuda_folder ${CMAKE_CURRENT_BINARY_DIR}/host_cuda)
 file(GLOB host_cuda_sources CONFIGURE_DEPENDS ${host_cuda}/*.cpp ${host_cuda}/*.h ${host_cuda}/build.py
-     ${ARCFLOW_KERNELS}/*.h ${ARCFLOW_KERNELS}/*.cu)
+     ${host_cuda}/../kernel_host.cpp ${host_cuda}/../kernel_source.py ${ARCFLOW_KERNELS}/*.h ${ARCFLOW_KERNELS}/*.cu)
 execute_process(COMMAND ${ARCFLOW_PYTHON} ${host_cuda}/build.py --check RESULT_VARIABLE host_cuda_missing
                 ERROR_VARIABLE host_cuda_why ERROR_STRIP_TRAILING_WHITESPACE)
 add_executable(trt_denoiser_test trt_denoiser_test.cpp trt_modes_test.cpp trt_parts.cpp ${trt_graph})

@@ -15,16 +15,21 @@
 namespace fake {
 namespace {
 
-float read(DType dtype, const std::byte *from, int64_t i) {
-    if (dtype == DType::float32) return reinterpret_cast<const float *>(from)[i];
-    const uint16_t bits = reinterpret_cast<const uint16_t *>(from)[i];
-    return dtype == DType::float16 ? from_half(bits) : from_bfloat16(bits);
-}
+// The values of a tensor in memory, as floats. Looked up by name once, because the loops over them are long.
+struct Values {
+    DType dtype;
+    std::byte *at;
 
-void write(DType dtype, std::byte *to, int64_t i, float x) {
-    if (dtype == DType::float32) reinterpret_cast<float *>(to)[i] = x;
-    else reinterpret_cast<uint16_t *>(to)[i] = dtype == DType::float16 ? to_half(x) : to_bfloat16(x);
-}
+    float operator[](int64_t i) const {
+        if (dtype == DType::float32) return reinterpret_cast<const float *>(at)[i];
+        const uint16_t bits = reinterpret_cast<const uint16_t *>(at)[i];
+        return dtype == DType::float16 ? from_half(bits) : from_bfloat16(bits);
+    }
+    void set(int64_t i, float x) const {
+        if (dtype == DType::float32) reinterpret_cast<float *>(at)[i] = x;
+        else reinterpret_cast<uint16_t *>(at)[i] = dtype == DType::float16 ? to_half(x) : to_bfloat16(x);
+    }
+};
 
 // One run, with the addresses of its call, as a captured engine keeps them.
 struct Call {
@@ -164,13 +169,12 @@ float told_by_slot(const std::string &layer, const Shapes &shapes, const std::ma
     if (found == shapes.end()) return 0;
     const int64_t in = found->second[0], rank = found->second[1] * found->second[2];
     const int64_t out = shapes.at(lora_b(layer))[2];
+    const Values a{dtype, at.at(lora_a(layer))}, b{dtype, at.at(lora_b(layer))};
     float told = 0;
     for (int64_t i = 0; i < in; ++i) {
         for (int64_t o = 0; o < out; ++o) {
             float product = 0;
-            for (int64_t r = 0; r < rank; ++r)
-                product +=
-                    read(dtype, at.at(lora_a(layer)), i * rank + r) * read(dtype, at.at(lora_b(layer)), r * out + o);
+            for (int64_t r = 0; r < rank; ++r) product += a[i * rank + r] * b[r * out + o];
             told += product * static_cast<float>(1 + i + 2 * o);
         }
     }
@@ -203,25 +207,26 @@ Tensor conditioned(const DenoiseJob &job, const Embeddings &text, DType dtype) {
 void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype) {
     const auto &latents = shapes.at("latents");
     const int64_t batch = latents[0], tokens = latents[1], text = shapes.at("encoder_hidden_states")[1];
+    const Values x{dtype, at.at("latents")}, states{dtype, at.at("encoder_hidden_states")};
+    const Values modulation{dtype, at.at("modulation")};
+    const Values image_rotary{DType::float32, at.at("image_rotary")}, text_rotary{DType::float32, at.at("text_rotary")};
+    const Values means{dtype, at.at("means")}, logweights{dtype, at.at("logweights")};
+    const Values loggammas{dtype, at.at("loggammas")};
     for (int64_t b = 0; b < batch; ++b) {
         float told = told_by_slot("to_q", shapes, at, dtype);
-        for (int64_t i = 0; i < text * TEXT; ++i)
-            told += read(dtype, at.at("encoder_hidden_states"), b * text * TEXT + i);
-        for (int64_t i = 0; i < text * 2 * HALF_HEAD; ++i) told += read(DType::float32, at.at("text_rotary"), i);
-        for (int64_t i = 0; i < M; ++i) told += static_cast<float>(i + 1) * read(dtype, at.at("modulation"), b * M + i);
+        for (int64_t i = 0; i < text * TEXT; ++i) told += states[b * text * TEXT + i];
+        for (int64_t i = 0; i < text * 2 * HALF_HEAD; ++i) told += text_rotary[i];
+        for (int64_t i = 0; i < M; ++i) told += static_cast<float>(i + 1) * modulation[b * M + i];
         for (int64_t n = 0; n < tokens; ++n) {
             const int64_t token = b * tokens + n;
-            const float here = told * 0.01f + read(DType::float32, at.at("image_rotary"), n * HALF_HEAD);
+            const float here = told * 0.01f + image_rotary[n * HALF_HEAD];
             for (int64_t k = 0; k < K; ++k) {
-                for (int64_t c = 0; c < C; ++c) {
-                    const float x = read(dtype, at.at("latents"), token * C + c);
-                    write(dtype, at.at("means"), (token * K + k) * C + c,
-                          std::sin(x + here * static_cast<float>(k + 1)));
-                }
+                for (int64_t c = 0; c < C; ++c)
+                    means.set((token * K + k) * C + c, std::sin(x[token * C + c] + here * static_cast<float>(k + 1)));
                 for (int64_t p = 0; p < P; ++p) {
-                    const float x = read(dtype, at.at("latents"), token * C + p);
-                    write(dtype, at.at("logweights"), (token * K + k) * P + p, x * static_cast<float>(k) + here);
-                    if (k > 0) write(dtype, at.at("loggammas"), (token * (K - 1) + k - 1) * P + p, here - x);
+                    const float one = x[token * C + p];
+                    logweights.set((token * K + k) * P + p, one * static_cast<float>(k) + here);
+                    if (k > 0) loggammas.set((token * (K - 1) + k - 1) * P + p, here - one);
                 }
             }
         }
@@ -231,25 +236,24 @@ void backbone(const Shapes &shapes, const std::map<std::string, std::byte *> &at
 void conditioner(const Shapes &shapes, const std::map<std::string, std::byte *> &at, DType dtype) {
     const int64_t steps = shapes.at("timesteps")[0], prompts = shapes.at("pooled_projections")[0];
     const float told = told_by_slot("norm", shapes, at, dtype);
+    const Values timesteps{DType::float32, at.at("timesteps")}, guidance{DType::float32, at.at("guidance")};
+    const Values pooled{dtype, at.at("pooled_projections")}, modulation{dtype, at.at("modulation")};
     for (int64_t i = 0; i < steps * prompts * M; ++i) {
         const int64_t step = i / (prompts * M), prompt = i / M % prompts;
-        const float timestep = read(DType::float32, at.at("timesteps"), step);
-        const float pooled = read(dtype, at.at("pooled_projections"), prompt * POOL + 1);
-        const float guidance = read(DType::float32, at.at("guidance"), prompt);
-        write(dtype, at.at("modulation"), i,
-              timestep / 1000 + pooled + guidance + static_cast<float>(i % M) / 8 + told);
+        modulation.set(i, timesteps[step] / 1000 + pooled[prompt * POOL + 1] + guidance[prompt] +
+                              static_cast<float>(i % M) / 8 + told);
     }
 }
 
 void decoder(const Shapes &shapes, const std::map<std::string, std::byte *> &at) {
     const auto &s = shapes.at("latents");
     const int64_t width = s[2] * TOKEN_PX, pixels = s[0] * s[1] * TOKEN_PX * width;
+    const Values latents{DType::float32, at.at("latents")};
+    std::byte *const images = at.at("images");
     for (int64_t i = 0; i < pixels; ++i) {
         const int64_t y = i / width, token = y / TOKEN_PX * s[2] + i % width / TOKEN_PX;
-        for (int64_t channel = 0; channel < 3; ++channel) {
-            const float x = read(DType::float32, at.at("latents"), token * C + channel);
-            at.at("images")[i * 3 + channel] = static_cast<std::byte>(std::lround(x * 16) & 0xff);
-        }
+        for (int64_t channel = 0; channel < 3; ++channel)
+            images[i * 3 + channel] = static_cast<std::byte>(std::lround(latents[token * C + channel] * 16) & 0xff);
     }
 }
 
