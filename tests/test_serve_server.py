@@ -225,6 +225,13 @@ def test_an_offer_of_another_protocol_is_passed_over(impatient, pieces, chunked)
             answer.read()
 
 
+def test_offers_sent_at_once_are_passed_over(impatient):
+    body = json.dumps(SMALL).encode()
+    offer = head(len(body), "connection: Upgrade", "upgrade: h2c") + body
+    sent = offer + offer + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    assert raw(impatient.port, sent).count(b"HTTP/1.1 200 OK\r\n") == 3
+
+
 def test_trailers_are_dropped_and_bounded(impatient):
     """They must not become headers, such as a key, and must not fill the memory."""
     seen, app = [], impatient.server.config.loaded_app

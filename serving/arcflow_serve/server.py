@@ -104,33 +104,36 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._unparsed_bytes += len(data)
         try:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as offer:
-                self._decline(offer, data)
+            self._parse(data)
+            if self._unparsed_bytes > MAX_HEADER_BYTES:
+                raise httptools.HttpParserError("the headers are too long")
         except httptools.HttpParserError:
-            self.send_400_response("")
-            return
-        if self._unparsed_bytes > MAX_HEADER_BYTES:
             self.send_400_response("")
             return
         self._watch_headers()
 
-    def _decline(self, offer: httptools.HttpParserUpgrade, data: bytes) -> None:
-        """Go on with HTTP/1.1 where a client offers another protocol, as RFC 9110, 7.8 lets a server do.
+    def _parse(self, data: bytes) -> None:
+        """Call the methods `on_...` with what is in `data`.
 
-        The parser has stopped after the headers, so a new one reads them again without the offer, and then the rest.
+        A client may offer another protocol, and RFC 9110, 7.8 lets a server go on with HTTP/1.1. The parser stops after
+        such headers, so a new one reads them again without the offer, and then the rest.
 
         Raises:
-            HttpParserError: the method is CONNECT, which asks for a tunnel.
+            HttpParserError: it is not HTTP, or the method is CONNECT, which asks for a tunnel.
         """
-        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if method == b"CONNECT":
-            raise httptools.HttpParserError("tunnels are not supported")
-        headers = [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
-        head = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(headers))
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.feed_data(head + data[offer.args[0] :])
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+                if method == b"CONNECT":
+                    raise httptools.HttpParserError("tunnels are not supported") from None
+                headers = b"".join(b"%s: %s\r\n" % (k, v) for k, v in self.headers if k != b"upgrade")
+                data = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, headers) + data[offer.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn sets it: data after the last request of a connection is ignored.
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def on_message_begin(self) -> None:
         """Called at the first byte of a request."""
