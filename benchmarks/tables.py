@@ -512,6 +512,22 @@ def serve_table() -> str:
     return serve_lines(_read("serve"))
 
 
+def soak_lines() -> str:
+    """What was left of the requests of `serve_soak.py`."""
+    data = _read("serve_soak")
+    found = data["results"]
+    answers, last = found["statuses"], found["rows"][-1]
+    most = {name: max(row[name] for row in found["rows"]) for name in ("threads", "files")}
+    wrong = sum(n for status, n in answers.items() if status != "200")
+    return (
+        f"{last['requests']:,.0f} requests in {found['seconds'] / 60:.0f} minutes: {answers['200']:,} replies with "
+        f"images, {wrong:,} refusals of wrong requests, and {found['left']:,} clients that left. "
+        f"Resident memory at the end {last['resident_bytes'] / 2**20:.0f} MiB, "
+        f"{found['growth']['resident_bytes']:+.1%} from the second quarter's median to the last quarter's; "
+        f"at most {most['threads']} threads and {most['files']} open files. {_machine(data)}"
+    )
+
+
 #: By page, what stands between the markers of each name.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     HERE.parent / "README.md": {"speedup": speedup_table, "run": run_table},
@@ -525,6 +541,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "lora": lora_table,
         "arcs": arcs_table,
         "serve": serve_table,
+        "soak": soak_lines,
     },
     HERE.parent / "docs" / "engines.md": {"memory": engine_memory_table},
     HERE.parent / "docs" / "paper.md": {"convergence": convergence_table, "trained": trained_table},
