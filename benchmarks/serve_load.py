@@ -113,8 +113,9 @@ def _timed(send: Send, number: int, since: float) -> tuple[float, Reply]:
 
 def summary(load: Load, samples: Sequence[Sample]) -> dict[str, Any]:
     """Latencies are those of answered requests; the other statuses are counted."""
-    open_loop: dict[str, Any] = {"loop": "open", "rate_per_s": load.rate_per_s}
-    loop = open_loop if load.clients is None else {"loop": "closed", "clients": load.clients}
+    loop: dict[str, Any] = {"loop": "closed", "clients": load.clients}
+    if load.clients is None:
+        loop = {"loop": "open", "rate_per_s": load.rate_per_s}
     results = [one for sample in samples for one in sample.results]
     seconds = sum(sample.seconds for sample in samples)
     answered = sorted(ms for ms, reply in results if reply.status == 200)

@@ -69,7 +69,7 @@ def create_app(engine: Engine, settings: Settings, behind_ray: bool = False) -> 
 class _Direct:
     """Passes requests for images to `generation`, past FastAPI's layers, and all others to `app`.
 
-    FastAPI's own route for them is in its documentation. Its layers would take a tenth of what a request costs.
+    FastAPI has a route for them too, for its documentation. Its layers take time and do nothing for such a request.
     """
 
     def __init__(self, app: ASGIApp, generation: Generation) -> None:
