@@ -103,19 +103,20 @@ class Generation:
 
     def left(self) -> Response:
         """Count a client that left; the response that nobody reads."""
-        self._engine.metrics.left.inc()
+        self._engine.metrics.note(self._engine.metrics.left, 1)
         return Response(status_code=_LEFT)
 
     def release(self, job: Job) -> None:
         """Forget a job, and count the time for which it waited."""
         self._engine.release(job)
         if job.started is not None:
-            self._engine.metrics.queue.observe(job.started - job.arrived)
+            self._engine.metrics.note(self._engine.metrics.queue, job.started - job.arrived)
 
     def count(self, status: int, arrived: float) -> None:
         """Count an answer."""
-        self._engine.metrics.requests.labels(str(status)).inc()
-        self._engine.metrics.e2e.observe(time.monotonic() - arrived)
+        metrics = self._engine.metrics
+        metrics.note(metrics.requests, 1, str(status))
+        metrics.note(metrics.e2e, time.monotonic() - arrived)
 
 
 class Events:

@@ -199,18 +199,18 @@ class Lanes:
     def _deliver(self, lane: _Lane, batch: list[Picture], output: PipelineOutput) -> None:
         latest = output.timings_ms["total"] / 1e3 / len(batch)
         self.seconds_per_image += (latest - self.seconds_per_image) * (0.1 if self.seconds_per_image else 1)
-        self._metrics.batch.observe(len(batch))
-        self._metrics.images.labels(batch[0].job.key.model).inc(len(batch))
+        metrics = self._metrics
+        metrics.note(metrics.batch, len(batch))
+        metrics.note(metrics.images, len(batch), batch[0].job.key.model)
         for picture, image in zip(batch, output.images, strict=True):
             started = time.perf_counter()
             encoded = _encode(picture, image)
             seconds = time.perf_counter() - started
-            self._metrics.stage.labels("compress").observe(seconds)
+            metrics.note(metrics.stage, seconds, "compress")
             timings = dict(output.timings_ms) | {"compress": seconds * 1e3}
             self._post(lane, picture, Finished(picture.index, encoded, timings, len(batch)))
-        # Only now, because nobody waits for these.
         for stage, ms in output.timings_ms.items():
-            self._metrics.stage.labels(stage).observe(ms / 1e3)
+            metrics.note(metrics.stage, ms / 1e3, stage)
 
     def _preview(self, lane: _Lane, batch: list[Picture], step: int, images: list[Image.Image]) -> None:
         for picture, image in zip(batch, images, strict=True):

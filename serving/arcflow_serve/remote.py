@@ -158,7 +158,7 @@ class RemoteEngine:
             event = dataclasses.replace(event, picture=given[event.picture])
         if isinstance(event, Finished):
             missing.remove(event.picture)
-            self.metrics.images.labels(job.key.model).inc()
+            self.metrics.note(self.metrics.images, 1, job.key.model)
         job.deliver(event)
 
     def _images_waiting(self) -> int:
