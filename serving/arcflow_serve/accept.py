@@ -79,12 +79,10 @@ def accept(
         deliver=deliver,
         negative_prompt=negative,
     )
-    counted = [model.tokens(text) for text in (asked.prompt, negative) if text is not None]
-    text_tokens, cuts = sum(tokens for tokens, _ in counted), [cut for _, cuts in counted for cut in cuts]
     space = model.manifest.latents
     token_px = space.vae_scale_factor * space.patch_size
     image_tokens = request.height_px * request.width_px // token_px**2
-    return Answer(asked, job, (*asked.ignored(), *request.warnings, *cuts), text_tokens, image_tokens)
+    return Answer(asked, job, (*asked.ignored(), *request.warnings), model.tokens, image_tokens)
 
 
 def find_model(models: Mapping[str, Model], name: str | None) -> Model:

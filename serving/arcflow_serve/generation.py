@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Awaitable
 
 from fastapi import Request
@@ -124,9 +125,21 @@ class Events:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        self.get = self._queue.get
-        self.put = self._queue.put_nowait
+        self._events: deque[Event | None] = deque()
+        self._came: asyncio.Future[None] | None = None
+
+    def put(self, event: Event | None) -> None:
+        """Add an event."""
+        self._events.append(event)
+        if self._came is not None and not self._came.done():
+            self._came.set_result(None)
+
+    async def get(self) -> Event | None:
+        """Wait for the next event."""
+        while not self._events:
+            self._came = self._loop.create_future()
+            await self._came
+        return self._events.popleft()
 
     def deliver(self, event: Event) -> None:
         """Add an event from another thread."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.families import facts
 from arcflow_runtime.disk.manifest import Manifest
@@ -47,6 +49,10 @@ class Model:
         #: Names of the LoRAs that requests may use.
         self.loras = tuple(loras)
         self._tokenizer = PromptTokenizer(bundle)
+        family = bundle.manifest.family
+        part = encoder_of(family, "encoder_hidden_states")
+        assert part is not None, "every family has text states"
+        self._text_encoder, self._pads = part, facts(family).text == "clip-t5"
         self._load = load
         self._changed = threading.Condition()
         self._pipeline: Pipeline | None = None
@@ -109,13 +115,11 @@ class Model:
 
     def tokens(self, prompt: str) -> tuple[int, tuple[str, ...]]:
         """The number of text tokens of a prompt, padding not counted, and warnings if it is cut."""
-        text, family = self.manifest.text, self.manifest.family
+        text = self.manifest.text
         tokens = self._tokenizer.tokenize(prompt, text.max_sequence_length)
-        part = encoder_of(family, "encoder_hidden_states")
-        assert part is not None, "every family has text states"
-        ids = tokens.ids[part]
-        if facts(family).text == "clip-t5":
-            return int((ids != text.t5_pad_token_id).sum()), tokens.warnings
+        ids = tokens.ids[self._text_encoder]
+        if self._pads:
+            return int(np.count_nonzero(ids != text.t5_pad_token_id)), tokens.warnings
         return ids.size - text.drop_tokens, tokens.warnings
 
     @contextmanager

@@ -7,8 +7,11 @@ import json
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from arcflow_serve.errors import FAILED, UNAUTHORIZED, ServiceError
@@ -22,19 +25,19 @@ _QUALITY = "high"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reply says beside its images."""
+    """What a reply says beside its images; `tokens` is `Model.tokens`."""
 
     request: GenerationRequest
     job: Job
     warnings: tuple[str, ...]
-    text_tokens: int
+    tokens: Callable[[str], tuple[int, tuple[str, ...]]]
     image_tokens: int
 
     def reply(self, finished: list[Finished]) -> bytes:
         """The whole reply, once every image is finished."""
         images = sorted(finished, key=lambda event: event.picture)
         whole = {"created": int(time.time()), "data": [self._image(event) for event in images]}
-        return _json(whole | self._facts() | self._about() | {"usage": self._usage(len(images))})
+        return to_json(whole | self._facts() | self._about() | {"usage": self._usage(len(images))})
 
     def event(self, event: Preview | Finished, index: int) -> bytes:
         """A server-sent event; `index` counts the partial images of its image."""
@@ -45,7 +48,16 @@ class Answer:
             kind = "image_generation.completed"
             body = self._image(event) | self._about() | {"usage": self._usage(1)}
         whole = {"type": kind, "created_at": int(time.time()), "image_index": event.picture} | body | self._facts()
-        return b"event: %s\ndata: %s\n\n" % (kind.encode(), _json(whole))
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), to_json(whole))
+
+    @cached_property
+    def _text(self) -> tuple[int, list[str]]:
+        """Number of text tokens, and warnings about prompts that were cut.
+
+        First needed after an image is finished, when this process has tokenised the prompts to generate it.
+        """
+        counted = [self.tokens(text) for text in (self.job.prompt, self.job.negative_prompt) if text is not None]
+        return sum(tokens for tokens, _ in counted), [cut for _, cuts in counted for cut in cuts]
 
     def _image(self, event: Finished) -> dict[str, object]:
         encoded = _base64(event.image)
@@ -76,25 +88,25 @@ class Answer:
             "num_inference_steps": key.num_inference_steps,
             "guidance_scale": key.guidance_scale,
             "true_cfg_scale": key.true_cfg_scale,
-            "warnings": list(self.warnings),
+            "warnings": [*self.warnings, *self._text[1]],
             "safety_identifier": asked.safety_identifier or asked.user or None,
         }
 
     def _usage(self, images: int) -> dict[str, object]:
-        output = self.image_tokens * images
+        text, output = self._text[0], self.image_tokens * images
         return {
-            "input_tokens": self.text_tokens,
-            "input_tokens_details": {"text_tokens": self.text_tokens, "image_tokens": 0},
+            "input_tokens": text,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
             "output_tokens": output,
             "output_tokens_details": {"image_tokens": output, "text_tokens": 0},
-            "total_tokens": self.text_tokens + output,
+            "total_tokens": text + output,
         }
 
 
 def error_response(error: ServiceError) -> Response:
     """An error as OpenAI words it."""
     headers = error.headers() | ({"www-authenticate": "Bearer"} if error.status == UNAUTHORIZED else {})
-    return Response(_json(error.body()), error.status, headers, "application/json")
+    return Response(json.dumps(error.body()), error.status, headers, "application/json")
 
 
 def unexpected(error: Exception) -> Response:
@@ -111,12 +123,9 @@ def new_request_id() -> bytes:
 
 def error_event(body: dict[str, dict[str, str | None]]) -> bytes:
     """An error after the first event; OpenAI's client raises it."""
-    return b"event: error\ndata: %s\n\n" % _json(body)
+    return b"event: error\ndata: %s\n\n" % json.dumps(body).encode()
 
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
