@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable
+from functools import partial
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -26,6 +27,8 @@ from arcflow_serve.settings import Settings
 _log = logging.getLogger("arcflow.serve")
 #: Where the ASGI scope has the request id.
 REQUEST_ID = "arcflow.request_id"
+#: Where the ASGI scope has a function that the server calls when the client has left. Ray's cancels the task instead.
+LEFT = "arcflow.left"
 #: A status of our own for the metrics: the client left before the answer.
 _LEFT = 499
 #: Most bytes that are read and dropped of a body that is too large, so that the client gets to read the answer.
@@ -73,19 +76,17 @@ class Generation:
         answer = accept(self._engine.models, self._settings, asked, client or address, events.deliver)
         job = answer.job
         self._engine.submit(job)
-        watch = asyncio.ensure_future(_disconnected(request.receive))
-        watch.add_done_callback(lambda _: events.put(None))
+        request.scope[LEFT] = partial(events.put, None)
         stream = None
         try:
             first = await events.get()
             if first is not None and not isinstance(first, Failed) and asked.stream:
                 # Only now, so that an error before the first image has its own status.
-                stream = EventStream(self, answer, events, first, watch)
+                stream = EventStream(self, answer, events, first)
                 return stream
             return await self._whole(answer, events, first)
         finally:
             if stream is None:
-                watch.cancel()
                 self.release(job)
 
     async def _whole(self, answer: Answer, events: Events, event: Event | None) -> Response:
@@ -153,15 +154,12 @@ class Events:
 class EventStream(Response):
     """A reply as server-sent events, which releases its job whatever happens."""
 
-    def __init__(
-        self, generation: Generation, answer: Answer, events: Events, first: Event, watch: asyncio.Future[None]
-    ) -> None:
+    def __init__(self, generation: Generation, answer: Answer, events: Events, first: Event) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
         self._generation, self._answer, self._events, self._first = generation, answer, events, first
-        self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -174,7 +172,6 @@ class EventStream(Response):
             status = self._generation.left().status_code
             raise
         finally:
-            self._watch.cancel()
             self._generation.release(job)
             self._generation.count(status, job.arrived)
 
@@ -252,12 +249,6 @@ async def _within(wait: Awaitable[None], seconds: float) -> None:
         # Without the task that wait_for makes.
         async with asyncio.timeout(seconds):
             await wait
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Return when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def log_failure(scope: Scope, error: ServiceError) -> None:

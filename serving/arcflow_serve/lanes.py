@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError, bad_request
 from arcflow_serve.jobs import BatchKey, Event, Failed, Finished, Job, Picture, Preview
 from arcflow_serve.metrics import LaneMetrics
 from arcflow_serve.models import Model
+from arcflow_serve.settings import Settings
 from arcflow_serve.waiting import WaitingRoom
 
 _log = logging.getLogger("arcflow.serve")
@@ -34,6 +36,10 @@ _MEMORY_RETRY_S = 5
 class _Lane:
     """A thread, and what it is doing."""
 
+    #: The core on which it stays while all lanes are busy, if it has one.
+    core: int | None
+    #: True while it stays there.
+    stays: bool = False
     thread: threading.Thread = field(init=False)
     batch: list[Picture] = field(default_factory=list)
     pipeline: Pipeline | None = None
@@ -58,8 +64,7 @@ class Lanes:
 
     def __init__(
         self,
-        count: int,
-        hang_timeout_s: float,
+        settings: Settings,
         models: Mapping[str, Model],
         room: WaitingRoom,
         caps: BatchCaps,
@@ -69,15 +74,15 @@ class Lanes:
         """See `Service`, which makes them.
 
         Args:
-            count: number of threads.
-            hang_timeout_s: a batch that takes longer is given up.
+            settings: of the service.
             models: by name.
             room: where pictures wait.
             caps: told which batches were too large.
             send: called with every event of a job.
             metrics: told about every batch.
         """
-        self._count, self._hang_timeout_s = count, hang_timeout_s
+        self._count, self._hang_timeout_s = settings.lanes, settings.hang_timeout_s
+        self._cores = settings.lane_cores
         self._models, self._room, self._caps = models, room, caps
         self._send, self._metrics = send, metrics
         self._lanes: list[_Lane] = []
@@ -88,8 +93,8 @@ class Lanes:
 
     def start(self) -> None:
         """Start the threads."""
-        for _ in range(self._count):
-            self._add()
+        for i in range(self._count):
+            self._add(self._cores[i] if self._cores else None)
 
     def busy(self) -> int:
         """Number of lanes that are generating."""
@@ -125,9 +130,9 @@ class Lanes:
         for lane in self._lanes:
             lane.thread.join(max(0.0, until - time.monotonic()))
 
-    def _add(self) -> None:
+    def _add(self, core: int | None = None) -> None:
         # A daemon, because a lane that hangs must not keep the process from ending.
-        lane = _Lane()
+        lane = _Lane(core)
         lane.thread = threading.Thread(target=self._run, args=(lane,), name="arcflow-lane", daemon=True)
         self._lanes.append(lane)
         lane.thread.start()
@@ -137,6 +142,7 @@ class Lanes:
             with lane.lock:
                 lane.since, lane.batch = math.inf, batch
             try:
+                self._place(lane)
                 self._generate(lane, batch)
             except BaseException as e:
                 # Nothing may end a lane, not even an exception of our own code.
@@ -146,6 +152,22 @@ class Lanes:
             finally:
                 with lane.lock:
                     lane.batch, lane.pipeline = [], None
+
+    def _place(self, lane: _Lane) -> None:
+        """Keep a lane on its core if all lanes are busy. Linux often lets two wait for one core while another is idle.
+
+        A lane that is busy alone goes where there is room, because other programs may need its core. One that hangs may
+        do so too, so after that no lane is kept.
+        """
+        stays = lane.core is not None and not self.lost and self.busy() == self._count
+        if stays == lane.stays:
+            return
+        try:
+            os.sched_setaffinity(0, [lane.core] if stays and lane.core is not None else self._cores)
+            lane.stays = stays
+        except OSError as e:
+            _log.warning("lanes are not kept on cores of their own: %s", e)
+            self._cores, lane.core = [], None
 
     def _generate(self, lane: _Lane, batch: list[Picture]) -> bool:
         """Generate a batch, and again picture by picture if it fails; False if a picture failed."""

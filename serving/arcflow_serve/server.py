@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from arcflow_runtime.errors import RequestError
 from arcflow_serve.errors import BAD_REQUEST, TIMED_OUT, UNAVAILABLE, ServiceError
+from arcflow_serve.generation import LEFT
 from arcflow_serve.replies import new_request_id
 from arcflow_serve.service import Service
 from arcflow_serve.settings import Settings
@@ -91,11 +92,13 @@ class Protocol(HttpToolsProtocol):
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timers."""
+        """Stop the timers, and tell the application that the client has left."""
         for timer in (self._header_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        if self.cycle is not None and not self.cycle.response_complete and (left := self.cycle.scope.get(LEFT)):
+            left()
 
     def data_received(self, data: bytes) -> None:
         """Parse what the client sends."""
@@ -163,6 +166,9 @@ class Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             self._unparsed_bytes = 0
             super().on_message_complete()
+            if not self.pipeline:
+                # uvicorn may have paused it because of a long body. A client that leaves must be noticed.
+                self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Called when the application has given the last part of a reply."""

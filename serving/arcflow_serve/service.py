@@ -71,7 +71,7 @@ class Service:
         self._jobs: set[Job] = set()
         caps = BatchCaps(settings.max_batch, models)
         self._room = WaitingRoom(settings.max_queue, caps)
-        self._lanes = Lanes(settings.lanes, settings.hang_timeout_s, models, self._room, caps, self._send, self.metrics)
+        self._lanes = Lanes(settings, models, self._room, caps, self._send, self.metrics)
         self._draining = False
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="arcflow-keeper", daemon=True)

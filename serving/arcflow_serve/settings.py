@@ -13,7 +13,12 @@ from arcflow_runtime.errors import RequestError
 
 def cores() -> int:
     """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(core_numbers()) or os.cpu_count() or 1
+
+
+def core_numbers() -> list[int]:
+    """The cores that this process may use; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def default_lanes() -> int:
@@ -106,6 +111,13 @@ class Settings:
         if self.threads is not None or self.backend != DEFAULT_BACKEND:
             return self.threads
         return max(1, cores() // self.lanes)
+
+    @property
+    def lane_cores(self) -> list[int]:
+        """The core of each lane, if the lanes compute in their own threads and there is one for each core, or none."""
+        numbers = core_numbers()
+        alone = self.backend == DEFAULT_BACKEND and self.engine_threads == 1 and self.lanes == len(numbers) > 1
+        return numbers if alone else []
 
 
 def _option(name: str) -> str:
