@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -404,6 +405,15 @@ def test_two_bundles_of_one_name(bundle):
     assert str(error.value) == (
         f"bundles must have different names, got {bundle.name!r} twice; rename one, or link to it"
     )
+
+
+def test_a_bundle_whose_name_is_not_text(bundle, tmp_path):
+    """Replies have the name, and JSON has no bytes."""
+    link = tmp_path / os.fsdecode(b"b\xff")
+    link.symlink_to(bundle)
+    with pytest.raises(RequestError) as error, serve([link]):
+        pass
+    assert str(error.value) == "a bundle's name must be printable text, got 'b\\udcff'; rename it, or link to it"
 
 
 def test_the_same_bytes_reach_the_pipeline_as_by_hand(client, running, pipe):

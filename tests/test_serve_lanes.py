@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHAPES_OPTIONS
-from serving import Gate, images_of, serve, wait_until, wrap
 
 from arcflow_serve import settings
 from arcflow_serve.settings import Settings
+from tests.conftest import SHAPES_OPTIONS
+from tests.serving import Gate, images_of, serve, wait_until, wrap
 
 #: Where a thread runs that nobody has placed.
 EVERYWHERE = settings.core_numbers()

@@ -224,6 +224,8 @@ class Lanes:
         metrics = self._metrics
         metrics.note(metrics.batch, len(batch))
         metrics.note(metrics.images, len(batch), batch[0].job.key.model)
+        for stage, ms in output.timings_ms.items():
+            metrics.note(metrics.stage, ms / 1e3, stage)
         for picture, image in zip(batch, output.images, strict=True):
             started = time.perf_counter()
             encoded = _encode(picture, image)
@@ -231,8 +233,6 @@ class Lanes:
             metrics.note(metrics.stage, seconds, "compress")
             timings = dict(output.timings_ms) | {"compress": seconds * 1e3}
             self._post(lane, picture, Finished(picture.index, encoded, timings, len(batch)))
-        for stage, ms in output.timings_ms.items():
-            metrics.note(metrics.stage, ms / 1e3, stage)
 
     def _preview(self, lane: _Lane, batch: list[Picture], step: int, images: list[Image.Image]) -> None:
         for picture, image in zip(batch, images, strict=True):

@@ -234,7 +234,8 @@ def open_models(paths: Sequence[Path], settings: Settings) -> dict[str, Model]:
         BundleError: a bundle cannot be opened.
         EngineError: the backend cannot run a bundle.
         LoraError: a LoRA cannot be read, or does not fit a bundle's slots.
-        RequestError: two bundles or two LoRAs have the same name, or there are LoRAs but no bundle with slots.
+        RequestError: two bundles or two LoRAs have the same name, a name is not text, or there are LoRAs but no bundle
+            with slots.
         SourceError: a bundle on the hub cannot be downloaded.
     """
     models = describe_models(paths, settings)
@@ -256,6 +257,9 @@ def describe_models(paths: Sequence[Path], settings: Settings) -> dict[str, Mode
         path, name = found.path, found.name
         if name in models:
             raise RequestError(f"bundles must have different names, got {name!r} twice; rename one, or link to it")
+        if not name.isprintable():
+            # Replies and metrics have the name.
+            raise RequestError(f"a bundle's name must be printable text, got {name!r}; rename it, or link to it")
 
         bundle = Bundle.open(path)
         files = settings.loras if bundle.manifest.slots() else ()

@@ -128,4 +128,3 @@ def error_event(body: dict[str, dict[str, str | None]]) -> bytes:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-

@@ -97,7 +97,7 @@ class Protocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
-        if self.cycle is not None and not self.cycle.response_complete and (left := self.cycle.scope.get(LEFT)):
+        if self.cycle is not None and not self.cycle.response_complete and callable(left := self.cycle.scope.get(LEFT)):
             left()
 
     def data_received(self, data: bytes) -> None:
