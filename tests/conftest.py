@@ -38,6 +38,7 @@ EXTRAS = (
     "fastapi",
     "fastapi_offline",
     "filelock",
+    "fpng",
     "httptools",
     "httpx2",
     "huggingface_hub",

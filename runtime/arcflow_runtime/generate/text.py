@@ -20,8 +20,8 @@ from arcflow_runtime.engines.lru import LruCache
 from arcflow_runtime.errors import BundleError
 from arcflow_runtime.lora.prepare import SetKey
 
-#: Prompts whose ids are kept, so that a service that has counted a prompt's tokens does not tokenise it again to
-#: generate: those that wait, and those that are being generated.
+#: Prompts whose ids are kept, so that a service that counts the tokens of a finished image's prompt need not tokenise
+#: it again. A service generates fewer at a time.
 _KNOWN_PROMPTS = 128
 #: Number of prompts whose embeddings are cached; 512 tokens of Qwen-Image or T5 take about 8 MB.
 CACHED_PROMPTS = 16
