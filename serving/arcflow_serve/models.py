@@ -208,7 +208,7 @@ class Model:
     def _adopt(self, pipeline: Pipeline) -> None:
         with self._changed:
             self._pipeline, self._error = pipeline, None
-            # A prompt whose tokens were counted is then not tokenised again.
+            # A prompt that it has tokenised is then not tokenised again to count its tokens.
             self._tokenizer = pipeline.tokenizer
 
     def _retire(self, close: bool = True) -> None:
