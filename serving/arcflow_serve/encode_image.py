@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo, putchunk
 
 try:
     import fpng
-except ImportError:  # there is none for this platform
+except ImportError:  # it has no wheel for this platform
     fpng = None
 
 Format = Literal["png", "jpeg", "webp"]

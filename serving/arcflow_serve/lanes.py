@@ -156,8 +156,8 @@ class Lanes:
     def _place(self, lane: _Lane) -> None:
         """Keep a lane on its core if all lanes are busy. Linux often lets two wait for one core while another is idle.
 
-        A lane that is busy alone goes where there is room, because other programs may need its core. One that hangs may
-        do so too, so after that no lane is kept.
+        A lane that is busy alone may use every core, because another program may be busy on its own one. After a lane
+        has hung, no lane is kept on a core, because the one that hangs may still occupy its own.
         """
         stays = lane.core is not None and not self.lost and self.busy() == self._count
         if stays == lane.stays:

@@ -51,7 +51,7 @@ class Metrics:
         """Add `value` to a metric, at the latest when the metrics are asked for.
 
         Prometheus' client takes several microseconds for each, and ten times that after an engine has filled the
-        processor's caches. So the values of several requests are added together, and hardly a request waits for it.
+        processor's caches. So the values of several requests are added together, and few requests wait for that.
         """
         self._noted.append((metric, value, labels))
         if len(self._noted) >= _MAX_NOTED:
