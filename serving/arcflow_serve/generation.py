@@ -6,9 +6,9 @@ import asyncio
 import logging
 import sys
 import time
-from collections import deque
 from collections.abc import Awaitable
 from functools import partial
+from typing import TypeAlias
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -33,6 +33,8 @@ LEFT = "arcflow.left"
 _LEFT = 499
 #: Most bytes that are read and dropped of a body that is too large, so that the client gets to read the answer.
 _MAX_DROPPED_BYTES = 64 << 20
+#: The events of one job; None means that the client has left.
+Events: TypeAlias = "asyncio.Queue[Event | None]"
 
 
 class Generation:
@@ -71,12 +73,13 @@ class Generation:
         client = self._keys.client(request.headers.get("authorization"))
         body = await _read_body(request, self._settings)
         asked = parse_request(body)
-        events = Events()
+        events: Events = asyncio.Queue()
+        deliver = partial(_deliver, asyncio.get_running_loop(), events)
         address = request.client.host if request.client else "unknown"
-        answer = accept(self._engine.models, self._settings, asked, client or address, events.deliver)
+        answer = accept(self._engine.models, self._settings, asked, client or address, deliver)
         job = answer.job
         self._engine.submit(job)
-        request.scope[LEFT] = partial(events.put, None)
+        request.scope[LEFT] = partial(events.put_nowait, None)
         stream = None
         try:
             first = await events.get()
@@ -121,34 +124,13 @@ class Generation:
         metrics.note(metrics.e2e, time.monotonic() - arrived)
 
 
-class Events:
-    """The events of one job in the event loop; None means that the client has left."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._events: deque[Event | None] = deque()
-        self._came: asyncio.Future[None] | None = None
-
-    def put(self, event: Event | None) -> None:
-        """Add an event."""
-        self._events.append(event)
-        if self._came is not None and not self._came.done():
-            self._came.set_result(None)
-
-    async def get(self) -> Event | None:
-        """Wait for the next event."""
-        while not self._events:
-            self._came = self._loop.create_future()
-            await self._came
-        return self._events.popleft()
-
-    def deliver(self, event: Event) -> None:
-        """Add an event from another thread."""
-        try:
-            self._loop.call_soon_threadsafe(self.put, event)
-        except RuntimeError:
-            # The loop was closed: the process is ending, and nobody waits for the answer.
-            _log.info("an event came after the end of the event loop")
+def _deliver(loop: asyncio.AbstractEventLoop, events: Events, event: Event) -> None:
+    """Hand an event to the event loop from another thread."""
+    try:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+    except RuntimeError:
+        # The loop was closed: the process is ending, and nobody waits for the answer.
+        _log.info("an event came after the end of the event loop")
 
 
 class EventStream(Response):
