@@ -32,7 +32,7 @@ from typing import Any
 
 from machine import describe
 from serve_load import Load, Reply, Sample, Send, http_sender, memory_of, send_all, summary, triton_sender
-from tables import serve_lines
+from speed_tables import serve_lines
 
 from arcflow_serve.settings import Settings
 

@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from fake_bundle import FakeBackend, make_bundle
 from onnx import TensorProto, helper
+from records import read
 
 from arcflow_runtime import Pipeline, cli
 from arcflow_runtime.build.profiles import make_profiles, parse_sizes
@@ -45,7 +46,6 @@ from arcflow_runtime.memory.sums import (
     make_sums,
     part_inputs,
 )
-from benchmarks import tables
 
 SCRATCH = TENSORRT.scratch_bytes
 SIZE = ImageSize(2, 32, 48, 16, 2)
@@ -455,11 +455,11 @@ def test_the_former_option_of_the_command(capsys):
 def test_the_real_sizes_are_those_of_full_size_exports():
     """The weights that docs/memory.md has, against what was written: bundles differ by graphs and tokenizers, 30 MB."""
     for model in ("flux", "qwen"):
-        weights = tables._read("memory")["models"][model]["weights"]["bf16"]
-        written = tables._read(f"export_{model}")["bundle_bytes"]
+        weights = read("memory")["models"][model]["weights"]["bf16"]
+        written = read(f"export_{model}")["bundle_bytes"]
         assert 0 < written - sum(weights.values()) < 30e6
-    coverage = tables._read("quantize_flux")["coverage"]
-    flux = tables._read("memory")["models"]["flux"]["weights"]
+    coverage = read("quantize_flux")["coverage"]
+    flux = read("memory")["models"]["flux"]["weights"]
     # The graph and the header of the weights file are counted there.
     assert 0 < coverage["bytes_before"] - flux["bf16"]["backbone"] < 3e6
     assert 0 < coverage["bytes_after"] - flux["FP8 backbone"]["backbone"] < 3e6
@@ -467,8 +467,8 @@ def test_the_real_sizes_are_those_of_full_size_exports():
 
 def test_the_bounds_hold_for_engines_of_the_real_shapes():
     """What TensorRT-RTX's builder says that its engines need (docs/engines.md), against docs/memory.md."""
-    bounds = tables._read("memory")["models"]["flux"]["activations"]
-    built = tables._read("engine_memory")
+    bounds = read("memory")["models"]["flux"]["activations"]
+    built = read("engine_memory")
     whole = [r for r in built["decoder"] if r["query_groups"] == 1]
     decoders = {r["size"]: max(r["activation_bytes"]) for r in whole if r["size"] in bounds}
     assert decoders.keys() == bounds.keys()

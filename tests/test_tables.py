@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from benchmarks import tables
+import tables
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.parent.name)
