@@ -138,9 +138,12 @@ def test_text_is_cached_until_cleared(flux):
     assert count() == 1
     latents(flux, "a", max_sequence_length=8)
     assert count() == 2
+    tokens = flux.tokenizer.tokenize("a", 8)
+    assert flux.tokenizer.tokenize("a", 8) is tokens
     flux.clear_cache()
     latents(flux, "a")
     assert count() == 3
+    assert flux.tokenizer.tokenize("a", 8) is not tokens
 
 
 def test_a_cached_prompt_is_not_tokenized_again_and_still_warns(flux, monkeypatch):

@@ -125,6 +125,20 @@ def test_warm_up_makes_the_graph(on_gpu, driver):
         pipe.warm_up([(1, 33, 48)])
 
 
+def test_every_plan_that_was_warmed_up_is_kept(on_gpu, driver):
+    pipe = on_gpu(max_plans=2)
+    warm, others = (16, 32, 48), (64, 80, 96)
+    for _ in range(2):
+        pipe.warm_up([(1, 32, width) for width in warm], text_tokens=16)
+        assert captures(driver) == len(warm)
+    for width in (*warm, *others[:2], *warm):
+        generate(pipe, width=width)
+    assert captures(driver) == len(warm)
+    for width in others * 2:
+        generate(pipe, width=width)
+        assert len(pipe.backend.denoiser._plans) <= len(warm) + 2
+
+
 def test_warm_up_on_a_cpu_only_checks(plain):
     plain["flux"].warm_up([(1, 32, 32)])
     with pytest.raises(RequestError, match=r"^width must be a multiple of 16"):
@@ -354,6 +368,6 @@ def test_stages_are_timed(on_gpu):
 
 def test_nan_is_refused(on_gpu, monkeypatch):
     pipe = on_gpu()
-    monkeypatch.setattr("arcflow_runtime.generate.pipeline.sigmas", lambda steps, *_: np.full(steps + 1, np.nan))
+    monkeypatch.setattr("arcflow_runtime.generate.inputs.sigmas", lambda steps, *_: np.full(steps + 1, np.nan))
     with pytest.raises(EngineError, match=r"^backbone: latents of images \[0\] must be finite, got NaN or Inf"):
         generate(pipe, output_type="pil")

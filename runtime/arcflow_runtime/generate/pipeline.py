@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
@@ -17,7 +17,7 @@ from arcflow_runtime.backends import DEFAULT_BACKEND, open_for
 from arcflow_runtime.disk.bundle import Bundle, Check
 from arcflow_runtime.disk.rules import MAX_TRUE_CFG_SCALE
 from arcflow_runtime.engines.base import Backend
-from arcflow_runtime.engines.denoiser import DenoiseJob, Denoiser, DenoisingBackend, Embeddings
+from arcflow_runtime.engines.denoiser import Denoiser, DenoisingBackend, Embeddings
 from arcflow_runtime.engines.modes import MemoryMode
 from arcflow_runtime.engines.parts import Parts
 from arcflow_runtime.engines.stopwatch import Stopwatch
@@ -25,21 +25,29 @@ from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.calls import Calls
 from arcflow_runtime.generate.condition import Conditioner
 from arcflow_runtime.generate.decode import check_not_flat, decode_latents, to_float, to_pil
-from arcflow_runtime.generate.denoise import Group, StepCallback, check_finite, denoise, denoise_on_device, join
+from arcflow_runtime.generate.denoise import StepCallback, check_finite, denoise, denoise_on_device, join
 from arcflow_runtime.generate.diffusers_arguments import check_callback, refuse_others
 from arcflow_runtime.generate.encode import encode_prompts
+from arcflow_runtime.generate.inputs import (
+    conditioning_of,
+    first_step,
+    grid_of,
+    groups_of,
+    jobs_of,
+    packed_noise,
+    schedule_of,
+)
 from arcflow_runtime.generate.memory import check_memory, fitting_memory
 from arcflow_runtime.generate.previews import check_max_previews, preview_steps
 from arcflow_runtime.generate.request import Request, check_request
-from arcflow_runtime.generate.straight import Negative, denoise_straight, guided_groups
+from arcflow_runtime.generate.straight import Negative, denoise_straight
 from arcflow_runtime.generate.text import EmbeddingCache, PromptTokenizer, blank_text
 from arcflow_runtime.hub.bundles import find_bundle
 from arcflow_runtime.lora.open import open_lora
 from arcflow_runtime.lora.prepare import NO_LORAS, PreparedLoras, blank_loras
 from arcflow_runtime.lora.store import LoraStore
-from arcflow_runtime.maths.noise import GROUP, draw_latents, streams
-from arcflow_runtime.maths.rotary import image_rotary, text_rotary
-from arcflow_runtime.maths.schedule import conditioning_guidance, sigmas, timesteps_of
+from arcflow_runtime.maths.noise import GROUP
+from arcflow_runtime.maths.rotary import image_rotary
 
 _log = logging.getLogger("arcflow")
 
@@ -325,18 +333,16 @@ class Pipeline:
         `on_preview` is called after the steps in `previewed`.
         """
         m = self.bundle.manifest
-        grid = self._grid(request)
-        schedule = sigmas(request.num_inference_steps, m.schedule, grid[0] * grid[1])
         # The denoiser generates the noise on its device, so noise given by the caller takes the loop on the host.
         denoiser = self._denoiser if request.latents is None else None
         modulation = self._modulation(request, loras, embeddings, watch) if denoiser is None else None
-        noise = self._noise(request, watch) if denoiser is None else None
+        noise = packed_noise(m, request, watch) if denoiser is None else None
         with watch("rotary"):
-            rotary = image_rotary(m.rotary, m.family, m.rotary_dtype, *grid)
-            groups = self._groups(request, request.prompts, embeddings, grid)
+            rotary = image_rotary(m.rotary, m.family, m.rotary_dtype, *grid_of(m, request))
+            groups = groups_of(m, request, request.prompts, embeddings)
             negative: Negative | None = None
             if (n := request.negative_prompts) is not None:
-                negative = Negative(self._groups(request, n, embeddings, grid), request.true_cfg_scale)
+                negative = Negative(groups_of(m, request, n, embeddings), request.true_cfg_scale)
         pixels: np.ndarray | None = None
 
         def preview(step: int, latents: np.ndarray, pixels: np.ndarray | None = None) -> None:
@@ -353,15 +359,15 @@ class Pipeline:
                 inputs = loras.of("backbone")
                 with_loras = (lambda given: run({**given, **inputs})) if inputs else run
                 on_end = preview if previewed else None
-                rest = (noise, modulation, rotary, schedule, watch, callback, on_end)
+                rest = (noise, modulation, rotary, schedule_of(m, request), watch, callback, on_end)
                 if m.sampler == "linear":
                     latents = denoise_straight(with_loras, groups, negative, *rest)
                 else:
                     latents = denoise(with_loras, groups, *rest)
         elif denoiser is not None:
-            jobs = self._jobs(request, loras, groups, negative)
+            jobs = jobs_of(m, request, loras, groups, negative, self._conditioner)
             if previewed:
-                first = [(images, _first_step(job)) for images, job in jobs]
+                first = [(images, first_step(job)) for images, job in jobs]
                 with watch("preview"):
                     found = denoise_on_device(denoiser, first, Stopwatch())
                 previewed = frozenset([0])
@@ -370,25 +376,6 @@ class Pipeline:
         check_finite(latents, m.parts["backbone"].precision)
         return latents, pixels
 
-    def _noise(self, request: Request, watch: Stopwatch) -> np.ndarray:
-        """The packed noise, [B, N, 64] float32."""
-        if request.seed is None:
-            assert request.latents is not None, "check_request sets seed or latents"
-            return request.latents
-        latents, grid = self.bundle.manifest.latents, self._grid(request)
-        p = latents.patch_size
-        with watch("noise"):
-            return draw_latents(request.seed, request.batch, latents.channels, grid[0] * p, grid[1] * p, p)
-
-    def _conditioning(self, request: Request) -> tuple[np.ndarray, np.float32 | None]:
-        """The conditioner's inputs: timesteps [S] float32 and guidance."""
-        m, scale = self.bundle.manifest, request.guidance_scale
-        height, width = self._grid(request)
-        timesteps = timesteps_of(
-            request.num_inference_steps, m.schedule, m.family, m.reference_dtype, m.sampler, height * width
-        )
-        return timesteps, None if scale is None else conditioning_guidance(scale, m.reference_dtype)
-
     def _modulation(
         self, request: Request, loras: PreparedLoras, embeddings: dict[str, Embeddings], watch: Stopwatch
     ) -> np.ndarray:
@@ -396,39 +383,11 @@ class Pipeline:
         with watch("condition"):
             pooled = [e.pooled for e in embeddings.values() if e.pooled is not None]
             return self._conditioner.modulation(
-                self._parts, *self._conditioning(request), join(pooled) if pooled else None, loras
+                self._parts,
+                *conditioning_of(self.bundle.manifest, request),
+                join(pooled) if pooled else None,
+                loras,
             )
-
-    def _jobs(
-        self, request: Request, loras: PreparedLoras, groups: list[Group], negative: Negative | None
-    ) -> list[tuple[list[int], DenoiseJob]]:
-        """Jobs for the backend's denoiser, each with the indices of its images in the batch."""
-        m, grid = self.bundle.manifest, self._grid(request)
-        schedule = sigmas(request.num_inference_steps, m.schedule, grid[0] * grid[1])
-        timesteps, guidance = self._conditioning(request)
-        numbers = m.latents.channels * m.latents.patch_size**2 * grid[0] * grid[1]
-        assert request.seed is not None, "a denoiser runs only if the noise comes from a seed"
-        sources = streams(request.seed, request.batch, numbers)
-        return [
-            (
-                group.images,
-                DenoiseJob(
-                    streams=sources[group.images],
-                    texts=group.texts,
-                    image_rotary=image_rotary(m.rotary, m.family, m.rotary_dtype, *grid),
-                    text_rotary=group.text_rotary,
-                    grid=grid,
-                    sigmas=schedule,
-                    timesteps=timesteps,
-                    guidance=guidance,
-                    table=self._conditioner.baked(len(timesteps), loras),
-                    pixels=request.output_type != "latents",
-                    loras=loras,
-                    negative=texts,
-                ),
-            )
-            for group, texts in guided_groups(groups, negative)
-        ]
 
     def _decode(
         self, request: Request, latents: np.ndarray, pixels: np.ndarray | None, watch: Stopwatch
@@ -441,38 +400,6 @@ class Pipeline:
                 pixels = decode_latents(self._parts, latents, request.height_px, request.width_px)
             check_not_flat(pixels, self.bundle.manifest.parts["vae_decoder"].precision)
             return to_pil(pixels) if request.output_type == "pil" else to_float(pixels)
-
-    def _groups(
-        self, request: Request, prompts: Sequence[str], embeddings: dict[str, Embeddings], grid: tuple[int, int]
-    ) -> list[Group]:
-        """Group the images of the batch by text length, so that no text is padded to the length of another.
-
-        Args:
-            request: says how many images each prompt has.
-            prompts: the request's prompts, or its negative prompts.
-            embeddings: by prompt.
-            grid: height and width in tokens.
-        """
-        m = self.bundle.manifest
-        place = {p: i for i, p in enumerate(embeddings)}
-        batch = [p for p in prompts for _ in range(request.num_images_per_prompt)]
-        by_length: dict[int, list[int]] = {}
-        for image, p in enumerate(batch):
-            by_length.setdefault(embeddings[p].states.shape[1], []).append(image)
-        return [
-            Group(
-                images,
-                [place[batch[i]] for i in images],
-                [embeddings[batch[i]] for i in images],
-                text_rotary(m.rotary, m.family, m.rotary_dtype, *grid, length),
-            )
-            for length, images in by_length.items()
-        ]
-
-    def _grid(self, request: Request) -> tuple[int, int]:
-        """Height and width of an image in tokens."""
-        token_px = self.bundle.manifest.latents.vae_scale_factor * self.bundle.manifest.latents.patch_size
-        return request.height_px // token_px, request.width_px // token_px
 
     def warm_up(
         self,
@@ -510,18 +437,18 @@ class Pipeline:
         self._calls.check("warm_up()")
         # The largest shape first, so that the shared workspace is allocated only once.
         for request in sorted(requests, key=lambda r: -r.batch * r.height_px * r.width_px):
-            grid = self._grid(request)
-            groups = self._groups(request, request.prompts, {"": blank_text(m, request.max_sequence_length)}, grid)
+            groups = groups_of(m, request, request.prompts, {"": blank_text(m, request.max_sequence_length)})
             negative: Negative | None = None
             if away is not None:
-                others = self._groups(request, request.prompts, {"": blank_text(m, away)}, grid)
+                others = groups_of(m, request, request.prompts, {"": blank_text(m, away)})
                 negative = Negative(others, MAX_TRUE_CFG_SCALE)  # the graph serves every scale
             for loras in sets:
-                for _, job in self._jobs(request, loras, groups, negative):
+                for _, job in jobs_of(m, request, loras, groups, negative, self._conditioner):
                     self._denoiser.warm_up(job)
 
     def clear_cache(self) -> None:
-        """Drop the cached text embeddings and modulations of earlier prompts."""
+        """Drop the cached tokens, text embeddings and modulations of earlier prompts."""
+        self.tokenizer.clear_cache()
         self._cache.clear()
         self._conditioner.clear_cache()
         if self._denoiser is not None:
@@ -547,9 +474,3 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _first_step(job: DenoiseJob) -> DenoiseJob:
-    """A job whose only step is the first of `job`, taken to sigma 0."""
-    table = None if job.table is None else job.table[:1]
-    return replace(job, sigmas=np.array([job.sigmas[0], 0.0]), timesteps=job.timesteps[:1], table=table)

@@ -76,6 +76,10 @@ class PromptTokenizer:
             self._known.put(key, tokens)
         return tokens
 
+    def clear_cache(self) -> None:
+        """Forget the tokens of earlier prompts."""
+        self._known.clear()
+
     def _tokenize_padded(self, prompt: str, max_sequence_length: int) -> Tokens:
         clip_tokens, clip_pad, t5_pad = _flux_text(self._text)
         clip, clip_cut = _encode(self._tokenizers["tokenizer"], prompt, clip_tokens)

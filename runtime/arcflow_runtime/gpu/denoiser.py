@@ -34,7 +34,7 @@ from arcflow_runtime.gpu.shapes import DenoiseShape, backbone_inputs, conditione
 
 _log = logging.getLogger("arcflow")
 
-#: Number of plans kept; the buffers of one for a 1024 px FLUX image take about 40 MB.
+#: Number of plans kept besides those that were warmed up; the buffers of one for a 1024 px FLUX image take about 40 MB.
 MAX_PLANS = 8
 
 #: (part, shapes of its inputs) -> None if the part's engine accepts them, else the reason why not.
@@ -55,6 +55,9 @@ class DeviceDenoiser:
         self._bundle, self._parts, self._lane, self._check_shapes = bundle, parts, lane, check_shapes
         self._max_plans = max_plans
         self._plans: OrderedDict[PlanKey, GraphPlan] = OrderedDict()
+        #: Each of them is room for one plan more.
+        self._warmed: set[PlanKey] = set()
+        self._warming = False
         self._arenas = LoraArenas(lane, bundle.manifest, ("backbone", "conditioner"))
         self._kernels: KernelLauncher | None = None
         self._modulations = ModulationCache()
@@ -90,8 +93,15 @@ class DeviceDenoiser:
 
     def warm_up(self, job: DenoiseJob) -> None:
         """Run the job twice, which enqueues it and then captures its graph; see `Denoiser.warm_up`."""
-        for _ in range(2 if self._parts.keeps("backbone") else 0):
-            self.denoise(job, Stopwatch())
+        if not self._parts.keeps("backbone"):
+            return
+        with self._lock:
+            self._warming = True
+            try:
+                for _ in range(2):
+                    self.denoise(job, Stopwatch())
+            finally:
+                self._warming = False
 
     def clear_cache(self) -> None:
         """See `Denoiser.clear_cache`."""
@@ -245,10 +255,12 @@ class DeviceDenoiser:
 
     def _plan(self, key: PlanKey, steps_at_once: int, job: DenoiseJob) -> GraphPlan:
         """The plan of a key, made on first use; the least recently used plan is dropped if there are too many."""
+        if self._warming:
+            self._warmed.add(key)
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
-        self._drop_plans(self._max_plans - 1)
+        self._drop_plans(self._max_plans + len(self._warmed) - 1)
         plan = self._plans[key] = self._make_plan(key, steps_at_once, job)
         return plan
 
