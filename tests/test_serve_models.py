@@ -39,9 +39,17 @@ def start(bundles):
         model.close()
 
 
-def test_sizes_are_generated_in_every_batch_size_before_the_model_is_there(start, calls):
+def test_sizes_are_generated_in_every_batch_size_before_the_model_is_there(start, calls, monkeypatch):
+    graphs, warm_up = [], Pipeline.warm_up
+
+    def record(self, shapes):
+        graphs.extend(shapes)
+        warm_up(self, shapes)
+
+    monkeypatch.setattr(Pipeline, "warm_up", record)
     model = start(warm_up=((32, 16), (16, 16)), max_batch=2)
     assert calls == [(1, 16, 32), (2, 16, 32), (1, 16, 16), (2, 16, 16)]
+    assert graphs == calls
     # Also after an engine has failed.
     del calls[:]
     for _ in range(3):

@@ -296,12 +296,14 @@ def check_loras(files: Sequence[Path], manifests: Sequence[Manifest]) -> None:
 
 
 def _warm_up(pipeline: Pipeline, bundle: Bundle, settings: Settings) -> None:
-    """Generate every size with every batch size once.
+    """Generate every size with every batch size once, on a GPU with a CUDA graph.
 
     Raises:
         RequestError: the bundle has no such size.
     """
-    for width, height in settings.warm_up:
-        for count in range(1, min(settings.max_batch, bundle.manifest.ranges.batch.max) + 1):
-            pipeline([""] * count, height=height, width=width, seed=list(range(count)))
+    counts = range(1, min(settings.max_batch, bundle.manifest.ranges.batch.max) + 1)
+    shapes = [(count, height, width) for width, height in settings.warm_up for count in counts]
+    pipeline.warm_up(shapes)
+    for count, height, width in shapes:
+        pipeline([""] * count, height=height, width=width, seed=list(range(count)))
     pipeline.clear_cache()
