@@ -243,6 +243,9 @@ def test_wrong_arguments(slotted, files):
     assert error_of(lambda: draw(pipe, loras={"ink": float("nan")}), RequestError) == (
         "loras: the scale of 'ink' must be at most 1e+06 in size, got nan"
     )
+    assert error_of(lambda: draw(pipe, loras={"ink": 10**400}), RequestError) == (
+        f"loras: the scale of 'ink' must be at most 1e+06 in size, got 1{'0' * 39}"
+    )
     assert error_of(lambda: draw(pipe, loras={"ink": 1}), RequestError) == (
         "loras must be names of loaded LoRAs (none), got 'ink'; call load_lora first"
     )

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from arcflow_runtime import EngineError, Pipeline
+from arcflow_runtime.gpu.lane import OutOfDeviceMemory
 from tests.conftest import SHAPES_OPTIONS
 from tests.serving import GENERATE, Gate, alone, image_of, images_of, serve, wait_until, wrap
 
@@ -114,8 +115,12 @@ def test_a_poisoned_request_fails_alone(open_service, pipe, caplog):
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), EngineError("backbone: ONNX Runtime failed: Failed to allocate memory for requested buffer")],
-    ids=["python", "engine"],
+    [
+        MemoryError(),
+        EngineError("backbone: ONNX Runtime failed: Failed to allocate memory for requested buffer"),
+        OutOfDeviceMemory("backbone: activations need 5 bytes of a GPU's memory, 3 are free"),
+    ],
+    ids=["python", "engine", "GPU"],
 )
 def test_memory_runs_out_for_one_request(open_service, pipe, error):
     def before(prompts):
@@ -225,14 +230,77 @@ def test_a_bundle_that_cannot_be_loaded_again(open_service, pipe, monkeypatch, e
         assert client.get("/health").json() == {"status": "failing", "reasons": [reason]}
         assert client.get("/ready").json()["status"] == "not ready"
         response = running.post(body("x"))
-        assert response.status_code == 500
-        assert response.json()["error"]["message"] == (
-            f"model {model.name!r} cannot be used: backbone cannot be loaded"
-        )
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert response.json()["error"] == {
+            "message": f"model {model.name!r} cannot be used now: backbone cannot be loaded; try again later",
+            "type": "server_error",
+            "param": None,
+            "code": "model_unavailable",
+        }
         damaged.clear()
         wait_until(lambda: client.get("/ready").status_code == 200)
         assert client.get("/health").json() == {"status": "ok", "reasons": []}
         assert is_right(running.post(body("x")), pipe, "x")
+
+
+def stop_loading(model, over: threading.Event) -> None:
+    """Let a model be loaded again, which waits for `over`."""
+    load = model._load
+
+    def wait():
+        over.wait()
+        return load()
+
+    model._load = wait
+    for _ in range(3):
+        model.failed(for_memory=False)
+    wait_until(lambda: model.loading_s > 0)
+
+
+def test_a_load_that_hangs_stops_nothing_else(bundle, pipe, tmp_path):
+    other, over = tmp_path / "other", threading.Event()
+    other.symlink_to(bundle)
+    with serve([bundle, other], deadline_s=2.0) as running, running.client() as client:
+        first, second = running.service.models.values()
+        stop_loading(first, over)
+        assert client.get("/ready").json()["reasons"] == [f"model {first.name!r} is being loaded"]
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(running.post, body("x", model=first.name)) for _ in range(4)]
+            wait_until(lambda: running_and_waiting(running) == (0, 4))
+            # No lane waits for the bundle, and those that wait for it have a deadline.
+            assert is_right(running.post(body("x", model=second.name)), pipe, "x")
+            codes = [future.result().json()["error"]["code"] for future in futures]
+        assert codes == ["deadline_exceeded"] * 4
+        assert client.get("/health").status_code == 200
+        first._loading_since -= 600
+        seconds = round(600 + first.first_load_s)
+        reason = f"model {first.name!r} has been loading for more than {seconds} s"
+        assert client.get("/health").json()["reasons"] == [reason]
+        over.set()
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        assert is_right(running.post(body("x", model=first.name)), pipe, "x")
+
+
+def test_requests_wait_until_their_bundle_is_loaded_again(bundle, pipe):
+    over = threading.Event()
+    with serve([bundle]) as running, ThreadPoolExecutor(3) as pool:
+        (model,) = running.service.models.values()
+        stop_loading(model, over)
+        futures = [pool.submit(running.post, body("x", seed=i)) for i in range(3)]
+        wait_until(lambda: running_and_waiting(running) == (0, 3))
+        over.set()
+        assert all(is_right(future.result(), pipe, "x", seed=i) for i, future in enumerate(futures))
+
+
+def test_a_load_that_hangs_does_not_keep_the_service_from_ending(bundle):
+    over = threading.Event()
+    with serve([bundle]) as running:
+        (model,) = running.service.models.values()
+        stop_loading(model, over)
+    over.set()
+    wait_until(lambda: "arcflow-load" not in [thread.name for thread in threading.enumerate()])
+    # What was loaded too late has been closed.
+    assert not model.loaded
 
 
 @pytest.mark.slow

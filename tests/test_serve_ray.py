@@ -125,20 +125,32 @@ for arguments in json.load(sys.stdin):
         found.append(str(e))
     else:
         scaling = generator._deployment_config.autoscaling_config
+        (bundles, settings) = generator.init_args
         found.append([generator.ray_actor_options, generator.max_ongoing_requests, scaling.min_replicas,
-            scaling.max_replicas, scaling.target_ongoing_requests])
+            scaling.max_replicas, scaling.target_ongoing_requests, [str(path) for path in bundles],
+            [str(path) for path in settings.loras], settings.warm_up])
 print(json.dumps(found))
 """
 
 
 def test_arguments(python):
     shapes = {"bundle": "shapes", "lanes": "1", "threads": "1"}
+    gpu = {"bundle": ["models", "owner/b"], "backend": "tensorrt-rtx", "lanes": 2, "max_batch": 4, "max_replicas": "8"}
     cases = [
-        (shapes, [{"num_cpus": 1}, 16, 1, 1, 8]),
+        (shapes, [{"num_cpus": 1}, 16, 1, 1, 8, ["shapes"], [], []]),
+        # Text from `serve run`, and lists from a YAML file.
         (
-            {"bundle": ["a", "b"], "backend": "tensorrt-rtx", "lanes": 2, "max_batch": 4, "max_replicas": "8"},
-            [{"num_cpus": 1, "num_gpus": 1}, 16, 1, 8, 8],
+            shapes | {"loras": "ink", "warm_up": "64x48"},
+            [{"num_cpus": 1}, 16, 1, 1, 8, ["shapes"], [str(ROOT / "ink")], [[64, 48]]],
         ),
+        (
+            gpu | {"loras": ["ink", "/oil"], "warm_up": ["64x48", "16x16"]},
+            [
+                *({"num_cpus": 1, "num_gpus": 1}, 16, 1, 8, 8, [str(ROOT / "models"), "owner/b"]),
+                *([str(ROOT / "ink"), "/oil"], [[64, 48], [16, 16]]),
+            ],
+        ),
+        (shapes | {"warm_up": "64"}, "warm_up must be WIDTHxHEIGHT in pixels such as 1024x768, got '64'"),
         ({}, "bundle must be the path of a bundle, or a list of paths; got none"),
         (shapes | {"lane": 2}, "unknown argument 'lane' of arcflow_serve.ray:application; did you mean lanes?"),
         (shapes | {"lanes": "two"}, "lanes must be a valid integer, unable to parse string as an integer, got 'two'"),
@@ -151,7 +163,8 @@ def test_arguments(python):
     ]
     asked = json.dumps([arguments for arguments, _ in cases])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([python, "-c", BUILD], input=asked, capture_output=True, text=True, env=environment)
+    command = [python, "-c", BUILD]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [expected for _, expected in cases]
 

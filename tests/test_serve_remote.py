@@ -83,6 +83,21 @@ def test_what_a_dead_replica_had_not_finished_is_generated_by_another():
     asyncio.run(main())
 
 
+def test_a_job_that_was_started_is_generated_again_after_its_deadline():
+    async def main():
+        late = asyncio.Event()
+        replicas = Replicas([TAKEN, late, DiedError("gone")], [TAKEN, finished(0)])
+        engine, asked = engine_of(replicas), job_of(7, deadline_s=0.1)
+        engine.submit(asked.job)
+        await asyncio.sleep(0.2)
+        late.set()
+        assert (await asked.next()).picture == 0
+        # The second replica gets time to start it.
+        assert replicas.given[1].deadline_s == engine.settings.deadline_s
+
+    asyncio.run(main())
+
+
 def test_a_request_that_kills_every_replica_is_given_up():
     async def main():
         replicas = Replicas(*[[TAKEN, DiedError("gone")]] * 4)

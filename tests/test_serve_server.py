@@ -21,8 +21,10 @@ import pytest
 from PIL import Image
 
 from arcflow_runtime import Pipeline, RequestError, cli
+from arcflow_runtime.engines.gpus import Gpu
 from arcflow_serve import generation, keys, server, settings
 from arcflow_serve.encode_image import Encoding
+from arcflow_serve.service import Service
 from arcflow_serve.settings import Settings
 from tests.conftest import SHAPES_OPTIONS
 from tests.serving import GENERATE, Gate, alone, command, images_of, raw, serve, wait_until, wrap
@@ -47,6 +49,19 @@ def parse(answer: bytes) -> tuple[int, dict]:
 
 
 # Keys
+
+
+def test_a_client_cannot_name_another_address(bundle, monkeypatch):
+    clients, submit = [], Service.submit
+
+    def record(self, job):
+        clients.append(job.client)
+        submit(self, job)
+
+    monkeypatch.setattr(Service, "submit", record)
+    with serve([bundle]) as running:
+        assert running.post(SMALL, headers={"x-forwarded-for": "1.2.3.4"}).status_code == 200
+    assert clients == ["127.0.0.1"]
 
 
 def test_keys(bundle, tmp_path, monkeypatch):
@@ -202,6 +217,30 @@ def test_headers_that_trickle_in_after_a_good_request(impatient):
         assert time.monotonic() - started < 4.5
 
 
+@pytest.mark.parametrize(
+    ("first", "status", "more"),
+    [
+        (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", 200, b"\r\n"),
+        (head(1_000_000).replace(b"application/json", b"text/plain"), 415, b"x"),
+        (head(1_000_000).replace(b"POST", b"PUT"), 405, b"x"),
+    ],
+    ids=["empty lines", "a body of another type", "a body that nobody wants"],
+)
+def test_what_follows_an_answer_does_not_keep_the_connection(impatient, monkeypatch, first, status, more):
+    monkeypatch.setattr(impatient.server.config, "timeout_keep_alive", 0.5)
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=20) as connection:
+        connection.sendall(first)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 %d" % status)
+        wait_until(lambda: len(impatient.server.server_state.connections) == 1)
+        for _ in range(100):
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(more)
+            time.sleep(0.1)
+            if not impatient.server.server_state.connections:
+                return
+    raise AssertionError("the connection is still open after 10 s")
+
+
 @pytest.mark.parametrize("pieces", [1, 40])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_an_offer_of_another_protocol_is_passed_over(impatient, pieces, chunked):
@@ -306,6 +345,7 @@ def test_an_error_in_the_service_itself(impatient, monkeypatch, caplog):
         "the service failed; the log of the service says more",
     )
     assert "a fault of ours" in caplog.text
+    assert f"request {response.headers['x-request-id']} failed" in caplog.text
     assert 'arcflow_requests_total{status="500"} 1.0' in httpx2.get(impatient.url + "/metrics").text
     assert impatient.post(SMALL).status_code == 200
 
@@ -332,6 +372,24 @@ def test_who_does_not_read_loses_the_connection(impatient):
         wait_until(lambda: not connections, 20)
 
 
+def test_who_does_not_read_the_end_loses_the_connection(impatient):
+    """Less is left than uvicorn's own limit, below which it calls nobody."""
+    connections = impatient.server.server_state.connections
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", impatient.port))
+        wait_until(lambda: len(connections) == 1)
+        (service,) = connections
+        service.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.sendall(b"GET /docs/static/swagger-ui-bundle.js HTTP/1.1\r\nhost: x\r\n\r\n")
+        wait_until(lambda: service.transport.get_write_buffer_size() > 0)
+        while service.transport.get_write_buffer_size() > 16 << 10:
+            connection.recv(4096)
+            time.sleep(0.0005)
+        assert service.transport.get_write_buffer_size() > 0
+        wait_until(lambda: not connections, 20)
+
+
 def test_who_reads_slowly_gets_everything(impatient):
     expected = httpx2.get(impatient.url + "/docs/static/swagger-ui-bundle.js").content
     with socket.socket() as connection:
@@ -351,9 +409,18 @@ def test_more_connections_than_allowed(impatient):
     with contextlib.ExitStack() as stack:
         for _ in range(40):
             stack.enter_context(socket.create_connection(("127.0.0.1", impatient.port)))
-        status, body = parse(raw(impatient.port, b""))
-    assert status == 503
-    assert body["error"]["message"] == "40 connections may be open at most; try again later"
+        for path in (b"/health", b"/ready", b"/metrics?x=1"):
+            sent = b"GET %s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % path
+            assert raw(impatient.port, sent).startswith(b"HTTP/1.1 200")
+        asked = json.dumps(SMALL).encode()
+        refused = [raw(impatient.port, head(len(asked)) + asked)]
+        for _ in range(17):
+            stack.enter_context(socket.create_connection(("127.0.0.1", impatient.port)))
+        refused.append(raw(impatient.port, b""))
+    for answer in refused:
+        status, body = parse(answer)
+        assert status == 503
+        assert body["error"]["message"] == "40 connections may be open at most; try again later"
     wait_until(lambda: not impatient.server.server_state.connections)
 
 
@@ -515,11 +582,19 @@ def test_settings_that_are_refused(monkeypatch, changes, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "auto"])
 @pytest.mark.parametrize(("cores", "lanes", "threads"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (16, 2, 8)])
-def test_lanes_share_the_cores(monkeypatch, cores, lanes, threads):
+def test_lanes_share_the_cores(monkeypatch, backend, cores, lanes, threads):
     monkeypatch.setattr(settings, "cores", lambda: cores)
-    found = Settings()
+    monkeypatch.setattr(settings, "find_gpu", lambda: None)
+    found = Settings(backend)
     assert (found.lanes, found.engine_threads) == (lanes, threads)
+
+
+def test_a_gpus_backend_chooses_its_threads(monkeypatch):
+    monkeypatch.setattr(settings, "find_gpu", lambda: Gpu("a GPU", "sm89"))
+    for backend in ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda"):
+        assert Settings(backend).engine_threads is None
 
 
 def test_limits_of_steps_and_size(bundle):
@@ -534,6 +609,17 @@ def test_limits_of_steps_and_size(bundle):
             assert response.status_code == 400
             assert response.json()["error"]["message"] == message
             assert response.json()["error"]["param"] == change[0]
+
+
+def test_the_bundles_own_steps_are_limited_too(bundle):
+    with serve([bundle], max_steps=1) as running:
+        response = running.post(SMALL)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "num_inference_steps"
+        assert response.json()["error"]["message"] == (
+            "num_inference_steps must be given, at most 1: the bundle's own 2 are more than this service allows"
+        )
+        assert running.post(SMALL | {"num_inference_steps": 1}).status_code == 200
 
 
 def test_the_service_never_imports_torch(bundle):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
+import sys
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import httpx2
+import numpy as np
 import pytest
 
-from arcflow_runtime import Bundle, Pipeline, cli
+from arcflow_runtime import Bundle, EngineError, Pipeline, cli
 from arcflow_runtime.disk import manifest as b
 from arcflow_runtime.errors import LoraError, RequestError
 from arcflow_serve import settings
@@ -118,6 +122,74 @@ def test_what_is_refused(bundle, tmp_path, options, name, message):
         write_repository(bundle, tmp_path / "repository", name, TritonOptions(**options))
     assert str(error.value) == message
     assert not (tmp_path / "repository").exists()
+
+
+class StubTensor:
+    """What Triton's stub makes of an input."""
+
+    def __init__(self, name: str, values: list, kind: object) -> None:
+        self._name, self._values = name, np.array(values, kind)
+
+    def name(self) -> str:
+        return self._name
+
+    def as_numpy(self) -> np.ndarray:
+        return self._values
+
+
+@pytest.fixture
+def instance(bundle, monkeypatch):
+    """An instance of the model outside a server, where its engines can be made to fail."""
+    stub = ModuleType("triton_python_backend_utils")
+    stub.TritonError = type("TritonError", (), {"INVALID_ARG": 1, "INTERNAL": 2, "CANCELLED": 3})
+    stub.TritonError.__init__ = lambda self, message, code: setattr(self, "said", (message, code))
+    stub.InferenceResponse = lambda tensors=None, error=None: error.said if error is not None else dict(tensors)
+    stub.Tensor = lambda name, values: (name, values)
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    monkeypatch.delitem(sys.modules, "arcflow_serve.triton_model", raising=False)
+    model = importlib.import_module("arcflow_serve.triton_model").TritonPythonModel()
+    parameters = {"bundle": str(bundle), "backend": "onnxruntime", "threads": "1"}
+    config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
+    model.initialize({"model_config": json.dumps(config), "model_instance_kind": "CPU"})
+    yield model
+    model.finalize()
+    monkeypatch.delitem(sys.modules, "arcflow_serve.triton_model")
+
+
+def asked(*prompts: str, **inputs) -> SimpleNamespace:
+    tensors = [
+        StubTensor("prompt", [p.encode() for p in prompts], object),
+        *(StubTensor(name, [64] * len(prompts), np.int32) for name in ("width", "height")),
+        StubTensor("seed", range(len(prompts)), np.uint64),
+        *(StubTensor(name, [value] * len(prompts), object) for name, value in inputs.items()),
+    ]
+    return SimpleNamespace(inputs=lambda: tensors, is_cancelled=lambda: False)
+
+
+def test_images_that_fail_in_a_row_do_not_stop_an_instance(instance, bundle, monkeypatch):
+    """After the third the bundle is loaded again, in the middle of a call, and nobody else does it."""
+    generate = Pipeline.__call__
+
+    def fail(self, prompts, **options):
+        if "broken" in prompts:
+            raise EngineError("backbone: the engine is damaged")
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(Pipeline, "__call__", fail)
+    broken, good = instance.execute([asked(*["broken"] * 5), asked("x")])
+    assert broken == ("backbone: the engine is damaged", 2)
+    with Pipeline.load(bundle, threads=1) as pipe:
+        assert good["image"].tobytes() == alone(pipe, "x", 0, height=64, width=64)
+
+
+def test_a_request_that_cannot_be_read_disturbs_no_other(instance, monkeypatch):
+    reloads = []
+    monkeypatch.setattr(type(instance._model), "_retire", lambda *_, **__: reloads.append(1))
+    wrong = [asked("x", loras=b'{"ink": 1}'), asked("x", loras=b"{"), asked("x", loras=3)]
+    *errors, good = instance.execute([*wrong, asked("x")])
+    assert [code for _, code in errors] == [1, 1, 2]
+    assert good["image"].shape == (1, 64, 64, 3)
+    assert not reloads
 
 
 # A real server. The client libraries need numpy 1 as the server does, so the client is a program of their environment.

@@ -55,6 +55,12 @@ def accept(
         raise bad_request("partial_images must be given together with stream=true", "partial_images")
     encoding = _encoding(asked)
     request = _checked(model, asked)
+    if request.num_inference_steps > limits.max_steps:
+        raise bad_request(
+            f"num_inference_steps must be given, at most {limits.max_steps}: "
+            f"the bundle's own {request.num_inference_steps} are more than this service allows",
+            "num_inference_steps",
+        )
     size = max(request.height_px, request.width_px)
     if limits.max_px is not None and size > limits.max_px:
         raise bad_request(f"size must be at most {limits.max_px} pixels on each side, got {size}", "size")

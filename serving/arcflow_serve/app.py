@@ -127,8 +127,8 @@ def _add_errors(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    async def on_any(_: Request, error: Exception) -> Response:
-        return unexpected(error)
+    async def on_any(request: Request, error: Exception) -> Response:
+        return unexpected(error, request.scope[REQUEST_ID])
 
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_any)

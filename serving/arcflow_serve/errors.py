@@ -7,6 +7,8 @@ from arcflow_runtime.errors import ArcFlowError
 BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TIMED_OUT, TOO_LARGE, BAD_MEDIA_TYPE = 400, 401, 404, 408, 413, 415
 TOO_MANY, FAILED, UNAVAILABLE = 429, 500, 503
 
+#: What ONNX Runtime and OpenVINO say, which have no exception of their own for it.
+_OUT_OF_MEMORY = ("out of memory", "failed to allocate", "cannot allocate")
 #: HTTP status -> OpenAI's `type` of an error.
 _TYPES = {
     UNAUTHORIZED: "authentication_error",
@@ -55,6 +57,11 @@ class ServiceError(ArcFlowError):
         if not self.retry:
             headers["x-should-retry"] = "false"
         return headers
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an engine failed because memory of this machine or of its GPU ran out."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def queue_is_full(limit: int, retry_after_s: int) -> ServiceError:

@@ -64,7 +64,7 @@ class Generation:
             self.count(self.left().status_code, arrived)
             raise
         except Exception as e:
-            response = unexpected(e)
+            response = unexpected(e, request.scope[REQUEST_ID])
         if not isinstance(response, EventStream):
             self.count(response.status_code, arrived)
         return response

@@ -19,7 +19,7 @@ from PIL import Image
 
 from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.pipeline import Pipeline, PipelineOutput
-from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError, bad_request
+from arcflow_serve.errors import FAILED, UNAVAILABLE, ServiceError, bad_request, is_out_of_memory
 from arcflow_serve.jobs import BatchKey, Event, Failed, Finished, Job, Picture, Preview
 from arcflow_serve.metrics import LaneMetrics
 from arcflow_serve.models import Model
@@ -27,7 +27,6 @@ from arcflow_serve.settings import Settings
 from arcflow_serve.waiting import WaitingRoom
 
 _log = logging.getLogger("arcflow.serve")
-_OUT_OF_MEMORY = ("out of memory", "failed to allocate", "cannot allocate")
 #: A client whose request ran out of memory may try again after this time.
 _MEMORY_RETRY_S = 5
 
@@ -113,8 +112,9 @@ class Lanes:
             self._lanes.remove(lane)
             self.lost += 1
             _log.error("a lane is replaced: its batch of %d took more than %g s", len(batch), self._hang_timeout_s)
-            if batch and lane.pipeline is not None:
-                self._models[batch[0].job.key.model].abandon(lane.pipeline)
+            # Read once: the thread may still return, and set it to None.
+            if batch and (pipeline := lane.pipeline) is not None:
+                self._models[batch[0].job.key.model].abandon(pipeline)
             for picture in batch:
                 message = (
                     f"generating the image took more than {self._hang_timeout_s:g} s and was given up; "
@@ -201,10 +201,10 @@ class Lanes:
             if len(batch) == 1:
                 self._fail(lane, batch[0], e)
                 if not isinstance(e, RequestError):
-                    model.failed(for_memory=_is_out_of_memory(e))
+                    model.failed(for_memory=is_out_of_memory(e))
                 return False
             _log.warning("a batch of %d is repeated one by one: %s: %s", len(batch), type(e).__name__, e)
-            return self._one_by_one(lane, batch, for_memory=_is_out_of_memory(e))
+            return self._one_by_one(lane, batch, for_memory=is_out_of_memory(e))
         model.succeeded()
         self._deliver(lane, batch, output)
         return True
@@ -279,7 +279,7 @@ def _service_error(error: BaseException) -> ServiceError:
     if isinstance(error, RequestError):
         return bad_request(str(error))
     message = str(error) or type(error).__name__
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return ServiceError(
             UNAVAILABLE,
             "out_of_memory",
@@ -288,7 +288,3 @@ def _service_error(error: BaseException) -> ServiceError:
         )
     # The picture was generated alone and failed, so the same request would fail again.
     return ServiceError(FAILED, "engine_failed", message, retry=False)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

@@ -16,11 +16,12 @@ from arcflow_runtime.disk.bundle import Bundle
 from arcflow_runtime.disk.families import facts
 from arcflow_runtime.disk.manifest import Manifest
 from arcflow_runtime.disk.signatures import encoder_of
-from arcflow_runtime.errors import EngineError, RequestError
+from arcflow_runtime.errors import RequestError
 from arcflow_runtime.generate.pipeline import Pipeline
 from arcflow_runtime.generate.request import Request, check_request
 from arcflow_runtime.generate.text import PromptTokenizer
 from arcflow_runtime.hub.bundles import find_bundle
+from arcflow_serve.errors import UNAVAILABLE, ServiceError
 from arcflow_serve.settings import Settings
 
 _log = logging.getLogger("arcflow.serve")
@@ -61,11 +62,32 @@ class Model:
         self._load_failures = 0
         self._failures = 0
         self._retry_at = 0.0
+        self._loading_since: float | None = None
+        self._closed = False
+        #: What `load` took.
+        self.first_load_s = 0.0
 
     @property
     def loaded(self) -> bool:
         """True if requests can be generated."""
         return self._pipeline is not None
+
+    @property
+    def loading(self) -> bool:
+        """True while requests should wait: it is loaded again, or will be."""
+        return self._pipeline is None and self._error is None
+
+    @property
+    def loading_s(self) -> float:
+        """For how long it has been loaded again; 0 if it is not."""
+        since = self._loading_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def due(self) -> bool:
+        """True if `restore` would load it now."""
+        there = self._pipeline is not None or self._loading_since is not None or self._closed
+        return not (there or self._users or time.monotonic() < self._retry_at)
 
     @property
     def trouble(self) -> str | None:
@@ -127,12 +149,13 @@ class Model:
         """The pipeline, for one call; waits while it is loaded again.
 
         Raises:
-            EngineError: it could not be loaded again.
+            ServiceError: it could not be loaded again; that will be tried once more.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._pipeline is not None or self._error is not None)
+            self._changed.wait_for(lambda: not self.loading)
             if self._pipeline is None:
-                raise EngineError(f"model {self.name!r} cannot be used: {self._error}")
+                message = f"model {self.name!r} cannot be used now: {self._error}; try again later"
+                raise ServiceError(UNAVAILABLE, "model_unavailable", message, retry_after_s=math.ceil(RETRY_S))
             pipeline = self._pipeline
             self._users[pipeline] = self._users.get(pipeline, 0) + 1
         try:
@@ -175,13 +198,16 @@ class Model:
         Raises:
             ArcFlowError: it cannot be loaded.
         """
+        started = time.monotonic()
         self._adopt(self._load())
+        self.first_load_s = time.monotonic() - started
 
     def restore(self) -> None:
         """Load the pipeline if there is none, its predecessor is closed, and the last attempt was not just now."""
         with self._changed:
-            if self._pipeline is not None or self._users or time.monotonic() < self._retry_at:
+            if not self.due:
                 return
+            self._loading_since = time.monotonic()
         try:
             pipeline, error = self._load(), None
         except Exception as e:
@@ -189,6 +215,11 @@ class Model:
             pipeline, error = None, str(e) or type(e).__name__
             _log.error("model %s cannot be loaded: %s", self.name, error)
         with self._changed:
+            self._loading_since = None
+            if self._closed:
+                if pipeline is not None:
+                    pipeline.close()
+                return
             if pipeline is not None:
                 self._adopt(pipeline)
             self._error = error
@@ -202,7 +233,7 @@ class Model:
         with self._changed:
             if self._pipeline is not None:
                 self._retire()
-            self._retry_at, self._error = math.inf, "the service is shutting down"
+            self._closed, self._error = True, "the service is shutting down"
             self._changed.notify_all()
 
     def _adopt(self, pipeline: Pipeline) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,7 +27,7 @@ from arcflow_serve.keys import read_keys
 from arcflow_serve.models import describe_models, open_models
 from arcflow_serve.remote import Progress, RemoteEngine, Work, work_on
 from arcflow_serve.service import Service
-from arcflow_serve.settings import Settings
+from arcflow_serve.settings import Settings, parse_size
 
 _log = logging.getLogger("arcflow.serve")
 GENERATOR = "Generator"
@@ -127,8 +127,9 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     """Build the application; `serve run` and `serve deploy` call this.
 
     Args:
-        arguments: `bundle`, a path or a list of paths, which every node must have; `api_keys`, a file of keys on this
-            machine; the fields of `Scale`; and those of `Settings`. The values may be text.
+        arguments: `bundle`, a path that every node must have, a name on the hub, or a list of them; `api_keys`, a file
+            of keys on this machine; the fields of `Scale`; and those of `Settings`, of which `warm_up` is written
+            WIDTHxHEIGHT. The values may be text, which for `loras` and `warm_up` is one of them.
 
     Raises:
         RequestError: an argument is unknown, missing or wrong.
@@ -142,6 +143,11 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
             close = difflib.get_close_matches(name, [*known, "bundle"], 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise RequestError(f"unknown argument {name!r} of arcflow_serve.ray:application{hint}")
+    given |= {"loras": [_absolute(path) for path in _several(given.get("loras", ()))]}
+    try:
+        given |= {"warm_up": [parse_size(str(size)) for size in _several(given.get("warm_up", ()))]}
+    except ValueError as e:
+        raise RequestError(f"warm_up {e}") from None
     settings = dataclasses.replace(_parse(Settings, given), api_keys=keys)
     return _build(bundles, settings, _parse(Scale, given))
 
@@ -149,8 +155,16 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
 def _bundles(given: Any) -> list[Path]:
     if not given:
         raise RequestError("bundle must be the path of a bundle, or a list of paths; got none")
+    return [_absolute(path) if Path(str(path)).exists() else Path(str(path)) for path in _several(given)]
+
+
+def _several(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, (list, tuple)) else [given]
+
+
+def _absolute(path: object) -> Path:
     # Ray's processes have other working directories.
-    return [Path(path).absolute() for path in ([given] if isinstance(given, (str, Path)) else given)]
+    return Path(str(path)).absolute()
 
 
 def _parse(kind: type[Any], given: Mapping[str, Any]) -> Any:

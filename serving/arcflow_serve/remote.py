@@ -130,7 +130,8 @@ class RemoteEngine:
     async def _attempt(self, job: Job, missing: list[int]) -> None:
         """Send the images in `missing` to one replica, and remove from `missing` each one that it finishes."""
         given = tuple(missing)
-        left_s = max(job.deadline - time.monotonic(), 0.0)
+        # A job that was started has no deadline, also if its replica died.
+        left_s = max(job.deadline - time.monotonic(), 0.0) if job.started is None else self.settings.deadline_s
         seeds = tuple(job.seeds[i] for i in given)
         work = Work(job.client, job.key, job.prompt, job.negative_prompt, seeds, job.encoding, left_s)
         stream = self._call(work)

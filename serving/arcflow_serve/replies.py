@@ -109,9 +109,9 @@ def error_response(error: ServiceError) -> Response:
     return Response(json.dumps(error.body()), error.status, headers, "application/json")
 
 
-def unexpected(error: Exception) -> Response:
+def unexpected(error: Exception, request_id: str) -> Response:
     """The answer after an error of the service's own code, which is logged."""
-    _log.error("a request failed", exc_info=error)
+    _log.error("request %s failed", request_id, exc_info=error)
     message = "the service failed; the log of the service says more"
     return error_response(ServiceError(FAILED, "internal_error", message, retry=False))
 

@@ -33,7 +33,9 @@ class GenerationRequest(BaseModel):
 
     prompt: str = Field(description="The text to draw.")
     model: str | None = Field(None, description="A name of /v1/models; default: the first.")
-    n: int | None = Field(None, ge=1, description="Number of images, 1 to 10; each has its own seed. Default: 1.")
+    n: int | None = Field(
+        None, ge=1, description="Number of images, at most the service's limit; each has its own seed. Default: 1."
+    )
     size: str | None = Field(
         None,
         description='"WIDTHxHEIGHT" in pixels, both multiples of 16, or "auto". Default: 1024x1024 or the nearest.',

@@ -26,6 +26,9 @@ from arcflow_serve.replies import new_request_id
 from arcflow_serve.service import Service
 from arcflow_serve.settings import Settings
 
+#: They are answered also when there are as many connections as allowed, so that a busy process is not taken for a dead
+#: one; and that many connections are accepted for them.
+_PROBES, _MORE_CONNECTIONS = ("/health", "/ready", "/metrics"), 16
 _REASONS = {BAD_REQUEST: "Bad Request", TIMED_OUT: "Request Timeout", UNAVAILABLE: "Service Unavailable"}
 #: A request's line and headers together. What is read in one piece may be more.
 MAX_HEADER_BYTES = 64 << 10
@@ -46,6 +49,8 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            # A client could name any address in x-forwarded-for, and so take the turns of several.
+            proxy_headers=False,
             timeout_graceful_shutdown=_CLOSING_S,
         )
         super().__init__(config)
@@ -76,6 +81,8 @@ class Protocol(HttpToolsProtocol):
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._refused = False
+        #: True for a connection beyond the limit.
+        self._only_probes = False
         #: True while the next bytes belong to a request's line or headers; between requests it is False.
         self._in_head = True
         #: Bytes since a request began, or since the last bytes of its body. The parser may hold all of them.
@@ -85,9 +92,12 @@ class Protocol(HttpToolsProtocol):
         """Refuse a connection beyond the limit, and give the others time for their headers."""
         super().connection_made(transport)
         self._replies = _Joined(transport, self.loop)
-        if len(self.connections) > (limit := self._settings.max_connections):
-            message = f"{limit} connections may be open at most; try again later"
-            self._refuse(ServiceError(UNAVAILABLE, "too_many_connections", message, retry_after_s=1))
+        # Then `pause_writing` is called whenever something is left that the client has not read.
+        transport.set_write_buffer_limits(high=0)
+        beyond = len(self.connections) - self._settings.max_connections
+        self._only_probes = beyond > 0
+        if beyond > _MORE_CONNECTIONS:
+            self._refuse_connection()
             return
         self._watch_headers()
 
@@ -104,15 +114,18 @@ class Protocol(HttpToolsProtocol):
         """Parse what the client sends."""
         if self._refused:
             return
-        self._unset_keepalive_if_required()
         self._unparsed_bytes += len(data)
         try:
             self._parse(data)
             if self._unparsed_bytes > MAX_HEADER_BYTES:
                 raise httptools.HttpParserError("the headers are too long")
         except httptools.HttpParserError:
-            self.send_400_response("")
+            if not self._refused:
+                self.send_400_response("")
             return
+        if self._in_head or not self.cycle.response_complete:
+            # What comes between requests, and the rest of a body that was answered already, does not keep it open.
+            self._unset_keepalive_if_required()
         self._watch_headers()
 
     def _parse(self, data: bytes) -> None:
@@ -153,6 +166,9 @@ class Protocol(HttpToolsProtocol):
         """Start the application, unless the headers are to be read again."""
         if not self.parser.should_upgrade():
             self._in_head = False
+            if self._only_probes and self.url.partition(b"?")[0].decode("latin-1") not in _PROBES:
+                self._refuse_connection()
+                raise ConnectionRefusedError  # ends the parser
             super().on_headers_complete()
             self.cycle.transport = self._replies  # type: ignore[assignment]
 
@@ -214,9 +230,14 @@ class Protocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
+    def _refuse_connection(self) -> None:
+        message = f"{self._settings.max_connections} connections may be open at most; try again later"
+        self._refuse(ServiceError(UNAVAILABLE, "too_many_connections", message, retry_after_s=1))
+
     def _refuse(self, error: ServiceError) -> None:
         """Answer without the application, and close the connection a little later."""
         self._refused = True
+        self._unset_keepalive_if_required()
         if self._header_timer is not None:
             self._header_timer.cancel()
         if self.transport.is_closing():

@@ -21,6 +21,8 @@ from arcflow_serve.waiting import WaitingRoom
 
 _log = logging.getLogger("arcflow.serve")
 _KEEPER_S = 0.1
+#: At the end, threads get this time to return.
+_CLOSE_S = 5.0
 #: More lost lanes than this many times their number, and the process should be started anew.
 _LOST_PER_LANE = 2
 _MAX_RETRY_AFTER_S = 60
@@ -70,7 +72,8 @@ class Service:
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
         caps = BatchCaps(settings.max_batch, models)
-        self._room = WaitingRoom(settings.max_queue, caps)
+        # While a bundle is loaded again, its requests wait in the queue, and lanes generate those of other bundles.
+        self._room = WaitingRoom(settings.max_queue, caps, lambda key: not models[key.model].loading)
         self._lanes = Lanes(settings, models, self._room, caps, self._send, self.metrics)
         self._draining = False
         self._closing = threading.Event()
@@ -120,8 +123,8 @@ class Service:
             self._send(job, Failed(self._shutting_down()))
         self._closing.set()
         if self._keeper.is_alive():
-            self._keeper.join()
-        self._lanes.join(timeout_s=5)
+            self._keeper.join(_CLOSE_S)
+        self._lanes.join(_CLOSE_S)
         for model in self.models.values():
             model.close()
 
@@ -136,6 +139,10 @@ class Service:
     def not_healthy(self) -> list[str]:
         """See `Engine.not_healthy`."""
         reasons = [f"model {m.name!r} cannot be loaded: {m.trouble}" for m in self.models.values() if m.trouble]
+        for model in self.models.values():
+            # Its files may come from a slow disk, and what its engines compile is not a call that hangs.
+            if model.loading_s > (limit_s := self.settings.hang_timeout_s + model.first_load_s):
+                reasons.append(f"model {model.name!r} has been loading for more than {limit_s:.0f} s")
         if not self._keeper.is_alive():
             reasons.append("the thread that watches the lanes has ended")
         if not self._lanes.alive():
@@ -164,9 +171,15 @@ class Service:
                 for job in self._room.expired():
                     self._send(job, Failed(waited_too_long(self.settings.deadline_s, self._retry_after_s())))
                 for model in self.models.values():
-                    model.restore()
+                    if model.due:
+                        # In a thread of its own: it may take minutes, or hang.
+                        threading.Thread(target=self._restore, args=(model,), name="arcflow-load", daemon=True).start()
             except Exception:
                 _log.exception("the keeper failed; it goes on")
+
+    def _restore(self, model: Model) -> None:
+        model.restore()
+        self._room.wake()
 
     def _queue_is_full(self) -> ServiceError:
         return queue_is_full(self.settings.max_queue, self._retry_after_s())

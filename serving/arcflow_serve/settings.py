@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arcflow_runtime.backends import DEFAULT_BACKEND
+from arcflow_runtime.backends import AUTO, DEFAULT_BACKEND, ON_CPU
+from arcflow_runtime.engines.gpus import find_gpu
 from arcflow_runtime.engines.modes import MemoryMode
 from arcflow_runtime.errors import RequestError
 
@@ -24,6 +26,18 @@ def core_numbers() -> list[int]:
 def default_lanes() -> int:
     """Two lanes, or one on a single core: two of one thread are faster than one of two."""
     return min(2, cores())
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels from WIDTHxHEIGHT.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise ValueError(f"must be WIDTHxHEIGHT in pixels such as 1024x768, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ class Settings:
         for name in ("threads", "max_px"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RequestError(f"{_option(name)} must be at least 1, got {value}")
-        if self.backend == DEFAULT_BACKEND and self.lanes * (self.threads or 1) > cores():
+        if self.on_cpu and self.lanes * (self.threads or 1) > cores():
             raise RequestError(
                 f"--lanes times --threads must be at most {cores()}, the number of cores, "
                 f"got {self.lanes} * {self.threads or 1}; more threads than cores slow each other down"
@@ -106,9 +120,14 @@ class Settings:
             )
 
     @property
+    def on_cpu(self) -> bool:
+        """True if the graphs run on the CPU."""
+        return self.backend in ON_CPU or (self.backend == AUTO and find_gpu() is None)
+
+    @property
     def engine_threads(self) -> int | None:
         """CPU threads of each engine; None lets a GPU's backend choose."""
-        if self.threads is not None or self.backend != DEFAULT_BACKEND:
+        if self.threads is not None or not self.on_cpu:
             return self.threads
         return max(1, cores() // self.lanes)
 

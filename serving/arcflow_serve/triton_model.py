@@ -18,6 +18,7 @@ import triton_python_backend_utils as triton  # Triton's stub brings it; it is i
 from numpy.typing import NDArray
 
 from arcflow_runtime.errors import RequestError
+from arcflow_serve.errors import is_out_of_memory
 from arcflow_serve.models import Model, open_models
 from arcflow_serve.settings import Settings
 
@@ -70,7 +71,6 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests that Triton has put together; each gets its images or an error of its own."""
-        self._model.restore()
         errors: list[Any] = [None] * len(requests)
         groups: dict[_Key, list[_Row]] = {}
         for i, request in enumerate(requests):
@@ -80,13 +80,14 @@ class TritonPythonModel:
                     continue
                 key, rows = _read(self._model, i, request)
                 groups.setdefault(key, []).extend(rows)
-            except RequestError as e:
-                errors[i] = triton.TritonError(str(e), triton.TritonError.INVALID_ARG)
+            except Exception as e:
+                # Whatever it is, it must not reach the other requests.
+                errors[i] = _error(e)
         images: list[list[_Image]] = [[] for _ in requests]
         for key, rows in groups.items():
             for row, found in zip(rows, self._generate_all(key, rows), strict=True):
                 if isinstance(found, Exception):
-                    errors[row.request] = triton.TritonError(str(found) or type(found).__name__)
+                    errors[row.request] = _error(found)
                 else:
                     images[row.request].append(found)
         return [
@@ -105,7 +106,8 @@ class TritonPythonModel:
         except Exception as e:
             if len(rows) > 1:
                 return [self._generate_all(key, [row])[0] for row in rows]
-            self._model.failed(for_memory=isinstance(e, MemoryError))
+            if not isinstance(e, RequestError):
+                self._model.failed(for_memory=is_out_of_memory(e))
             return [e]
         self._model.succeeded()
         return images
@@ -114,6 +116,8 @@ class TritonPythonModel:
         guided: dict[str, Any] = {}
         if key.true_cfg_scale is not None:
             guided = {"negative_prompt": [row.negative for row in rows], "true_cfg_scale": key.true_cfg_scale}
+        # After too many failures, which may be of this call, the bundle is loaded again. No other thread does that.
+        self._model.restore()
         with self._model.use() as pipeline:
             output = pipeline(
                 [row.prompt for row in rows],
@@ -194,6 +198,11 @@ def _loras(text: bytes | None) -> dict[str, Any] | None:
         shown = text[:60].decode("utf-8", "replace")
         raise RequestError(f'loras must be a JSON object of names and scales such as {{"ink": 0.8}}, got {shown!r}')
     return found
+
+
+def _error(error: Exception) -> Any:
+    kind = triton.TritonError.INVALID_ARG if isinstance(error, RequestError) else triton.TritonError.INTERNAL
+    return triton.TritonError(str(error) or type(error).__name__, kind)
 
 
 def _response(images: list[_Image]) -> Any:

@@ -17,10 +17,21 @@ from arcflow_serve.jobs import BatchKey, Job, Picture
 class WaitingRoom:
     """Pictures that wait for a lane; safe to use from several threads."""
 
-    def __init__(self, capacity: int, max_batch: Callable[[BatchKey], int]) -> None:
-        """`capacity` is the most pictures that may wait, and `max_batch` gives the most that a lane may take."""
+    def __init__(
+        self,
+        capacity: int,
+        max_batch: Callable[[BatchKey], int],
+        ready: Callable[[BatchKey], bool] = lambda key: True,
+    ) -> None:
+        """Make an empty room.
+
+        Args:
+            capacity: the most pictures that may wait.
+            max_batch: gives the most that a lane may take.
+            ready: False for pictures that must wait, even if a lane is idle; `wake` says that this has changed.
+        """
         self._capacity = capacity
-        self._max_batch = max_batch
+        self._max_batch, self._ready = max_batch, ready
         self._changed = threading.Condition()
         #: By client, the client whose turn is next first.
         self._clients: OrderedDict[str, deque[Picture]] = OrderedDict()
@@ -75,14 +86,22 @@ class WaitingRoom:
         with self._changed:
             self._idle += 1
             try:
-                while not self._count and not self._closed:
+                while (key := self._next_key()) is None and not self._closed:
                     self._changed.wait()
-                return self._batch() if self._count else []
+                return [] if key is None else self._batch(key)
             finally:
                 self._idle -= 1
 
-    def _batch(self) -> list[Picture]:
-        key = next(iter(self._clients.values()))[0].job.key
+    def wake(self) -> None:
+        """Let idle lanes look again which pictures are ready."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _next_key(self) -> BatchKey | None:
+        """The key of the first picture that is ready, of the client whose turn comes first."""
+        return next((p.job.key for d in self._clients.values() for p in d if self._ready(p.job.key)), None)
+
+    def _batch(self, key: BatchKey) -> list[Picture]:
         same = sum(p.job.key == key for waiting in self._clients.values() for p in waiting)
         # An idle lane beside this one is better used than a larger batch here.
         size = min(self._max_batch(key), -(-same // self._idle))

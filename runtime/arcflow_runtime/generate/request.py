@@ -28,6 +28,8 @@ MAX_GUIDANCE_SCALE = 65.0
 MAX_LORA_SCALE = 1e6
 #: More than this many times the student's own number of steps is warned of.
 FAR_STEPS = 2
+#: Of a number in a message.
+_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,13 @@ def _lora_scale(name: str, value: Any) -> float:
         if isinstance(value, (bool, str)):
             raise TypeError
         scale = float(value)
+    except OverflowError:  # an integer with more digits than a float has room for
+        scale = math.inf
     except (TypeError, ValueError):
         raise RequestError(f"loras: the scale of {name!r} must be a number, got {value!r}") from None
     if not abs(scale) <= MAX_LORA_SCALE:
-        raise RequestError(f"loras: the scale of {name!r} must be at most {MAX_LORA_SCALE:g} in size, got {value!r}")
+        shown = repr(value)[:_SHOWN_CHARACTERS]
+        raise RequestError(f"loras: the scale of {name!r} must be at most {MAX_LORA_SCALE:g} in size, got {shown}")
     return scale
 
 

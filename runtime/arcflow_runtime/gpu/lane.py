@@ -13,7 +13,7 @@ from arcflow_runtime.gpu.device import Device, Memory, OutOfMemory, PinnedMemory
 _T = TypeVar("_T")
 
 
-class OutOfDeviceMemory(EngineError):
+class OutOfDeviceMemory(EngineError, MemoryError):
     """Memory of the GPU, or page-locked memory for it, ran out; the message says what it was for if that is known."""
 
 

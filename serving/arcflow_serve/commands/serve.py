@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,10 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels such as 1024x768, got {text!r}")
-    return int(match[1]), int(match[2])
+    from arcflow_serve.settings import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as e:
+        # argparse shows the message of this exception, and not that of a ValueError.
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def run(args: argparse.Namespace) -> int:

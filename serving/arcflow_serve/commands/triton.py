@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=sorted(BACKENDS), default=default.backend, help="engine (default: %(default)s)"
     )
     parser.add_argument(
-        "--instances", type=int, metavar="N", help="processes that generate (default: 1 for each GPU; on a CPU 2)"
+        "--instances",
+        type=int,
+        metavar="N",
+        help="processes that generate, on the CPU or on each GPU (default: 1 for each GPU; on a CPU 2)",
     )
     parser.add_argument(
         "--threads", type=int, help="CPU threads of an instance (default: the cores shared by the instances)"
