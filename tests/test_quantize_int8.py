@@ -23,6 +23,7 @@ from arcflow_runtime import Bundle, Pipeline, cli
 from arcflow_runtime.backends import open_backend
 from arcflow_runtime.build.plan import _check_precision
 from arcflow_runtime.engines.cpu import has_vnni
+from arcflow_runtime.engines.onnxruntime import session_options
 from arcflow_runtime.errors import EngineError
 from tests.conftest import embed
 from tests.cpp import ids_of
@@ -95,7 +96,10 @@ def product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     scale = make_scale(torch.from_numpy(weight).abs().amax(0))
     graph.initializers["a.weight"].const_value = ir.tensor(encode(torch.from_numpy(weight), scale).numpy())
     graph.initializers["a.weight_scale"].const_value = ir.tensor(scale.numpy())
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    # The runtime's options: without them, a CPU without VNNI saturates.
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
     return session.run(None, {"x": x})[0]
 
 
