@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arcflow_serve.errors import ServiceError, bad_request
+from arcflow_serve.settings import parse_size
 
 MAX_PARTIAL_IMAGES = 3
 _SHOWN_CHARACTERS = 60
-_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 #: Fields that other services and libraries have, and why there is none here.
 _UNSUPPORTED = {
     "complexity": "a student has no planning stage",
@@ -84,12 +83,12 @@ class GenerationRequest(BaseModel):
         """
         if self.size is None or self.size == "auto":
             return None
-        match = _SIZE.fullmatch(self.size)
-        if match is None:
+        try:
+            return parse_size(self.size)
+        except ValueError:
             raise bad_request(
                 f"size must be 'auto' or WIDTHxHEIGHT in pixels such as '1024x768', got {_shown(self.size)}", "size"
-            )
-        return int(match[1]), int(match[2])
+            ) from None
 
     def ignored(self) -> list[str]:
         """Warnings about fields that have no effect."""

@@ -34,7 +34,7 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         ValueError: it has another form.
     """
-    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
     if match is None:
         raise ValueError(f"must be WIDTHxHEIGHT in pixels such as 1024x768, got {text!r}")
     return int(match[1]), int(match[2])
