@@ -1,4 +1,7 @@
-"""The pipeline, the runtime's main entry point: prompts -> tokens -> text states -> modulation -> latents -> images."""
+"""The pipeline, the runtime's main entry point: prompts -> tokens -> text states -> modulation -> latents -> images.
+
+More than 400 lines, because a third of them describe the arguments that users give.
+"""
 
 from __future__ import annotations
 
